@@ -1,0 +1,54 @@
+"""Shared fixtures; sets what must be set before the libraries are imported."""
+
+from __future__ import annotations
+
+import os
+
+# Tests never reach for the network or a screen. Libraries read these when they are imported.
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores already; threads of their own would fight over them.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Start every test from the same global random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def project_root() -> Path:
+    """The folder that holds pyproject.toml."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden data (`original/`, `diffusers/`), which is kept outside the project.
+
+    It is $PBE_GOLDEN, or shared/golden beside the project. Tests that ask for it are skipped where it is
+    absent, but fail when PBE_REQUIRE_GOLDEN=1 says that it has to be there.
+    """
+    folder = Path(os.environ.get("PBE_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if folder.is_dir():
+        return folder
+    if os.environ.get("PBE_REQUIRE_GOLDEN") == "1":
+        pytest.fail(f"golden data are required but {folder} is not a folder; set PBE_GOLDEN")
+    pytest.skip(f"no golden data at {folder}")

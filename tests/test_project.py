@@ -1,0 +1,232 @@
+"""The project's own files agree with each other and with the house style."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+MAX_FILE_BYTES = 16 * 1024**2
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def run(*command: str) -> str:
+    """What a command prints, run in the project's folder, outside any make that is running the tests."""
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
+    return subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def direct_requirements() -> list[Requirement]:
+    """Every requirement that pyproject.toml names, extras included, without the references to itself."""
+    lines = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
+    requirements = [Requirement(line) for line in lines]
+    return [r for r in requirements if canonicalize_name(r.name) != PROJECT["name"]]
+
+
+def pins() -> dict[str, Version]:
+    """The versions that constraints.txt pins, by canonical name."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    found = {}
+    for line in filter(None, lines):
+        name, separator, version = line.partition("==")
+        assert separator, f"constraints.txt: {line!r} is not an exact version"
+        found[canonicalize_name(name)] = Version(version)
+    return found
+
+
+def environment() -> tuple[list[str], list[str]]:
+    """The conda and the pip requirements of environment.yml."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = [entry for entry in listed if isinstance(entry, str)]
+    pip = [line for entry in listed if isinstance(entry, dict) for line in entry["pip"]]
+    return conda, pip
+
+
+def python_files(*tops: str) -> Iterator[Path]:
+    """The Python files below the folders named (or the files named themselves)."""
+    for top in tops:
+        path = ROOT / top
+        yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The top-level modules that a file imports, wherever in the file it does."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def makefile_targets() -> set[str]:
+    """The targets that the Makefile declares for people to call."""
+    declared = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared, "the Makefile has no .PHONY line"
+    return set(declared.group(1).split())
+
+
+def code_in_markdown(text: str) -> str:
+    """The fenced blocks and the inline code of a Markdown page, a line each."""
+    fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", prose)])
+
+
+@pytest.mark.parametrize("requirement", direct_requirements(), ids=str)
+def test_constraints_pin_every_direct_dependency_within_its_bounds(requirement: Requirement) -> None:
+    version = pins().get(canonicalize_name(requirement.name))
+    assert version is not None, f"constraints.txt does not pin {requirement.name}"
+    assert requirement.specifier.contains(version, prereleases=True)
+
+
+def test_constraints_work_on_any_machine() -> None:
+    assert pins()["torch"] == Version("2.14.1")
+    assert pins()["torchvision"] == Version("0.29.1")
+    bound = [
+        name
+        for name in pins()
+        if name.startswith(("nvidia-", "cuda-")) or name in ("triton", PROJECT["name"])
+    ]
+    assert not bound, f"constraints.txt pins what belongs to one kind of machine: {bound}"
+    local = [str(version) for version in pins().values() if version.local]
+    assert not local, f"constraints.txt pins local builds: {local}"
+
+
+def test_environment_installs_the_same_package_at_the_same_versions() -> None:
+    conda, pip = environment()
+    pythons = [entry.partition("=")[2] for entry in conda if entry.startswith("python=")]
+    assert pythons == [PROJECT["requires-python"].removeprefix(">=")]
+    assert sorted(entry.split("=")[0] for entry in conda) == ["pip", "python"], "packages come through pip"
+    assert pip[0] == "-c constraints.txt"
+    installed = re.fullmatch(r"-e \.\[([a-z,]+)\]", pip[1])
+    assert installed, f"environment.yml does not install this project: {pip[1]!r}"
+    assert set(installed.group(1).split(",")) <= set(EXTRAS)
+    assert len(pip) == 2, f"what pyproject.toml should list stands in environment.yml: {pip[2:]}"
+
+
+def test_environment_makefile_and_workflow_agree() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert set(re.findall(r'-c constraints\.txt -e "\.\[([a-z]+)\]"', makefile)) == {"demo", "dev"}
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    versions = [
+        step["with"]["python-version"]
+        for job in workflow["jobs"].values()
+        for step in job["steps"]
+        if "setup-python" in step.get("uses", "")
+    ]
+    assert versions == [PROJECT["requires-python"].removeprefix(">=")]
+
+
+def test_package_imports_only_what_it_declares() -> None:
+    distributions = importlib.metadata.packages_distributions()
+    declared = {
+        canonicalize_name(Requirement(line).name) for line in [*PROJECT["dependencies"], *EXTRAS["demo"]]
+    }
+    undeclared = []
+    for path in python_files("pbe", "scripts", "train.py", "sample.py"):
+        for module in imported_modules(path) - sys.stdlib_module_names - {"pbe", "scripts"}:
+            if not declared & {canonicalize_name(name) for name in distributions.get(module, [])}:
+                undeclared.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not undeclared, "\n".join(sorted(undeclared))
+
+
+def test_no_tracked_file_is_large() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    tracked = [ROOT / name for name in run("git", "ls-files", "-z").split("\0") if name]
+    large = [str(path) for path in tracked if path.is_file() and path.stat().st_size > MAX_FILE_BYTES]
+    assert tracked
+    assert not large
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for path in python_files("pbe", "scripts", "tests", "train.py", "sample.py"):
+        text = path.read_text()
+        if (lines := text.count("\n")) >= MAX_FILE_LINES:
+            long.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
+    assert not long, "\n".join(long)
+
+
+def test_command_line_files_are_thin() -> None:
+    for name in ("train.py", "sample.py"):
+        assert (ROOT / name).read_text().count("\n") < 80, f"{name} has 80 lines or more"
+
+
+def test_public_names_have_docstrings() -> None:
+    missing = []
+    for path in python_files("pbe"):
+        tree = ast.parse(path.read_text())
+        holders: list[ast.Module | ast.ClassDef] = [tree]
+        holders += [
+            node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        ]
+        for holder in holders:
+            for node in holder.body:
+                if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                if not node.name.startswith("_") and not ast.get_docstring(node):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not missing, "\n".join(missing)
+
+
+def test_readme_names_commands_that_exist() -> None:
+    code = code_in_markdown((ROOT / "README.md").read_text())
+    called = set(re.findall(r"\bmake ([a-z][a-z-]*)", code))
+    assert {"demo", "test"} <= called, "the README leads with `make demo` and `make test`"
+    assert called <= makefile_targets()
+    scripts = set(re.findall(r"\bpython ((?:[\w-]+/)*[\w-]+\.py)", code))
+    missing = [name for name in scripts if not (ROOT / name).is_file()]
+    assert not missing, f"the README calls what is not there: {missing}"
+
+
+def test_make_help_lists_every_target() -> None:
+    listed = set(re.findall(r"^\s+make ([a-z-]+) ", run("make", "--no-print-directory"), re.MULTILINE))
+    assert listed == makefile_targets()
+
+
+def test_import_contracts_name_modules_that_exist() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = {
+        module
+        for c in contracts
+        for key in ("source_modules", "forbidden_modules")
+        for module in c.get(key, [])
+    }
+    named |= {
+        line.split(" -> ")[0].removesuffix(".**") for c in contracts for line in c.get("ignore_imports", [])
+    }
+    for contract in contracts:
+        for layer in contract.get("layers", []):
+            rooms = [room.strip() for room in layer.split("|")]
+            named |= {f"{box}.{room}" for box in contract["containers"] for room in rooms if room[0] != "("}
+    ours = {name for name in named if name.split(".")[0] == "pbe"}
+    bases = [ROOT.joinpath(*name.split(".")) for name in ours]
+    missing = [str(base) for base in bases if not base.is_dir() and not base.with_suffix(".py").is_file()]
+    assert len(ours) > 8
+    assert not missing
