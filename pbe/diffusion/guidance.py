@@ -1,0 +1,49 @@
+"""Classifier-free guidance (Ho and Salimans 2022) and the step from network output to noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pbe.diffusion.schedule import NoiseSchedule
+
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def guided(
+    network: Network, condition: Tensor, null_condition: Tensor, guidance_scale: float
+) -> PredictNoise:
+    """Close a network over its condition, with classifier-free guidance.
+
+    Both branches run in one call, the null condition first. Without guidance (scale 1) only the
+    conditional branch runs.
+
+    Args:
+        network: ``network(x_t, timesteps, condition)``; it must accept the doubled batch.
+        condition: ``(b, tokens, c)``.
+        null_condition: the same shape.
+        guidance_scale: s in ``e_null + s (e_cond - e_null)``; 1 turns guidance off.
+    """
+    if guidance_scale == 1.0:
+        return lambda x_t, timesteps: network(x_t, timesteps, condition)
+    both = torch.cat([null_condition, condition])
+
+    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        output = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+        null, conditional = output.chunk(2)
+        return null + guidance_scale * (conditional - null)
+
+    return predict
+
+
+def noise_from_v(predict_v: PredictNoise, schedule: NoiseSchedule) -> PredictNoise:
+    """Turn a predictor of ``v = sqrt(abar) e - sqrt(1 - abar) x_0`` into one of the noise ``e``."""
+
+    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        signal, sigma = schedule.signal_noise(timesteps, x_t)
+        return signal * predict_v(x_t, timesteps) + sigma * x_t
+
+    return predict

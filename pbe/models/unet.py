@@ -1,0 +1,151 @@
+"""The noise predictor: Stable Diffusion's UNet with the exemplar as cross-attention context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe.config import UNetConfig
+from pbe.models.attention import SpatialTransformer
+from pbe.models.layers import Downsample, ResBlock, Upsample, timestep_embedding, zero_init
+
+
+class Level(nn.Module):
+    """One resolution of the UNet: residual blocks, each with a transformer where the level has them."""
+
+    def __init__(
+        self, config: UNetConfig, in_channels: list[int], out_channels: int, *, attention: bool, time_dim: int
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResBlock(channels, out_channels, groups=config.norm_groups, time_dim=time_dim)
+            for channels in in_channels
+        )
+        self.attentions = nn.ModuleList(
+            _transformer(config, out_channels) for _ in (in_channels if attention else [])
+        )
+
+    def step(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Run block ``index`` and, where there is one, its transformer."""
+        x = self.blocks[index](x, time)
+        return self.attentions[index](x, context) if len(self.attentions) else x
+
+
+class DownLevel(Level):
+    """A level of the encoder half, with a downsampling at its end unless it is the last."""
+
+    downsample: Downsample | None
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the output and what the decoder half will want of this level."""
+        skips = []
+        for index in range(len(self.blocks)):
+            x = self.step(index, x, time, context)
+            skips.append(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class UpLevel(Level):
+    """A level of the decoder half, with an upsampling at its end unless it is the highest resolution."""
+
+    upsample: Upsample | None
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """Return the output; takes this level's share off the end of ``skips``."""
+        for index in range(len(self.blocks)):
+            x = self.step(index, torch.cat([x, skips.pop()], dim=1), time, context)
+        return x if self.upsample is None else self.upsample(x)
+
+
+def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        channels, num_heads=config.num_heads, context_dim=config.context_dim, groups=config.norm_groups
+    )
+
+
+class UNet(nn.Module):
+    """UNet of latent diffusion (Rombach et al. 2022), its input widened by masked-image latents and mask.
+
+    Args:
+        config: widths and levels.
+        latent_channels: channels ``z`` of the latents; the input has ``2 z + 1`` channels in the order
+            noisy latents, masked-image latents, mask (1 = keep), the output ``z``.
+    """
+
+    def __init__(self, config: UNetConfig, latent_channels: int = 4) -> None:
+        super().__init__()
+        self.config = config
+        base, time_dim = config.model_channels, config.model_channels * config.time_embed_mult
+        self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.conv_in = nn.Conv2d(2 * latent_channels + 1, base, 3, padding=1)
+        self.down, skips = self._build_down(time_dim)
+        deepest = base * config.channel_mult[-1]
+        self.mid1 = ResBlock(deepest, deepest, groups=config.norm_groups, time_dim=time_dim)
+        self.mid_attention = _transformer(config, deepest)
+        self.mid2 = ResBlock(deepest, deepest, groups=config.norm_groups, time_dim=time_dim)
+        self.up = self._build_up(time_dim, skips)
+        self.norm_out = nn.GroupNorm(config.norm_groups, base, eps=1e-5)
+        self.conv_out = zero_init(nn.Conv2d(base, latent_channels, 3, padding=1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the latents must be multiples of this."""
+        return 2 ** (len(self.config.channel_mult) - 1)
+
+    def _build_down(self, time_dim: int) -> tuple[nn.ModuleList, list[int]]:
+        config, levels = self.config, nn.ModuleList()
+        channels = config.model_channels
+        skips = [channels]
+        for depth, mult in enumerate(config.channel_mult):
+            out = config.model_channels * mult
+            inputs = [channels] + [out] * (config.num_res_blocks - 1)
+            attention = 2**depth in config.attention_factors
+            level = DownLevel(config, inputs, out, attention=attention, time_dim=time_dim)
+            last = depth == len(config.channel_mult) - 1
+            level.downsample = None if last else Downsample(out)
+            levels.append(level)
+            skips += [out] * (config.num_res_blocks + (not last))
+            channels = out
+        return levels, skips
+
+    def _build_up(self, time_dim: int, skips: list[int]) -> nn.ModuleList:
+        config, levels, skips = self.config, nn.ModuleList(), list(skips)
+        channels = config.model_channels * config.channel_mult[-1]
+        for depth in reversed(range(len(config.channel_mult))):
+            out = config.model_channels * config.channel_mult[depth]
+            inputs = []
+            for _ in range(config.num_res_blocks + 1):
+                inputs.append(channels + skips.pop())
+                channels = out
+            attention = 2**depth in config.attention_factors
+            level = UpLevel(config, inputs, out, attention=attention, time_dim=time_dim)
+            level.upsample = Upsample(out) if depth else None
+            levels.append(level)
+        return levels
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Predict the noise (or v).
+
+        Args:
+            x: ``(b, 2z + 1, h, w)``; h and w multiples of :attr:`size_multiple`.
+            timesteps: ``(b,)`` in 0..999.
+            context: ``(b, tokens, context_dim)`` the condition.
+
+        Returns:
+            ``(b, z, h, w)``.
+        """
+        embedding = timestep_embedding(timesteps, self.config.model_channels)
+        time = self.time_embed(embedding.to(self.conv_in.weight.dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            x, produced = level(x, time, context)
+            skips += produced
+        x = self.mid2(self.mid_attention(self.mid1(x, time), context), time)
+        for level in self.up:
+            x = level(x, skips, time, context)
+        return self.conv_out(F.silu(self.norm_out(x)))
