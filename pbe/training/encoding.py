@@ -1,0 +1,76 @@
+"""From a batch of uint8 pictures to what the UNet takes: latents, masks and exemplar features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbe.models.autoencoder import Posterior
+from pbe.models.latent_diffusion import LatentDiffusion, latent_mask, masked_image
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the frozen networks make of a batch; this is also what the latent cache stores.
+
+    Attributes:
+        image: posterior of the picture, unscaled, ``(b, z, h, w)`` each.
+        masked: posterior of the masked picture.
+        keep_mask: ``(b, 1, h, w)`` in [0, 1], 1 = keep.
+        valid: ``(b, 1, h, w)`` in [0, 1], 0 = padding that the loss leaves out.
+        features: ``(b, n, width)`` tower tokens of the exemplar.
+        sample_index: ``(b,)`` global index of each sample.
+    """
+
+    image: Posterior
+    masked: Posterior
+    keep_mask: Tensor
+    valid: Tensor
+    features: Tensor
+    sample_index: Tensor
+
+    def to(self, device: torch.device) -> EncodedBatch:
+        """Return the batch on ``device``; the sample indices stay on the CPU, where noise is drawn."""
+        return EncodedBatch(
+            image=Posterior(self.image.mean.to(device), self.image.std.to(device)),
+            masked=Posterior(self.masked.mean.to(device), self.masked.std.to(device)),
+            keep_mask=self.keep_mask.to(device),
+            valid=self.valid.to(device),
+            features=self.features.to(device),
+            sample_index=self.sample_index,
+        )
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Map uint8 ``(b, 3, h, w)`` to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_keep_mask(mask: Tensor) -> Tensor:
+    """Map a uint8 mask ``(b, 1, h, w)``, 255 = repaint, to float32 with 1 = keep, 0 = hole."""
+    return 1.0 - mask.float() / 255.0
+
+
+@torch.no_grad()
+def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
+    """Run the frozen autoencoder and tower on a batch of the data module.
+
+    Args:
+        model: on any device; the batch is expected there.
+        batch: ``image``, ``mask``, ``valid`` and ``exemplar`` (uint8) and ``sample_index``.
+    """
+    images, keep = to_pixels(batch["image"]), to_keep_mask(batch["mask"])
+    both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]))
+    means, stds = both.mean.float().chunk(2), both.std.float().chunk(2)
+    size = (means[0].shape[2], means[0].shape[3])
+    return EncodedBatch(
+        image=Posterior(means[0], stds[0]),
+        masked=Posterior(means[1], stds[1]),
+        keep_mask=latent_mask(keep, size),
+        valid=latent_mask(batch["valid"].float() / 255.0, size),
+        features=model.exemplar_encoder.features(model.normalise_exemplar(batch["exemplar"])).float(),
+        sample_index=batch["sample_index"],
+    )

@@ -1,0 +1,126 @@
+"""Sample grids of a run at fixed exemplars and fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from pbe.config import Config
+from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.dataset import collate
+from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
+from pbe.diffusion.schedule import make_schedule
+from pbe.diffusion.solvers import plms
+from pbe.models import LatentDiffusion
+from pbe.models.latent_diffusion import masked_image
+from pbe.training.autoencoder_task import AutoencoderTask
+from pbe.training.base_task import BaseTask
+from pbe.training.diffusion_task import DiffusionTask
+from pbe.training.draws import draw
+from pbe.training.encoding import encode_batch, to_keep_mask, to_pixels
+
+GridSource = Callable[[BaseTask], np.ndarray]
+
+
+def fixed_samples(config: Config, count: int) -> dict[str, Any]:
+    """Return the first samples of the validation set (else of the training set) as one batch."""
+    dataset = ExemplarDataModule(config.data, config.seed).dataset(
+        "validation" if config.data.validation_shards else "train"
+    )
+    return collate([dataset[index] for index in range(min(count, len(dataset)))])
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Map pictures ``(b, 3, h, w)`` in [-1, 1] to uint8 ``(b, h, w, 3)``, clipped and rounded."""
+    pixels = ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+
+
+def tile(columns: list[np.ndarray]) -> np.ndarray:
+    """Lay columns ``(b, h, w, 3)`` side by side, a row for each sample, with 2 px of white between."""
+    padded = [np.pad(c, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255) for c in columns]
+    return rearrange(np.stack(padded), "column row h w c -> (row h) (column w) c")
+
+
+def noise_predictor(
+    model: LatentDiffusion,
+    condition: Tensor,
+    masked_latents: Tensor,
+    keep_mask: Tensor,
+    guidance_scale: float,
+) -> PredictNoise:
+    """Close a model over what it paints with, as the guided noise predictor that solvers take.
+
+    Args:
+        model: eps or v.
+        condition: ``(b, tokens, c)``.
+        masked_latents: ``(b, z, h, w)``, scaled.
+        keep_mask: ``(b, 1, h, w)`` at latent size.
+        guidance_scale: 1 turns guidance off.
+    """
+
+    def network(x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        repeat = len(x_t) // len(keep_mask)
+        masked, keep = masked_latents.repeat(repeat, 1, 1, 1), keep_mask.repeat(repeat, 1, 1, 1)
+        return model.predict(x_t, timesteps, context, masked, keep)
+
+    null = model.null_condition(len(condition), condition.shape[1])
+    predict = guided(network, condition, null, guidance_scale)
+    if model.config.prediction == "v":
+        return noise_from_v(predict, make_schedule(model.config.schedule))
+    return predict
+
+
+def diffusion_grid(config: Config) -> GridSource:
+    """Return the source of grids: source, masked, exemplar, and the edit at each guidance scale."""
+    batch = fixed_samples(config, config.logging.grid_samples)
+
+    @torch.no_grad()
+    def make(task: BaseTask) -> np.ndarray:
+        assert isinstance(task, DiffusionTask)
+        device = task.device
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        images, keep = to_pixels(moved["image"]), to_keep_mask(moved["mask"])
+        exemplar = F.interpolate(moved["exemplar"].float() / 127.5 - 1.0, images.shape[-2:], mode="area")
+        columns = [images, masked_image(images, keep), exemplar]
+        with task.averaged_weights():
+            columns += _edits(task, moved, config)
+        return tile([to_uint8(column) for column in columns])
+
+    return make
+
+
+def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[Tensor]:
+    encoded, model = encode_batch(task.model, batch), task.model
+    shape = tuple(encoded.image.mean.shape[1:])
+    draws = draw(config.seed, batch["sample_index"].cpu(), shape, task.schedule.timesteps, "grid")  # type: ignore[arg-type]
+    noise = draws.noise.to(encoded.keep_mask)
+    masked = encoded.masked.mean * config.model.autoencoder.scale_factor
+    condition = model.exemplar_encoder.condition(encoded.features)
+    edits = []
+    for scale in config.logging.grid_guidance:
+        predict = noise_predictor(model, condition, masked, encoded.keep_mask, scale)
+        latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
+        edits.append(model.decode_latents(latents))
+    return edits
+
+
+def autoencoder_grid(config: Config) -> GridSource:
+    """Return the source of grids: pictures and their reconstructions."""
+    batch = fixed_samples(config, config.logging.grid_samples)
+
+    @torch.no_grad()
+    def make(task: BaseTask) -> np.ndarray:
+        assert isinstance(task, AutoencoderTask)
+        images = to_pixels(batch["image"].to(task.device))
+        with task.averaged_weights():
+            decoded = task.model.autoencoder.decode(task.model.autoencoder.encode(images).mean)
+        return tile([to_uint8(images), to_uint8(decoded)])
+
+    return make
