@@ -1,0 +1,237 @@
+"""The Lightning data module: shards in, batches of uint8 tensors out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import pytorch_lightning as lightning
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from pbe.config import DataConfig
+from pbe.data.dataset import FAULTS, ExemplarDataset, collate, describe
+from pbe.data.shards import ShardPictures
+from pbe.errors import UserError
+
+
+class CounterSampler(DistributedSampler[int]):
+    """Yields global sample counters so that the split over ranks does not change what is drawn.
+
+    Global batch k of an epoch is made of the positions k * world * batch and on; rank r takes the r-th run
+    of ``batch_size`` of them. So 1 x 8 and 2 x 4 see the same global batches. It derives from
+    DistributedSampler because Lightning replaces any other sampler when there are several ranks.
+
+    Args:
+        dataset: gives the length of an epoch.
+        batch_size: per rank.
+        rank: of this process.
+        world_size: number of processes.
+        drop_last: leave out the samples that do not fill a global batch.
+
+    Attributes:
+        first_batch: global batch of the epoch to start with.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, rank: int, world_size: int, drop_last: bool
+    ) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False, drop_last=drop_last)
+        self.length = len(dataset)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.first_batch = 0
+
+    @property
+    def global_batch(self) -> int:
+        """Samples that all ranks take together in a step."""
+        return self.batch_size * self.num_replicas
+
+    @property
+    def batches(self) -> int:
+        """Batches of an epoch."""
+        return self.length // self.global_batch if self.drop_last else -(-self.length // self.global_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: Lightning's count runs ahead after some restarts, so the loader keeps its own."""
+
+    def seek(self, epoch: int, first_batch: int) -> None:
+        """Make the next iteration start at a batch of an epoch."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Return the number of samples of this rank in a whole epoch."""
+        if self.num_replicas == 1 and not self.drop_last:
+            return self.length
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this rank's counters of the epoch."""
+        offset = self.epoch * self.length
+        for batch in range(self.first_batch, self.batches):
+            first = batch * self.global_batch + self.rank * self.batch_size
+            for position in range(first, first + self.batch_size):
+                if position < self.length:
+                    yield offset + position
+                elif self.num_replicas > 1:  # ranks must take equal steps: wrap around
+                    yield offset + position % self.length
+
+
+class CountingLoader(DataLoader[Any]):
+    """A DataLoader that knows its place in the stream of samples and adds up what was skipped.
+
+    Iterating yields the rest of the current epoch; the next iteration continues with the next one, or where
+    an abandoned one stopped. Counting happens in the main process, as batches are handed out.
+
+    Args:
+        sampler: gives the order.
+        name: of the stream, for messages.
+        max_bad_share: share of an epoch's pictures that may be unusable.
+        repeat: draw epoch 0 again in every iteration.
+        num_workers: processes; 0 loads in this one.
+
+    Attributes:
+        counts: what was skipped or adjusted in the current epoch, or in the last one after its end.
+        place: epoch and batch of the next batch.
+    """
+
+    def __init__(
+        self, sampler: CounterSampler, name: str, max_bad_share: float, repeat: bool, num_workers: int
+    ) -> None:
+        super().__init__(
+            sampler.dataset,
+            batch_size=sampler.batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            worker_init_fn=_start_worker,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.counter = sampler
+        self.name = name
+        self.max_faults = max_bad_share * sampler.length / sampler.num_replicas
+        self.repeat = repeat
+        self.counts: Counter[str] = Counter()
+        self.place = (0, 0)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield batches; raise UserError when too many of the epoch's pictures cannot be used.
+
+        This is a generator so that workers start only when the first batch is asked for: Lightning makes
+        the iterator long before.
+        """
+        epoch, first = (0, 0) if self.repeat else self.place
+        self.counter.seek(epoch, first)
+        if first == 0:
+            self.counts = Counter()
+        for number, batch in enumerate(super().__iter__(), start=first + 1):
+            self._count(batch)
+            self.place = (epoch, number) if number < self.counter.batches else (epoch + 1, 0)
+            yield batch
+        self._report(epoch)
+
+    def _count(self, batch: dict[str, Any]) -> None:
+        self.counts.update(batch["counts"])
+        faults = {name: count for name, count in self.counts.items() if name in FAULTS}
+        if sum(faults.values()) > self.max_faults:
+            self._iterator = None  # ends the workers now, not when the error has been dealt with
+            raise UserError(
+                f"too many {self.name} pictures cannot be used ({describe(faults)}); "
+                "put the shards right or raise data.max_bad_share"
+            )
+        if batch["missing"]:
+            self._iterator = None
+            raise UserError(
+                f"no usable picture found in a long row of {self.name} pictures ({describe(self.counts)}); "
+                "check the shards, data.min_box_area and data.max_box_area"
+            )
+
+    def _report(self, epoch: int) -> None:
+        if self.counts and not self.repeat:
+            pictures = f"{self.counter.length} pictures"
+            rank_zero_info(f"{self.name} epoch {epoch}: {pictures}; {describe(self.counts)}")
+
+
+def _start_worker(_: int) -> None:
+    # One thread a worker: OpenCV's and torch's own pools would fight over the cores.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+class ExemplarDataModule(lightning.LightningDataModule):
+    """Batches for training and validation.
+
+    A batch is a dictionary: ``image`` (b 3 h w), ``mask`` (b 1 h w, 255 = repaint), ``exemplar`` (b 3 s s)
+    and ``valid`` (b 1 h w, 255 = counts in the loss), all uint8; ``sample_index`` (b,) int64, the global
+    counter ``epoch * len + position``; ``key``, the pictures' names; ``counts``, what was skipped or
+    adjusted while this batch was made; ``missing``, always 0. Validation always draws epoch 0 of a stream
+    of its own.
+
+    A checkpoint holds the place in the training stream, and a resumed run takes the very next batch.
+
+    Args:
+        config: shards, sizes, filters, loading.
+        seed: of the run.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self._restored = (0, 0)
+        self._datasets: dict[str, ExemplarDataset] = {}
+        self._loaders: dict[str, CountingLoader] = {}
+
+    def dataset(self, stream: str) -> ExemplarDataset:
+        """Return the data set ``train`` or ``validation``; its shards are indexed when first asked for."""
+        if stream not in self._datasets:
+            shards = {"train": self.config.train_shards, "validation": self.config.validation_shards}[stream]
+            self._datasets[stream] = ExemplarDataset(ShardPictures(shards), self.config, self.seed, stream)
+        return self._datasets[stream]
+
+    def counts(self, stream: str) -> Counter[str]:
+        """Return what was skipped or adjusted in the current or last epoch of a stream."""
+        return self._loaders[stream].counts if stream in self._loaders else Counter()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the training stream: epoch, and samples of it that are done."""
+        loader = self._loaders.get("train")
+        if loader is None:
+            return {"epoch": self._restored[0], "samples": self._restored[1]}
+        epoch, batch = loader.place
+        if self.trainer is not None:
+            # A batch that was handed out but whose step was interrupted is to be taken again.
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            done = epoch * loader.counter.batches + batch - (progress.ready - progress.processed)
+            epoch, batch = divmod(done, loader.counter.batches)
+        return {"epoch": epoch, "samples": batch * loader.counter.global_batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue the training stream at the place that a checkpoint holds."""
+        self._restored = (state_dict["epoch"], state_dict["samples"])
+
+    def _loader(self, stream: str) -> CountingLoader:
+        dataset, config = self.dataset(stream), self.config
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        # An epoch shorter than a batch is one short batch, not none at all.
+        drop_last = stream == "train" and len(dataset) >= config.batch_size * world_size
+        sampler = CounterSampler(dataset, config.batch_size, rank, world_size, drop_last)
+        repeat = stream == "validation"
+        loader = CountingLoader(sampler, stream, config.max_bad_share, repeat, config.num_workers)
+        self._loaders[stream] = loader
+        return loader
+
+    def train_dataloader(self) -> CountingLoader:
+        """Return the training batches, from the place of a restored checkpoint on."""
+        loader = self._loader("train")
+        epoch, samples = self._restored
+        loader.place = (epoch, samples // loader.counter.global_batch)
+        return loader
+
+    def val_dataloader(self) -> CountingLoader | list[Any]:
+        """Return the validation batches, the same in every epoch; none where no shards are given."""
+        return self._loader("validation") if self.config.validation_shards else []

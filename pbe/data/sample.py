@@ -1,0 +1,193 @@
+"""From a picture and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
+
+The object inside the box becomes the exemplar; the place around it becomes the hole that is to be painted.
+Everything is a pure function of the arguments, the state of the generator among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from pbe.config import AugmentConfig, SampleConfig
+from pbe.data.augment import ExemplarAugmentation
+from pbe.data.crops import CropPlan, cut, padded_square, plan_original_crop, plan_square_crop, valid_mask
+from pbe.data.masks import Box, bezier_mask, extend_box, rectangle_mask
+
+REFERENCE_SIDE = 512
+MAX_TRIES = 20
+
+__all__ = ["Box", "TrainingSample", "choose_box", "cut_exemplar", "make_sample"]
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """What the network learns from; all pictures are uint8, ``s`` is the image size, ``e`` the exemplar's.
+
+    Attributes:
+        image: the crop, ``s s 3`` RGB.
+        mask: 255 = repaint, 0 = keep; ``s s``.
+        exemplar: the augmented object, ``e e 3`` RGB.
+        valid: 255 = counts in the loss, 0 = reflected padding; ``s s``.
+        box: the object in pixels of ``image``.
+        extended: the extended box in whole pixels of ``image``; a rectangular mask is exactly this.
+        mask_kind: ``rectangle`` or ``arbitrary``.
+        jitter: largest shift of an arbitrary mask's points along x and y, pixels of ``image``.
+        events: any of ``shrunk``, ``padded``, ``squashed``, ``redrawn`` and ``fallback``.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    exemplar: np.ndarray
+    valid: np.ndarray
+    box: Box
+    extended: Box
+    mask_kind: str
+    jitter: tuple[float, float]
+    events: tuple[str, ...]
+
+
+def choose_box(boxes: Sequence[Box], rng: np.random.Generator) -> Box:
+    """Return one of the boxes, each as likely as the others; advances ``rng`` by one draw."""
+    return boxes[int(rng.integers(len(boxes)))]
+
+
+@functools.lru_cache(maxsize=8)
+def _augmentation(settings: tuple[tuple[str, float], ...], size: int) -> ExemplarAugmentation:
+    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size)  # type: ignore[arg-type]
+
+
+def cut_exemplar(picture: np.ndarray, box: Box, padding: int) -> np.ndarray:
+    """Return the object with some of its surroundings, a view of ``picture``.
+
+    Args:
+        picture: uint8 ``h w 3``.
+        box: inside the picture.
+        padding: pixels on each side at a short side of 512, scaled with the picture, at least one pixel
+            unless zero, and never beyond the picture.
+    """
+    height, width = picture.shape[:2]
+    pad = max(1, round(padding * min(width, height) / REFERENCE_SIDE)) if padding else 0
+    x1, y1 = max(math.floor(box.x1) - pad, 0), max(math.floor(box.y1) - pad, 0)
+    x2, y2 = min(math.ceil(box.x2) + pad, width), min(math.ceil(box.y2) + pad, height)
+    return picture[y1:y2, x1:x2]
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """A crop with its mask at the output's resolution."""
+
+    plan: CropPlan
+    box: Box
+    extended: Box
+    mask: np.ndarray
+    jitter: tuple[float, float]
+
+    def keep_share(self) -> float:
+        return 1.0 - cv2.countNonZero(self.mask) / self.mask.size
+
+
+def _draw_mask(
+    plan: CropPlan,
+    box: Box,
+    short_side: int,
+    kind: str,
+    rng: np.random.Generator,
+    config: SampleConfig,
+    size: int,
+) -> _Hole:
+    """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
+    inner = plan.crop.to_output(box, size).clipped(size, size)
+    extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
+    # The jitter belongs to a picture of 512 px; the crop is then resized like everything else.
+    pixels = config.bezier_jitter * short_side / REFERENCE_SIDE
+    sx, sy = plan.crop.scales(size)
+    jitter = (pixels * sx, pixels * sy)
+    if kind == "rectangle":
+        mask = rectangle_mask(extended, size, size)
+    else:
+        mask = bezier_mask(inner, extended, size, size, jitter, rng, config.min_box_cover)
+    return _Hole(plan, inner, extended, mask, jitter)
+
+
+def _draw_hole(
+    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+) -> _Hole:
+    extended = extend_box(box, width, height, config.extend_fraction, rng)
+    if config.squash:
+        plan = plan_original_crop(extended, width, height, config.shrink_fraction, rng)
+    else:
+        plan = plan_square_crop(box, extended, width, height, config.shrink_fraction, rng)
+    return _draw_mask(plan, box, min(width, height), kind, rng, config, size)
+
+
+def _fallback_hole(
+    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+) -> _Hole:
+    """Return the whole picture inside a reflected border, with the box itself as the hole's bounds.
+
+    The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
+    where the box is the whole picture.
+    """
+    crop = padded_square(width, height, math.ceil(1.125 * max(width, height)) + 1)
+    plan = CropPlan(crop, box, ("padded", "fallback"))
+    return _draw_mask(plan, box, min(width, height), kind, rng, config, size)
+
+
+def _find_hole(
+    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+) -> tuple[_Hole, tuple[str, ...]]:
+    """Draw crops and masks until enough of the picture stays; return the hole and its events."""
+    for attempt in range(MAX_TRIES):
+        hole = _draw_hole(box, width, height, kind, rng, config, size)
+        if hole.keep_share() >= config.min_keep_share:
+            return hole, hole.plan.events + (("redrawn",) if attempt else ())
+    hole = _fallback_hole(box, width, height, "rectangle", rng, config, size)
+    return hole, (*hole.plan.events, "redrawn")
+
+
+def make_sample(
+    picture: np.ndarray,
+    box: Box,
+    rng: np.random.Generator,
+    config: SampleConfig,
+    image_size: int,
+    exemplar_size: int,
+) -> TrainingSample:
+    """Make a training sample; the same arguments and generator state give the same bytes.
+
+    Args:
+        picture: uint8 ``h w 3`` RGB, both sides at least 2 pixels.
+        box: around an object, inside the picture, at least a pixel a side.
+        rng: generator that is advanced.
+        config: shares and ranges.
+        image_size: sides of the image and mask, pixels.
+        exemplar_size: sides of the exemplar, pixels.
+    """
+    height, width = picture.shape[:2]
+    settings = tuple(dataclasses.asdict(config.augment).items())
+    augment = _augmentation(settings, exemplar_size)
+    exemplar = augment(cut_exemplar(picture, box, config.exemplar_padding), rng)
+    # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
+    box = box.rounded_out(width, height)
+    # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
+    kind = "arbitrary" if rng.random() < config.arbitrary_mask_share else "rectangle"
+    hole, events = _find_hole(box, width, height, kind, rng, config, image_size)
+    crop = hole.plan.crop
+    return TrainingSample(
+        image=cut(picture, crop, image_size),
+        mask=hole.mask,
+        exemplar=exemplar,
+        valid=valid_mask(crop, width, height, image_size),
+        box=hole.box,
+        extended=hole.extended,
+        mask_kind="rectangle" if "fallback" in events else kind,
+        jitter=hole.jitter,
+        events=events,
+    )

@@ -1,0 +1,21 @@
+"""Editing: the pipeline that a person calls, and the command line around it.
+
+Nothing here imports torch until it is needed, so that ``sample.py --help`` and its complaints are immediate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pbe.editing.pipeline import EditOutput, PaintByExample
+
+__all__ = ["EditOutput", "PaintByExample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from pbe.editing import pipeline
+
+    return getattr(pipeline, name)

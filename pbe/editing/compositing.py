@@ -1,0 +1,24 @@
+"""Putting an edit back into its source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def composite(source: np.ndarray, edit: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Return the edit inside the hole and the source everywhere else, with a hard seam.
+
+    Args:
+        source: uint8 ``h w 3``.
+        edit: float32 ``h w 3`` in [0, 1].
+        hole: bool ``h w``, True = take the edit.
+
+    Returns:
+        float32 ``h w 3`` in [0, 1]; outside the hole :func:`to_bytes` gives back the source's very bytes.
+    """
+    return np.where(hole[:, :, None], edit, source.astype(np.float32) / np.float32(255.0))
+
+
+def to_bytes(picture: np.ndarray) -> np.ndarray:
+    """Round a float picture in [0, 1] to uint8 of the same shape."""
+    return np.round(picture * np.float32(255.0)).astype(np.uint8)

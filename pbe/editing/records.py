@@ -1,0 +1,125 @@
+"""What an edit leaves behind: the picture, a grid to look at, and a JSON with every setting to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pbe.errors import UserError
+
+CELL = 512  # longest side of a grid's cell, pixels
+COLUMNS = 7
+GAP = 4
+GREY = 128
+PACKAGES = ("pbe", "torch", "numpy", "pillow", "open_clip_torch", "timm", "safetensors")
+
+
+def make_grid(
+    source: np.ndarray, hole: np.ndarray, exemplar: np.ndarray, edits: Sequence[Image.Image]
+) -> Image.Image:
+    """Lay source, masked source (hole grey), exemplar and edits side by side, seven a row.
+
+    Args:
+        source: uint8 ``h w 3``.
+        hole: bool ``h w``.
+        exemplar: uint8 ``h w 3``, shown with its own aspect.
+        edits: pictures of the source's size.
+    """
+    masked = np.where(hole[:, :, None], np.uint8(GREY), source)
+    pictures = [Image.fromarray(array) for array in (source, masked, exemplar)] + list(edits)
+    height, width = source.shape[:2]
+    scale = min(1.0, CELL / max(height, width))
+    cell = (max(1, round(width * scale)), max(1, round(height * scale)))
+    columns = min(len(pictures), COLUMNS)
+    rows = -(-len(pictures) // columns)
+    grid = Image.new("RGB", (columns * (cell[0] + GAP) - GAP, rows * (cell[1] + GAP) - GAP), "white")
+    for index, picture in enumerate(pictures):
+        fitted = ImageOps.pad(picture, cell, color="white") if picture.size != cell else picture
+        grid.paste(fitted, (index % columns * (cell[0] + GAP), index // columns * (cell[1] + GAP)))
+    return grid
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a PNG atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    _write(path, buffer.getvalue())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of the outputs where it is missing, and check that it can be written to.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder '{path}': {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the folder '{path}' cannot be written to")
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model folder, by name."""
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    return {file.name: _digest(file) for file in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape an edit."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # running from a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def repeat_command(options: dict[str, Any]) -> str:
+    """Return the shell command with these ``--option value`` pairs; a value of True is a bare flag."""
+    words = ["python", "sample.py"]
+    for name, value in options.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)

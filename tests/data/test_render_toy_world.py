@@ -1,0 +1,86 @@
+"""The command that renders and packs scenes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pbe.data.dataset import decode_picture
+from pbe.data.shards import ShardPictures
+from scripts.render_toy_world import main
+
+
+def render(folder, *options: str) -> bytes:
+    arguments = ["--out", str(folder), "--scenes", "12", "--split", "test", "--seed", "4", *options]
+    assert main(arguments) == 0
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.tar")))
+
+
+def test_bytes_are_identical_on_rerun_and_with_workers(tmp_path, capsys):
+    first = render(tmp_path / "a", "--workers", "0", "--scenes-per-shard", "5")
+    assert "12 scenes in 3 shards" in capsys.readouterr().out
+    assert render(tmp_path / "b", "--workers", "1", "--scenes-per-shard", "5") == first
+    assert render(tmp_path / "a", "--workers", "0", "--scenes-per-shard", "5") == first
+
+
+def test_scene_i_does_not_depend_on_the_number_of_scenes(tmp_path):
+    render(tmp_path / "a", "--workers", "0")
+    render(tmp_path / "b", "--workers", "0", "--scenes", "3")
+    many, few = ShardPictures(tmp_path / "a"), ShardPictures(tmp_path / "b")
+    assert (len(many), len(few)) == (12, 3)
+    assert many.picture(2) == few.picture(2)
+
+
+def test_shards_hold_readable_scenes_with_boxes(tmp_path):
+    render(tmp_path, "--workers", "0", "--size", "64")
+    pictures = ShardPictures(tmp_path)
+    assert pictures[0].key == "test-0000000"
+    for position in range(len(pictures)):
+        annotation = pictures.annotation(position)
+        image = decode_picture(pictures.picture(position))
+        assert image.shape == (annotation["height"], annotation["width"], 3)
+        assert min(image.shape[:2]) == 64
+        for box in annotation["boxes"]:
+            x1, y1, x2, y2 = box["xyxy"]
+            assert 0 <= x1 < x2 <= annotation["width"]
+            assert 0 <= y1 < y2 <= annotation["height"]
+            assert box["label"]
+    assert json.dumps(annotation)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "validation"], "--split is 'validation'"),
+        (["--scenes", "0"], "at least 1"),
+        (["--size", "5"], "--size must lie in"),
+        (["--max-long-side", "20"], "--max-long-side"),
+        (["--max-objects", "9"], "--max-objects"),
+        (["--recolour", "2"], "--recolour"),
+        (["--workers", "-1"], "--workers"),
+        (["--world", "nowhere.zip"], "no toy world at 'nowhere.zip'"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, options, message):
+    assert main(["--out", str(tmp_path), "--scenes", "1", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_runs_as_a_script(tmp_path, project_root):
+    command = [sys.executable, "scripts/render_toy_world.py", "--out", str(tmp_path), "--scenes", "x"]
+    done = subprocess.run(
+        command,
+        cwd=project_root,
+        env={"PYTHONPATH": str(project_root), "NO_ALBUMENTATIONS_UPDATE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--scenes" in done.stderr
