@@ -47,7 +47,11 @@ class UNetConfig:
 
 @dataclass
 class AutoencoderConfig:
-    """AutoencoderKL; the defaults are Stable Diffusion's. ``scale_factor`` multiplies sampled latents."""
+    """AutoencoderKL; the defaults are Stable Diffusion's.
+
+    ``scale_factor`` multiplies sampled latents. ``patch_shortcut`` adds a learned linear map of whole
+    patches beside encoder and decoder, for autoencoders that have minutes instead of weeks to train.
+    """
 
     channels: int = 128
     channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
@@ -55,6 +59,7 @@ class AutoencoderConfig:
     latent_channels: int = 4
     norm_groups: int = 32
     mid_attention: bool = True
+    patch_shortcut: bool = False
     scale_factor: float = 0.18215
 
 
@@ -110,13 +115,14 @@ class ObjectiveConfig:
 
 @dataclass
 class AutoencoderLossConfig:
-    """Loss of the autoencoder: L1 + L1 of the finite differences + KL, each a mean over its elements.
+    """Loss of the autoencoder: L1 + L2 + L1 of the finite differences + KL, each a mean over its elements.
 
     ``masked_share`` of the pictures have their hole greyed out, since that is what the autoencoder
     will meet as masked images.
     """
 
     l1_weight: float = 1.0
+    l2_weight: float = 0.0
     gradient_weight: float = 1.0
     kl_weight: float = 1.0e-4
     masked_share: float = 0.0

@@ -57,7 +57,7 @@ def uniform_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     limit = schedule.timesteps // 2
     if not 1 <= steps <= limit:
         raise UserError(f"number of steps is {steps}; it must lie between 1 and {limit}")
-    return [t + 1 for t in range(0, schedule.timesteps, schedule.timesteps // steps)]
+    return [t + 1 for t in range(0, schedule.timesteps - 1, schedule.timesteps // steps)]
 
 
 def _alphas(schedule: NoiseSchedule, timesteps: list[int]) -> tuple[list[float], list[float]]:

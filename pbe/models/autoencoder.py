@@ -144,6 +144,13 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def _patch_maps(config: AutoencoderConfig) -> tuple[nn.Conv2d, nn.ConvTranspose2d]:
+    """Return linear maps from whole patches to latent means and back, as strided convolutions."""
+    factor, z = 2 ** (len(config.channel_mult) - 1), config.latent_channels
+    encoder = nn.Conv2d(3, z, factor, stride=factor)
+    return encoder, nn.ConvTranspose2d(z, 3, factor, stride=factor)
+
+
 class AutoencoderKL(nn.Module):
     """Autoencoder with a Gaussian bottleneck. Latents here are unscaled; see ``LatentDiffusion``."""
 
@@ -155,6 +162,9 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         self.decoder = Decoder(config)
+        self.patch_encoder, self.patch_decoder = (
+            _patch_maps(config) if config.patch_shortcut else (None, None)
+        )
 
     @property
     def downsampling(self) -> int:
@@ -164,8 +174,11 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of ``(b, 3, h, w)`` in [-1, 1]; h and w multiples of ``downsampling``."""
         mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        if self.patch_encoder is not None:
+            mean = mean + self.patch_encoder(images)
         return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures ``(b, 3, h, w)``, about [-1, 1] but not clamped, of unscaled latents."""
-        return self.decoder(self.post_quant_conv(latents))
+        images = self.decoder(self.post_quant_conv(latents))
+        return images if self.patch_decoder is None else images + self.patch_decoder(latents)

@@ -118,15 +118,17 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         raise UserError(
             f"exemplar_encoder.pretrained '{config.pretrained}' is neither a file nor a tag of the tower"
         )
-    wants_quick = bool(
-        (open_clip.get_pretrained_cfg(config.tower, config.pretrained) or {}).get("quick_gelu", False)
+    weights, network = (
+        open_clip.get_pretrained_cfg(config.tower, config.pretrained),
+        open_clip.get_model_config(config.tower),
     )
-    if wants_quick != bool((open_clip.get_model_config(config.tower) or {}).get("quick_gelu", False)):
-        twin = "a '-quickgelu' architecture" if wants_quick else "the architecture without '-quickgelu'"
+    if weights.get("quick_gelu") and not network.get("quick_gelu"):
         raise UserError(
-            f"weights '{config.pretrained}' of '{config.tower}' belong to {twin}; name that as the tower"
+            f"weights '{config.pretrained}' need QuickGELU: name the tower '{config.tower}-quickgelu'"
         )
-    source = open_clip.create_model(config.tower, pretrained=config.pretrained).visual
+    source = open_clip.create_model(
+        config.tower, pretrained=config.pretrained, force_image_size=config.image_size
+    ).visual
     state = {key: value for key, value in source.state_dict().items() if key in tower.state_dict()}
     tower.load_state_dict(state)
     return f"{config.tower}: open_clip weights {config.pretrained}"

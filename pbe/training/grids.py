@@ -14,10 +14,8 @@ from torch.nn import functional as F
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate
-from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
-from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import plms
-from pbe.models import LatentDiffusion
+from pbe.editing.conditioning import Conditioning, noise_predictor
 from pbe.models.latent_diffusion import masked_image
 from pbe.training.autoencoder_task import AutoencoderTask
 from pbe.training.base_task import BaseTask
@@ -48,35 +46,6 @@ def tile(columns: list[np.ndarray]) -> np.ndarray:
     return rearrange(np.stack(padded), "column row h w c -> (row h) (column w) c")
 
 
-def noise_predictor(
-    model: LatentDiffusion,
-    condition: Tensor,
-    masked_latents: Tensor,
-    keep_mask: Tensor,
-    guidance_scale: float,
-) -> PredictNoise:
-    """Close a model over what it paints with, as the guided noise predictor that solvers take.
-
-    Args:
-        model: eps or v.
-        condition: ``(b, tokens, c)``.
-        masked_latents: ``(b, z, h, w)``, scaled.
-        keep_mask: ``(b, 1, h, w)`` at latent size.
-        guidance_scale: 1 turns guidance off.
-    """
-
-    def network(x_t: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        repeat = len(x_t) // len(keep_mask)
-        masked, keep = masked_latents.repeat(repeat, 1, 1, 1), keep_mask.repeat(repeat, 1, 1, 1)
-        return model.predict(x_t, timesteps, context, masked, keep)
-
-    null = model.null_condition(len(condition), condition.shape[1])
-    predict = guided(network, condition, null, guidance_scale)
-    if model.config.prediction == "v":
-        return noise_from_v(predict, make_schedule(model.config.schedule))
-    return predict
-
-
 def diffusion_grid(config: Config) -> GridSource:
     """Return the source of grids: source, masked, exemplar, and the edit at each guidance scale."""
     batch = fixed_samples(config, config.logging.grid_samples)
@@ -103,9 +72,10 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     noise = draws.noise.to(encoded.keep_mask)
     masked = encoded.masked.mean * config.model.autoencoder.scale_factor
     condition = model.exemplar_encoder.condition(encoded.features)
+    conditioning = Conditioning(condition, masked, encoded.keep_mask)
     edits = []
     for scale in config.logging.grid_guidance:
-        predict = noise_predictor(model, condition, masked, encoded.keep_mask, scale)
+        predict = noise_predictor(model, task.schedule, conditioning, scale)
         latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
         edits.append(model.decode_latents(latents))
     return edits

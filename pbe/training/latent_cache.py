@@ -47,8 +47,10 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     settings["encoder"] = to_dict(config.model.exemplar_encoder)
     settings["shards"] = [_shard_state(config.data.train_shards), _shard_state(config.data.validation_shards)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for module in (model.autoencoder.encoder, model.autoencoder.quant_conv, model.exemplar_encoder.tower):
-        for name, value in sorted(module.state_dict().items()):
+    autoencoder = model.autoencoder
+    encoding = (autoencoder.encoder, autoencoder.quant_conv, autoencoder.patch_encoder)
+    for module in (*encoding, model.exemplar_encoder.tower):
+        for name, value in sorted(module.state_dict().items()) if module is not None else []:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

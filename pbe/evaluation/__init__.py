@@ -1,0 +1,1 @@
+"""Evaluation: benchmark, feature tower, scores, picture sheets and the report page."""

@@ -1,0 +1,118 @@
+"""Edits of the benchmark's cases, with the right and with a shuffled exemplar, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pbe.data.randomness import generator
+from pbe.editing.compositing import to_bytes
+from pbe.editing.pipeline import PaintByExample
+from pbe.errors import UserError
+from pbe.evaluation.benchmark import BenchmarkCase
+from pbe.evaluation.metrics import derangement
+
+GUIDANCE = (1.0, 2.0, 3.0, 5.0)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How the benchmark is edited.
+
+    Attributes:
+        guidance: guidance scales, each at least 0; the first is what the others are compared with.
+        solver: ``plms`` or ``ddim``.
+        steps: of the solver.
+        seed: of the noise and of the shuffling.
+        batch_size: edits at a time; it does not change the noise.
+    """
+
+    guidance: tuple[float, ...] = GUIDANCE
+    solver: str = "plms"
+    steps: int = 50
+    seed: int = 0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class BenchmarkEdits:
+    """Edited pictures, uint8 ``n s s 3``, keyed by guidance scale.
+
+    Attributes:
+        own: scene i with exemplar i.
+        shuffled: scene i with exemplar ``partner[i]``, from the same noise.
+        partner: ``(n,)`` a permutation without fixed points.
+    """
+
+    own: dict[float, np.ndarray]
+    shuffled: dict[float, np.ndarray]
+    partner: np.ndarray
+
+
+def make_edits(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    settings: EditSettings,
+    progress: Progress | None = None,
+) -> BenchmarkEdits:
+    """Edit every case twice at every guidance scale.
+
+    Args:
+        pipe: the pipeline; pixels outside the mask are kept.
+        cases: at least two.
+        settings: scales, solver, seed.
+        progress: called with (edits made, edits in all) after each batch.
+
+    Raises:
+        UserError: no or repeated guidance scales, a batch size below 1, fewer than two cases.
+    """
+    if not settings.guidance or len(set(settings.guidance)) != len(settings.guidance):
+        raise UserError("guidance scales must be given, each once")
+    if settings.batch_size < 1:
+        raise UserError(f"the batch size is {settings.batch_size}; it must be at least 1")
+    partner = derangement(len(cases), settings.seed, "partner")
+    total, done = 2 * len(settings.guidance) * len(cases), 0
+    own: dict[float, np.ndarray] = {}
+    shuffled: dict[float, np.ndarray] = {}
+    for scale in settings.guidance:
+        for target, exemplars in ((own, list(range(len(cases)))), (shuffled, partner.tolist())):
+            batches = []
+            for start in range(0, len(cases), settings.batch_size):
+                part = slice(start, start + settings.batch_size)
+                shown = [cases[i].exemplar for i in exemplars[part]]
+                batches.append(edit_batch(pipe, cases[part], shown, scale, settings))
+                done += len(shown)
+                if progress is not None:
+                    progress(done, total)
+            target[scale] = np.concatenate(batches)
+    return BenchmarkEdits(own, shuffled, partner)
+
+
+def edit_batch(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    exemplars: Sequence[np.ndarray],
+    guidance_scale: float,
+    settings: EditSettings,
+) -> np.ndarray:
+    """Edit some cases at once; return uint8 ``b s s 3``. Noise belongs to (seed, case), not to the batch."""
+    output = pipe(
+        list(exemplars),
+        [case.image for case in cases],
+        [case.mask for case in cases],
+        num_inference_steps=settings.steps,
+        guidance_scale=guidance_scale,
+        generator=[noise_generator(settings.seed, case.index) for case in cases],
+        output_type="np",
+        solver=settings.solver,
+    )
+    return to_bytes(output.images)
+
+
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """Return torch's CPU generator for the noise of case ``index``."""
+    return torch.Generator().manual_seed(int(generator(seed, "edit-noise", index).integers(2**62)))

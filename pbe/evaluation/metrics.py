@@ -1,0 +1,123 @@
+"""Scores from features: similarities, areas under the curve and their bootstrap intervals, in plain numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pbe.data.randomness import generator, permutation
+from pbe.errors import UserError
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score with its bootstrap interval (percentile method) from ``low`` to ``high``."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Show three decimals, such as ``0.812 (0.780 to 0.841)``."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity of matching rows of two ``(n, d)`` arrays, ``(n,)`` float64 in [-1, 1].
+
+    Raises:
+        UserError: a row is zero or not finite, so that it has no direction.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    if not np.all(np.isfinite(lengths)) or np.any(lengths == 0.0):
+        bad = int(np.sum(~np.isfinite(lengths) | (lengths == 0.0)))
+        raise UserError(f"{bad} of {len(lengths)} feature vectors are zero or not finite; check the pictures")
+    return np.sum(a * b, axis=1) / lengths
+
+
+def derangement(n: int, *key: int | str) -> np.ndarray:
+    """Return a permutation of ``0 .. n-1`` without fixed points, int64 ``(n,)``, that belongs to ``key``.
+
+    It follows one random cycle through all of them, so no place keeps its own.
+
+    Raises:
+        UserError: ``n`` below 2, where there is none.
+    """
+    if n < 2:
+        raise UserError(f"shuffled exemplars need at least two objects, not {n}")
+    cycle = permutation(n, *key)
+    result = np.empty(n, np.int64)
+    result[cycle] = np.roll(cycle, -1)
+    return result
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the chance that a positive exceeds a negative, ties counting half (Mann-Whitney).
+
+    Args:
+        positive: ``(n,)`` scores of the positives.
+        negative: ``(m,)`` scores of the negatives; every positive meets every negative.
+    """
+    ordered = np.sort(negative)
+    below = np.searchsorted(ordered, positive, side="left")
+    up_to = np.searchsorted(ordered, positive, side="right")
+    return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
+
+
+def win_rate(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the share of pairs ``(positive[i], negative[i])`` won by the positive, ties counting half."""
+    return float(np.mean((positive > negative) + 0.5 * (positive == negative)))
+
+
+def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
+    """Return how often each bootstrap sample draws each of ``n`` objects, float64 ``(resamples, n)``."""
+    rng = generator(seed, "bootstrap", n, resamples)
+    return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
+
+
+def _interval(value: float, replicates: np.ndarray, level: float) -> Estimate:
+    low, high = np.quantile(replicates, [(1.0 - level) / 2, (1.0 + level) / 2])
+    return Estimate(float(value), float(low), float(high))
+
+
+def auc_interval(
+    positive: np.ndarray,
+    negative: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Estimate:
+    """Return :func:`auc` with a bootstrap interval over objects.
+
+    Object i brings ``positive[i]`` and ``negative[i]`` into a resample together, since both come from
+    the same scene, mask and noise.
+
+    Args:
+        positive: ``(n,)``.
+        negative: ``(n,)``.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        level: share that the interval holds.
+    """
+    n = len(positive)
+    wins = (positive[:, None] > negative[None, :]) + 0.5 * (positive[:, None] == negative[None, :])
+    counts = resample_counts(n, resamples, seed)
+    replicates = np.sum((counts @ wins) * counts, axis=1) / n**2
+    return _interval(auc(positive, negative), replicates, level)
+
+
+def mean_interval(
+    values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Estimate:
+    """Return the mean of ``(n,)`` values with a bootstrap interval over them.
+
+    Given differences of paired scores it is the paired bootstrap.
+    """
+    replicates = resample_counts(len(values), resamples, seed) @ values / len(values)
+    return _interval(float(np.mean(values)), replicates, level)
