@@ -1,0 +1,150 @@
+"""The demo's stages in a reduced form: few scenes, few steps, a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pbe.checkpoints.native import save_model
+from pbe.config import load_config
+from pbe.models import LatentDiffusion
+from pbe.models.tower import load_pretrained
+from scripts import demo, evaluate
+
+SMALL = """
+model:
+  image_size: 32
+  prediction: v
+  unet: {model_channels: 32, channel_mult: [1], num_res_blocks: 1, attention_factors: [1], num_heads: 2,
+         context_dim: 32, norm_groups: 8}
+  autoencoder: {channels: 8, channel_mult: [1, 2, 2], num_res_blocks: 1, norm_groups: 4, mid_attention: false,
+                scale_factor: 1.0}
+  exemplar_encoder: {tower: timm/tf_efficientnet_lite0, pretrained: pypi, image_size: 64, mapper_width: 32,
+                     mapper_layers: 1}
+data: {image_size: 32, exemplar_size: 64, batch_size: 16, num_workers: 0}
+optimizer: {learning_rate: 3.0e-3}
+trainer: {threads: 1, progress: false, precision: 32-true}
+logging: {grid_steps: 2}
+"""
+REDUCED = [
+    "--scenes",
+    "40",
+    "--steps",
+    "24",
+    "--objects",
+    "5",
+    "--sampling-steps",
+    "2",
+    "--shown",
+    "3",
+    "--guidance",
+    "1",
+    "3",
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    """A configuration file and a model folder made with it, weights random but for the tower."""
+    folder = tmp_path_factory.mktemp("small")
+    path = folder / "small.yaml"
+    path.write_text(SMALL)
+    config = load_config(path)
+    torch.manual_seed(0)
+    model = LatentDiffusion(config.model)
+    load_pretrained(model.exemplar_encoder.tower, config.model.exemplar_encoder)
+    save_model(folder / "model", model, torch.float16)
+    return path, folder / "model"
+
+
+def arguments(small: tuple[Path, Path], out: Path) -> list[str]:
+    config, model = small
+    return ["--out", str(out), "--config", str(config), "--model", str(model), *REDUCED]
+
+
+def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert demo.main(arguments(small, out)) == 0
+    page = (out / "index.html").read_text()
+    for heading in (
+        "Edits of unseen scenes",
+        "Scores",
+        "Training, just now",
+        "Where the time went",
+        "How to go on",
+    ):
+        assert heading in page
+    assert page.count("data:image/png") == 3 * 5 + 1  # five tiles a strip, and the grid of the training run
+    assert "http" not in page
+    printed = capsys.readouterr().out
+    assert [f"== {n}. " in printed for n in range(1, 7)] == [True] * 6
+    assert "untrained" in printed
+    assert "peak memory" in printed
+    assert len(list((out / "scenes" / "train").glob("*.tar"))) == 1
+    assert (out / "example" / "mask.png").is_file()
+    assert not (out / "pilot").exists()
+
+
+def test_a_failing_stage_leaves_no_page(small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / demo.MARKER).touch()
+    (out / "index.html").write_text("of an earlier run")
+    monkeypatch.setattr(demo, "render", lambda options, clock: 1 / 0)
+    assert demo.main(arguments(small, out)) == 1
+    assert not (out / "index.html").exists()
+    error = capsys.readouterr().err
+    assert "error: stage 'Render scenes and pack shards' failed: ZeroDivisionError" in error
+    assert "Traceback" in error
+
+
+def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)  # there is no renderer here
+    assert demo.main(arguments(small, tmp_path / "demo")) == 2
+    assert "error: stage 'Render scenes and pack shards': rendering failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "nowhere"], "no model at 'nowhere'"),
+        (["--objects", "1"], "at least 2"),
+        (["--steps", "-1"], "--steps 0 or more"),
+        (["--set", "trainer.max_step=3"], "nearest valid one is 'trainer.max_steps'"),
+    ],
+)
+def test_mistakes_are_found_at_once(small, tmp_path, capsys, change, message):
+    assert demo.main([*arguments(small, tmp_path / "demo"), *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_folder_of_someone_else_is_left_alone(small, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").touch()
+    assert demo.main(arguments(small, tmp_path)) == 2
+    assert (tmp_path / "run" / "precious").exists()
+    assert "no demo made" in capsys.readouterr().err
+
+
+def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
+    out = tmp_path / "scores"
+    line = f"--model {small[1]} --out {out} --objects 4 --steps 2 --guidance 1 5 --sheet 3"
+    assert evaluate.main(line.split()) == 0
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["objects"] == 4
+    assert [row["guidance_scale"] for row in scores["guidance"]] == [1.0, 5.0]
+    assert scores["guidance"][1]["gain"]["low"] <= scores["guidance"][1]["gain"]["high"]
+    assert scores["features"]["tower"] == "tf_efficientnet_lite2"
+    assert (out / "scores.md").read_text() in capsys.readouterr().out
+    assert (out / "grid.png").stat().st_size > 1000
+
+
+def test_evaluate_tells_what_is_wrong(tmp_path, capsys):
+    assert evaluate.main(["--model", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
