@@ -296,10 +296,11 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> UserError:
-    key = error.full_key or str(error.key)
+    key = error.full_key or str(error.key or "")
     if isinstance(error, ConfigKeyError):
         return UserError(f"{source}: unknown key '{key}'; the nearest valid one is '{_nearest(key, known)}'")
-    return UserError(f"{source}: wrong value for '{key}': {str(error.msg).splitlines()[0]}")
+    reason = str(error.msg or error).splitlines()[0]
+    return UserError(f"{source}: wrong value for '{key}': {reason}" if key else f"{source}: {reason}")
 
 
 def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
@@ -323,11 +324,26 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _check_choices(config: DictConfig) -> None:
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in allowed:
-            raise UserError(f"'{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+def _read_override(override: str) -> DictConfig:
+    if "=" not in override:
+        raise UserError(f"override '{override}' is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # of the YAML parser, as above
+        raise UserError(f"override '{override}': its value is not valid YAML") from error
+
+
+def _finish(config: DictConfig, cls: type[T], source: str) -> T:
+    try:
+        for name, allowed in CHOICES.items():
+            key = name if cls is Config else name.removeprefix("model.")
+            if (value := OmegaConf.select(config, key)) is not None and value not in allowed:
+                raise UserError(f"{source}: '{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
+    assert isinstance(result, cls)
+    return result
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -340,7 +356,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         overrides: such as ``["trainer.max_steps=100", "data.batch_size=8"]``; later ones win.
 
     Raises:
-        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type.
+        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type
+            or choice.
     """
     config: DictConfig = OmegaConf.structured(Config)
     for source in _chain(Path(path)):
@@ -348,20 +365,15 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         loaded.pop("base", None)
         config = _merge(config, loaded, str(source))
     for override in overrides or []:
-        if "=" not in override:
-            raise UserError(f"override '{override}' is not of the form key=value")
-        config = _merge(config, OmegaConf.from_dotlist([override]), f"override '{override}'")
-    _check_choices(config)
-    result = OmegaConf.to_object(config)
-    assert isinstance(result, Config)
-    return result
+        config = _merge(config, _read_override(override), f"override '{override}'")
+    return _finish(config, Config, str(path))
 
 
 def _chain(path: Path) -> list[Path]:
     files = [path]
     while base := _read_yaml(files[0]).get("base"):
         parent = files[0].parent / str(base)
-        if parent in files:
+        if parent.resolve() in [file.resolve() for file in files]:
             raise UserError(f"{path}: '{parent}' is its own base")
         files.insert(0, parent)
     return files
@@ -374,10 +386,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration") -> T:
     """Build a configuration dataclass of type ``cls`` from a dictionary; strict like :func:`load_config`."""
-    base = OmegaConf.structured(cls)
-    result = OmegaConf.to_object(_merge(base, OmegaConf.create(values), source))
-    assert isinstance(result, cls)
-    return result
+    return _finish(_merge(OmegaConf.structured(cls), OmegaConf.create(values), source), cls, source)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:

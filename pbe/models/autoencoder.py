@@ -162,9 +162,10 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv2d(z, z, 1)
         self.decoder = Decoder(config)
-        self.patch_encoder, self.patch_decoder = (
-            _patch_maps(config) if config.patch_shortcut else (None, None)
-        )
+        self.patch_encoder: nn.Conv2d | None = None
+        self.patch_decoder: nn.ConvTranspose2d | None = None
+        if config.patch_shortcut:
+            self.patch_encoder, self.patch_decoder = _patch_maps(config)
 
     @property
     def downsampling(self) -> int:

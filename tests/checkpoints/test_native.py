@@ -1,0 +1,208 @@
+"""The project's own layout: nothing is lost, and every damage is one clear line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pbe.checkpoints import native
+from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, save_model, save_part
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+from tests.models.tiny import tiny_encoder_config, tiny_model_config
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    torch.manual_seed(0)
+    return LatentDiffusion(tiny_model_config()).eval()
+
+
+@pytest.fixture
+def folder(model: LatentDiffusion, tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", model)
+    return tmp_path / "model"
+
+
+def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    assert list(state) == list(expected)
+    return all(
+        torch.equal(state[key], expected[key]) and state[key].dtype == expected[key].dtype for key in state
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_round_trip_is_bit_identical(model: LatentDiffusion, folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "autoencoder.safetensors", "config.json", "exemplar_encoder.safetensors", "unet.safetensors",
+    ]  # fmt: skip
+    loaded = load_model(folder)
+    assert loaded.config == model.config
+    assert same(loaded.state_dict(), model.state_dict())
+    assert not any(module.training for module in loaded.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(loaded.encode_exemplar(pixels), model.encode_exemplar(pixels))
+
+
+def test_saving_twice_gives_the_same_bytes(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "again", load_model(folder))
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_round_once(model: LatentDiffusion, tmp_path: Path, dtype: torch.dtype) -> None:
+    save_model(tmp_path, model, dtype)
+    files = {
+        key: value for part in PARTS for key, value in load_file(tmp_path / f"{part}.safetensors").items()
+    }
+    assert {value.dtype for value in files.values()} == {dtype, torch.int64}
+    rounded = {
+        key: value.to(dtype).float() if value.is_floating_point() else value
+        for key, value in model.state_dict().items()
+    }
+    assert same(load_model(tmp_path).state_dict(), rounded)
+
+
+def test_type_in_memory_can_be_chosen(folder: Path) -> None:
+    loaded = load_model(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.encode_exemplar(torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_tower_with_computed_buffers(tmp_path: Path) -> None:
+    """Rotary position tables are in no file and have to be there after loading all the same."""
+    config = tiny_model_config()
+    config.exemplar_encoder = tiny_encoder_config("timm/eva02_tiny_patch14_224")
+    config.exemplar_encoder.image_size = 56
+    model = LatentDiffusion(config).eval()
+    assert set(dict(model.named_buffers())) - set(model.state_dict())
+    save_model(tmp_path, model)
+    pixels = torch.randn(1, 3, 56, 56)
+    torch.testing.assert_close(load_model(tmp_path).encode_exemplar(pixels), model.encode_exemplar(pixels))
+
+
+def test_single_part(model: LatentDiffusion, tmp_path: Path) -> None:
+    save_part(tmp_path, "autoencoder", model.autoencoder)
+    other = LatentDiffusion(tiny_model_config())
+    load_part(tmp_path, "autoencoder", other.autoencoder)
+    assert same(other.autoencoder.state_dict(), model.autoencoder.state_dict())
+    assert other.autoencoder.encoder.conv_in.weight.requires_grad
+
+
+def test_keys_that_do_not_fit_are_listed_and_counted(folder: Path) -> None:
+    path = folder / "unet.safetensors"
+    state = load_file(path)
+    gone = sorted(state)[:12]
+    reshaped = sorted(state)[20]
+    state = {key: value for key, value in state.items() if key not in gone}
+    state |= {"stranger": torch.zeros(1), reshaped: torch.zeros(3, 1, 4)}
+    save_file(state, path)
+    with pytest.raises(UserError) as caught:
+        load_model(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert f"12 missing: {', '.join(gone[:10])}, ...;" in message
+    assert gone[10] not in message
+    assert "1 unexpected: stranger;" in message
+    assert message.endswith(f"1 misshapen: {reshaped}")
+
+
+def test_weights_of_another_size_do_not_load(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["unet"]["model_channels"] = 32
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"unet\.safetensors does not fit the model: \d+ misshapen: "):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.0001, 0.5, 0.999])
+def test_truncated_file(folder: Path, kept: float) -> None:
+    path = folder / "autoencoder.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=r"autoencoder\.safetensors: damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_part(folder: Path, part: str) -> None:
+    (folder / f"{part}.safetensors").unlink()
+    with pytest.raises(UserError, match=f"{part}.safetensors is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[]", "not a model of this project"),
+        (b'{"format": "something-else", "model": {}}', "not a model of this project"),
+        (b'{"_class_name": "UNet2DConditionModel"}', "not a model of this project"),
+        (b'{"format": "pbe-native-1"}', "no 'model' section"),
+        (b'{"format": "pbe-native-1", "model": 3}', "no 'model' section"),
+        (
+            b'{"format": "pbe-native-1", "model": {"image_sise": 64}}',
+            "unknown key 'image_sise'.*'image_size'",
+        ),
+        (b'{"format": "pbe-native-1", "model": {"image_size": "big"}}', "wrong value for 'image_size'"),
+        (b'{"format": "pbe-native-1", "model": {"prediction": "x0"}}', "prediction.* must be one of eps, v"),
+    ],
+)
+def test_wrong_configuration(folder: Path, content: bytes, match: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=match):
+        load_config(folder)
+
+
+def test_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a model folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a model folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_failing_save_leaves_the_older_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    before = contents(folder)
+    calls = []
+
+    def failing(state: dict[str, Tensor], path: Path, **rest: object) -> None:
+        calls.append(path)
+        if len(calls) == fails_at:
+            Path(path).write_bytes(b"half of it")
+            raise OSError("no space left on device")
+        save_file(state, path, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(native, "save_file", failing)
+    torch.manual_seed(99)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(folder, LatentDiffusion(tiny_model_config()))
+    assert contents(folder) == before
+
+
+def test_failing_save_of_a_part_leaves_the_older_part(
+    model: LatentDiffusion, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(folder)
+
+    def failing(state: dict[str, Tensor], path: Path, **rest: object) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(native, "save_file", failing)
+    with pytest.raises(OSError, match="no space left"):
+        save_part(folder, "unet", model.unet)
+    assert contents(folder) == before

@@ -1,0 +1,121 @@
+"""The exemplar encoder: bottleneck, mapper, frozen tower, null condition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pbe.models import ExemplarEncoder
+from pbe.models.exemplar_encoder import MapperAttention, MapperBlock
+from tests.models.tiny import CONV_TOWER, TRANSFORMER_TOWER, randomised, relative, tiny_encoder_config
+
+
+def batch_statistics(encoder: ExemplarEncoder) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in encoder.tower.named_buffers()}
+
+
+def reference_mapper_attention(layer: MapperAttention, x: torch.Tensor) -> torch.Tensor:
+    """Attention with the fused rows read head by head, each head holding its queries, keys and values."""
+    fused = layer.qkv(x)
+    size = x.shape[-1] // layer.heads
+    heads = []
+    for head in range(layer.heads):
+        q, k, v = fused[..., 3 * size * head : 3 * size * (head + 1)].split(size, dim=-1)
+        scores = (q * size**-0.25) @ (k * size**-0.25).transpose(1, 2)
+        heads.append(scores.softmax(dim=-1) @ v)
+    return layer.proj(torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_mapper_attention_equals_the_written_out_formula(heads: int, tokens: int) -> None:
+    layer = randomised(MapperAttention(16, heads)).double()
+    x = torch.randn(3, tokens, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference_mapper_attention(layer, x))
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_one_token_equals_two_equal_tokens(heads: int) -> None:
+    block = randomised(MapperBlock(16, heads, 4)).double()
+    x = torch.randn(3, 1, 16, dtype=torch.float64)
+    torch.testing.assert_close(block(x).expand(3, 2, 16), block(x.repeat(1, 2, 1)))
+
+
+def test_query_and_key_rows_get_zero_gradient_with_one_token() -> None:
+    layer = randomised(MapperAttention(16, 2))
+    layer(torch.randn(3, 1, 16)).square().sum().backward()
+    rows = layer.qkv.weight.grad.reshape(2, 3, 8, 16)
+    assert float(rows[:, :2].abs().max()) == 0.0
+    assert float(rows[:, 2].abs().min(dim=-1).values.max()) > 0.0
+
+
+def test_condition_is_mapper_norm_projection() -> None:
+    encoder = ExemplarEncoder(tiny_encoder_config(), 24).eval()
+    features = torch.randn(2, 1, encoder.tower_width)
+    x = encoder.reduce(features)
+    for block in encoder.mapper:
+        x = x + block.attention(block.norm1(x))
+        x = x + block.fc2(torch.nn.functional.gelu(block.fc1(block.norm2(x))))
+    expected = encoder.proj(torch.nn.functional.layer_norm(x, (32,), eps=1e-5))
+    torch.testing.assert_close(encoder.condition(features), expected)
+
+
+@pytest.mark.parametrize("tower", [CONV_TOWER, TRANSFORMER_TOWER])
+@pytest.mark.parametrize("width", [0, 32])
+def test_shapes_with_the_pooled_token_and_with_all(tower: str, width: int) -> None:
+    pixels = torch.randn(2, 3, 64, 64)
+    one = ExemplarEncoder(tiny_encoder_config(tower, width=width), 24).eval()
+    every = ExemplarEncoder(tiny_encoder_config(tower, tokens="all", width=width), 24).eval()
+    every.load_state_dict(one.state_dict())
+    # a 64 px picture has 2 x 2 positions of 32 px, or 4 x 4 patches of 16
+    positions = 4 if tower == CONV_TOWER else 16
+    assert one.features(pixels).shape == (2, 1, one.tower_width)
+    assert every.features(pixels).shape == (2, 1 + positions, one.tower_width)
+    assert one(pixels).shape == (2, 1, 24)
+    assert every(pixels).shape == (2, 1 + positions, 24)
+    # the pooled feature is the same one and comes first
+    assert relative(every.features(pixels)[:, :1], one.features(pixels)) < 1e-5
+
+
+def test_pooled_feature_of_a_convolutional_tower_is_the_average() -> None:
+    encoder = ExemplarEncoder(tiny_encoder_config(), 24).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    average = encoder.tower.trunk.forward_features(pixels).mean(dim=(2, 3))
+    torch.testing.assert_close(encoder.features(pixels)[:, 0], average)
+
+
+def test_tower_is_frozen_and_its_statistics_stand_still_in_training() -> None:
+    encoder = ExemplarEncoder(tiny_encoder_config(), 24)
+    before = batch_statistics(encoder)
+    assert any("running_mean" in name for name in before)
+    encoder.train()
+    assert encoder.mapper.training
+    assert not any(module.training for module in encoder.tower.modules())
+    encoder(torch.randn(4, 3, 64, 64) * 3.0 + 1.0).square().sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.tower.named_buffers())
+    assert all(p.grad is None and not p.requires_grad for p in encoder.tower.parameters())
+    trained = {name for name, p in encoder.named_parameters() if p.grad is not None}
+    assert "reduce.weight" in trained
+    assert "mapper.0.fc1.weight" in trained
+    assert "null_condition" not in trained
+
+
+def test_tower_stays_in_evaluation_inside_a_larger_module() -> None:
+    outer = torch.nn.Sequential(ExemplarEncoder(tiny_encoder_config(), 24)).train()
+    assert not any(module.training for module in outer[0].tower.modules())
+    assert not outer.eval()[0].mapper.training
+
+
+def test_training_does_not_change_what_the_encoder_gives() -> None:
+    encoder = ExemplarEncoder(tiny_encoder_config(), 24)
+    pixels = torch.randn(2, 3, 64, 64)
+    assert torch.equal(encoder.train()(pixels), encoder.eval()(pixels))
+
+
+def test_null_condition_is_a_trainable_standard_normal_vector() -> None:
+    null = ExemplarEncoder(tiny_encoder_config(), 4096).null_condition
+    assert null.shape == (1, 1, 4096)
+    assert null.requires_grad
+    # 4,096 draws: the standard error of the mean is 0.016, of the deviation 0.011
+    assert null.mean().item() == pytest.approx(0.0, abs=0.06)
+    assert null.std().item() == pytest.approx(1.0, abs=0.05)

@@ -1,0 +1,126 @@
+"""The UNet: order of its inputs, starting point, sizes, and what its output depends on."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+from pbe.config import UNetConfig
+from pbe.models import UNet
+from pbe.models.layers import Downsample, ResBlock, Upsample, timestep_embedding
+from tests.models.tiny import randomised, relative, tiny_unet_config
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    return randomised(UNet(tiny_unet_config()))
+
+
+def inputs(batch: int = 2, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 9, size, size), torch.randint(0, 1000, (batch,)), torch.randn(batch, 1, 24)
+
+
+def test_each_input_channel_meets_its_own_slice_of_the_first_kernel(unet: UNet) -> None:
+    x, timesteps, context = inputs(1)
+    before = unet(x, timesteps, context)
+    for channel in range(9):
+        moved = x.clone()
+        moved[:, channel] += torch.randn(8, 8)
+        muted = UNet(tiny_unet_config()).eval()
+        muted.load_state_dict(unet.state_dict())
+        with torch.no_grad():
+            muted.conv_in.weight[:, channel] = 0.0
+        assert relative(unet(moved, timesteps, context), before) > 1e-4
+        assert torch.equal(muted(moved, timesteps, context), muted(x, timesteps, context))
+
+
+def test_number_of_input_channels_follows_the_latents() -> None:
+    wide = UNet(tiny_unet_config(), latent_channels=7)
+    assert wide.conv_in.in_channels == 15
+    assert wide(torch.randn(1, 15, 4, 4), torch.tensor([3]), torch.randn(1, 1, 24)).shape == (1, 7, 4, 4)
+
+
+def test_fresh_unet_gives_zero() -> None:
+    assert not bool(UNet(tiny_unet_config())(*inputs()).any())
+
+
+def test_output_depends_on_timestep_and_condition(unet: UNet) -> None:
+    x, _, context = inputs(1)
+    early, late = unet(x, torch.tensor([1]), context), unet(x, torch.tensor([981]), context)
+    assert relative(late, early) > 1e-3
+    assert relative(unet(x, torch.tensor([1]), torch.randn(1, 1, 24)), early) > 1e-3
+
+
+def test_samples_of_a_batch_do_not_meet(unet: UNet) -> None:
+    x, timesteps, context = inputs(3)
+    whole = unet(x, timesteps, context)
+    alone = torch.cat([unet(x[i : i + 1], timesteps[i : i + 1], context[i : i + 1]) for i in range(3)])
+    assert relative(whole, alone) < 1e-5
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (2, 10), (6, 4)])
+def test_any_grid_that_is_a_multiple(unet: UNet, height: int, width: int) -> None:
+    assert unet.size_multiple == 2
+    assert unet(torch.randn(1, 9, height, width), torch.tensor([5]), torch.randn(1, 1, 24)).shape == (
+        1,
+        4,
+        height,
+        width,
+    )
+
+
+def test_transformers_stand_where_the_configuration_says() -> None:
+    config = UNetConfig(
+        model_channels=8, channel_mult=[1, 2, 2], attention_factors=[2], num_heads=2, norm_groups=4
+    )
+    unet = UNet(config)
+    assert [len(level.attentions) for level in unet.down] == [0, 2, 0]
+    assert [len(level.attentions) for level in unet.up] == [0, 3, 0]
+    assert [block.skip is not None for level in unet.up for block in level.blocks] == [True] * 9
+
+
+def test_only_dead_weights_are_without_gradient(unet: UNet) -> None:
+    fresh = UNet(tiny_unet_config())
+    fresh.load_state_dict(unet.state_dict())
+    fresh(*inputs()).square().sum().backward()
+    dead = {name for name, parameter in fresh.named_parameters() if parameter.grad is None}
+    assert dead
+    assert all(".attn2.to_q" in name or ".attn2.to_k" in name or ".block.norm2" in name for name in dead)
+
+
+def test_timestep_embedding_is_cosines_then_sines() -> None:
+    embedding = timestep_embedding(torch.tensor([0, 7, 999]), 8)
+    for row, t in zip(embedding.tolist(), (0, 7, 999), strict=True):
+        frequencies = [10_000.0 ** (-k / 4) for k in range(4)]
+        expected = [math.cos(t * f) for f in frequencies] + [math.sin(t * f) for f in frequencies]
+        assert row == pytest.approx(expected, abs=2e-5)
+
+
+def test_residual_block_starts_as_its_skip_only_with_a_time_embedding() -> None:
+    x, time = torch.randn(1, 8, 4, 4), torch.randn(1, 12)
+    assert torch.equal(ResBlock(8, 8, groups=4, time_dim=12)(x, time), x)
+    assert relative(ResBlock(8, 8, groups=4)(x), x) > 0.01
+
+
+def test_epsilons_of_the_norms() -> None:
+    """They show only where activations are faint, so they are read off: 1e-6 in front of transformers."""
+    for name, module in UNet(tiny_unet_config()).named_modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            assert module.eps == (1e-6 if re.search(r"attention(s\.\d+)?\.norm$", name) else 1e-5), name
+
+
+def test_changes_of_resolution() -> None:
+    x = torch.randn(1, 4, 6, 8)
+    assert Upsample(4)(x).shape == (1, 4, 12, 16)
+    assert Downsample(4)(x).shape == Downsample(4, asymmetric=True)(x).shape == (1, 4, 3, 4)
+    asymmetric = Downsample(4, asymmetric=True)
+    with torch.no_grad():
+        asymmetric.conv.weight.zero_()
+        asymmetric.conv.bias.zero_()
+        asymmetric.conv.weight[:, :, 0, 0] = torch.eye(4)
+    # the kernel's first tap reads the very pixels when only right and bottom are padded
+    assert torch.equal(asymmetric(x), x[:, :, ::2, ::2])
