@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from pbe.config_checks import check_numbers
 from pbe.errors import UserError
 
 
@@ -104,7 +105,7 @@ class ObjectiveConfig:
 
     ``weighting`` is ``uniform`` or ``min_snr`` (Hang et al. 2023, clipped at ``min_snr_gamma``).
     ``drop_probability`` is the share of samples whose condition becomes the null condition,
-    drawn per ``sample`` or, as the original code does, once ``per_batch``.
+    drawn ``per_sample`` or, as the original code does, once ``per_batch``.
     """
 
     weighting: str = "uniform"
@@ -223,7 +224,6 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     validate_every: int = 500
     validation_batches: int = 8
-    channels_last: bool = False
     progress: bool = True
 
 
@@ -339,6 +339,8 @@ def _finish(config: DictConfig, cls: type[T], source: str) -> T:
             key = name if cls is Config else name.removeprefix("model.")
             if (value := OmegaConf.select(config, key)) is not None and value not in allowed:
                 raise UserError(f"{source}: '{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+        if cls is Config:
+            check_numbers(config, source)
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
@@ -356,8 +358,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         overrides: such as ``["trainer.max_steps=100", "data.batch_size=8"]``; later ones win.
 
     Raises:
-        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type
-            or choice.
+        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type,
+            choice or number.
     """
     config: DictConfig = OmegaConf.structured(Config)
     for source in _chain(Path(path)):

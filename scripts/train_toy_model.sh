@@ -7,8 +7,15 @@ export NO_ALBUMENTATIONS_UPDATE=1
 PYTHON=${PYTHON:-python}
 SHARDS=outputs/toy/shards
 
-[ -d "$SHARDS/train" ] || "$PYTHON" scripts/render_toy_world.py --out "$SHARDS/train" --scenes 24000 --split train --seed 0
-[ -d "$SHARDS/validation" ] || "$PYTHON" scripts/render_toy_world.py --out "$SHARDS/validation" --scenes 256 --split test --seed 1
-[ -d outputs/toy/autoencoder/model ] || "$PYTHON" train.py configs/toy_autoencoder.yaml
-[ -d outputs/toy/diffusion/model ] || "$PYTHON" train.py configs/toy.yaml
+render() { # split, folder, scenes, seed; the mark is made last, so that a stopped rendering is made again
+    [ -f "$SHARDS/$2.done" ] && return
+    "$PYTHON" scripts/render_toy_world.py --out "$SHARDS/$2" --split "$1" --scenes "$3" --seed "$4"
+    touch "$SHARDS/$2.done"
+}
+
+render train train 24000 0
+render test validation 256 1
+# a model folder gets its config.json last
+[ -f outputs/toy/autoencoder/model/config.json ] || "$PYTHON" train.py configs/toy_autoencoder.yaml
+[ -f outputs/toy/diffusion/model/config.json ] || "$PYTHON" train.py configs/toy.yaml
 "$PYTHON" scripts/convert_checkpoint.py outputs/toy/diffusion/model data/toy/model --to native --dtype fp16

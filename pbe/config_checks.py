@@ -1,0 +1,91 @@
+"""Which numbers a configuration may hold: ranges by key, and sizes that must fit each other."""
+
+from __future__ import annotations
+
+import math
+
+from omegaconf import DictConfig, OmegaConf
+
+from pbe.errors import UserError
+
+POSITIVE = (1, math.inf)
+SHARE = (0, 1)
+
+RANGES: dict[str, tuple[float, float]] = {
+    "model.image_size": POSITIVE,
+    "model.unet.num_res_blocks": POSITIVE,
+    "model.autoencoder.num_res_blocks": POSITIVE,
+    "model.autoencoder.latent_channels": POSITIVE,
+    "model.exemplar_encoder.image_size": POSITIVE,
+    "model.exemplar_encoder.mapper_width": (0, math.inf),
+    "objective.drop_probability": SHARE,
+    "autoencoder_loss.masked_share": SHARE,
+    "data.batch_size": POSITIVE,
+    "data.num_workers": (0, math.inf),
+    "data.min_box_area": SHARE,
+    "data.max_box_area": SHARE,
+    "data.max_bad_share": SHARE,
+    "data.sample.arbitrary_mask_share": SHARE,
+    "data.sample.extend_fraction": SHARE,
+    "data.sample.shrink_fraction": SHARE,
+    "data.sample.min_keep_share": (0, 0.5),
+    "data.sample.min_box_cover": SHARE,
+    "cache.variants": POSITIVE,
+    "cache.batch_size": POSITIVE,
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.ema_decay": (0, 0.999999),
+    "optimizer.gradient_clip": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "trainer.max_steps": POSITIVE,
+    "trainer.num_nodes": POSITIVE,
+    "trainer.accumulate": POSITIVE,
+    "trainer.threads": (0, math.inf),
+    "trainer.checkpoint_every": POSITIVE,
+    "trainer.keep_checkpoints": (-1, math.inf),
+    "trainer.validate_every": POSITIVE,
+    "trainer.validation_batches": POSITIVE,
+    "logging.every": POSITIVE,
+    "logging.grid_every": (0, math.inf),
+    "logging.grid_samples": POSITIVE,
+    "logging.grid_steps": (1, 500),
+}
+
+SAME = (
+    ("data.image_size", "model.image_size"),
+    ("data.exemplar_size", "model.exemplar_encoder.image_size"),
+)
+
+
+def check_numbers(config: DictConfig, source: str) -> None:
+    """Check the ranges of a whole configuration, and the sizes that depend on each other.
+
+    Args:
+        config: all sections, resolved.
+        source: named in errors.
+
+    Raises:
+        UserError: the first number that is out of its range or does not fit another.
+    """
+    for key, (low, high) in RANGES.items():
+        value = OmegaConf.select(config, key)
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            raise UserError(f"{source}: '{key}' is {value}; it must be {limit}")
+    betas = list(config.optimizer.betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"{source}: 'optimizer.betas' is {betas}; it must be two numbers from 0 to below 1")
+    for key, other in SAME:
+        value, wanted = OmegaConf.select(config, key), OmegaConf.select(config, other)
+        if value != wanted:
+            raise UserError(f"{source}: '{key}' is {value}, but '{other}' is {wanted}; they must be equal")
+    _check_multiple(config, source)
+
+
+def _check_multiple(config: DictConfig, source: str) -> None:
+    levels = len(config.model.autoencoder.channel_mult) + len(config.model.unet.channel_mult) - 2
+    multiple = 2**levels
+    if config.model.image_size % multiple:
+        raise UserError(
+            f"{source}: 'model.image_size' is {config.model.image_size}; "
+            f"autoencoder and UNet halve it {levels} times, so it must be a multiple of {multiple}"
+        )
