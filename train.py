@@ -5,36 +5,40 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
+from pbe.cli import Parser, run_command
 from pbe.config import load_config
-from pbe.errors import UserError
 
 EPILOG = """\
-overrides: trainer.max_steps=100 data.batch_size=8 ...; an unknown key is an error naming the nearest valid one.
+overrides: trainer.max_steps=100 data.batch_size=8 ...; an unknown key is an error naming the nearest.
 The same command continues a run that was stopped (trainer.resume=auto); Ctrl-C and SIGTERM save a checkpoint.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, load the configuration, train. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train Paint by Example.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file, such as configs/toy.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
-    arguments = parser.parse_args(argv)
-    try:
+    results: list[Any] = []
+
+    def body() -> None:
+        arguments = parser.parse_args(argv)
         config = load_config(arguments.config, arguments.overrides)
         from pbe.training.run import train  # slow to import: bad input is told before
 
-        result = train(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        results.append(train(config))
+
+    if status := run_command(body):
+        return status
+    (result,) = results
     if result.stopped_by:
         print(
             f"stopped at step {result.steps}; the same command continues from {result.output_dir}/checkpoints"

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-import torch
-
 from pbe.checkpoints.native import load_model, save_model
-from pbe.errors import UserError
+from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.cli import Parser, run_command
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+def run(arguments: list[str] | None) -> None:
+    """Load a model folder, write it in another precision.
 
-def main(argv: list[str] | None = None) -> int:
-    """Load a model folder, write it in another precision. Returns the exit code."""
-    parser = argparse.ArgumentParser(description="Convert a model to another layout or precision.")
+    Raises:
+        UserError: an option or the model cannot be used, or OUT cannot be written to.
+    """
+    parser = Parser(description="Convert a model to another layout or precision.")
     parser.add_argument("source", metavar="IN", help="model folder")
     parser.add_argument("target", metavar="OUT", help="folder to write")
     parser.add_argument("--to", choices=["native"], default="native", help="layout of OUT")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights in OUT")
-    arguments = parser.parse_args(argv)
-    try:
-        model = load_model(arguments.source)
-        save_model(arguments.target, model, DTYPES[arguments.dtype])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type of the weights in OUT")
+    options = parser.parse_args(arguments)
+    model = load_model(options.source)
+    save_model(options.target, model, torch_dtype(options.dtype))
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters as {arguments.dtype} in {arguments.target}")
-    return 0
+    print(f"{count:,} parameters as {options.dtype} in {options.target}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python scripts/demo.py --out outputs/demo
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import shutil
@@ -24,16 +25,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from pbe.checkpoints.native import load_config as load_model_config
+from pbe.cli import Parser, run_command
 from pbe.config import Config, load_config
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.diffusion.schedule import make_schedule
+from pbe.diffusion.solvers import uniform_timesteps
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import BenchmarkCase, make_benchmark
+from pbe.evaluation.benchmark import BenchmarkCase, check_count, make_benchmark
 from pbe.evaluation.edits import BenchmarkEdits, EditSettings, make_edits
 from pbe.evaluation.features import LiteFeatures
 from pbe.evaluation.report import Stage, machine_facts, write_page
 from pbe.evaluation.scores import Scores, markdown_table, score_edits
 from pbe.evaluation.showcase import TrainingCurve, build_report, read_training
+from pbe.files import make_folder
 from pbe.training.diffusion_task import VALIDATION_TIMESTEPS
 from pbe.training.loggers import read_rows
 
@@ -78,7 +83,7 @@ class Clock:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder (default %(default)s)")
     parser.add_argument("--model", type=Path, default=ROOT / "data/toy/model", help="the model that edits")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/toy.yaml", help="of the training run")
@@ -110,15 +115,22 @@ def check(options: argparse.Namespace) -> Config:
     """
     if min(options.scenes, options.objects, options.shown) < 2:
         raise UserError("--scenes, --objects and --shown must be at least 2")
-    if options.seconds <= 0 or options.steps < 0:
-        raise UserError("--seconds must be above 0, --steps 0 or more")
+    if not (math.isfinite(options.seconds) and options.seconds > 0) or options.steps < 0:
+        raise UserError("--seconds must be a number above 0, --steps 0 or more")
     if not (options.model / "config.json").is_file():
         raise UserError(
             f"no model at '{options.model}', where it ships with the project (or: make toy-model)"
         )
-    load_model_config(options.model)
-    ToyWorld(DEFAULT_WORLD)
+    model = load_model_config(options.model)
+    uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
+    edit_settings(options)
+    check_count(ToyWorld(DEFAULT_WORLD), options.objects)
     return training_config(options, 1, "run")
+
+
+def edit_settings(options: argparse.Namespace) -> EditSettings:
+    """Return how the benchmark is edited; UserError for scales that cannot be used."""
+    return EditSettings(tuple(options.guidance), steps=options.sampling_steps, seed=options.seed)
 
 
 def training_config(options: argparse.Namespace, steps: int, name: str) -> Config:
@@ -152,12 +164,11 @@ def clean(out: Path) -> None:
     """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one.
 
     Raises:
-        UserError: the folder holds such things but no demo made it.
+        UserError: the folder holds such things but no demo made it, or it cannot be written to.
     """
-    marker = out / MARKER
+    marker = make_folder(out) / MARKER
     if not marker.exists() and any((out / name).exists() for name in (*OWN_FOLDERS, "index.html")):
         raise UserError(f"'{out}' holds files that no demo made; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
     marker.touch()
     (out / "index.html").unlink(missing_ok=True)
     for name in OWN_FOLDERS:
@@ -223,7 +234,7 @@ def edit(options: argparse.Namespace, clock: Clock) -> tuple[list[BenchmarkCase]
     cases = make_benchmark(
         ToyWorld(), seed=options.seed, image_size=size, exemplar_size=exemplar_size, objects=options.objects
     )
-    settings = EditSettings(tuple(options.guidance), steps=options.sampling_steps, seed=options.seed)
+    settings = edit_settings(options)
     with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
         edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
     clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
@@ -310,18 +321,11 @@ def run(options: argparse.Namespace) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 for a mistake of the user's, 1 for a defect."""
     try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return run_command(lambda: run(parse(arguments)))
     except StageError as error:
         traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,21 +16,23 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.runner import pick_device
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import make_benchmark
 from pbe.evaluation.edits import GUIDANCE, EditSettings, make_edits
 from pbe.evaluation.features import LiteFeatures
 from pbe.evaluation.scores import markdown_table, score_edits
 from pbe.evaluation.sheets import benchmark_rows, sheet
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from pbe.files import make_folder
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model", type=Path, required=True, help="model folder (config.json and safetensors)"
     )
@@ -45,8 +47,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=32, help="edits at a time; changes no result but speed"
     )
-    parser.add_argument("--device", default="cpu", help="where the model runs")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the model's weights")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means one a core")
     parser.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
     parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Edit, score and write; return what scores.json holds.
 
     Raises:
-        UserError: an option, the model or the archive cannot be used.
+        UserError: an option, the model or the archive cannot be used, or the folder not be written to.
     """
     if options.threads < 0 or options.sheet < 1:
         raise UserError("--threads must be 0 or more, --sheet at least 1")
@@ -66,7 +70,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = EditSettings(
         tuple(options.guidance), options.solver, options.steps, options.seed, options.batch_size
     )
-    pipe = PaintByExample.from_pretrained(options.model, options.device, DTYPES[options.dtype])
+    device = pick_device(options.device)
+    pipe = PaintByExample.from_pretrained(options.model, device, torch_dtype(options.dtype))
+    make_folder(options.out)
     features = LiteFeatures()
     config = pipe.model.config
     cases = make_benchmark(
@@ -90,12 +96,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "steps": settings.steps,
             "seed": settings.seed,
             "dtype": options.dtype,
+            "device": str(device),
+            "batch_size": settings.batch_size,
+            "threads": torch.get_num_threads(),
         },
         "seconds": seconds,
         **scores.to_dict(),
     }
     table = markdown_table(scores)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
     (options.out / "scores.md").write_text(table)
     shown = {label: pictures[: options.sheet] for label, pictures in benchmark_rows(cases, edits).items()}
@@ -106,12 +114,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

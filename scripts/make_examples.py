@@ -5,38 +5,41 @@ python scripts/make_examples.py --out data/examples
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
+from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import make_benchmark
+from pbe.files import make_folder
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Render the triples and write them as PNG files. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run(arguments: list[str] | None) -> None:
+    """Render the triples and write them as PNG files.
+
+    Raises:
+        UserError: an option cannot be used, or the folder cannot be written to.
+    """
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/examples"), help="folder to write")
     parser.add_argument("--count", type=int, default=6, help="number of triples")
     parser.add_argument("--size", type=int, default=64, help="sides of the pictures, pixels")
     parser.add_argument("--seed", type=int, default=7, help="of objects, scenes and poses")
-    options = parser.parse_args(argv)
-    try:
-        cases = make_benchmark(
-            ToyWorld(DEFAULT_WORLD),
-            seed=options.seed,
-            image_size=options.size,
-            exemplar_size=128,
-            objects=options.count,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(arguments)
+    if options.count < 2 or options.size < 8:
+        raise UserError("--count must be at least 2, --size at least 8")
+    make_folder(options.out)
+    cases = make_benchmark(
+        ToyWorld(DEFAULT_WORLD),
+        seed=options.seed,
+        image_size=options.size,
+        exemplar_size=128,
+        objects=options.count,
+    )
     lines = []
     for number, case in enumerate(cases):
         other = cases[(number + 1) % len(cases)]
@@ -46,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(json.dumps({kind: f"{number}_{kind}.png" for kind in files} | {"name": str(number)}))
     (options.out / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     print(f"{len(cases)} triples in {options.out}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

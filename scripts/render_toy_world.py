@@ -14,10 +14,12 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
+from pbe.cli import Parser, run_command
 from pbe.data.randomness import generator
 from pbe.data.shards import ShardRecord, write_shards
 from pbe.data.toy_world import DEFAULT_WORLD, SPLITS, SceneConfig, ToyWorld, render_scene
 from pbe.errors import UserError
+from pbe.files import make_folder
 
 JPEG_QUALITY = 95
 
@@ -76,7 +78,7 @@ def render_records(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--scenes", type=int, required=True, help="number of scenes")
     parser.add_argument(
@@ -130,6 +132,7 @@ def run(options: argparse.Namespace) -> None:
     """Render and pack; prints where the shards are."""
     config = scene_config(options)
     ToyWorld(options.world)  # a missing archive is reported here, not by a worker
+    make_folder(options.out)
     records = render_records(
         options.world, options.split, options.seed, options.scenes, config, options.workers
     )
@@ -140,12 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def message(*overrides: str) -> str:
 def test_a_number_out_of_range_names_key_and_limits(key: str) -> None:
     low, _ = RANGES[key]
     text = message(f"{key}={int(low) - 2}")
-    assert key in text and f"{low:g}" in text and "\n" not in text
+    assert key in text
+    assert f"{low:g}" in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("key", [key for key, (_, high) in RANGES.items() if high == 1])

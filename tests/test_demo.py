@@ -112,7 +112,14 @@ def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
     [
         (["--model", "nowhere"], "no model at 'nowhere'"),
         (["--objects", "1"], "at least 2"),
+        (["--objects", "182"], "182 benchmark objects asked for; there are 181"),
         (["--steps", "-1"], "--steps 0 or more"),
+        (["--seconds", "nan"], "--seconds must be a number above 0"),
+        (["--guidance", "1", "-1"], "guidance scales are numbers from 0 up, not 1.0, -1.0"),
+        (["--guidance", "3", "3"], "each once"),
+        (["--sampling-steps", "0"], "number of steps is 0"),
+        (["--sampling-steps", "501"], "number of steps is 501; it must lie between 1 and 500"),
+        (["--shown", "many"], "argument --shown: invalid int value: 'many'"),
         (["--set", "trainer.max_step=3"], "nearest valid one is 'trainer.max_steps'"),
     ],
 )
@@ -140,11 +147,32 @@ def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
     assert scores["objects"] == 4
     assert [row["guidance_scale"] for row in scores["guidance"]] == [1.0, 5.0]
     assert scores["guidance"][1]["gain"]["low"] <= scores["guidance"][1]["gain"]["high"]
+    assert 0.0 <= scores["guidance"][0]["win_rate"]["low"] <= scores["guidance"][0]["win_rate"]["high"] <= 1.0
+    sampling = scores["sampling"]
+    assert {key: sampling[key] for key in ("device", "dtype", "batch_size")} == {
+        "device": "cpu",
+        "dtype": "fp32",
+        "batch_size": 32,
+    }
+    assert sampling["threads"] == torch.get_num_threads()
     assert scores["features"]["tower"] == "tf_efficientnet_lite2"
     assert (out / "scores.md").read_text() in capsys.readouterr().out
     assert (out / "grid.png").stat().st_size > 1000
 
 
-def test_evaluate_tells_what_is_wrong(tmp_path, capsys):
-    assert evaluate.main(["--model", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    assert "is not a model folder" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "is not a model folder"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used here"),
+        (["--solver", "magic"], "there is no solver 'magic'"),
+        (["--steps", "0"], "the number of steps is 0"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+    ],
+)
+def test_evaluate_tells_what_is_wrong(tmp_path, capsys, change, message):
+    assert evaluate.main(["--model", str(tmp_path), "--out", str(tmp_path / "x"), *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()

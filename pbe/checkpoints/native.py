@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
+from pbe.files import make_folder
 from pbe.models import ExemplarEncoder, LatentDiffusion
 
 PARTS = ("unet", "autoencoder", "exemplar_encoder")
@@ -32,9 +33,11 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         folder: made when missing.
         model: the weights.
         dtype: type of the floating-point tensors in the files; None keeps each tensor's own.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         for part in PARTS:
             save_part(Path(staging), part, getattr(model, part), dtype)

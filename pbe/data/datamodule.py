@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import cv2
 import pytorch_lightning as lightning
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pbe.config import DataConfig
 from pbe.data.dataset import FAULTS, ExemplarDataset, collate, describe
 from pbe.data.shards import ShardPictures
 from pbe.errors import UserError
+
+LOG = logging.getLogger(__name__)
 
 
 class CounterSampler(DistributedSampler[int]):
@@ -152,7 +154,8 @@ class CountingLoader(DataLoader[Any]):
     def _report(self, epoch: int) -> None:
         if self.counts and not self.repeat:
             pictures = f"{self.counter.length} pictures"
-            rank_zero_info(f"{self.name} epoch {epoch}: {pictures}; {describe(self.counts)}")
+            if self.counter.rank == 0:
+                LOG.info("%s epoch %d: %s; %s", self.name, epoch, pictures, describe(self.counts))
 
 
 def _start_worker(_: int) -> None:

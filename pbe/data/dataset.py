@@ -32,6 +32,7 @@ NO_BOX = "no valid box"
 AREA = "no box of the wanted area"
 FAULTS = frozenset({UNREADABLE, BAD_ANNOTATION, TINY, SIZE_MISMATCH, NO_BOX})
 MIN_BOX_SIDE = 2.0
+MAX_SIDE = 2**31 - 1  # no picture format goes beyond
 MAX_REPLACEMENTS = 200
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
@@ -65,9 +66,12 @@ class DatasetItem:
 def _parse_annotation(annotation: dict[str, Any]) -> tuple[int, int, list[Box]]:
     try:
         boxes = [Box(*(float(value) for value in box["xyxy"])) for box in annotation["boxes"]]
-        return int(annotation["width"]), int(annotation["height"]), boxes
-    except (KeyError, TypeError, ValueError) as error:
+        width, height = int(annotation["width"]), int(annotation["height"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UnusablePictureError(BAD_ANNOTATION) from error
+    if max(width, height) > MAX_SIDE:
+        raise UnusablePictureError(BAD_ANNOTATION)
+    return width, height, boxes
 
 
 def usable_boxes(boxes: Sequence[Box], width: int, height: int, config: DataConfig) -> list[Box]:
@@ -120,7 +124,7 @@ def read_picture(pictures: ShardPictures, position: int, config: DataConfig) -> 
     try:
         annotation = pictures.annotation(position)
         encoded = pictures.picture(position)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusablePictureError(BAD_ANNOTATION) from error
     except OSError as error:
         raise UnusablePictureError(UNREADABLE) from error

@@ -24,6 +24,7 @@ import braceexpand
 import webdataset
 
 from pbe.errors import UserError
+from pbe.files import make_folder
 
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 BLOCK = tarfile.BLOCKSIZE
@@ -116,10 +117,9 @@ def write_shards(
         The shards written, in order.
 
     Raises:
-        UserError: for a key that WebDataset would split.
+        UserError: for a key that WebDataset would split, or a folder that cannot be made or written to.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     paths: list[Path] = []
     writer: _ShardWriter | None = None
     try:
@@ -182,10 +182,13 @@ def _index_shard(path: Path, number: int) -> list[ShardEntry]:
                 place = (member.offset_data, member.size)
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 key, extension = os.path.splitext(member.name)
-                if extension.lower() in PICTURE_EXTENSIONS:
-                    pictures[key] = place
-                elif extension == ".json":
-                    annotations[key] = place
+                picture = extension.lower() in PICTURE_EXTENSIONS
+                if not picture and extension != ".json":
+                    continue
+                found = pictures if picture else annotations
+                if key in found:
+                    raise UserError(f"'{path}' holds '{key}' twice; write the shard again with unique keys")
+                found[key] = place
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"'{path}' is not a tar or is truncated ({error}); write the shard again") from error
     # A whole tar ends in blocks of zeros; one that was cut between two members does not.

@@ -189,24 +189,34 @@ def perspective_view(
     return cv2.remap(panorama, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
 
 
-def draw_background(
-    world: ToyWorld, split: str, rng: np.random.Generator, width: int, height: int
-) -> np.ndarray:
-    """Return a randomly aimed, mirrored and lit view of a panorama, uint8 ``height width 3``."""
-    names = world.panoramas(split)
-    view = perspective_view(
-        world.panorama(names[int(rng.integers(len(names)))]),
+def aim_view(panorama: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a randomly aimed :func:`perspective_view` of a panorama, uint8 ``height width 3``."""
+    return perspective_view(
+        panorama,
         width,
         height,
         yaw=float(rng.uniform(0.0, 360.0)),
         pitch=float(rng.uniform(-15.0, 15.0)),
         field_of_view=float(rng.uniform(60.0, 90.0)),
     )
+
+
+def draw_light(view: np.ndarray, rng: np.random.Generator, warmth: float = 0.0) -> np.ndarray:
+    """Return a view (uint8 ``h w 3``) in random light; ``warmth`` raises red and lowers blue, as a share."""
+    gain, gamma = float(rng.uniform(0.75, 1.1)), math.exp(float(rng.uniform(-0.25, 0.3)))
+    return cv2.LUT(view, tone_table(gain, gamma, (1.0 + warmth, 1.0, 1.0 - warmth)))
+
+
+def draw_background(
+    world: ToyWorld, split: str, rng: np.random.Generator, width: int, height: int
+) -> np.ndarray:
+    """Return a randomly aimed, mirrored and lit view of a panorama, uint8 ``height width 3``."""
+    names = world.panoramas(split)
+    view = aim_view(world.panorama(names[int(rng.integers(len(names)))]), width, height, rng)
     if rng.random() < 0.5:
         view = view[:, ::-1]
     warmth = float(rng.uniform(-0.1, 0.1))
-    gain, gamma = float(rng.uniform(0.75, 1.1)), math.exp(float(rng.uniform(-0.25, 0.3)))
-    return cv2.LUT(np.ascontiguousarray(view), tone_table(gain, gamma, (1.0 + warmth, 1.0, 1.0 - warmth)))
+    return draw_light(np.ascontiguousarray(view), rng, warmth)
 
 
 @functools.lru_cache(maxsize=1)

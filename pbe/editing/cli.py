@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
+from pbe.checkpoints.precision import DTYPES
+from pbe.cli import Parser, run_command
 from pbe.editing.jobs import FILE_KEYS, MAX_SEED, Job, check_files, check_outputs, read_pairs, single_job
-from pbe.editing.records import make_folder
 from pbe.errors import UserError
+from pbe.files import make_folder
 
 SOLVER_NAMES = ("plms", "ddim")
-DTYPES = ("float32", "bfloat16", "float16")
 MANY = 50  # from this many jobs on, checking the files takes a bar of its own
 DESCRIPTION = "Paint an exemplar into the masked part of a picture."
 EPILOG = (
@@ -24,14 +23,6 @@ EPILOG = (
     "NAME_SEED_grid.png in the output folder. A line of a --pairs file is a JSON object with image, mask and "
     "exemplar (paths relative to the file) and, if you like, name and seed. See docs/sampling.md."
 )
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are a :class:`UserError`, one line like every other."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the complaint."""
-        raise UserError(f"{message} (--help lists the options)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    where.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    where.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")
     where.add_argument("--batch-size", type=int, default=4, help="edits at once (default: 4)")
     return parser
 
@@ -131,12 +122,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 after ``error: ...`` on stderr, 130 when interrupted.
     """
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(arguments))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+GREY = np.uint8(128)
+
 
 def composite(source: np.ndarray, edit: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """Return the edit inside the hole and the source everywhere else, with a hard seam.
@@ -17,6 +19,11 @@ def composite(source: np.ndarray, edit: np.ndarray, hole: np.ndarray) -> np.ndar
         float32 ``h w 3`` in [0, 1]; outside the hole :func:`to_bytes` gives back the source's very bytes.
     """
     return np.where(hole[:, :, None], edit, source.astype(np.float32) / np.float32(255.0))
+
+
+def grey_out(source: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Return a picture (uint8 ``h w 3``) with its hole (bool ``h w``) at mid-grey, to be looked at."""
+    return np.where(hole[:, :, None], GREY, source)
 
 
 def to_bytes(picture: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,14 @@ def _parse_pair(line: str, folder: Path, number: int, seed: int, origin: str) ->
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise EditValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise EditValueError("not usable JSON: a number is too long or the nesting too deep") from error
     if not isinstance(values, dict):
         raise EditValueError('must be a JSON object such as {"image": ..., "mask": ..., "exemplar": ...}')
     unknown = [key for key in values if key not in PAIR_KEYS]
     if unknown:
         raise EditValueError(f"unknown key '{unknown[0]}'; there are: {', '.join(PAIR_KEYS)}")
-    image, mask, exemplar = (folder / _text(values, key) for key in FILE_KEYS)
+    image, mask, exemplar = (folder / _path(values, key) for key in FILE_KEYS)
     name = _text(values, "name") if "name" in values else f"{number:04d}_{image.stem}"
     _check_name(name)
     return Job(image, mask, exemplar, name, _seed(values.get("seed", seed)), origin)
@@ -103,6 +106,17 @@ def _text(values: dict[str, Any], key: str) -> str:
     return values[key]
 
 
+def _path(values: dict[str, Any], key: str) -> str:
+    text = _text(values, key)
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise EditValueError(f"'{key}' cannot be the path of a file: {text!a}")
+    return text
+
+
 def _seed(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
         raise EditValueError(f"'seed' must be a whole number from 0 to {MAX_SEED}")
@@ -110,8 +124,12 @@ def _seed(value: Any) -> int:
 
 
 def _check_name(name: str) -> None:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:
+        raise EditValueError(f"name {name!a} is not Unicode text; give another name") from error
     forbidden = name.startswith(".") or any(sign in name for sign in "/\\\0")
-    if not name or forbidden or len(name.encode()) > MAX_NAME:
+    if not name or forbidden or length > MAX_NAME:
         raise EditValueError(f"name '{name}' cannot be the name of a file")
 
 

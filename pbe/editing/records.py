@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from pbe.editing.compositing import grey_out
 from pbe.errors import UserError
 
 CELL = 512  # longest side of a grid's cell, pixels
 COLUMNS = 7
 GAP = 4
-GREY = 128
 PACKAGES = ("pbe", "torch", "numpy", "pillow", "open_clip_torch", "timm", "safetensors")
 
 
@@ -36,8 +36,7 @@ def make_grid(
         exemplar: uint8 ``h w 3``, shown with its own aspect.
         edits: pictures of the source's size.
     """
-    masked = np.where(hole[:, :, None], np.uint8(GREY), source)
-    pictures = [Image.fromarray(array) for array in (source, masked, exemplar)] + list(edits)
+    pictures = [Image.fromarray(array) for array in (source, grey_out(source, hole), exemplar)] + list(edits)
     height, width = source.shape[:2]
     scale = min(1.0, CELL / max(height, width))
     cell = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -67,7 +66,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # What is not UTF-8 in a path is a lone surrogate in Python, and its backslash form is JSON's own.
+    _write(path, text.encode(errors="backslashreplace"))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -79,20 +80,6 @@ def _write(path: Path, content: bytes) -> None:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder of the outputs where it is missing, and check that it can be written to.
-
-    Raises:
-        UserError: it is a file, or cannot be made or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder '{path}': {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"the folder '{path}' cannot be written to")
 
 
 def model_digests(folder: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pbe.checkpoints.precision import torch_dtype
 from pbe.diffusion.solvers import uniform_timesteps
 from pbe.editing.jobs import Job, output_stem
 from pbe.editing.pictures import LoadedFile, fit_mask, read_mask, read_picture
@@ -88,7 +89,7 @@ def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: arg
         UserError: the model or the device cannot be used, or a file cannot be written.
     """
     device = pick_device(options.device)
-    pipe = PaintByExample.from_pretrained(options.model, device, getattr(torch, options.dtype))
+    pipe = PaintByExample.from_pretrained(options.model, device, torch_dtype(options.dtype))
     shared = _shared_record(options, device)
     steps = len(uniform_timesteps(pipe.schedule, options.steps))
     total = len(jobs) * options.num_images * steps
@@ -133,7 +134,8 @@ def _finish(
         grid = make_grid(work.image.pixels, work.mask.pixels, work.exemplar.pixels, work.edits)
         write_png(out / f"{output_stem(work.job, 0)}_grid.png", grid)
         work.edits.clear()
-    tqdm.write(str(out / f"{stem}.png"), file=sys.stdout)
+    written = str(out / f"{stem}.png").encode(errors="backslashreplace").decode()  # not UTF-8, perhaps
+    tqdm.write(written, file=sys.stdout)
 
 
 def _shared_record(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -7,10 +7,8 @@ benchmark is made of the same cases as the whole.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 
 from pbe.config import SampleConfig
@@ -18,8 +16,9 @@ from pbe.data.crops import cut, plan_square_crop, resize
 from pbe.data.masks import Box, rectangle_mask
 from pbe.data.randomness import generator, permutation
 from pbe.data.sample import cut_exemplar
-from pbe.data.toy_sprites import ObjectPose, draw_pose, render_sprite, tone_table
-from pbe.data.toy_world import Scene, SceneConfig, ToyWorld, draw_centre, paste_sprite, perspective_view
+from pbe.data.toy_sprites import ObjectPose, draw_pose, render_sprite
+from pbe.data.toy_world import Scene, SceneConfig, ToyWorld, aim_view, draw_centre, draw_light, paste_sprite
+from pbe.editing.compositing import grey_out
 from pbe.errors import UserError
 
 SPLIT = "test"
@@ -63,7 +62,7 @@ class BenchmarkCase:
     @property
     def masked(self) -> np.ndarray:
         """The scene with the hole at mid-grey, ``s s 3``."""
-        return np.where(self.mask[..., None] > 127, np.uint8(128), self.image)
+        return grey_out(self.image, self.mask > 127)
 
 
 def make_benchmark(
@@ -81,11 +80,21 @@ def make_benchmark(
     Raises:
         UserError: there are not that many test objects.
     """
+    available = check_count(world, objects)
+    order = permutation(available, seed, "benchmark-order")[: objects or available]
+    return [make_case(world, int(index), seed, image_size, exemplar_size) for index in order]
+
+
+def check_count(world: ToyWorld, objects: int) -> int:
+    """Return the number of test objects.
+
+    Raises:
+        UserError: ``objects`` is negative or more than there are.
+    """
     available = len(world.objects(SPLIT))
     if not 0 <= objects <= available:
         raise UserError(f"{objects} benchmark objects asked for; there are {available}")
-    order = permutation(available, seed, "benchmark-order")[: objects or available]
-    return [make_case(world, int(index), seed, image_size, exemplar_size) for index in order]
+    return available
 
 
 def make_case(world: ToyWorld, index: int, seed: int, image_size: int, exemplar_size: int) -> BenchmarkCase:
@@ -120,14 +129,6 @@ def _other_pose(pose: ObjectPose, rng: np.random.Generator) -> ObjectPose:
     return dataclasses.replace(other, flip=not pose.flip)
 
 
-def _view(world: ToyWorld, panorama: str, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a randomly aimed and lit view of one panorama, uint8 ``height width 3``."""
-    yaw, pitch, field = rng.uniform(0.0, 360.0), rng.uniform(-15.0, 15.0), rng.uniform(60.0, 90.0)
-    view = perspective_view(world.panorama(panorama), width, height, float(yaw), float(pitch), float(field))
-    gain, gamma = float(rng.uniform(0.75, 1.1)), math.exp(float(rng.uniform(-0.25, 0.3)))
-    return cv2.LUT(view, tone_table(gain, gamma, (1.0, 1.0, 1.0)))
-
-
 def _scene(
     world: ToyWorld, panorama: str, rgba: np.ndarray, pose: ObjectPose, rng: np.random.Generator
 ) -> Scene:
@@ -135,7 +136,8 @@ def _scene(
     config = SceneConfig()
     sides = [config.short_side, int(rng.integers(config.short_side, config.max_long_side + 1))]
     width, height = rng.permutation(sides)
-    scene = Scene(_view(world, panorama, int(width), int(height), rng))
+    view = aim_view(world.panorama(panorama), int(width), int(height), rng)
+    scene = Scene(draw_light(view, rng))
     sprite = render_sprite(rgba, pose, scene.short_side)
     for _ in range(MAX_TRIES):
         centre = draw_centre(rng, sprite, int(width), int(height))

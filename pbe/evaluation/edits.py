@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from pbe.data.randomness import generator
+from pbe.diffusion.solvers import SOLVERS
 from pbe.editing.compositing import to_bytes
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
@@ -29,6 +31,9 @@ class EditSettings:
         steps: of the solver.
         seed: of the noise and of the shuffling.
         batch_size: edits at a time; it does not change the noise.
+
+    Raises:
+        UserError: no, repeated or negative guidance scales, an unknown solver, no steps, an empty batch.
     """
 
     guidance: tuple[float, ...] = GUIDANCE
@@ -36,6 +41,21 @@ class EditSettings:
     steps: int = 50
     seed: int = 0
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used before any time is spent on it."""
+        if not self.guidance or len(set(self.guidance)) != len(self.guidance):
+            raise UserError("guidance scales must be given, each once")
+        if not all(math.isfinite(scale) and scale >= 0.0 for scale in self.guidance):
+            raise UserError(
+                f"guidance scales are numbers from 0 up, not {', '.join(map(str, self.guidance))}"
+            )
+        if self.solver not in SOLVERS:
+            raise UserError(f"there is no solver '{self.solver}'; there are: {', '.join(SOLVERS)}")
+        if self.steps < 1:
+            raise UserError(f"the number of steps is {self.steps}; it must be at least 1")
+        if self.batch_size < 1:
+            raise UserError(f"the batch size is {self.batch_size}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -68,12 +88,8 @@ def make_edits(
         progress: called with (edits made, edits in all) after each batch.
 
     Raises:
-        UserError: no or repeated guidance scales, a batch size below 1, fewer than two cases.
+        UserError: fewer than two cases, or more steps than the model's schedule has.
     """
-    if not settings.guidance or len(set(settings.guidance)) != len(settings.guidance):
-        raise UserError("guidance scales must be given, each once")
-    if settings.batch_size < 1:
-        raise UserError(f"the batch size is {settings.batch_size}; it must be at least 1")
     partner = derangement(len(cases), settings.seed, "partner")
     total, done = 2 * len(settings.guidance) * len(cases), 0
     own: dict[float, np.ndarray] = {}

@@ -69,11 +69,6 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
 
 
-def win_rate(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the share of pairs ``(positive[i], negative[i])`` won by the positive, ties counting half."""
-    return float(np.mean((positive > negative) + 0.5 * (positive == negative)))
-
-
 def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:
     """Return how often each bootstrap sample draws each of ``n`` objects, float64 ``(resamples, n)``."""
     rng = generator(seed, "bootstrap", n, resamples)
@@ -121,3 +116,11 @@ def mean_interval(
     """
     replicates = resample_counts(len(values), resamples, seed) @ values / len(values)
     return _interval(float(np.mean(values)), replicates, level)
+
+
+def win_rate(positive: np.ndarray, negative: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Return the share of pairs ``(positive[i], negative[i])`` won by the positive, with its interval.
+
+    A tie counts half.
+    """
+    return mean_interval((positive > negative) + 0.5 * (positive == negative), seed=seed)

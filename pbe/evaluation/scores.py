@@ -38,7 +38,7 @@ class Row:
     """
 
     auc: Estimate
-    win_rate: float
+    win_rate: Estimate
     similarity: Estimate
     shuffled: Estimate
     gain: Estimate | None = None
@@ -105,7 +105,7 @@ def score_edits(
 def _row(positive: np.ndarray, negative: np.ndarray, first: np.ndarray | None, seed: int) -> Row:
     return Row(
         auc=auc_interval(positive, negative, seed=seed),
-        win_rate=win_rate(positive, negative),
+        win_rate=win_rate(positive, negative, seed=seed),
         similarity=mean_interval(positive, seed=seed),
         shuffled=mean_interval(negative, seed=seed),
         gain=None if first is None else mean_interval(positive - first, seed=seed),
@@ -135,7 +135,8 @@ def score_table(scores: Scores) -> tuple[list[str], list[list[str]], str]:
     rows = []
     for name, row in [*named, ("true object (ceiling)", scores.ceiling)]:
         gain = "–" if row.gain is None else str(row.gain)
-        rows.append([name, str(row.auc), f"{row.win_rate:.3f}", str(row.similarity), str(row.shuffled), gain])
+        scored = (row.auc, row.win_rate, row.similarity, row.shuffled)
+        rows.append([name, *map(str, scored), gain])
     note = (
         f"{scores.objects} objects; {scores.card.tower} features at {scores.card.input_size} px; in brackets "
         f"{LEVEL:.0%} bootstrap intervals over objects. "

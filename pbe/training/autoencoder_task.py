@@ -61,7 +61,7 @@ class AutoencoderTask(BaseTask):
             + weights.kl_weight * terms["kl"]
         )
         logged = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict({"train/loss": loss.detach(), **logged}, prog_bar=True)
+        self.log_dict({"train/loss": loss.detach(), **logged}, prog_bar=True, logger=False)  # StepLog does
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -74,10 +74,10 @@ class DiffusionTask(BaseTask):
         draws = self._draws(encoded, "train")
         plain, weights = self.losses(encoded, draws, self._drop(draws))
         loss = (plain * weights).mean()
-        self.log_dict(
-            {"train/loss": loss.detach(), "train/loss_simple": plain.mean().detach()}, prog_bar=True
-        )
-        self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        values = {"train/loss": loss.detach(), "train/loss_simple": plain.mean().detach()}
+        self.log_dict(values, prog_bar=True, logger=False)  # StepLog writes them
+        self.log("train/learning_rate", rate, logger=False)
         return loss
 
     def _draws(self, batch: EncodedBatch, stream: str) -> Draws:

@@ -39,12 +39,17 @@ def _arrays(batch: EncodedBatch) -> dict[str, Tensor]:
 
 
 def fingerprint(config: Config, model: LatentDiffusion) -> str:
-    """Return a hash of the data settings, the frozen weights and the tower's input."""
+    """Return a hash of the data settings, the frozen weights, the tower's input and the precision.
+
+    Shards count by the names and sizes of their files.
+    """
     data = to_dict(config.data)
     for irrelevant in ("batch_size", "num_workers", "max_bad_share"):
         data.pop(irrelevant)
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
-    settings["encoder"] = to_dict(config.model.exemplar_encoder)
+    settings["halved"] = _halved(config)
+    encoder = config.model.exemplar_encoder
+    settings["exemplar"] = [encoder.tower, encoder.image_size, encoder.mean, encoder.std, encoder.tokens]
     settings["shards"] = [_shard_state(config.data.train_shards), _shard_state(config.data.validation_shards)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     autoencoder = model.autoencoder
@@ -54,6 +59,11 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _halved(config: Config) -> bool:
+    """Say whether the frozen networks run in bfloat16."""
+    return "bf16" in config.trainer.precision
 
 
 def _shard_state(pattern: str) -> list[tuple[str, int]]:
@@ -102,6 +112,8 @@ def _build(config: Config, model: LatentDiffusion, stream: str, folder: Path, ma
     sampler = CounterSampler(dataset, config.cache.batch_size, 0, 1, drop_last=False)
     loader = CountingLoader(sampler, stream, config.data.max_bad_share, False, config.data.num_workers)
     count = len(dataset) * epochs
+    for stale in folder.parent.glob(f".{folder.name}.*"):  # of a build that was killed
+        shutil.rmtree(stale)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,7 +121,7 @@ def _build(config: Config, model: LatentDiffusion, stream: str, folder: Path, ma
             (batch for _ in range(epochs) for batch in loader),
             desc=f"caching {stream}", total=epochs * len(loader), disable=not config.trainer.progress,
         )  # fmt: skip
-        _encode_into(temporary, model, batches, count, halved="bf16" in config.trainer.precision)
+        _encode_into(temporary, model, batches, count, halved=_halved(config))
         meta = {"fingerprint": mark, "count": count, "pictures": len(dataset), "stream": stream}
         (temporary / META_NAME).write_text(json.dumps(meta, indent=2))
         os.replace(temporary, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,12 @@ class CsvLog(Logger):
             writer.writerows(row for row in rows if int(row[0]) <= step)
         temporary.replace(self.path)
 
+    def has(self, step: int, name: str) -> bool:
+        """Say whether a metric of a step is written already."""
+        return self.path.exists() and any(
+            row[0] == str(step) and row[2] == name for row in read_rows(self.path)
+        )
+
 
 def read_rows(path: Path) -> list[list[str]]:
     """Return the rows of a metrics file without its header; a half-written last row is left out."""
@@ -95,6 +101,13 @@ def make_loggers(config: Config, folder: Path) -> list[Logger]:
         else:
             raise UserError(f"logging.loggers has '{name}'; there are: csv, wandb")
     return made
+
+
+def close_loggers(loggers: Iterable[Logger]) -> None:
+    """End W&B's run; the next training of this process would go on writing into it otherwise."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def _wandb(config: Config, folder: Path) -> WandbLogger:

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from pbe.checkpoints.native import check_keys, load_model, load_part, save_model
 from pbe.checkpoints.native import load_config as load_model_config
-from pbe.checkpoints.native import load_model, load_part, save_model
-from pbe.config import Config, save_yaml
+from pbe.config import Config, ModelConfig, save_yaml
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
+from pbe.files import make_folder
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
-from pbe.training.callbacks import GridCallback, StopOnSignal
+from pbe.training.callbacks import Checkpoints, GridCallback, StepLog, StopSignals, TrainingStopped
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.grids import autoencoder_grid, diffusion_grid
 from pbe.training.latent_cache import CachedDataModule, ensure_cache
-from pbe.training.loggers import CsvLog, make_loggers
+from pbe.training.loggers import CsvLog, close_loggers, make_loggers
 
 SCALE_BATCHES = 8
+# What Lightning says of things that are meant to be so: few workers for small pictures, a frozen tower,
+# a place in the data that the data module restores, and a library's own housekeeping.
+NEEDLESS_ADVICE = (
+    "does not have many workers",
+    r"module\(s\) in eval mode",
+    "You have overridden `transfer_batch_to_device`",
+    "your dataloader is not resumable",
+    "is smaller than the logging interval",
+    r"`isinstance\(treespec, LeafSpec\)`",
+)
 
 
 @dataclass(frozen=True)
@@ -63,24 +77,89 @@ def train(config: Config) -> TrainResult:
     _prepare_process(config)
     folder = Path(config.output_dir)
     checkpoint = find_checkpoint(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     model, config = build_model(config)
+    stop = StopSignals()
+    trainer = make_trainer(config, folder, stop)
     data = _data(config, model)
     task = DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
-    stop = StopOnSignal(folder / "checkpoints" / "last.ckpt")
-    trainer = make_trainer(config, folder, stop)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, task)
     save_yaml(config, folder / "config.yaml")
-    if checkpoint is None:
-        trainer.validate(task, datamodule=data, verbose=False)
-    else:
-        _cut_logs(trainer, checkpoint)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-    if not stop.received:
-        trainer.validate(task, datamodule=data, verbose=False)
-        _export(task, config, data, folder / "model")
+    try:
+        with stop.listening():
+            _fit(trainer, task, data, checkpoint, stop)
+            finished = not stop.received
+            if finished:
+                _validate(trainer, task, data)
+                _export(task, config, folder / "model")
+    finally:
+        close_loggers(trainer.loggers)
+    seconds = time.monotonic() - started
     return TrainResult(
-        folder, folder / "model", trainer.global_step, time.monotonic() - started, stop.received
+        folder, folder / "model", trainer.global_step, seconds, 0 if finished else stop.received
     )
+
+
+def _fit(
+    trainer: pl.Trainer,
+    task: BaseTask,
+    data: pl.LightningDataModule,
+    checkpoint: Path | None,
+    stop: StopSignals,
+) -> None:
+    """Train to the end or to a signal, with a validation before the first step."""
+    step = _step_of(checkpoint)
+    for logger in trainer.loggers:
+        if isinstance(logger, CsvLog):
+            logger.cut(step)
+    if step <= 0 or step % task.config.trainer.validate_every == 0:
+        _validate(trainer, task, data, checkpoint)
+    if stop.received:
+        return
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
+        return
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer step of a checkpoint, -1 for none."""
+    return -1 if checkpoint is None else int(_read_checkpoint(checkpoint)["global_step"])
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        return {key: content[key] for key in ("global_step", "state_dict")} | {"ema": content.get("ema")}
+    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"'{path}' is damaged or no checkpoint of this project; delete it or name another"
+        ) from error
+
+
+def check_checkpoint(path: Path, task: BaseTask) -> None:
+    """Check that a checkpoint continues this very task.
+
+    Raises:
+        UserError: it is damaged, of a model of other sizes, or lacks the moving average that is asked for.
+    """
+    content = _read_checkpoint(path)
+    check_keys(content["state_dict"], task, f"checkpoint '{path}'")
+    if task.ema is not None and not content["ema"]:
+        raise UserError(
+            f"'{path}' was trained without a moving average; set optimizer.ema_decay=0 or another output_dir"
+        )
+
+
+def _validate(
+    trainer: pl.Trainer, task: BaseTask, data: pl.LightningDataModule, checkpoint: Path | None = None
+) -> None:
+    """Validate unless these very weights have been (the run may have been stopped right after it)."""
+    step = max(trainer.global_step, _step_of(checkpoint))
+    logs = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
+    if task.validated_step != step and not any(log.has(step, "val/loss") for log in logs):
+        trainer.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False)
 
 
 def _prepare_process(config: Config) -> None:
@@ -88,8 +167,10 @@ def _prepare_process(config: Config) -> None:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    # Lightning's advice on worker counts: small runs feed themselves best from the main process
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pbe").setLevel(logging.INFO)
+    for message in NEEDLESS_ADVICE:
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -124,6 +205,7 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     """
     if config.init_from:
         model = load_model(config.init_from).requires_grad_(True)
+        _check_same_model(config, model.config)
         return model, replace(config, model=model.config)
     if config.task == "autoencoder":
         torch.manual_seed(config.seed)
@@ -140,6 +222,17 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     return model, config
 
 
+def _check_same_model(config: Config, stored: ModelConfig) -> None:
+    """Refuse ``init_from`` a model of another shape; the stored scale factor and tower weights win."""
+    autoencoder = replace(config.model.autoencoder, scale_factor=stored.autoencoder.scale_factor)
+    encoder = replace(config.model.exemplar_encoder, pretrained=stored.exemplar_encoder.pretrained)
+    if replace(config.model, autoencoder=autoencoder, exemplar_encoder=encoder) != stored:
+        raise UserError(
+            f"the model section of the configuration differs from that of init_from '{config.init_from}'; "
+            "make them equal"
+        )
+
+
 def _data(config: Config, model: LatentDiffusion) -> pl.LightningDataModule:
     if config.task == "autoencoder" or not config.cache.folder:
         return ExemplarDataModule(config.data, config.seed)
@@ -147,7 +240,7 @@ def _data(config: Config, model: LatentDiffusion) -> pl.LightningDataModule:
     return CachedDataModule(config)
 
 
-def make_trainer(config: Config, folder: Path, stop: StopOnSignal) -> pl.Trainer:
+def make_trainer(config: Config, folder: Path, stop: StopSignals) -> pl.Trainer:
     """Build Lightning's trainer with this project's callbacks and loggers."""
     options = config.trainer
     return pl.Trainer(
@@ -164,7 +257,6 @@ def make_trainer(config: Config, folder: Path, stop: StopOnSignal) -> pl.Trainer
         check_val_every_n_epoch=None,
         limit_val_batches=options.validation_batches,
         num_sanity_val_steps=0,
-        log_every_n_steps=config.logging.every,
         logger=make_loggers(config, folder),
         callbacks=_callbacks(config, folder, stop),
         enable_progress_bar=options.progress,
@@ -174,20 +266,11 @@ def make_trainer(config: Config, folder: Path, stop: StopOnSignal) -> pl.Trainer
     )
 
 
-def _callbacks(config: Config, folder: Path, stop: StopOnSignal) -> list[Callback]:
+def _callbacks(config: Config, folder: Path, stop: StopSignals) -> list[Callback]:
     options = config.trainer
     made: list[Callback] = [
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="{step:07d}",
-            every_n_train_steps=options.checkpoint_every,
-            save_top_k=options.keep_checkpoints,
-            monitor="step",
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=False,
-        ),
-        stop,
+        StepLog(config.logging.every),
+        Checkpoints(folder / "checkpoints", options.checkpoint_every, options.keep_checkpoints, stop),
     ]
     if options.progress:
         made.append(TQDMProgressBar(refresh_rate=10))
@@ -197,19 +280,14 @@ def _callbacks(config: Config, folder: Path, stop: StopOnSignal) -> list[Callbac
     return made
 
 
-def _cut_logs(trainer: pl.Trainer, checkpoint: Path) -> None:
-    step = int(torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["global_step"])
-    for logger in trainer.loggers:
-        if isinstance(logger, CsvLog):
-            logger.cut(step)
-
-
-def _export(task: BaseTask, config: Config, data: pl.LightningDataModule, folder: Path) -> None:
+def _export(task: BaseTask, config: Config, folder: Path) -> None:
     """Write the averaged weights; an autoencoder gets its measured scale factor."""
     model = task.model
     assert isinstance(model, LatentDiffusion)
     with task.averaged_weights():
         if isinstance(task, AutoencoderTask):
-            batches = list(islice(data.train_dataloader(), SCALE_BATCHES))
+            # a stream of its own, so that a run that was stopped on the way measures the same samples
+            loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
+            batches = list(islice(loader, SCALE_BATCHES))
             config.model.autoencoder.scale_factor = measure_scale_factor(model.eval(), batches)
         save_model(folder, model)

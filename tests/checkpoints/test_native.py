@@ -14,6 +14,7 @@ from pbe.checkpoints import native
 from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, save_model, save_part
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+from scripts import convert_checkpoint
 from tests.models.tiny import tiny_encoder_config, tiny_model_config
 
 
@@ -70,6 +71,17 @@ def test_half_precision_files_round_once(model: LatentDiffusion, tmp_path: Path,
         for key, value in model.state_dict().items()
     }
     assert same(load_model(tmp_path).state_dict(), rounded)
+
+
+def test_the_command_converts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert_checkpoint.main([str(folder), str(tmp_path / "half"), "--dtype", "fp16"]) == 0
+    assert "parameters as fp16" in capsys.readouterr().out
+    save_model(tmp_path / "expected", load_model(folder), torch.float16)
+    assert contents(tmp_path / "half") == contents(tmp_path / "expected")
+    assert convert_checkpoint.main([str(folder), str(tmp_path / "half"), "--dtype", "float16"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument --dtype: invalid choice: 'float16'")
+    assert error.count("\n") == 1
 
 
 def test_type_in_memory_can_be_chosen(folder: Path) -> None:

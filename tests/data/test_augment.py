@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -123,5 +125,15 @@ def test_blur_kernels_scale_with_the_exemplar():
     assert blur_range(448) == (5, 13)  # the nearest odd ones to 6 and 14
 
 
-def test_albumentations_is_kept_from_the_network():
-    assert os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"
+def test_albumentations_is_kept_from_the_network(project_root):
+    """Without the variable in its environment, importing the package still asks for no newer release."""
+    script = (
+        "import urllib.request\n"
+        "def refuse(*a, **k): raise SystemExit('the network was asked')\n"
+        "urllib.request.urlopen = urllib.request.OpenerDirector.open = refuse\n"
+        "import pbe.data.augment\n"
+    )
+    bare = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=project_root, env=bare, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -207,6 +207,43 @@ class RawRecord(ShardRecord):
         return {"boxes": [{"xyxy": "everywhere"}]}
 
 
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        {"width": float("inf"), "height": 40, "boxes": []},
+        {"width": 1e300, "height": 1e300, "boxes": [{"xyxy": [0, 0, 20, 20]}]},
+        {"width": 40, "height": 40, "boxes": [{"xyxy": [0, 0, 10**400, 20]}]},
+        {"width": 40, "height": 40, "boxes": [{"xyxy": [0, 0, 20]}]},
+        {"width": 40, "height": 40, "boxes": 3},
+        [],
+    ],
+    ids=str,
+)
+def test_annotations_that_make_no_sense_are_counted(tmp_path, monkeypatch, annotation):
+    good = ShardRecord("good", encode(np.zeros((40, 40, 3), np.uint8)), "jpg", 40, 40, [(10, 10, 30, 30)])
+    bad = RawRecord("bad", good.picture, "jpg", 40, 40, [])
+    monkeypatch.setattr(RawRecord, "annotation", lambda self: annotation)
+    write_shards([good, bad], tmp_path)
+    module = make_module(tmp_path, batch_size=2, max_bad_share=0.5)
+    assert next(iter(module.train_dataloader()))["key"] == ["good", "good"]
+    assert module.counts("train")[reasons.BAD_ANNOTATION] == 1
+
+
+@pytest.mark.parametrize(("side", "event"), [(62.0, "shrunk"), (90.0, "padded")])
+def test_adjusted_crops_are_counted(tmp_path, side, event):
+    """A box hardly shorter than the short side grows beyond it; one that is longer fits no square."""
+    picture = encode(np.zeros((64, 96, 3), np.uint8))
+    boxes = [(3.0, 20.0, 3.0 + side, 40.0)]
+    write_shards([ShardRecord(f"k{i}", picture, "jpg", 96, 64, boxes) for i in range(40)], tmp_path)
+    module = make_module(tmp_path, batch_size=40)
+    batch = next(iter(module.train_dataloader()))
+    counts = module.counts("train")
+    assert set(counts) == {event}
+    assert counts[event] == 40 if event == "padded" else 20 < counts[event] <= 40
+    padded = (batch["valid"] == 0).flatten(1).any(dim=1)
+    assert padded.all() == (event == "padded")
+
+
 def faulty_records(scenes: list) -> list[ShardRecord]:
     """Thirty good pictures and one of every fault."""
     records = []
@@ -262,10 +299,10 @@ def test_faults_are_skipped_counted_and_replaced(faulty, workers, capfd):
     assert counted == FAULTY_COUNTS
 
 
-def test_counts_are_reported_at_the_end_of_the_epoch(faulty, monkeypatch):
-    lines: list[str] = []
-    monkeypatch.setattr("pbe.data.datamodule.rank_zero_info", lines.append)
-    list(make_module(faulty, batch_size=43, max_bad_share=0.5).train_dataloader())
+def test_counts_are_reported_at_the_end_of_the_epoch(faulty, caplog):
+    with caplog.at_level("INFO", logger="pbe"):
+        list(make_module(faulty, batch_size=43, max_bad_share=0.5).train_dataloader())
+    lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
     assert lines[0].startswith("train epoch 0: 43 pictures; no valid box: 5, unreadable picture: 3")
 

@@ -117,6 +117,15 @@ def test_lonely_members(tmp_path):
         ShardPictures(path)
 
 
+@pytest.mark.parametrize("doubled", ["x.jpg", "x.png", "x.json"])
+def test_keys_that_appear_twice_are_named(tmp_path, doubled):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("x.jpg", "x.json", doubled):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match="holds 'x' twice"):
+        ShardPictures(tmp_path)
+
+
 def test_a_shard_without_pictures(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass

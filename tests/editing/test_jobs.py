@@ -49,6 +49,17 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
         (PAIR | {"seed": -1}, "line 2: 'seed' must be a whole number"),
         (PAIR | {"name": "../up"}, "line 2: name '../up' cannot be the name of a file"),
         (PAIR | {"name": "x" * 300}, "line 2: name 'x+' cannot be the name of a file"),
+        (PAIR | {"name": "\ud800"}, r"line 2: name '\\ud800' is not Unicode text"),
+        (
+            PAIR | {"image": "\ud800.png", "name": "a"},
+            r"line 2: 'image' cannot be the path of a file: '\\ud800",
+        ),
+        (PAIR | {"mask": "a\0b"}, "line 2: 'mask' cannot be the path of a file"),
+        (
+            json.dumps(PAIR)[:-1] + f', "seed": {"9" * 5000}}}',
+            "line 2: not usable JSON: a number is too long",
+        ),
+        ("[" * 100_000, "line 2: not"),
         (PAIR | {"name": None}, "line 2: 'name' must be a string"),
     ],
 )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from PIL import Image
 
 from pbe.editing.records import (
     GAP,
-    make_folder,
     make_grid,
     model_digests,
     repeat_command,
@@ -55,21 +53,6 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(UserError, match="cannot write"):
         write_png(tmp_path / "b.png", Image.new("RGB", (3, 3)))
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_output_folders(tmp_path: Path):
-    make_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot make the folder"):
-        make_folder(tmp_path / "file")
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_the_right_to_write(tmp_path: Path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written to"):
-        make_folder(tmp_path)
 
 
 def test_digests_and_versions(tmp_path: Path):

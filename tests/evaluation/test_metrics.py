@@ -27,7 +27,17 @@ def test_auc_of_separated_and_equal_scores():
 
 def test_win_rate_by_hand():
     positive, negative = np.array([3.0, 1.0, 2.0, 5.0]), np.array([1.0, 2.0, 2.0, 0.0])
-    assert win_rate(positive, negative) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    estimate = win_rate(positive, negative)
+    assert estimate.value == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+    assert 0.0 <= estimate.low < estimate.value < estimate.high <= 1.0
+
+
+def test_win_rate_interval_is_the_binomial_one():
+    won = np.arange(400) < 280
+    estimate = win_rate(won.astype(float), 1.0 - won)
+    half = 1.96 * np.sqrt(0.7 * 0.3 / 400)
+    assert estimate.value == pytest.approx(0.7)
+    assert (estimate.low, estimate.high) == pytest.approx((0.7 - half, 0.7 + half), abs=0.1 * half)
 
 
 def test_cosine_by_hand_and_refusal():

@@ -1,0 +1,35 @@
+"""What the project's command lines share: complaints in one line, and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from pbe.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are a :class:`UserError`, one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint."""
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def run_command(body: Callable[[], object]) -> int:
+    """Run a command line, parsing of its arguments included.
+
+    Returns:
+        Exit status: 0, 2 after ``error: ...`` on stderr, 130 when interrupted.
+    """
+    try:
+        body()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,24 @@
+"""Folders that commands write into."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pbe.errors import UserError
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder of outputs where it is missing, check that it can be written to, and return it.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder '{path}': {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"the folder '{path}' cannot be written to")
+    return path

@@ -1,0 +1,52 @@
+"""Folders of outputs, and every command that makes one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pbe.checkpoints.native import save_model
+from pbe.data.shards import write_shards
+from pbe.errors import UserError
+from pbe.files import make_folder
+from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
+from tests.editing.tiny_model import make_tiny_model
+
+
+def test_output_folders(tmp_path: Path):
+    assert make_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert make_folder(str(tmp_path / "a" / "b")).is_dir()
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot make the folder"):
+            make_folder(tmp_path / place)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written to"):
+        make_folder(tmp_path)
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys, monkeypatch):
+    model, way = tmp_path / "model", tmp_path / "way"
+    save_model(model, make_tiny_model())
+    way.touch()
+    monkeypatch.setattr(demo, "check", lambda options: None)
+    monkeypatch.setattr(evaluate, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
+    calls = (
+        (convert_checkpoint, [str(model), str(way)]),
+        (demo, ["--out", str(way)]),
+        (evaluate, ["--model", str(model), "--out", str(way)]),
+        (make_examples, ["--out", str(way)]),
+        (render_toy_world, ["--out", str(way), "--scenes", "1", "--workers", "0"]),
+    )
+    for script, call in calls:
+        assert script.main(call) == 2, script.__name__
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: cannot make the folder '{way}': "), script.__name__
+    with pytest.raises(UserError, match="cannot make the folder"):
+        write_shards([], way)

@@ -1,0 +1,135 @@
+"""The command: configuration mistakes, and processes that are killed and started again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train
+from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
+from tests.training.tiny import (
+    Watch,
+    checkpoint,
+    differing,
+    logged,
+    send,
+    tiny_config,
+    watched,
+    weights,
+    write_config,
+)
+
+
+@pytest.fixture
+def config_file(shards: Path, autoencoder: str, tmp_path: Path) -> Path:  # noqa: F811
+    return write_config(tmp_path / "tiny.yaml", tiny_config(shards, tmp_path / "run", autoencoder))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Call the command; it must fail with one line on stderr, which is returned."""
+    assert train.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_overrides_change_the_configuration(config_file: Path, capsys: pytest.CaptureFixture[str]):
+    folder = config_file.parent / "elsewhere"
+    arguments = [str(config_file), "trainer.max_steps=2", f"output_dir={folder}", "trainer.max_steps=1"]
+    assert train.main(arguments) == 0
+    assert {step for step, _, _ in logged(folder, "train/")} == {1}
+    assert "1 steps, " in capsys.readouterr().out
+    assert (folder / "model" / "unet.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "trainer.max_step=5",
+            "unknown key 'trainer.max_step'; the nearest valid one is 'trainer.max_steps'",
+        ),
+        ("optimiser.eps=1", "unknown key 'optimiser'; the nearest valid one is 'optimizer"),
+        ("trainer.max_steps=many", "wrong value for 'trainer.max_steps'"),
+        ("task=paint", "'task' is 'paint'; it must be one of diffusion, autoencoder"),
+        ("trainer.max_steps", "is not of the form key=value"),
+        ("autoencoder_from=''", "autoencoder_from is empty: name the model folder"),
+        ("data.train_shards=nowhere", "nowhere"),
+        ("data.validation_shards=nowhere", "nowhere"),
+        ("trainer.resume=nowhere.ckpt", "trainer.resume: no checkpoint at 'nowhere.ckpt'"),
+        ("init_from=nowhere", "'nowhere' is not a model folder"),
+        ("logging.loggers=[paper]", "logging.loggers has 'paper'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(config_file, capsys, override: str, message: str):
+    assert message in refused(capsys, config_file, override)
+
+
+def test_a_missing_configuration_is_one_line(tmp_path, capsys):
+    assert "no configuration file at" in refused(capsys, tmp_path / "none.yaml")
+
+
+def test_resume_never_does_not_touch_a_run(config_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert train.main([str(config_file), "trainer.max_steps=1"]) == 0
+    before = (config_file.parent / "run" / "metrics.csv").read_bytes()
+    capsys.readouterr()
+    assert "holds a run already" in refused(capsys, config_file, "trainer.resume=never")
+    assert (config_file.parent / "run" / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_go_on(config_file, capsys, monkeypatch, number: int, code: int):
+    with monkeypatch.context() as patch:
+        watched(patch, Watch(2, send(number)))
+        assert train.main([str(config_file)]) == code
+    assert "stopped at step 2; the same command continues" in capsys.readouterr().out
+    run = config_file.parent / "run"
+    assert checkpoint(run)["global_step"] == 2
+    assert not (run / "model").exists()
+    assert train.main([str(config_file)]) == 0
+    assert [step for step, _, _ in logged(run, "train/loss_simple")] == [1, 2, 3]
+
+
+def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], number: int) -> int:
+    """Start the command, send its process a signal once ``ready`` says so, and return its exit code."""
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    give_up = time.monotonic() + 240
+    while not ready() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    return process.returncode
+
+
+def test_killed_processes_end_like_one_that_was_not(shards, autoencoder, tmp_path, project_root):  # noqa: F811
+    settings = ["trainer.max_steps=60", "trainer.validate_every=7", "trainer.checkpoint_every=5"]
+    # workers of the real thing; each start is a process of its own
+    config = tiny_config(shards, tmp_path / "run", autoencoder, *settings, "data.num_workers=1")
+    file, last = write_config(tmp_path / "tiny.yaml", config), tmp_path / "run" / "checkpoints" / "last.ckpt"
+    command = [sys.executable, "train.py", str(file)]
+
+    assert start_and_signal(command, project_root, last.exists, signal.SIGKILL) == -signal.SIGKILL
+    killed_at = checkpoint(tmp_path / "run")["global_step"]
+    assert 5 <= killed_at < 60
+
+    def went_on() -> bool:
+        return logged(tmp_path / "run")[-1][0] > killed_at
+
+    assert start_and_signal(command, project_root, went_on, signal.SIGTERM) == 143
+    assert killed_at < checkpoint(tmp_path / "run")["global_step"] < 60
+
+    assert train.main([str(file)]) == 0
+    straight = ["data.num_workers=0", f"output_dir={tmp_path / 'straight'}"]
+    assert train.main([str(file), *straight]) == 0
+    assert differing(weights(tmp_path / "straight" / "model"), weights(tmp_path / "run" / "model")) == []
+    assert logged(tmp_path / "run") == logged(tmp_path / "straight")

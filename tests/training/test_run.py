@@ -1,0 +1,148 @@
+"""What a training run logs, writes and refuses."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import wandb
+
+from pbe.checkpoints.native import load_model
+from pbe.config import load_config
+from pbe.errors import UserError
+from pbe.training.run import build_model, find_checkpoint
+from tests.training.tiny import Watch, checkpoint, differing, logged, run, send, tiny_config, weights
+
+VALIDATION = ["val/loss", *(f"val/loss_t{t}" for t in (100, 300, 500, 700, 900))]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(6, [0, 3, 6]), (7, [0, 3, 6, 7]), (2, [0, 2])])
+def test_every_validation_is_logged_once_under_its_step(shards, autoencoder, tmp_path, length, expected):
+    settings = [f"trainer.max_steps={length}", "trainer.validate_every=3", "logging.every=2"]
+    run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    counted = Counter((step, name) for step, name, _ in logged(tmp_path, "val/"))
+    assert counted == {(step, name): 1 for step in expected for name in VALIDATION}
+    training = [(step, name) for step, name, _ in logged(tmp_path, "train/")]
+    names = ["train/loss", "train/loss_simple", "train/learning_rate"]
+    assert training == [(step, name) for step in range(2, length + 1, 2) for name in names]
+
+
+def test_steps_count_optimizer_steps_not_micro_batches(shards, autoencoder, tmp_path):
+    settings = ["trainer.max_steps=4", "trainer.accumulate=2", "trainer.validate_every=2"]
+    run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    assert [step for step, _, _ in logged(tmp_path, "val/loss_t100")] == [0, 2, 4]
+    assert [step for step, _, _ in logged(tmp_path, "train/loss_simple")] == [1, 2, 3, 4]
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(shards, autoencoder, tmp_path):
+    settings = ["optimizer.learning_rate=1.0", "optimizer.warmup_steps=2", "optimizer.gradient_clip=1e-9"]
+    run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    rates = [float(value) for _, _, value in logged(tmp_path, "train/learning_rate")]
+    assert rates == pytest.approx([1e-6, 0.5000005, 1.0])
+
+
+def test_the_validation_is_the_same_whatever_was_trained_before(shards, autoencoder, tmp_path):
+    settings = ["optimizer.learning_rate=0", "trainer.max_steps=4", "trainer.validate_every=2"]
+    run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    values = {value for _, _, value in logged(tmp_path, "val/loss_t500")}
+    assert len(values) == 1
+
+
+def test_without_validation_shards_training_goes_without_validation(shards, autoencoder, tmp_path):
+    result = run(tiny_config(shards, tmp_path, autoencoder, "data.validation_shards=''"))
+    assert result.steps == 3
+    assert logged(tmp_path, "val/") == []
+    assert (result.model_dir / "config.json").is_file()
+
+
+def test_the_export_is_the_average_of_the_trained_networks(shards, autoencoder, tmp_path):
+    result = run(tiny_config(shards, tmp_path, autoencoder))
+    saved = checkpoint(tmp_path)
+    exported = {f"model.{name}": value for name, value in load_model(result.model_dir).state_dict().items()}
+    expected = saved["state_dict"] | saved["ema"]
+    assert differing(expected, exported) == []
+    assert any(name.startswith("model.unet.") for name in differing(saved["state_dict"], exported))
+
+
+def test_the_configuration_lies_beside_the_run(shards, autoencoder, tmp_path):
+    config = tiny_config(shards, tmp_path, autoencoder)
+    run(config)
+    kept = load_config(tmp_path / "config.yaml")
+    assert (kept.trainer, kept.data, kept.autoencoder_from) == (
+        config.trainer,
+        config.data,
+        config.autoencoder_from,
+    )
+    # but the autoencoder's section is that of the weights that were used
+    model = load_model(tmp_path / "model")
+    assert kept.model == model.config
+
+
+def test_init_from_starts_with_all_weights_of_a_model(shards, autoencoder, tmp_path):
+    first = run(tiny_config(shards, tmp_path / "a", autoencoder))
+    settings = [f"init_from={first.model_dir}", "optimizer.learning_rate=0", "optimizer.ema_decay=0"]
+    second = run(tiny_config(shards, tmp_path / "b", *settings))
+    assert differing(weights(first.model_dir), weights(second.model_dir)) == []
+
+
+def test_a_signal_during_the_first_validation_ends_before_training(shards, autoencoder, tmp_path):
+    watch = Watch(0, send(signal.SIGINT), "on_validation_start")
+    result = run(tiny_config(shards, tmp_path, autoencoder), watch)
+    assert (result.steps, result.stopped_by) == (0, signal.SIGINT)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_and_biases_writes_into_the_run_without_a_network(shards, autoencoder, tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
+    settings = ["logging.loggers=[csv,wandb]", "logging.wandb_mode=offline", "logging.grid_every=3"]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        run(tiny_config(shards, folder, autoencoder, *settings))
+        assert wandb.run is None, "the next run of this process would go on writing into it"
+    for folder in folders:
+        (made,) = (folder / "wandb").glob("offline-run-*")
+        (record,) = made.glob("run-*.wandb")
+        content = record.read_bytes()
+        for name in (b"train/loss_simple", b"val/loss_t500", b"trainer/global_step"):
+            assert name in content
+        assert len(list(made.glob("files/media/images/samples_*.png"))) == 1
+    assert not Path("wandb").exists()
+
+
+def test_resume_says_what_a_second_start_means(shards, tmp_path):
+    def config(resume: str):
+        return tiny_config(shards, tmp_path, f"trainer.resume={resume}")
+
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert find_checkpoint(config("auto")) is None
+    assert find_checkpoint(config("never")) is None
+    last.parent.mkdir()
+    last.touch()
+    assert find_checkpoint(config("auto")) == last
+    assert find_checkpoint(config(str(last))) == last
+    with pytest.raises(UserError, match="holds a run already; name another output_dir or resume it"):
+        find_checkpoint(config("never"))
+    with pytest.raises(UserError, match=r"no checkpoint at 'elsewhere\.ckpt'"):
+        find_checkpoint(config("elsewhere.ckpt"))
+
+
+def test_what_cannot_be_trained_is_one_clear_line(shards, autoencoder, tmp_path):
+    wrong = {
+        "autoencoder_from is empty": [],
+        "is not a model folder": [f"autoencoder_from={tmp_path}"],
+        "pretrained is empty": [autoencoder, "model.exemplar_encoder.pretrained=''"],
+        "timm has no model": [autoencoder, "model.exemplar_encoder.tower=timm/no_such_net"],
+    }
+    for message, overrides in wrong.items():
+        with pytest.raises(UserError, match=message):
+            build_model(tiny_config(shards, tmp_path, *overrides))
+
+
+def test_a_misspelt_logger_is_told_before_anything_is_encoded(shards, autoencoder, tmp_path):
+    settings = ["logging.loggers=[cvs]", f"cache.folder={tmp_path / 'cache'}"]
+    with pytest.raises(UserError, match="'cvs'; there are: csv, wandb"):
+        run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    assert not (tmp_path / "cache").exists()
