@@ -84,6 +84,20 @@ def test_resume_never_does_not_touch_a_run(config_file: Path, capsys: pytest.Cap
     assert (config_file.parent / "run" / "metrics.csv").read_bytes() == before
 
 
+def test_a_checkpoint_that_does_not_fit_is_one_line(config_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert train.main([str(config_file), "trainer.max_steps=1", "optimizer.ema_decay=0"]) == 0
+    capsys.readouterr()
+    last = config_file.parent / "run" / "checkpoints" / "last.ckpt"
+    assert "was trained without a moving average" in refused(capsys, config_file)
+    wider = refused(capsys, config_file, "model.unet.model_channels=40", "optimizer.ema_decay=0")
+    assert "does not fit the model" in wider
+    assert "misshapen: model.unet" in wider
+    whole = last.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        last.write_bytes(content)
+        assert "is damaged or no checkpoint of this project" in refused(capsys, config_file)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_say_how_to_go_on(config_file, capsys, monkeypatch, number: int, code: int):
     with monkeypatch.context() as patch:

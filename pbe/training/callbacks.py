@@ -101,7 +101,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         temporary = self.folder / ".copy.tmp"
         shutil.copyfile(last, temporary)
         temporary.replace(self.folder / f"step={step:07d}.ckpt")
-        kept = sorted(self.folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
+        kept = sorted(self.folder.glob("step=*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
         for path in kept[: -self.keep] if self.keep > 0 else []:
             path.unlink()
 

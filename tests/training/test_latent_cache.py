@@ -99,7 +99,7 @@ def test_batches_carry_the_global_counter_not_the_row(built):
     assert torch.equal(second[0].features, expected.features)
 
 
-def test_a_finished_cache_is_used_whatever_the_batch_size(built, monkeypatch):
+def test_a_finished_cache_is_used_whatever_the_batches_and_the_mapper_are(built, monkeypatch):
     model, config = built
 
     def never(*_: object) -> None:
@@ -107,7 +107,9 @@ def test_a_finished_cache_is_used_whatever_the_batch_size(built, monkeypatch):
 
     monkeypatch.setattr(cache_module, "_build", never)
     data = replace(config.data, batch_size=7, num_workers=3)
-    assert ensure_cache(replace(config, data=data), model) == Path(config.cache.folder)
+    encoder = replace(config.model.exemplar_encoder, mapper_layers=9)
+    same = replace(config, data=data, model=replace(config.model, exemplar_encoder=encoder))
+    assert ensure_cache(same, model) == Path(config.cache.folder)
 
 
 def test_a_cache_of_other_settings_or_weights_is_refused(built):
@@ -119,6 +121,7 @@ def test_a_cache_of_other_settings_or_weights_is_refused(built):
         replace(config, data=replace(config.data, sample=sample)),
         replace(config, data=replace(config.data, min_box_area=0.1)),
         replace(config, data=replace(config.data, train_shards=config.data.validation_shards)),
+        replace(config, trainer=replace(config.trainer, precision="bf16-mixed")),
     ]
     for other in others:
         with pytest.raises(

@@ -85,6 +85,9 @@ def test_init_from_starts_with_all_weights_of_a_model(shards, autoencoder, tmp_p
     settings = [f"init_from={first.model_dir}", "optimizer.learning_rate=0", "optimizer.ema_decay=0"]
     second = run(tiny_config(shards, tmp_path / "b", *settings))
     assert differing(weights(first.model_dir), weights(second.model_dir)) == []
+    other = tiny_config(shards, tmp_path / "c", *settings, "model.unet.model_channels=40")
+    with pytest.raises(UserError, match="model section of the configuration differs from that of init_from"):
+        run(other)
 
 
 def test_a_signal_during_the_first_validation_ends_before_training(shards, autoencoder, tmp_path):
