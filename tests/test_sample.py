@@ -326,12 +326,17 @@ def test_a_complaint_of_the_script(project_root: Path, model: Path, files: Path)
     assert (wrong.returncode, wrong.stderr) == (2, "error: image '/nowhere.png' does not exist\n")
 
 
+def heed_ctrl_c() -> None:
+    """Undo what a shell does to the commands that it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_the_script_edits_until_ctrl_c(project_root: Path, model: Path, files: Path):
     call = arguments(model, files, "--num-images", "5000", "--batch-size", "1")
     command = [sys.executable, str(project_root / "sample.py"), *call]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, cwd=project_root, **streams)
+    process = subprocess.Popen(command, text=True, cwd=project_root, preexec_fn=heed_ctrl_c, **streams)
     try:
         deadline = time.monotonic() + 100
         while not (files / "out/a_1.png").exists() and time.monotonic() < deadline:
