@@ -327,8 +327,8 @@ def _read_yaml(path: Path) -> DictConfig:
 def _read_override(override: str) -> DictConfig:
     if "=" not in override:
         raise UserError(f"override '{override}' is not of the form key=value")
-    try:
-        return OmegaConf.from_dotlist([override])
+    try:  # shells eat the quotes of key="": nothing after the sign is an empty text, not a null
+        return OmegaConf.from_dotlist([override + "''" if override.endswith("=") else override])
     except Exception as error:  # of the YAML parser, as above
         raise UserError(f"override '{override}': its value is not valid YAML") from error
 

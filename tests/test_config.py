@@ -20,6 +20,7 @@ from pbe.config import (
 from pbe.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+TOY = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
 
 
 @pytest.fixture
@@ -263,3 +264,10 @@ def test_dictionaries_are_checked_as_strictly_as_files() -> None:
 
 def test_partial_dictionary_keeps_the_other_defaults() -> None:
     assert from_dict(ModelConfig, {"image_size": 64}) == ModelConfig(image_size=64)
+
+
+def test_an_override_without_a_value_is_an_empty_text() -> None:
+    config = load_config(TOY, ["data.validation_shards="])
+    assert config.data.validation_shards == ""
+    with pytest.raises(UserError, match=r"wrong value for 'trainer\.max_steps'"):
+        load_config(TOY, ["trainer.max_steps="])
