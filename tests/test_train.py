@@ -121,7 +121,8 @@ def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], 
         time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert "Traceback" not in errors, errors
+    # a loader's worker that loses its parent may complain from within the standard library; we must not
+    assert 'train.py", line' not in errors, errors
     return process.returncode
 
 
