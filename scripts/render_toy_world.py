@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-objects", type=int, default=3, help="one to this many objects (default %(default)s)"
     )
-    parser.add_argument("--recolour", type=float, default=0.6, help="share of recoloured training objects")
+    parser.add_argument("--recolour", type=float, default=0.3, help="share of recoloured training objects")
     parser.add_argument("--scenes-per-shard", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2, help="processes; 0 renders in this one")
     parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")

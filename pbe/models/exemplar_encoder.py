@@ -70,6 +70,8 @@ class ExemplarEncoder(nn.Module):
         self.tower.requires_grad_(False)
         self.tower.eval()
         width = config.mapper_width or tower_width
+        if config.pooled_stages:
+            tower_width += sum(_stage_widths(self.tower, config))
         self.tower_width = tower_width
         self.reduce = nn.Linear(tower_width, width) if width != tower_width else None
         self.mapper = nn.ModuleList(
@@ -93,12 +95,15 @@ class ExemplarEncoder(nn.Module):
             pixels: ``(b, 3, s, s)`` normalised with the tower's mean and deviation.
 
         Returns:
-            ``(b, 1, width)`` pooled class token (global average for convolutional towers), or
-            ``(b, n, width)`` with ``tokens: all``, the pooled one first.
+            ``(b, 1, width)`` pooled class token (global average for convolutional towers; with
+            ``pooled_stages`` those of its stages behind it), or ``(b, n, width)`` with ``tokens: all``,
+            the pooled one first.
 
         Raises:
             UserError: ``tokens: all`` with a tower that gives only a pooled feature.
         """
+        if self.config.pooled_stages:
+            return _pooled_stages(self.tower.get_submodule("trunk"), pixels)[:, None]
         if self.config.tokens == "class":
             return self.tower(pixels)[:, None]
         return self._all_tokens(pixels)
@@ -125,6 +130,33 @@ class ExemplarEncoder(nn.Module):
         with torch.no_grad():
             features = self.features(pixels)
         return self.condition(features)
+
+
+def _stage_widths(tower: nn.Module, config: ExemplarEncoderConfig) -> list[int]:
+    """Return the channels of a timm trunk's stages, from the first one up.
+
+    Raises:
+        UserError: the tower has no stages that can be asked for, or all tokens are wanted.
+    """
+    trunk = getattr(tower, "trunk", None)
+    if not hasattr(trunk, "forward_intermediates"):
+        raise UserError(
+            f"exemplar_encoder.pooled_stages needs a timm tower with stages, not '{config.tower}'"
+        )
+    if config.tokens != "class":
+        raise UserError("exemplar_encoder.pooled_stages adds to the class token: set tokens to class")
+    return [int(stage["num_chs"]) for stage in trunk.feature_info]  # type: ignore[union-attr]
+
+
+def _pooled_stages(trunk: nn.Module, pixels: Tensor) -> Tensor:
+    """Return the pooled feature of a timm trunk and behind it the global average of every stage.
+
+    Late layers of a classifier forget colour, early ones have not learnt shapes; averaged over all
+    positions neither can tell where anything was, so the bottleneck stays one.
+    """
+    last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
+    averages = [stage.mean(dim=(2, 3)) for stage in stages]  # b c h w
+    return torch.cat([trunk.forward_head(last, pre_logits=True), *averages], dim=1)  # type: ignore[operator]
 
 
 def _trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> Tensor:

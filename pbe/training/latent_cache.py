@@ -49,7 +49,8 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
     settings["halved"] = _halved(config)
     encoder = config.model.exemplar_encoder
-    settings["exemplar"] = [encoder.tower, encoder.image_size, encoder.mean, encoder.std, encoder.tokens]
+    features = [encoder.tower, encoder.tokens, encoder.pooled_stages]
+    settings["exemplar"] = [*features, encoder.image_size, encoder.mean, encoder.std]
     settings["shards"] = [_shard_state(config.data.train_shards), _shard_state(config.data.validation_shards)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     autoencoder = model.autoencoder

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from pbe.errors import UserError
 from pbe.models import ExemplarEncoder
 from pbe.models.exemplar_encoder import MapperAttention, MapperBlock
 from tests.models.tiny import CONV_TOWER, TRANSFORMER_TOWER, randomised, relative, tiny_encoder_config
@@ -119,3 +122,32 @@ def test_null_condition_is_a_trainable_standard_normal_vector() -> None:
     # 4,096 draws: the standard error of the mean is 0.016, of the deviation 0.011
     assert null.mean().item() == pytest.approx(0.0, abs=0.06)
     assert null.std().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_pooled_stages_follow_the_pooled_feature() -> None:
+    plain = ExemplarEncoder(tiny_encoder_config(), 24).eval()
+    staged = ExemplarEncoder(replace(tiny_encoder_config(), pooled_stages=True), 24).eval()
+    staged.tower.load_state_dict(plain.tower.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    collected: list[torch.Tensor] = []
+    trunk = staged.tower.trunk
+    for stage in trunk.feature_info:
+        trunk.get_submodule(stage["module"]).register_forward_hook(
+            lambda _module, _inputs, output: collected.append(output.mean(dim=(2, 3)))
+        )
+    with torch.no_grad():
+        expected, features = plain.features(pixels), staged.features(pixels)
+    width = plain.tower_width
+    assert features.shape == (2, 1, staged.tower_width)
+    assert staged.tower_width > width
+    torch.testing.assert_close(features[..., :width], expected)
+    torch.testing.assert_close(features[:, 0, width:], torch.cat(collected, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("tower", "tokens", "message"), [("ViT-B-32", "class", "timm"), (CONV_TOWER, "all", "tokens")]
+)
+def test_pooled_stages_where_they_cannot_be(tower: str, tokens: str, message: str) -> None:
+    config = replace(tiny_encoder_config(tower, tokens=tokens), pooled_stages=True)
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        ExemplarEncoder(config, 24)
