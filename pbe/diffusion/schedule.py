@@ -29,9 +29,23 @@ class NoiseSchedule:
         return len(self.betas)
 
     def signal_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sqrt(abar_t) and sqrt(1 - abar_t), shaped ``(b, 1, 1, 1)``, in the type of ``like``."""
-        alphas = self.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), shaped ``(b, 1, 1, 1)``, in the type of ``like``.
+
+        Args:
+            timesteps: ``(b,)``; between whole timesteps sqrt(1 / abar - 1) is interpolated.
+            like: a tensor of the type and on the device to return.
+        """
+        alphas = self._alphas_at(timesteps.cpu()).view(-1, 1, 1, 1)
         return alphas.sqrt().to(like), (1.0 - alphas).sqrt().to(like)
+
+    def _alphas_at(self, timesteps: Tensor) -> Tensor:
+        """Return abar at whole or fractional timesteps, ``(b,)`` float64."""
+        if not timesteps.is_floating_point():
+            return self.alphas_cumprod[timesteps]
+        below = timesteps.long().clamp(0, self.timesteps - 2)
+        sigmas = (1.0 / self.alphas_cumprod - 1.0).sqrt()
+        sigma = torch.lerp(sigmas[below], sigmas[below + 1], timesteps.double() - below)
+        return 1.0 / (1.0 + sigma**2)
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Return the signal-to-noise ratio ``abar_t / (1 - abar_t)``, ``(b,)`` float64 on the CPU."""

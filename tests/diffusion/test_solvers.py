@@ -211,8 +211,8 @@ def test_plms_refuses_ancestral_noise() -> None:
 
 def test_unknown_solver_names_those_there_are() -> None:
     assert get_solver("plms") is plms
-    with pytest.raises(UserError, match=r"'euler'.*plms, ddim"):
-        get_solver("euler")
+    with pytest.raises(UserError, match=r"'midpoint'.*ddim, plms"):
+        get_solver("midpoint")
 
 
 @pytest.mark.parametrize("solver", ["ddim", "plms"])

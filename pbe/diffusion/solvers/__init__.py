@@ -1,0 +1,38 @@
+"""Solvers of the reverse process: one registry and one signature.
+
+``solver(predict_noise, x_T, schedule, steps, *, eta, generator, callback, spacing, karras) -> x_0``
+"""
+
+from pbe.diffusion.solvers.dpm import dpmpp_2m, dpmpp_sde, unipc
+from pbe.diffusion.solvers.grid import SPACINGS, Grid, karras_sigmas, uniform_timesteps
+from pbe.diffusion.solvers.pseudo import ADAMS_BASHFORTH, ddim, plms, pndm
+from pbe.diffusion.solvers.registry import SOLVERS, Callback, Solver, get_solver, needs_noise
+from pbe.diffusion.solvers.scheduler_config import SolverChoice, solver_from_scheduler
+from pbe.diffusion.solvers.settings import Settings
+from pbe.diffusion.solvers.sigma import euler, euler_ancestral, heun, lms
+
+__all__ = [
+    "ADAMS_BASHFORTH",
+    "SOLVERS",
+    "SPACINGS",
+    "Callback",
+    "Grid",
+    "Settings",
+    "Solver",
+    "SolverChoice",
+    "ddim",
+    "dpmpp_2m",
+    "dpmpp_sde",
+    "euler",
+    "euler_ancestral",
+    "get_solver",
+    "heun",
+    "karras_sigmas",
+    "lms",
+    "needs_noise",
+    "plms",
+    "pndm",
+    "solver_from_scheduler",
+    "uniform_timesteps",
+    "unipc",
+]

@@ -1,0 +1,109 @@
+"""What a diffusers ``scheduler_config.json`` is taken to mean, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pbe.diffusion.solvers import Settings, SolverChoice, solver_from_scheduler
+from pbe.errors import UserError
+
+BETAS = {"beta_schedule": "scaled_linear"}
+
+
+def choose(kind: str, **settings: Any) -> SolverChoice:
+    return solver_from_scheduler({"_class_name": kind, **BETAS, **settings})
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice"),
+    [
+        ("DDIMScheduler", SolverChoice("ddim", "leading", False, Settings(0, "clean", 1.0))),
+        ("PNDMScheduler", SolverChoice("pndm", "leading", False, Settings(0, "first", runge_kutta=True))),
+        (
+            "DPMSolverMultistepScheduler",
+            SolverChoice("dpmpp_2m", "linspace", False, Settings(0, "clean", variant="midpoint")),
+        ),
+        (
+            "UniPCMultistepScheduler",
+            SolverChoice("unipc", "linspace", False, Settings(0, "clean", variant="bh2")),
+        ),
+        ("EulerDiscreteScheduler", SolverChoice("euler", "linspace", False, Settings(0, "clean"))),
+        (
+            "EulerAncestralDiscreteScheduler",
+            SolverChoice("euler_ancestral", "linspace", False, Settings(0, "clean")),
+        ),
+        ("HeunDiscreteScheduler", SolverChoice("heun", "linspace", False, Settings(0, "clean"))),
+        ("LMSDiscreteScheduler", SolverChoice("lms", "linspace", False, Settings(0, "clean"))),
+    ],
+)
+def test_missing_keys_mean_the_defaults_of_the_class(kind: str, choice: SolverChoice) -> None:
+    assert choose(kind) == choice
+    assert choice.solver.name == choice.name
+
+
+def test_stable_diffusion() -> None:
+    settings = {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False}
+    assert choose("PNDMScheduler", **settings) == SolverChoice("pndm", "leading", False, Settings(1, "first"))
+    assert choose("DDIMScheduler", **settings) == SolverChoice("ddim", "leading", False, Settings(1, "first"))
+
+
+def test_kinds_of_dpm_solver() -> None:
+    kind = "DPMSolverMultistepScheduler"
+    assert choose(kind, algorithm_type="sde-dpmsolver++").name == "dpmpp_sde"
+    noise = choose(kind, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", solver_order=3)
+    assert (noise.name, noise.settings.predicts, noise.settings.order) == ("dpmpp_2m", "noise", 3)
+    assert choose(kind, use_karras_sigmas=True, timestep_spacing="trailing").karras
+    assert choose(kind, solver_type="heun").settings.variant == "heun"
+    # what another class's solver_type becomes on conversion
+    assert choose(kind, solver_type="bh2").settings.variant == "midpoint"
+    assert choose("UniPCMultistepScheduler", solver_type="midpoint").settings.variant == "bh2"
+
+
+def test_null_is_no() -> None:
+    keys = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding")
+    assert choose("EulerDiscreteScheduler", **dict.fromkeys(keys)) == choose("EulerDiscreteScheduler")
+
+
+def test_karras_sigmas_where_the_class_does_not_read_them() -> None:
+    for kind in ("DDIMScheduler", "PNDMScheduler", "EulerAncestralDiscreteScheduler"):
+        assert not choose(kind, use_karras_sigmas=True).karras
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("LCMScheduler", {}, "'LCMScheduler' is not supported; there are: DDIMScheduler"),
+        ("DDIMScheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
+        ("DDIMScheduler", {"trained_betas": [0.1]}, "trained_betas"),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ("DDIMScheduler", {"prediction_type": "sample"}, "'epsilon' or 'v_prediction'"),
+        ("DDIMScheduler", {"thresholding": True}, "thresholding is True"),
+        ("DDIMScheduler", {"timestep_spacing": "log"}, "timestep_spacing is 'log'"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver"}, "algorithm_type"),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "use_lu_lambdas"),
+        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, "lower_order_final"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"final_sigmas_type": "sigma_min", "euler_at_final": True},
+            "euler_at_final",
+        ),
+        ("UniPCMultistepScheduler", {"disable_corrector": [0]}, "disable_corrector"),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}, "Karras"),
+        ("EulerDiscreteScheduler", {"final_sigmas_type": "one"}, "final_sigmas_type is 'one'"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type"),
+        ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose(kind, **settings)
+
+
+def test_a_config_without_a_class_or_betas() -> None:
+    with pytest.raises(UserError, match="'None' is not supported"):
+        solver_from_scheduler({})
+    with pytest.raises(UserError, match="beta_schedule is 'linear'"):
+        solver_from_scheduler({"_class_name": "DDIMScheduler"})
