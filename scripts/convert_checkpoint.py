@@ -1,30 +1,84 @@
-"""Convert a model: ``python scripts/convert_checkpoint.py IN OUT --to native --dtype fp16``."""
+"""Convert a model: ``python scripts/convert_checkpoint.py IN OUT --to diffusers --dtype fp16 --verify``."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
-from pbe.checkpoints.native import load_model, save_model
+from pbe.checkpoints.conversion import convert, table
+from pbe.checkpoints.loading import open_checkpoint
+from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.checkpoints.saving import LAYOUTS
+from pbe.checkpoints.warm_start import open_stable_diffusion
 from pbe.cli import Parser, run_command
+from pbe.config import ModelConfig, load_config
+from pbe.errors import UserError
+
+
+def make_parser() -> Parser:
+    """Return the options."""
+    parser = Parser(
+        description="Convert a model between the native layout, the original's and diffusers'.",
+        usage="%(prog)s IN OUT --to LAYOUT [options]\n       %(prog)s --from-sd SD OUT [options]",
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="IN OUT", help="model to read (any layout), and what to write"
+    )
+    parser.add_argument("--to", choices=LAYOUTS, default="native", help="layout of OUT (native)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="type of the weights in OUT; as in IN if not given"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare tensors and outputs; keep OUT only if equal"
+    )
+    parser.add_argument("--config", metavar="YAML", help="sizes, for a checkpoint that does not give its own")
+    parser.add_argument(
+        "--from-sd",
+        metavar="SD",
+        help="make the start of a training from Stable Diffusion v1 (file or folder)",
+    )
+    parser.add_argument(
+        "--tower",
+        default="",
+        metavar="NAME",
+        help="with --from-sd: the tower's weights (open_clip tag or file)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --from-sd: of the new weights")
+    return parser
 
 
 def run(arguments: list[str] | None) -> None:
-    """Load a model folder, write it in another precision.
+    """Read a model, print what was found, and write it in another layout or precision.
 
     Raises:
         UserError: an option or the model cannot be used, or OUT cannot be written to.
     """
-    parser = Parser(description="Convert a model to another layout or precision.")
-    parser.add_argument("source", metavar="IN", help="model folder")
-    parser.add_argument("target", metavar="OUT", help="folder to write")
-    parser.add_argument("--to", choices=["native"], default="native", help="layout of OUT")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="type of the weights in OUT")
-    options = parser.parse_args(arguments)
-    model = load_model(options.source)
-    save_model(options.target, model, torch_dtype(options.dtype))
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters as {options.dtype} in {options.target}")
+    options = make_parser().parse_args(arguments)
+    if len(options.paths) != (1 if options.from_sd else 2):
+        raise UserError("name OUT alone with --from-sd, and IN and OUT without it (--help lists the options)")
+    if options.tower and not options.from_sd:
+        raise UserError("--tower goes with --from-sd only")
+    target = Path(options.paths[-1])
+    if options.from_sd:
+        opened = _start(options.from_sd, options.config, options.tower, options.seed)
+    else:
+        opened = open_checkpoint(options.paths[0], options.config)
+    print(table(opened))
+    if opened.safety_checker is not None:
+        print(f"  note: the safety checker is not converted; copy '{opened.safety_checker}' yourself")
+    dtype = torch_dtype(options.dtype) if options.dtype else None
+    convert(opened, target, options.to, dtype, verify=options.verify)
+    count = sum(tensor.count for tensor in opened.tensors.values())
+    kind = options.dtype or "they were"
+    print(f"{count:,} parameters as {kind} in {target}{', verified' if options.verify else ''}")
+
+
+def _start(source: str, config: str | None, tower: str, seed: int) -> Opened:
+    sizes = load_config(config).model if config else ModelConfig()
+    encoder = replace(sizes.exemplar_encoder, pretrained=tower or sizes.exemplar_encoder.pretrained)
+    return open_stable_diffusion(source, replace(sizes, exemplar_encoder=encoder), seed)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pbe.checkpoints.archives import open_weights
+from pbe.checkpoints.layout import PARTS, native_shapes
+from pbe.checkpoints.opened import Opened, build
+from pbe.checkpoints.recognise import describe
+from pbe.checkpoints.strict import check_shapes, shapes
+from pbe.checkpoints.tensors import Lazies, cast, lazies
+from pbe.checkpoints.writing import Read, staged, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
-from pbe.files import make_folder
-from pbe.models import ExemplarEncoder, LatentDiffusion
+from pbe.models import LatentDiffusion
 
-PARTS = ("unet", "autoencoder", "exemplar_encoder")
 CONFIG_NAME = "config.json"
 FORMAT = "pbe-native-1"
-LISTED = 10
 
 
 def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
@@ -37,30 +38,39 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     Raises:
         UserError: the folder cannot be made or written to.
     """
-    folder = make_folder(folder)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+    with staged(Path(folder)) as staging:
         for part in PARTS:
-            save_part(Path(staging), part, getattr(model, part), dtype)
-        content = json.dumps({"format": FORMAT, "model": to_dict(model.config)}, indent=2)
-        (Path(staging) / CONFIG_NAME).write_text(content)
-        for name in (*(f"{part}.safetensors" for part in PARTS), CONFIG_NAME):
-            os.replace(Path(staging) / name, folder / name)
+            save_part(staging, part, getattr(model, part), dtype)
+        write_config(staging, model.config)
 
 
 def save_part(folder: Path, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write one network's ``<part>.safetensors`` into an existing folder, atomically."""
-    state = {key: _cast(value, dtype) for key, value in module.state_dict().items()}
     temporary = folder / f".{part}.safetensors.{os.getpid()}"
+    state = {key: cast(value, dtype) for key, value in lazies(module.state_dict()).items()}
     try:
-        save_file(state, temporary, metadata={"format": FORMAT})
+        write_part(temporary, state, lambda key, tensor: tensor.read())
         os.replace(temporary, folder / f"{part}.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    value = value.detach().cpu()
-    return (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous()
+def write_part(path: Path, state: Lazies, read: Read) -> None:
+    """Write the file of one network, whose tensors ``read`` gives."""
+    write_safetensors(path, state, read, {"format": FORMAT})
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Write ``config.json``."""
+    content = {"format": FORMAT, "model": to_dict(config)}
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
+
+
+def part_of(native: Lazies, part: str) -> Lazies:
+    """Return the tensors of one part, whose name is taken off."""
+    return {
+        key.removeprefix(f"{part}."): value for key, value in native.items() if key.startswith(f"{part}.")
+    }
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -83,6 +93,33 @@ def load_config(folder: str | Path) -> ModelConfig:
     return from_dict(ModelConfig, content["model"], str(path))
 
 
+def open_native(folder: Path, config: ModelConfig | None = None) -> Opened:
+    """Check the files of a native folder; no weight is read.
+
+    Args:
+        folder: written by :func:`save_model`.
+        config: sizes; None reads the folder's own.
+
+    Raises:
+        UserError: as :func:`load_model`.
+    """
+    sizes = config or load_config(folder)
+    native = native_shapes(sizes)
+    tensors: Lazies = {}
+    for part in PARTS:
+        found, expected = _part_file(folder, part), part_of(native, part)
+        check_shapes(shapes(found), shapes(expected), str(folder / f"{part}.safetensors"), describe(found))
+        tensors |= {f"{part}.{key}": found[key] for key in expected}
+    return Opened(str(folder), "native", sizes, tensors)
+
+
+def _part_file(folder: Path, part: str) -> Lazies:
+    path = folder / f"{part}.safetensors"
+    if not path.is_file():
+        raise UserError(f"'{folder}' is not a complete model: {path.name} is missing")
+    return open_weights(path).tensors
+
+
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LatentDiffusion:
@@ -94,33 +131,19 @@ def load_model(
         dtype: type of the weights in memory; None means float32.
 
     Raises:
-        UserError: missing or damaged file; missing, extra or misshapen keys (the first ten are listed).
+        UserError: missing or damaged file; missing, extra or misshapen keys (the first ten are listed);
+            weights that are not finite.
     """
-    folder, config = Path(folder), load_config(folder)
-    with torch.device("meta"):
-        model = LatentDiffusion(config)
-    if dict(model.named_buffers()).keys() - model.state_dict().keys():
-        # such a tower computes buffers that no file holds (position tables), so it has to be built for real
-        model.exemplar_encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
-    for part in PARTS:
-        load_part(folder, part, getattr(model, part), dtype=dtype or torch.float32, assign=True)
-    return model.to(device).eval().requires_grad_(False)
+    return build(open_native(Path(folder)), dtype or torch.float32).to(device)
 
 
 def load_part(
     folder: Path, part: str, module: nn.Module, *, dtype: torch.dtype = torch.float32, assign: bool = False
 ) -> None:
     """Load one network of a native folder into ``module``; errors as in :func:`load_model`."""
-    path = folder / f"{part}.safetensors"
-    if not path.is_file():
-        raise UserError(f"'{folder}' is not a complete model: {path.name} is missing")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({error}); copy it again") from error
-    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    check_keys(state, module, str(path))
-    module.load_state_dict(state, assign=assign)
+    found = _part_file(folder, part)
+    check_shapes(shapes(found), shapes(lazies(module.state_dict())), str(folder / f"{part}.safetensors"))
+    module.load_state_dict({key: cast(value, dtype).read() for key, value in found.items()}, assign=assign)
 
 
 def check_keys(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
@@ -129,16 +152,4 @@ def check_keys(state: dict[str, Tensor], module: nn.Module, source: str) -> None
     Raises:
         UserError: lists missing, extra and misshapen keys, the first ten of each and their number.
     """
-    expected = module.state_dict()
-    problems = {
-        "missing": sorted(expected.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - expected.keys()),
-        "misshapen": sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape),
-    }
-    lines = [
-        f"{len(keys)} {kind}: {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}"
-        for kind, keys in problems.items()
-        if keys
-    ]
-    if lines:
-        raise UserError(f"{source} does not fit the model: {'; '.join(lines)}")
+    check_shapes(shapes(lazies(state)), shapes(lazies(module.state_dict())), source)

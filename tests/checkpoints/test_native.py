@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pbe.checkpoints import native
 from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, save_model, save_part
+from pbe.checkpoints.writing import write_safetensors
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from scripts import convert_checkpoint
@@ -126,7 +128,8 @@ def test_keys_that_do_not_fit_are_listed_and_counted(folder: Path) -> None:
     assert f"12 missing: {', '.join(gone[:10])}, ...;" in message
     assert gone[10] not in message
     assert "1 unexpected: stranger;" in message
-    assert message.endswith(f"1 misshapen: {reshaped}")
+    assert f"1 misshapen: {reshaped} (has [3, 1, 4], not " in message
+    assert message.endswith("It looks like the UNet alone of a native folder; give the whole folder.")
 
 
 def test_weights_of_another_size_do_not_load(folder: Path) -> None:
@@ -191,14 +194,14 @@ def test_failing_save_leaves_the_older_model(
     before = contents(folder)
     calls = []
 
-    def failing(state: dict[str, Tensor], path: Path, **rest: object) -> None:
+    def failing(path: Path, *rest: Any) -> None:
         calls.append(path)
         if len(calls) == fails_at:
-            Path(path).write_bytes(b"half of it")
+            path.write_bytes(b"half of it")
             raise OSError("no space left on device")
-        save_file(state, path, **rest)  # type: ignore[arg-type]
+        write_safetensors(path, *rest)
 
-    monkeypatch.setattr(native, "save_file", failing)
+    monkeypatch.setattr(native, "write_safetensors", failing)
     torch.manual_seed(99)
     with pytest.raises(OSError, match="no space left"):
         save_model(folder, LatentDiffusion(tiny_model_config()))
@@ -210,11 +213,11 @@ def test_failing_save_of_a_part_leaves_the_older_part(
 ) -> None:
     before = contents(folder)
 
-    def failing(state: dict[str, Tensor], path: Path, **rest: object) -> None:
-        Path(path).write_bytes(b"half of it")
+    def failing(path: Path, *rest: Any) -> None:
+        path.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(native, "save_file", failing)
+    monkeypatch.setattr(native, "write_safetensors", failing)
     with pytest.raises(OSError, match="no space left"):
         save_part(folder, "unet", model.unet)
     assert contents(folder) == before

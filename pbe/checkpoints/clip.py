@@ -1,0 +1,130 @@
+"""The image tower of CLIP: its sizes, its names here (open_clip's) and in transformers' layout."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import open_clip
+
+from pbe.checkpoints.layout import Kind
+from pbe.checkpoints.tensors import Lazies
+from pbe.config import ExemplarEncoderConfig
+from pbe.errors import UserError
+
+OFFICIAL = "ViT-L-14-quickgelu"
+NAME = re.compile(r"vit/(\d+)x(\d+)-patch(\d+)-heads(\d+)-mlp(\d+)(-quickgelu)?")
+# What a tower may say of itself in open_clip's registry and still be the plain transformer of CLIP.
+PLAIN = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
+
+MODULES = {
+    "ln_pre": "pre_layrnorm",  # so misspelt in transformers
+    "ln_post": "post_layernorm",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+SINGLE = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+}
+POSITION_IDS = "embeddings.position_ids"
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """Sizes of a vision transformer of CLIP; ``mlp`` is the inner width, ``quick_gelu`` its activation."""
+
+    width: int
+    layers: int
+    patch: int
+    heads: int
+    mlp: int
+    quick_gelu: bool = True
+
+    @property
+    def name(self) -> str:
+        """What ``exemplar_encoder.tower`` calls it."""
+        if self == TowerSizes(1024, 24, 14, 16, 4096):
+            return OFFICIAL
+        sizes = f"vit/{self.width}x{self.layers}-patch{self.patch}-heads{self.heads}-mlp{self.mlp}"
+        return sizes + ("-quickgelu" if self.quick_gelu else "")
+
+
+def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
+    """Return the sizes of a configured tower.
+
+    Raises:
+        UserError: it is not a plain vision transformer of CLIP, which is all that the other layouts know.
+    """
+    if match := NAME.fullmatch(config.tower):
+        width, layers, patch, heads, mlp = (int(size) for size in match.groups()[:5])
+        return TowerSizes(width, layers, patch, heads, mlp, quick_gelu=match[6] is not None)
+    known = open_clip.get_model_config(config.tower) or {}
+    vision = known.get("vision_cfg", {})
+    if not vision or set(vision) - PLAIN or not isinstance(vision["layers"], int):
+        raise UserError(
+            f"the tower '{config.tower}' has no place in this layout, which knows CLIP's vision transformers "
+            "only; keep the native layout"
+        )
+    width = vision["width"]
+    return TowerSizes(
+        width=width,
+        layers=vision["layers"],
+        patch=vision["patch_size"],
+        heads=width // vision.get("head_width", 64),
+        mlp=int(width * vision.get("mlp_ratio", 4.0)),
+        quick_gelu=bool(known.get("quick_gelu", False)),
+    )
+
+
+def vision_names(key: str) -> tuple[tuple[str, ...], Kind]:
+    """Translate a key of open_clip's tower to transformers' (from ``embeddings`` or ``encoder`` on)."""
+    if key in SINGLE:
+        return (SINGLE[key],), "same"
+    stem, _, leaf = key.removeprefix("transformer.resblocks.").rpartition(".")
+    index, _, module = stem.partition(".")
+    if stem in MODULES:
+        return (f"{MODULES[stem]}.{leaf}",), "same"
+    block = f"encoder.layers.{index}"
+    if module in MODULES:
+        return (f"{block}.{MODULES[module]}.{leaf}",), "same"
+    kind = leaf.removeprefix("in_proj_")
+    return (
+        f"{block}.self_attn.q_proj.{kind}",
+        f"{block}.self_attn.k_proj.{kind}",
+        f"{block}.self_attn.v_proj.{kind}",
+    ), "fused"
+
+
+def sizes_in_file(
+    tensors: Lazies, prefix: str, *, heads: int | None, quick_gelu: bool = True
+) -> tuple[TowerSizes, int]:
+    """Read a tower's sizes off its tensors.
+
+    Args:
+        tensors: state dict that has the tower, under transformers' names.
+        prefix: of the tower's keys.
+        heads: attention heads, which no tensor shows; None takes heads of width 64, as every tower of
+            CLIP has, but no fewer than four.
+        quick_gelu: the activation, which no tensor shows either.
+
+    Returns:
+        The sizes, and the side of its pictures in pixels.
+    """
+    width, _, patch, _ = tensors[f"{prefix}embeddings.patch_embedding.weight"].shape
+    positions = tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0]
+    mlp = tensors[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0]
+    layers = 1 + max(
+        int(key.removeprefix(f"{prefix}encoder.layers.").partition(".")[0])
+        for key in tensors
+        if key.startswith(f"{prefix}encoder.layers.")
+    )
+    heads = heads or max(4, width // 64)
+    if width % heads:
+        raise UserError(f"a tower of width {width} cannot have {heads} heads; give the model's configuration")
+    return TowerSizes(width, layers, patch, heads, mlp, quick_gelu), patch * math.isqrt(positions - 1)

@@ -1,0 +1,327 @@
+"""Configurations of a folder in diffusers' layout: read into the model's, and written from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from pbe.errors import UserError
+
+Values = dict[str, Any]
+
+# Where a setting has one value only that this model can take: anything else would compute something else.
+UNET_FIXED: Values = {
+    "act_fn": "silu", "addition_embed_type": None, "attention_type": "default", "center_input_sample": False,
+    "class_embed_type": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None,
+    "downsample_padding": 1, "dual_cross_attention": False, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "num_class_embeds": None,
+    "only_cross_attention": False, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default", "time_cond_proj_dim": None, "time_embedding_act_fn": None,
+    "time_embedding_type": "positional", "timestep_post_act": None, "transformer_layers_per_block": 1,
+    "use_linear_projection": False,
+}  # fmt: skip
+VAE_FIXED: Values = {
+    "act_fn": "silu", "in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None,
+    "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
+}  # fmt: skip
+ENCODER_FIXED: Values = {"layer_norm_eps": 1e-5, "num_channels": 3}
+SCHEDULE_FIXED: Values = {"beta_schedule": "scaled_linear", "trained_betas": None}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+
+SCHEDULER: Values = {
+    "_class_name": "PNDMScheduler",
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+
+
+def read_json(path: Path) -> Values:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        UserError: missing, not valid JSON, or something else than an object.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path.parent}' has no {path.name}; copy the model again")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not an object of settings; copy the model again")
+    return content
+
+
+class Settings:
+    """Settings of one JSON file, by which errors name them."""
+
+    def __init__(self, values: Values, source: str) -> None:
+        self.values, self.source = values, source
+
+    def fixed(self, wanted: Values) -> None:
+        """Check settings that have one value only here; those that are absent have it."""
+        for key, value in wanted.items():
+            if self.values.get(key, value) != value:
+                self.refuse(
+                    f"'{key}' is {json.dumps(self.values[key])}; this model has {json.dumps(value)} only"
+                )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a setting; without a default it has to be there."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            self.refuse(f"'{key}' is missing")
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """Return a whole number above zero, given once or alike for every level."""
+        value = self.get(key, default)
+        if isinstance(value, list) and len(set(map(str, value))) == 1:
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(f"'{key}' is {json.dumps(value)}; this model has one whole number for all levels")
+        return int(value)
+
+    def real(self, key: str, default: float) -> float:
+        """Return a number."""
+        value = self.get(key, default)
+        if not isinstance(value, (int, float)):
+            self.refuse(f"'{key}' is {json.dumps(value)}, not a number")
+        return float(value)
+
+    def channels(self) -> tuple[int, list[int]]:
+        """Return the width of the finest level, and every level's as a multiple of it."""
+        widths = self.get("block_out_channels")
+        if not isinstance(widths, list) or any(
+            not isinstance(w, int) or w < 1 or w % widths[0] for w in widths
+        ):
+            self.refuse(f"'block_out_channels' is {json.dumps(widths)}; each must be a multiple of the first")
+        return widths[0], [width // widths[0] for width in widths]
+
+    def refuse(self, reason: str) -> None:
+        """Raise the error that names this file."""
+        raise UserError(f"{self.source}: {reason}")
+
+
+def read_unet(settings: Settings) -> UNetConfig:
+    """Read ``unet/config.json``; the number of input channels is checked with the weights."""
+    settings.fixed(UNET_FIXED)
+    channels, mult = settings.channels()
+    down, up = settings.get("down_block_types"), settings.get("up_block_types")
+    with_attention = [kind == "CrossAttnDownBlock2D" for kind in down]
+    wanted_down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in with_attention]
+    wanted_up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(with_attention)]
+    if list(down) != wanted_down or list(up) != wanted_up or len(down) != len(mult):
+        settings.refuse("'down_block_types' and 'up_block_types' name blocks that this model does not have")
+    # what diffusers calls the dimension of the heads is their number, unless the number is given too
+    heads = settings.number("num_attention_heads", settings.number("attention_head_dim", 8))
+    time_width = settings.number("time_embedding_dim", 4 * channels)
+    if time_width % channels:
+        settings.refuse(f"'time_embedding_dim' is {time_width}; it must be a multiple of {channels}")
+    return UNetConfig(
+        model_channels=channels,
+        channel_mult=mult,
+        num_res_blocks=settings.number("layers_per_block", 2),
+        attention_factors=[2**level for level, attention in enumerate(with_attention) if attention],
+        num_heads=heads,
+        context_dim=settings.number("cross_attention_dim", 1280),
+        time_embed_mult=time_width // channels,
+        norm_groups=settings.number("norm_num_groups", 32),
+    )
+
+
+def read_autoencoder(settings: Settings) -> AutoencoderConfig:
+    """Read ``vae/config.json``."""
+    settings.fixed(VAE_FIXED)
+    channels, mult = settings.channels()
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if settings.get(key) != [kind] * len(mult):
+            settings.refuse(f"'{key}' names blocks that this model does not have; it has {kind} only")
+    return AutoencoderConfig(
+        channels=channels,
+        channel_mult=mult,
+        num_res_blocks=settings.number("layers_per_block", 1),
+        latent_channels=settings.number("latent_channels", 4),
+        norm_groups=settings.number("norm_num_groups", 32),
+        mid_attention=bool(settings.get("mid_block_add_attention", True)),
+        scale_factor=settings.real("scaling_factor", 0.18215),
+    )
+
+
+def read_encoder(settings: Settings, preprocessor: Values | None) -> ExemplarEncoderConfig:
+    """Read ``image_encoder/config.json``, and mean and deviation of the preprocessor if there is one."""
+    settings.fixed(ENCODER_FIXED)
+    activation = settings.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        settings.refuse(f"'hidden_act' is {json.dumps(activation)}; this model has quick_gelu and gelu")
+    layers = settings.number("num_hidden_layers")
+    sizes = TowerSizes(
+        width=settings.number("hidden_size"),
+        layers=layers,
+        patch=settings.number("patch_size"),
+        heads=settings.number("num_attention_heads"),
+        mlp=settings.number("intermediate_size"),
+        quick_gelu=activation == "quick_gelu",
+    )
+    official, facts = ExemplarEncoderConfig(), preprocessor or {}
+    return ExemplarEncoderConfig(
+        tower=sizes.name,
+        image_size=settings.number("image_size", 224),
+        mean=[float(value) for value in facts.get("image_mean", official.mean)],
+        std=[float(value) for value in facts.get("image_std", official.std)],
+        # theirs always has a fifth of the tower's layers and these numbers; what differs is written beside
+        mapper_layers=int(settings.values.get("mapper_layers", (layers + 1) // 5)),
+        mapper_heads=settings.number("mapper_heads", 1),
+        mapper_mlp_ratio=settings.number("mapper_mlp_ratio", 4),
+    )
+
+
+def read_schedule(settings: Settings) -> tuple[ScheduleConfig, str]:
+    """Read ``scheduler/scheduler_config.json``: the noise schedule, and what the network predicts."""
+    settings.fixed(SCHEDULE_FIXED)
+    prediction = settings.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        settings.refuse(
+            f"'prediction_type' is {json.dumps(prediction)}; this model has epsilon and v_prediction"
+        )
+    official = ScheduleConfig()
+    schedule = ScheduleConfig(
+        timesteps=settings.number("num_train_timesteps", official.timesteps),
+        beta_start=settings.real("beta_start", official.beta_start),
+        beta_end=settings.real("beta_end", official.beta_end),
+    )
+    return schedule, PREDICTIONS[prediction]
+
+
+def write_unet(config: ModelConfig) -> Values:
+    """Return ``unet/config.json``."""
+    unet, latents = config.unet, config.autoencoder.latent_channels
+    attention = [2**level in unet.attention_factors for level in range(len(unet.channel_mult))]
+    values = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": unet.num_heads,
+        "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
+        "center_input_sample": False,
+        "cross_attention_dim": unet.context_dim,
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 2 * latents + 1,
+        "layers_per_block": unet.num_res_blocks,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "norm_num_groups": unet.norm_groups,
+        "out_channels": latents,
+        "sample_size": config.image_size // 2 ** (len(config.autoencoder.channel_mult) - 1),
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+        "use_linear_projection": False,
+    }
+    if unet.time_embed_mult != 4:
+        values["time_embedding_dim"] = unet.time_embed_mult * unet.model_channels
+    return values
+
+
+def write_autoencoder(config: ModelConfig) -> Values:
+    """Return ``vae/config.json``."""
+    autoencoder, levels = config.autoencoder, len(config.autoencoder.channel_mult)
+    values: Values = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": [autoencoder.channels * mult for mult in autoencoder.channel_mult],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": 3,
+        "latent_channels": autoencoder.latent_channels,
+        "layers_per_block": autoencoder.num_res_blocks,
+        "norm_num_groups": autoencoder.norm_groups,
+        "out_channels": 3,
+        "sample_size": config.image_size,
+        "scaling_factor": autoencoder.scale_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    return values if autoencoder.mid_attention else values | {"mid_block_add_attention": False}
+
+
+def write_encoder(config: ModelConfig) -> Values:
+    """Return ``image_encoder/config.json``."""
+    encoder, sizes = config.exemplar_encoder, tower_sizes(config.exemplar_encoder)
+    values: Values = {
+        "architectures": ["PaintByExampleImageEncoder"],
+        "attention_dropout": 0.0,
+        "hidden_act": "quick_gelu" if sizes.quick_gelu else "gelu",
+        "hidden_size": sizes.width,
+        "image_size": encoder.image_size,
+        "initializer_factor": 1.0,  # unused, but transformers looks for both
+        "initializer_range": 0.02,
+        "intermediate_size": sizes.mlp,
+        "layer_norm_eps": 1e-5,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": sizes.heads,
+        "num_channels": 3,
+        "num_hidden_layers": sizes.layers,
+        "patch_size": sizes.patch,
+        "projection_dim": config.unet.context_dim,
+        "torch_dtype": "float32",
+    }
+    usual = {"mapper_layers": (sizes.layers + 1) // 5, "mapper_heads": 1, "mapper_mlp_ratio": 4}
+    return values | {
+        key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value
+    }
+
+
+def write_preprocessor(config: ModelConfig) -> Values:
+    """Return ``feature_extractor/preprocessor_config.json``: CLIP's resize and crop at the tower's size."""
+    encoder = config.exemplar_encoder
+    return {
+        "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": list(encoder.mean),
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": list(encoder.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": encoder.image_size},
+    }
+
+
+def write_scheduler(config: ModelConfig, scheduler: Values | None) -> Values:
+    """Return ``scheduler_config.json``: ``scheduler`` or the official folder's, with the model's schedule."""
+    names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    return (scheduler or SCHEDULER) | {
+        "beta_end": config.schedule.beta_end,
+        "beta_schedule": "scaled_linear",
+        "beta_start": config.schedule.beta_start,
+        "num_train_timesteps": config.schedule.timesteps,
+        "prediction_type": names[config.prediction],
+    }
+
+
+def write_index(scheduler: Values) -> Values:
+    """Return ``model_index.json``."""
+    return {
+        "_class_name": "PaintByExamplePipeline",
+        "_diffusers_version": "0.10.0.dev0",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["paint_by_example", "PaintByExampleImageEncoder"],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }

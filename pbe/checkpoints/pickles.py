@@ -1,0 +1,154 @@
+"""A restricted reader for pickles: tensors come through, nothing is imported and nothing is called.
+
+A pickle is a program, and ``torch.load`` runs it. This reader knows the few names that tensors and plain
+containers need. Every other name becomes a placeholder that swallows whatever the pickle does to it, since
+checkpoints of Lightning carry callbacks and settings that nobody here wants. Names that only an attack needs
+end the reading.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pbe.checkpoints.tensors import LazyTensor
+from pbe.errors import UserError
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+BUILTINS = ("builtins", "__builtin__", "io", "_io")
+HARMFUL_BUILTINS = (
+    "eval", "exec", "execfile", "compile", "open", "open_code", "file", "FileIO", "input", "__import__",
+    "breakpoint",
+)  # fmt: skip
+HARMFUL_MODULES = (
+    "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "runpy", "importlib", "ctypes", "pty",
+    "multiprocessing", "webbrowser", "urllib", "requests", "asyncio",
+    "signal", "pip", "pickle", "_pickle", "marshal",
+)  # fmt: skip
+
+# Where a storage's record starts and how many bytes it has, and the tensors in it.
+Locate = Callable[["StorageRef"], "Record"]
+
+
+@dataclass(frozen=True)
+class StorageRef:
+    """What a pickle says of a tensor's numbers: the record they are in, their type and their number."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+class Record:
+    """Numbers of one storage; the reader of the archive gives one for every :class:`StorageRef`."""
+
+    def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> LazyTensor:
+        """Describe a tensor in the storage; ``offset`` and ``stride`` count elements."""
+        raise NotImplementedError
+
+
+class Placeholder:
+    """Stands for an object of a class that this reader does not know; whatever is done to it does nothing."""
+
+    origin = ""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Placeholder:
+        """Make one, whatever it is given."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def _ignore(self, *args: object, **kwargs: object) -> Placeholder:
+        return self
+
+    __call__ = __setstate__ = __setitem__ = append = extend = add = update = _ignore
+
+
+def placeholder(origin: str) -> type[Placeholder]:
+    """Make the class that stands for the global ``origin``."""
+    return type("Placeholder", (Placeholder,), {"origin": origin})
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles tensors (as :class:`LazyTensor`) and plain containers; the rest becomes placeholders.
+
+    Args:
+        content: the pickle.
+        locate: finds the record of a storage.
+        source: named in errors.
+    """
+
+    def __init__(self, content: bytes, locate: Locate, source: str) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self._locate = locate
+        self._source = source
+        # made anew for every file, so that no pickle can change what a later one meets
+        self._known: dict[tuple[str, str], object] = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch", "Size"): lambda size=(): tuple(size),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda record, offset, size, stride, *rest: record.tensor(
+                offset, tuple(size), tuple(stride)
+            ),
+            ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+            ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *rest: data,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a global; never an import."""
+        if (module, name) in self._known:
+            return self._known[module, name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        harmful = module in BUILTINS and name in HARMFUL_BUILTINS
+        if harmful or module.partition(".")[0] in HARMFUL_MODULES:
+            raise UserError(
+                f"{self._source}: refused, and nothing of it was run: it asks for '{module}.{name}', which "
+                "weights never need; do not trust where it came from"
+            )
+        return placeholder(f"{module}.{name}")
+
+    def persistent_load(self, reference: Any) -> Any:
+        """Return the record that a tensor's reference to its storage means."""
+        kind, dtype, key, _, count = reference
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"an unknown kind of storage ({kind!r})")
+        return self._locate(StorageRef(str(key), dtype, int(count)))
+
+
+def read_pickle(content: bytes, locate: Locate, source: str) -> Any:
+    """Read a pickle of tensors and plain containers.
+
+    Args:
+        content: the pickle.
+        locate: finds the record of a storage.
+        source: named in errors.
+
+    Raises:
+        UserError: damaged, or it asks for what only an attack needs.
+    """
+    try:
+        return RestrictedUnpickler(content, locate, source).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything at all
+        raise UserError(
+            f"{source}: damaged, its table of tensors cannot be read ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,185 @@
+"""Models to files, in any of the three layouts: complete or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from pbe.checkpoints.clip import tower_sizes
+from pbe.checkpoints.compvis import derived_buffers, original_weights
+from pbe.checkpoints.compvis_config import write_config
+from pbe.checkpoints.diffusers_config import (
+    write_autoencoder,
+    write_encoder,
+    write_index,
+    write_preprocessor,
+    write_scheduler,
+    write_unet,
+)
+from pbe.checkpoints.diffusers_names import entries
+from pbe.checkpoints.layout import PARTS, to_foreign
+from pbe.checkpoints.native import CONFIG_NAME, part_of, write_part
+from pbe.checkpoints.native import write_config as write_native_config
+from pbe.checkpoints.tensors import Lazies, lazies
+from pbe.checkpoints.writing import check_target, converted, staged, write_checkpoint, write_safetensors
+from pbe.config import ModelConfig
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+
+LAYOUTS = ("native", "compvis", "diffusers")
+CHECKPOINT = "model.ckpt"
+YAML = "config.yaml"
+DIFFUSERS_FILES = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "autoencoder": "vae/diffusion_pytorch_model.safetensors",
+    "exemplar_encoder": "image_encoder/model.safetensors",
+}
+DIFFUSERS_JSON = (
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "image_encoder/config.json",
+    "feature_extractor/preprocessor_config.json",
+    "scheduler/scheduler_config.json",
+)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: LatentDiffusion,
+    layout: str = "native",
+    dtype: torch.dtype | None = None,
+    scheduler: dict[str, Any] | None = None,
+) -> None:
+    """Write a model in one of the layouts; a failure on the way leaves what was there as it was.
+
+    ``native`` is this project's folder, ``compvis`` the original's ``model.ckpt`` with a ``config.yaml``,
+    ``diffusers`` the folder of a pipeline, which diffusers' own classes load.
+
+    Args:
+        folder: made when missing.
+        model: the weights.
+        layout: of the files.
+        dtype: type of the floating-point weights in the files; None keeps each tensor's own.
+        scheduler: settings for ``scheduler_config.json`` (diffusers only); None writes the official ones.
+
+    Raises:
+        UserError: no such layout, a model that has no place in it, weights that are not finite, or a
+            folder that cannot be written to or that holds another model's files.
+    """
+    folder = Path(folder)
+    check_layout(model.config, layout)
+    check_target(folder, layout_files(layout))
+    with staged(folder) as staging:
+        write_layout(staging, layout, model.config, lazies(model.state_dict()), dtype, scheduler)
+
+
+def layout_files(layout: str) -> set[str]:
+    """Return the paths that a layout has in its folder."""
+    if layout == "compvis":
+        return {CHECKPOINT, YAML}
+    if layout == "diffusers":
+        return {*DIFFUSERS_FILES.values(), *DIFFUSERS_JSON}
+    return {CONFIG_NAME, *(f"{part}.safetensors" for part in PARTS)}
+
+
+def check_layout(config: ModelConfig, layout: str) -> None:
+    """Refuse a model that has parts for which a layout has no place.
+
+    Raises:
+        UserError: no such layout, or it cannot hold the model.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"no layout '{layout}'; there are: {', '.join(LAYOUTS)}")
+    if layout == "native":
+        return
+    encoder = config.exemplar_encoder
+    problems = {
+        "an autoencoder with a patch shortcut": config.autoencoder.patch_shortcut,
+        "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
+        "a condition of all tokens": encoder.tokens != "class",
+        f"the tower '{encoder.tower}'": encoder.tower.startswith("timm/"),
+    }
+    if layout == "diffusers":
+        problems["first levels wider than the first convolution"] = (
+            config.unet.channel_mult[0] != 1 or config.autoencoder.channel_mult[0] != 1
+        )
+    found = [name for name, has in problems.items() if has]
+    if found:
+        raise UserError(f"the {layout} layout has no place for {' and '.join(found)}; keep the native layout")
+    tower_sizes(encoder)
+
+
+def write_layout(
+    folder: Path,
+    layout: str,
+    config: ModelConfig,
+    native: Lazies,
+    dtype: torch.dtype | None,
+    scheduler: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of a layout into an existing, empty folder.
+
+    Args:
+        folder: where to.
+        layout: of the files.
+        config: sizes of the model.
+        native: every weight under its native name.
+        dtype: type of the floating-point weights; None keeps each tensor's own.
+        scheduler: as for :func:`save_checkpoint`.
+    """
+    if layout == "native":
+        for part in PARTS:
+            write_part(folder / f"{part}.safetensors", *converted(part_of(native, part), dtype))
+        write_native_config(folder, config)
+    elif layout == "compvis":
+        write_original(folder / CHECKPOINT, config, native, dtype)
+        OmegaConf.save(OmegaConf.create(write_config(config)), folder / YAML)
+    else:
+        _write_diffusers(folder, config, native, dtype, scheduler)
+
+
+def write_original(path: Path, config: ModelConfig, native: Lazies, dtype: torch.dtype | None) -> None:
+    """Write one file in the original's layout: safetensors if it is called so, else a checkpoint of torch."""
+    weights = original_weights(config, native)
+    rest = derived_buffers(config, native)
+    stored, read = converted(weights | rest, dtype)
+    stored |= rest  # the schedule keeps its precision
+    if path.suffix == ".safetensors":
+        write_safetensors(path, stored, read, {"format": "pt"})
+    else:
+        write_checkpoint(path, stored, read, {"global_step": 0, "epoch": 0})
+
+
+def _write_diffusers(
+    folder: Path,
+    config: ModelConfig,
+    native: Lazies,
+    dtype: torch.dtype | None,
+    scheduler: dict[str, Any] | None,
+) -> None:
+    settings = write_scheduler(config, scheduler)
+    contents = dict(
+        zip(
+            DIFFUSERS_JSON,
+            (
+                write_index(settings),
+                write_unet(config),
+                write_autoencoder(config),
+                write_encoder(config),
+                write_preprocessor(config),
+                settings,
+            ),
+            strict=True,
+        )
+    )
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for part, name in DIFFUSERS_FILES.items():
+        names = entries(part, config.exemplar_encoder, [key for key in native if key.startswith(f"{part}.")])
+        write_safetensors(folder / name, *converted(to_foreign(names, native), dtype), {"format": "pt"})
