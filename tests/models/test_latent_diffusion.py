@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode
@@ -98,11 +100,79 @@ def test_null_condition_is_repeated(model: LatentDiffusion) -> None:
     assert torch.equal(null, model.exemplar_encoder.null_condition.repeat(3, 5, 1))
 
 
-def test_size_multiple_covers_both_networks(model: LatentDiffusion) -> None:
-    assert model.size_multiple == 4
-    pictures = torch.rand(1, 3, 12, 20) * 2 - 1
+def test_pictures_of_any_multiple_of_the_downsampling(model: LatentDiffusion) -> None:
+    assert model.size_multiple == 2
+    pictures = torch.rand(1, 3, 14, 22) * 2 - 1
     latents = model.encode_images(pictures)
     output = model.predict(
-        latents, torch.tensor([9]), model.null_condition(1), latents, torch.ones(1, 1, 6, 10)
+        latents, torch.tensor([9]), model.null_condition(1), latents, torch.ones(1, 1, 7, 11)
     )
     assert model.decode_latents(output).shape == pictures.shape
+
+
+def test_parts_that_are_given_are_taken_as_they_are(model: LatentDiffusion) -> None:
+    other = LatentDiffusion(tiny_model_config(), unet=model.unet, exemplar_encoder=model.exemplar_encoder)
+    assert other.unet is model.unet
+    assert other.exemplar_encoder is model.exemplar_encoder
+    assert other.autoencoder is not model.autoencoder
+
+
+def test_every_part_is_announced_before_it_runs(model: LatentDiffusion) -> None:
+    other = LatentDiffusion(model.config, unet=model.unet, exemplar_encoder=model.exemplar_encoder).eval()
+    used: list[str] = []
+    other.before_use = used.append
+    condition = other.encode_exemplar(other.normalise_exemplar(torch.rand(1, 3, 64, 64)))
+    latents = other.encode_images(torch.rand(1, 3, 8, 8))
+    other.predict(latents, torch.tensor([1]), other.null_condition(1) + condition, latents, latents[:, :1])
+    other.decode_latents(latents)
+    assert used == ["exemplar_encoder", "autoencoder", "unet", "autoencoder"]
+
+
+def test_inputs_go_where_the_parts_run(model: LatentDiffusion) -> None:
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    other = LatentDiffusion(model.config, unet=model.unet, exemplar_encoder=model.exemplar_encoder)
+    other.run_on = torch.device("meta")
+    assert other.device.type == "meta"
+    assert other.normalise_exemplar(torch.rand(1, 3, 64, 64)).device.type == "meta"
+    assert other.null_condition(1).device.type == "meta"
+    assert other.exemplar_encoder.null_condition.device.type == "cpu"
+
+
+def relative_to_float32(model: LatentDiffusion, dtype: torch.dtype) -> list[float]:
+    """How far encoder, condition, prediction and decoder are from float32, given the same inputs."""
+    half = copy.deepcopy(model).to(dtype)
+    pixels = model.normalise_exemplar((torch.rand(2, 3, 64, 64) * 255).to(torch.uint8))
+    images, latents = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 8, 8)
+    condition, keep, timesteps = torch.randn(2, 1, 24), torch.ones(2, 1, 8, 8), torch.tensor([3, 999])
+
+    def outputs(which: LatentDiffusion) -> list[torch.Tensor]:
+        kind = which.dtype
+        inputs = [x.to(kind) for x in (condition, latents, keep)]
+        return [
+            which.encode_exemplar(pixels.to(kind)),
+            which.encode_images(images.to(kind), latents.to(kind)),
+            which.predict(latents.to(kind), timesteps, *inputs),
+            which.decode_latents(latents.to(kind)),
+        ]
+
+    with torch.no_grad():
+        results = outputs(half)
+        assert {result.dtype for result in results} == {dtype}
+        return [relative(a.float(), b) for a, b in zip(results, outputs(model), strict=True)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+def test_half_precision_stays_close_to_float32(
+    model: LatentDiffusion, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Three of bfloat16's eight bits, of float16's eleven, are lost on the way through the layers."""
+    assert max(relative_to_float32(model, dtype)) < tolerance
+
+
+def test_tiling_is_the_autoencoders(model: LatentDiffusion) -> None:
+    assert model.tile_above == model.autoencoder.tile_above == 1024
+    other = LatentDiffusion(model.config, unet=model.unet, exemplar_encoder=model.exemplar_encoder)
+    other.tile_above = None
+    assert other.autoencoder.tile_above is None
+    assert model.tile_above == 1024

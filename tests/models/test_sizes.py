@@ -61,4 +61,4 @@ def test_shapes_of_a_pass_at_512_pixels(paper: LatentDiffusion) -> None:
     assert condition.shape == paper.null_condition(2).shape == (2, 1, 768)
     assert decoded.shape == images.shape
     assert paper.autoencoder.downsampling == 8
-    assert paper.size_multiple == 64
+    assert paper.size_multiple == 8

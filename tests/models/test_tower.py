@@ -20,6 +20,8 @@ KINDS = [
     ("convnext_tiny", 224, 768),
     ("EVA02-B-16", 224, 768),
     ("ViT-B-16-SigLIP", 224, 768),
+    ("vit/48x3-patch16-heads4-mlp100-quickgelu", 64, 48),
+    ("vit/48x3-patch16-heads4-mlp100", 64, 48),
     ("timm/test_vit", 64, 64),
     ("timm/test_efficientnet", 64, 256),
     ("timm/swin_tiny_patch4_window7_224", 256, 768),
@@ -47,6 +49,25 @@ def test_transformer_with_a_class_token_pools_that_token() -> None:
     tower, _ = build_tower(ExemplarEncoderConfig(tower="timm/test_vit", image_size=64))
     pixels = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(tower.eval()(pixels), tower.trunk.forward_features(pixels)[:, 0])
+
+
+def test_described_transformer_has_the_sizes_of_its_name() -> None:
+    for name, activation in (("-quickgelu", "QuickGELU"), ("", "GELU")):
+        config = ExemplarEncoderConfig(tower=f"vit/48x3-patch16-heads4-mlp100{name}", image_size=64)
+        tower, _ = build_tower(config)
+        assert tower.conv1.weight.shape == (48, 3, 16, 16)
+        assert tower.positional_embedding.shape == (17, 48)
+        assert len(tower.transformer.resblocks) == 3
+        for block in tower.transformer.resblocks:
+            assert block.attn.num_heads == 4
+            assert block.mlp.c_fc.out_features == 100
+            assert type(block.mlp.gelu).__name__ == activation
+
+
+@pytest.mark.parametrize("sizes", ["48x3", "48x3-patch16-heads5-mlp9", "48x0-patch16-heads4-mlp9", "x"])
+def test_sizes_that_describe_no_transformer(sizes: str) -> None:
+    with pytest.raises(UserError, match=f"vit/{sizes}"):
+        build_tower(ExemplarEncoderConfig(tower=f"vit/{sizes}"))
 
 
 @pytest.mark.parametrize("name", ["ViT-Z-99", "timm/no_such_model"])

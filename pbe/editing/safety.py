@@ -1,0 +1,297 @@
+"""The safety checker of Stable Diffusion: CLIP's picture tower and the directions of unwanted concepts.
+
+A picture is flagged when its embedding comes closer to a concept than the concept's threshold allows. Three
+further concepts call for special care: close to one of them, every threshold is a little lower.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
+from pbe.checkpoints.folders import open_folder
+from pbe.checkpoints.layout import Entry, to_foreign, to_native
+from pbe.checkpoints.strict import check_shapes, checked, shapes
+from pbe.checkpoints.tensors import Lazies, lazies
+from pbe.config import ExemplarEncoderConfig
+from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings
+from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.errors import UserError
+from pbe.files import make_folder
+from pbe.models.tower import build_tower
+
+SPECIAL_CARE = 0.01  # what special care adds to every concept's score
+DECIMALS = 3  # scores are rounded to so many before they are compared with zero
+TOWER = "vision_model."
+NAMES = {
+    "projection.weight": "visual_projection.weight",
+    "concepts": "concept_embeds",
+    "concept_thresholds": "concept_embeds_weights",
+    "special": "special_care_embeds",
+    "special_thresholds": "special_care_embeds_weights",
+}
+
+
+@dataclass(frozen=True)
+class CheckerSizes:
+    """What fixes the shape of a checker.
+
+    Attributes:
+        tower: of the vision transformer.
+        image_size: side of the square that it takes, pixels.
+        norm_eps: of its layer norms.
+        projection: size of the space in which concepts are compared.
+        concepts: number of concepts (the published checker has 17).
+        special: number of those that call for special care (3).
+    """
+
+    tower: TowerSizes
+    image_size: int
+    norm_eps: float
+    projection: int
+    concepts: int
+    special: int
+
+
+class SafetyChecker(nn.Module):
+    """Tells which pictures must not be shown.
+
+    Args:
+        sizes: of the tower and the concepts.
+        crop: how pictures are brought to the tower; None is CLIP's own way.
+    """
+
+    concepts: Tensor
+    concept_thresholds: Tensor
+    special: Tensor
+    special_thresholds: Tensor
+
+    def __init__(self, sizes: CheckerSizes, crop: CropSettings | None = None) -> None:
+        super().__init__()
+        self.sizes = sizes
+        config = ExemplarEncoderConfig(tower=sizes.tower.name, image_size=sizes.image_size)
+        self.crop = crop or crop_settings(config)
+        self.tower, width = build_tower(config)
+        for module in self.tower.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = sizes.norm_eps
+        self.projection = nn.Linear(width, sizes.projection, bias=False)
+        self.register_buffer("concepts", torch.zeros(sizes.concepts, sizes.projection))
+        self.register_buffer("concept_thresholds", torch.zeros(sizes.concepts))
+        self.register_buffer("special", torch.zeros(sizes.special, sizes.projection))
+        self.register_buffer("special_thresholds", torch.zeros(sizes.special))
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: np.ndarray | Sequence[Image.Image]) -> list[bool]:
+        """Return for each picture whether it is flagged.
+
+        Args:
+            images: float ``(b, h, w, 3)`` in [0, 1], or PIL images of any size.
+
+        Raises:
+            EditTypeError: something else.
+            EditValueError: the numbers are not finite, so that nothing can be said of the pictures.
+        """
+        pictures = _as_bytes(images)
+        if not pictures:
+            return []
+        margins = self.margins(torch.stack([self._pixels(picture) for picture in pictures]))
+        if not bool(margins.isfinite().all()):
+            raise EditValueError("the safety checker gave infinite numbers; load it in float32 or bfloat16")
+        return (margins > 0).any(dim=1).tolist()
+
+    def margins(self, pixels: Tensor) -> Tensor:
+        """Return by how much each concept is closer than allowed, ``(b, concepts)`` float32; above 0 flags.
+
+        Args:
+            pixels: ``(b, 3, s, s)`` normalised for the tower.
+        """
+        weight = self.projection.weight
+        embedding = self.projection(self.tower(pixels.to(weight.device, weight.dtype))).float()
+        special = _cosine(embedding, self.special) - self.special_thresholds.float()
+        careful = (torch.round(special, decimals=DECIMALS) > 0).any(dim=1, keepdim=True)
+        scores = _cosine(embedding, self.concepts) - self.concept_thresholds.float()
+        # a NaN of the special scores must not pass for "no special care"
+        scores = scores + careful * SPECIAL_CARE + 0.0 * special.sum(dim=1, keepdim=True)
+        return torch.round(scores, decimals=DECIMALS)
+
+    def _pixels(self, picture: np.ndarray) -> Tensor:
+        """Map uint8 ``h w 3`` to the tower's pixels ``(3, s, s)``."""
+        square = clip_crop(picture, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
+        pixels = (torch.from_numpy(square).float() / 255.0 - torch.tensor(self.crop.mean)) / torch.tensor(
+            self.crop.std
+        )
+        return rearrange(pixels, "h w c -> c h w")
+
+
+def _cosine(embeddings: Tensor, directions: Tensor) -> Tensor:
+    return F.normalize(embeddings) @ F.normalize(directions.float()).T
+
+
+def _as_bytes(images: np.ndarray | Sequence[Image.Image]) -> list[np.ndarray]:
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4 or images.shape[3] != 3 or not np.issubdtype(images.dtype, np.floating):
+            raise EditTypeError(f"safety checker: {images.dtype} {images.shape}; it takes float (b, h, w, 3)")
+        return list(np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8))
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise EditTypeError("safety checker: pictures must be PIL images or one float array (b, h, w, 3)")
+    return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def load_safety_checker(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> SafetyChecker:
+    """Load a published safety checker, such as a copy of ``CompVis/stable-diffusion-safety-checker``.
+
+    Args:
+        folder: ``config.json`` and the weights, as safetensors or as a pickle, which is read without running
+            anything in it; ``preprocessor_config.json`` is used where there is one.
+        device: where it runs.
+        dtype: type of the weights in memory; None means float32.
+
+    Raises:
+        UserError: missing or damaged file; keys that do not fit; NaN; or no safety checker at all.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    weights = open_folder(folder)
+    tensors = _plain_names(weights.tensors)
+    sizes = _sizes(config, tensors, weights.source)
+    preprocessor = folder / "preprocessor_config.json"
+    crop = crop_settings(
+        ExemplarEncoderConfig(tower=sizes.tower.name, image_size=sizes.image_size),
+        _read_json(preprocessor) if preprocessor.is_file() else None,
+    )
+    with torch.device("meta"):
+        checker = SafetyChecker(sizes, crop)
+    entries, expected = _entries(checker), lazies(checker.state_dict())
+    check_shapes(shapes(tensors), shapes(to_foreign(entries, expected)), weights.source)
+    state = {
+        key: checked(key, tensor, dtype or torch.float32, weights.source).clone()
+        for key, tensor in to_native(entries, tensors).items()
+    }
+    checker.load_state_dict(state, assign=True)
+    return checker.to(device).eval().requires_grad_(False)
+
+
+def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
+    """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    folder = make_folder(folder)
+    state = {key: value.cpu() for key, value in checker.state_dict().items()}
+    tensors = to_foreign(_entries(checker), lazies(state))
+    published = {key.replace(TOWER, TOWER * 2, 1): tensors[key].read().contiguous() for key in tensors}
+    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(_config(checker.sizes), indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(checker.crop), indent=2))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"'{path.parent}' is not a safety checker: it has no {path.name}")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a mapping of settings; copy it again")
+    return content
+
+
+def _plain_names(tensors: Lazies) -> Lazies:
+    """Return the tensors with one ``vision_model.`` level, whatever transformers' age, and no counters."""
+    renamed = {re.sub(r"^(vision_model\.)+", TOWER, key): tensor for key, tensor in tensors.items()}
+    return {key: tensor for key, tensor in renamed.items() if key != f"{TOWER}{POSITION_IDS}"}
+
+
+def _sizes(config: dict[str, Any], tensors: Lazies, source: str) -> CheckerSizes:
+    wanted = [*NAMES.values(), *(f"{TOWER}{name}" for name in _READ_FOR_SIZES)]
+    if missing := [key for key in wanted if key not in tensors]:
+        raise UserError(f"{source} is not a safety checker of Stable Diffusion: it has no '{missing[0]}'")
+    vision = config.get("vision_config") or config.get("vision_config_dict") or {}
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise UserError(f"{source}: hidden_act '{activation}' is not supported; quick_gelu and gelu are")
+    tower, image_size = sizes_in_file(
+        tensors, TOWER, heads=vision.get("num_attention_heads", 12), quick_gelu=activation == "quick_gelu"
+    )
+    return CheckerSizes(
+        tower=tower,
+        image_size=image_size,
+        norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
+        projection=tensors["visual_projection.weight"].shape[0],
+        concepts=tensors["concept_embeds"].shape[0],
+        special=tensors["special_care_embeds"].shape[0],
+    )
+
+
+_READ_FOR_SIZES = (
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+    "encoder.layers.0.mlp.fc1.weight",
+)
+
+
+def _entries(checker: SafetyChecker) -> list[Entry]:
+    """Return what each weight is called in the published layout."""
+    entries = [Entry(native, (foreign,)) for native, foreign in NAMES.items()]
+    for key in checker.tower.state_dict():
+        names, kind = vision_names(key)
+        entries.append(Entry(f"tower.{key}", tuple(f"{TOWER}{name}" for name in names), kind))
+    return entries
+
+
+def _config(sizes: CheckerSizes) -> dict[str, Any]:
+    tower = sizes.tower
+    vision = {
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+        "patch_size": tower.patch,
+        "image_size": sizes.image_size,
+        "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
+        "layer_norm_eps": sizes.norm_eps,
+        "projection_dim": sizes.projection,
+    }
+    return {
+        "architectures": ["StableDiffusionSafetyChecker"],
+        "model_type": "clip",
+        "projection_dim": sizes.projection,
+        "vision_config": vision,
+    }
+
+
+def _preprocessor(crop: CropSettings) -> dict[str, Any]:
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": bool(crop.shortest_edge),
+        "size": {"shortest_edge": crop.shortest_edge or crop.crop},
+        "resample": 3 if crop.resample == "bicubic" else 2,
+        "do_center_crop": True,
+        "crop_size": {"height": crop.crop, "width": crop.crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(crop.mean),
+        "image_std": list(crop.std),
+        "do_convert_rgb": True,
+    }
