@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pbe.editing.pipeline import EditOutput, PaintByExample
+    from pbe.editing.output import EditOutput
+    from pbe.editing.pipeline import PaintByExample
 
 __all__ = ["EditOutput", "PaintByExample"]
 

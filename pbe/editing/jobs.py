@@ -16,6 +16,8 @@ from pbe.errors import UserError
 FILE_KEYS = ("image", "mask", "exemplar")
 PAIR_KEYS = (*FILE_KEYS, "name", "seed")
 MAX_SEED = 2**63 - 1
+MARGIN = 0.5  # around the mask when only its surroundings are edited: a share of its longer side
+PICTURE_SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
 MAX_NAME = 200  # leaves room for the seed and the ending within the 255 bytes of a file name
 
 

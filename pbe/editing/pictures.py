@@ -1,7 +1,7 @@
 """Pictures and masks of every kind, brought to two plain forms.
 
-A picture is uint8 ``h w 3``, RGB; a mask is bool ``h w``, True = repaint. No torch here: command lines check
-their files before they load it.
+A picture is ``h w 3``, RGB, uint8 or (from floating-point input) float32 in [-1, 1]; a mask is bool ``h w``,
+True = repaint. No torch here: command lines check their files before they load it.
 """
 
 from __future__ import annotations
@@ -139,56 +139,79 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def as_picture(value: Any, what: str = "image") -> np.ndarray:
-    """Return uint8 ``h w 3`` of a Pillow image or a uint8 array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
+    """Return ``h w 3`` of a Pillow image or of an array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
+
+    An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8.
 
     Raises:
         EditTypeError: anything else.
-        EditValueError: an array of another shape, or a picture without pixels.
+        EditValueError: an array of another shape or beyond its range, or a picture without pixels.
     """
     if isinstance(value, np.ndarray):
+        if np.issubdtype(value.dtype, np.floating):
+            return _float_picture(_plain(value, what, channels=(1, 3, 4)), what)
         if value.dtype != np.uint8:
-            raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8")
-        value = _image_from_array(value, what, channels=(1, 3, 4))
+            raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8, or float in [0, 1]")
+        value = Image.fromarray(np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4))))
     if not isinstance(value, Image.Image):
-        raise EditTypeError(f"{what}: {type(value).__name__}; it must be a PIL image or a uint8 numpy array")
+        expected = "a PIL image, a numpy array or a torch tensor"
+        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {expected}, or a list of these")
     return picture_from_image(value)
 
 
-def as_mask(value: Any, what: str = "mask_image") -> np.ndarray:
+def _float_picture(values: np.ndarray, what: str) -> np.ndarray:
+    if not ((values >= 0.0) & (values <= 1.0)).all():
+        raise EditValueError(f"{what}: a floating-point array must lie in [0, 1]")
+    colours = values[:, :, None] if values.ndim == 2 else values
+    if colours.shape[2] == 4:  # laid on white, like every transparent picture
+        alpha = colours[:, :, 3:]
+        colours = colours[:, :, :3] * alpha + (1.0 - alpha)
+    return np.broadcast_to(colours * 2.0 - 1.0, (*values.shape[:2], 3)).astype(np.float32)
+
+
+def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> np.ndarray:
     """Return bool ``h w``, True = repaint, of a Pillow image or an array ``h w`` or ``h w 1``.
 
-    An array is bool, uint8 (128 and above repaints) or floating point in [0, 1] (0.5 and above repaints).
+    An array is bool, uint8 (128 and above repaints) or floating point in [0, 1] (above 0.5 repaints).
+
+    Args:
+        value: the mask.
+        what: how an error calls it.
+        half_is_hole: whether a floating-point value of exactly 0.5 repaints.
 
     Raises:
         EditTypeError: anything else.
         EditValueError: another shape, values outside [0, 1], or no hole.
     """
     if isinstance(value, np.ndarray):
-        value = _image_from_array(_grey(value, what), what, channels=(1,))
-    if not isinstance(value, Image.Image):
-        raise EditTypeError(f"{what}: {type(value).__name__}; it must be a PIL image or a numpy array")
-    hole = mask_from_image(value)
+        hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
+    elif isinstance(value, Image.Image):
+        hole = mask_from_image(value)
+    else:
+        expected = "a PIL image, a numpy array or a torch tensor"
+        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {expected}, or a list of these")
     require_hole(hole, what)
     return hole
 
 
-def _grey(values: np.ndarray, what: str) -> np.ndarray:
+def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
     if values.dtype == np.uint8:
-        return values
+        return values >= HOLE_FROM
     if values.dtype == bool:
-        return values.astype(np.uint8) * 255
+        return values
     if not np.issubdtype(values.dtype, np.floating):
         raise EditTypeError(f"{what}: an array of {values.dtype}; it must be bool, uint8 or float")
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point mask must lie in [0, 1]")
-    return (values >= 0.5).astype(np.uint8) * 255
+    return values >= 0.5 if half_is_hole else values > 0.5
 
 
-def _image_from_array(values: np.ndarray, what: str, channels: tuple[int, ...]) -> Image.Image:
+def _plain(values: np.ndarray, what: str, channels: tuple[int, ...]) -> np.ndarray:
+    """Return an array ``h w`` or ``h w c`` with pixels and one of these numbers of channels."""
     plain = values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values
     if plain.ndim == 2 or (plain.ndim == 3 and plain.shape[2] in channels):
         _require_pixels((plain.shape[1], plain.shape[0]))
-        return Image.fromarray(np.ascontiguousarray(plain))
+        return plain
     forms = " or ".join(["(h, w)"] + [f"(h, w, {count})" for count in channels])
     raise EditValueError(f"{what}: an array of shape {values.shape}; it must be {forms}")
 

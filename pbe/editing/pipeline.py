@@ -2,102 +2,283 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from pbe.checkpoints.native import load_model
-from pbe.diffusion.schedule import make_schedule
-from pbe.diffusion.solvers import Callback, get_solver, uniform_timesteps
-from pbe.editing.compositing import composite, to_bytes
-from pbe.editing.conditioning import Conditioning, noise_predictor
-from pbe.editing.preprocess import (
-    Generators,
-    Triple,
-    check_generator,
-    draw_noise,
-    matched,
-    network_inputs,
-    squash_exemplars,
-    working_size,
-)
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.checkpoints.saving import save_checkpoint
+from pbe.config import Config, ModelConfig
+from pbe.diffusion.noise import Generators
+from pbe.diffusion.schedule import NoiseSchedule
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, schedule_of
+from pbe.editing.compositing import to_bytes, to_unit
+from pbe.editing.conventions import get_conventions
+from pbe.editing.engine import Engine, Given
+from pbe.editing.exemplars import check_embeds, crop_settings
+from pbe.editing.hub import CHECKER, Hub
+from pbe.editing.inputs import Batch, check_generator, matched, read_exemplars
+from pbe.editing.jobs import MARGIN
+from pbe.editing.offload import Offload, offload_idle_parts
+from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures
+from pbe.editing.placement import Placement, View, put_back
+from pbe.editing.preprocess import check_count
+from pbe.editing.pretrained import load_parts
+from pbe.editing.problems import EditValueError
+from pbe.editing.safety import SafetyChecker, save_safety_checker
+from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
+from pbe.editing.watermark import add_watermark
+from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.latent_diffusion import latent_mask, masked_image
-
-OUTPUT_TYPES = ("pil", "np", "pt")
-
-
-@dataclass
-class EditOutput:
-    """What the pipeline returns.
-
-    Attributes:
-        images: ``output_type`` ``pil``: a list of RGB images; ``np``: float32 ``(b, h, w, 3)``; ``pt``:
-            float32 ``(b, 3, h, w)``, both in [0, 1]. The size is that of the source picture.
-        edited_at: height and width at which the model worked, before padding.
-    """
-
-    images: Any
-    edited_at: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How latents are sampled; the fields are those of :meth:`PaintByExample.__call__`."""
-
-    solver: str
-    steps: int
-    guidance_scale: float
-    eta: float
-    callback: Callback | None
+from pbe.models.attention import set_attention_slicing
 
 
 class PaintByExample:
     """Paints an exemplar into the hole of a picture (Yang et al., CVPR 2023).
 
+    Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
+    networks it then shares.
+
     Args:
         model: the networks, in evaluation mode, on the device and in the type they are to run in.
+        unet: a network in place of the model's; all four parts or a model.
+        autoencoder: likewise.
+        exemplar_encoder: likewise.
+        noise_schedule: likewise; that of another pipeline brings its settings along.
+        safety_checker: looks at what was painted, or None.
+        solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
+        conventions: ``original`` or ``diffusers``; None is the schedule's.
+        watermark: put the original's invisible watermark into every picture.
+
+    Attributes:
+        model: the networks.
+        noise_schedule: the model's noise schedule.
+        safety_checker: or None.
+        conventions: name of the conventions of calls that name none.
+        watermark: whether pictures get the watermark.
     """
 
-    def __init__(self, model: LatentDiffusion) -> None:
-        self.model = model
-        self.schedule = make_schedule(model.config.schedule)
+    def __init__(
+        self,
+        model: LatentDiffusion | None = None,
+        *,
+        unet: nn.Module | None = None,
+        autoencoder: nn.Module | None = None,
+        exemplar_encoder: nn.Module | None = None,
+        noise_schedule: NoiseSchedule | None = None,
+        safety_checker: Any = None,
+        solver: str | SolverChoice | None = None,
+        conventions: str | None = None,
+        watermark: bool = False,
+    ) -> None:
+        parts = {"unet": unet, "autoencoder": autoencoder, "exemplar_encoder": exemplar_encoder}
+        if model is None:
+            self.model, schedule = assemble(parts | {"noise_schedule": noise_schedule})
+        else:
+            self.model, schedule = model, schedule_of(model)
+        self.noise_schedule = schedule
+        self.safety_checker = safety_checker
+        self.watermark = watermark
+        self.conventions = get_conventions(conventions or schedule.conventions).name
+        self._choice = schedule.solver if solver is None else choose_solver(solver)
+        self._crop = crop_settings(self.model.config.exemplar_encoder, schedule.preprocessor)
+        self._progress = Progress()
+        self._offload: Offload | None = None
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        path_or_hub_id: str | Path,
+        config: str | Path | ModelConfig | Config | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        solver: str | SolverChoice | None = None,
+        *,
+        conventions: str | None = None,
+        safety_checker: str | Path | nn.Module | None = "auto",
+        watermark: bool = False,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
     ) -> PaintByExample:
-        """Load a model folder of this project.
+        """Load a model: a folder in any layout, a checkpoint file, or a repository of the Hugging Face Hub.
 
         Args:
-            folder: holds ``config.json`` and three safetensors files.
-            device: where the model runs; None means the CPU.
+            path_or_hub_id: folder, file, or ``owner/name`` on the Hub.
+            config: the model's sizes, where the files do not say: a YAML file or a typed configuration. A
+                bare checkpoint without it is taken for the official sizes.
             dtype: type of the weights in memory; None means float32.
+            device: where the model runs; None means the CPU.
+            solver: as in the class; None is what the model's scheduler configuration says, else ``plms``.
+            conventions: as in the class; None is ``diffusers`` for that layout, ``original`` for the others.
+            safety_checker: ``auto`` takes the model folder's own; None turns it off; otherwise a folder or a
+                Hub id of one, or the network.
+            watermark: as in the class.
+            revision: branch, tag or commit on the Hub; None is ``main``.
+            cache_dir: where downloads go; None is huggingface_hub's cache.
+            local_files_only: use what is cached and stay offline.
+            token: for private repositories; None is the one of ``hf auth login``.
 
         Raises:
-            UserError: the folder is missing, incomplete or damaged.
+            UserError: nothing usable is there, in one line that says what is wrong.
         """
-        return cls(load_model(folder, "cpu" if device is None else device, dtype))
+        hub = Hub(revision, cache_dir, local_files_only, token)
+        model, schedule, checker = load_parts(
+            path_or_hub_id, config, dtype, device, solver, safety_checker, hub
+        )
+        networks = {name: getattr(model, name) for name in NETWORKS}
+        return cls(
+            **networks,
+            noise_schedule=schedule,
+            safety_checker=checker,
+            conventions=conventions,
+            watermark=watermark,
+        )
+
+    def save_pretrained(
+        self, folder: str | Path, layout: str = "native", dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the model to a folder.
+
+        Args:
+            folder: made when missing.
+            layout: ``native``, ``compvis`` (the original's) or ``diffusers``.
+            dtype: type of the weights in the files; None keeps that in memory.
+
+        Raises:
+            UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
+        """
+        save_checkpoint(folder, self.model, layout, dtype, self.noise_schedule.scheduler)
+        if isinstance(self.safety_checker, SafetyChecker):
+            save_safety_checker(Path(folder) / CHECKER, self.safety_checker)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What ``PaintByExample(**components)`` makes a pipeline of that shares these very networks."""
+        schedule = dataclasses.replace(self.noise_schedule, conventions=self.conventions, solver=self._choice)
+        networks = {name: getattr(self.model, name) for name in NETWORKS}
+        return networks | {"noise_schedule": schedule, "safety_checker": self.safety_checker}
+
+    @property
+    def unet(self) -> nn.Module:
+        """The noise predictor."""
+        return self.model.unet
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """Pictures to latents and back."""
+        return self.model.autoencoder
+
+    @property
+    def exemplar_encoder(self) -> nn.Module:
+        """Exemplars to conditions."""
+        return self.model.exemplar_encoder
+
+    @property
+    def schedule(self) -> PipelineSchedule:
+        """The noise schedule."""
+        return self.noise_schedule
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return self.model.unet.conv_in.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights; latents are kept in float32 whatever it is."""
-        return self.model.unet.conv_in.weight.dtype
+        return self.model.dtype
+
+    @property
+    def solver(self) -> str:
+        """Name of the solver; assign another name, or a ``SolverChoice`` with spacing or Karras sigmas."""
+        return self._choice.name
+
+    @solver.setter
+    def solver(self, solver: str | SolverChoice) -> None:
+        """Take another solver for the calls that name none."""
+        self._choice = choose_solver(solver)
+
+    def solver_steps(
+        self,
+        num_inference_steps: int = 50,
+        eta: float = 0.0,
+        solver: str | SolverChoice | None = None,
+        conventions: str | None = None,
+    ) -> int:
+        """Return how many steps such a call makes: a few solvers and spacings make more than are asked for.
+
+        Raises:
+            EditTypeError, EditValueError: an argument that cannot be used.
+        """
+        choice = self._chosen(solver, conventions)
+        return Sampling(choice, num_inference_steps, 1.0, eta, None, 1).check(self.noise_schedule)
+
+    def _chosen(self, solver: str | SolverChoice | None, conventions: str | None) -> SolverChoice:
+        choice = self._choice if solver is None else choose_solver(solver)
+        return with_spacing(choice, self._engine(conventions).conventions)
+
+    def to(self, *args: Any, **kwargs: Any) -> PaintByExample:
+        """Move the networks in place, as ``torch.nn.Module.to`` does; return the pipeline.
+
+        Raises:
+            UserError: there is no such device, or idle parts are being offloaded.
+        """
+        if self._offload is not None:
+            raise UserError(
+                "idle parts are being offloaded; call disable_cpu_offload() before moving the pipeline"
+            )
+        networks = (
+            [self.model, self.safety_checker] if isinstance(self.safety_checker, nn.Module) else [self.model]
+        )
+        try:
+            for network in networks:
+                network.to(*args, **kwargs)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"the pipeline cannot be moved: {str(error).splitlines()[0]}") from error
+        return self
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Set tqdm's arguments for the progress bar: ``disable=True`` turns it off."""
+        self._progress.settings.update(settings)
+
+    def enable_attention_slicing(self, queries: int = 1024) -> None:
+        """Run attention on so many queries at a time: less memory, the same numbers up to rounding."""
+        check_count("queries", queries)
+        set_attention_slicing(self.model, queries)
+
+    def disable_attention_slicing(self) -> None:
+        """Run attention on all queries at once again."""
+        set_attention_slicing(self.model, None)
+
+    def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
+        """Keep parts on the CPU while they are idle, and run each on ``device``."""
+        self.disable_cpu_offload()
+        self._offload = offload_idle_parts(self.model, device)
+
+    def disable_cpu_offload(self) -> None:
+        """Undo :meth:`enable_cpu_offload`: all parts go to the device that they ran on."""
+        if self._offload is not None:
+            self._offload.remove()
+            self._offload = None
+
+    @torch.no_grad()
+    def encode_exemplar(self, images: Any, conventions: str | None = None) -> Tensor:
+        """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``.
+
+        Args:
+            images: exemplars as in a call.
+            conventions: likewise.
+
+        Raises:
+            EditTypeError, EditValueError: no exemplars.
+        """
+        return self._engine(conventions).encode(read_exemplars(images))
 
     @torch.no_grad()
     def __call__(
@@ -113,144 +294,75 @@ class PaintByExample:
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
+        masked_image_latents: Tensor | None = None,
+        exemplar_embeds: Tensor | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback: Callback | None = None,
+        callback_steps: int = 1,
         preserve_background: bool = True,
-        solver: str = "plms",
-    ) -> EditOutput:
-        """Paint the exemplar into the masked part of the picture.
+        region: str = "full",
+        conventions: str | None = None,
+        solver: str | SolverChoice | None = None,
+        *,
+        margin: float = MARGIN,
+        feather: float | None = None,
+    ) -> EditOutput | tuple[Any, list[bool] | None]:
+        """Paint the exemplar into the masked part of the picture; docs/pipeline.md explains every argument.
 
-        Exemplars, pictures and masks are PIL images or numpy arrays, or lists of them: one each, or as many
-        as there are edits in the batch. They are taken as they are (no EXIF rotation); see
-        :mod:`pbe.editing.pictures` for modes and array forms. Results come picture by picture.
-
-        Args:
-            example_image: exemplar(s), squashed to the tower's square.
-            image: picture(s), all of one size.
-            mask_image: mask(s), white = repaint; resized to the picture by nearest neighbour.
-            height: height to edit at; the result keeps the picture's. None: see ``working_size``.
-            width: width to edit at, likewise.
-            num_inference_steps: steps of the solver, 1 to 500.
-            guidance_scale: strength of classifier-free guidance, 0 and above; 1 turns it off.
-            num_images_per_prompt: edits of each picture.
-            eta: share of ancestral noise, 0 to 1; above 0 with ``ddim`` only.
-            generator: CPU generator of all noise, or a list with one an edit.
-            latents: standard normal start ``(edits, z, h, w)`` instead of drawn noise.
-            output_type: ``pil``, ``np`` or ``pt``.
-            callback: called after each step with (step, timestep, latents).
-            preserve_background: give back every pixel outside the mask as it was, bit by bit.
-            solver: ``plms`` or ``ddim``.
+        Returns:
+            The edits, picture by picture; without ``return_dict`` the tuple (images, nsfw_content_detected).
 
         Raises:
-            EditTypeError, EditValueError, UserError: an argument that cannot be used, in one clear line.
+            EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
         """
-        sampling = Sampling(solver, num_inference_steps, guidance_scale, eta, callback)
-        self._check(sampling, num_images_per_prompt, output_type)
-        triples = matched(example_image, image, mask_image, num_images_per_prompt)
-        check_generator(generator, len(triples))
-        size = working_size(triples[0].picture.shape[:2], self.model.config.image_size, height, width)
-        edits = self._edit(triples, size, sampling, generator, latents)
-        if preserve_background:
-            edits = np.stack([composite(t.picture, e, t.hole) for t, e in zip(triples, edits, strict=True)])
-        return EditOutput(_as_output(edits, output_type), size)
-
-    def _edit(
-        self,
-        triples: Sequence[Triple],
-        size: tuple[int, int],
-        sampling: Sampling,
-        generator: Generators,
-        latents: Tensor | None,
-    ) -> np.ndarray:
-        """Return one edit a triple, float32 ``(b, h, w, 3)`` in [0, 1] at the size of the pictures."""
-        images, keep = network_inputs(triples, size, self.model.size_multiple)
-        condition = self.encode_exemplars([triple.exemplar for triple in triples])
-        x_T = self._start(latents, images, generator)
-        noise = draw_noise(tuple(x_T.shape), generator)
-        conditioning = self._conditioning(images.to(self.device), keep.to(self.device), condition, noise)
-        sampled = self._sample(x_T, conditioning, sampling, generator)
-        return self._decode(sampled, size, triples[0].picture.shape[:2])
-
-    def _check(self, sampling: Sampling, num_images: int, output_type: str) -> None:
-        for name, number in (("num_inference_steps", sampling.steps), ("num_images_per_prompt", num_images)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise EditTypeError(f"{name}: {type(number).__name__}; it must be an int")
-        get_solver(sampling.solver)
-        uniform_timesteps(self.schedule, sampling.steps)
-        if not (math.isfinite(sampling.guidance_scale) and sampling.guidance_scale >= 0.0):
-            raise EditValueError(f"guidance_scale is {sampling.guidance_scale}; it must be 0 or more")
-        if not 0.0 <= sampling.eta <= 1.0:
-            raise EditValueError(f"eta is {sampling.eta}; it must lie between 0 and 1")
-        if sampling.eta and sampling.solver == "plms":
-            raise EditValueError("plms is deterministic: eta must be 0 (use solver ddim for eta above 0)")
-        if num_images < 1:
-            raise EditValueError(f"num_images_per_prompt is {num_images}; it must be at least 1")
+        engine = self._engine(conventions)
+        choice = self._chosen(solver, conventions)
+        sampling = Sampling(choice, num_inference_steps, guidance_scale, eta, callback, callback_steps)
+        placement = Placement(region, height, width, margin, feather, preserve_background)
+        given = Given(generator, latents, masked_image_latents, exemplar_embeds)
+        check_count("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise EditValueError(f"no output_type '{output_type}'; there are: {', '.join(OUTPUT_TYPES)}")
+        sampling.check(self.noise_schedule)
+        placement.check()
+        batch = self._batch(engine, given, num_images_per_prompt, example_image, image, mask_image)
+        batch = placement.resized(batch)
+        view = placement.view(batch, self.model.config.image_size, engine.conventions.largest_side)
+        sampled = engine.sample(batch, view, sampling, given, self._progress)
+        if output_type == "latent":
+            output = EditOutput(sampled, None, view.size)
+        else:
+            edits, flags = self._finish(engine.decode(sampled, view), batch, view, placement)
+            output = EditOutput(as_output(edits, output_type), flags, view.size)
+        return output if return_dict else output.to_tuple()
 
-    def encode_exemplars(self, exemplars: Sequence[np.ndarray]) -> Tensor:
-        """Map exemplars, uint8 ``h w 3`` each, to the condition ``(b, tokens, context_dim)``."""
-        squares = squash_exemplars(exemplars, self.model.config.exemplar_encoder.image_size)
-        return self.model.encode_exemplar(self.model.normalise_exemplar(squares))
+    def _engine(self, conventions: str | None) -> Engine:
+        manner = get_conventions(self.conventions if conventions is None else conventions)
+        return Engine(self.model, self.noise_schedule, self._crop, manner)
 
-    def _start(self, latents: Tensor | None, images: Tensor, generator: Generators) -> Tensor:
-        """Return the starting noise ``(b, z, h, w)`` float32: the one given, or a draw."""
-        factor = self.model.autoencoder.downsampling
-        height, width = images.shape[-2:]
-        channels = self.model.config.autoencoder.latent_channels
-        shape = (len(images), channels, height // factor, width // factor)
-        if latents is None:
-            return draw_noise(shape, generator).to(self.device)
-        if not isinstance(latents, Tensor):
-            raise EditTypeError(f"latents: {type(latents).__name__}; it must be a torch.Tensor")
-        if tuple(latents.shape) != shape:
-            raise EditValueError(f"latents have the shape {tuple(latents.shape)}; this edit needs {shape}")
-        return latents.to(self.device, torch.float32)
-
-    def _conditioning(self, images: Tensor, keep: Tensor, condition: Tensor, noise: Tensor) -> Conditioning:
-        """Encode the masked pictures, the posterior sampled with ``noise``; bring the mask to latent size."""
-        hidden = masked_image(images, keep).to(self.dtype)
-        masked_latents = self.model.encode_images(hidden, noise.to(self.device, self.dtype))
-        keep_mask = latent_mask(keep, (noise.shape[-2], noise.shape[-1])).to(self.dtype)
-        return Conditioning(condition, masked_latents, keep_mask)
-
-    def _sample(
-        self, x_T: Tensor, conditioning: Conditioning, sampling: Sampling, generator: Generators
-    ) -> Tensor:
-        """Run the solver. Ancestral noise of one generator an edit asks for one edit after the other."""
-        if not (sampling.eta and isinstance(generator, Sequence)):
-            own = None if isinstance(generator, Sequence) else generator
-            return self._solve(x_T, conditioning, sampling, own)
-        single = [slice(i, i + 1) for i in range(len(x_T))]
-        parts = zip(single, generator, strict=True)
-        return torch.cat([self._solve(x_T[i], conditioning.part(i), sampling, own) for i, own in parts])
-
-    def _solve(
-        self, x_T: Tensor, conditioning: Conditioning, sampling: Sampling, generator: torch.Generator | None
-    ) -> Tensor:
-        return get_solver(sampling.solver)(
-            noise_predictor(self.model, self.schedule, conditioning, sampling.guidance_scale),
-            x_T,
-            self.schedule,
-            sampling.steps,
-            eta=sampling.eta,
-            generator=generator,
-            callback=sampling.callback,
+    def _batch(self, engine: Engine, given: Given, copies: int, *inputs: Any) -> Batch:
+        example_image, image, mask_image = inputs
+        embeds = given.exemplar_embeds
+        conditions = 0
+        if embeds is not None:
+            conditions = len(check_embeds(embeds, self.model.config.unet.context_dim))
+        half_is_hole = engine.conventions.half_is_hole
+        batch = matched(
+            example_image, image, mask_image, copies, conditions=conditions, half_is_hole=half_is_hole
         )
+        check_generator(given.generator, len(batch))
+        return batch
 
-    def _decode(self, latents: Tensor, size: tuple[int, int], picture_size: tuple[int, int]) -> np.ndarray:
-        """Return float32 ``(b, h, w, 3)`` in [0, 1] at the size of the pictures, the padding cut off."""
-        decoded = self.model.decode_latents(latents.to(self.dtype)).float()[:, :, : size[0], : size[1]]
-        if not torch.isfinite(decoded).all():
-            raise EditValueError("the model gave infinite numbers: damaged weights, or float16 is too small")
-        if size != picture_size:
-            decoded = F.interpolate(decoded, picture_size, mode="bicubic", antialias=True)
-        return rearrange((decoded / 2.0 + 0.5).clamp(0.0, 1.0), "b c h w -> b h w c").cpu().numpy()
-
-
-def _as_output(edits: np.ndarray, output_type: str) -> Any:
-    if output_type == "pil":
-        return [Image.fromarray(to_bytes(edit)) for edit in edits]
-    if output_type == "np":
-        return edits
-    return rearrange(torch.from_numpy(edits), "b h w c -> b c h w").contiguous()
+    def _finish(
+        self, painted: Tensor, batch: Batch, view: View, placement: Placement
+    ) -> tuple[list[np.ndarray], list[bool] | None]:
+        """Put what was painted, ``(edits, 3, h, w)``, back into the pictures; blacken what is flagged."""
+        flags = None if self.safety_checker is None else self.safety_checker(to_pictures(painted))
+        edits = []
+        for index, each in enumerate(painted):
+            edit = put_back(each, index // batch.copies, batch, view, placement)
+            if flags is not None and flags[index]:
+                edit = np.zeros_like(edit)
+            edits.append(to_unit(add_watermark(to_bytes(edit))) if self.watermark else edit)
+        return edits, flags

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import metadata
@@ -22,6 +23,18 @@ from pbe.errors import UserError
 CELL = 512  # longest side of a grid's cell, pixels
 COLUMNS = 7
 GAP = 4
+DIGEST = re.compile("[0-9a-f]{64}")
+MODEL_SUFFIXES = (".json", ".yaml", ".yml", ".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+JPEG: tuple[str, dict[str, Any]] = ("JPEG", {"quality": 95, "subsampling": 0})
+TIFF: tuple[str, dict[str, Any]] = ("TIFF", {"compression": "tiff_lzw"})
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".tif": TIFF,
+    ".tiff": TIFF,
+    ".jpg": JPEG,
+    ".jpeg": JPEG,
+}
 PACKAGES = ("pbe", "torch", "numpy", "pillow", "open_clip_torch", "timm", "safetensors")
 
 
@@ -49,14 +62,15 @@ def make_grid(
     return grid
 
 
-def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a PNG atomically.
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture atomically, in the format of its ending: without loss, but for JPEG.
 
     Raises:
         UserError: the file cannot be written.
     """
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    kind, settings = FORMATS[path.suffix.lower()]
+    picture.save(buffer, kind, **settings)
     _write(path, buffer.getvalue())
 
 
@@ -82,13 +96,19 @@ def _write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def model_digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of a model folder, by name."""
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
-    return {file.name: _digest(file) for file in files}
+def model_digests(place: Path) -> dict[str, str]:
+    """Return the SHA-256 of a model's file, or of each file of its folder, by path in the folder."""
+    if place.is_file():
+        return {place.name: _digest(place)}
+    files = [file for file in place.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    kept = sorted(file for file in files if file.suffix in MODEL_SUFFIXES)
+    return {file.relative_to(place).as_posix(): _digest(file) for file in kept}
 
 
 def _digest(path: Path) -> str:
+    stored = path.resolve().name
+    if path.is_symlink() and DIGEST.fullmatch(stored):
+        return stored  # the Hub's cache names large files by their SHA-256
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

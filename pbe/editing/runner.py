@@ -15,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import torch_dtype
-from pbe.diffusion.solvers import uniform_timesteps
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.cli import build_parser
+from pbe.editing.hub import Hub
 from pbe.editing.jobs import Job, output_stem
 from pbe.editing.pictures import LoadedFile, fit_mask, read_mask, read_picture
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.records import make_grid, model_digests, repeat_command, versions, write_json, write_png
+from pbe.editing.records import make_grid, model_digests, repeat_command, versions, write_json, write_picture
 from pbe.errors import UserError
 
 
@@ -77,6 +79,36 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
+def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[PaintByExample, Path]:
+    """Return the pipeline that a command line asks for, and where its model lies.
+
+    Raises:
+        UserError: the model cannot be used, or not like this.
+    """
+    hub = Hub(options.revision, options.cache_dir, options.offline)
+    place = hub.find(options.model)
+    pipe = PaintByExample.from_pretrained(
+        place,
+        config=options.config,
+        dtype=torch_dtype(options.dtype),
+        device="cpu" if options.cpu_offload else device,
+        solver=options.solver,
+        conventions=options.conventions,
+        safety_checker=None if options.safety_checker == "none" else options.safety_checker,
+        watermark=options.watermark,
+        cache_dir=options.cache_dir,
+        local_files_only=options.offline,
+    )
+    if options.spacing or options.karras:
+        pipe.solver = SolverChoice(pipe.solver, options.spacing, options.karras)
+    if options.attention_slicing:
+        pipe.enable_attention_slicing(options.attention_slicing)
+    if options.cpu_offload:
+        pipe.enable_cpu_offload(device)
+    pipe.set_progress_bar_config(disable=True)  # the bar here counts the steps of all jobs
+    return pipe, place
+
+
 def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: argparse.Namespace) -> None:
     """Edit every job and write its files; a bar on stderr counts solver steps.
 
@@ -89,19 +121,20 @@ def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: arg
         UserError: the model or the device cannot be used, or a file cannot be written.
     """
     device = pick_device(options.device)
-    pipe = PaintByExample.from_pretrained(options.model, device, torch_dtype(options.dtype))
-    shared = _shared_record(options, device)
-    steps = len(uniform_timesteps(pipe.schedule, options.steps))
-    total = len(jobs) * options.num_images * steps
-    with tqdm(total=total, desc="editing", unit="step", mininterval=0.5) as bar:
+    pipe, place = load_pipeline(options, device)
+    total = len(jobs) * options.num_images * pipe.solver_steps(options.steps, options.eta)
+    shared = _shared_record(options, pipe, place, device)
+    with tqdm(total=total, desc="editing", unit="step", mininterval=0.5, disable=options.quiet) as bar:
 
-        def advance(step: int, timestep: int, latents: Tensor) -> None:
+        def advance(step: int, timestep: float, latents: Tensor) -> None:
             bar.update(len(latents))
 
         for batch in batches(jobs, sizes, options.num_images, options.batch_size):
             output = edit_batch(pipe, batch, options, advance)
-            for (work, index), edit in zip(batch, output.images, strict=True):
-                _finish(work, index, edit, shared | {"edited_at": list(output.edited_at)}, options)
+            flags = output.nsfw_content_detected or [False] * len(batch)
+            for (work, index), edit, flag in zip(batch, output.images, flags, strict=True):
+                made = {"edited_at": list(output.edited_at), "blackened": flag}
+                _finish(work, index, edit, shared | made, options)
 
 
 def edit_batch(
@@ -112,12 +145,16 @@ def edit_batch(
         [work.exemplar.pixels for work, _ in batch],
         [work.image.pixels for work, _ in batch],
         [work.mask.pixels for work, _ in batch],
+        height=options.height,
+        width=options.width,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         eta=options.eta,
         generator=[torch.Generator().manual_seed(work.job.seed + index) for work, index in batch],
-        solver=options.solver,
         preserve_background=options.preserve_background,
+        region=options.region,
+        margin=options.margin,
+        feather=options.feather,
         callback=callback,
     )
 
@@ -126,26 +163,29 @@ def _finish(
     work: Work, index: int, edit: Image.Image, shared: dict[str, Any], options: argparse.Namespace
 ) -> None:
     """Write the edit and its JSON, and the grid once the job has all its edits."""
-    out, stem = Path(options.out), output_stem(work.job, index)
-    write_png(out / f"{stem}.png", edit)
-    write_json(out / f"{stem}.json", _record(work, index, shared, options))
-    work.edits.append(edit)
+    stem = output_stem(work.job, index)
+    target = Path(options.output) if options.output else Path(options.out) / f"{stem}.png"
+    write_picture(target, edit)
+    write_json(target.with_suffix(".json"), _record(work, index, shared, options))
+    if options.output is None:
+        work.edits.append(edit)
     if len(work.edits) == options.num_images:
         grid = make_grid(work.image.pixels, work.mask.pixels, work.exemplar.pixels, work.edits)
-        write_png(out / f"{output_stem(work.job, 0)}_grid.png", grid)
+        write_picture(target.with_name(f"{output_stem(work.job, 0)}_grid.png"), grid)
         work.edits.clear()
-    written = str(out / f"{stem}.png").encode(errors="backslashreplace").decode()  # not UTF-8, perhaps
+    written = str(target).encode(errors="backslashreplace").decode()  # not UTF-8, perhaps
     tqdm.write(written, file=sys.stdout)
 
 
-def _shared_record(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _shared_record(
+    options: argparse.Namespace, pipe: PaintByExample, place: Path, device: torch.device
+) -> dict[str, Any]:
+    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather", "spacing")
     return {
-        "model": {"folder": options.model, "sha256": model_digests(Path(options.model))},
-        "solver": options.solver,
-        "steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "eta": options.eta,
-        "preserve_background": options.preserve_background,
+        "model": {"folder": options.model, "sha256": model_digests(place)},
+        "solver": pipe.solver,
+        "conventions": pipe.conventions,
+        **{name: getattr(options, name) for name in (*same, "karras", "watermark")},
         "device": str(device),
         "dtype": options.dtype,
         "batch_size": options.batch_size,
@@ -159,20 +199,33 @@ def _record(work: Work, index: int, shared: dict[str, Any], options: argparse.Na
         key: {"path": str(getattr(job, key)), "sha256": getattr(work, key).sha256}
         for key in ("image", "mask", "exemplar")
     }
+    kept = {"out": options.out, "name": job.name} if options.output is None else {"output": options.output}
     command = {
         "model": options.model,
-        "out": options.out,
+        **kept,
         **{key: file["path"] for key, file in inputs.items()},
-        "name": job.name,
         "seed": seed,
-        "solver": options.solver,
         "steps": options.steps,
         "guidance-scale": options.guidance_scale,
         "eta": options.eta,
         "device": shared["device"],
         "dtype": options.dtype,
+        "conventions": shared["conventions"],
+        "region": options.region,
+        **_given(options),
         "preserve-background" if options.preserve_background else "no-preserve-background": True,
     }
     size = list(work.image.pixels.shape[:2])
     own = {"name": job.name, "seed": seed, "size": size}
     return inputs | own | shared | {"repeat": repeat_command(command)}
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what else of the command line shapes an edit, where it was given."""
+    names = ("config", "revision", "cache_dir", "offline", "safety_checker", "watermark", "spacing", "karras")
+    more = ("solver", "margin", "feather", "height", "width")
+    defaults = build_parser()
+    values = {name: getattr(options, name) for name in (*names, *more)}
+    return {
+        name.replace("_", "-"): value for name, value in values.items() if value != defaults.get_default(name)
+    }

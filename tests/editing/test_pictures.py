@@ -175,15 +175,26 @@ def test_arrays_as_pictures():
     assert as_picture(np.zeros((3, 4, 4), np.uint8)).tolist() == np.full((3, 4, 3), 255).tolist()
 
 
+def test_float_arrays_as_pictures():
+    signed = as_picture(COLOURS / 255.0)
+    assert signed.dtype == np.float32
+    np.testing.assert_allclose((signed + 1.0) * 127.5, COLOURS, atol=1e-4)
+    assert as_picture(RAMP / 255.0).shape == (12, 8, 3)
+    assert as_picture(np.zeros((3, 4, 4))).tolist() == np.ones((3, 4, 3)).tolist()  # clear: white
+    with pytest.raises(EditValueError, match=r"must lie in \[0, 1\]"):
+        as_picture(COLOURS * 1.0)
+
+
 def test_arrays_as_masks():
     expected = [[False, True]]
     assert as_mask(np.array([[False, True]])).tolist() == expected
     assert as_mask(np.array([[127, 128]], np.uint8)).tolist() == expected
     assert as_mask(np.array([[0.49, 0.5]])).tolist() == expected
+    assert as_mask(np.array([[0.5, 0.51]]), half_is_hole=False).tolist() == expected
     assert as_mask(np.array([[[0.0], [1.0]]], np.float32)).tolist() == expected
 
 
-@pytest.mark.parametrize("value", ["a.png", Path("a.png"), None, 3, np.zeros((4, 4, 3), np.float32)])
+@pytest.mark.parametrize("value", ["a.png", Path("a.png"), None, 3, np.zeros((4, 4, 3), np.int32)])
 def test_wrong_kinds_of_picture(value: object):
     with pytest.raises(EditTypeError, match="example_image: ") as raised:
         as_picture(value, "example_image")

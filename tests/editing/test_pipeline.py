@@ -67,18 +67,22 @@ def test_large_pictures_are_edited_smaller_and_come_back_at_their_size(
     np.testing.assert_array_equal(pixels(edit)[~scene.hole], pixels(scene.picture)[~scene.hole])
 
 
-def test_height_and_width_choose_the_working_size(pipe: PaintByExample, scene: Scene):
-    output = pipe(
-        scene.exemplar,
-        scene.picture,
-        scene.mask,
-        height=16,
-        width=48,
-        num_inference_steps=1,
-        output_type="np",
-    )
-    assert output.edited_at == (16, 48)
-    assert output.images.shape == (1, 32, 40, 3)
+@pytest.mark.parametrize(
+    ("asked", "size"), [((16, 48), (16, 48)), ((None, 50), (32, 50)), ((21, None), (21, 40))]
+)
+def test_height_and_width_resize(
+    pipe: PaintByExample, scene: Scene, asked: tuple[int | None, int | None], size: tuple[int, int]
+):
+    height, width = asked
+    call = {"height": height, "width": width, "num_inference_steps": 1}
+    output = pipe(scene.exemplar, scene.picture, scene.mask, **call)
+    assert output.edited_at == size
+    edit = pixels(output.images[0])
+    assert edit.shape == (*size, 3)
+    resized = pixels(scene.picture.resize(size[::-1], Image.Resampling.BICUBIC))
+    kept = np.asarray(scene.mask.resize(size[::-1], Image.Resampling.BOX)) == 0
+    assert 0.5 < kept.mean() < 1.0
+    np.testing.assert_array_equal(edit[kept], resized[kept])
 
 
 def test_the_same_seed_gives_the_same_picture_and_another_does_not(pipe: PaintByExample, scene: Scene):
@@ -260,7 +264,7 @@ def test_from_pretrained(tiny_model: LatentDiffusion, pipe: PaintByExample, scen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 0}, "number of steps is 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
         ({"num_inference_steps": 501}, "between 1 and 500"),
         ({"num_inference_steps": 2.5}, "num_inference_steps: float; it must be an int"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),

@@ -3,17 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pbe.editing.preprocess import (
-    Triple,
-    check_generator,
-    draw_noise,
-    matched,
+    check_count,
+    mask_at_latent_size,
     network_inputs,
     pad_to_multiple,
     reduce_mask,
-    squash_exemplars,
+    resize_picture,
+    to_signed,
     working_size,
 )
 from pbe.editing.problems import EditTypeError, EditValueError
@@ -37,11 +35,9 @@ def test_working_size(size: tuple[int, int], expected: tuple[int, int]):
     assert working_size(size, 64) == expected
 
 
-def test_working_size_asked_for():
-    assert working_size((500, 700), 64, height=96, width=80) == (96, 80)
-    assert working_size((50, 70), 64, width=80) == (50, 80)
-    with pytest.raises(EditValueError, match="height is 0"):
-        working_size((50, 70), 64, height=0)
+def test_a_size_that_is_edited_as_it_is_whatever_the_model():
+    assert working_size((500, 700), 64, largest_side=1024) == (500, 700)
+    assert working_size((1100, 1100), 64, largest_side=1024) == (64, 64)
 
 
 def test_padding_reflects_where_it_can_and_repeats_where_it_cannot():
@@ -64,8 +60,9 @@ def test_network_inputs():
     picture[:, 0] = 0
     hole = np.zeros((5, 6), bool)
     hole[0, 0] = hole[4, 5] = True
-    images, keep = network_inputs([Triple(picture, picture, hole)] * 2, (5, 6), 8)
+    images, keep = network_inputs([picture] * 2, [hole] * 2, (5, 6), 8)
     assert images.shape == (2, 3, 8, 8)
+    assert images.is_contiguous()
     assert keep.shape == (2, 1, 8, 8)
     assert images[0, 0, 0].tolist() == [-1.0] + [1.0] * 7
     assert set(keep.unique().tolist()) == {0.0, 1.0}
@@ -77,55 +74,28 @@ def test_network_inputs():
 def test_the_padding_reflects_the_hole_too():
     hole = np.zeros((5, 8), bool)
     hole[3, 2] = True
-    picture = np.zeros((5, 8, 3), np.uint8)
-    _, keep = network_inputs([Triple(picture, picture, hole)], (5, 8), 8)
+    _, keep = network_inputs([np.zeros((5, 8, 3), np.uint8)], [hole], (5, 8), 8)
     assert (keep[0, 0] == 0).nonzero().tolist() == [[3, 2], [5, 2]]
 
 
-def test_exemplars_are_squashed_bicubically():
-    exemplar = np.random.default_rng(0).integers(0, 256, (10, 30, 3), np.uint8)
-    expected = np.asarray(Image.fromarray(exemplar).resize((16, 16), Image.Resampling.BICUBIC))
-    squares = squash_exemplars([exemplar, exemplar], 16)
-    assert squares.shape == (2, 3, 16, 16)
-    assert squares.dtype == torch.uint8
-    np.testing.assert_array_equal(squares[1].permute(1, 2, 0).numpy(), expected)
+def test_float_pictures_are_resized_like_bytes():
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    ours = resize_picture(to_signed(picture), (10, 12))
+    assert ours.dtype == np.float32
+    assert np.abs(ours - to_signed(resize_picture(picture, (10, 12)))).max() <= 1.5 / 127.5
 
 
-def test_noise_of_a_list_is_that_of_its_generators():
-    both = draw_noise((2, 4, 3, 3), [torch.Generator().manual_seed(seed) for seed in (1, 2)])
-    for index, seed in enumerate((1, 2)):
-        assert torch.equal(
-            both[index : index + 1], draw_noise((1, 4, 3, 3), torch.Generator().manual_seed(seed))
-        )
+def test_the_mask_at_latent_size():
+    keep = torch.rand(1, 1, 16, 24).round()
+    nearest = mask_at_latent_size(keep, (2, 3), "nearest")
+    assert torch.equal(nearest, keep[:, :, ::8, ::8])
+    middle = keep.unfold(2, 8, 8).unfold(3, 8, 8)[..., 3:5, 3:5].mean(dim=(-2, -1))
+    torch.testing.assert_close(mask_at_latent_size(keep, (2, 3), "bilinear"), middle)
 
 
-def test_generators_are_checked():
-    check_generator(None, 3)
-    check_generator(torch.Generator(), 3)
-    check_generator([torch.Generator()] * 3, 3)
-    with pytest.raises(EditValueError, match="2 generators for 3 images"):
-        check_generator([torch.Generator()] * 2, 3)
-    with pytest.raises(EditTypeError, match=r"generator: int; it must be a torch\.Generator"):
-        check_generator(5, 1)
-    with pytest.raises(EditTypeError, match="NoneType"):
-        check_generator([None], 1)
-
-
-def test_pairing():
-    pictures = [np.full((4, 4, 3), value, np.uint8) for value in (1, 2)]
-    exemplars = [np.full((2, 2, 3), value, np.uint8) for value in (3, 4)]
-    mask = np.ones((2, 2), bool)
-    triples = matched(exemplars, pictures, mask, copies=2)
-    assert [(t.exemplar[0, 0, 0], t.picture[0, 0, 0]) for t in triples] == [(3, 1), (3, 1), (4, 2), (4, 2)]
-    assert all(t.hole.shape == (4, 4) for t in triples)
-    assert [t.exemplar[0, 0, 0] for t in matched(exemplars, pictures[0], mask)] == [3, 4]
-
-
-def test_pairing_that_does_not_work_out():
-    picture, mask = np.zeros((4, 4, 3), np.uint8), np.ones((4, 4), bool)
-    with pytest.raises(EditValueError, match="2 exemplars, 3 pictures and 1 masks do not pair up"):
-        matched([picture] * 2, [picture] * 3, mask)
-    with pytest.raises(EditValueError, match="must have one size, these have 4x4, 4x5"):
-        matched(picture, [picture, np.zeros((5, 4, 3), np.uint8)], mask)
-    with pytest.raises(EditValueError, match="empty list"):
-        matched([], picture, mask)
+@pytest.mark.parametrize(
+    ("value", "kind"), [(0, EditValueError), (1.0, EditTypeError), (True, EditTypeError)]
+)
+def test_counts(value: object, kind: type[Exception]):
+    with pytest.raises(kind, match="steps"):
+        check_count("steps", value)

@@ -15,7 +15,7 @@ from pbe.editing.records import (
     repeat_command,
     versions,
     write_json,
-    write_png,
+    write_picture,
 )
 from pbe.errors import UserError
 
@@ -43,15 +43,15 @@ def test_large_and_long_grids_stay_handy():
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path):
-    write_png(tmp_path / "a.png", Image.new("RGB", (3, 3)))
+    write_picture(tmp_path / "a.png", Image.new("RGB", (3, 3)))
     write_json(tmp_path / "a.json", {"é": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
     assert (tmp_path / "a.json").read_text() == '{\n  "é": 1\n}\n'
     with pytest.raises(UserError, match="cannot write"):
-        write_png(tmp_path / "none" / "a.png", Image.new("RGB", (3, 3)))
+        write_picture(tmp_path / "none" / "a.png", Image.new("RGB", (3, 3)))
     (tmp_path / "b.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        write_png(tmp_path / "b.png", Image.new("RGB", (3, 3)))
+        write_picture(tmp_path / "b.png", Image.new("RGB", (3, 3)))
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -134,10 +134,12 @@ def autoencoders() -> tuple[AutoencoderKL, DiffusersAutoencoder]:
     return loaded(AutoencoderKL(AUTOENCODER), reference, autoencoder_names()), reference
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7])
-def test_unet(unets: tuple[UNet, UNet2DConditionModel], tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(1, (8, 12)), (2, (8, 12)), (7, (8, 12)), (1, (9, 14)), (1, (5, 7))]
+)
+def test_unet(unets: tuple[UNet, UNet2DConditionModel], tokens: int, size: tuple[int, int]) -> None:
     ours, reference = unets
-    x, timesteps, context = torch.randn(3, 9, 8, 12), torch.tensor([0, 481, 999]), torch.randn(3, tokens, 20)
+    x, timesteps, context = torch.randn(3, 9, *size), torch.tensor([0, 481, 999]), torch.randn(3, tokens, 20)
     with torch.no_grad():
         expected = reference(x, timesteps, encoder_hidden_states=context).sample
         assert relative(ours(x, timesteps, context), expected) < TIGHT

@@ -1,0 +1,96 @@
+"""The parts of a pipeline, and a pipeline's model made of parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pbe.config import ModelConfig, ScheduleConfig
+from pbe.diffusion.schedule import NoiseSchedule, make_schedule
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.conventions import ORIGINAL
+from pbe.editing.problems import EditTypeError
+from pbe.models import LatentDiffusion
+
+DEFAULT_SOLVER = "plms"
+NETWORKS = ("unet", "autoencoder", "exemplar_encoder")
+PARTS = (*NETWORKS, "noise_schedule")
+
+
+@dataclass(frozen=True)
+class PipelineSchedule(NoiseSchedule):
+    """A pipeline's noise schedule, with what else its weights were made for and how it samples them.
+
+    Attributes:
+        config: of the schedule.
+        prediction: what the network predicts, ``eps`` or ``v``.
+        image_size: training resolution in pixels.
+        conventions: name of the pipeline's conventions.
+        solver: the pipeline's solver.
+        preprocessor: the ``preprocessor_config.json`` that came with the model, or None.
+        scheduler: its ``scheduler_config.json``, or None.
+    """
+
+    config: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction: str = "eps"
+    image_size: int = 512
+    conventions: str = ORIGINAL.name
+    solver: SolverChoice = field(default_factory=lambda: SolverChoice(DEFAULT_SOLVER))
+    preprocessor: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+
+
+def schedule_of(model: LatentDiffusion, **settings: Any) -> PipelineSchedule:
+    """Return the schedule of a whole model, with these settings of :class:`PipelineSchedule`."""
+    config, plain = model.config, make_schedule(model.config.schedule)
+    return PipelineSchedule(
+        plain.betas,
+        plain.alphas_cumprod,
+        config=config.schedule,
+        prediction=config.prediction,
+        image_size=config.image_size,
+        **settings,
+    )
+
+
+def full_schedule(schedule: NoiseSchedule) -> PipelineSchedule:
+    """Return a schedule with settings; a bare one is taken for that of a model of the official size."""
+    if isinstance(schedule, PipelineSchedule):
+        return schedule
+    betas = schedule.betas
+    config = ScheduleConfig(schedule.timesteps, float(betas[0]), float(betas[-1]))
+    return PipelineSchedule(betas, schedule.alphas_cumprod, config=config)
+
+
+def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
+    """Return a model around parts, none of which is copied, and its schedule.
+
+    Args:
+        parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``.
+
+    Raises:
+        EditTypeError: a part is missing or no part.
+    """
+    missing = [name for name in PARTS if parts[name] is None]
+    if missing:
+        raise EditTypeError(
+            f"a pipeline needs a model or all of {', '.join(PARTS)}; missing: {', '.join(missing)}"
+        )
+    networks = {name: parts[name] for name in NETWORKS}
+    for name, part in networks.items():
+        if not isinstance(part, nn.Module):
+            raise EditTypeError(f"{name}: {type(part).__name__}; it must be a network")
+    given = parts["noise_schedule"]
+    if not isinstance(given, NoiseSchedule):
+        raise EditTypeError(f"noise_schedule: {type(given).__name__}; it must be a NoiseSchedule")
+    schedule = full_schedule(given)
+    config = ModelConfig(
+        image_size=schedule.image_size,
+        prediction=schedule.prediction,
+        schedule=dataclasses.replace(schedule.config),
+        **{name: part.config for name, part in networks.items()},
+    )
+    return LatentDiffusion(config, **networks), schedule

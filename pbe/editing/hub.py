@@ -1,0 +1,166 @@
+"""Models by name: a path, or a repository of the Hugging Face Hub, of which only what is used is fetched."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pbe.checkpoints.folders import SHARD, STRANGERS, SUFFIXES
+from pbe.editing.places import require_place
+from pbe.errors import UserError
+
+NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
+COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
+CHECKER = "safety_checker"
+SMALL = (".json", ".yaml", ".yml")
+# Whatever goes wrong on the way to the Hub: errors of the system, and those of the HTTP library underneath.
+TRANSPORT: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """How the Hub is asked; the address is ``$HF_ENDPOINT``, ``HF_HUB_OFFLINE=1`` keeps every call offline.
+
+    Attributes:
+        revision: branch, tag or commit; None is ``main``.
+        cache_dir: where downloads go; None is huggingface_hub's cache.
+        local_files_only: take what is cached and do not connect.
+        token: for private repositories; None is the one that ``hf auth login`` stored.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+    def find(self, path_or_hub_id: str | Path) -> Path:
+        """Return the path of a model: the one given, or that of a download.
+
+        A path that exists comes before a repository of the same name.
+
+        Raises:
+            UserError: there is no such path and no such repository, or the Hub cannot be reached.
+        """
+        path = require_place(path_or_hub_id)
+        return self._download(str(path_or_hub_id)) if path is None else path
+
+    def _download(self, name: str) -> Path:
+        if self.local_files_only:
+            return self._cached(
+                name, f"'{name}' is neither a path here nor in the cache, and the call stays offline"
+            )
+        try:
+            files = self._list(name)
+        except RevisionNotFoundError as error:
+            raise UserError(f"'{name}' on the Hub has no revision '{self.revision}'") from error
+        except HFValidationError as error:
+            raise UserError(f"'{name}' cannot be the name of a repository: {_first_line(error)}") from error
+        except TRANSPORT as error:
+            problem = _explain(name, error)
+            logger.warning("%s; taking the cached copy, if there is one", problem)
+            return self._cached(name, problem, error)
+        try:
+            return self._snapshot(name, select_files(files, name))
+        except TRANSPORT as error:
+            raise UserError(f"downloading '{name}' failed: {_first_line(error)}") from error
+
+    def _list(self, name: str) -> list[str]:
+        api, revision = HfApi(token=self.token), self.revision or "main"
+        info = api.model_info(name, revision=revision)
+        if info.siblings:
+            return [each.rfilename for each in info.siblings]
+        return list(api.list_repo_files(name, revision=info.sha))
+
+    def _cached(self, name: str, problem: str, cause: BaseException | None = None) -> Path:
+        """Return the folder of an earlier download, whatever it holds: loading finds what is missing."""
+        try:
+            return self._snapshot(name, [], offline=True)
+        except TRANSPORT as error:
+            raise UserError(problem) from cause or error
+
+    def _snapshot(self, name: str, files: list[str], offline: bool = False) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            token=self.token,
+            local_files_only=offline,
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in files],
+        )
+        return Path(folder)
+
+
+def _explain(name: str, error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"'{name}' on the Hub is gated: accept its terms there and give a token"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"'{name}' is neither a path here nor a model on the Hub (a private one needs a token)"
+    return f"'{name}' is no path here, and the Hub cannot be reached: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def select_files(files: Iterable[str], name: str) -> list[str]:
+    """Choose what to download of a repository.
+
+    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories
+    hold the same weights several times.
+
+    Args:
+        files: paths in the repository.
+        name: of the repository, for errors.
+
+    Returns:
+        Settings, and the weights of every network once: safetensors before pickles, no variants.
+
+    Raises:
+        UserError: there are no weights, or several checkpoints.
+    """
+    listed = sorted(files)
+    if "model_index.json" in listed:
+        folders = [
+            folder
+            for folder in (*COMPONENTS, CHECKER)
+            if any(each.startswith(f"{folder}/") for each in listed)
+        ]
+        chosen = [each for folder in folders for each in _folder_files(listed, folder, name)]
+        return ["model_index.json", *chosen]
+    checker = (
+        _folder_files(listed, CHECKER, name) if any(each.startswith(f"{CHECKER}/") for each in listed) else []
+    )
+    if all(each in listed for each in NATIVE_FILES):
+        return ["config.json", *NATIVE_FILES, *checker]
+    return [*_folder_files(listed, "", name), *checker]
+
+
+def _folder_files(listed: list[str], folder: str, name: str) -> list[str]:
+    """Return the settings and the best weights that lie in a folder itself."""
+    inside = [PurePosixPath(each) for each in listed if str(PurePosixPath(each).parent) == (folder or ".")]
+    settings = [str(path) for path in inside if path.suffix in SMALL]
+    weights = [path for path in inside if path.suffix in SUFFIXES and path.name not in STRANGERS]
+    if not weights:
+        if folder in ("feature_extractor", "scheduler"):
+            return settings
+        raise UserError(f"'{name}' on the Hub holds no weights{f' in {folder}/' if folder else ''}")
+    ranks = [(len(path.name.split(".")) > 2, path.suffix != ".safetensors") for path in weights]
+    best = [path for path, rank in zip(weights, ranks, strict=True) if rank == min(ranks)]
+    if len(best) > 1 and not all(SHARD.search(path.stem) for path in best):
+        found = ", ".join(path.name for path in best)
+        raise UserError(f"'{name}' on the Hub holds several models ({found}); download one and give its path")
+    return settings + [str(path) for path in best]

@@ -1,0 +1,232 @@
+"""What a person hands to the pipeline, one by one or batched, as PIL images, arrays or tensors: paired up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.diffusion.noise import Generators
+from pbe.editing.exemplars import Exemplar
+from pbe.editing.pictures import as_mask, as_picture, fit_mask
+from pbe.editing.problems import EditTypeError, EditValueError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch of edits is made from.
+
+    Attributes:
+        exemplars: one, or one a picture; none where the condition is given.
+        pictures: ``h w 3``, uint8 or float32 in [-1, 1], all of one size; one that several exemplars or masks
+            share stands here several times.
+        holes: bool ``h w`` of the pictures' size, one a picture.
+        copies: edits of each picture, which follow one another.
+    """
+
+    exemplars: list[Exemplar]
+    pictures: list[np.ndarray]
+    holes: list[np.ndarray]
+    copies: int
+
+    def __len__(self) -> int:
+        return len(self.pictures) * self.copies
+
+    def spread(self, rows: Tensor, what: str) -> Tensor:
+        """Repeat rows, given once, once a picture or once an edit, to one an edit.
+
+        Raises:
+            EditValueError: another number of rows.
+        """
+        if len(rows) not in (1, len(self.pictures), len(self)):
+            raise EditValueError(
+                f"{what}: {len(rows)} for {len(self)} edits; give one, one a picture or one an edit"
+            )
+        return rows.repeat_interleave(len(self) // len(rows), dim=0)
+
+
+def matched(
+    example_image: Any,
+    image: Any,
+    mask_image: Any,
+    copies: int = 1,
+    *,
+    conditions: int = 0,
+    half_is_hole: bool = True,
+) -> Batch:
+    """Pair exemplars, pictures and masks: each comes once, or once for each picture of the batch.
+
+    Args:
+        example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.pictures.as_picture` takes them,
+            uint8 tensors, or float tensors ``(3, s, s)`` normalised for the image tower; single, in lists or
+            batched.
+        image: picture(s): PIL images, arrays, or tensors ``(3, h, w)`` or ``(b, 3, h, w)``, uint8 or floating
+            point in [-1, 1].
+        mask_image: mask(s): PIL images, arrays, or tensors ``(h, w)``, ``(1, h, w)``, ``(b, h, w)``,
+            ``(b, 1, h, w)`` or ``(b, h, w, 1)``: bool, uint8, or floating point in [0, 1]. Tensors belong to
+            tensors: pictures and masks are both such or neither.
+        copies: edits of each picture.
+        conditions: number of conditions that are given instead of exemplars; 0 means that exemplars are.
+        half_is_hole: whether a floating-point mask value of exactly 0.5 repaints.
+
+    Raises:
+        EditTypeError: something that is no picture, or a tensor beside something else.
+        EditValueError: numbers that do not match, pictures of different sizes, a mask without a hole.
+    """
+    exemplars = [] if conditions else read_exemplars(example_image)
+    tensors = _has_tensors(image)
+    if tensors != _has_tensors(mask_image):
+        raise EditTypeError("image and mask_image must both be tensors, or neither of them")
+    pictures = [_picture(each) for each in _split(image, "image", _unbatch_pictures)]
+    masks = _split(mask_image, "mask_image", _unbatch_masks)
+    holes = [as_mask(_to_array(each), half_is_hole=half_is_hole) for each in masks]
+    count = _count(len(exemplars), len(pictures), len(holes), copies, conditions)
+    size = _one_size(pictures)
+    if tensors and any(hole.shape != size for hole in holes):
+        raise EditValueError(
+            f"tensors of image and mask_image must have one height and width; image has {size}"
+        )
+    holes = [fit_mask(hole, size) for hole in holes]
+    pictures, holes = (items * (count // len(items)) for items in (pictures, holes))
+    return Batch(exemplars, pictures, holes, copies)
+
+
+def read_exemplars(value: Any) -> list[Exemplar]:
+    """Return the exemplars of a call, as :func:`matched` takes them.
+
+    Raises:
+        EditTypeError, EditValueError: something that is no exemplar.
+    """
+    return [_exemplar(each) for each in _split(value, "example_image", _unbatch_pictures)]
+
+
+def _count(exemplars: int, pictures: int, masks: int, copies: int, conditions: int) -> int:
+    """Return the number of pictures once every one has its exemplar and its mask."""
+    scenes = max(pictures, masks)
+    per_edit = conditions == scenes * copies  # each edit has a condition of its own
+    count = scenes if per_edit else max(exemplars, conditions, scenes)
+    shown = 1 if per_edit else exemplars or conditions
+    if not {shown, pictures, masks} <= {1, count}:
+        have = f"{exemplars or conditions} exemplars, {pictures} pictures and {masks} masks"
+        raise EditValueError(f"{have} do not pair up: give one of each, or the same number")
+    return count
+
+
+def _one_size(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
+    sizes = {picture.shape[:2] for picture in pictures}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise EditValueError(f"pictures of one batch must have one size, these have {listed}")
+    height, width = sizes.pop()
+    return height, width
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_tensors(each) for each in value)
+    return isinstance(value, Tensor)
+
+
+def _split(value: Any, what: str, unbatch: Callable[[Any, str], list[Any]]) -> list[Any]:
+    """Return the single items of a list, of a batched array or tensor, or of a list of these."""
+    if not isinstance(value, list | tuple):
+        return unbatch(value, what)
+    if not value:
+        raise EditValueError(f"{what}: an empty list of pictures")
+    return [item for each in value for item in unbatch(each, what)]
+
+
+def _unbatch_pictures(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, np.ndarray | Tensor):
+        return [value]
+    if isinstance(value, Tensor):
+        wanted = value.shape[-3] if value.ndim in (3, 4) else 0
+        if wanted != 3:
+            raise EditValueError(
+                f"{what}: a tensor of shape {tuple(value.shape)}; it must be (3, h, w) or (b, 3, h, w)"
+            )
+    return _items(value, what) if value.ndim == 4 else [value]
+
+
+def _unbatch_masks(value: Any, what: str) -> list[Any]:
+    if isinstance(value, np.ndarray):
+        if value.ndim == 4 and value.shape[1] == 1 and value.shape[3] != 1:
+            return _items(value[:, 0], what)
+        batched = value.ndim == 4 or (value.ndim == 3 and value.shape[2] not in (1, 3, 4))
+        return _items(value, what) if batched else [value]
+    if not isinstance(value, Tensor):
+        return [value]
+    if value.ndim == 4 and value.shape[1] != 1 and value.shape[3] == 1:
+        value = value[..., 0]
+    elif value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    if value.ndim not in (2, 3):
+        forms = "(h, w), (1, h, w), (b, h, w) or (b, 1, h, w)"
+        raise EditValueError(f"{what}: a tensor of shape {tuple(value.shape)}; it must be {forms}")
+    return _items(value, what) if value.ndim == 3 else [value]
+
+
+def _items(values: np.ndarray | Tensor, what: str) -> list[Any]:
+    if len(values) == 0:
+        raise EditValueError(f"{what}: a batch without pictures")
+    return list(values)
+
+
+def _exemplar(value: Any) -> Exemplar:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if not torch.isfinite(value).all():
+            raise EditValueError("example_image: its values must be finite numbers")
+        return value
+    return as_picture(_channels_last(value, "example_image"), "example_image")
+
+
+def _picture(value: Any) -> np.ndarray:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return as_picture(_channels_last(value, "image"))
+    pixels = np.ascontiguousarray(_to_array(value).transpose(1, 2, 0).astype(np.float32))
+    if 0 in pixels.shape:
+        raise EditValueError(f"image: a tensor of shape {tuple(value.shape)} has nothing to edit")
+    if not ((pixels >= -1.0) & (pixels <= 1.0)).all():
+        raise EditValueError("image: a floating-point tensor must lie in [-1, 1]")
+    return pixels
+
+
+def _channels_last(value: Any, what: str) -> Any:
+    """Turn a uint8 tensor into the array that it is; pass everything else."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype != torch.uint8:
+        raise EditTypeError(f"{what}: a tensor of {value.dtype}; it must be floating point or uint8")
+    return _to_array(value).transpose(1, 2, 0)
+
+
+def _to_array(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def check_generator(generator: Generators, count: int) -> None:
+    """Check that ``generator`` is None, one CPU generator, or ``count`` of them.
+
+    Raises:
+        EditTypeError: something else than a generator.
+        EditValueError: a generator of another device, or another number of them.
+    """
+    several = isinstance(generator, Sequence)
+    if several and len(generator) != count:  # type: ignore[arg-type]
+        raise EditValueError(f"{len(generator)} generators for {count} images")  # type: ignore[arg-type]
+    for each in generator if several else [generator]:  # type: ignore[union-attr]
+        if each is None and not several:
+            continue
+        if not isinstance(each, torch.Generator):
+            raise EditTypeError(f"generator: {type(each).__name__}; it must be a torch.Generator")
+        if each.device.type != "cpu":
+            raise EditValueError(
+                f"the generator is on {each.device}; it must be on the CPU, where noise is drawn"
+            )

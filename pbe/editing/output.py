@@ -1,0 +1,54 @@
+"""What the pipeline gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from pbe.editing.compositing import to_bytes
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class EditOutput:
+    """What the pipeline returns.
+
+    Attributes:
+        images: ``output_type`` ``pil``: a list of RGB images; ``np``: float32 ``(b, h, w, 3)``; ``pt``:
+            float32 ``(b, 3, h, w)``, both in [0, 1] and of the source picture's size; ``latent``: the sampled
+            latents, float32 ``(b, z, h, w)`` on the model's device, before they are decoded.
+        nsfw_content_detected: whether the safety checker blackened each image; None without a checker, and
+            for latents, which it cannot look at.
+        edited_at: height and width at which the model worked, before padding.
+    """
+
+    images: Any
+    nsfw_content_detected: list[bool] | None = None
+    edited_at: tuple[int, int] = (0, 0)
+
+    def to_tuple(self) -> tuple[Any, list[bool] | None]:
+        """Return ``(images, nsfw_content_detected)``."""
+        return self.images, self.nsfw_content_detected
+
+
+def as_output(edits: Sequence[np.ndarray], output_type: str) -> Any:
+    """Return edits, float32 ``h w 3`` in [0, 1] each, as ``pil``, ``np`` or ``pt``."""
+    if output_type == "pil":
+        return [Image.fromarray(to_bytes(edit)) for edit in edits]
+    batch = np.stack(edits)
+    if output_type == "np":
+        return batch
+    return rearrange(torch.from_numpy(batch), "b h w c -> b c h w").contiguous()
+
+
+def to_pictures(painted: Tensor) -> np.ndarray:
+    """Return ``(b, 3, h, w)`` about [-1, 1] as float32 ``b h w 3`` clipped to [0, 1]."""
+    return rearrange((painted / 2.0 + 0.5).clamp(0.0, 1.0), "b c h w -> b h w c").cpu().numpy()

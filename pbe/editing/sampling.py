@@ -1,0 +1,135 @@
+"""Which solver runs and how, the checks of it, the progress bar, and who is told of each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from pbe.diffusion.guidance import PredictNoise
+from pbe.diffusion.noise import Generators
+from pbe.diffusion.schedule import NoiseSchedule
+from pbe.diffusion.solvers import get_solver
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.conventions import Conventions
+from pbe.editing.preprocess import check_count, check_number
+from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.errors import UserError
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are sampled; the fields are those of ``PaintByExample.__call__``."""
+
+    choice: SolverChoice
+    steps: int
+    guidance_scale: float
+    eta: float
+    callback: Callback | None
+    callback_steps: int
+
+    def check(self, schedule: NoiseSchedule) -> int:
+        """Check everything, and return the number of steps that the solver will report.
+
+        Raises:
+            EditTypeError, EditValueError: a setting that cannot be used.
+        """
+        check_count("num_inference_steps", self.steps)
+        check_count("callback_steps", self.callback_steps, kind=EditValueError)
+        if self.callback is not None and not callable(self.callback):
+            raise EditTypeError(f"callback: {type(self.callback).__name__}; it must be a function")
+        for name, value in (("guidance_scale", self.guidance_scale), ("eta", self.eta)):
+            check_number(name, value)
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0.0):
+            raise EditValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if not 0.0 <= self.eta <= 1.0:
+            raise EditValueError(f"eta is {self.eta}; it must lie between 0 and 1")
+        solver = self.choice.solver
+        if self.eta and solver.noise != "eta":
+            kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
+            raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
+        try:
+            return len(
+                solver.grid(
+                    schedule, self.steps, self.choice.spacing, self.choice.karras, self.choice.settings
+                )
+            )
+        except UserError as error:
+            raise EditValueError(str(error)) from error
+
+    def run(
+        self,
+        predict: PredictNoise,
+        x_T: Tensor,
+        schedule: NoiseSchedule,
+        generator: Generators,
+        callback: Callback,
+    ) -> Tensor:
+        """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
+        choice = self.choice
+        return choice.solver(
+            predict,
+            x_T,
+            schedule,
+            self.steps,
+            eta=self.eta,
+            generator=generator,
+            callback=callback,
+            spacing=choice.spacing,
+            karras=choice.karras,
+            settings=choice.settings,
+        )
+
+
+def choose_solver(solver: str | SolverChoice) -> SolverChoice:
+    """Return the choice that a name stands for.
+
+    Raises:
+        EditTypeError: neither a name nor a choice.
+        EditValueError: no solver has that name.
+    """
+    if isinstance(solver, SolverChoice):
+        return solver
+    if not isinstance(solver, str):
+        raise EditTypeError(f"solver: {type(solver).__name__}; it must be a name or a SolverChoice")
+    try:
+        return SolverChoice(get_solver(solver).name)
+    except UserError as error:
+        raise EditValueError(str(error)) from error
+
+
+def with_spacing(choice: SolverChoice, conventions: Conventions) -> SolverChoice:
+    """Return the choice with the conventions' timestep spacing where it has none of its own."""
+    if choice.spacing is not None or choice.name not in conventions.leading:
+        return choice
+    return SolverChoice(choice.name, "leading", choice.karras, choice.settings)
+
+
+@dataclass
+class Progress:
+    """A bar of solver steps on stderr.
+
+    Attributes:
+        settings: arguments of tqdm, ``disable=True`` among them.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def watched(self, sampling: Sampling, total: int) -> Iterator[Callback]:
+        """Show a bar of so many steps; yield the callback that moves it and then calls the user's."""
+        with tqdm(**({"total": total, "desc": "painting", "unit": "step"} | self.settings)) as bar:
+
+            def step(index: int, timestep: float, latents: Tensor) -> None:
+                bar.update()
+                if sampling.callback is not None and index % sampling.callback_steps == 0:
+                    sampling.callback(index, timestep, latents)
+
+            yield step

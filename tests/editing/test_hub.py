@@ -1,0 +1,179 @@
+"""Models of the Hub, from a small one on loopback.
+
+Its address is read when huggingface_hub is imported, so that everything runs in processes of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pbe.checkpoints.saving import save_checkpoint
+from pbe.editing.hub import Hub, select_files
+from pbe.errors import UserError
+from tests.editing.small_hub import small_hub
+from tests.editing.tiny_model import make_tiny_model
+
+NAME = "someone/tiny"
+# Tries each call in one process, since importing takes the most time, and prints what came of it.
+SCRIPT = """
+import json, sys
+from pbe.editing.hub import Hub
+from pbe.errors import UserError
+for call in json.loads(sys.argv[1]):
+    try:
+        settings = {key: value for key, value in call.items() if key != "name"}
+        print(json.dumps(str(Hub(**settings).find(call["name"]))))
+    except UserError as error:
+        print(json.dumps(f"error: {error}"))
+"""
+LOAD = """
+import sys
+from pbe.editing import PaintByExample
+settings = {"revision": "v1", "cache_dir": sys.argv[2], "token": "secret"}
+print(PaintByExample.from_pretrained(sys.argv[1], **settings).solver)
+"""
+
+
+def run(script: str, *arguments: str, **environment: str) -> list[str]:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    variables |= {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=variables | environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def find(calls: list[dict], **environment: str) -> list[str]:
+    return [json.loads(line) for line in run(SCRIPT, json.dumps(calls), **environment)]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    save_checkpoint(folder, make_tiny_model())
+    (folder / "model.ckpt").write_bytes(b"the same weights once more, of which nothing is fetched")
+    (folder / "README.md").write_text("a model")
+    return folder
+
+
+def test_a_repository_is_loaded_as_a_model(repository: Path, tmp_path: Path):
+    with small_hub(NAME, repository, revisions=("v1",), token="secret") as hub:
+        assert run(LOAD, NAME, str(tmp_path), HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path)) == ["plms"]
+        fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert fetched == {
+        "config.json",
+        "unet.safetensors",
+        "autoencoder.safetensors",
+        "exemplar_encoder.safetensors",
+    }
+    # the second time nothing has to be reachable
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert run(LOAD, NAME, str(tmp_path), **offline) == ["plms"]
+
+
+def test_revisions_caches_tokens_and_what_goes_wrong(repository: Path, tmp_path: Path):
+    here = {"name": NAME, "cache_dir": str(tmp_path / "cache")}
+    with small_hub(NAME, repository, revisions=("main", "v1"), token="secret") as hub:
+        found = find(
+            [
+                here | {"local_files_only": True, "token": "secret"},
+                here,
+                here | {"token": "secret", "revision": "v9"},
+                here | {"token": "secret"},
+                here | {"local_files_only": True},
+                {"name": "someone/else", "cache_dir": here["cache_dir"], "token": "secret"},
+            ],
+            HF_ENDPOINT=hub.address,
+            HF_HOME=str(tmp_path),
+        )
+    assert found[0] == f"error: '{NAME}' is neither a path here nor in the cache, and the call stays offline"
+    assert (
+        found[1]
+        == f"error: '{NAME}' is neither a path here nor a model on the Hub (a private one needs a token)"
+    )
+    assert found[2] == f"error: '{NAME}' on the Hub has no revision 'v9'"
+    assert found[3].startswith(here["cache_dir"])
+    assert (Path(found[3]) / "unet.safetensors").is_file()
+    assert found[4] == found[3]
+    assert found[5].startswith("error: 'someone/else' is neither a path here nor a model on the Hub")
+    gone = find([here, {"name": "a/b"}], HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert gone[0] == found[3]  # the cached copy, and a warning
+    assert gone[1].startswith("error: 'a/b' is no path here, and the Hub cannot be reached: ")
+
+
+def test_a_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    assert Hub().find("a/b") == Path("a/b")
+
+
+DIFFUSERS = [
+    "README.md",
+    "model.ckpt",
+    "model_index.json",
+    "feature_extractor/preprocessor_config.json",
+    "image_encoder/config.json",
+    "image_encoder/pytorch_model.bin",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.fp16.bin",
+    "vae/diffusion_pytorch_model.bin",
+]
+
+
+def test_a_diffusers_repository_comes_once():
+    assert set(DIFFUSERS) - set(select_files(DIFFUSERS, NAME)) == {
+        "README.md",
+        "model.ckpt",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.bin",
+    }
+    checker = ["safety_checker/config.json", "safety_checker/pytorch_model.bin"]
+    assert set(checker) < set(select_files([*DIFFUSERS, *checker], NAME))
+
+
+def test_shards_come_together():
+    shards = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    listed = [*shards, "model.safetensors.index.json", "model.bin", "config.yaml"]
+    assert set(select_files(listed, NAME)) == set(listed) - {"model.bin"}
+
+
+def test_a_checkpoint_comes_with_its_settings():
+    assert select_files(["a.png", "config.yaml", "model.ckpt", "sub/other.ckpt"], NAME) == [
+        "config.yaml",
+        "model.ckpt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["README.md"], "holds no weights"),
+        (["a.ckpt", "b.ckpt"], r"holds several models \(a.ckpt, b.ckpt\)"),
+        (["model_index.json", "unet/config.json"], "holds no weights in unet/"),
+    ],
+)
+def test_repositories_that_hold_no_one_model(files: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        select_files(files, NAME)

@@ -1,0 +1,231 @@
+"""Pipelines from files and into files, and pipelines that share their parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pbe.checkpoints.clip import TowerSizes
+from pbe.checkpoints.saving import save_checkpoint
+from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing import PaintByExample
+from pbe.editing.pretrained import say_once
+from pbe.editing.safety import CheckerSizes, SafetyChecker
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+from tests.editing.conftest import Scene
+from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
+
+LAYOUTS = ("native", "compvis", "diffusers")
+
+
+@pytest.fixture(scope="module")
+def clip_model() -> LatentDiffusion:
+    """A model that every layout can hold."""
+    torch.manual_seed(0)
+    unet = UNetConfig(16, [1, 2], 1, [2], num_heads=2, context_dim=16, norm_groups=8)
+    encoder = ExemplarEncoderConfig(
+        tower="vit/16x4-patch8-heads2-mlp32-quickgelu", image_size=IMAGE_SIZE, mapper_layers=1
+    )
+    autoencoder = AutoencoderConfig(16, [1, 1, 2], 1, norm_groups=8)
+    model = LatentDiffusion(
+        ModelConfig(IMAGE_SIZE, "eps", unet=unet, autoencoder=autoencoder, exemplar_encoder=encoder)
+    )
+    for parameter in model.unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval().requires_grad_(False)
+
+
+def edit(pipe: PaintByExample, scene: Scene, **settings: object) -> np.ndarray:
+    call = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
+    return pipe(scene.exemplar, scene.picture, scene.mask, **(call | settings)).images
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_edit(
+    clip_model: LatentDiffusion, scene: Scene, layout: str, tmp_path: Path
+):
+    pipe = PaintByExample(clip_model)
+    pipe.save_pretrained(tmp_path, layout)
+    loaded = PaintByExample.from_pretrained(tmp_path, clip_model.config if layout == "compvis" else None)
+    diffusers = layout == "diffusers"
+    assert loaded.conventions == ("diffusers" if diffusers else "original")
+    assert loaded.solver == ("pndm" if diffusers else "plms")
+    expected = edit(pipe, scene, conventions=loaded.conventions, solver=loaded.solver)
+    np.testing.assert_allclose(edit(loaded, scene), expected, atol=1e-6)
+    settings = {"conventions": "original", "solver": "plms"}
+    np.testing.assert_allclose(edit(loaded, scene, **settings), edit(pipe, scene), atol=1e-6)
+
+
+def test_the_scheduler_of_a_folder_is_the_default_and_is_kept(clip_model: LatentDiffusion, tmp_path: Path):
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_schedule": "scaled_linear",
+        "use_karras_sigmas": True,
+        "timestep_spacing": "trailing",
+    }
+    save_checkpoint(tmp_path / "one", clip_model, "diffusers", scheduler=scheduler)
+    pipe = PaintByExample.from_pretrained(tmp_path / "one")
+    choice = pipe.components["noise_schedule"].solver
+    assert (choice.name, choice.spacing, choice.karras) == ("dpmpp_2m", "trailing", True)
+    pipe.save_pretrained(tmp_path / "two", "diffusers")
+    written = json.loads((tmp_path / "two/scheduler/scheduler_config.json").read_text())
+    assert written.items() >= scheduler.items()
+    other = PaintByExample.from_pretrained(tmp_path / "two", solver="unipc", conventions="original")
+    assert (other.solver, other.conventions) == ("unipc", "original")
+
+
+def test_a_scheduler_that_is_not_known_needs_another_solver(clip_model: LatentDiffusion, tmp_path: Path):
+    save_checkpoint(tmp_path, clip_model, "diffusers")
+    (tmp_path / "scheduler/scheduler_config.json").write_text(
+        json.dumps({"_class_name": "LCMScheduler", "beta_schedule": "scaled_linear"})
+    )
+    with pytest.raises(UserError, match="'LCMScheduler' is not supported"):
+        PaintByExample.from_pretrained(tmp_path)
+    assert PaintByExample.from_pretrained(tmp_path, solver="ddim").solver == "ddim"
+
+
+def test_weights_in_half_precision(clip_model: LatentDiffusion, tmp_path: Path):
+    PaintByExample(clip_model).save_pretrained(tmp_path, dtype=torch.float16)
+    assert PaintByExample.from_pretrained(tmp_path).dtype == torch.float32
+    assert PaintByExample.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_there_is_no_such_layout(clip_model: LatentDiffusion, tmp_path: Path):
+    with pytest.raises(UserError, match="no layout 'onnx'"):
+        PaintByExample(clip_model).save_pretrained(tmp_path, "onnx")
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("/nowhere", {}, "'/nowhere' does not exist; give a model's folder"),
+        (Path("no/where"), {}, "'no/where' does not exist"),
+        ("model", {"config": 3}, "config: int; it must be a YAML file or a typed configuration"),
+        ("model", {"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ("model", {"solver": "magic"}, "no solver 'magic'"),
+        ("model", {"conventions": "mine"}, "no conventions 'mine'"),
+        ("model", {"safety_checker": "/nowhere"}, "'/nowhere' does not exist"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    clip_model: LatentDiffusion, tmp_path: Path, path: str | Path, settings: dict, message: str
+):
+    if path == "model":
+        path = tmp_path / "model"
+        PaintByExample(clip_model).save_pretrained(path)
+    with pytest.raises(UserError, match=message):
+        PaintByExample.from_pretrained(path, **settings)
+
+
+def test_a_missing_checker_is_said_once(
+    clip_model: LatentDiffusion, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    PaintByExample(clip_model).save_pretrained(tmp_path)
+    say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert PaintByExample.from_pretrained(tmp_path).safety_checker is None
+    assert caplog.text.count("no safety checker") == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checker_is_saved_with_its_model_and_found_again(
+    clip_model: LatentDiffusion, scene: Scene, layout: str, tmp_path: Path
+):
+    tower = TowerSizes(width=16, layers=1, patch=8, heads=2, mlp=32, quick=True)
+    checker = SafetyChecker(CheckerSizes(tower, 16, 1e-5, projection=8, concepts=2, special=1))
+    checker.concepts.normal_()
+    checker.special.normal_()
+    checker.concept_thresholds.fill_(-2.0)  # no cosine is below it: everything is flagged
+    PaintByExample(clip_model, safety_checker=checker.eval()).save_pretrained(tmp_path, layout)
+    config = clip_model.config if layout == "compvis" else None
+    pipe = PaintByExample.from_pretrained(tmp_path, config)
+    assert isinstance(pipe.safety_checker, SafetyChecker)
+    output = pipe(scene.exemplar, scene.picture, scene.mask, num_inference_steps=1)
+    assert output.nsfw_content_detected == [True]
+    assert np.asarray(output.images[0]).max() == 0
+    assert PaintByExample.from_pretrained(tmp_path, config, safety_checker=None).safety_checker is None
+    named = PaintByExample.from_pretrained(tmp_path, config, safety_checker=tmp_path / "safety_checker")
+    assert isinstance(named.safety_checker, SafetyChecker)
+
+
+def test_components_share_the_networks(clip_model: LatentDiffusion, scene: Scene):
+    pipe = PaintByExample(clip_model, conventions="diffusers", solver=SolverChoice("euler", karras=True))
+    parts = pipe.components
+    assert list(parts) == ["unet", "autoencoder", "exemplar_encoder", "noise_schedule", "safety_checker"]
+    twin = PaintByExample(**parts)
+    for name in ("unet", "autoencoder", "exemplar_encoder"):
+        assert getattr(twin, name) is getattr(pipe, name)
+        assert getattr(pipe, name) is getattr(clip_model, name)
+    assert twin.model.config == clip_model.config
+    assert (twin.solver, twin.conventions) == ("euler", "diffusers")
+    np.testing.assert_array_equal(edit(twin, scene), edit(pipe, scene))
+    other = PaintByExample(**(parts | {"autoencoder": make_tiny_model(seed=1).autoencoder}))
+    assert other.unet is pipe.unet
+    assert np.abs(edit(other, scene) - edit(pipe, scene)).max() > 1e-3
+
+
+def test_components_keep_what_the_network_predicts():
+    pipe = PaintByExample(make_tiny_model(prediction="v"))
+    assert PaintByExample(**pipe.components).model.config == pipe.model.config
+
+
+def test_a_bare_schedule_will_do(clip_model: LatentDiffusion):
+    from pbe.config import ScheduleConfig
+    from pbe.diffusion.schedule import make_schedule
+
+    parts = PaintByExample(clip_model).components | {"noise_schedule": make_schedule(ScheduleConfig())}
+    config = PaintByExample(**parts).model.config
+    assert config.schedule.timesteps == 1000
+    assert config.schedule.beta_end == pytest.approx(0.012)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unet": None}, "missing: unet"),
+        ({"noise_schedule": None}, "missing: noise_schedule"),
+        ({"autoencoder": 3}, "autoencoder: int; it must be a network"),
+        ({"noise_schedule": "linear"}, "noise_schedule: str; it must be a NoiseSchedule"),
+    ],
+)
+def test_parts_that_make_no_pipeline(clip_model: LatentDiffusion, change: dict, message: str):
+    with pytest.raises(TypeError, match=message):
+        PaintByExample(**(PaintByExample(clip_model).components | change))
+
+
+def test_moving_a_pipeline():
+    pipe = PaintByExample(make_tiny_model())
+    assert pipe.to("cpu", torch.bfloat16) is pipe
+    assert pipe.dtype == torch.bfloat16
+    assert pipe.to(torch.float32).dtype == torch.float32
+    assert pipe.to(device="cpu").device == torch.device("cpu")
+    with pytest.raises(UserError, match="cannot be moved"):
+        pipe.to("abacus")
+
+
+def test_attention_slicing_changes_no_edit(scene: Scene):
+    pipe = PaintByExample(make_tiny_model())
+    plain = edit(pipe, scene)
+    pipe.enable_attention_slicing(3)
+    np.testing.assert_allclose(edit(pipe, scene), plain, atol=1e-5)
+    pipe.disable_attention_slicing()
+    np.testing.assert_array_equal(edit(pipe, scene), plain)
+    with pytest.raises(ValueError, match="queries is 0"):
+        pipe.enable_attention_slicing(0)
+
+
+def test_offloading_to_a_device_that_holds_nothing(scene: Scene):
+    pipe = PaintByExample(make_tiny_model())
+    pipe.enable_cpu_offload("meta")
+    assert pipe.device == torch.device("meta")
+    with pytest.raises(UserError, match=r"call disable_cpu_offload\(\) before moving"):
+        pipe.to("cpu")
