@@ -229,6 +229,7 @@ def _finished(stopped_by: int) -> None:
 def edit(options: argparse.Namespace, clock: Clock) -> tuple[list[BenchmarkCase], BenchmarkEdits]:
     """Stage four: the shipped model edits unseen scenes, with right and shuffled exemplars."""
     pipe = PaintByExample.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
     config = pipe.model.config
     size, exemplar_size = config.image_size, config.exemplar_encoder.image_size
     cases = make_benchmark(

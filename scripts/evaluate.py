@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder for scores.json, scores.md and grid.png"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE), help="guidance scales")
-    parser.add_argument("--solver", default="plms", help="plms or ddim")
+    parser.add_argument("--solver", default="plms", help="see docs/solvers.md (default %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="of the solver (default %(default)s)")
     parser.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the benchmark and of the noise")
@@ -71,7 +71,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         tuple(options.guidance), options.solver, options.steps, options.seed, options.batch_size
     )
     device = pick_device(options.device)
-    pipe = PaintByExample.from_pretrained(options.model, device, torch_dtype(options.dtype))
+    pipe = PaintByExample.from_pretrained(options.model, device=device, dtype=torch_dtype(options.dtype))
+    pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     make_folder(options.out)
     features = LiteFeatures()
     config = pipe.model.config
