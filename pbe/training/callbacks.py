@@ -80,7 +80,7 @@ class StepLog(pl.Callback):
 
 
 def _waited(trainer: pl.Trainer) -> float:
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = getattr(trainer, "datamodule", None)
     return data.waited if isinstance(data, TrainingData) else 0.0
 
 

@@ -35,8 +35,9 @@ def sample_names(batch: Any) -> str:
     """Return the global indices of a batch's samples and, where it has them, their pictures' names."""
     indices = sample_indices(batch)
     names = batch.get("key") if isinstance(batch, dict) else None
-    texts = [f"{i} '{name}'" for i, name in zip(indices, names, strict=True)] if names else map(str, indices)
-    return _listed(list(texts))
+    if names is None:
+        return _listed([str(i) for i in indices])
+    return _listed([f"{i} '{name}'" for i, name in zip(indices, names, strict=True)])
 
 
 def _listed(names: list[str]) -> str:

@@ -172,7 +172,7 @@ def _duration(config: Config, task: BaseTask, data: TrainingData, notes: list[st
     sampler = data.train_dataloader().counter
     assert isinstance(sampler, StepSampler)
     step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
-    steps = max(sampler.batches // config.trainer.accumulate // trainer.world_size, 1)
+    steps = max(sampler.batches // config.trainer.accumulate, 1)
     speed = MEASURED * step / watch.seconds
     run = config.trainer.max_steps * step / speed
     return [

@@ -23,7 +23,7 @@ def make_fast(model: LatentDiffusion, options: TrainerConfig) -> None:
         options: of the run.
     """
     if options.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if options.gradient_checkpointing:
         checkpoint_blocks(model)
     if options.compile:
