@@ -26,19 +26,31 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file, such as configs/toy.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only tell parameters, memory, speed and length"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
     results: list[Any] = []
 
     def body() -> None:
         arguments = parser.parse_args(argv)
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            from pbe.training.plan import make_plan
+
+            print(make_plan(config))
+            return
         from pbe.training.run import train  # slow to import: bad input is told before
 
         results.append(train(config))
 
     if status := run_command(body):
         return status
+    if not results:
+        return 0
     (result,) = results
+    if result.rank:  # the first process speaks for all
+        return 128 + result.stopped_by if result.stopped_by else 0
     if result.stopped_by:
         print(
             f"stopped at step {result.steps}; the same command continues from {result.output_dir}/checkpoints"

@@ -192,7 +192,8 @@ class CacheConfig:
 class OptimizerConfig:
     """AdamW and its warm-up. ``decay`` is ``constant`` or ``cosine`` (to zero at ``trainer.max_steps``).
 
-    ``decay_groups`` keeps norms, biases and the null condition out of weight decay.
+    ``decay_groups`` keeps norms, biases and the null condition out of weight decay. ``fused`` updates all
+    weights in one kernel.
     """
 
     learning_rate: float = 1.0e-5
@@ -204,6 +205,7 @@ class OptimizerConfig:
     decay: str = "constant"
     ema_decay: float = 0.9999
     gradient_clip: float = 1.0
+    fused: bool = False
 
 
 @dataclass
@@ -212,6 +214,13 @@ class TrainerConfig:
 
     ``resume``: ``auto`` continues the newest checkpoint of ``output_dir``, ``never`` refuses to touch
     an existing run, anything else is the path of a checkpoint. ``threads`` 0 leaves torch's choice.
+    A checkpoint is written every ``checkpoint_every`` steps and, where ``checkpoint_minutes`` is not 0,
+    after so many minutes without one. The last ``keep_checkpoints`` stay (-1: all), one every
+    ``keep_every`` steps (0: none), and with ``keep_best`` the one of the lowest validation loss.
+    ``gradient_checkpointing`` computes activations twice and keeps few, ``channels_last`` lays them out as
+    convolutions like them, ``compile`` is ``torch.compile``. Where numbers are not finite, ``on_nan`` says
+    ``stop``, or ``skip`` the step, ``max_skipped`` in a row at most. ``profiler`` is Lightning's.
+    ``overfit_batches`` trains on the very same samples, masks and noise of that many batches; 0 is off.
     """
 
     max_steps: int = 1000
@@ -221,18 +230,28 @@ class TrainerConfig:
     strategy: str = "auto"
     precision: str = "32-true"
     accumulate: int = 1
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    profiler: str = ""
+    on_nan: str = "stop"
+    max_skipped: int = 10
     threads: int = 0
     resume: str = "auto"
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    keep_best: bool = False
     validate_every: int = 500
-    validation_batches: int = 8
+    validation_samples: int = 32
+    overfit_batches: int = 0
     progress: bool = True
 
 
 @dataclass
 class LoggingConfig:
-    """Loggers (any of ``csv``, ``wandb``) and sample grids (``grid_every`` 0 turns them off)."""
+    """Loggers (``csv``, ``wandb``, ``tensorboard``) and sample grids (``grid_every`` 0 turns them off)."""
 
     loggers: list[str] = field(default_factory=lambda: ["csv", "wandb"])
     wandb_project: str = "pbe"
@@ -276,6 +295,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.drop_mode": ("per_sample", "per_batch"),
     "optimizer.decay": ("constant", "cosine"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    "trainer.on_nan": ("stop", "skip"),
+    "trainer.profiler": ("", "simple", "advanced", "pytorch"),
     "logging.wandb_mode": ("offline", "online", "disabled"),
 }
 

@@ -41,9 +41,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "trainer.accumulate": POSITIVE,
     "trainer.threads": (0, math.inf),
     "trainer.checkpoint_every": POSITIVE,
+    "trainer.max_skipped": (0, math.inf),
+    "trainer.checkpoint_minutes": (0, math.inf),
+    "trainer.keep_every": (0, math.inf),
     "trainer.keep_checkpoints": (-1, math.inf),
     "trainer.validate_every": POSITIVE,
-    "trainer.validation_batches": POSITIVE,
+    "trainer.validation_samples": POSITIVE,
+    "trainer.overfit_batches": (0, math.inf),
     "logging.every": POSITIVE,
     "logging.grid_every": (0, math.inf),
     "logging.grid_samples": POSITIVE,
@@ -78,6 +82,11 @@ def check_numbers(config: DictConfig, source: str) -> None:
         value, wanted = OmegaConf.select(config, key), OmegaConf.select(config, other)
         if value != wanted:
             raise UserError(f"{source}: '{key}' is {value}, but '{other}' is {wanted}; they must be equal")
+    if config.optimizer.fused and config.trainer.precision == "16-mixed" and config.optimizer.gradient_clip:
+        raise UserError(
+            f"{source}: 'optimizer.fused' with 'trainer.precision' 16-mixed cannot clip gradients; "
+            "set optimizer.gradient_clip=0 or optimizer.fused=false"
+        )
     _check_multiple(config, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def test_a_missing_configuration_is_one_line(tmp_path, capsys):
     assert "no configuration file at" in refused(capsys, tmp_path / "none.yaml")
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(config_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert train.main([str(config_file), "--dry-run"]) == 0
+    assert "samples a second over 10 steps" in capsys.readouterr().out
+    assert not (config_file.parent / "run").exists()
+
+
 def test_resume_never_does_not_touch_a_run(config_file: Path, capsys: pytest.CaptureFixture[str]):
     assert train.main([str(config_file), "trainer.max_steps=1"]) == 0
     before = (config_file.parent / "run" / "metrics.csv").read_bytes()
@@ -112,15 +119,27 @@ def test_signals_save_and_say_how_to_go_on(config_file, capsys, monkeypatch, num
 
 
 def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], number: int) -> int:
-    """Start the command, send its process a signal once ``ready`` says so, and return its exit code."""
+    """Start the command, send it a signal once ``ready`` says so, and return its exit code.
+
+    SIGTERM goes to its whole process group, workers included, as schedulers and terminals send it.
+    """
     process = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     give_up = time.monotonic() + 240
     while not ready() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=240)
+    assert number == signal.SIGKILL or "Traceback" not in errors, errors
     # a loader's worker that loses its parent may complain from within the standard library; we must not
     assert 'train.py", line' not in errors, errors
     return process.returncode

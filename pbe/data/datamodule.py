@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -162,6 +165,18 @@ def _start_worker(_: int) -> None:
     # One thread a worker: OpenCV's and torch's own pools would fight over the cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    # Signals to the whole process group are the main process's business: it saves, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # everywhere but on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    """End this worker at a SIGTERM of its parent, and at no one else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class ExemplarDataModule(lightning.LightningDataModule):

@@ -24,9 +24,11 @@ class AutoencoderTask(BaseTask):
         model: its autoencoder is trained, the rest is frozen.
     """
 
+    shown = ("val/psnr",)
+
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
-        self.model = model.requires_grad_(False)
+        self.model: LatentDiffusion = model.requires_grad_(False)
         self.model.autoencoder.requires_grad_(True)
         self.start_average()
 
@@ -46,7 +48,7 @@ class AutoencoderTask(BaseTask):
         ]
         return torch.stack([torch.from_numpy(d) for d in draws]).to(posterior.mean)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def batch_loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the loss of a batch."""
         pictures = self.pictures(batch)
         posterior = self.model.autoencoder.encode(pictures)
@@ -60,19 +62,25 @@ class AutoencoderTask(BaseTask):
             + weights.gradient_weight * terms["gradient"]
             + weights.kl_weight * terms["kl"]
         )
-        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict({"train/loss": loss.detach(), **logged}, prog_bar=True, logger=False)  # StepLog does
+        for name, value in {"loss": loss, **terms}.items():
+            self.sums.add(f"train/{name}", value.detach().expand(len(pictures)))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log reconstruction error and PSNR (of pixels in [0, 1]) of posterior means, on averaged weights."""
         pictures = to_pixels(batch["image"])
+        counted = self.validated(batch_idx, len(pictures))
         with self.averaged_weights():
             decoded = self.model.autoencoder.decode(self.model.autoencoder.encode(pictures).mean).float()
-        values = reconstruction_terms(decoded, pictures) | {"psnr": psnr(decoded, pictures)}
-        for name, value in values.items():
-            self.log(f"val/{name}", value, batch_size=len(pictures), prog_bar=name == "psnr", sync_dist=True)
-        self.log("val/loss", values["l1"] + values["gradient"], batch_size=len(pictures), sync_dist=True)
+        by_picture = [_quality(*pair) for pair in zip(decoded.split(1), pictures.split(1), strict=True)]
+        for name in by_picture[0]:
+            values = torch.stack([quality[name] for quality in by_picture])
+            self.validation_sums.add(f"val/{name}", values, counted)
+
+
+def _quality(decoded: Tensor, picture: Tensor) -> dict[str, Tensor]:
+    terms = reconstruction_terms(decoded, picture)
+    return terms | {"psnr": psnr(decoded, picture), "loss": terms["l1"] + terms["gradient"]}
 
 
 def reconstruction_terms(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +11,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
 
-from pbe.config import Config
-from pbe.errors import UserError
+from pbe.config import Config, to_dict
 from pbe.training.ema import Ema
+from pbe.training.guard import Guard, gradient_norm
 from pbe.training.optimizer import make_optimizer
+from pbe.training.sums import Sums, band
 
 
 class BaseTask(pl.LightningModule):
@@ -25,16 +28,28 @@ class BaseTask(pl.LightningModule):
 
     Attributes:
         ema: the moving average, or None when it is off.
+        sums: of what training has measured since the last row of the log.
+        validation_sums: of what the current validation has measured.
+        guard: looks at every step before it is made.
+        step_made: whether the last step was made, not left out.
+        rate: learning rate of the last optimizer step.
         loaded_step: optimizer step of the checkpoint that was loaded, else 0.
         validated_step: optimizer step of the last validation, -1 before any.
     """
 
     ema: Ema | None
+    model: nn.Module
+    shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.ema = None
+        self.sums = Sums()
+        self.validation_sums = Sums()
+        self.guard = Guard(config.trainer)
+        self.rate = 0.0
+        self.step_made = True
         self.loaded_step = 0
         self.validated_step = -1
 
@@ -61,12 +76,57 @@ class BaseTask(pl.LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Make an optimizer step, then move the average (before any checkpoint of this step is written)."""
+        self.rate = float(optimizer.param_groups[0]["lr"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema is not None:
+        if self.ema is not None and self.step_made:
             self.ema.update(self.global_step + 1)
 
+    @abstractmethod
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a micro-batch, and add what is worth knowing to :attr:`sums`."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch."""
+        loss = self.batch_loss(batch)
+        self.guard.observe(batch, loss)
+        self.log("train/loss", loss.detach(), prog_bar=True, logger=False)  # StepLog writes means
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradients, and leave the step out when they are not finite."""
+        norm = gradient_norm(self.parameters())
+        self.sums.add("train/gradient_norm", norm.view(1))
+        self.step_made = self.guard.allows(norm, self.global_step, self.model, self._loss_again)
+        if not self.step_made:  # an optimizer passes over parameters without a gradient
+            optimizer.zero_grad(set_to_none=True)
+
+    def _loss_again(self, batch: Any) -> None:
+        kept, self.sums = self.sums, Sums()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+                self.batch_loss(batch)
+        finally:
+            self.sums = kept
+
+    def validated(self, batch_idx: int, size: int) -> Tensor:
+        """Return which samples of a validation batch count, ``(size,)`` bool.
+
+        ``trainer.validation_samples`` do, whatever the size of the batches and the number of ranks;
+        what fills up the last batch does not.
+        """
+        counter = self.trainer.val_dataloaders.counter  # type: ignore[union-attr]
+        total = min(self.config.trainer.validation_samples, counter.length)
+        first = (batch_idx * counter.num_replicas + counter.rank) * counter.batch_size
+        return first + torch.arange(size) < total
+
     def on_validation_epoch_end(self) -> None:
-        """Label the validation with the number of optimizer steps that its weights have seen."""
+        """Log the means, labelled with the number of optimizer steps that the weights have seen."""
+        totals = self.validation_sums.reduced()
+        for name, total in totals.items():
+            self.log(name, total[0] / total[2], prog_bar=name in self.shown)
+        if "val/loss" in totals:
+            self.log("val/loss_band", band(totals["val/loss"]))
+        self.validation_sums.clear()
         self.validated_step = max(self.global_step, self.loaded_step)
         self.log("step", float(self.validated_step))
 
@@ -80,21 +140,17 @@ class BaseTask(pl.LightningModule):
                 yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the average into the checkpoint."""
+        """Put the average, what is not logged yet and the configuration into the checkpoint."""
+        checkpoint["sums"] = self.sums.reduced()
+        checkpoint["config"] = to_dict(self.config)
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the average and the step out of the checkpoint."""
+        """Take the average, the step and what is not logged yet out of the checkpoint."""
         self.loaded_step = int(checkpoint["global_step"])
+        self.sums.clear()
+        if self.trainer.is_global_zero:  # they are those of all ranks
+            self.sums.totals = dict(checkpoint.get("sums", {}))
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])
-
-    def on_after_backward(self) -> None:
-        """Refuse to go on with a loss that is not a number."""
-        loss = self.trainer.callback_metrics.get("train/loss")
-        if loss is not None and not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {float(loss)} at step {self.global_step}; "
-                "lower optimizer.learning_rate, or use trainer.precision=32-true"
-            )

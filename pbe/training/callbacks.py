@@ -1,109 +1,23 @@
-"""Lightning callbacks: checkpoints, stopping by signal without loss, and pictures of how training goes."""
+"""Lightning callbacks that show how training goes: rows of the log, and pictures."""
 
 from __future__ import annotations
 
-import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import resource
+import sys
+import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from PIL import Image
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from pbe.training.base_task import BaseTask
+from pbe.training.checkpoint_callback import ends_step
+from pbe.training.data import TrainingData
 from pbe.training.grids import GridSource
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingStopped(Exception):  # noqa: N818 - a way out, not an error
-    """Training ends early because a signal came; its checkpoint is written."""
-
-
-class StopSignals:
-    """Remembers that Ctrl-C or SIGTERM came; a second signal interrupts at once.
-
-    Attributes:
-        received: number of the signal, or 0.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def take_over(self) -> dict[int, Any]:
-        """Become the handler of the signals; returns the handlers that were there."""
-        return {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside a ``with`` block."""
-        previous = self.take_over()
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-class Checkpoints(pl.callbacks.Checkpoint):
-    """Writes ``last.ckpt``, and keeps the latest periodic ones, always between two whole optimizer steps.
-
-    A signal ends training as soon as the step it came in is made, its checkpoint written and whatever
-    is due at that step logged.
-
-    Args:
-        folder: for the checkpoints.
-        every: optimizer steps between them.
-        keep: how many besides ``last.ckpt`` stay; -1 keeps all.
-        stop: says whether a signal came.
-    """
-
-    def __init__(self, folder: Path, every: int, keep: int, stop: StopSignals) -> None:
-        self.folder, self.every, self.keep, self.stop = folder, every, keep, stop
-        self._saved = -1
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals back from Lightning, which has put its own handlers by now."""
-        self.stop.take_over()
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """End training when a signal came and the checkpoint of the last step is there."""
-        if self.stop.received and self._saved == trainer.global_step:
-            raise TrainingStopped
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when a step is complete and one is due, the last step is made, or a signal came."""
-        if not ends_step(trainer, batch_idx):
-            return
-        step = trainer.global_step
-        due = step % self.every == 0
-        if due or self.stop.received or step == trainer.max_steps:
-            last = self.folder / "last.ckpt"
-            trainer.save_checkpoint(last, weights_only=False)
-            self._saved = step
-            if due and self.keep and trainer.is_global_zero:
-                self._keep(last, step)
-
-    def _keep(self, last: Path, step: int) -> None:
-        temporary = self.folder / ".copy.tmp"
-        shutil.copyfile(last, temporary)
-        temporary.replace(self.folder / f"step={step:07d}.ckpt")
-        kept = sorted(self.folder.glob("step=*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        for path in kept[: -self.keep] if self.keep > 0 else []:
-            path.unlink()
+from pbe.training.guard import sample_indices
 
 
 class StepLog(pl.Callback):
@@ -112,26 +26,70 @@ class StepLog(pl.Callback):
     Lightning would do it after the checkpoint, so that a process killed in between would lose the row.
 
     Args:
-        every: optimizer steps between rows; with accumulation they show the step's last micro-batch.
+        every: optimizer steps between rows, which show means over all samples since the last one.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self._begun = 0.0
+        self._restart(0.0)
+
+    def _restart(self, waited: float) -> None:
+        self._busy, self._samples, self._steps = 0.0, 0, 0
+        self._waited, self._since = waited, time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clocks."""
+        self._restart(_waited(trainer))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note when the batch came."""
+        self._begun = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log under the number of the optimizer step that was just made."""
-        if not ends_step(trainer, batch_idx) or trainer.global_step % self.every:
+        self._busy += time.perf_counter() - self._begun
+        self._samples += len(sample_indices(batch)) * trainer.world_size
+        if not ends_step(trainer, batch_idx):
             return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        self._steps += 1
+        if trainer.global_step % self.every:
+            return
+        assert isinstance(pl_module, BaseTask)
+        values = pl_module.sums.means() | {"train/learning_rate": pl_module.rate} | self._speed(trainer)
+        pl_module.sums.clear()
+        self._restart(_waited(trainer))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
+    def _speed(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return what the last steps cost; validations and checkpoints count for the time left only."""
+        waited = _waited(trainer) - self._waited
+        total = max(self._busy + waited, 1e-9)
+        step_seconds = (time.perf_counter() - self._since) / self._steps
+        return {
+            "system/samples_per_second": self._samples / total,
+            "system/data_wait_share": waited / total,
+            "system/memory_gb": peak_memory() / 1e9,
+            "system/hours_left": step_seconds * (trainer.max_steps - trainer.global_step) / 3600,
+        }
 
-def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Say whether this micro-batch was the last one of an optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+def _waited(trainer: pl.Trainer) -> float:
+    data = getattr(trainer, "datamodule", None)
+    return data.waited if isinstance(data, TrainingData) else 0.0
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were ever in use: of the GPU, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class GridCallback(pl.Callback):
@@ -174,3 +132,5 @@ class GridCallback(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [picture], step=self._last)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, self._last, dataformats="HWC")

@@ -16,6 +16,7 @@ from pbe.training.draws import Draws, batch_drop, draw
 from pbe.training.encoding import EncodedBatch, encode_batch
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
+QUARTERS = 4  # of the schedule, that training losses are logged by
 
 
 class DiffusionTask(BaseTask):
@@ -28,7 +29,7 @@ class DiffusionTask(BaseTask):
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
-        self.model = model
+        self.model: LatentDiffusion = model
         self.schedule = make_schedule(config.model.schedule)
         freeze(model)
         self.start_average()
@@ -68,17 +69,22 @@ class DiffusionTask(BaseTask):
         )
         return per_sample_loss(output, target, batch.valid), weights
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def batch_loss(self, batch: Any) -> Tensor:
         """Return the weighted mean loss of a batch."""
         encoded = self.encode(batch)
         draws = self._draws(encoded, "train")
         plain, weights = self.losses(encoded, draws, self._drop(draws))
         loss = (plain * weights).mean()
-        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        values = {"train/loss": loss.detach(), "train/loss_simple": plain.mean().detach()}
-        self.log_dict(values, prog_bar=True, logger=False)  # StepLog writes them
-        self.log("train/learning_rate", rate, logger=False)
+        self._measure(plain, weights, draws.timesteps.to(plain.device))
         return loss
+
+    def _measure(self, plain: Tensor, weights: Tensor, timesteps: Tensor) -> None:
+        """Add up losses, as a whole and by quarter of the schedule."""
+        self.sums.add("train/loss", plain * weights)
+        self.sums.add("train/loss_simple", plain)
+        quarters = timesteps * QUARTERS // self.schedule.timesteps
+        for quarter in range(QUARTERS):
+            self.sums.add(f"train/loss_quarter{quarter + 1}", plain, quarters == quarter)
 
     def _draws(self, batch: EncodedBatch, stream: str) -> Draws:
         shape = tuple(batch.image.mean.shape[1:])
@@ -96,6 +102,7 @@ class DiffusionTask(BaseTask):
         encoded = self.encode(batch)
         draws = self._draws(encoded, "validation")
         keep = torch.zeros(len(draws.drop), dtype=torch.bool)
+        counted = self.validated(batch_idx, len(keep))
         by_timestep = []
         with self.averaged_weights():
             for timestep in VALIDATION_TIMESTEPS:
@@ -103,11 +110,10 @@ class DiffusionTask(BaseTask):
                     torch.full_like(draws.timesteps, timestep * self.schedule.timesteps // 1000),
                     draws.drop, draws.noise, draws.image_noise, draws.masked_noise,
                 )  # fmt: skip
-                by_timestep.append(self.losses(encoded, fixed, keep)[0].mean())
-        size = len(draws.drop)
-        self.log("val/loss", torch.stack(by_timestep).mean(), batch_size=size, prog_bar=True, sync_dist=True)
-        for timestep, value in zip(VALIDATION_TIMESTEPS, by_timestep, strict=True):
-            self.log(f"val/loss_t{timestep}", value, batch_size=size, sync_dist=True)
+                by_timestep.append(self.losses(encoded, fixed, keep)[0])
+        self.validation_sums.add("val/loss", torch.stack(by_timestep).mean(dim=0), counted)
+        for timestep, values in zip(VALIDATION_TIMESTEPS, by_timestep, strict=True):
+            self.validation_sums.add(f"val/loss_t{timestep}", values, counted)
 
 
 def freeze(model: LatentDiffusion) -> None:

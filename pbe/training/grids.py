@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
-from pbe.data.dataset import collate
+from pbe.data.dataset import collate, describe
 from pbe.diffusion.solvers import plms
 from pbe.editing.conditioning import Conditioning, noise_predictor
+from pbe.errors import UserError
 from pbe.models.latent_diffusion import masked_image
 from pbe.training.autoencoder_task import AutoencoderTask
 from pbe.training.base_task import BaseTask
@@ -27,11 +28,20 @@ GridSource = Callable[[BaseTask], np.ndarray]
 
 
 def fixed_samples(config: Config, count: int) -> dict[str, Any]:
-    """Return the first samples of the validation set (else of the training set) as one batch."""
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(
-        "validation" if config.data.validation_shards else "train"
-    )
-    return collate([dataset[index] for index in range(min(count, len(dataset)))])
+    """Return the first samples of the validation set (else of the training set) as one batch.
+
+    Raises:
+        UserError: no picture of the set can be used.
+    """
+    stream = "validation" if config.data.validation_shards else "train"
+    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
+    batch = collate([dataset[index] for index in range(min(count, len(dataset)))])
+    if "image" not in batch:
+        raise UserError(
+            f"none of the first {stream} pictures can be used for the sample grid "
+            f"({describe(batch['counts'])}); check the shards, data.min_box_area and data.max_box_area"
+        )
+    return batch
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -1,20 +1,22 @@
-"""Loggers: a CSV log that survives restarts, and Weights & Biases."""
+"""Loggers: a CSV log that survives restarts, Weights & Biases, and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
+import secrets
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
 
+ID_NAME = "wandb_id"
 HEADER = ("step", "seconds", "name", "value")
 
 
@@ -60,6 +62,7 @@ class CsvLog(Logger):
                 if name != "epoch":
                     writer.writerow((step, f"{time.time():.2f}", name, repr(float(value))))
 
+    @rank_zero_only
     def cut(self, step: int) -> None:
         """Drop the rows after ``step``: a run that continues from a checkpoint writes them again."""
         if not self.path.exists():
@@ -90,16 +93,27 @@ def read_curve(path: Path, name: str) -> list[tuple[int, float]]:
     return [(int(row[0]), float(row[3])) for row in read_rows(path) if row[2] == name]
 
 
-def make_loggers(config: Config, folder: Path) -> list[Logger]:
-    """Build the loggers that the configuration names; offline W&B writes into ``folder``."""
+def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
+    """Build the loggers that the configuration names, all of them writing into ``folder``.
+
+    Args:
+        config: the experiment.
+        folder: of the run.
+        step: of the checkpoint that it goes on from, -1 for a start.
+
+    Raises:
+        UserError: an unknown name, or TensorBoard where it is not installed.
+    """
     made: list[Logger] = []
     for name in config.logging.loggers:
         if name == "csv":
             made.append(CsvLog(folder))
         elif name == "wandb":
             made.append(_wandb(config, folder))
+        elif name == "tensorboard":
+            made.append(_tensorboard(folder, step))
         else:
-            raise UserError(f"logging.loggers has '{name}'; there are: csv, wandb")
+            raise UserError(f"logging.loggers has '{name}'; there are: csv, wandb, tensorboard")
     return made
 
 
@@ -110,11 +124,31 @@ def close_loggers(loggers: Iterable[Logger]) -> None:
             logger.experiment.finish()
 
 
+def _run_id(folder: Path) -> str:
+    """Return the id of the run, made once and kept in its folder: a restart goes on with the same W&B run."""
+    path = folder / ID_NAME
+    if rank_zero_only.rank:  # only the first process talks to W&B
+        return ""
+    if not path.is_file() or not path.read_text().strip():
+        path.write_text(f"{secrets.token_hex(4)}\n")
+    return path.read_text().strip()
+
+
+def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
+    """Return a logger that drops what was logged after ``step``, which a restarted run logs again."""
+    try:
+        return TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step + 1)
+    except ModuleNotFoundError as error:
+        raise UserError("logging.loggers has 'tensorboard', which needs: pip install tensorboard") from error
+
+
 def _wandb(config: Config, folder: Path) -> WandbLogger:
     options = config.logging
     return WandbLogger(
         project=options.wandb_project,
         name=options.run_name or folder.name,
+        id=_run_id(folder) or None,
+        resume="allow",
         save_dir=folder,
         mode=options.wandb_mode,
         config=to_dict(config),

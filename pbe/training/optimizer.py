@@ -59,6 +59,7 @@ def make_optimizer(
         lr=config.learning_rate,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,
+        fused=config.fused or None,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, max_steps))
     return optimizer, scheduler

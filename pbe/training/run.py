@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -26,13 +24,28 @@ from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
-from pbe.training.callbacks import Checkpoints, GridCallback, StepLog, StopSignals, TrainingStopped
+from pbe.training.cache_builder import ensure_cache, size_on_disk
+from pbe.training.callbacks import GridCallback, StepLog
+from pbe.training.checkpoint_callback import Checkpoints
+from pbe.training.checkpointing import (
+    FOLDER_NAME,
+    SafeCheckpointIO,
+    changed_settings,
+    find_checkpoint,
+    read_checkpoint,
+    say,
+    step_of,
+)
+from pbe.training.data import TrainingData
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.grids import autoencoder_grid, diffusion_grid
-from pbe.training.latent_cache import CachedDataModule, ensure_cache
+from pbe.training.latent_cache import CachedDataModule
 from pbe.training.loggers import CsvLog, close_loggers, make_loggers
+from pbe.training.speed import make_fast
+from pbe.training.stopping import StopSignals, TrainingStopped
 
 SCALE_BATCHES = 8
+SHARDED = ("fsdp", "deepspeed", "model_parallel")  # strategies that write checkpoints of their own
 # What Lightning says of things that are meant to be so: few workers for small pictures, a frozen tower,
 # a place in the data that the data module restores, and a library's own housekeeping.
 NEEDLESS_ADVICE = (
@@ -41,6 +54,7 @@ NEEDLESS_ADVICE = (
     "You have overridden `transfer_batch_to_device`",
     "your dataloader is not resumable",
     "is smaller than the logging interval",
+    "It is recommended to use `self.log",
     r"`isinstance\(treespec, LeafSpec\)`",
 )
 
@@ -55,6 +69,7 @@ class TrainResult:
         steps: optimizer steps made since the very start.
         seconds: wall time of this call.
         stopped_by: number of the signal that ended it early, or 0.
+        rank: of this process; 0 speaks for all.
     """
 
     output_dir: Path
@@ -62,6 +77,7 @@ class TrainResult:
     steps: int
     seconds: float
     stopped_by: int
+    rank: int = 0
 
 
 def train(config: Config) -> TrainResult:
@@ -74,95 +90,118 @@ def train(config: Config) -> TrainResult:
         UserError: bad paths, a cache of other settings, unusable data, or a run that would be overwritten.
     """
     started = time.monotonic()
-    _prepare_process(config)
-    folder = Path(config.output_dir)
+    prepare_process(config)
+    folder, stop = Path(config.output_dir), StopSignals()
     checkpoint = find_checkpoint(config)
+    begun = step_of(checkpoint)
     make_folder(folder)
-    model, config = build_model(config)
-    stop = StopSignals()
-    trainer = make_trainer(config, folder, stop)
-    data = _data(config, model)
-    task = DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, task)
-    save_yaml(config, folder / "config.yaml")
+    with stop.listening():
+        model, config = build_model(config)
+        trainer = make_trainer(config, folder, stop, begun)
+        make_fast(model, config.trainer)
+        task = make_task(config, model)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, task)
+        finished = _run(trainer, task, checkpoint, stop)
+    seconds, steps = time.monotonic() - started, max(trainer.global_step, begun, 0)
+    stopped_by = 0 if finished else stop.received
+    return TrainResult(folder, folder / "model", steps, seconds, stopped_by, trainer.global_rank)
+
+
+def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: StopSignals) -> bool:
+    """Train, validate and export; returns whether the run came to its end."""
+    config, data = task.config, None
+    folder = Path(config.output_dir)
     try:
-        with stop.listening():
-            _fit(trainer, task, data, checkpoint, stop)
-            finished = not stop.received
-            if finished:
-                _validate(trainer, task, data)
-                _export(task, config, folder / "model")
+        data = _data(config, task, trainer, stop)
+        if trainer.is_global_zero:
+            save_yaml(config, folder / "config.yaml")
+        _fit(trainer, task, data, checkpoint, stop)
+        if stop.received:
+            return False
+        _validate(trainer, task, data)
+        if trainer.is_global_zero:
+            _export(task, config, folder / "model")
+        return True
+    except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
+        return False
     finally:
         close_loggers(trainer.loggers)
-    seconds = time.monotonic() - started
-    return TrainResult(
-        folder, folder / "model", trainer.global_step, seconds, 0 if finished else stop.received
-    )
+        if data is not None:
+            data.close()
 
 
 def _fit(
-    trainer: pl.Trainer,
-    task: BaseTask,
-    data: pl.LightningDataModule,
-    checkpoint: Path | None,
-    stop: StopSignals,
+    trainer: pl.Trainer, task: BaseTask, data: TrainingData, checkpoint: Path | None, stop: StopSignals
 ) -> None:
     """Train to the end or to a signal, with a validation before the first step."""
-    step = _step_of(checkpoint)
+    step = step_of(checkpoint)
     for logger in trainer.loggers:
         if isinstance(logger, CsvLog):
             logger.cut(step)
     if step <= 0 or step % task.config.trainer.validate_every == 0:
         _validate(trainer, task, data, checkpoint)
-    if stop.received:
-        return
-    try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-    except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
-        return
+    stop.check()
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
 
 
-def _step_of(checkpoint: Path | None) -> int:
-    """Return the optimizer step of a checkpoint, -1 for none."""
-    return -1 if checkpoint is None else int(_read_checkpoint(checkpoint)["global_step"])
+def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
+    """Return the task that a configuration names, over a model."""
+    return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        return {key: content[key] for key in ("global_step", "state_dict")} | {"ema": content.get("ema")}
-    except (RuntimeError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"'{path}' is damaged or no checkpoint of this project; delete it or name another"
-        ) from error
+def build_cache(config: Config) -> int:
+    """Build the latent cache of a configuration; returns the signal that stopped it, or 0."""
+    prepare_process(config)
+    stop = StopSignals()
+    with stop.listening():
+        model, config = build_model(config)
+        if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
+            model.to("cuda")
+        try:
+            ensure_cache(config, model, check=stop.check)
+        except TrainingStopped:
+            return stop.received
+    return 0
+
+
+def cache_size(config: Config) -> int:
+    """Return the bytes that the latent cache of a configuration takes when it is built."""
+    prepare_process(config)
+    model, config = build_model(config)
+    return size_on_disk(config, model)
 
 
 def check_checkpoint(path: Path, task: BaseTask) -> None:
-    """Check that a checkpoint continues this very task.
+    """Check that a checkpoint continues this very task, and say which settings are others now.
 
     Raises:
         UserError: it is damaged, of a model of other sizes, or lacks the moving average that is asked for.
     """
-    content = _read_checkpoint(path)
+    content = read_checkpoint(path)
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
     if task.ema is not None and not content["ema"]:
         raise UserError(
             f"'{path}' was trained without a moving average; set optimizer.ema_decay=0 or another output_dir"
         )
+    changed = changed_settings(content["config"], task.config) if content["config"] else []
+    if changed:
+        step = content["global_step"]
+        say(f"going on from step {step} of '{path}' with changed settings: {'; '.join(changed)}")
 
 
 def _validate(
-    trainer: pl.Trainer, task: BaseTask, data: pl.LightningDataModule, checkpoint: Path | None = None
+    trainer: pl.Trainer, task: BaseTask, data: TrainingData, checkpoint: Path | None = None
 ) -> None:
     """Validate unless these very weights have been (the run may have been stopped right after it)."""
-    step = max(trainer.global_step, _step_of(checkpoint))
+    step = max(trainer.global_step, step_of(checkpoint))
     logs = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
     if task.validated_step != step and not any(log.has(step, "val/loss") for log in logs):
         trainer.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False)
 
 
-def _prepare_process(config: Config) -> None:
+def prepare_process(config: Config) -> None:
+    """Set threads, seeds and what is said on stderr."""
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
@@ -171,27 +210,6 @@ def _prepare_process(config: Config) -> None:
     logging.getLogger("pbe").setLevel(logging.INFO)
     for message in NEEDLESS_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def find_checkpoint(config: Config) -> Path | None:
-    """Return the checkpoint to continue from, or None for a start.
-
-    Raises:
-        UserError: ``resume=never`` on an existing run, or a named checkpoint that does not exist.
-    """
-    last = Path(config.output_dir) / "checkpoints" / "last.ckpt"
-    if config.trainer.resume == "auto":
-        return last if last.is_file() else None
-    if config.trainer.resume == "never":
-        if last.is_file():
-            raise UserError(
-                f"'{config.output_dir}' holds a run already; name another output_dir or resume it"
-            )
-        return None
-    named = Path(config.trainer.resume)
-    if not named.is_file():
-        raise UserError(f"trainer.resume: no checkpoint at '{named}'")
-    return named
 
 
 def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
@@ -233,44 +251,65 @@ def _check_same_model(config: Config, stored: ModelConfig) -> None:
         )
 
 
-def _data(config: Config, model: LatentDiffusion) -> pl.LightningDataModule:
-    if config.task == "autoencoder" or not config.cache.folder:
-        return ExemplarDataModule(config.data, config.seed)
-    ensure_cache(config, model)
+def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
+    """Return the data module; where there is to be a cache, one process of each machine builds it."""
+    if not isinstance(task, DiffusionTask) or not config.cache.folder:
+        return TrainingData(config)
+    task.model.to(trainer.strategy.root_device)
+    ensure_cache(config, task.model, check=stop.check, builds=trainer.local_rank == 0)
     return CachedDataModule(config)
 
 
-def make_trainer(config: Config, folder: Path, stop: StopSignals) -> pl.Trainer:
-    """Build Lightning's trainer with this project's callbacks and loggers."""
-    options = config.trainer
-    return pl.Trainer(
+def make_trainer(
+    config: Config,
+    folder: Path,
+    stop: StopSignals,
+    step: int = -1,
+    callbacks: list[Callback] | None = None,
+) -> pl.Trainer:
+    """Build Lightning's trainer with this project's callbacks and loggers.
+
+    Args:
+        config: the experiment.
+        folder: of the run.
+        stop: says whether a signal came.
+        step: optimizer step that the run goes on from, -1 for a start.
+        callbacks: others than a run's, which writes nothing then.
+    """
+    options, writer = config.trainer, SafeCheckpointIO()
+    trainer = pl.Trainer(
         max_steps=options.max_steps,
         max_epochs=-1,
         accelerator=options.accelerator,
         devices=int(options.devices) if options.devices.isdigit() else options.devices,
         num_nodes=options.num_nodes,
         strategy=options.strategy,
+        profiler=options.profiler or None,
         precision=options.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=config.optimizer.gradient_clip or None,
         val_check_interval=options.validate_every * options.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=options.validation_batches,
         num_sanity_val_steps=0,
-        logger=make_loggers(config, folder),
-        callbacks=_callbacks(config, folder, stop),
+        logger=make_loggers(config, folder, step),
+        callbacks=_callbacks(config, folder, stop, writer) if callbacks is None else callbacks,
+        enable_checkpointing=callbacks is None,
+        plugins=[] if options.strategy.startswith(SHARDED) else [writer],
         enable_progress_bar=options.progress,
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+    global_batch = config.data.batch_size * trainer.world_size
+    trainer.limit_val_batches = -(-options.validation_samples // global_batch)
+    return trainer
 
 
-def _callbacks(config: Config, folder: Path, stop: StopSignals) -> list[Callback]:
+def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeCheckpointIO) -> list[Callback]:
     options = config.trainer
     made: list[Callback] = [
         StepLog(config.logging.every),
-        Checkpoints(folder / "checkpoints", options.checkpoint_every, options.keep_checkpoints, stop),
+        Checkpoints(folder / FOLDER_NAME, options, stop, writer),
     ]
     if options.progress:
         made.append(TQDMProgressBar(refresh_rate=10))

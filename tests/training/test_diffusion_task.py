@@ -20,6 +20,7 @@ from pbe.models.tower import lite_state, lite_weights
 from pbe.training.diffusion_task import DiffusionTask, freeze
 from pbe.training.draws import Draws, batch_drop, draw
 from pbe.training.encoding import EncodedBatch
+from pbe.training.loggers import read_curve
 from tests.training.tiny import Watch, checkpoint, run, tiny_config
 
 NOWHERE = Path("nowhere")
@@ -210,6 +211,9 @@ def test_two_micro_batches_of_four_equal_one_of_eight(shards, autoencoder, tmp_p
     pairs = torch.tensor(micro).view(4, 2)  # Lightning has halved each
     torch.testing.assert_close(pairs.sum(dim=1), torch.tensor(losses), rtol=1e-5, atol=0)
     assert (pairs[:, 0] - pairs[:, 1]).abs().min() > 1e-3, "the halves hold different samples"
+    for name in ("train/loss", "train/loss_simple", "val/loss"):
+        first, second = (dict(read_curve(tmp_path / kind / "metrics.csv", name)) for kind in "ab")
+        assert second == pytest.approx(first, rel=1e-5)
     for kind in ("state_dict", "ema"):
         for name, value in whole[kind].items():
             torch.testing.assert_close(parts[kind][name], value, rtol=1e-4, atol=1e-6, msg=f"{kind}: {name}")
@@ -225,7 +229,7 @@ def test_the_average_moves_once_an_optimizer_step(shards, autoencoder, tmp_path,
         monkeypatch.setattr(self.ema, "update", lambda step: (steps.append(step), update(step)))
 
     monkeypatch.setattr(DiffusionTask, "start_average", watched_start)
-    # three micro-batches a step, four an epoch: the last step of an epoch is made of one
+    # three micro-batches a step, four an epoch: the last one of an epoch is left out
     run(tiny_config(shards, tmp_path, autoencoder, "trainer.accumulate=3", "trainer.max_steps=5"))
     assert steps == [1, 2, 3, 4, 5]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from pbe.errors import UserError
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.grids import diffusion_grid, fixed_samples, tile, to_uint8
 from pbe.training.run import build_model
@@ -44,6 +46,12 @@ def test_a_grid_is_repeatable_and_leaves_no_trace(shards, autoencoder, tmp_path)
     assert np.array_equal(first[1:33, 1:33], pictures[0])
     assert np.array_equal(first[1:33, 35:67][~hole], pictures[0][~hole])
     assert (first[1:33, 35:67][hole] == 128).all()
+
+
+def test_pictures_that_cannot_be_used_are_one_clear_line(shards, tmp_path):
+    settings = ["data.min_box_area=0.98", "data.max_box_area=0.99"]
+    with pytest.raises(UserError, match=r"none of the first validation pictures can be used .* \(no box"):
+        fixed_samples(tiny_config(shards, tmp_path, *settings), 3)
 
 
 def test_the_grid_uses_the_averaged_weights(shards, autoencoder, tmp_path):

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import pbe.training.latent_cache as cache_module
+import pbe.training.cache_builder as cache_module
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
+from pbe.training.cache_builder import ensure_cache
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.draws import draw
 from pbe.training.encoding import EncodedBatch, encode_batch
-from pbe.training.latent_cache import CachedDataModule, CachedSamples, ensure_cache, fingerprint
+from pbe.training.latent_cache import CachedDataModule, CachedSamples, fingerprint
 from pbe.training.optimizer import make_optimizer
 from pbe.training.run import build_model
+from pbe.training.stopping import StopSignals, TrainingStopped
 from tests.training.tiny import logged, run, tiny_config
 
 PICTURES, VARIANTS = 8, 3
@@ -165,23 +175,92 @@ def test_the_fingerprint_covers_everything_that_encodes_and_nothing_else(shards,
     assert not changed_by(model.unet.conv_in.bias)
 
 
-def test_a_build_that_breaks_off_leaves_nothing_behind(shards, autoencoder, tmp_path, monkeypatch):
-    model, config = build(shards, autoencoder, tmp_path / "cache")
-    calls = []
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*")}
 
-    def failing(*args: object) -> EncodedBatch:
-        calls.append(1)
-        if len(calls) > 2:
-            raise OSError("disk full")
+
+class Encoder:
+    """Counts the batches that are encoded, and does something before one of them."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, at: int = 0, action: Callable[[], None] = int
+    ) -> None:
+        self.calls = 0
+        monkeypatch.setattr(cache_module, "encode_batch", self)
+        self.at, self.action = at, action
+
+    def __call__(self, *args: Any) -> EncodedBatch:
+        self.calls += 1
+        if self.calls == self.at:
+            self.action()
         return encode_batch(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cache_module, "encode_batch", failing)
-        with pytest.raises(OSError, match="disk full"):
-            ensure_cache(config, model)
-    assert list((tmp_path / "cache").iterdir()) == []
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_build_that_breaks_off_goes_on_where_it_was(built, shards, autoencoder, tmp_path, monkeypatch):
+    model, config = build(shards, autoencoder, tmp_path / "cache")
+    # 8 pictures by 5: two batches for each of three variants, and two of the validation
+    Encoder(monkeypatch, 4, full)
+    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* goes on"):
+        ensure_cache(config, model)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", ".train.partial"}
+    rest = Encoder(monkeypatch)
     ensure_cache(config, model)
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["train", "validation"]
+    assert rest.calls == 8 - 3
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "train", "validation"}
+    assert content(tmp_path / "cache") == content(Path(built[1].cache.folder))
+
+
+def test_a_stop_in_a_build_is_clean_and_other_settings_start_anew(shards, autoencoder, tmp_path, monkeypatch):
+    model, config = build(shards, autoencoder, tmp_path / "cache")
+    stop = StopSignals()
+    encoder = Encoder(monkeypatch, 3, lambda: setattr(stop, "received", signal.SIGTERM))
+    with pytest.raises(TrainingStopped):
+        ensure_cache(config, model, check=stop.check)
+    assert encoder.calls == 3
+    other = replace(config, seed=config.seed + 1)
+    again = Encoder(monkeypatch)
+    ensure_cache(other, model)
+    assert again.calls == 8
+
+
+def test_a_signal_in_a_build_ends_the_run_cleanly(shards, autoencoder, tmp_path, monkeypatch):
+    settings = [autoencoder, f"cache.folder={tmp_path / 'cache'}", "cache.variants=3", "cache.batch_size=5"]
+    config = tiny_config(shards, tmp_path / "run", *settings)
+    with monkeypatch.context() as patch:
+        Encoder(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = run(config)
+    assert (result.steps, result.stopped_by) == (0, signal.SIGTERM)
+    rest = Encoder(monkeypatch)
+    assert run(config).steps == 3
+    assert rest.calls == 8 - 2
+
+
+def test_two_processes_that_want_the_same_cache_build_it_once(shards, autoencoder, tmp_path, monkeypatch):
+    model, config = build(shards, autoencoder, tmp_path / "cache")
+    encoder = Encoder(monkeypatch, 1, lambda: time.sleep(0.2))
+    monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.01)
+    # a lock belongs to an open file, so two threads stand for two processes; the third may not build
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(ensure_cache, config, model, builds=builds) for builds in (True, True, False)]
+        assert {job.result(timeout=120) for job in jobs} == {tmp_path / "cache"}
+    assert encoder.calls == 8
+
+
+def test_who_waits_for_a_cache_can_be_stopped(shards, autoencoder, tmp_path):
+    model, config = build(shards, autoencoder, tmp_path / "cache")
+    stop = StopSignals()
+    stop.received = signal.SIGINT
+    with pytest.raises(TrainingStopped):
+        ensure_cache(config, model, check=stop.check, builds=False)
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(TrainingStopped):
+            ensure_cache(config, model, check=stop.check)
 
 
 def test_a_damaged_description_is_one_clear_line(shards, autoencoder, tmp_path):

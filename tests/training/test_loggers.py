@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import pbe.training.loggers as loggers_module
 from pbe.config import Config, LoggingConfig
 from pbe.errors import UserError
-from pbe.training.loggers import CsvLog, make_loggers, read_curve, read_rows
+from pbe.training.loggers import CsvLog, _run_id, make_loggers, read_curve, read_rows
 
 
 @pytest.fixture
@@ -88,5 +89,23 @@ def test_has_tells_what_is_written(log: CsvLog, tmp_path: Path):
 
 def test_an_unknown_logger_is_one_clear_line(tmp_path: Path):
     config = Config(logging=LoggingConfig(loggers=["csv", "tensorbored"]))
-    with pytest.raises(UserError, match="'tensorbored'; there are: csv, wandb"):
+    with pytest.raises(UserError, match="'tensorbored'; there are: csv, wandb, tensorboard"):
         make_loggers(config, tmp_path)
+
+
+def test_the_id_of_a_run_stays_with_its_folder(tmp_path: Path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    first = [_run_id(folder) for folder in folders]
+    assert first[0] != first[1]
+    assert [_run_id(folder) for folder in folders] == first
+
+
+def test_a_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def missing(*args: object, **kwargs: object) -> None:
+        raise ModuleNotFoundError("neither tensorboard nor tensorboardX")
+
+    monkeypatch.setattr(loggers_module, "TensorBoardLogger", missing)
+    with pytest.raises(UserError, match="needs: pip install tensorboard"):
+        make_loggers(Config(logging=LoggingConfig(loggers=["tensorboard"])), tmp_path)

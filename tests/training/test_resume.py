@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pbe.training.callbacks import Checkpoints, StopSignals, ends_step
+from pbe.config import TrainerConfig
+from pbe.training.checkpoint_callback import Checkpoints, ends_step
+from pbe.training.checkpointing import SafeCheckpointIO
+from pbe.training.stopping import StopSignals
 from tests.training.tiny import (
     Watch,
     checkpoint,
@@ -119,7 +122,7 @@ def test_a_second_signal_interrupts_at_once():
 class StubTrainer:
     """As much of a trainer as the checkpoint callback needs."""
 
-    accumulate_grad_batches, is_last_batch, is_global_zero, max_steps = 1, False, True, 1000
+    accumulate_grad_batches, is_last_batch, is_global_zero, max_steps, world_size = 1, False, True, 1000, 1
 
     def __init__(self) -> None:
         self.global_step = 0
@@ -130,13 +133,14 @@ class StubTrainer:
         path.write_text(str(self.global_step))
 
 
-def saved(folder: Path, keep: int, steps: int) -> list[str]:
+def saved(folder: Path, keep: int, steps: int, every: int = 0) -> list[str]:
     trainer = StubTrainer()
-    callback = Checkpoints(folder / str(keep), 10, keep, StopSignals())
+    options = TrainerConfig(checkpoint_every=10, keep_checkpoints=keep, keep_every=every)
+    callback = Checkpoints(folder / str(keep), options, StopSignals(), SafeCheckpointIO())
     for step in range(1, steps + 1):
         trainer.global_step = step
         callback.on_train_batch_end(trainer, None, None, None, step - 1)
-    return sorted(path.name for path in (folder / str(keep)).iterdir())
+    return sorted(path.name for path in (folder / str(keep)).glob("*.ckpt"))
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(2, [40, 50]), (1, [50]), (0, []), (-1, [10, 20, 30, 40, 50])])
@@ -145,11 +149,16 @@ def test_as_many_checkpoints_stay_as_asked_for(tmp_path, keep: int, kept: list[i
     assert (tmp_path / str(keep) / "last.ckpt").read_text() == "50"
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(0, [30, 60]), (1, [30, 60, 80]), (2, [30, 60, 70, 80])])
+def test_every_nth_checkpoint_stays_for_ever(tmp_path, keep: int, kept: list[int]):
+    assert saved(tmp_path, keep, 80, 30) == ["last.ckpt", *(f"step={step:07d}.ckpt" for step in kept)]
+
+
 def test_a_kept_checkpoint_is_the_same_file_as_the_last_one(shards, autoencoder, tmp_path):
     run(tiny_config(shards, tmp_path, autoencoder, "trainer.checkpoint_every=3"))
     folder = tmp_path / "checkpoints"
     assert (folder / "last.ckpt").read_bytes() == (folder / "step=0000003.ckpt").read_bytes()
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=0000003.ckpt"]
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step=0000003.ckpt"]
 
 
 def test_a_step_ends_with_its_last_micro_batch_or_the_epoch():

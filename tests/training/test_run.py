@@ -8,15 +8,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 
 from pbe.checkpoints.native import load_model
 from pbe.config import load_config
 from pbe.errors import UserError
-from pbe.training.run import build_model, find_checkpoint
+from pbe.training.checkpointing import find_checkpoint
+from pbe.training.run import build_model
 from tests.training.tiny import Watch, checkpoint, differing, logged, run, send, tiny_config, weights
 
-VALIDATION = ["val/loss", *(f"val/loss_t{t}" for t in (100, 300, 500, 700, 900))]
+VALIDATION = ["val/loss", *(f"val/loss_t{t}" for t in (100, 300, 500, 700, 900)), "val/loss_band"]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(6, [0, 3, 6]), (7, [0, 3, 6, 7]), (2, [0, 2])])
@@ -25,9 +27,40 @@ def test_every_validation_is_logged_once_under_its_step(shards, autoencoder, tmp
     run(tiny_config(shards, tmp_path, autoencoder, *settings))
     counted = Counter((step, name) for step, name, _ in logged(tmp_path, "val/"))
     assert counted == {(step, name): 1 for step in expected for name in VALIDATION}
-    training = [(step, name) for step, name, _ in logged(tmp_path, "train/")]
-    names = ["train/loss", "train/loss_simple", "train/learning_rate"]
+    rows = logged(tmp_path, "train/")
+    training = [(step, name) for step, name, _ in rows if not name.startswith("train/loss_quarter")]
+    names = ["train/loss", "train/loss_simple", "train/gradient_norm", "train/learning_rate"]
     assert training == [(step, name) for step in range(2, length + 1, 2) for name in names]
+
+
+def test_the_validation_does_not_depend_on_the_batches_it_comes_in(shards, autoencoder, tmp_path):
+    settings = ["trainer.max_steps=1", "trainer.validation_samples=5", "optimizer.learning_rate=0"]
+    values = []
+    for size in (2, 3, 8):
+        run(tiny_config(shards, tmp_path / str(size), autoencoder, *settings, f"data.batch_size={size}"))
+        rows = logged(tmp_path / str(size), "val/")
+        values.append([float(value) for step, _, value in rows if step == 0])
+    assert len(values[0]) == len(VALIDATION)
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert values[2] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_training_losses_are_means_over_everything_since_the_last_row(shards, autoencoder, tmp_path):
+    settings = [
+        autoencoder,
+        "trainer.max_steps=6",
+        "optimizer.learning_rate=0",
+        "objective.weighting=min_snr",
+    ]
+    run(tiny_config(shards, tmp_path / "each", *settings))
+    run(tiny_config(shards, tmp_path / "third", *settings, "logging.every=3"))
+    for name in ("train/loss", "train/loss_simple"):
+        each = [float(value) for _, _, value in logged(tmp_path / "each", name) if _ == name]
+        third = [float(value) for _, _, value in logged(tmp_path / "third", name) if _ == name]
+        assert third == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-12)
+    quarters = [float(v) for step, name, v in logged(tmp_path / "third", "train/loss_quarter") if step == 3]
+    simple = [float(v) for step, name, v in logged(tmp_path / "third", "train/loss_simple") if step == 3]
+    assert min(quarters) < simple[0] < max(quarters)
 
 
 def test_steps_count_optimizer_steps_not_micro_batches(shards, autoencoder, tmp_path):
@@ -106,8 +139,11 @@ def test_weights_and_biases_writes_into_the_run_without_a_network(shards, autoen
     for folder in folders:
         run(tiny_config(shards, folder, autoencoder, *settings))
         assert wandb.run is None, "the next run of this process would go on writing into it"
-    for folder in folders:
+    ids = [(folder / "wandb_id").read_text().strip() for folder in folders]
+    assert ids[0] != ids[1]
+    for folder, mark in zip(folders, ids, strict=True):
         (made,) = (folder / "wandb").glob("offline-run-*")
+        assert made.name.endswith(f"-{mark}")
         (record,) = made.glob("run-*.wandb")
         names = [b"train/loss_simple", b"val/loss_t500", b"trainer/global_step"]
         deadline = time.monotonic() + 30  # W&B's own process may still be writing
@@ -126,13 +162,18 @@ def test_resume_says_what_a_second_start_means(shards, tmp_path):
     assert find_checkpoint(config("auto")) is None
     assert find_checkpoint(config("never")) is None
     last.parent.mkdir()
-    last.touch()
+    torch.save({"global_step": 1, "state_dict": {}}, last)
     assert find_checkpoint(config("auto")) == last
+    assert find_checkpoint(config(str(tmp_path))) == last
+    assert find_checkpoint(config(str(last.parent))) == last
     assert find_checkpoint(config(str(last))) == last
     with pytest.raises(UserError, match="holds a run already; name another output_dir or resume it"):
         find_checkpoint(config("never"))
     with pytest.raises(UserError, match=r"no checkpoint at 'elsewhere\.ckpt'"):
         find_checkpoint(config("elsewhere.ckpt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no checkpoint in '.*empty'"):
+        find_checkpoint(config(str(tmp_path / "empty")))
 
 
 def test_what_cannot_be_trained_is_one_clear_line(shards, autoencoder, tmp_path):

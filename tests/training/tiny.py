@@ -68,7 +68,7 @@ TINY: dict[str, Any] = {
         "devices": "1",
         "threads": 1,
         "validate_every": 1000,
-        "validation_batches": 2,
+        "validation_samples": 4,
         "checkpoint_every": 1000,
         "progress": False,
     },
@@ -199,6 +199,13 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 
 def logged(output_dir: str | Path, prefix: str = "") -> list[tuple[int, str, str]]:
-    """Return (step, name, value as written) of the rows of ``metrics.csv``, in the file's order."""
+    """Return (step, name, value as written) of the rows of ``metrics.csv``, in the file's order.
+
+    Without those that depend on the machine and its mood, ``system/``, unless they are asked for.
+    """
     rows = read_rows(Path(output_dir) / "metrics.csv")
-    return [(int(row[0]), row[2], row[3]) for row in rows if row[2].startswith(prefix)]
+    return [
+        (int(row[0]), row[2], row[3])
+        for row in rows
+        if row[2].startswith(prefix) and (prefix.startswith("system/") or not row[2].startswith("system/"))
+    ]

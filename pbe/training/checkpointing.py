@@ -1,0 +1,257 @@
+"""Checkpoints on disk: written whole and with a checksum, checked when they are found again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
+
+from pbe.config import Config, to_dict
+from pbe.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+LAST_NAME = "last.ckpt"
+FOLDER_NAME = "checkpoints"
+# What torch raises on files that were cut short, flipped or never were checkpoints.
+UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, ValueError),
+    pickle.UnpicklingError,
+)
+CHUNK = 1 << 24  # bytes hashed at a time
+# What may differ between two starts of a run without a word: it has no part in what is trained.
+UNTOLD = ("output_dir", "trainer.resume", "trainer.progress")
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Tell the user one line, once for all ranks."""
+    LOG.info("%s", message)
+
+
+class HashingFile:
+    """A file to write to that adds up its checksum and remembers the first error instead of raising it.
+
+    torch's writer does not take an exception from below well: it warns, and may end the process.
+
+    Attributes:
+        error: what went wrong, or None.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """Write, unless something went wrong before."""
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.sha.update(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        if self.error is None:
+            try:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                self.error = error
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the older one, which it replaces only when it is whole and on the disk.
+
+    Attributes:
+        error: why the last checkpoint could not be written, or None. It is not raised: the other ranks
+            of the run would wait for this one for ever.
+    """
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``path`` and ``path.sha256`` (as ``sha256sum -c`` reads it)."""
+        path, self.error = Path(path), None
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb", buffering=CHUNK) as raw:
+                file = HashingFile(raw)
+                torch.save(checkpoint, file)  # type: ignore[arg-type]
+                file.flush()
+            if file.error is not None:
+                raise file.error
+            publish(temporary, path, file.sha.hexdigest())
+        except OSError as error:
+            self.error = error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def checksum_files(path: Path) -> tuple[Path, Path]:
+    """Return where a checkpoint's checksum stands, and where it stands while the file is being replaced."""
+    return path.with_name(f"{path.name}.sha256"), path.with_name(f"{path.name}.sha256.new")
+
+
+def publish(temporary: Path, path: Path, digest: str) -> None:
+    """Give a whole file its name; at every moment the file there has one of the two checksums there."""
+    current, upcoming = checksum_files(path)
+    upcoming.write_text(f"{digest}  {path.name}\n")
+    os.replace(temporary, path)
+    os.replace(upcoming, current)
+
+
+def duplicate(path: Path, target: Path) -> None:
+    """Make ``target`` the same file, a hard link where the file system has them, with its own checksum."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    digests = _listed(path)
+    publish(temporary, target, digests[0] if digests else _digest(path))
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint and its checksum."""
+    for file in (path, *checksum_files(path)):
+        file.unlink(missing_ok=True)
+
+
+def _listed(path: Path) -> list[str]:
+    return [file.read_text().split(" ")[0] for file in checksum_files(path) if file.is_file()]
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def fault(path: Path) -> str:
+    """Return what is wrong with a checkpoint, nothing when it is whole.
+
+    One without a checksum (of an older version of this project) only has to be readable.
+    """
+    try:
+        if (listed := _listed(path)) and _digest(path) not in listed:
+            return "its checksum does not match"
+        read_checkpoint(path)
+    except UserError:
+        return "it cannot be read"
+    except OSError as error:
+        return str(error.strerror or error)
+    return ""
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return step, weights, moving average and configuration of a checkpoint, by memory map.
+
+    Raises:
+        UserError: it is damaged or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        kept = {key: content[key] for key in ("global_step", "state_dict")}
+        return kept | {"ema": content.get("ema"), "config": content.get("config")}
+    except UNREADABLE as error:
+        raise UserError(
+            f"'{path}' is damaged or no checkpoint of this project; delete it or name another"
+        ) from error
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the optimizer step of a checkpoint, -1 for none."""
+    return -1 if checkpoint is None else int(read_checkpoint(checkpoint)["global_step"])
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """Return the checkpoint to continue from, or None for a start.
+
+    ``auto`` takes the newest one of the run that is whole and says which ones are not; a path is a
+    checkpoint, or a run whose newest whole one is meant.
+
+    Raises:
+        UserError: ``resume=never`` on an existing run, a named checkpoint that does not exist or is
+            damaged, or a run that has checkpoints none of which is whole.
+    """
+    own, resume = Path(config.output_dir) / FOLDER_NAME, config.trainer.resume
+    if resume == "auto":
+        return newest_whole(own)
+    if resume == "never":
+        if candidates(own):
+            raise UserError(
+                f"'{config.output_dir}' holds a run already; name another output_dir or resume it"
+            )
+        return None
+    named = Path(resume)
+    if named.is_dir():
+        found = newest_whole(named / FOLDER_NAME) or newest_whole(named)
+        if found is None:
+            raise UserError(f"trainer.resume: no checkpoint in '{named}'")
+        return found
+    if not named.is_file():
+        raise UserError(f"trainer.resume: no checkpoint at '{named}'")
+    if problem := fault(named):
+        raise UserError(f"'{named}' is damaged or no checkpoint of this project ({problem}); name another")
+    return named
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the one that was written last first."""
+    periodic = sorted(folder.glob("step=*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return [path for path in (folder / LAST_NAME, *reversed(periodic)) if path.is_file()]
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, or None where there are none at all.
+
+    Raises:
+        UserError: there are some, but none is whole.
+    """
+    problems: dict[int, str] = {}  # by inode: several names may stand for one file
+    for path in candidates(folder):
+        inode = path.stat().st_ino
+        if inode in problems:
+            continue
+        if not (problem := fault(path)):
+            for told in problems.values():
+                say(f"{told}; going on from '{path.name}' (step {step_of(path)})")
+            return path
+        problems[inode] = f"'{path}' is damaged or no checkpoint of this project ({problem})"
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems.values())}, and no other one is whole; "
+            "delete the checkpoints to start anew, or name one in trainer.resume"
+        )
+    return None
+
+
+def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
+    """Return ``key old -> new`` of every setting that differs from those a checkpoint was made with."""
+    old, new = _flat(stored), _flat(to_dict(config))
+    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(UNTOLD)]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,186 @@
+"""What a run would be: its parameters, memory, data and, measured over ten steps, its length."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from pbe.config import Config
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+from pbe.models.exemplar_encoder import MapperAttention
+from pbe.training.base_task import BaseTask
+from pbe.training.cache_builder import cache_is_ready, size_on_disk
+from pbe.training.callbacks import peak_memory
+from pbe.training.data import StepSampler, TrainingData
+from pbe.training.latent_cache import CachedDataModule
+from pbe.training.run import build_model, make_task, make_trainer, prepare_process
+from pbe.training.stopping import StopSignals
+
+WARM_UP, MEASURED = 2, 10  # optimizer steps
+# Paper by Yang et al. 2022, section 4.1: Open Images, 1.9 million pictures, 40 epochs.
+PAPER_EPOCHS, PAPER_PICTURES = 40, 1_900_000
+DAY, GIB = 86_400.0, 2.0**30
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of a network: trained, frozen, and without any influence on the output."""
+
+    trained: int
+    frozen: int
+    dead: int
+
+
+def count_parameters(task: BaseTask) -> dict[str, Count]:
+    """Count the parameters of each network of a task's model.
+
+    With one condition token the cross-attention's queries, keys and their norm are dead, and so are the
+    query and key rows of the mapper's fused weights; with several nothing is.
+    """
+    model = task.model
+    assert isinstance(model, LatentDiffusion)
+    encoder = model.exemplar_encoder
+    tower = {id(p) for p in encoder.tower.parameters()}
+    single = model.config.exemplar_encoder.tokens == "class"
+    fused = [m.qkv for m in encoder.modules() if isinstance(m, MapperAttention)]
+    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters()) if single else 0
+    bottleneck = [p for p in encoder.parameters() if id(p) not in tower]
+    idle = [
+        p
+        for name, p in model.unet.named_parameters()
+        if single and any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2."))
+    ]
+    return {
+        "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),
+        "bottleneck": _count(bottleneck, idle_rows, set()),
+        "image tower": _count(list(encoder.tower.parameters()), 0, set()),
+        "autoencoder": _count(list(model.autoencoder.parameters()), 0, set()),
+    }
+
+
+def _count(parameters: list[nn.Parameter], dead: int, apart: set[int]) -> Count:
+    """Count; ``dead`` parameters are those ``apart`` or, where none are, rows of trained ones."""
+    trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in apart)
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad and id(p) not in apart)
+    if not apart:
+        trained, frozen = (trained - dead, frozen) if trained else (0, frozen - dead)
+    return Count(trained, frozen, dead)
+
+
+def state_bytes(task: BaseTask) -> dict[str, int]:
+    """Return the bytes that weights, gradients, AdamW's moments and the moving average take on a device."""
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in task.model.parameters()]
+    trained = sum(count for count, _, learns in sizes if learns)
+    gradients = sum(count * size for count, size, learns in sizes if learns)
+    return {
+        "weights": sum(count * size for count, size, _ in sizes),
+        "gradients": gradients,
+        "AdamW": 2 * gradients,
+        "moving average": 4 * trained if task.ema is not None else 0,
+    }
+
+
+class Stopwatch(pl.Callback):
+    """Times optimizer steps after a few that warm up.
+
+    Attributes:
+        seconds: of the measured steps, 0 before they are over.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self._start = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start and stop."""
+        if trainer.global_step == WARM_UP and not self._start:
+            self._start = time.perf_counter()
+        if trainer.global_step == WARM_UP + MEASURED:
+            self.seconds = time.perf_counter() - self._start
+
+
+def make_plan(config: Config) -> str:
+    """Return the plan of a run as text; nothing is written into its folder.
+
+    Raises:
+        UserError: as the run itself would, but for data or an autoencoder that are not there yet.
+    """
+    prepare_process(config)
+    notes: list[str] = []
+    try:
+        model, config = build_model(config)
+    except UserError as error:
+        notes.append(f"random weights: {error}")
+        model = LatentDiffusion(config.model)
+    task = make_task(config, model)
+    lines = [*_parameter_table(task), "", *_memory_table(task), ""]
+    data = _data(config, task, notes)
+    lines += _duration(config, task, data, notes) if data is not None else ["no data, so nothing is measured"]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _parameter_table(task: BaseTask) -> list[str]:
+    lines = [f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"]
+    for name, count in count_parameters(task).items():
+        lines.append(f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}")
+    return lines
+
+
+def _memory_table(task: BaseTask) -> list[str]:
+    sizes = state_bytes(task)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
+
+
+def _data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+    model = task.model
+    assert isinstance(model, LatentDiffusion)
+    try:
+        data = TrainingData(config)
+        data.samples("train")
+        if config.task != "diffusion" or not config.cache.folder:
+            return data
+        if cache_is_ready(config, model):
+            return CachedDataModule(config)
+        size = size_on_disk(config, model) / GIB
+        notes.append(f"the latent cache is not built yet ({size:.2f} GiB); measured without it")
+        return data
+    except UserError as error:
+        notes.append(str(error))
+        return None
+
+
+def _duration(config: Config, task: BaseTask, data: TrainingData, notes: list[str]) -> list[str]:
+    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, progress=False, profiler="")
+    quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
+        trainer = make_trainer(quiet, Path(folder), StopSignals(), callbacks=[watch])
+        trainer.limit_val_batches = 0
+        try:
+            trainer.fit(task, datamodule=data)
+        finally:
+            data.close()
+    sampler = data.train_dataloader().counter
+    assert isinstance(sampler, StepSampler)
+    step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
+    steps = max(sampler.batches // config.trainer.accumulate, 1)
+    speed = MEASURED * step / watch.seconds
+    run = config.trainer.max_steps * step / speed
+    return [
+        f"samples: {sampler.length:,} an epoch, {step} a step; {steps:,} steps an epoch",
+        f"speed: {speed:.2f} samples a second over {MEASURED} steps on {trainer.world_size} device(s), "
+        f"peak memory {peak_memory() / GIB:.2f} GiB",
+        f"this run: {config.trainer.max_steps:,} steps, {run / 3600:.1f} hours",
+        f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * sampler.length / speed / DAY:.2f} days",
+        f"{PAPER_EPOCHS} epochs of the paper's {PAPER_PICTURES / 1e6:.1f} million pictures: "
+        f"{PAPER_EPOCHS * PAPER_PICTURES / speed / DAY:.1f} days",
+    ]

@@ -1,0 +1,61 @@
+"""Every configuration that ships is loaded and run for two steps, at tiny sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pbe.config import Config, load_config
+from pbe.training.loggers import read_curve
+from tests.training.tiny import TINY, run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+
+
+def overrides(values: dict[str, Any], prefix: str = "") -> list[str]:
+    made: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            made += overrides(value, f"{prefix}{key}.")
+        else:
+            made.append(f"{prefix}{key}={value}")
+    return made
+
+
+def shrunk(name: str, *more: str) -> Config:
+    return load_config(CONFIGS / name, [*overrides(TINY), *more])
+
+
+def test_there_are_configurations():
+    assert {"paper.yaml", "toy.yaml", "toy_autoencoder.yaml"} <= set(FILES)
+    assert {"debug/fast_dev.yaml", "debug/overfit_one_batch.yaml", "debug/profiler.yaml"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, tmp_path: Path):
+    cached = bool(load_config(CONFIGS / name).cache.folder)
+    places = [
+        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2", "init_from=''",
+        f"data.train_shards={shards / 'train'}", f"data.validation_shards={shards / 'validation'}",
+        "cache.folder=" + (str(tmp_path / "cache") if cached else "''"), "cache.variants=1",
+    ]  # fmt: skip
+    result = run(shrunk(name, *places))
+    assert (result.steps, result.stopped_by) == (2, 0)
+    losses = read_curve(tmp_path / "run" / "metrics.csv", "train/loss")
+    assert [step for step, _ in losses] == [1, 2]
+    assert all(0 < value < 100 for _, value in losses)
+    assert (tmp_path / "run" / "model" / "unet.safetensors").is_file()
+
+
+def test_overfitting_one_batch_makes_its_loss_fall(shards: Path, autoencoder: str, tmp_path: Path):
+    more = [
+        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=60", "trainer.overfit_batches=1",
+        f"data.train_shards={shards / 'train'}", "data.validation_shards=''", "optimizer.learning_rate=4e-3",
+        "objective.drop_probability=0", "cache.folder=''",
+    ]  # fmt: skip
+    run(shrunk("debug/overfit_one_batch.yaml", *more))
+    losses = [value for _, value in read_curve(tmp_path / "run" / "metrics.csv", "train/loss")]
+    assert losses[-1] < 0.5 * losses[0]
