@@ -193,7 +193,8 @@ def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     remote = ray.remote(max_retries=3)(pack_shard)
-    waiting, pending = list(reversed(tasks)), []
+    waiting = list(reversed(tasks))
+    pending: list[Any] = []
     while waiting or pending:
         while waiting and len(pending) < (workers or len(tasks)):
             pending.append(remote.remote(*waiting.pop()))

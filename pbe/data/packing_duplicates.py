@@ -145,7 +145,7 @@ def _cross_exact(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, in
     where: dict[bytes, list[int]] = {}
     for row, value in enumerate(theirs):
         where.setdefault(value.tobytes(), []).append(row)
-    wanted = np.flatnonzero(np.isin(ours, theirs)) if len(theirs) else []
+    wanted = np.flatnonzero(np.isin(ours, theirs)).tolist() if len(theirs) else []
     for row in wanted:
         for other in where[ours[row].tobytes()]:
-            yield int(row), other
+            yield row, other

@@ -66,7 +66,7 @@ def first_frame(encoded: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(encoded)) as picture:
             if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
                 deep = np.asarray(picture).astype(np.int64)
-                picture = Image.fromarray(np.clip(deep >> 8, 0, 255).astype(np.uint8))
+                return cv2.cvtColor(np.clip(deep >> 8, 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
             return np.asarray(picture.convert("RGB"))
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise UnreadablePictureError(CANNOT_DECODE) from error

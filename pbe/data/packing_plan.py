@@ -93,7 +93,7 @@ class PackSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _fill(polygons: list[np.ndarray], width: int, height: int) -> np.ndarray:
     fine = np.zeros((FINE * height, FINE * width), np.uint8)
     for corners in polygons:
         fixed = np.round((FINE * corners - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
-        cv2.fillPoly(fine, [fixed], 1, cv2.LINE_8, SUBPIXEL_BITS)  # type: ignore[call-overload]
+        cv2.fillPoly(fine, [fixed], 1, cv2.LINE_8, SUBPIXEL_BITS)
     return np.ascontiguousarray(fine[FINE // 2 :: FINE, FINE // 2 :: FINE])
 
 

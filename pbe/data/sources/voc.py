@@ -88,6 +88,6 @@ def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -
             continue
         table[picture]["width"], table[picture]["height"] = _size(root)
         rows += _boxes(root, picture, one_based, dropped_boxes)
-    for row in table:
-        row["key"] = row["name"].rpartition(".")[0]
+    for entry in table:
+        entry["key"] = entry["name"].rpartition(".")[0]
     return Annotations(picture_table(table), box_table(rows), False, dropped, dropped_boxes)
