@@ -163,7 +163,10 @@ def test_environment_makefile_and_workflow_agree() -> None:
 
 def test_package_imports_only_what_it_declares() -> None:
     distributions = importlib.metadata.packages_distributions()
-    lines = [*PROJECT["dependencies"], *(line for name, extra in EXTRAS.items() if name != "dev" for line in extra)]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name, extra in EXTRAS.items() if name != "dev" for line in extra),
+    ]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     undeclared = []
     for path in python_files(*CODE):
