@@ -1,0 +1,103 @@
+"""What packing does with a picture's pixels: a check that it decodes, a perceptual hash, a smaller copy."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
+
+HASH_SIDE, HASH_BITS = 32, 8
+MIN_CONTRAST = 2.0
+REDUCED = ((512, cv2.IMREAD_REDUCED_GRAYSCALE_8), (256, cv2.IMREAD_REDUCED_GRAYSCALE_4))
+CANNOT_DECODE = "cannot be decoded"
+
+
+def _decode(encoded: bytes, flag: int) -> np.ndarray:
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
+    except cv2.error as error:
+        raise UnreadablePictureError(CANNOT_DECODE) from error
+    if image is None:
+        raise UnreadablePictureError(CANNOT_DECODE)
+    return np.asarray(image)
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """Return a 64-bit hash that survives scaling and recompression; 0 for a picture without structure.
+
+    Signs, against their median, of the 64 lowest frequencies (without the constant) of a 32 x 32 picture.
+
+    Args:
+        grey: uint8 ``h w``.
+    """
+    small = cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    if small.std() < MIN_CONTRAST:
+        return 0
+    spectrum = cv2.dct(small)[: HASH_BITS + 1, : HASH_BITS + 1]
+    values = np.concatenate([spectrum[:HASH_BITS, :HASH_BITS].ravel()[1:], spectrum[:1, HASH_BITS]])
+    bits = values > np.median(values)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def check_and_hash(encoded: bytes, header: PictureHeader) -> int:
+    """Decode a picture, small where the format allows it, and return its perceptual hash.
+
+    Raises:
+        UnreadablePictureError: it cannot be decoded.
+    """
+    if not header.extension or header.frames > 1:
+        return perceptual_hash(cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2GRAY))
+    short = min(header.stored_size)
+    flag = next((flag for side, flag in REDUCED if short >= side), cv2.IMREAD_GRAYSCALE)
+    return perceptual_hash(_decode(encoded, flag))
+
+
+def first_frame(encoded: bytes) -> np.ndarray:
+    """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
+
+    Raises:
+        UnreadablePictureError: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as picture:
+            if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                deep = np.asarray(picture).astype(np.int64)
+                return cv2.cvtColor(np.clip(deep >> 8, 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise UnreadablePictureError(CANNOT_DECODE) from error
+
+
+def needs_encoding(header: PictureHeader, max_side: int) -> bool:
+    """Whether a picture has to be encoded again: a format that shards do not hold, an animation, too long."""
+    return not header.extension or header.frames > 1 or bool(max_side and max(header.stored_size) > max_side)
+
+
+def encode_again(encoded: bytes, header: PictureHeader, max_side: int, quality: int) -> tuple[bytes, str]:
+    """Return a picture that fits, upright, and its extension: PNG for what was lossless, else JPEG.
+
+    Args:
+        encoded: the file.
+        header: its header.
+        max_side: longest side of the result, pixels; 0 for no limit. Shrinking averages areas.
+        quality: of a JPEG.
+
+    Raises:
+        UnreadablePictureError: it cannot be decoded.
+    """
+    if header.extension and header.frames == 1:
+        image = _decode(encoded, cv2.IMREAD_COLOR)
+    else:
+        image = cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2BGR)
+    height, width = image.shape[:2]
+    scale = max_side / max(width, height) if max_side else 1.0
+    if scale < 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    extension = "jpg" if header.extension in ("jpg", "webp") else "png"
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
+    return cv2.imencode(f".{extension}", image, options)[1].tobytes(), extension

@@ -1,0 +1,267 @@
+"""The packing plan: which pictures and boxes go into which shard, decided before any picture is opened.
+
+What needs no picture is filtered here, over whole columns: labels, flags, and the area of boxes that are
+given as shares. The rest follows when the picture is read (:mod:`pbe.data.packing_task`). The plan is a pair
+of small files a shard, so that every shard is a task of its own that needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pbe.data.packing_index import write_whole
+from pbe.data.randomness import permutation
+from pbe.data.sources.records import BAD_NUMBER, FLAG_BITS, FLAGS, Annotations
+from pbe.errors import UserError
+
+WITHOUT_BOXES = "without boxes"
+NO_BOX_LEFT = "no box left"
+UNWANTED_LABEL = "label not wanted"
+NO_AREA = "no area"
+OUTSIDE = "outside the picture"
+SMALL_AREA = "area too small"
+LARGE_AREA = "area too large"
+SHORT_SIDE = "side too short"
+ASPECT = "too elongated"
+MAX_KEY = 80
+FRAMES = ("displayed", "stored")
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What is kept and how it is packed.
+
+    Attributes:
+        min_area: smallest share of the picture's area that a box may cover; the paper's code has 0.02.
+        max_area: largest; the paper's code has 0.8.
+        min_side: shortest side of a box, pixels of the picture as it lies on the disk.
+        max_aspect: longest side over shortest; 0 for no limit.
+        drop_flags: boxes with one of these flags are dropped; the paper's code drops none.
+        labels: if any are named, only boxes of these labels are kept.
+        drop_labels: boxes of these labels are dropped.
+        shard_pictures: most pictures a shard.
+        shard_bytes: bytes of picture files after which a shard is closed.
+        max_side: longer pictures are made this long and encoded again; 0 keeps every file as it is.
+        quality: of JPEGs that are encoded again.
+        exif_frame: the frame of boxes where the sizes do not tell: ``displayed`` (EXIF orientation
+            honoured, as OpenCV does) or ``stored``.
+        shuffle: seed of the order of pictures; None keeps the source's.
+        perceptual: make the hashes that near duplicates are found by.
+    """
+
+    min_area: float = 0.02
+    max_area: float = 0.8
+    min_side: float = 2.0
+    max_aspect: float = 0.0
+    drop_flags: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    drop_labels: tuple[str, ...] = ()
+    shard_pictures: int = 2000
+    shard_bytes: int = 512 * 2**20
+    max_side: int = 0
+    quality: int = 95
+    exif_frame: str = "displayed"
+    shuffle: int | None = None
+    perceptual: bool = True
+
+    def check(self) -> None:
+        """Raise a UserError for a value that makes no sense."""
+        if not 0 <= self.min_area <= self.max_area <= 1:
+            raise UserError("box areas are shares with 0 <= smallest <= largest <= 1")
+        if self.min_side < 0 or self.max_side < 0 or min(self.shard_pictures, self.shard_bytes) < 1:
+            raise UserError("sides must be 0 or more, and a shard holds at least one picture and one byte")
+        if self.max_aspect and self.max_aspect < 1:
+            raise UserError("the aspect is the longest side over the shortest: 1 or more, or 0 for no limit")
+        if not 1 <= self.quality <= 100:
+            raise UserError("the JPEG quality must lie in 1 to 100")
+        unknown = sorted(set(self.drop_flags) - set(FLAGS))
+        if unknown:
+            raise UserError(f"there is no flag '{unknown[0]}'; there are {', '.join(FLAGS)}")
+        if self.exif_frame not in FRAMES:
+            raise UserError(f"the EXIF frame is '{self.exif_frame}'; it must be displayed or stored")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON has them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass
+class Plan:
+    """The plan in memory.
+
+    Attributes:
+        pictures: a row a picture, in order, with ``box_end`` and whether its boxes are ``relative``.
+        boxes: their boxes, ``label`` a position in ``labels``.
+        labels: sorted.
+        shards: end of each shard, in rows of ``pictures``.
+        pictures_seen: files found.
+        boxes_seen: boxes that the annotations hold, those of missing pictures included.
+        dropped_pictures: by reason.
+        dropped_boxes: by reason.
+    """
+
+    pictures: pl.DataFrame
+    boxes: pl.DataFrame
+    labels: list[str]
+    shards: list[int]
+    pictures_seen: int
+    boxes_seen: int
+    dropped_pictures: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the tables, as JSON has it."""
+        names = ("labels", "shards", "pictures_seen", "boxes_seen", "dropped_pictures", "dropped_boxes")
+        return {name: getattr(self, name) for name in names}
+
+
+def _reason(settings: PackSettings, relative: bool) -> pl.Expr:
+    """Return an expression that is the reason to drop a box, or null."""
+    corners = [pl.col(name) for name in ("x1", "y1", "x2", "y2")]
+    masked = pl.col("mask").is_not_null()
+    number = pl.all_horizontal([corner.is_finite().fill_null(False) for corner in corners])
+    label = pl.col("label").cast(pl.String)
+    tests: list[tuple[pl.Expr, str]] = [(~masked & ~number, BAD_NUMBER)]
+    if settings.labels:
+        tests.append((~label.is_in(settings.labels), UNWANTED_LABEL))
+    if settings.drop_labels:
+        tests.append((label.is_in(settings.drop_labels), UNWANTED_LABEL))
+    tests += [((pl.col("flags") & FLAG_BITS[flag]) != 0, flag) for flag in settings.drop_flags]
+    if relative:
+        x1, y1, x2, y2 = (corner.clip(0.0, 1.0) for corner in corners)
+        width, height = x2 - x1, y2 - y1
+        hollow = (corners[2] <= corners[0]) | (corners[3] <= corners[1])
+        tests += [
+            (~masked & hollow, NO_AREA),
+            (~masked & ((width <= 0) | (height <= 0)), OUTSIDE),
+            (~masked & (width * height < settings.min_area), SMALL_AREA),
+            (~masked & (width * height > settings.max_area), LARGE_AREA),
+        ]
+    return pl.coalesce(*(pl.when(test).then(pl.lit(reason)) for test, reason in tests))
+
+
+def _filter(found: Annotations, settings: PackSettings, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the pictures and boxes of one source that are left, and count the rest."""
+    boxes = found.boxes.with_columns(_reason(settings, found.relative).cast(pl.Categorical).alias("reason"))
+    for reason, count in boxes["reason"].drop_nulls().value_counts().iter_rows():
+        plan.dropped_boxes[str(reason)] += count
+    annotated = boxes["picture"].n_unique()
+    boxes = boxes.filter(pl.col("reason").is_null()).drop("reason")
+    kept = boxes["picture"].unique().sort()
+    plan.dropped_pictures[WITHOUT_BOXES] += found.pictures.height - annotated
+    plan.dropped_pictures[NO_BOX_LEFT] += annotated - len(kept)
+    pictures = found.pictures[kept].with_columns(pl.lit(found.relative).alias("relative"))
+    rows = pl.DataFrame({"picture": kept}).with_row_index("row")
+    boxes = boxes.join(rows, on="picture", how="left", maintain_order="left").drop("picture")
+    return pictures, boxes.rename({"row": "picture"})
+
+
+def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
+    """Make keys plain (WebDataset splits at dots) and unique; what changes gets a hash of the name."""
+    plain = pl.col("key").str.replace_all("/", "__").str.replace_all(r"[^A-Za-z0-9_-]", "_")
+    table = pictures.with_columns(plain.str.slice(0, MAX_KEY).alias("plain"))
+    odd = (
+        table["plain"].is_duplicated() | (table["plain"].str.len_chars() >= MAX_KEY) | (table["plain"] == "")
+    )
+    keys = table["plain"].to_list()
+    names = table["path"].to_list()
+    for row in np.flatnonzero(odd.to_numpy()):
+        # The path tells apart what two sources call the same.
+        suffix = hashlib.blake2b(names[row].encode(), digest_size=8).hexdigest()
+        keys[row] = f"{keys[row][: MAX_KEY - 17]}-{suffix}"
+    if len(set(keys)) != len(keys):
+        raise UserError("a picture is named by two sources; give every folder of pictures once")
+    return table.drop("plain").with_columns(pl.Series("key", keys, dtype=pl.String))
+
+
+def _shard_ends(sizes: np.ndarray, settings: PackSettings) -> list[int]:
+    ends: list[int] = []
+    start = total = 0
+    for row, size in enumerate(sizes.tolist()):
+        total += size
+        if row + 1 - start >= settings.shard_pictures or total >= settings.shard_bytes:
+            ends.append(row + 1)
+            start, total = row + 1, 0
+    return ends if not len(sizes) or (ends and ends[-1] == len(sizes)) else [*ends, len(sizes)]
+
+
+def _ordered(
+    pictures: pl.DataFrame, boxes: pl.DataFrame, order: np.ndarray
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    place = np.empty(len(order), np.uint32)
+    place[order] = np.arange(len(order), dtype=np.uint32)
+    moved = boxes.with_columns(pl.Series("picture", place[boxes["picture"].to_numpy()]))
+    return pictures[order], moved.sort("picture", maintain_order=True)
+
+
+def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
+    """Filter, order and cut; the same sources and settings give the same plan.
+
+    Raises:
+        UserError: nothing is left to pack.
+    """
+    plan = Plan(pl.DataFrame(), pl.DataFrame(), [], [], 0, 0)
+    tables = []
+    offset = 0
+    for found in sources:
+        plan.dropped_pictures += found.dropped_pictures
+        plan.dropped_boxes += found.dropped_boxes
+        plan.pictures_seen += found.pictures.height + found.dropped_pictures.total()
+        plan.boxes_seen += found.boxes.height + found.dropped_boxes.total()
+        pictures, boxes = _filter(found, settings, plan)
+        tables.append((pictures, boxes.with_columns((pl.col("picture") + offset).cast(pl.UInt32))))
+        offset += pictures.height
+    if not offset:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in (+plan.dropped_pictures).items())
+        raise UserError(f"no picture is left to pack ({reasons or 'no pictures found'})")
+    pictures = _unique_keys(pl.concat([pictures for pictures, _ in tables]))
+    boxes = pl.concat([boxes for _, boxes in tables])
+    if settings.shuffle is not None:
+        pictures, boxes = _ordered(pictures, boxes, permutation(offset, settings.shuffle, "packing"))
+    plan.labels = sorted(boxes["label"].unique().cast(pl.String).fill_null("").unique().to_list())
+    ids = {label: number for number, label in enumerate(plan.labels)}
+    label = pl.col("label").cast(pl.String).fill_null("").replace_strict(ids, return_dtype=pl.Int32)
+    counts = np.bincount(boxes["picture"].to_numpy(), minlength=offset)
+    plan.pictures = pictures.with_columns(pl.Series("box_end", np.cumsum(counts)))
+    plan.boxes = boxes.with_columns(label.alias("label")).drop("picture")
+    plan.shards = _shard_ends(pictures["bytes"].to_numpy(), settings)
+    plan.dropped_pictures, plan.dropped_boxes = +plan.dropped_pictures, +plan.dropped_boxes
+    return plan
+
+
+def _write_table(path: Path, table: pl.DataFrame) -> None:
+    buffer = io.BytesIO()
+    table.write_ipc(buffer, compression="uncompressed")
+    write_whole(path, buffer.getvalue())
+
+
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan; ``plan.json`` comes last, so that a folder that has it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = [0, *plan.shards]
+    box_ends = [0, *(plan.pictures["box_end"].gather([end - 1 for end in plan.shards]).to_list())]
+    for number in range(len(plan.shards)):
+        start, end = ends[number], ends[number + 1]
+        pictures = plan.pictures.slice(start, end - start).with_columns(pl.col("box_end") - box_ends[number])
+        _write_table(folder / f"{number:06d}.pictures.arrow", pictures)
+        boxes = plan.boxes.slice(box_ends[number], box_ends[number + 1] - box_ends[number])
+        _write_table(folder / f"{number:06d}.boxes.arrow", boxes)
+    write_whole(folder / "plan.json", json.dumps(plan.summary()).encode())
+
+
+def load_task(folder: Path, number: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the pictures and the boxes of shard ``number`` of a plan."""
+    names = [folder / f"{number:06d}.{kind}.arrow" for kind in ("pictures", "boxes")]
+    pictures, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in names)
+    return pictures, boxes

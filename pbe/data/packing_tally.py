@@ -1,0 +1,83 @@
+"""What is counted while a shard is packed; tallies of shards add up to the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+AREA_EDGES = [round(0.05 * step, 2) for step in range(21)]
+ASPECT_EDGES = [2.0 ** (step / 2) for step in range(-6, 7)]
+COUNT_EDGES = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50]
+COUNTERS = ("dropped_pictures", "dropped_boxes", "events", "labels")
+
+
+def bin_of(edges: Sequence[float], value: float) -> int:
+    """Return the bin of ``value``; bin i is ``edges[i] <= value < edges[i + 1]``, the ends are open."""
+    last = len(edges) - 1
+    return min(max(int(np.searchsorted(edges, value, "right")) - 1, 0), last)
+
+
+@dataclass
+class Tally:
+    """Counts of one shard, or of many.
+
+    Attributes:
+        pictures: kept.
+        boxes: kept.
+        dropped_pictures: by reason.
+        dropped_boxes: by reason.
+        events: what happened to pictures that were kept.
+        labels: boxes kept by label, its number as text.
+        area: boxes kept by their share of the picture, bins of :data:`AREA_EDGES`.
+        aspect: boxes kept by width over height, bins of :data:`ASPECT_EDGES`.
+        boxes_per_picture: pictures kept by number of boxes, bins of :data:`COUNT_EDGES`.
+        seconds: by stage; the only part that differs from run to run.
+    """
+
+    pictures: int = 0
+    boxes: int = 0
+    dropped_pictures: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    area: Counter[str] = field(default_factory=Counter)
+    aspect: Counter[str] = field(default_factory=Counter)
+    boxes_per_picture: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, boxes: np.ndarray, labels: Sequence[int], width: int, height: int) -> None:
+        """Count a picture that is kept, with its boxes, ``n 4``."""
+        self.pictures += 1
+        self.boxes += len(boxes)
+        self.boxes_per_picture[str(bin_of(COUNT_EDGES, len(boxes)))] += 1
+        for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
+            self.labels[str(label)] += 1
+            self.area[str(bin_of(AREA_EDGES, (x2 - x1) * (y2 - y1) / (width * height)))] += 1
+            self.aspect[str(bin_of(ASPECT_EDGES, (x2 - x1) / (y2 - y1)))] += 1
+
+    def drop(self, reason: str, boxes: int) -> None:
+        """Count a picture that is dropped with the boxes that it had left."""
+        self.dropped_pictures[reason] += 1
+        if boxes:
+            self.dropped_boxes[f"picture dropped: {reason}"] += boxes
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add to the time of a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def add(self, other: dict[str, Any]) -> None:
+        """Add what :meth:`to_dict` of another returned."""
+        self.pictures += other["pictures"]
+        self.boxes += other["boxes"]
+        for name in (*COUNTERS, "area", "aspect", "boxes_per_picture"):
+            getattr(self, name).update(other[name])
+        for stage, seconds in other["seconds"].items():
+            self.spend(stage, seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON has them."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -1,0 +1,122 @@
+"""Finding pictures: one walk over the folders, sizes included, sorted by name."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pbe.data.sources.records import PICTURE_COLUMNS
+from pbe.errors import UserError
+
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+)  # what is no JPEG, PNG or WebP is encoded again when it is packed
+BAD_NAME = "file name is not UTF-8"
+TWICE = "picture found twice"
+
+
+def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield (name within the root, bytes) of every file below ``folder``; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name's ending is that of a picture."""
+    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
+
+
+def need_folder(path: Path, meaning: str) -> Path:
+    """Return ``path`` if it is a folder.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"{meaning} '{path}' is not a folder")
+    return path
+
+
+def need_file(path: Path, meaning: str) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{meaning} '{path}' is not a file")
+    return path
+
+
+def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:
+    """Return (name within ``folder``, bytes) of all files, sorted, and how many names are not UTF-8.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        found = sorted(_walk(str(folder), ""))
+    except OSError as error:
+        raise UserError(f"cannot read '{error.filename or folder}': {error.strerror}") from error
+    good = [(name, size) for name, size in found if name.isprintable() or _is_utf8(name)]
+    return good, len(found) - len(good)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def find_pictures(
+    folders: Sequence[Path], *, stems: bool = False, root: Path | None = None
+) -> tuple[pl.DataFrame, Counter[str]]:
+    """Return the table of all pictures below some folders, sorted by name, and what was dropped.
+
+    Args:
+        folders: walked in this order.
+        stems: the key is the file's name without folders and ending, and only the first of a key is taken;
+            else it is the name within the root, ending included.
+        root: names are within this folder; with none, within each of ``folders``.
+    """
+    columns: dict[str, list[object]] = {"path": [], "name": [], "bytes": []}
+    dropped: Counter[str] = Counter()
+    for folder in folders:
+        files, bad = find_files(need_folder(folder, "the folder of pictures"))
+        dropped[BAD_NAME] += bad
+        start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
+        for name, size in files:
+            if is_picture(name):
+                columns["path"].append(f"{folder}/{name}")
+                columns["name"].append(start + name)
+                columns["bytes"].append(size)
+    table = pl.DataFrame(columns, schema={name: PICTURE_COLUMNS[name] for name in columns})
+    stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
+    table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
+    unique = table.unique("key", keep="first", maintain_order=True)
+    dropped[TWICE] += table.height - unique.height
+    return complete(unique), +dropped
+
+
+def complete(pictures: pl.DataFrame) -> pl.DataFrame:
+    """Return the table with every column of :data:`PICTURE_COLUMNS`, in their order; new ones are null."""
+    absent = [
+        pl.lit(None, dtype=kind).alias(name)
+        for name, kind in PICTURE_COLUMNS.items()
+        if name not in pictures.columns
+    ]
+    return pictures.with_columns(absent).select(
+        [pl.col(name).cast(kind) for name, kind in PICTURE_COLUMNS.items()]
+    )

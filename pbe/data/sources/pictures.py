@@ -1,0 +1,127 @@
+"""What a picture file says of itself: format, size, orientation; and boxes and masks turned with it."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+ORIENTATION_TAG = 0x0112
+TRANSPOSED = frozenset({5, 6, 7, 8})
+
+
+class UnreadablePictureError(Exception):
+    """A picture cannot be read; the text says why."""
+
+
+@dataclass(frozen=True)
+class PictureHeader:
+    """What stands at the start of a picture file.
+
+    Attributes:
+        extension: ``jpg``, ``png`` or ``webp``, or empty for a format that shards do not hold.
+        width: pixels as stored, before the EXIF orientation.
+        height: pixels as stored.
+        orientation: EXIF's, 1 to 8.
+        frames: more than one in an animation.
+    """
+
+    extension: str
+    width: int
+    height: int
+    orientation: int
+    frames: int
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height before the EXIF orientation."""
+        return self.width, self.height
+
+    @property
+    def displayed_size(self) -> tuple[int, int]:
+        """Width and height as shown, after the EXIF orientation."""
+        return (self.height, self.width) if self.orientation in TRANSPOSED else (self.width, self.height)
+
+
+def _check_whole(encoded: bytes) -> None:
+    """Complain about a file that was cut short; decoders fill the rest with grey and say nothing."""
+    if not encoded:
+        raise UnreadablePictureError("empty file")
+    whole = True
+    if encoded[:2] == JPEG_START:
+        whole = JPEG_END in encoded[len(encoded) // 2 :]
+    elif encoded[:8] == PNG_START:
+        whole = PNG_END in encoded[-1024:]
+    elif encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        whole = len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little")
+    if not whole:
+        raise UnreadablePictureError("cut short")
+
+
+def inspect_picture(encoded: bytes) -> PictureHeader:
+    """Read a picture's header.
+
+    Raises:
+        UnreadablePictureError: it is no picture, or was cut short.
+    """
+    _check_whole(encoded)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF blocks and large pictures are no reason to speak
+            with Image.open(io.BytesIO(encoded)) as picture:
+                orientation = picture.getexif().get(ORIENTATION_TAG, 1)
+                frames = 1 if picture.format in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
+                width, height = picture.size
+                extension = EXTENSIONS.get(picture.format or "", "")
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise UnreadablePictureError(_reason(error)) from error
+    if orientation not in range(1, 9):
+        orientation = 1
+    # OpenCV, with which pictures are decoded later, turns JPEG, PNG and WebP alike, but no other format.
+    return PictureHeader(extension, width, height, orientation if extension else 1, frames)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels"
+    return "damaged header"
+
+
+def turn_boxes(boxes: np.ndarray, width: int, height: int, orientation: int) -> np.ndarray:
+    """Turn boxes from the stored frame into the displayed one.
+
+    Args:
+        boxes: ``n 4``, x1 y1 x2 y2 in pixels of the stored frame.
+        width: of the stored picture.
+        height: of the stored picture.
+        orientation: EXIF's, 1 to 8.
+
+    Returns:
+        ``n 4``, in pixels of the displayed frame.
+    """
+    x1, y1, x2, y2 = boxes.T
+    if orientation in (2, 3, 7, 8):  # mirrored from left to right, before a transposition
+        x1, x2 = width - x2, width - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = height - y2, height - y1
+    turned = (y1, x1, y2, x2) if orientation in TRANSPOSED else (x1, y1, x2, y2)
+    return np.stack(turned, axis=1)
+
+
+def turn_image(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn a picture or mask, ``h w`` or ``h w c``, from the stored frame into the displayed one."""
+    if orientation in (2, 3, 7, 8):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        image = image[::-1]
+    if orientation in TRANSPOSED:
+        image = image.swapaxes(0, 1)
+    return np.ascontiguousarray(image)

@@ -1,0 +1,73 @@
+"""Naming a source in a word, ``KIND:PATH`` or ``KIND:PATH@PICTURES``, and reading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbe.data.sources.coco import read_coco
+from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.files import need_file
+from pbe.data.sources.masks import read_mask_folder
+from pbe.data.sources.open_images import read_open_images
+from pbe.data.sources.records import Annotations
+from pbe.data.sources.voc import read_voc
+from pbe.data.sources.yolo import read_yolo
+from pbe.errors import UserError
+
+KINDS = ("open-images", "coco", "voc", "yolo", "csv", "masks")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read.
+
+    Attributes:
+        split: of Open Images.
+        masks: COCO: take segmentations, which then give the boxes.
+        zero_based: VOC: the first pixel is number 0.
+        relative: CSV: numbers are shares of width and height.
+    """
+
+    split: str = "train"
+    masks: bool = False
+    zero_based: bool = False
+    relative: bool = False
+
+
+def parse_source(text: str) -> tuple[str, Path, Path | None]:
+    """Split KIND:PATH@PICTURES; the pictures may be left out.
+
+    Raises:
+        UserError: it is not of this form.
+    """
+    kind, separator, rest = text.partition(":")
+    if kind not in KINDS or not separator or not rest:
+        raise UserError(
+            f"source '{text}' is not KIND:PATH or KIND:PATH@PICTURES with a kind of {', '.join(KINDS)}"
+        )
+    if Path(rest).exists():
+        return kind, Path(rest), None
+    path, separator, images = rest.rpartition("@")
+    return (kind, Path(path), Path(images)) if separator and path and images else (kind, Path(rest), None)
+
+
+def read_source(text: str, options: SourceOptions) -> Annotations:
+    """Read the annotations of one source.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    kind, path, images = parse_source(text)
+    if kind == "open-images":
+        return read_open_images(path, images, options.split)
+    if kind == "voc":
+        return read_voc(path, images, not options.zero_based)
+    if kind == "yolo":
+        return read_yolo(path, images)
+    if kind == "masks":
+        return read_mask_folder(path, images)
+    need_file(path, "the annotation file")
+    if kind == "coco":
+        return read_coco(path, images or path.parent, options.masks)
+    return read_csv(path, images or path.parent, options.relative)

@@ -1,0 +1,128 @@
+"""COCOEE's folders: built, checked, damaged; and the builder's rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, find_problems, read_benchmark
+from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.records import Annotations
+from pbe.errors import UserError
+from scripts import build_benchmark as command
+
+
+def split(folder: Path, start: int, count: int) -> Annotations:
+    """Pictures of a grey ground with one bright box; cats in even ones and dogs in odd ones."""
+    folder.mkdir()
+    lines = ["file,x1,y1,x2,y2,label"]
+    for number in range(start, start + count):
+        image = np.full((300, 400, 3), number % 100, np.uint8)
+        image[100:180, 200:300] = 255 if number % 2 else 200
+        cv2.imwrite(str(folder / f"{number:012d}.png"), image)
+        lines += [
+            f"{number:012d}.png,200,100,300,180,{'dog' if number % 2 else 'cat'}",
+            f"{number:012d}.png,0,0,400,300,sky",
+        ]
+    (folder / "boxes.csv").write_text("\n".join(lines))
+    return read_csv(folder / "boxes.csv", folder)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Annotations, Annotations]:
+    folder = tmp_path_factory.mktemp("splits")
+    return split(folder / "val", 1000, 8), split(folder / "train", 0, 6)
+
+
+@pytest.fixture
+def bench(splits: tuple[Annotations, Annotations], tmp_path: Path) -> Path:
+    assert build_benchmark(*splits, tmp_path / "bench", BuildSettings(cases=5)) == 5
+    return tmp_path / "bench"
+
+
+def test_built_benchmark_is_whole_and_deterministic(
+    splits: tuple[Annotations, Annotations], bench: Path, tmp_path: Path
+) -> None:
+    assert find_problems(bench) == []
+    cases = read_benchmark(bench, pixels=True)
+    assert len(cases) == 5
+    build_benchmark(*splits, tmp_path / "again", BuildSettings(cases=5))
+    files = [path.relative_to(bench) for path in sorted(bench.rglob("*.*"))]
+    assert len(files) == 16
+    assert all((bench / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+
+
+def test_hole_and_exemplar_belong_together(bench: Path) -> None:
+    for case in read_benchmark(bench):
+        image, exemplar = cv2.imread(str(case.image)), cv2.imread(str(case.exemplar))
+        mask = cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
+        assert image.shape == (SIZE, SIZE, 3)
+        wanted = 255 if case.number % 2 else 200
+        inner = cv2.erode(mask, np.ones((15, 15), np.uint8)) > 0
+        outer = cv2.dilate(mask, np.ones((15, 15), np.uint8)) == 0
+        assert np.all(image[inner] == wanted), "the hole lies on the object"
+        assert np.all(image[outer] == case.number % 100)
+        assert exemplar.shape == (80, 100, 3), "the exemplar is the object of another picture"
+        assert np.all(exemplar == wanted), "and of the same label"
+        assert (mask > 0).mean() <= 0.5
+
+
+def test_list_of_what_is_missing(bench: Path) -> None:
+    one, two, three, four, _ = read_benchmark(bench)
+    one.image.unlink()
+    two.exemplar.write_bytes(b"junk")
+    cv2.imwrite(str(three.image), np.zeros((256, 512, 3), np.uint8))
+    cv2.imwrite(str(three.mask), np.full((SIZE, SIZE), 127, np.uint8))
+    cv2.imwrite(str(four.mask), np.zeros((SIZE, SIZE), np.uint8))
+    (bench / "Ref_3500" / "stray.png").write_bytes(b"")
+    problems = find_problems(bench)
+    assert problems == [
+        f"GT_3500/{one.image.name} is missing",
+        f"Ref_3500/{two.exemplar.name} cannot be read",
+        f"{three.image.name} is 512 x 256, not 512 x 512",
+        f"{three.mask.name} holds other values than 0 and 255",
+        f"{four.mask.name} is all black",
+        "Ref_3500 holds 1 files that id_list.npy does not name: stray.png ...",
+    ]
+    with pytest.raises(UserError, match=r"no whole benchmark: GT_3500/.* is missing"):
+        read_benchmark(bench)
+
+
+def test_folders_and_lists_that_are_none(tmp_path: Path) -> None:
+    assert find_problems(tmp_path) == [
+        "the folder GT_3500 is missing",
+        "the folder Mask_bbox_3500 is missing",
+        "the folder Ref_3500 is missing",
+        "id_list.npy is missing",
+    ]
+    (tmp_path / "id_list.npy").write_bytes(b"junk")
+    assert "is no list of numbers" in find_problems(tmp_path)[-1]
+    np.save(tmp_path / "id_list.npy", np.array([7, 7]))
+    assert "id_list.npy names 7 2 times" in find_problems(tmp_path)
+
+
+def test_complaints_of_the_builder(splits: tuple[Annotations, Annotations], tmp_path: Path) -> None:
+    sources, exemplars = splits
+    with pytest.raises(UserError, match="share 8 pictures"):
+        build_benchmark(sources, sources, tmp_path / "a", BuildSettings())
+    with pytest.raises(UserError, match="only 8 of 9 cases"):
+        build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=9))
+    with pytest.raises(UserError, match="is not empty"):
+        build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=1))
+
+
+def test_command_line(
+    splits: tuple[Annotations, Annotations], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val, train = (Path(found.pictures["path"][0]).parent for found in splits)
+    bench = tmp_path / "bench"
+    sources = ["--sources", f"csv:{val / 'boxes.csv'}", "--exemplars", f"csv:{train / 'boxes.csv'}"]
+    assert command.main([*sources, "--out", str(bench), "--cases", "3"]) == 0
+    assert command.main(["--check", str(bench)]) == 0
+    assert "3 cases, all whole" in capsys.readouterr().out
+    assert command.main(["--check", str(tmp_path)]) == 2
+    assert "GT_3500 is missing" in capsys.readouterr().err
+    assert command.main(["--out", "x"]) == 2
