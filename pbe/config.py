@@ -147,7 +147,11 @@ class AugmentConfig:
 
 @dataclass
 class SampleConfig:
-    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side."""
+    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side.
+
+    Crops that shrink by more than a factor of ``antialias_above`` are averaged by area, others interpolated
+    bilinearly.
+    """
 
     arbitrary_mask_share: float = 0.5
     extend_fraction: float = 0.4
@@ -157,6 +161,7 @@ class SampleConfig:
     min_keep_share: float = 0.02
     min_box_cover: float = 0.9
     squash: bool = False
+    antialias_above: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 

@@ -107,12 +107,12 @@ def decode_picture(encoded: bytes) -> np.ndarray:
     if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
         raise UnusablePictureError(UNREADABLE)
     try:
-        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
         raise UnusablePictureError(UNREADABLE) from error
     if decoded is None:
         raise UnusablePictureError(UNREADABLE)
-    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
+    return decoded
 
 
 def read_picture(pictures: ShardPictures, position: int, config: DataConfig) -> AnnotatedPicture:
@@ -210,8 +210,15 @@ class ExemplarDataset(Dataset[DatasetItem]):
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked.permute(0, 3, 1, 2).contiguous() if stacked.ndim == 4 else stacked[:, None]
+    """Stack pictures ``h w 3`` or ``h w`` of one shape to a tensor ``b c h w``."""
+    height, width, *rest = arrays[0].shape
+    stacked = np.empty((len(arrays), *(rest or [1]), height, width), np.uint8)
+    for channels, array in zip(stacked, arrays, strict=True):
+        if rest:  # OpenCV parts the channels several times faster than a transposed copy
+            cv2.split(array, list(channels))
+        else:
+            channels[0] = array
+    return torch.from_numpy(stacked)
 
 
 def collate(items: Sequence[DatasetItem]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     data = to_dict(config.data)
     for irrelevant in ("batch_size", "num_workers", "max_bad_share"):
         data.pop(irrelevant)
+    if data["sample"]["antialias_above"] == 1.0:  # a newer setting: caches of before it stay good
+        data["sample"].pop("antialias_above")
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
     settings["halved"] = _halved(config)
     encoder = config.model.exemplar_encoder
