@@ -167,7 +167,12 @@ class SampleConfig:
 
 @dataclass
 class DataConfig:
-    """Shards, sizes and loading. Box areas are shares of the picture's area."""
+    """Shards, sizes and loading. Box areas are shares of the picture's area.
+
+    ``boxes`` is ``one`` (an epoch takes every picture once, with one of its boxes) or ``every`` (every box
+    once). ``verify`` compares indexes and pictures with their hashes, where the shards have an index.
+    ``index_cache`` is a folder for copies of remote indexes; empty is the user's cache.
+    """
 
     train_shards: str = ""
     validation_shards: str = ""
@@ -177,7 +182,10 @@ class DataConfig:
     num_workers: int = 8
     min_box_area: float = 0.02
     max_box_area: float = 0.8
+    boxes: str = "one"
     max_bad_share: float = 0.05
+    verify: bool = False
+    index_cache: str = ""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
@@ -277,6 +285,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("diffusion", "autoencoder"),
     "model.prediction": ("eps", "v"),
     "model.exemplar_encoder.tokens": ("class", "all"),
+    "data.boxes": ("one", "every"),
     "objective.weighting": ("uniform", "min_snr"),
     "objective.drop_mode": ("per_sample", "per_batch"),
     "optimizer.decay": ("constant", "cosine"),

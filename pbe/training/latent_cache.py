@@ -44,10 +44,12 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     Shards count by the names and sizes of their files.
     """
     data = to_dict(config.data)
-    for irrelevant in ("batch_size", "num_workers", "max_bad_share"):
+    for irrelevant in ("batch_size", "num_workers", "max_bad_share", "verify", "index_cache"):
         data.pop(irrelevant)
-    if data["sample"]["antialias_above"] == 1.0:  # a newer setting: caches of before it stay good
-        data["sample"].pop("antialias_above")
+    # Newer settings count where they change something, so that older caches stay good.
+    for section, name, neutral in ((data, "boxes", "one"), (data["sample"], "antialias_above", 1.0)):
+        if section[name] == neutral:
+            section.pop(name)
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
     settings["halved"] = _halved(config)
     encoder = config.model.exemplar_encoder
