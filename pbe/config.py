@@ -171,7 +171,7 @@ class DataConfig:
 
     ``boxes`` is ``one`` (an epoch takes every picture once, with one of its boxes) or ``every`` (every box
     once). ``verify`` compares indexes and pictures with their hashes, where the shards have an index.
-    ``index_cache`` is a folder for copies of remote indexes; empty is the user's cache.
+    ``remote_cache`` is a folder for copies of what is remote; empty is the user's cache.
     """
 
     train_shards: str = ""
@@ -185,7 +185,7 @@ class DataConfig:
     boxes: str = "one"
     max_bad_share: float = 0.05
     verify: bool = False
-    index_cache: str = ""
+    remote_cache: str = ""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 

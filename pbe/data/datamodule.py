@@ -134,6 +134,7 @@ class CountingLoader(DataLoader[Any]):
 
     @place.setter
     def place(self, place: tuple[int, int]) -> None:
+        """Continue somewhere else."""
         self._places = deque([place], maxlen=PLACES)
 
     def place_before(self, batches: int) -> tuple[int, int]:
@@ -222,7 +223,7 @@ class ExemplarDataModule(lightning.LightningDataModule):
                 {"train": config.train_shards, "validation": config.validation_shards}[stream],
                 count_boxes=config.boxes == "every",
                 verify=config.verify,
-                cache=config.index_cache,
+                cache=config.remote_cache,
             )
             self._datasets[stream] = ExemplarDataset(pictures, config, self.seed, stream)
         return self._datasets[stream]

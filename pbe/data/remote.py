@@ -2,31 +2,40 @@
 
 Pictures are fetched one by one, each with a request of its own. Index files, of which every sample needs a
 few numbers, are copied to a local folder when first needed, and trusted by their hash.
+
+WebDataset's pipes (``pipe:COMMAND``) are the slow way: they know neither ranges nor an index, so their tars
+are copied as a whole before anything else happens.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import braceexpand
 import fsspec
+import webdataset
 
 from pbe.data.index import HASH_BYTES, MANIFEST_NAME, DamagedIndexError
 from pbe.errors import UserError
 from pbe.files import make_folder
 
+LOG = logging.getLogger(__name__)
+PIPE = "pipe:"
 PAUSES = (0.2, 1.0)  # seconds before the second and the third try
 T = TypeVar("T")
 
 
 def is_url(text: str) -> bool:
     """Say whether a pattern of shards is a URL rather than a path."""
-    return "://" in text
+    return "://" in text and not text.startswith(PIPE)
 
 
 def join(base: str, name: str) -> str:
@@ -89,7 +98,7 @@ def read_manifest(base: str) -> tuple[str, bytes]:
         return url, read_whole(url)
     except FileNotFoundError as error:
         raise UserError(
-            f"no '{url}'; give a folder that scripts/prepare_data.py packed, or read it as 'pipe:...'"
+            f"no '{url}'; give the URL of a folder of packed shards, or fetch tars by 'pipe:COMMAND'"
         ) from error
     except OSError as error:
         raise UserError(f"{error}; check the URL, the network and the store's credentials") from error
@@ -110,8 +119,8 @@ def check_ranges(url: str) -> None:
 
 
 def default_cache() -> Path:
-    """Return the folder where copies of remote indexes go unless the configuration names another."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pbe" / "indexes"
+    """Return the folder where copies of remote files go unless the configuration names another."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pbe" / "remote"
 
 
 def cached_copy(url: str, digest: str, folder: Path) -> str:
@@ -130,3 +139,36 @@ def cached_copy(url: str, digest: str, folder: Path) -> str:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     return str(path)
+
+
+def spool(pattern: str, folder: Path) -> list[Path]:
+    """Return local copies of the tars that a pipe writes; those that are there already are not made again.
+
+    Args:
+        pattern: ``pipe:COMMAND``, a shell command that writes a tar; braces (``{000..007}``) make several.
+        folder: of the copies. They are known by the command's text alone.
+
+    Raises:
+        UserError: a command fails.
+    """
+    paths = []
+    for url in braceexpand.braceexpand(pattern):
+        path = (
+            make_folder(folder) / f"{hashlib.blake2b(url.encode(), digest_size=HASH_BYTES).hexdigest()}.tar"
+        )
+        paths.append(path)
+        if path.exists():
+            continue
+        LOG.info("copying '%s' to '%s'", url, path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with webdataset.gopen(url) as stream, temporary.open("wb") as copy:
+                shutil.copyfileobj(stream, copy)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(
+                f"'{url}' failed ({' '.join(str(error).split())}); try the command by hand"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return paths

@@ -35,7 +35,17 @@ from pbe.data.index import (
     Rows,
     parse_manifest,
 )
-from pbe.data.remote import RemoteFiles, cached_copy, check_ranges, default_cache, is_url, join, read_manifest
+from pbe.data.remote import (
+    PIPE,
+    RemoteFiles,
+    cached_copy,
+    check_ranges,
+    default_cache,
+    is_url,
+    join,
+    read_manifest,
+    spool,
+)
 from pbe.errors import UserError
 from pbe.files import make_folder
 
@@ -181,18 +191,35 @@ def find_indexed(pattern: str) -> list[Path | IndexedShard]:
     """
     folder = Path(pattern)
     if pattern and (folder / MANIFEST_NAME).is_file():
-        return list(_local_manifest(folder).values())
+        return list(_local_manifest(folder))
     paths = find_shards(pattern)
-    manifests = {parent: _local_manifest(parent) for parent in {path.parent for path in paths}}
-    return [manifests[path.parent].get(path.name, path) for path in paths]
+    parents = {path.parent for path in paths}
+    indexed = {Path(shard.path): shard for parent in parents for shard in _local_manifest(parent)}
+    return [indexed.get(path, path) for path in paths]
 
 
-def _local_manifest(folder: Path) -> dict[str, IndexedShard]:
+def _local_manifest(folder: Path) -> list[IndexedShard]:
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return {}
-    shards = parse_manifest(path.read_bytes(), str(path), lambda name: str(folder / name))
-    return {Path(shard.path).name: shard for shard in shards}
+        return []
+    return parse_manifest(path.read_bytes(), str(path), lambda name: str(folder / name))
+
+
+def _remote_manifest(base: str) -> list[IndexedShard]:
+    url, manifest = read_manifest(base)
+    found = parse_manifest(manifest, url, lambda name: join(base, name))
+    if not found:
+        raise UserError(f"'{url}' names no shards; pack them again")
+    return found
+
+
+def shard_state(pattern: str) -> list[tuple[str, int | str]]:
+    """Return what tells one set of shards from another: names and sizes; remote ones, hashes of the index."""
+    if pattern.startswith(PIPE):
+        return [(pattern, 0)]
+    if is_url(pattern):
+        return [(shard.path, shard.index_digest) for shard in _remote_manifest(pattern)]
+    return [(path.name, path.stat().st_size) for path in find_shards(pattern)]
 
 
 @dataclass(frozen=True)
@@ -212,11 +239,12 @@ class ShardPictures(Sequence[ShardEntry]):
     tars. Shards are opened when first read from, in each process anew, so the object may be sent to workers.
 
     Args:
-        pattern: see :func:`find_shards`; or the URL of a folder with an index (see :mod:`pbe.data.remote`).
+        pattern: see :func:`find_shards`; or the URL of a folder with an index, or ``pipe:COMMAND`` (see
+            :mod:`pbe.data.remote`).
         count_boxes: boxes are to be found by number (:meth:`owner`); shards without an index are read
             through for this.
         verify: check each index against the hash in ``shards.json`` when it is first used.
-        cache: folder for copies of remote indexes; empty for the user's cache.
+        cache: folder for copies of what is remote; empty for the user's cache.
 
     Attributes:
         paths: of the shards.
@@ -233,12 +261,12 @@ class ShardPictures(Sequence[ShardEntry]):
         self._remote = is_url(text)
         self._verify, self._cache = verify, Path(cache) if cache else default_cache()
         found: Sequence[Path | IndexedShard]
-        if self._remote:
-            url, manifest = read_manifest(text)
-            found = parse_manifest(manifest, url, lambda name: join(text, name))
-            check_ranges(found[0].path) if found else None
+        if text.startswith(PIPE):
+            found = spool(text, self._cache)
         else:
-            found = find_indexed(text)
+            found = _remote_manifest(text) if self._remote else find_indexed(text)
+        if self._remote and isinstance(found[0], IndexedShard):
+            check_ranges(found[0].path)
         self._files: Files = RemoteFiles() if self._remote else LocalFiles()
         self._index_files = LocalFiles()
         self.paths = [shard.path if isinstance(shard, IndexedShard) else str(shard) for shard in found]
