@@ -147,7 +147,11 @@ class AugmentConfig:
 
 @dataclass
 class SampleConfig:
-    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side."""
+    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side.
+
+    Crops that shrink by more than a factor of ``antialias_above`` are averaged by area, others interpolated
+    bilinearly.
+    """
 
     arbitrary_mask_share: float = 0.5
     extend_fraction: float = 0.4
@@ -157,12 +161,18 @@ class SampleConfig:
     min_keep_share: float = 0.02
     min_box_cover: float = 0.9
     squash: bool = False
+    antialias_above: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
 class DataConfig:
-    """Shards, sizes and loading. Box areas are shares of the picture's area."""
+    """Shards, sizes and loading. Box areas are shares of the picture's area.
+
+    ``boxes`` is ``one`` (an epoch takes every picture once, with one of its boxes) or ``every`` (every box
+    once). ``verify`` compares indexes and pictures with their hashes, where the shards have an index.
+    ``remote_cache`` is a folder for copies of what is remote; empty is the user's cache.
+    """
 
     train_shards: str = ""
     validation_shards: str = ""
@@ -172,7 +182,10 @@ class DataConfig:
     num_workers: int = 8
     min_box_area: float = 0.02
     max_box_area: float = 0.8
+    boxes: str = "one"
     max_bad_share: float = 0.05
+    verify: bool = False
+    remote_cache: str = ""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
@@ -291,6 +304,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("diffusion", "autoencoder"),
     "model.prediction": ("eps", "v"),
     "model.exemplar_encoder.tokens": ("class", "all"),
+    "data.boxes": ("one", "every"),
     "objective.weighting": ("uniform", "min_snr"),
     "objective.drop_mode": ("per_sample", "per_batch"),
     "optimizer.decay": ("constant", "cosine"),

@@ -30,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.sample.shrink_fraction": SHARE,
     "data.sample.min_keep_share": (0, 0.5),
     "data.sample.min_box_cover": SHARE,
+    "data.sample.antialias_above": POSITIVE,
     "cache.variants": POSITIVE,
     "cache.batch_size": POSITIVE,
     "optimizer.warmup_steps": (0, math.inf),

@@ -77,10 +77,12 @@ class ExemplarAugmentation:
     Args:
         config: probabilities and ranges; with ``enabled`` off only the size changes.
         size: pixels of the exemplar's sides.
+        antialias_above: see :func:`pbe.data.crops.resize`.
     """
 
-    def __init__(self, config: AugmentConfig, size: int) -> None:
+    def __init__(self, config: AugmentConfig, size: int, antialias_above: float = 1.0) -> None:
         self.size = size
+        self.antialias_above = antialias_above
         self._transform = None
         if config.enabled:
             self._transform = albumentations.Compose(
@@ -99,7 +101,7 @@ class ExemplarAugmentation:
 
     def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the exemplar, uint8 ``size size 3``, of a crop, uint8 ``h w 3``; advances ``rng``."""
-        exemplar = resize(crop, self.size, self.size)
+        exemplar = resize(crop, self.size, self.size, self.antialias_above)
         if self._transform is None:
             return exemplar
         # One shared pair of generators. Compose's own seeding gives every transform the same stream, and

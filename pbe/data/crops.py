@@ -138,22 +138,33 @@ def plan_original_crop(
     return CropPlan(_shrink_margin(crop, extended, shrink_fraction, rng), extended)
 
 
-def resize(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resize a uint8 picture ``h w c`` or ``h w``: by area (antialiased) when shrinking, else bilinearly."""
-    shrinking = width < picture.shape[1] or height < picture.shape[0]
-    interpolation = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
+def resize(picture: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Resize a uint8 picture ``h w c`` or ``h w``, in uint8.
+
+    Args:
+        picture: what to resize.
+        width: of the result, pixels.
+        height: of the result, pixels.
+        antialias_above: a side that shrinks by more than this factor makes OpenCV average areas
+            (``INTER_AREA``, antialiased); below it OpenCV interpolates bilinearly (``INTER_LINEAR``).
+    """
+    factor = max(picture.shape[1] / width, picture.shape[0] / height)
+    interpolation = cv2.INTER_AREA if factor > antialias_above else cv2.INTER_LINEAR
     return cv2.resize(picture, (width, height), interpolation=interpolation)
 
 
-def cut(picture: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """Cut a crop out of a picture (uint8 ``h w 3``), reflecting what lies outside, at ``size`` x ``size``."""
+def cut(picture: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Cut a crop out of a picture (uint8 ``h w 3``), reflecting what lies outside, at ``size`` x ``size``.
+
+    It is cropped first and then resized; ``antialias_above`` as in :func:`resize`.
+    """
     height, width = picture.shape[:2]
     left, top = max(-crop.x, 0), max(-crop.y, 0)
     right, bottom = max(crop.x + crop.width - width, 0), max(crop.y + crop.height - height, 0)
     if left or top or right or bottom:
         picture = cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_REFLECT_101)
     x, y = crop.x + left, crop.y + top
-    return resize(picture[y : y + crop.height, x : x + crop.width], size, size)
+    return resize(picture[y : y + crop.height, x : x + crop.width], size, size, antialias_above)
 
 
 def valid_mask(crop: Crop, width: int, height: int, size: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +21,13 @@ from pbe.data.shards import ShardPictures
 from pbe.errors import UserError
 
 LOG = logging.getLogger(__name__)
+PLACES = 8  # remembered, so that a batch that was handed out but not used can be taken again
 
 
 class CounterSampler(DistributedSampler[int]):
     """Yields global sample counters so that the split over ranks does not change what is drawn.
 
-    Global batch k of an epoch is made of the positions k * world * batch and on; rank r takes the r-th run
+    Global batch k is made of the positions start + k * world * batch and on; rank r takes the r-th run
     of ``batch_size`` of them. So 1 x 8 and 2 x 4 see the same global batches. It derives from
     DistributedSampler because Lightning replaces any other sampler when there are several ranks.
 
@@ -38,7 +39,7 @@ class CounterSampler(DistributedSampler[int]):
         drop_last: leave out the samples that do not fill a global batch.
 
     Attributes:
-        first_batch: global batch of the epoch to start with.
+        start: position in the epoch to start with.
     """
 
     def __init__(
@@ -47,24 +48,32 @@ class CounterSampler(DistributedSampler[int]):
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False, drop_last=drop_last)
         self.length = len(dataset)  # type: ignore[arg-type]
         self.batch_size = batch_size
-        self.first_batch = 0
+        self.start = 0
 
     @property
     def global_batch(self) -> int:
         """Samples that all ranks take together in a step."""
         return self.batch_size * self.num_replicas
 
+    def _batches(self, samples: int) -> int:
+        return samples // self.global_batch if self.drop_last else -(-samples // self.global_batch)
+
     @property
     def batches(self) -> int:
-        """Batches of an epoch."""
-        return self.length // self.global_batch if self.drop_last else -(-self.length // self.global_batch)
+        """Batches of a whole epoch."""
+        return self._batches(self.length)
+
+    @property
+    def batches_left(self) -> int:
+        """Batches from ``start`` on."""
+        return self._batches(self.length - self.start)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: Lightning's count runs ahead after some restarts, so the loader keeps its own."""
 
-    def seek(self, epoch: int, first_batch: int) -> None:
-        """Make the next iteration start at a batch of an epoch."""
-        self.epoch, self.first_batch = epoch, first_batch
+    def seek(self, epoch: int, start: int) -> None:
+        """Make the next iteration start at a position of an epoch."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         """Return the number of samples of this rank in a whole epoch."""
@@ -75,8 +84,8 @@ class CounterSampler(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's counters of the epoch."""
         offset = self.epoch * self.length
-        for batch in range(self.first_batch, self.batches):
-            first = batch * self.global_batch + self.rank * self.batch_size
+        for batch in range(self.batches_left):
+            first = self.start + batch * self.global_batch + self.rank * self.batch_size
             for position in range(first, first + self.batch_size):
                 if position < self.length:
                     yield offset + position
@@ -99,7 +108,6 @@ class CountingLoader(DataLoader[Any]):
 
     Attributes:
         counts: what was skipped or adjusted in the current epoch, or in the last one after its end.
-        place: epoch and batch of the next batch.
     """
 
     def __init__(
@@ -120,7 +128,21 @@ class CountingLoader(DataLoader[Any]):
         self.max_faults = max_bad_share * sampler.length / sampler.num_replicas
         self.repeat = repeat
         self.counts: Counter[str] = Counter()
-        self.place = (0, 0)
+        self._places = deque([(0, 0)], maxlen=PLACES)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch, and position therein, of the next batch."""
+        return self._places[-1]
+
+    @place.setter
+    def place(self, place: tuple[int, int]) -> None:
+        """Continue somewhere else."""
+        self._places = deque([place], maxlen=PLACES)
+
+    def place_before(self, batches: int) -> tuple[int, int]:
+        """Return the place as it was before the last ``batches`` batches were handed out."""
+        return self._places[max(-1 - batches, -len(self._places))]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield batches; raise UserError when too many of the epoch's pictures cannot be used.
@@ -128,13 +150,18 @@ class CountingLoader(DataLoader[Any]):
         This is a generator so that workers start only when the first batch is asked for: Lightning makes
         the iterator long before.
         """
-        epoch, first = (0, 0) if self.repeat else self.place
-        self.counter.seek(epoch, first)
-        if first == 0:
+        epoch, start = (0, 0) if self.repeat else self.place
+        self.counter.seek(epoch, start)
+        if self.counter.batches_left == 0:  # what is left of the epoch fills no batch of this size
+            epoch, start = epoch + 1, 0
+            self.counter.seek(epoch, start)
+        if start == 0:
             self.counts = Counter()
-        for number, batch in enumerate(super().__iter__(), start=first + 1):
+        left = self.counter.batches_left
+        for number, batch in enumerate(super().__iter__(), start=1):
             self._count(batch)
-            self.place = (epoch, number) if number < self.counter.batches else (epoch + 1, 0)
+            done = start + number * self.counter.global_batch
+            self._places.append((epoch, done) if number < left else (epoch + 1, 0))
             yield batch
         self._report(epoch)
 
@@ -206,8 +233,14 @@ class ExemplarDataModule(lightning.LightningDataModule):
     def dataset(self, stream: str) -> ExemplarDataset:
         """Return the data set ``train`` or ``validation``; its shards are indexed when first asked for."""
         if stream not in self._datasets:
-            shards = {"train": self.config.train_shards, "validation": self.config.validation_shards}[stream]
-            self._datasets[stream] = ExemplarDataset(ShardPictures(shards), self.config, self.seed, stream)
+            config = self.config
+            pictures = ShardPictures(
+                {"train": config.train_shards, "validation": config.validation_shards}[stream],
+                count_boxes=config.boxes == "every",
+                verify=config.verify,
+                cache=config.remote_cache,
+            )
+            self._datasets[stream] = ExemplarDataset(pictures, config, self.seed, stream)
         return self._datasets[stream]
 
     def counts(self, stream: str) -> Counter[str]:
@@ -219,13 +252,13 @@ class ExemplarDataModule(lightning.LightningDataModule):
         loader = self._loaders.get("train")
         if loader is None:
             return {"epoch": self._restored[0], "samples": self._restored[1]}
-        epoch, batch = loader.place
+        waiting = 0
         if self.trainer is not None:
             # A batch that was handed out but whose step was interrupted is to be taken again.
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            done = epoch * loader.counter.batches + batch - (progress.ready - progress.processed)
-            epoch, batch = divmod(done, loader.counter.batches)
-        return {"epoch": epoch, "samples": batch * loader.counter.global_batch}
+            waiting = progress.ready - progress.processed
+        epoch, samples = loader.place_before(waiting)
+        return {"epoch": epoch, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue the training stream at the place that a checkpoint holds."""
@@ -246,8 +279,7 @@ class ExemplarDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> CountingLoader:
         """Return the training batches, from the place of a restored checkpoint on."""
         loader = self._loader("train")
-        epoch, samples = self._restored
-        loader.place = (epoch, samples // loader.counter.global_batch)
+        loader.place = self._restored
         return loader
 
     def val_dataloader(self) -> CountingLoader | list[Any]:

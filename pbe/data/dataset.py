@@ -7,9 +7,8 @@ ranks, batch sizes and restarts change nothing.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,36 +18,42 @@ import torch
 from torch.utils.data import Dataset
 
 from pbe.config import DataConfig
+from pbe.data.decode import (
+    AREA,
+    BAD_ANNOTATION,
+    BAD_INDEX,
+    FAULTS,
+    MISSING_SHARD,
+    NO_BOX,
+    SIZE_MISMATCH,
+    TINY,
+    UNREADABLE,
+    UnusablePictureError,
+    check_hash,
+    decode_picture,
+)
+from pbe.data.index import DamagedIndexError, PictureRow
 from pbe.data.masks import Box
-from pbe.data.randomness import generator, permutation
+from pbe.data.randomness import generator, permutation, shuffled
 from pbe.data.sample import TrainingSample, choose_box, make_sample
-from pbe.data.shards import ShardPictures
+from pbe.data.shards import ShardPictures, parse_annotation
 
-UNREADABLE = "unreadable picture"
-BAD_ANNOTATION = "unreadable annotation"
-TINY = "picture under 2 px"
-SIZE_MISMATCH = "picture of another size than annotated"
-NO_BOX = "no valid box"
-AREA = "no box of the wanted area"
-FAULTS = frozenset({UNREADABLE, BAD_ANNOTATION, TINY, SIZE_MISMATCH, NO_BOX})
 MIN_BOX_SIDE = 2.0
 MAX_SIDE = 2**31 - 1  # no picture format goes beyond
 MAX_REPLACEMENTS = 200
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
-
-class UnusablePictureError(Exception):
-    """A picture is no use; ``reason`` is one of this module's constants."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+__all__ = [
+    "AREA", "BAD_ANNOTATION", "BAD_INDEX", "FAULTS", "MISSING_SHARD", "NO_BOX", "SIZE_MISMATCH", "TINY",
+    "UNREADABLE", "AnnotatedPicture", "DatasetItem", "ExemplarDataset", "UnusablePictureError", "collate",
+    "decode_picture", "describe", "read_picture", "usable_boxes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
-    """A decoded picture (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the picture."""
+    """A picture's key, its pixels (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the picture."""
 
+    key: str
     image: np.ndarray
     boxes: list[Box]
 
@@ -97,49 +102,59 @@ def usable_boxes(boxes: Sequence[Box], width: int, height: int, config: DataConf
     return wanted
 
 
-def decode_picture(encoded: bytes) -> np.ndarray:
-    """Decode a JPEG, PNG or WebP file to uint8 ``h w 3``, RGB, turned as its EXIF orientation says.
-
-    Raises:
-        UnusablePictureError: where it is damaged. A JPEG that was cut short counts as damaged too; OpenCV
-            would fill it up with grey.
-    """
-    if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
-        raise UnusablePictureError(UNREADABLE)
+def _read_row(pictures: ShardPictures, position: int) -> tuple[PictureRow, tuple[int, int], list[Box]]:
+    """Return a picture's row, the frame of its boxes and the boxes; from the index if it knows them."""
     try:
-        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise UnusablePictureError(UNREADABLE) from error
-    if decoded is None:
-        raise UnusablePictureError(UNREADABLE)
-    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
+        row = pictures.row(position)
+        if row.frame is not None and row.boxes is not None:
+            return row, row.frame, [Box(*box) for box in row.boxes.tolist()]
+        annotation = parse_annotation(pictures.read(position, row.annotation))
+    except DamagedIndexError as error:
+        raise UnusablePictureError(BAD_INDEX) from error
+    except (ValueError, RecursionError) as error:
+        raise UnusablePictureError(BAD_ANNOTATION) from error
+    except OSError as error:
+        raise UnusablePictureError(_why_unreadable(error)) from error
+    width, height, boxes = _parse_annotation(annotation)
+    return row, (width, height), boxes
 
 
-def read_picture(pictures: ShardPictures, position: int, config: DataConfig) -> AnnotatedPicture:
+def _why_unreadable(error: OSError) -> str:
+    return MISSING_SHARD if isinstance(error, FileNotFoundError) else UNREADABLE
+
+
+def read_picture(
+    pictures: ShardPictures, position: int, config: DataConfig, box: int | None = None
+) -> AnnotatedPicture:
     """Decode a picture of the shards with its usable boxes.
+
+    Args:
+        pictures: the shards.
+        position: of the picture.
+        config: filters; ``verify`` compares the picture with its hash.
+        box: number of the one box that is wanted; None for all of them.
 
     Raises:
         UnusablePictureError: where it cannot be used.
     """
-    try:
-        annotation = pictures.annotation(position)
-        encoded = pictures.picture(position)
-    except (ValueError, RecursionError) as error:
-        raise UnusablePictureError(BAD_ANNOTATION) from error
-    except OSError as error:
-        raise UnusablePictureError(UNREADABLE) from error
-    width, height, boxes = _parse_annotation(annotation)
+    row, (width, height), boxes = _read_row(pictures, position)
     if min(width, height) < MIN_BOX_SIDE:
         raise UnusablePictureError(TINY)
-    wanted = usable_boxes(boxes, width, height, config)
-    image = decode_picture(encoded)
-    if image.shape[:2] != (height, width):
-        raise UnusablePictureError(SIZE_MISMATCH)
-    return AnnotatedPicture(image, wanted)
+    wanted = usable_boxes(boxes if box is None else boxes[box : box + 1], width, height, config)
+    try:
+        encoded = pictures.read(position, row.picture)
+    except OSError as error:
+        raise UnusablePictureError(_why_unreadable(error)) from error
+    if config.verify and row.digest:
+        check_hash(encoded, row.digest)
+    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):
     """Samples by global counter: epoch and position follow from the index, which may be any size.
+
+    An epoch visits every picture once, with one of its boxes (``config.boxes`` is ``one``), or every box once
+    (``every``; the pictures must have been opened with their boxes counted).
 
     Args:
         pictures: where they come from.
@@ -153,65 +168,107 @@ class ExemplarDataset(Dataset[DatasetItem]):
         self.config = config
         self.seed = seed
         self.stream = stream
-        self.order = functools.lru_cache(maxsize=2)(self._order)
+        self.length = pictures.box_count if config.boxes == "every" else len(pictures)
+        self._orders: dict[int, Callable[[int], int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache of permutations behind when sent to a worker."""
-        return {name: value for name, value in self.__dict__.items() if name != "order"}
+        """Leave the permutations behind when sent to a worker."""
+        return {**self.__dict__, "_orders": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start with an empty cache of permutations."""
-        self.__dict__.update(state)
-        self.order = functools.lru_cache(maxsize=2)(self._order)
+    def _turn(self, epoch: int, position: int) -> int:
+        """Return the picture or box whose turn it is at a position of an epoch."""
+        if epoch not in self._orders:
+            # The last two: a worker may still be at the end of one epoch when it starts the next.
+            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
+            self._orders[epoch] = self._order(epoch)
+        return self._orders[epoch](position)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return permutation(len(self.pictures), self.seed, self.stream, "order", epoch)
+    def _order(self, epoch: int) -> Callable[[int], int]:
+        if self.config.boxes == "every":  # many times as many: computed one by one, nothing is kept
+            key = (self.seed, self.stream, "box order", epoch)
+            return lambda position: shuffled(position, len(self), *key)
+        order = permutation(len(self), self.seed, self.stream, "order", epoch).astype(np.uint32)
+        return lambda position: int(order[position])
 
     def __len__(self) -> int:
-        """Return the number of samples an epoch: one a picture."""
-        return len(self.pictures)
+        """Return the number of samples an epoch: one a picture, or one a box."""
+        return self.length
 
     def __getitem__(self, index: int) -> DatasetItem:
         """Return the sample of a global counter.
 
         Where its picture is no use the next ones of the epoch's order stand in, with draws of their own.
-        Only the picture whose turn it was is counted, so that counts add up to the epoch's length.
+        Only the picture (or box) whose turn it was is counted, so that counts add up to the epoch's length.
         """
-        epoch, position = divmod(int(index), len(self))
-        order, counts = self.order(epoch), Counter[str]()
-        for attempt in range(min(len(self), MAX_REPLACEMENTS)):
-            picture = int(order[(position + attempt) % len(self)])
+        epoch, counts = int(index) // len(self), Counter[str]()
+        for attempt, turn in enumerate(self.turns(index)):
             try:
-                sample = self.sample(picture, epoch, attempt)
+                key, sample = self._make(turn, epoch, attempt)
             except UnusablePictureError as skip:
                 if attempt == 0:
                     counts[skip.reason] += 1
                 continue
             counts.update(sample.events)
-            return DatasetItem(int(index), self.pictures[picture].key, sample, counts)
+            return DatasetItem(int(index), key, sample, counts)
         return DatasetItem(int(index), "", None, counts)
 
-    def sample(self, picture: int, epoch: int, attempt: int = 0) -> TrainingSample:
-        """Return the sample of a picture (its position in the shards) in an epoch.
+    def turns(self, index: int) -> Iterator[int]:
+        """Yield the picture (or box) of a global counter, then those that stand in where it is no use."""
+        epoch, position = divmod(int(index), len(self))
+        for attempt in range(min(len(self), MAX_REPLACEMENTS)):
+            yield self._turn(epoch, (position + attempt) % len(self))
+
+    def _make(self, turn: int, epoch: int, attempt: int) -> tuple[str, TrainingSample]:
+        annotated, box, rng = self.choose(turn, epoch, attempt)
+        config = self.config
+        sizes = config.image_size, config.exemplar_size
+        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes)
+
+    def choose(
+        self, turn: int, epoch: int, attempt: int = 0
+    ) -> tuple[AnnotatedPicture, Box, np.random.Generator]:
+        """Return the picture of a turn, its box of this epoch, and the generator of the sample's draws.
 
         Args:
-            picture: position in the shards.
+            turn: position of a picture in the shards, or the number of a box where every one has its turn.
             epoch: other epochs draw other boxes, masks, crops and augmentations.
-            attempt: other than zero where the picture stands in for an unusable one.
+            attempt: other than zero where it stands in for an unusable one.
 
         Raises:
             UnusablePictureError: where the picture cannot be used.
         """
-        config = self.config
-        annotated = read_picture(self.pictures, picture, config)
-        rng = generator(self.seed, self.stream, "sample", epoch, picture, attempt)
-        box = choose_box(annotated.boxes, rng)
-        return make_sample(annotated.image, box, rng, config.sample, config.image_size, config.exemplar_size)
+        if self.config.boxes == "every":
+            annotated = self._read_owner(turn)
+            rng = generator(self.seed, self.stream, "box", epoch, turn, attempt)
+            return annotated, annotated.boxes[0], rng
+        annotated = read_picture(self.pictures, turn, self.config)
+        rng = generator(self.seed, self.stream, "sample", epoch, turn, attempt)
+        return annotated, choose_box(annotated.boxes, rng), rng
+
+    def _read_owner(self, box: int) -> AnnotatedPicture:
+        try:
+            picture, number = self.pictures.owner(box)
+        except DamagedIndexError as error:
+            raise UnusablePictureError(BAD_INDEX) from error
+        except OSError as error:
+            raise UnusablePictureError(_why_unreadable(error)) from error
+        return read_picture(self.pictures, picture, self.config, number)
+
+    def sample(self, turn: int, epoch: int, attempt: int = 0) -> TrainingSample:
+        """Return the sample of a turn in an epoch; arguments and errors as of :meth:`choose`."""
+        return self._make(turn, epoch, attempt)[1]
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked.permute(0, 3, 1, 2).contiguous() if stacked.ndim == 4 else stacked[:, None]
+    """Stack pictures ``h w 3`` or ``h w`` of one shape to a tensor ``b c h w``."""
+    height, width, *rest = arrays[0].shape
+    stacked = np.empty((len(arrays), *(rest or [1]), height, width), np.uint8)
+    for channels, array in zip(stacked, arrays, strict=True):
+        if rest:  # OpenCV parts the channels several times faster than a transposed copy
+            cv2.split(array, list(channels))
+        else:
+            channels[0] = array
+    return torch.from_numpy(stacked)
 
 
 def collate(items: Sequence[DatasetItem]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Everything is a pure function of the arguments, the state of the generator among
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -59,8 +58,10 @@ def choose_box(boxes: Sequence[Box], rng: np.random.Generator) -> Box:
 
 
 @functools.lru_cache(maxsize=8)
-def _augmentation(settings: tuple[tuple[str, float], ...], size: int) -> ExemplarAugmentation:
-    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size)  # type: ignore[arg-type]
+def _augmentation(
+    settings: tuple[tuple[str, float], ...], size: int, antialias_above: float
+) -> ExemplarAugmentation:
+    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size, antialias_above)  # type: ignore[arg-type]
 
 
 def cut_exemplar(picture: np.ndarray, box: Box, padding: int) -> np.ndarray:
@@ -171,8 +172,8 @@ def make_sample(
         exemplar_size: sides of the exemplar, pixels.
     """
     height, width = picture.shape[:2]
-    settings = tuple(dataclasses.asdict(config.augment).items())
-    augment = _augmentation(settings, exemplar_size)
+    settings = tuple(vars(config.augment).items())
+    augment = _augmentation(settings, exemplar_size, config.antialias_above)
     exemplar = augment(cut_exemplar(picture, box, config.exemplar_padding), rng)
     # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
     box = box.rounded_out(width, height)
@@ -181,7 +182,7 @@ def make_sample(
     hole, events = _find_hole(box, width, height, kind, rng, config, image_size)
     crop = hole.plan.crop
     return TrainingSample(
-        image=cut(picture, crop, image_size),
+        image=cut(picture, crop, image_size, config.antialias_above),
         mask=hole.mask,
         exemplar=exemplar,
         valid=valid_mask(crop, width, height, image_size),

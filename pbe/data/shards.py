@@ -5,8 +5,8 @@ A picture is two neighbouring members that share a key: the picture's own bytes 
 
     {"width": 144, "height": 96, "boxes": [{"xyxy": [x1, y1, x2, y2], "label": "teapot"}]}
 
-Any WebDataset reader streams them; this module also finds the picture at any position, from an index that
-is made by reading the tars' headers only.
+Any WebDataset reader streams them; this module also finds the picture at any position, from the index beside
+the shards, or else from one that is made by reading the tars' headers (see :mod:`pbe.data.index`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,40 @@ from __future__ import annotations
 import glob
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
 import webdataset
 
+from pbe.data.index import (
+    MANIFEST_NAME,
+    DamagedIndexError,
+    Files,
+    HeaderRows,
+    IndexedShard,
+    IndexFile,
+    LocalFiles,
+    PictureRow,
+    Rows,
+    parse_manifest,
+)
+from pbe.data.remote import (
+    PIPE,
+    RemoteFiles,
+    cached_copy,
+    check_ranges,
+    default_cache,
+    is_url,
+    join,
+    read_manifest,
+    spool,
+)
 from pbe.errors import UserError
 from pbe.files import make_folder
-
-PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -161,6 +181,47 @@ def find_shards(pattern: str | Path) -> list[Path]:
     return found
 
 
+def find_indexed(pattern: str) -> list[Path | IndexedShard]:
+    """Return the local shards that a pattern names, as ``shards.json`` tells of them where there is one.
+
+    For a folder that file decides, so that a shard that vanished is noticed.
+
+    Raises:
+        UserError: when nothing is found, or a ``shards.json`` is damaged.
+    """
+    folder = Path(pattern)
+    if pattern and (folder / MANIFEST_NAME).is_file():
+        return list(_local_manifest(folder))
+    paths = find_shards(pattern)
+    parents = {path.parent for path in paths}
+    indexed = {Path(shard.path): shard for parent in parents for shard in _local_manifest(parent)}
+    return [indexed.get(path, path) for path in paths]
+
+
+def _local_manifest(folder: Path) -> list[IndexedShard]:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return []
+    return parse_manifest(path.read_bytes(), str(path), lambda name: str(folder / name))
+
+
+def _remote_manifest(base: str) -> list[IndexedShard]:
+    url, manifest = read_manifest(base)
+    found = parse_manifest(manifest, url, lambda name: join(base, name))
+    if not found:
+        raise UserError(f"'{url}' names no shards; pack them again")
+    return found
+
+
+def shard_state(pattern: str) -> list[tuple[str, int | str]]:
+    """Return what tells one set of shards from another: names and sizes; remote ones, hashes of the index."""
+    if pattern.startswith(PIPE):
+        return [(pattern, 0)]
+    if is_url(pattern):
+        return [(shard.path, shard.index_digest) for shard in _remote_manifest(pattern)]
+    return [(path.name, path.stat().st_size) for path in find_shards(pattern)]
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """Where one picture lies: shard number, then offset and size in bytes of the picture and of its JSON."""
@@ -171,72 +232,130 @@ class ShardEntry:
     annotation: tuple[int, int]
 
 
-def _index_shard(path: Path, number: int) -> list[ShardEntry]:
-    """Read a tar's headers and pair its pictures with their annotations."""
-    pictures: dict[str, tuple[int, int]] = {}
-    annotations: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                place = (member.offset_data, member.size)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                key, extension = os.path.splitext(member.name)
-                picture = extension.lower() in PICTURE_EXTENSIONS
-                if not picture and extension != ".json":
-                    continue
-                found = pictures if picture else annotations
-                if key in found:
-                    raise UserError(f"'{path}' holds '{key}' twice; write the shard again with unique keys")
-                found[key] = place
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"'{path}' is not a tar or is truncated ({error}); write the shard again") from error
-    # A whole tar ends in blocks of zeros; one that was cut between two members does not.
-    if path.stat().st_size < end + BLOCK:
-        raise UserError(f"'{path}' is truncated (its end is missing); write the shard again")
-    if set(pictures) != set(annotations):
-        lonely = sorted(set(pictures) ^ set(annotations))[0]
-        raise UserError(f"'{path}': '{lonely}' lacks its picture or its .json; write the shard again")
-    return [ShardEntry(key, number, place, annotations[key]) for key, place in pictures.items()]
-
-
 class ShardPictures(Sequence[ShardEntry]):
-    """The pictures of some shards, by position; made by reading headers only.
+    """The pictures of some shards, by position.
 
-    Shards are opened when first read from, once a process, so the object may be sent to workers.
+    Where the shards have an index, opening reads the list of the shards only; otherwise the headers of the
+    tars. Shards are opened when first read from, in each process anew, so the object may be sent to workers.
 
     Args:
-        pattern: see :func:`find_shards`.
+        pattern: see :func:`find_shards`; or the URL of a folder with an index, or ``pipe:COMMAND`` (see
+            :mod:`pbe.data.remote`).
+        count_boxes: boxes are to be found by number (:meth:`owner`); shards without an index are read
+            through for this.
+        verify: check each index against the hash in ``shards.json`` when it is first used.
+        cache: folder for copies of what is remote; empty for the user's cache.
+
+    Attributes:
+        paths: of the shards.
+        box_count: boxes of all pictures; 0 unless they were counted.
 
     Raises:
-        UserError: when nothing is found or a shard is no whole tar.
+        UserError: when nothing is found or a shard without an index is no whole tar.
     """
 
-    def __init__(self, pattern: str | Path) -> None:
-        self.paths = find_shards(pattern)
-        numbered = enumerate(self.paths)
-        self.entries = [entry for number, path in numbered for entry in _index_shard(path, number)]
-        if not self.entries:
+    def __init__(
+        self, pattern: str | Path, *, count_boxes: bool = False, verify: bool = False, cache: str = ""
+    ) -> None:
+        text = str(pattern)
+        self._remote = is_url(text)
+        self._verify, self._cache = verify, Path(cache) if cache else default_cache()
+        found: Sequence[Path | IndexedShard]
+        if text.startswith(PIPE):
+            found = spool(text, self._cache)
+        else:
+            found = _remote_manifest(text) if self._remote else find_indexed(text)
+        if self._remote and isinstance(found[0], IndexedShard):
+            check_ranges(found[0].path)
+        self._files: Files = RemoteFiles() if self._remote else LocalFiles()
+        self._index_files = LocalFiles()
+        self.paths = [shard.path if isinstance(shard, IndexedShard) else str(shard) for shard in found]
+        self._shards = [
+            shard if isinstance(shard, IndexedShard) else HeaderRows(shard, count_boxes=count_boxes)
+            for shard in found
+        ]
+        self._indexes: dict[int, IndexFile] = {}
+        self._starts = np.cumsum([0, *(_pictures(shard) for shard in self._shards)])
+        self._box_starts = np.cumsum([0, *(_boxes(shard) if count_boxes else 0 for shard in self._shards)])
+        self.box_count = int(self._box_starts[-1])
+        if not len(self):
             raise UserError(f"the shards at '{pattern}' hold no pictures")
-        self._files: dict[int, int] = {}
-        self._process = os.getpid()
 
     def __len__(self) -> int:
         """Return the number of pictures."""
-        return len(self.entries)
+        return int(self._starts[-1])
 
     def __getitem__(self, position: Any) -> Any:
         """Return the entry, or the list of entries of a slice, at ``position``."""
-        return self.entries[position]
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        row = self.row(position)
+        return ShardEntry(row.key, self._locate(position)[0], row.picture, row.annotation)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when sent to another process."""
-        return {**self.__dict__, "_files": {}}
+        """Leave what was read of the indexes behind when sent to another process."""
+        return {**self.__dict__, "_indexes": {}}
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the shard of a picture and its number therein."""
+        position = int(position)
+        position += len(self) if position < 0 else 0
+        if not 0 <= position < len(self):
+            raise IndexError(f"picture {position} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return shard, position - int(self._starts[shard])
+
+    def _rows(self, number: int) -> Rows:
+        shard = self._shards[number]
+        if isinstance(shard, HeaderRows):
+            return shard
+        if number not in self._indexes:
+            path, digest = shard.index, shard.index_digest if self._verify else None
+            if self._remote:  # a copy is checked when it is made
+                path, digest = cached_copy(shard.index, shard.index_digest, self._cache), None
+            self._indexes[number] = IndexFile(path, shard.pictures, self._index_files, digest)
+        return self._indexes[number]
+
+    def row(self, position: int) -> PictureRow:
+        """Return what the index knows of the picture at ``position``.
+
+        Raises:
+            DamagedIndexError: the shard's index is not what it should be.
+            OSError: it can no longer be read.
+        """
+        shard, number = self._locate(position)
+        return self._rows(shard).row(number)
+
+    def owner(self, box: int) -> tuple[int, int]:
+        """Return the position of the picture that a box belongs to, and the box's number in the picture.
+
+        Args:
+            box: 0 to ``box_count`` - 1, in the order of the pictures.
+
+        Raises:
+            DamagedIndexError: the shard's index is not what it should be.
+            OSError: it can no longer be read.
+        """
+        shard = int(np.searchsorted(self._box_starts, box, side="right")) - 1
+        inside = box - int(self._box_starts[shard])
+        ends = self._rows(shard).box_ends()
+        if inside >= ends[-1]:
+            raise DamagedIndexError(f"the index of '{self.paths[shard]}' lacks boxes; pack the shards again")
+        picture = int(np.searchsorted(ends, inside, side="right"))
+        return int(self._starts[shard]) + picture, inside - (int(ends[picture - 1]) if picture else 0)
 
     def picture(self, position: int) -> bytes:
         """Return the encoded picture at ``position``; OSError when the shard can no longer be read."""
-        entry = self.entries[position]
-        return self._read(entry.shard, *entry.picture)
+        shard, number = self._locate(position)
+        return self._files.read(self.paths[shard], *self._rows(shard).row(number).picture)
+
+    def read(self, position: int, place: tuple[int, int]) -> bytes:
+        """Return a piece (offset and size) of the shard that holds the picture at ``position``.
+
+        Raises:
+            OSError: when the shard can no longer be read.
+        """
+        return self._files.read(self.paths[self._locate(position)[0]], *place)
 
     def annotation(self, position: int) -> dict[str, Any]:
         """Return the parsed JSON at ``position``.
@@ -245,18 +364,23 @@ class ShardPictures(Sequence[ShardEntry]):
             ValueError: when it is no JSON object.
             OSError: when the shard can no longer be read.
         """
-        entry = self.entries[position]
-        parsed = json.loads(self._read(entry.shard, *entry.annotation))
-        if not isinstance(parsed, dict):
-            raise ValueError("the annotation is not a JSON object")
-        return parsed
+        return parse_annotation(self.read(position, self.row(position).annotation))
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if self._process != os.getpid():  # a forked worker opens its own files
-            self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        data = os.pread(self._files[shard], size, offset)
-        if len(data) != size:
-            raise OSError(f"'{self.paths[shard]}' was cut short while in use")
-        return data
+
+def parse_annotation(text: bytes) -> dict[str, Any]:
+    """Return the JSON object of a picture; ValueError when it is none."""
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict):
+        raise ValueError("the annotation is not a JSON object")
+    return parsed
+
+
+def _pictures(shard: IndexedShard | HeaderRows) -> int:
+    return shard.pictures if isinstance(shard, IndexedShard) else len(shard)
+
+
+def _boxes(shard: IndexedShard | HeaderRows) -> int:
+    if isinstance(shard, IndexedShard):
+        return shard.boxes
+    ends = shard.box_ends()
+    return int(ends[-1]) if len(ends) else 0

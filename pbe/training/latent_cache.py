@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from pbe.config import Config, to_dict
 from pbe.data.datamodule import CountingLoader
 from pbe.data.randomness import permutation
-from pbe.data.shards import find_shards
+from pbe.data.shards import shard_state
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
@@ -40,11 +40,15 @@ def arrays_of(batch: EncodedBatch) -> dict[str, Tensor]:
 def fingerprint(config: Config, model: LatentDiffusion) -> str:
     """Return a hash of the data settings, the frozen weights, the tower's input and the precision.
 
-    Shards count by the names and sizes of their files.
+    Shards count by the names and sizes of their files, remote ones by the hashes of their indexes.
     """
     data = to_dict(config.data)
-    for irrelevant in ("batch_size", "num_workers", "max_bad_share"):
+    for irrelevant in ("batch_size", "num_workers", "max_bad_share", "verify", "remote_cache"):
         data.pop(irrelevant)
+    # Newer settings count where they change something, so that older caches stay good.
+    for section, name, neutral in ((data, "boxes", "one"), (data["sample"], "antialias_above", 1.0)):
+        if section[name] == neutral:
+            section.pop(name)
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
     settings["halved"] = halved(config)
     encoder = config.model.exemplar_encoder
@@ -66,8 +70,8 @@ def halved(config: Config) -> bool:
     return "bf16" in config.trainer.precision
 
 
-def _shard_state(pattern: str) -> list[tuple[str, int]]:
-    return [(path.name, path.stat().st_size) for path in find_shards(pattern)] if pattern else []
+def _shard_state(pattern: str) -> list[tuple[str, int | str]]:
+    return shard_state(pattern) if pattern else []
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
-from pbe.data.crops import Crop, cut, plan_original_crop, plan_square_crop, valid_mask
+from pbe.data.crops import Crop, cut, plan_original_crop, plan_square_crop, resize, valid_mask
 from pbe.data.masks import Box, extend_box
 from pbe.data.randomness import generator
 
@@ -131,3 +132,12 @@ def test_shrinking_averages():
     board = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)
     out = cut(np.dstack([board] * 3), Crop(0, 0, 96, 96), 24)
     assert abs(out.astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize(("side", "averaged"), [(149, False), (150, False), (151, True), (80, False)])
+def test_averaging_may_start_at_a_larger_factor(side, averaged):
+    picture = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    filters = {True: cv2.INTER_AREA, False: cv2.INTER_LINEAR}
+    expected = cv2.resize(picture, (100, 100), interpolation=filters[averaged])
+    np.testing.assert_array_equal(resize(picture, 100, 100, 1.5), expected)
+    np.testing.assert_array_equal(cut(picture, Crop(0, 0, side, side), 100, 1.5), expected)

@@ -1,0 +1,152 @@
+"""Measure parts of the project and print tables.
+
+python scripts/benchmark.py data
+python scripts/benchmark.py data --open 1900000 16000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pbe.cli import Parser, run_command
+from pbe.config import DataConfig, SampleConfig
+from pbe.data.timing import (
+    measure_opening,
+    measure_stages,
+    measure_workers,
+    synthetic_index,
+    synthetic_shards,
+)
+from pbe.errors import UserError
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that can be measured: its options, and what prints its tables and returns the numbers."""
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for number, row in enumerate([head, *rows]):
+        texts = [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
+        print("  ".join(texts).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``data``."""
+    parser.add_argument("--shards", help="measure these shards instead of synthetic pictures")
+    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) pictures")
+    parser.add_argument("--width", type=int, default=1024, help="of the synthetic pictures")
+    parser.add_argument("--height", type=int, default=768, help="of the synthetic pictures")
+    parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
+    parser.add_argument("--size", type=int, default=512, help="sides of the training image")
+    parser.add_argument("--exemplar-size", type=int, default=224, help="sides of the exemplar")
+    parser.add_argument("--antialias-above", type=float, default=1.5, help="data.sample.antialias_above")
+    parser.add_argument("--batch-size", type=int, default=4, help="data.batch_size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes to measure")
+    parser.add_argument(
+        "--open", type=int, nargs=2, metavar=("PICTURES", "BOXES"), help="also open an index of that size"
+    )
+
+
+def measure_data(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the loader.
+
+    Raises:
+        UserError: an option makes no sense, or the shards cannot be opened.
+    """
+    if min(options.pictures, options.batch_size, options.size, options.exemplar_size) < 1:
+        raise UserError("--pictures, --batch-size, --size and --exemplar-size must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        tars: list[Path] = []
+        if not options.shards:
+            sizes = options.width, options.height, options.quality
+            tars = synthetic_shards(Path(folder) / "shards", options.pictures, *sizes)
+        data = DataConfig(
+            train_shards=options.shards or str(Path(folder) / "shards"),
+            image_size=options.size,
+            exemplar_size=options.exemplar_size,
+            batch_size=options.batch_size,
+            sample=SampleConfig(antialias_above=options.antialias_above),
+        )
+        numbers = _measure_samples(data, options)
+        if options.open:
+            tar = tars[0] if tars else synthetic_shards(Path(folder) / "small", 8, 640, 480, 90)[0]
+            numbers["opening"] = _measure_opening(Path(folder) / "index", tar, *options.open)
+    return numbers
+
+
+def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str, Any]:
+    times = measure_stages(data, seconds=options.seconds, pictures=options.pictures)
+    rows = [["bare OpenCV decoding", f"{times.decoding:.3f}", f"{1e3 / times.decoding:.0f}", "1.00"]]
+    rows.append(
+        ["whole sample", f"{times.whole:.3f}", f"{1e3 / times.whole:.0f}", f"{times.ratio:.2f}"],
+    )
+    rows += [["  " + name, f"{spent:.3f}", "", ""] for name, spent in times.stages.items()]
+    print_table(["one core, CPU time", "ms", "a second", "of decoding"], rows)
+    rates = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
+    if rates:
+        base = next(iter(rates.values()))
+        print()
+        print_table(
+            ["loader, wall time", "samples a second", "of the first"],
+            [[f"{count} workers", f"{rate:.0f}", f"{rate / base:.2f}"] for count, rate in rates.items()],
+        )
+    return {"stages": {**vars(times), "ratio": times.ratio}, "samples_per_second": rates}
+
+
+def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
+    synthetic_index(folder, tar, pictures, boxes)
+    found = {mode: measure_opening(folder, boxes=mode, workers=2) for mode in ("one", "every")}
+    names = ("samples", "open_s", "open_mib", "first_batch_s", "grown_mib", "resident_mib", "imports_mib")
+    head = ["opening an index", *(f"boxes={mode}" for mode in found)]
+    print()
+    print_table(head, [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in names])
+    return found
+
+
+SUBJECTS = {
+    "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
+}
+
+
+def run(arguments: list[str] | None) -> None:
+    """Measure the subject that the arguments name.
+
+    Raises:
+        UserError: an option cannot be used.
+    """
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    for name, subject in SUBJECTS.items():
+        options = subjects.add_parser(name, help=subject.help)
+        subject.add_options(options)
+        options.add_argument("--json", type=Path, help="also write the numbers to this file")
+    chosen = parser.parse_args(arguments)
+    numbers = SUBJECTS[chosen.subject].measure(chosen)
+    if chosen.json:
+        chosen.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
