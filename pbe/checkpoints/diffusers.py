@@ -55,8 +55,8 @@ def find_parts(folder: Path) -> Subfolders:
 
 
 def named(folder: Path, file: str) -> Values | None:
-    """Return the JSON of this name in the first subfolder that has one."""
-    found = sorted(folder.glob(f"*/{file}"))
+    """Return the JSON of this name in the first subfolder that has one and is not the safety checker's."""
+    found = [path for path in sorted(folder.glob(f"*/{file}")) if path.parent.name != "safety_checker"]
     return read_json(found[0]) if found else None
 
 

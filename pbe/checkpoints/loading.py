@@ -89,7 +89,8 @@ def open_checkpoint(path: str | Path, config: Config = None) -> Opened:
         raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
     if _is_native(path):
         return open_native(path, _typed(config, path))
-    if parts := find_parts(path):
+    parts = find_parts(path)
+    if parts.keys() - {"safety_checker"}:  # a checker alone may lie beside any model
         return open_diffusers(path, parts, _typed(config, path))
     if (path / "model_index.json").is_file():
         raise UserError(

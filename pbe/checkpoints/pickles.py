@@ -39,7 +39,7 @@ HARMFUL_BUILTINS = (
 )  # fmt: skip
 HARMFUL_MODULES = (
     "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "runpy", "importlib", "ctypes", "pty",
-    "multiprocessing", "webbrowser", "urllib", "requests", "asyncio",
+    "commands", "multiprocessing", "webbrowser", "urllib", "requests", "asyncio",
     "signal", "pip", "pickle", "_pickle", "marshal",
 )  # fmt: skip
 

@@ -22,8 +22,7 @@ from pbe.checkpoints.diffusers_config import (
 )
 from pbe.checkpoints.diffusers_names import entries
 from pbe.checkpoints.layout import PARTS, to_foreign
-from pbe.checkpoints.native import CONFIG_NAME, part_of, write_part
-from pbe.checkpoints.native import write_config as write_native_config
+from pbe.checkpoints.native import CONFIG_NAME, part_of, write_config as write_native_config, write_part
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.checkpoints.writing import check_target, converted, staged, write_checkpoint, write_safetensors
 from pbe.config import ModelConfig

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from pbe.checkpoints.archives import open_weights
 from pbe.checkpoints.compvis import clean
-from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, UNET
-from pbe.checkpoints.compvis_names import entries as compvis_entries
+from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
 from pbe.checkpoints.diffusers import find_parts, named
 from pbe.checkpoints.diffusers_config import Settings, read_autoencoder, read_json, read_schedule, read_unet
-from pbe.checkpoints.diffusers_names import current_names
-from pbe.checkpoints.diffusers_names import entries as diffusers_entries
+from pbe.checkpoints.diffusers_names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
 from pbe.checkpoints.layout import Entry, native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened

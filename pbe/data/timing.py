@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from pbe.config import DataConfig
-from pbe.data import dataset as dataset_module
-from pbe.data import sample as sample_module
+from pbe.data import dataset as dataset_module, sample as sample_module
 from pbe.data.augment import ExemplarAugmentation
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import ExemplarDataset, collate

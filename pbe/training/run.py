@@ -14,8 +14,13 @@ import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from pbe.checkpoints.native import check_keys, load_model, load_part, save_model
-from pbe.checkpoints.native import load_config as load_model_config
+from pbe.checkpoints.native import (
+    check_keys,
+    load_config as load_model_config,
+    load_model,
+    load_part,
+    save_model,
+)
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError

@@ -14,8 +14,7 @@ import fsspec
 import pytest
 
 from pbe.config import DataConfig
-from pbe.data import decode as reasons
-from pbe.data import remote
+from pbe.data import decode as reasons, remote
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.shards import ShardPictures, shard_state
 from pbe.errors import UserError

@@ -140,7 +140,7 @@ def test_a_missing_checker_is_said_once(
 def test_a_checker_is_saved_with_its_model_and_found_again(
     clip_model: LatentDiffusion, scene: Scene, layout: str, tmp_path: Path
 ):
-    tower = TowerSizes(width=16, layers=1, patch=8, heads=2, mlp=32, quick=True)
+    tower = TowerSizes(width=16, layers=1, patch=8, heads=2, mlp=32)
     checker = SafetyChecker(CheckerSizes(tower, 16, 1e-5, projection=8, concepts=2, special=1))
     checker.concepts.normal_()
     checker.special.normal_()

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tvf
+from torchvision.transforms import InterpolationMode, functional as tvf
 
 from pbe.models import LatentDiffusion
 from pbe.models.latent_diffusion import latent_mask, masked_image

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as DiffusersAutoencoder
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL as DiffusersAutoencoder, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from pbe.config import AutoencoderConfig, ScheduleConfig, UNetConfig
