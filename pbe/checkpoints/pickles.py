@@ -37,6 +37,7 @@ HARMFUL_BUILTINS = (
     "eval", "exec", "execfile", "compile", "open", "open_code", "file", "FileIO", "input", "__import__",
     "breakpoint",
 )  # fmt: skip
+# `commands` is what pickles of old protocols call subprocess.
 HARMFUL_MODULES = (
     "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "runpy", "importlib", "ctypes", "pty",
     "commands", "multiprocessing", "webbrowser", "urllib", "requests", "asyncio",
