@@ -127,7 +127,7 @@ def close_loggers(loggers: Iterable[Logger]) -> None:
 def _run_id(folder: Path) -> str:
     """Return the id of the run, made once and kept in its folder: a restart goes on with the same W&B run."""
     path = folder / ID_NAME
-    if rank_zero_only.rank:  # only the first process talks to W&B
+    if getattr(rank_zero_only, "rank", 0):  # only the first process talks to W&B
         return ""
     if not path.is_file() or not path.read_text().strip():
         path.write_text(f"{secrets.token_hex(4)}\n")
