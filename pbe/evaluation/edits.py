@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from pbe.data.randomness import generator
-from pbe.diffusion.solvers import SOLVERS
+from pbe.diffusion.solvers import get_solver
 from pbe.editing.compositing import to_bytes
+from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import BenchmarkCase
@@ -27,7 +28,7 @@ class EditSettings:
 
     Attributes:
         guidance: guidance scales, each at least 0; the first is what the others are compared with.
-        solver: ``plms`` or ``ddim``.
+        solver: name of one, see :data:`pbe.diffusion.solvers.SOLVERS`.
         steps: of the solver.
         seed: of the noise and of the shuffling.
         batch_size: edits at a time; it does not change the noise.
@@ -50,8 +51,7 @@ class EditSettings:
             raise UserError(
                 f"guidance scales are numbers from 0 up, not {', '.join(map(str, self.guidance))}"
             )
-        if self.solver not in SOLVERS:
-            raise UserError(f"there is no solver '{self.solver}'; there are: {', '.join(SOLVERS)}")
+        get_solver(self.solver)
         if self.steps < 1:
             raise UserError(f"the number of steps is {self.steps}; it must be at least 1")
         if self.batch_size < 1:
@@ -126,6 +126,7 @@ def edit_batch(
         output_type="np",
         solver=settings.solver,
     )
+    assert isinstance(output, EditOutput)
     return to_bytes(output.images)
 
 

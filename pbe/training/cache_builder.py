@@ -120,11 +120,11 @@ def _build(
     sampler = CounterSampler(dataset, config.cache.batch_size, 0, 1, drop_last=False)
     loader = CountingLoader(sampler, stream, config.data.max_bad_share, False, config.data.num_workers)
     epoch, row = divmod(partial.rows, len(dataset))
-    loader.place = (epoch, row // config.cache.batch_size)
+    loader.place = (epoch, row)
     progress = tqdm(
         (batch for _ in range(epoch, epochs) for batch in loader),
         desc=f"caching {stream}", total=epochs * len(loader), disable=not config.trainer.progress,
-        initial=epoch * len(loader) + loader.place[1],
+        initial=epoch * len(loader) + row // config.cache.batch_size,
     )  # fmt: skip
     try:
         for batch in progress:

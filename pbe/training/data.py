@@ -36,17 +36,22 @@ class StepSampler(CounterSampler):
         super().__init__(dataset, batch_size, rank, world_size, drop_last=whole)
         self.accumulate, self.only = accumulate, only
 
-    @property
-    def batches(self) -> int:
-        """Batches of an epoch."""
-        count = super().batches
+    def _batches(self, samples: int) -> int:
+        count = super()._batches(samples)
         if self.drop_last:
             count -= count % self.accumulate
         return min(count, self.only) if self.only else count
 
-    def seek(self, epoch: int, first_batch: int) -> None:
-        """Make the next iteration start at a batch of an epoch."""
-        super().seek(0 if self.only else epoch, first_batch)
+    @property
+    def batches_left(self) -> int:
+        """Batches from ``start`` on."""
+        done, rest = divmod(self.start, self.global_batch)
+        # a start between two batches belongs to a run with batches of another size: count anew from there
+        return super().batches_left if rest else max(self.batches - done, 0)
+
+    def seek(self, epoch: int, start: int) -> None:
+        """Make the next iteration start at a position of an epoch."""
+        super().seek(0 if self.only else epoch, start)
 
 
 class TimedLoader(CountingLoader):

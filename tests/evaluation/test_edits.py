@@ -61,7 +61,7 @@ def test_progress_counts_every_edit(pipe, cases):
         ({"guidance": (1.0, 1.0)}, "each once"),
         ({"guidance": (1.0, -2.0)}, "from 0 up, not 1.0, -2.0"),
         ({"guidance": (float("nan"),)}, "from 0 up, not nan"),
-        ({"solver": "euler"}, "no solver 'euler'; there are: "),
+        ({"solver": "magic"}, "no solver 'magic'; there are: "),
         ({"steps": 0}, "number of steps is 0"),
         ({"batch_size": 0}, "batch size is 0"),
     ],

@@ -13,7 +13,7 @@ from tests.training.tiny import tiny_config
 
 
 def counters(sampler: StepSampler, epoch: int = 0, first: int = 0) -> list[int]:
-    sampler.seek(epoch, first)
+    sampler.seek(epoch, first * sampler.global_batch)
     return list(sampler)
 
 
