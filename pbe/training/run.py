@@ -14,10 +14,10 @@ import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.native import (
     check_keys,
     load_config as load_model_config,
-    load_model,
     load_part,
     save_model,
 )
@@ -220,14 +220,16 @@ def prepare_process(config: Config) -> None:
 def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with the weights that its training starts from.
 
-    ``init_from`` gives all weights; else the tower is pretrained and, for diffusion, the autoencoder
+    ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the autoencoder
     and its scale factor come from ``autoencoder_from``.
 
     Returns:
         The model, and the configuration with the autoencoder's section as it was trained.
     """
     if config.init_from:
-        model = load_model(config.init_from).requires_grad_(True)
+        # a folder says its sizes, a bare checkpoint is taken for this run's
+        sizes = None if Path(config.init_from).is_dir() else config.model
+        model = load_checkpoint(config.init_from, config=sizes).model.requires_grad_(True)
         _check_same_model(config, model.config)
         return model, replace(config, model=model.config)
     if config.task == "autoencoder":
