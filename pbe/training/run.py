@@ -220,8 +220,8 @@ def prepare_process(config: Config) -> None:
 def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with the weights that its training starts from.
 
-    ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the autoencoder
-    and its scale factor come from ``autoencoder_from``.
+    ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the
+    autoencoder and its scale factor come from ``autoencoder_from``.
 
     Returns:
         The model, and the configuration with the autoencoder's section as it was trained.
