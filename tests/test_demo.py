@@ -165,7 +165,7 @@ def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
     [
         ([], "is not a model folder"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here"),
-        (["--solver", "magic"], "there is no solver 'magic'"),
+        (["--solver", "magic"], "no solver 'magic'"),
         (["--steps", "0"], "the number of steps is 0"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
     ],
