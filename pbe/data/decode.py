@@ -32,7 +32,12 @@ class UnusablePictureError(Exception):
         self.reason = reason
 
 
-def _decode(encoded: bytes, flags: int) -> np.ndarray:
+def decode(encoded: bytes, flags: int) -> np.ndarray:
+    """Decode a picture as OpenCV's ``flags`` say.
+
+    Raises:
+        UnusablePictureError: it cannot be decoded.
+    """
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -59,12 +64,12 @@ def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None) -> np.n
     """
     if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
         raise UnusablePictureError(UNREADABLE)
-    picture = _decode(encoded, cv2.IMREAD_COLOR_RGB)
+    picture = decode(encoded, cv2.IMREAD_COLOR_RGB)
     size = picture.shape[1::-1]
     if frame is None or size == frame:
         return picture
     if size == frame[::-1]:
-        stored = _decode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        stored = decode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[1::-1] == frame:
             return stored
     raise UnusablePictureError(SIZE_MISMATCH)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from pbe.data.decode import UnusablePictureError, decode
 from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
 
 HASH_SIDE, HASH_BITS = 32, 8
@@ -18,12 +19,9 @@ CANNOT_DECODE = "cannot be decoded"
 
 def _decode(encoded: bytes, flag: int) -> np.ndarray:
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
-    except cv2.error as error:
+        return decode(encoded, flag)
+    except UnusablePictureError as error:
         raise UnreadablePictureError(CANNOT_DECODE) from error
-    if image is None:
-        raise UnreadablePictureError(CANNOT_DECODE)
-    return np.asarray(image)
 
 
 def perceptual_hash(grey: np.ndarray) -> int:

@@ -52,7 +52,7 @@ def load_parts(
     """
     place = "cpu" if device is None else device
     folder = hub.find(path_or_hub_id)
-    loaded = load_checkpoint(folder, config=_sizes(config), device=_usable(place), dtype=dtype)
+    loaded = load_checkpoint(folder, config=_sizes(config), device=usable_device(place), dtype=dtype)
     schedule = schedule_of(
         loaded.model,
         conventions=(DIFFUSERS if loaded.layout == "diffusers" else ORIGINAL).name,
@@ -78,11 +78,20 @@ def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
     raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
+    """Return a device that tensors can be made on.
+
+    Args:
+        device: or its name.
+        named: what errors call the argument.
+
+    Raises:
+        UserError: there is no such device here.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _choice(loaded: Loaded, solver: str | SolverChoice | None) -> SolverChoice:

@@ -21,8 +21,8 @@ from pbe.editing.hub import Hub
 from pbe.editing.jobs import Job, output_stem
 from pbe.editing.pictures import LoadedFile, fit_mask, read_mask, read_picture
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.pretrained import usable_device
 from pbe.editing.records import make_grid, model_digests, repeat_command, versions, write_json, write_picture
-from pbe.errors import UserError
 
 
 @dataclass
@@ -72,11 +72,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return usable_device(name, "--device")
 
 
 def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[PaintByExample, Path]:
