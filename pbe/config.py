@@ -15,6 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from pbe.config_checks import check_numbers
+from pbe.config_data import (
+    AugmentConfig as AugmentConfig,
+    CacheConfig as CacheConfig,
+    DataConfig as DataConfig,
+    SampleConfig as SampleConfig,
+)
 from pbe.config_model import (
     AutoencoderConfig as AutoencoderConfig,
     ExemplarEncoderConfig as ExemplarEncoderConfig,
@@ -53,75 +59,6 @@ class AutoencoderLossConfig:
     gradient_weight: float = 1.0
     kl_weight: float = 1.0e-4
     masked_share: float = 0.0
-
-
-@dataclass
-class AugmentConfig:
-    """Strong augmentation of the exemplar; probabilities and sizes of the original (at 224 px)."""
-
-    enabled: bool = True
-    flip: float = 0.5
-    rotate: float = 0.5
-    rotate_limit: float = 20.0
-    blur: float = 0.3
-    affine: float = 0.3
-    affine_jitter: float = 50.0
-
-
-@dataclass
-class SampleConfig:
-    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side.
-
-    Crops that shrink by more than a factor of ``antialias_above`` are averaged by area, others interpolated
-    bilinearly.
-    """
-
-    arbitrary_mask_share: float = 0.5
-    extend_fraction: float = 0.4
-    bezier_jitter: float = 5.0
-    exemplar_padding: int = 10
-    shrink_fraction: float = 0.6
-    min_keep_share: float = 0.02
-    min_box_cover: float = 0.9
-    squash: bool = False
-    antialias_above: float = 1.0
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-
-
-@dataclass
-class DataConfig:
-    """Shards, sizes and loading. Box areas are shares of the picture's area.
-
-    ``boxes`` is ``one`` (an epoch takes every picture once, with one of its boxes) or ``every`` (every box
-    once). ``verify`` compares indexes and pictures with their hashes, where the shards have an index.
-    ``remote_cache`` is a folder for copies of what is remote; empty is the user's cache.
-    """
-
-    train_shards: str = ""
-    validation_shards: str = ""
-    image_size: int = 512
-    exemplar_size: int = 224
-    batch_size: int = 4
-    num_workers: int = 8
-    min_box_area: float = 0.02
-    max_box_area: float = 0.8
-    boxes: str = "one"
-    max_bad_share: float = 0.05
-    verify: bool = False
-    remote_cache: str = ""
-    sample: SampleConfig = field(default_factory=SampleConfig)
-
-
-@dataclass
-class CacheConfig:
-    """Latent cache: ``variants`` samples of every box are encoded once and kept in ``folder``.
-
-    An empty ``folder`` means no cache: samples are made and encoded online.
-    """
-
-    folder: str = ""
-    variants: int = 4
-    batch_size: int = 64
 
 
 @dataclass
