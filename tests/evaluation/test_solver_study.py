@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.plot_solvers import BEGIN, CANDIDATES, END, main
+from pbe.evaluation.solver_study import CANDIDATES
+from scripts.plot_solvers import BEGIN, END, main
 
 
 @pytest.fixture
