@@ -10,6 +10,7 @@ import torch
 
 from pbe.checkpoints.native import save_model
 from pbe.config import load_config
+from pbe.evaluation import demo as stages
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from scripts import demo, evaluate
@@ -91,9 +92,9 @@ def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
 def test_a_failing_stage_leaves_no_page(small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     out.mkdir()
-    (out / demo.MARKER).touch()
+    (out / stages.MARKER).touch()
     (out / "index.html").write_text("of an earlier run")
-    monkeypatch.setattr(demo, "render", lambda options, clock: 1 / 0)
+    monkeypatch.setattr(stages, "render", lambda options, clock: 1 / 0)
     assert demo.main(arguments(small, out)) == 1
     assert not (out / "index.html").exists()
     error = capsys.readouterr().err
