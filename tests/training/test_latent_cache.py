@@ -162,7 +162,9 @@ def test_the_tar_is_a_tar_and_its_index_says_where_the_rows_are(built):
 @pytest.mark.parametrize("rows", [1, 7, 30])
 def test_tars_of_any_number_of_rows_are_whole(rows: int, tmp_path: Path):
     record = np.dtype([("image_mean", "<f2", (2, 3, 3)), ("valid", "|u1", (1, 3, 3))])
-    records = np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8).view(record)[:, 0]
+    records = (
+        np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8).view(record)[:, 0]
+    )
     (tmp_path / "a.tar").write_bytes(tar_bytes(records, 2, 11))
     assert (tmp_path / "a.tar").stat().st_size == Layout(record).tar_size(rows)
     with tarfile.open(tmp_path / "a.tar") as tar:
