@@ -36,10 +36,11 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def print_size(config_folder: str, size: object) -> None:
     """Print what a cache will take."""
-    from pbe.training.cache_builder import CacheSize
+    from pbe.training.cache_size import CacheSize
 
     assert isinstance(size, CacheSize)
-    print(f"{size.sample:,} bytes for each variant of a sample")
+    parts = ", ".join(f"{name} {count:,}" for name, count in size.parts.items())
+    print(f"{size.sample:,} bytes for each variant of a sample: {parts}")
     for stream, (variants, samples) in size.samples.items():
         print(
             f"{stream}: {samples:,} samples x {variants} = {variants * samples * size.sample / 2**30:.2f} GiB"

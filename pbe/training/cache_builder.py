@@ -342,39 +342,3 @@ def _list(build: Build) -> Section:
             if counts and not build.quiet:
                 LOG.info("%s cache: %d samples; %s", stream, samples, describe(counts))
         return section.write()
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """What a cache takes.
-
-    Attributes:
-        sample: bytes of one variant of one sample in its shard.
-        samples: variants times samples of an epoch, by stream; without the streams that have no shards yet.
-        total: bytes of all shards without their indexes, which add less than a hundredth.
-    """
-
-    sample: int
-    samples: dict[str, tuple[int, int]]
-    total: int
-
-
-def size_on_disk(config: Config, model: LatentDiffusion) -> CacheSize:
-    """Return what the cache of a configuration takes when it is built.
-
-    Args:
-        config: the experiment; streams whose shards cannot be found count as nothing.
-        model: of the right sizes; it may be on the meta device.
-    """
-    layout = Layout(record_of(config, model))
-    data, samples, total = ExemplarDataModule(config.data, config.seed), {}, 0
-    rows = rows_of_shard(config, layout)
-    for stream, variants in variants_of(config).items():
-        try:
-            count = len(data.dataset(stream))
-        except UserError:
-            continue
-        samples[stream] = (variants, count)
-        whole, rest = divmod(count, rows)
-        total += variants * (whole * layout.tar_size(rows) + (layout.tar_size(rest) if rest else 0))
-    return CacheSize(layout.stride, samples, total)

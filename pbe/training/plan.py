@@ -16,7 +16,8 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
 from pbe.training.base_task import BaseTask
-from pbe.training.cache_builder import find_cache, size_on_disk
+from pbe.training.cache_builder import find_cache
+from pbe.training.cache_size import size_on_disk
 from pbe.training.callbacks import peak_memory
 from pbe.training.data import StepSampler, TrainingData
 from pbe.training.latent_cache import CachedDataModule

@@ -29,8 +29,9 @@ from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
-from pbe.training.cache_builder import CacheSize, ensure_cache, size_on_disk
+from pbe.training.cache_builder import ensure_cache
 from pbe.training.cache_listing import describe_folder
+from pbe.training.cache_size import CacheSize, size_on_disk
 from pbe.training.callbacks import GridCallback, StepLog
 from pbe.training.checkpoint_callback import Checkpoints
 from pbe.training.checkpointing import (

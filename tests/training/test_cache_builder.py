@@ -23,10 +23,11 @@ from pbe.config import Config
 from pbe.data.shards import ShardRecord, write_shards
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.training.cache_builder import ensure_cache, find_cache, size_on_disk
+from pbe.training.cache_builder import ensure_cache, find_cache
 from pbe.training.cache_locks import Claim
 from pbe.training.cache_section import Section, section_folder
 from pbe.training.cache_settings import settings_of
+from pbe.training.cache_size import size_on_disk
 from pbe.training.stopping import StopSignals, TrainingStopped
 from tests.training.cached import BATCH, SHARDS, VARIANTS, Encoder, content, full, prepare, settings
 from tests.training.tiny import run, tiny_config
@@ -291,9 +292,7 @@ def test_damage_is_one_clear_line(built, tmp_path):
 
 def test_a_cache_of_before_is_named_as_what_it_is(built, tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(
-        UserError, match=r"'.*' was made by an older version; delete '.*train'"
-    ):
+    with pytest.raises(UserError, match=r"'.*' was made by an older version; delete '.*train'"):
         ensure_cache(moved(built[1], tmp_path), built[0])
 
 

@@ -162,9 +162,8 @@ def test_the_tar_is_a_tar_and_its_index_says_where_the_rows_are(built):
 @pytest.mark.parametrize("rows", [1, 7, 30])
 def test_tars_of_any_number_of_rows_are_whole(rows: int, tmp_path: Path):
     record = np.dtype([("image_mean", "<f2", (2, 3, 3)), ("valid", "|u1", (1, 3, 3))])
-    records = (
-        np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8).view(record)[:, 0]
-    )
+    values = np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8)
+    records = values.view(record)[:, 0]
     (tmp_path / "a.tar").write_bytes(tar_bytes(records, 2, 11))
     assert (tmp_path / "a.tar").stat().st_size == Layout(record).tar_size(rows)
     with tarfile.open(tmp_path / "a.tar") as tar:
@@ -218,7 +217,7 @@ def test_a_changed_byte_is_found_where_rows_are_verified(built, tmp_path):
     CachedSamples(section, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
     checking = CachedSamples(section, "train", VARIANTS, 0, verify=True)
     checking.batch([(0, BATCH), (1, BATCH + 2), (2, 0)])
-    with pytest.raises(UserError, match="row 1 of .* is not what was written"):
+    with pytest.raises(UserError, match=r"row 1 of .* is not what was written"):
         checking.batch([(0, BATCH + 1)])
 
 
