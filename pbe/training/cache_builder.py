@@ -214,16 +214,25 @@ def _build(build: Build, stream: str, variants: int) -> None:
         disable=build.quiet or not build.config.trainer.progress,
     ) as progress:  # fmt: skip
         while missing:
-            made = _make(build, stream, missing, progress)
-            missing = build.missing(stream, variants)
-            # what others have made counts too
-            progress.update(max(total - sum(shard.rows for shard in missing) - progress.n, 0))
-            if missing and not made:
+            if any(_is_free(build.section, shard) for shard in missing):
+                _make(build, stream, missing, progress)
+            else:
                 if not told:
                     LOG.info("others build what is left of '%s'; waiting", build.section.folder)
                 told = True
                 build.check()
                 time.sleep(POLL_SECONDS)
+            missing = [shard for shard in missing if not (build.section.folder / shard.name).exists()]
+            # what others have made counts too
+            progress.update(max(total - sum(shard.rows for shard in missing) - progress.n, 0))
+
+
+def _is_free(section: Section, shard: Shard) -> bool:
+    """Say whether nobody is making a shard."""
+    claim = Claim.take(section.folder / _lock_name(shard.name))
+    if claim is not None:
+        claim.release()
+    return claim is not None
 
 
 class ShardFeed:
@@ -263,8 +272,8 @@ class ShardFeed:
         self.claimed.popleft()[1].release()
 
 
-def _make(build: Build, stream: str, shards: Sequence[Shard], progress: tqdm[Any]) -> int:
-    """Make those of some shards that nobody else is making; returns how many."""
+def _make(build: Build, stream: str, shards: Sequence[Shard], progress: tqdm[Any]) -> None:
+    """Make those of some shards that nobody else is making."""
     feed = ShardFeed(build.section, shards, build.config.cache.batch_size)
     workers = build.config.data.num_workers
     loader: DataLoader[Any] = DataLoader(
@@ -272,7 +281,7 @@ def _make(build: Build, stream: str, shards: Sequence[Shard], progress: tqdm[Any
         worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     batches = iter(loader)
-    rows, counts, made = list[np.ndarray](), Counter[str](), 0
+    rows, counts = list[np.ndarray](), Counter[str]()
     seen, done = Counter[str](), 0
     try:
         for batch in batches:
@@ -287,13 +296,12 @@ def _make(build: Build, stream: str, shards: Sequence[Shard], progress: tqdm[Any
             if sum(len(part) for part in rows) == shard.rows:
                 write_shard(build.section, shard, np.concatenate(rows), counts)
                 feed.finish()
-                rows, counts, made = [], Counter(), made + 1
+                rows, counts = [], Counter()
     finally:
         while feed.claimed:
             feed.finish()
         if workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
-    return made
 
 
 def _check_batch(build: Build, stream: str, batch: dict[str, Any], seen: Counter[str], done: int) -> None:

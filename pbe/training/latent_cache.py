@@ -50,6 +50,7 @@ class CachedSamples(Dataset[tuple[int, int]]):
         self.layout = section.layout
         self._files = LocalFiles()
         self._hashes: dict[str, np.ndarray] = {}
+        self._paths: dict[tuple[int, int], str] = {}
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -71,14 +72,21 @@ class CachedSamples(Dataset[tuple[int, int]]):
     def _read(self, row: int) -> bytes:
         variant, position = divmod(row, self.section.samples[self.stream])
         number, inside = divmod(position, self.section.rows)
-        shard = Shard(self.stream, variant, number, 0, 0)
-        path = str(self.section.folder / shard.name)
+        path = self._path(variant, number)
         data = self._files.read(path, self.layout.offset(inside), self.layout.record.itemsize)
-        if self.verify and digest(data) != self._hash(shard, inside):
+        if self.verify and digest(data) != self._hash(variant, number, inside):
             raise OSError(f"row {inside} of '{path}' is not what was written")
         return data
 
-    def _hash(self, shard: Shard, inside: int) -> bytes:
+    def _path(self, variant: int, number: int) -> str:
+        path = self._paths.get((variant, number))
+        if path is None:  # kept: making one costs as much as reading a row
+            shard = Shard(self.stream, variant, number, 0, 0)
+            path = self._paths[variant, number] = str(self.section.folder / shard.name)
+        return path
+
+    def _hash(self, variant: int, number: int, inside: int) -> bytes:
+        shard = Shard(self.stream, variant, number, 0, 0)
         if shard.name not in self._hashes:
             try:
                 with np.load(self.section.folder / shard.index_name, allow_pickle=False) as index:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pbe.training.cache_locks import Claim
 from pbe.training.cache_section import Section, section_folder
 from pbe.training.cache_settings import settings_of
 from pbe.training.cache_size import size_on_disk
+from pbe.training.encoding import EncodedBatch, encode_batch
 from pbe.training.stopping import StopSignals, TrainingStopped
 from tests.training.cached import BATCH, SHARDS, VARIANTS, Encoder, content, full, prepare, settings
 from tests.training.tiny import run, tiny_config
@@ -138,21 +140,48 @@ def test_a_signal_in_a_build_ends_the_run_cleanly(shards, autoencoder, tmp_path,
     assert rest.calls == SHARDS - 2
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_builders_share_the_work_and_the_bytes_are_the_same(built, tmp_path, monkeypatch, workers: int):
-    encoder = Encoder(monkeypatch, 1, lambda: time.sleep(0.2))
-    monkeypatch.setattr(builder_module, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(locks_module, "POLL_SECONDS", 0.01)
+def build_apart(config: Config, model: LatentDiffusion, log: Path, killed_at: int) -> None:
+    """Build in a process of its own; note every batch, and die without a word before one of them."""
+
+    def noting(*args: Any) -> EncodedBatch:
+        nonlocal killed_at
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        killed_at -= 1
+        if killed_at == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+        return encode_batch(*args)
+
+    builder_module.encode_batch = noting
+    builder_module.POLL_SECONDS = locks_module.POLL_SECONDS = 0.01
+    ensure_cache(config, model)
+
+
+def test_builders_share_the_work_and_outlive_each_other(built, tmp_path):
+    config, log = moved(built[1], tmp_path / "cache"), tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=build_apart, args=(config, built[0], log, at), daemon=True) for at in (2, 0, 0)
+    ]
+    processes[0].start()
+    while not log.exists():
+        time.sleep(0.01)
+    for process in processes[1:]:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0, 0]
+    batches = Counter(log.read_text().split())
+    assert len(batches) > 1
+    assert batches.total() == SHARDS + 1, "nothing is made twice but what the dead one was at"
+    ensure_cache(config, built[0])
+    assert content(tmp_path / "cache") == content(Path(built[1].cache.folder))
+
+
+def test_loading_processes_change_nothing(built, tmp_path):
     config = moved(built[1], tmp_path)
-    config = replace(config, data=replace(config.data, num_workers=workers))
-    count = 1 if workers else 3  # loading processes may be started by the main thread only
-    # a lock belongs to an open file, so threads stand for processes
-    with ThreadPoolExecutor(count) as pool:
-        jobs = [pool.submit(ensure_cache, config, built[0]) for _ in range(count)]
-        made = [job.result(timeout=120) for job in jobs]
-    assert {section.folder for section in made} == {tmp_path / built[2].folder.name}
-    assert all(section.is_ready({"train": VARIANTS, "validation": 1}) for section in made)
-    assert encoder.calls == SHARDS
+    ensure_cache(replace(config, data=replace(config.data, num_workers=1)), built[0])
     assert content(tmp_path) == content(Path(built[1].cache.folder))
 
 
