@@ -99,15 +99,21 @@ def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str,
     )
     rows += [["  " + name, f"{spent:.3f}", "", ""] for name, spent in times.stages.items()]
     print_table(["one core, CPU time", "ms", "a second", "of decoding"], rows)
-    rates = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
-    if rates:
-        base = next(iter(rates.values()))
+    loaders = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
+    if loaders:
+        base = next(iter(loaders.values())).rate
+        rows = [
+            [f"{count} workers", f"{found.rate:.0f}", f"{found.rate / base:.2f}",
+             f"{found.main:.2f}", f"{found.workers:.2f}", f"{found.main + found.workers:.2f}"]
+            for count, found in loaders.items()
+        ]  # fmt: skip
         print()
-        print_table(
-            ["loader, wall time", "samples a second", "of the first"],
-            [[f"{count} workers", f"{rate:.0f}", f"{rate / base:.2f}"] for count, rate in rates.items()],
-        )
-    return {"stages": {**vars(times), "ratio": times.ratio}, "samples_per_second": rates}
+        head = ["loader", "samples a second", "of the first", "CPU ms a sample: main", "workers", "together"]
+        print_table(head, rows)
+    return {
+        "stages": {**vars(times), "ratio": times.ratio},
+        "loaders": {count: vars(found) for count, found in loaders.items()},
+    }
 
 
 def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
