@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -97,8 +98,30 @@ def test_exemplar_and_hole_share_the_box(kind):
         assert (sample.mask[red & inside] > 0).mean() > 0.85
 
 
-def test_the_larger_run_at_a_small_size(capsys):
-    assert check_samples.main(["--count", "150"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("150 samples are good; the hole covers at least 9")
+def test_the_larger_run_at_a_small_size(capsys, monkeypatch):
+    monkeypatch.setattr(check_samples, "A_TASK", 40)
+    printed = []
+    for workers in ("1", "2"):
+        assert check_samples.main(["--count", "150", "--workers", workers]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith("150 samples are good; the hole covers at least 9")
+    kinds = dict(re.findall(r"^  ([a-z ]+): (\d+) ", printed[0], re.MULTILINE))
+    assert int(kinds["arbitrary"]) + int(kinds["rectangle"]) == 150
+    assert int(kinds["padded"]) >= 15
+    assert printed[0] == printed[1]
     assert check_samples.main(["--count", "0"]) == 2
+    assert check_samples.main(["--workers", "0"]) == 2
+
+
+def test_a_bad_sample_ends_the_larger_run_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(check_samples, "A_TASK", 10)
+    monkeypatch.setattr(
+        check_samples, "check_sample", lambda sample, *_: [] if sample.events else ["odd", "bad"]
+    )
+    first = next(
+        number
+        for number in range(30)
+        if not make_sample(*check_samples.random_case(0, number), SampleConfig(), 64, 32).events
+    )
+    assert check_samples.main(["--count", "30", "--workers", "2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: sample {first} of seed 0: odd; bad"
