@@ -26,6 +26,8 @@ from pbe.data.timing import (
 )
 from pbe.errors import UserError
 
+OPENING_ROWS = ("samples", "open_s", "first_batch_s")
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -119,10 +121,14 @@ def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str,
 def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
     synthetic_index(folder, tar, pictures, boxes)
     found = {mode: measure_opening(folder, boxes=mode, workers=2) for mode in ("one", "every")}
-    names = ("samples", "open_s", "open_mib", "first_batch_s", "grown_mib", "resident_mib", "imports_mib")
-    head = ["opening an index", *(f"boxes={mode}" for mode in found)]
+    rows = [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in OPENING_ROWS]
+    for kind, texts in {"resident": "resident", "private": "of it private"}.items():
+        for place in ("torch", "imports", "opened", "first batch"):
+            rows.append(
+                [f"MiB {texts}: {place}", *(f"{row['mib'][place][kind]:.0f}" for row in found.values())]
+            )
     print()
-    print_table(head, [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in names])
+    print_table(["opening an index", *(f"boxes={mode}" for mode in found)], rows)
     return found
 
 

@@ -28,7 +28,7 @@ LONG_EVERY = 10  # one picture of so many is only a few pixels wide or high
 def random_case(seed: int, number: int) -> tuple[np.ndarray, Box, np.random.Generator]:
     """Return a picture, a box in it of at least 2 % of its area, and a generator.
 
-    Most pictures are up to 5:1 and their boxes up to 80 %; some are up to 100:1, and their boxes fill the short side.
+    Most pictures are up to 5:1 and their boxes up to 80 %; some are up to 100:1, their boxes as wide.
     """
     rng = generator(seed, "check", number)
     width, height = (int(side) for side in rng.integers(40, 201, 2))

@@ -267,31 +267,45 @@ def _tiled_index(tar: Path, count: int, boxes: int) -> bytes:
 
 
 OPENING = """
-import json, resource, sys, time
+import json, sys, time
+
+def memory():  # resident, and what of it no other process can share: not the libraries' files
+    rows = (line.split(":") for line in open("/proc/self/status"))
+    sizes = {name: int(text.split()[0]) / 2**10 for name, text in rows if name in ("VmRSS", "RssAnon")}
+    return {"resident": sizes["VmRSS"], "private": sizes["RssAnon"]}
+
+import torch
+mib = {"torch": memory()}
 from pbe.config import DataConfig
 from pbe.data.datamodule import ExemplarDataModule
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-before, start = resident(), time.perf_counter()
+mib["imports"] = memory()
+start = time.perf_counter()
 module = ExemplarDataModule(DataConfig(**json.loads(sys.argv[1])), 1)
 dataset = module.dataset("train")
-opened, grown = time.perf_counter() - start, resident() - before
+opened = time.perf_counter() - start
+mib["opened"] = memory()
 batch = next(iter(module.train_dataloader()))
 first = time.perf_counter() - start
+mib["first batch"] = memory()
 print(json.dumps({
-    "pictures": len(dataset.pictures), "samples": len(dataset), "open_s": opened, "open_mib": grown,
-    "first_batch_s": first, "grown_mib": resident() - before, "resident_mib": resident(),
-    "imports_mib": before,
+    "pictures": len(dataset.pictures), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
+    "mib": mib,
 }))
 """
 
 
-def measure_opening(folder: Path, *, boxes: str, workers: int) -> dict[str, float]:
-    """Open a data set in a fresh process and take a batch; return seconds and MiB (Linux only).
+def measure_opening(folder: Path, *, boxes: str, workers: int) -> dict[str, Any]:
+    """Open a data set in a fresh process and take a batch (Linux only).
 
     Args:
         folder: shards with an index.
         boxes: ``one`` or ``every``, as ``data.boxes``.
         workers: processes that load.
+
+    Returns:
+        ``pictures`` and ``samples``; ``open_s`` and ``first_batch_s``, seconds from the start of opening;
+        ``mib``, the main process's memory, ``resident`` and ``private``, after importing torch alone, after
+        all ``imports``, when ``opened``, and with the ``first batch``.
     """
     settings = {"train_shards": str(folder), "boxes": boxes, "num_workers": workers}
     command = [sys.executable, "-c", OPENING, json.dumps(settings)]
