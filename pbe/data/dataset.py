@@ -35,6 +35,7 @@ from pbe.data.decode import (
 from pbe.data.index import DamagedIndexError, PictureRow
 from pbe.data.masks import Box
 from pbe.data.randomness import generator, permutation, shuffled
+from pbe.data.reduction import choose_reduction, reduced_box
 from pbe.data.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards import ShardPictures, parse_annotation
 from pbe.data.transport import Allocator, allocate
@@ -128,7 +129,7 @@ def _why_unreadable(error: OSError) -> str:
 def read_picture(
     pictures: ShardPictures, position: int, config: DataConfig, box: int | None = None
 ) -> AnnotatedPicture:
-    """Decode a picture of the shards with its usable boxes.
+    """Decode a picture of the shards with its usable boxes, both smaller where ``reduced_decoding`` allows.
 
     Args:
         pictures: the shards.
@@ -149,7 +150,9 @@ def read_picture(
         raise UnusablePictureError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
-    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted)
+    factor = choose_reduction(encoded, (width, height), wanted, config)
+    wanted = [reduced_box(box, factor) for box in wanted]
+    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height), factor), wanted)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):

@@ -46,7 +46,8 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     for irrelevant in ("batch_size", "num_workers", "max_bad_share", "verify", "remote_cache"):
         data.pop(irrelevant)
     # Newer settings count where they change something, so that older caches stay good.
-    for section, name, neutral in ((data, "boxes", "one"), (data["sample"], "antialias_above", 1.0)):
+    newer = [(data, "boxes", "one"), (data, "reduced_decoding", False)]
+    for section, name, neutral in [*newer, (data["sample"], "antialias_above", 1.0)]:
         if section[name] == neutral:
             section.pop(name)
     settings = {"data": data, "seed": config.seed, "variants": config.cache.variants}
