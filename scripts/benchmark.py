@@ -26,6 +26,8 @@ from pbe.data.timing import (
 )
 from pbe.errors import UserError
 
+OPENING_ROWS = ("samples", "open_s", "first_batch_s")
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -99,24 +101,34 @@ def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str,
     )
     rows += [["  " + name, f"{spent:.3f}", "", ""] for name, spent in times.stages.items()]
     print_table(["one core, CPU time", "ms", "a second", "of decoding"], rows)
-    rates = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
-    if rates:
-        base = next(iter(rates.values()))
+    loaders = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
+    if loaders:
+        base = next(iter(loaders.values())).rate
+        rows = [
+            [f"{count} workers", f"{found.rate:.0f}", f"{found.rate / base:.2f}",
+             f"{found.main:.2f}", f"{found.workers:.2f}", f"{found.main + found.workers:.2f}"]
+            for count, found in loaders.items()
+        ]  # fmt: skip
         print()
-        print_table(
-            ["loader, wall time", "samples a second", "of the first"],
-            [[f"{count} workers", f"{rate:.0f}", f"{rate / base:.2f}"] for count, rate in rates.items()],
-        )
-    return {"stages": {**vars(times), "ratio": times.ratio}, "samples_per_second": rates}
+        head = ["loader", "samples a second", "of the first", "CPU ms a sample: main", "workers", "together"]
+        print_table(head, rows)
+    return {
+        "stages": {**vars(times), "ratio": times.ratio},
+        "loaders": {count: vars(found) for count, found in loaders.items()},
+    }
 
 
 def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
     synthetic_index(folder, tar, pictures, boxes)
     found = {mode: measure_opening(folder, boxes=mode, workers=2) for mode in ("one", "every")}
-    names = ("samples", "open_s", "open_mib", "first_batch_s", "grown_mib", "resident_mib", "imports_mib")
-    head = ["opening an index", *(f"boxes={mode}" for mode in found)]
+    rows = [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in OPENING_ROWS]
+    for kind, texts in {"resident": "resident", "private": "of it private"}.items():
+        for place in ("torch", "imports", "opened", "first batch"):
+            rows.append(
+                [f"MiB {texts}: {place}", *(f"{row['mib'][place][kind]:.0f}" for row in found.values())]
+            )
     print()
-    print_table(head, [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in names])
+    print_table(["opening an index", *(f"boxes={mode}" for mode in found)], rows)
     return found
 
 

@@ -167,11 +167,22 @@ def cut(picture: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0
     return resize(picture[y : y + crop.height, x : x + crop.width], size, size, antialias_above)
 
 
+def _pixels_inside(low: float, high: float, size: int) -> slice:
+    """Return the pixels of 0..size that lie wholly in low..high; where none does, the one at its middle."""
+    low, high = max(low, 0.0), min(high, float(size))
+    first, last = math.ceil(low - 1e-6), math.floor(high + 1e-6)
+    if first >= last:
+        first = min(int((low + high) / 2), size - 1)
+        last = first + 1
+    return slice(first, last)
+
+
 def valid_mask(crop: Crop, width: int, height: int, size: int) -> np.ndarray:
-    """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the picture, else 0."""
+    """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the picture, else 0.
+
+    A picture that became too thin to hold a whole pixel has the row or column along its middle.
+    """
     inside = crop.to_output(Box(0.0, 0.0, float(width), float(height)), size)
     mask = np.zeros((size, size), np.uint8)
-    x1, y1 = max(math.ceil(inside.x1 - 1e-6), 0), max(math.ceil(inside.y1 - 1e-6), 0)
-    x2, y2 = min(math.floor(inside.x2 + 1e-6), size), min(math.floor(inside.y2 + 1e-6), size)
-    mask[y1:y2, x1:x2] = 255
+    mask[_pixels_inside(inside.y1, inside.y2, size), _pixels_inside(inside.x1, inside.x2, size)] = 255
     return mask

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from pbe.config import DataConfig
 from pbe.data.dataset import FAULTS, ExemplarDataset, collate, describe
 from pbe.data.shards import ShardPictures
+from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -113,16 +114,18 @@ class CountingLoader(DataLoader[Any]):
     def __init__(
         self, sampler: CounterSampler, name: str, max_bad_share: float, repeat: bool, num_workers: int
     ) -> None:
+        inbox = Inbox()
         super().__init__(
             sampler.dataset,
             batch_size=sampler.batch_size,
             sampler=sampler,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=Outbox(collate, inbox.key),
             worker_init_fn=_start_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self._inbox = inbox
         self.counter = sampler
         self.name = name
         self.max_faults = max_bad_share * sampler.length / sampler.num_replicas

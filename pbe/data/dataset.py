@@ -35,12 +35,15 @@ from pbe.data.decode import (
 from pbe.data.index import DamagedIndexError, PictureRow
 from pbe.data.masks import Box
 from pbe.data.randomness import generator, permutation, shuffled
+from pbe.data.reduction import choose_reduction, reduced_box
 from pbe.data.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards import ShardPictures, parse_annotation
+from pbe.data.transport import Allocator, allocate
 
 MIN_BOX_SIDE = 2.0
 MAX_SIDE = 2**31 - 1  # no picture format goes beyond
 MAX_REPLACEMENTS = 200
+PICTURES = ("image", "mask", "exemplar", "valid")
 
 __all__ = [
     "AREA", "BAD_ANNOTATION", "BAD_INDEX", "FAULTS", "MISSING_SHARD", "NO_BOX", "SIZE_MISMATCH", "TINY",
@@ -126,7 +129,7 @@ def _why_unreadable(error: OSError) -> str:
 def read_picture(
     pictures: ShardPictures, position: int, config: DataConfig, box: int | None = None
 ) -> AnnotatedPicture:
-    """Decode a picture of the shards with its usable boxes.
+    """Decode a picture of the shards with its usable boxes, both smaller where ``reduced_decoding`` allows.
 
     Args:
         pictures: the shards.
@@ -147,7 +150,9 @@ def read_picture(
         raise UnusablePictureError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
-    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted)
+    factor = choose_reduction(encoded, (width, height), wanted, config)
+    wanted = [reduced_box(box, factor) for box in wanted]
+    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height), factor), wanted)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):
@@ -259,35 +264,42 @@ class ExemplarDataset(Dataset[DatasetItem]):
         return self._make(turn, epoch, attempt)[1]
 
 
-def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Stack pictures ``h w 3`` or ``h w`` of one shape to a tensor ``b c h w``."""
+def _shape(arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """Return ``b c h w`` of pictures ``h w 3`` or ``h w`` of one shape."""
     height, width, *rest = arrays[0].shape
-    stacked = np.empty((len(arrays), *(rest or [1]), height, width), np.uint8)
+    return (len(arrays), *(rest or [1]), height, width)
+
+
+def _stack(arrays: Sequence[np.ndarray], stacked: np.ndarray) -> torch.Tensor:
+    """Stack pictures ``h w 3`` or ``h w`` into ``b c h w``; return that as a tensor."""
     for channels, array in zip(stacked, arrays, strict=True):
-        if rest:  # OpenCV parts the channels several times faster than a transposed copy
+        if array.ndim == 3:  # OpenCV parts the channels several times faster than a transposed copy
             cv2.split(array, list(channels))
         else:
             channels[0] = array
     return torch.from_numpy(stacked)
 
 
-def collate(items: Sequence[DatasetItem]) -> dict[str, Any]:
+def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dict[str, Any]:
     """Stack samples into the batch that :class:`pbe.data.datamodule.ExemplarDataModule` describes.
 
     ``missing`` is the number of samples that no picture could be found for; the loader ends the run then.
+
+    Args:
+        items: of one batch.
+        allocate: gives the arrays that the tensors look into.
     """
     counts: Counter[str] = sum((item.counts for item in items), Counter())
     found = [(item, item.sample) for item in items if item.sample is not None]
     batch: dict[str, Any] = {"counts": dict(counts), "missing": len(items) - len(found)}
     if found:
-        batch |= {
-            "image": _stack([sample.image for _, sample in found]),
-            "mask": _stack([sample.mask for _, sample in found]),
-            "exemplar": _stack([sample.exemplar for _, sample in found]),
-            "valid": _stack([sample.valid for _, sample in found]),
-            "sample_index": torch.tensor([item.index for item, _ in found], dtype=torch.int64),
-            "key": [item.key for item, _ in found],
-        }
+        pictures = {name: [getattr(sample, name) for _, sample in found] for name in PICTURES}
+        wanted = [(_shape(arrays), np.dtype(np.uint8)) for arrays in pictures.values()]
+        *rooms, indices = allocate([*wanted, ((len(found),), np.dtype(np.int64))])
+        indices[:] = [item.index for item, _ in found]
+        for (name, arrays), room in zip(pictures.items(), rooms, strict=True):
+            batch[name] = _stack(arrays, room)
+        batch |= {"sample_index": torch.from_numpy(indices), "key": [item.key for item, _ in found]}
     return batch
 
 

@@ -21,6 +21,13 @@ AREA = "no box of the wanted area"
 FAULTS = frozenset(
     {UNREADABLE, DAMAGED, MISSING_SHARD, BAD_INDEX, BAD_ANNOTATION, TINY, SIZE_MISMATCH, NO_BOX}
 )
+# OpenCV has names for the reduced flags with BGR only; these bits beside that of RGB mean the same.
+COLOUR = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -47,7 +54,7 @@ def decode(encoded: bytes, flags: int) -> np.ndarray:
     return decoded
 
 
-def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None) -> np.ndarray:
+def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None, reduction: int = 1) -> np.ndarray:
     """Decode a JPEG, PNG or WebP file to uint8 ``h w 3``, RGB, turned as its EXIF orientation says.
 
     Grey pictures, palettes, CMYK and 16 bits become RGB of 8 bits; transparency is left out; of an animation
@@ -57,6 +64,8 @@ def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None) -> np.n
         encoded: the file.
         frame: width and height that the boxes were annotated in. Where only the stored picture has them, not
             the turned one, the boxes were drawn without regard to the orientation, and it is left out.
+        reduction: 1, 2, 4 or 8: decode only so small a part of a frame whose sides it divides. Each pixel is
+            about the mean of those it stands for (a JPEG's blocks are transformed back at the smaller size).
 
     Raises:
         UnusablePictureError: where it is damaged, or of neither size. A JPEG that was cut short counts as
@@ -64,12 +73,13 @@ def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None) -> np.n
     """
     if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
         raise UnusablePictureError(UNREADABLE)
-    picture = decode(encoded, cv2.IMREAD_COLOR_RGB)
+    picture = decode(encoded, COLOUR[reduction])
     size = picture.shape[1::-1]
+    frame = None if frame is None else (frame[0] // reduction, frame[1] // reduction)
     if frame is None or size == frame:
         return picture
     if size == frame[::-1]:
-        stored = decode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        stored = decode(encoded, COLOUR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[1::-1] == frame:
             return stored
     raise UnusablePictureError(SIZE_MISMATCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,6 +58,18 @@ class StageTimes:
         return self.decoding / self.whole
 
 
+@dataclass(frozen=True)
+class LoaderTimes:
+    """Samples a second of wall time, and milliseconds of CPU a sample in the main process and all workers.
+
+    The CPU times are NaN where there is no ``/proc``.
+    """
+
+    rate: float
+    main: float
+    workers: float
+
+
 def synthetic_picture(number: int, width: int, height: int) -> np.ndarray:
     """Return a picture with detail at every scale, as photographs have; uint8 ``h w 3``."""
     rng = generator("benchmark picture", number)
@@ -81,6 +94,19 @@ def synthetic_shards(folder: Path, count: int, width: int, height: int, quality:
             yield ShardRecord(f"p{number:06d}", encoded, "jpg", width, height, [box])
 
     return write_shards(records(), folder, max_count=count)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let OpenCV and torch work on one thread while the context is open."""
+    threads = cv2.getNumThreads(), torch.get_num_threads()
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads[0])
+        torch.set_num_threads(threads[1])
 
 
 @contextmanager
@@ -125,21 +151,15 @@ def measure_stages(data: DataConfig, *, seconds: float, pictures: int = 64) -> S
         seconds: how long to go on, at least three rounds.
         pictures: how many of the first pictures make a round.
     """
-    threads = cv2.getNumThreads(), torch.get_num_threads()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
     shards = ShardPictures(data.train_shards)
     dataset = ExemplarDataset(shards, data, 1)
     count = min(pictures, len(shards))
     encoded = [np.frombuffer(shards.picture(number), np.uint8) for number in range(count)]
     rounds: list[dict[str, float]] = []
-    end = time.monotonic() + seconds
-    try:
+    with _one_thread():
+        end = time.monotonic() + seconds
         while time.monotonic() < end or len(rounds) < 4:
             rounds.append({"bare": _time_decoding(encoded), **_time_round(dataset, count, len(rounds))})
-    finally:
-        cv2.setNumThreads(threads[0])
-        torch.set_num_threads(threads[1])
     # The first round warms up.
     medians = {name: 1e3 * float(np.median([row[name] for row in rounds[1:]])) for name in rounds[0]}
     return StageTimes(medians.pop("bare"), medians.pop("whole"), medians)
@@ -157,8 +177,19 @@ def _time_round(dataset: ExemplarDataset, count: int, epoch: int) -> dict[str, f
     return {"whole": whole / count, **stages, REST: whole / count - sum(stages.values())}
 
 
-def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> float:
-    """Return samples a second of wall time that a loader with so many processes delivers once it runs."""
+def _cpu_seconds(processes: list[int]) -> float:
+    """Return the CPU time, user's and system's, that processes have taken so far; NaN without ``/proc``."""
+    if not Path("/proc/self/stat").exists():
+        return math.nan
+    rows = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in processes]
+    return sum(int(row[11]) + int(row[12]) for row in rows) / os.sysconf("SC_CLK_TCK")
+
+
+def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> LoaderTimes:
+    """Return the rate and the CPU times of a loader with so many processes once it runs.
+
+    While the machine has other work the CPU times are the ones to compare.
+    """
     config = DataConfig(**{**vars(data), "num_workers": workers})
     loader = ExemplarDataModule(config, 1).train_dataloader()
 
@@ -166,13 +197,18 @@ def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> float:
         while True:
             yield from loader
 
-    stream = batches()
-    for _ in range(max(4 * workers, 4)):  # starting up, and what was prefetched meanwhile
-        next(stream)
-    start, count = time.perf_counter(), 0
-    while not count or time.perf_counter() - start < seconds:
-        count += len(next(stream)["sample_index"])
-    return count / (time.perf_counter() - start)
+    with _one_thread():
+        stream = batches()
+        for _ in range(max(8 * workers, 4)):  # starting up, and what was prefetched meanwhile
+            next(stream)
+        children = [process.pid for process in getattr(loader._iterator, "_workers", [])]
+        before = [_cpu_seconds([os.getpid()]), _cpu_seconds(children)]
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < seconds:
+            count += len(next(stream)["sample_index"])
+        elapsed = time.perf_counter() - start
+        spent = [_cpu_seconds([os.getpid()]) - before[0], _cpu_seconds(children) - before[1]]
+    return LoaderTimes(count / elapsed, *(1e3 * value / count for value in spent))
 
 
 def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard: int = 2000) -> Path:
@@ -231,31 +267,45 @@ def _tiled_index(tar: Path, count: int, boxes: int) -> bytes:
 
 
 OPENING = """
-import json, resource, sys, time
+import json, sys, time
+
+def memory():  # resident, and what of it no other process can share: not the libraries' files
+    rows = (line.split(":") for line in open("/proc/self/status"))
+    sizes = {name: int(text.split()[0]) / 2**10 for name, text in rows if name in ("VmRSS", "RssAnon")}
+    return {"resident": sizes["VmRSS"], "private": sizes["RssAnon"]}
+
+import torch
+mib = {"torch": memory()}
 from pbe.config import DataConfig
 from pbe.data.datamodule import ExemplarDataModule
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-before, start = resident(), time.perf_counter()
+mib["imports"] = memory()
+start = time.perf_counter()
 module = ExemplarDataModule(DataConfig(**json.loads(sys.argv[1])), 1)
 dataset = module.dataset("train")
-opened, grown = time.perf_counter() - start, resident() - before
+opened = time.perf_counter() - start
+mib["opened"] = memory()
 batch = next(iter(module.train_dataloader()))
 first = time.perf_counter() - start
+mib["first batch"] = memory()
 print(json.dumps({
-    "pictures": len(dataset.pictures), "samples": len(dataset), "open_s": opened, "open_mib": grown,
-    "first_batch_s": first, "grown_mib": resident() - before, "resident_mib": resident(),
-    "imports_mib": before,
+    "pictures": len(dataset.pictures), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
+    "mib": mib,
 }))
 """
 
 
-def measure_opening(folder: Path, *, boxes: str, workers: int) -> dict[str, float]:
-    """Open a data set in a fresh process and take a batch; return seconds and MiB (Linux only).
+def measure_opening(folder: Path, *, boxes: str, workers: int) -> dict[str, Any]:
+    """Open a data set in a fresh process and take a batch (Linux only).
 
     Args:
         folder: shards with an index.
         boxes: ``one`` or ``every``, as ``data.boxes``.
         workers: processes that load.
+
+    Returns:
+        ``pictures`` and ``samples``; ``open_s`` and ``first_batch_s``, seconds from the start of opening;
+        ``mib``, the main process's memory, ``resident`` and ``private``, after importing torch alone, after
+        all ``imports``, when ``opened``, and with the ``first batch``.
     """
     settings = {"train_shards": str(folder), "boxes": boxes, "num_workers": workers}
     command = [sys.executable, "-c", OPENING, json.dumps(settings)]

@@ -127,6 +127,18 @@ def test_valid_pixels_lie_wholly_inside():
     assert np.flatnonzero(valid[:, 0]).tolist() == [6, 7, 8, 9]
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("start", "row"), [(-148, 7), (-150, 8), (0, 0), (-298, 15)])
+def test_a_picture_thinner_than_a_pixel_keeps_the_one_at_its_middle(transpose, start, row):
+    """Two pixels of 300 are a tenth of one at 16 px."""
+    if transpose:
+        valid = valid_mask(Crop(start, 0, 300, 300), 2, 300, 16).T
+    else:
+        valid = valid_mask(Crop(0, start, 300, 300), 300, 2, 16)
+    assert np.flatnonzero(valid.any(axis=1)).tolist() == [row]
+    assert valid[row].all()
+
+
 def test_shrinking_averages():
     """A checkerboard of single pixels becomes grey, not a moiré."""
     board = (np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ SIZE, EXEMPLAR = 48, 24
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, Box]:
-    """A picture up to twenty times as long as wide, and a box in it of any shape down to two pixels."""
-    width = draw(st.integers(2, 200))
-    height = draw(st.integers(max(2, math.ceil(width / 20)), min(200, 20 * width)))
+    """A picture of any shape, and a box in it of any shape down to two pixels, or of the whole short side."""
+    width, height = draw(st.integers(2, 300)), draw(st.integers(2, 300))
+    if draw(st.booleans()):  # drawn apart: very long and thin
+        width, height = (
+            (draw(st.integers(2, 8)), height) if width < height else (width, draw(st.integers(2, 8)))
+        )
     starts, sides = [], []
     for length in (width, height):
-        side = draw(st.floats(2.0, float(length)))
+        side = draw(st.one_of(st.floats(2.0, float(length)), st.just(float(length))))
         starts.append(draw(st.floats(0.0, 1.0)) * (length - side))
         sides.append(side)
     picture = generator("property", width, height).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -46,7 +50,7 @@ def settings_of_samples(draw: st.DrawFn) -> SampleConfig:
     )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(), config=settings_of_samples(), seed=st.integers(0, 2**32))
 def test_every_sample(case, config, seed):
     picture, box = case
@@ -94,8 +98,30 @@ def test_exemplar_and_hole_share_the_box(kind):
         assert (sample.mask[red & inside] > 0).mean() > 0.85
 
 
-def test_the_larger_run_at_a_small_size(capsys):
-    assert check_samples.main(["--count", "150"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("150 samples are good; the hole covers at least 9")
+def test_the_larger_run_at_a_small_size(capsys, monkeypatch):
+    monkeypatch.setattr(check_samples, "A_TASK", 40)
+    printed = []
+    for workers in ("1", "2"):
+        assert check_samples.main(["--count", "150", "--workers", workers]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0].startswith("150 samples are good; the hole covers at least 9")
+    kinds = dict(re.findall(r"^  ([a-z ]+): (\d+) ", printed[0], re.MULTILINE))
+    assert int(kinds["arbitrary"]) + int(kinds["rectangle"]) == 150
+    assert int(kinds["padded"]) >= 15
+    assert printed[0] == printed[1]
     assert check_samples.main(["--count", "0"]) == 2
+    assert check_samples.main(["--workers", "0"]) == 2
+
+
+def test_a_bad_sample_ends_the_larger_run_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(check_samples, "A_TASK", 10)
+    monkeypatch.setattr(
+        check_samples, "check_sample", lambda sample, *_: [] if sample.events else ["odd", "bad"]
+    )
+    first = next(
+        number
+        for number in range(30)
+        if not make_sample(*check_samples.random_case(0, number), SampleConfig(), 64, 32).events
+    )
+    assert check_samples.main(["--count", "30", "--workers", "2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: sample {first} of seed 0: odd; bad"
