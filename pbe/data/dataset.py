@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -34,6 +35,7 @@ from pbe.data.decode import (
 )
 from pbe.data.index import DamagedIndexError, PictureRow
 from pbe.data.masks import Box
+from pbe.data.object_masks import ObjectMask, read_object_mask
 from pbe.data.randomness import generator, permutation, shuffled
 from pbe.data.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards import ShardPictures, parse_annotation
@@ -51,11 +53,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
-    """A picture's key, its pixels (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the picture."""
+    """A picture's key, pixels (uint8 ``h w 3``, RGB), usable boxes, clipped to it, and position."""
 
     key: str
     image: np.ndarray
     boxes: list[Box]
+    position: int
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def read_picture(
         raise UnusablePictureError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
-    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted)
+    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted, position)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):
@@ -222,7 +225,13 @@ class ExemplarDataset(Dataset[DatasetItem]):
         annotated, box, rng = self.choose(turn, epoch, attempt)
         config = self.config
         sizes = config.image_size, config.exemplar_size
-        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes)
+        mask = self.object_mask(annotated, box)
+        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes, mask)
+
+    def object_mask(self, annotated: AnnotatedPicture, box: Box) -> ObjectMask:
+        """Return what reads the mask of the object in one of a picture's boxes when it is called."""
+        height, width = annotated.image.shape[:2]
+        return partial(read_object_mask, self.pictures, annotated.position, box, (width, height))
 
     def choose(
         self, turn: int, epoch: int, attempt: int = 0
