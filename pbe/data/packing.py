@@ -128,7 +128,7 @@ def _remove_leavings(request: PackRequest) -> None:
             path.unlink(missing_ok=True)
 
 
-def _ensure_plan(request: PackRequest) -> dict[str, Any]:
+def ensure_plan(request: PackRequest) -> dict[str, Any]:
     """Return the summary of the plan, which is made where there is none."""
     path = request.work / "plan" / "plan.json"
     if not path.is_file():
@@ -157,7 +157,7 @@ def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     Raises:
         UserError: a process was killed from outside.
     """
-    if workers == 0 or len(tasks) == 1:
+    if workers == 0 or len(tasks) <= 1:
         yield from (pack_shard(*task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
@@ -292,7 +292,7 @@ def pack(
     with _lock(request.out, ".lock-plan", fcntl.LOCK_EX, busy):
         if _check_folder(request, overwrite):
             return None
-        plan = _ensure_plan(request)
+        plan = ensure_plan(request)
     mode = fcntl.LOCK_EX if whole else fcntl.LOCK_SH
     with _lock(request.out, ".lock", mode | fcntl.LOCK_NB, busy):
         if whole:
