@@ -63,7 +63,6 @@ def read_csv(path: Path, images: Path, relative: bool = False) -> Annotations:
         *_corners(present, path),
         label.fill_null("").cast(pl.Categorical).alias("label"),
         pl.sum_horizontal([pl.lit(0), *flags]).cast(BOX_COLUMNS["flags"]).alias("flags"),
-        pl.lit(None, dtype=BOX_COLUMNS["mask"]).alias("mask"),
     )
     pictures, dropped = find_pictures([images])
     found = join_boxes(pictures, boxes, relative, dropped)

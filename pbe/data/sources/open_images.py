@@ -71,7 +71,7 @@ def _columns(path: Path) -> list[str]:
 
 
 def scan_boxes(path: Path) -> pl.LazyFrame:
-    """Return the boxes of an annotation CSV, lazily: ``key`` and the columns of a table of boxes.
+    """Return the boxes of an annotation CSV, lazily: ``key`` and the columns that ``join_boxes`` asks for.
 
     Columns may stand in any order, and others among them. A flag that is -1 (unknown) or has no column
     counts as not set. A coordinate that is no number is null.
@@ -97,7 +97,6 @@ def scan_boxes(path: Path) -> pl.LazyFrame:
         *coordinates,
         pl.col("LabelName").cast(pl.Categorical).alias("label"),
         pl.sum_horizontal([pl.lit(0), *flags]).cast(BOX_COLUMNS["flags"]).alias("flags"),
-        pl.lit(None, dtype=BOX_COLUMNS["mask"]).alias("mask"),
     )
 
 
