@@ -21,7 +21,8 @@ import cv2
 import numpy as np
 import polars as pl
 
-from pbe.data.packing_index import INDEX_NAME, load_index, read_summary
+from pbe.data.index import MANIFEST_NAME
+from pbe.data.packing_index import load_index, read_summary
 from pbe.data.randomness import generator
 from pbe.data.report import HTML_NAME, JSON_NAME
 from pbe.data.timing import synthetic_picture
@@ -241,7 +242,7 @@ def measure_packing(table: Path, command: Command, *, workers: int, chunk: int) 
     seconds = time.perf_counter() - start
     report = json.loads((out / JSON_NAME).read_bytes())
     count = report["pictures"]["kept"]
-    work = (out / INDEX_NAME).stat().st_mtime - (out / ".lock-plan").stat().st_mtime
+    work = (out / MANIFEST_NAME).stat().st_mtime - (out / ".lock-plan").stat().st_mtime
     return PackingTimes(copying, count / seconds, count, work, report["seconds"])
 
 
@@ -284,7 +285,7 @@ def differences(out: Path, straight: Path, pictures: int) -> list[str]:
     ]
     summary = read_summary(out)
     if summary is None:
-        return [*faults, f"there is no {INDEX_NAME}"]
+        return [*faults, f"there is no {MANIFEST_NAME}"]
     tables = [load_index(out / shard["index"]) for shard in summary["shards"]]
     keys = [table.key(row) for table in tables for row in range(len(table))]
     if len(keys) != pictures or len(set(keys)) != pictures:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from pbe.config import DataConfig, SampleConfig
@@ -25,6 +27,7 @@ from pbe.data.rle import encode_rle
 from pbe.data.sample import NO_OBJECT_MASK, make_sample
 from pbe.data.shards import ShardPictures, ShardRecord, write_shards
 from pbe.data.sources.masks import read_mask_folder
+from tests.data.test_properties import cases, settings_of_samples
 
 SIZE, EXEMPLAR = 64, 32
 ORIENTATION = 0x0112
@@ -203,6 +206,32 @@ def test_too_little_kept_ends_in_the_usual_fallback() -> None:
     assert sample.mask_kind == "rectangle"
     assert sample.object_cover is None
     assert check_sample(sample, config, SIZE, EXEMPLAR) == []
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    case=cases(),
+    usual=settings_of_samples(),
+    dilate=st.floats(0.0, 60.0),
+    share=st.floats(0.001, 1.0),
+    seed=st.integers(0, 2**32),
+)
+def test_every_sample_with_a_mask(
+    case: tuple[np.ndarray, Box], usual: SampleConfig, dilate: float, share: float, seed: int
+) -> None:
+    """Whatever the object's shape, down to a pixel, and the picture, the crop and the dilation."""
+    picture, box = case
+    height, width = picture.shape[:2]
+    inside = rectangle_mask(box, width, height) > 0
+    mask = (inside & (generator("object", seed).random((height, width)) < share)).astype(np.uint8)
+    y, x = np.argwhere(inside)[seed % inside.sum()]
+    mask[y, x] = 1
+    config = dataclasses.replace(usual, object_mask_share=1.0, object_mask_dilate=dilate)
+    sample = make_sample(picture, box, generator(seed), config, SIZE, EXEMPLAR, lambda: mask)
+    assert sample.mask_kind in ("object", "rectangle")
+    assert (sample.mask_kind == "object") == ("fallback" not in sample.events)
+    assert check_sample(sample, config, SIZE, EXEMPLAR) == []
+    assert sample.object_cover is None or sample.object_cover > 1 - 1e-6
 
 
 def test_the_check_sees_an_object_that_is_not_covered(packed: Path) -> None:

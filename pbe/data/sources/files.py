@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.records import PICTURE_COLUMNS
+from pbe.data.sources.records import PICTURE_COLUMNS, first_line
 from pbe.errors import UserError
 
 PICTURE_SUFFIXES = frozenset(
@@ -56,6 +56,19 @@ def need_file(path: Path, meaning: str) -> Path:
     if not path.is_file():
         raise UserError(f"{meaning} '{path}' is not a file")
     return path
+
+
+def scan_table(path: Path) -> tuple[pl.LazyFrame, list[str]]:
+    """Return a CSV with a header, lazily and all of it text, and the names of its columns.
+
+    Raises:
+        UserError: it has no header.
+    """
+    try:
+        table = pl.scan_csv(path, infer_schema=False)
+        return table, table.collect_schema().names()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"'{path}' is not a CSV: {first_line(error)}") from error
 
 
 def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:

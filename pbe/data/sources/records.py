@@ -170,6 +170,11 @@ def source_boxes(rows: pl.DataFrame, relative: bool, width: int, height: int) ->
         )
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says; those of tables go on with advice for programmers."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -196,13 +201,19 @@ def join_boxes(
             They are read twice, so that the text of the file and the keys are never held in memory.
         relative: see :class:`Annotations`.
         dropped: pictures that were dropped before, by reason.
+
+    Raises:
+        UserError: a line of the file is damaged.
     """
     rows = pictures.lazy().select("key", pl.int_range(pl.len(), dtype=pl.UInt32).alias("picture"))
     missing = boxes.select("key").join(rows, on="key", how="anti")
     counts = missing.select(pl.len().alias("boxes"), pl.col("key").n_unique().alias("pictures"))
-    lost = counts.collect(engine="streaming")
     wanted = [name for name in BOX_COLUMNS if name != "mask"]
-    table = boxes.join(rows, on="key", how="inner").select(wanted).collect(engine="streaming")
+    found = boxes.join(rows, on="key", how="inner").select(wanted)
+    try:
+        lost, table = (query.collect(engine="streaming") for query in (counts, found))
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"the CSV of boxes cannot be read to its end: {first_line(error)}") from error
     dropped_pictures = Counter(dropped or {})
     dropped_pictures[MISSING] += int(lost["pictures"][0])
     table = _sorted(table, pictures.height).with_columns(pl.lit(None, BOX_COLUMNS["mask"]).alias("mask"))
