@@ -213,7 +213,8 @@ def _print_packing(times: PackingTimes) -> None:
     print_table([f"{times.pictures} pictures", "a second", "of copying"], rows)
     print()
     stages = [[stage, f"{1e3 * spent / times.pictures:.3f}"] for stage, spent in times.stages.items()]
-    print_table(["stages, all processes together", "ms a picture"], stages)
+    stages.append(["CPU time of everything", f"{times.cpu:.3f}"])
+    print_table(["stages, wall time of all processes", "ms a picture"], stages)
 
 
 def _print_kills(killed: KillResult) -> None:

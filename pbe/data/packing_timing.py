@@ -197,6 +197,7 @@ class PackingTimes:
         copying: pictures a second of bare copying and hashing.
         packing: of the whole command, the start of Python and the report included.
         pictures: that were packed.
+        cpu: milliseconds of CPU time a picture, of the whole command with all of its processes.
         work: seconds from the command's first file to its last.
         stages: seconds, of all processes together.
     """
@@ -204,6 +205,7 @@ class PackingTimes:
     copying: float
     packing: float
     pictures: int
+    cpu: float
     work: float
     stages: dict[str, float]
 
@@ -237,13 +239,19 @@ def measure_packing(table: Path, command: Command, *, workers: int, chunk: int) 
     """
     copying = measure_copying(table.parent / "pictures", table.parent, workers, chunk)
     out = table.parent / "straight"
-    start = time.perf_counter()
+    start, used = time.perf_counter(), _children_cpu()
     _finish(command(out))
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, _children_cpu() - used
     report = json.loads((out / JSON_NAME).read_bytes())
     count = report["pictures"]["kept"]
     work = (out / MANIFEST_NAME).stat().st_mtime - (out / ".lock-plan").stat().st_mtime
-    return PackingTimes(copying, count / seconds, count, work, report["seconds"])
+    return PackingTimes(copying, count / seconds, count, 1e3 * used / count, work, report["seconds"])
+
+
+def _children_cpu() -> float:
+    """Return the CPU seconds of all processes that this one, or one it started, has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 @dataclass(frozen=True)

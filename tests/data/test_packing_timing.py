@@ -65,6 +65,8 @@ def test_packing_and_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     numbers = json.loads(out.read_text())
     assert numbers["pictures"] == 40
     assert numbers["copying"] > numbers["packing"] > 0
+    assert numbers["cpu"] > numbers["stages"]["header"] / 40
+    assert 0 < numbers["work"] < 60
     assert {"read", "hash and write", "decode and perceptual hash"} <= set(numbers["stages"])
     assert len(numbers["kills"]["shards_left"]) == 1
     assert numbers["kills"]["faults"] == []
