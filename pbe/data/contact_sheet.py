@@ -91,7 +91,7 @@ def _draw(
     """Return the picture's key, the sample that training gets and the tiles of its row."""
     config, usual = dataset.config, dataset.config.sample
     annotated, box, rng = dataset.choose(turn, epoch, attempt)
-    own = dataset.object_mask(annotated, box)
+    own = dataset.object_mask(turn, annotated, box)
 
     def make(mask: ObjectMask | None, settings: SampleConfig) -> TrainingSample:
         sizes = config.image_size, config.exemplar_size

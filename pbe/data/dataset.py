@@ -53,12 +53,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
-    """A picture's key, pixels (uint8 ``h w 3``, RGB), usable boxes, clipped to it, and position."""
+    """A picture's key, its pixels (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the picture."""
 
     key: str
     image: np.ndarray
     boxes: list[Box]
-    position: int
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def read_picture(
         raise UnusablePictureError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
-    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted, position)
+    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height)), wanted)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):
@@ -225,13 +224,21 @@ class ExemplarDataset(Dataset[DatasetItem]):
         annotated, box, rng = self.choose(turn, epoch, attempt)
         config = self.config
         sizes = config.image_size, config.exemplar_size
-        mask = self.object_mask(annotated, box)
+        mask = self.object_mask(turn, annotated, box)
         return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes, mask)
 
-    def object_mask(self, annotated: AnnotatedPicture, box: Box) -> ObjectMask:
-        """Return what reads the mask of the object in one of a picture's boxes when it is called."""
+    def object_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> ObjectMask:
+        """Return what reads the mask of the object in a box that :meth:`choose` gave, when it is called."""
+        return partial(self._read_mask, turn, annotated, box)
+
+    def _read_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> np.ndarray | None:
+        position, number = self._owner(turn) if self.config.boxes == "every" else (turn, None)
+        _, frame, boxes = _read_row(self.pictures, position)
+        # The boxes of the picture that was decoded, as they are written in the shard.
+        written = usable_boxes(boxes if number is None else boxes[number : number + 1], *frame, self.config)
         height, width = annotated.image.shape[:2]
-        return partial(read_object_mask, self.pictures, annotated.position, box, (width, height))
+        which = written[annotated.boxes.index(box)]
+        return read_object_mask(self.pictures, position, which, frame, (width, height))
 
     def choose(
         self, turn: int, epoch: int, attempt: int = 0
@@ -254,13 +261,16 @@ class ExemplarDataset(Dataset[DatasetItem]):
         rng = generator(self.seed, self.stream, "sample", epoch, turn, attempt)
         return annotated, choose_box(annotated.boxes, rng), rng
 
-    def _read_owner(self, box: int) -> AnnotatedPicture:
+    def _owner(self, box: int) -> tuple[int, int]:
         try:
-            picture, number = self.pictures.owner(box)
+            return self.pictures.owner(box)
         except DamagedIndexError as error:
             raise UnusablePictureError(BAD_INDEX) from error
         except OSError as error:
             raise UnusablePictureError(_why_unreadable(error)) from error
+
+    def _read_owner(self, box: int) -> AnnotatedPicture:
+        picture, number = self._owner(box)
         return read_picture(self.pictures, picture, self.config, number)
 
     def sample(self, turn: int, epoch: int, attempt: int = 0) -> TrainingSample:

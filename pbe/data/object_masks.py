@@ -31,7 +31,7 @@ def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dic
 
 
 def read_object_mask(
-    pictures: ShardPictures, position: int, box: Box, size: tuple[int, int]
+    pictures: ShardPictures, position: int, box: Box, frame: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray | None:
     """Return the mask of the object in a box, uint8 ``h w`` of 0 and 1; None where the shard holds none.
 
@@ -40,13 +40,14 @@ def read_object_mask(
     Args:
         pictures: the shards.
         position: of the picture.
-        box: one of its boxes, clipped to the picture.
-        size: width and height of the picture.
+        box: one of its boxes, as the annotation has it but clipped to the frame.
+        frame: width and height that the annotation is for.
+        size: of the mask that is wanted, no larger: the picture may have been decoded at a smaller size.
 
     Raises:
         UnusablePictureError: the annotation cannot be read, or its mask belongs to another picture.
     """
-    width, height = size
+    width, height = frame
     try:
         code = _entry(pictures.annotation(position), box, width, height).get("mask")
         mask = None if code is None else decode_rle(code)
@@ -61,7 +62,14 @@ def read_object_mask(
     if mask.shape != (height, width):
         raise UnusablePictureError(BAD_ANNOTATION)
     inner = box.rounded_out(width, height)
-    return mask if mask[int(inner.y1) : int(inner.y2), int(inner.x1) : int(inner.x2)].any() else None
+    if not mask[int(inner.y1) : int(inner.y2), int(inner.x1) : int(inner.x2)].any():
+        return None
+    return mask if size == frame else (shrink(mask, size) > 0).astype(np.uint8)
+
+
+def shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the share of each pixel that is not zero, float32, by area; ``size`` is width and height."""
+    return cv2.resize((mask != 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
 def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
@@ -77,9 +85,9 @@ def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     height, width = mask.shape
     x1, y1 = max(crop.x, 0), max(crop.y, 0)
     x2, y2 = min(crop.x + crop.width, width), min(crop.y + crop.height, height)
-    whole = np.zeros((crop.height, crop.width), np.float32)
-    whole[y1 - crop.y : y2 - crop.y, x1 - crop.x : x2 - crop.x] = mask[y1:y2, x1:x2] != 0
-    return cv2.resize(whole, (size, size), interpolation=cv2.INTER_AREA)
+    whole = np.zeros((crop.height, crop.width), np.uint8)
+    whole[y1 - crop.y : y2 - crop.y, x1 - crop.x : x2 - crop.x] = mask[y1:y2, x1:x2]
+    return shrink(whole, (size, size))
 
 
 def object_hole(cover: np.ndarray, radius: tuple[float, float]) -> np.ndarray:

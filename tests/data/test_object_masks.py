@@ -170,16 +170,35 @@ def test_damaged_masks_are_faults(tmp_path: Path, mask: object) -> None:
     assert f"skipped: {BAD_ANNOTATION}" in row.notes
 
 
+def test_every_box_has_its_own_mask(tmp_path: Path) -> None:
+    """With an epoch of boxes; the first box has no mask, the second one a dot."""
+    mask = np.zeros((48, 60), np.uint8)
+    mask[20, 30] = 1
+    rewrite(tmp_path, encode_rle(mask))
+    config = DataConfig(
+        image_size=SIZE, exemplar_size=EXEMPLAR, sample=sample_config(), min_box_area=0.01, boxes="every"
+    )
+    samples = ExemplarDataset(ShardPictures(tmp_path, count_boxes=True), config, 3)
+    items = [samples[index] for index in range(2)]
+    kinds = {item.sample.mask_kind: item.sample for item in items if item.sample}
+    assert len(kinds) == 2
+    assert 0 < cv2.countNonZero(kinds["object"].mask) < 50
+
+
 def test_a_mask_outside_its_box_is_none(tmp_path: Path) -> None:
     mask = np.zeros((48, 60), np.uint8)
     mask[40:44, 50:55] = 1
     pictures = rewrite(tmp_path, encode_rle(mask))
     box = Box(10.0, 10.0, 40.0, 30.0)
-    assert read_object_mask(pictures, 0, box, (60, 48)) is None
-    assert read_object_mask(pictures, 0, Box(0.0, 0.0, 9.0, 9.0), (60, 48)) is None
+    frame = (60, 48)
+    assert read_object_mask(pictures, 0, box, frame, frame) is None
+    assert read_object_mask(pictures, 0, Box(0.0, 0.0, 9.0, 9.0), frame, frame) is None
     mask[12, 12] = 1
-    found = read_object_mask(rewrite(tmp_path, encode_rle(mask)), 0, box, (60, 48))
-    np.testing.assert_array_equal(found, mask)
+    pictures = rewrite(tmp_path, encode_rle(mask))
+    np.testing.assert_array_equal(read_object_mask(pictures, 0, box, frame, frame), mask)
+    # For a picture that was decoded at half its size: every pixel that the object touches.
+    half = read_object_mask(pictures, 0, box, frame, (30, 24))
+    np.testing.assert_array_equal(half, mask.reshape(24, 2, 30, 2).max(axis=(1, 3)))
 
 
 def test_cutting_keeps_thin_things_and_ignores_the_padding() -> None:
