@@ -90,8 +90,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, project_root: Path) -> Iterator[Non
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    # A node that is slow to start is no fault of packing.
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    # Processes that are slow to start are no fault of packing.
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "60000")
     monkeypatch.setenv("RAY_health_check_timeout_ms", "60000")
     monkeypatch.setenv("RAY_worker_register_timeout_seconds", "300")
