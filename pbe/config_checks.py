@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.sample.shrink_fraction": SHARE,
     "data.sample.min_keep_share": (0, 0.5),
     "data.sample.min_box_cover": SHARE,
+    "data.sample.object_mask_share": SHARE,
+    "data.sample.object_mask_dilate": (0, 512),
     "data.sample.antialias_above": POSITIVE,
     "cache.variants": POSITIVE,
     "cache.batch_size": POSITIVE,

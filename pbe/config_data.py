@@ -23,7 +23,8 @@ class SampleConfig:
     """How a picture and a box become a training sample; lengths are pixels of a 512 px short side.
 
     Crops that shrink by more than a factor of ``antialias_above`` are averaged by area, others interpolated
-    bilinearly.
+    bilinearly. ``object_mask_share`` of the samples whose shard holds the object's mask get that as their
+    hole, ``object_mask_dilate`` wider on every side; the others get arbitrary masks and rectangles.
     """
 
     arbitrary_mask_share: float = 0.5
@@ -33,6 +34,8 @@ class SampleConfig:
     shrink_fraction: float = 0.6
     min_keep_share: float = 0.02
     min_box_cover: float = 0.9
+    object_mask_share: float = 0.0
+    object_mask_dilate: float = 10.0
     squash: bool = False
     antialias_above: float = 1.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)

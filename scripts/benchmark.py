@@ -2,12 +2,15 @@
 
 python scripts/benchmark.py data
 python scripts/benchmark.py data --open 1900000 16000000
+python scripts/benchmark.py annotations
+python scripts/benchmark.py packing --kills 10
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,6 +20,17 @@ from typing import Any
 
 from pbe.cli import Parser, run_command
 from pbe.config import DataConfig, SampleConfig
+from pbe.data.packing_timing import (
+    OPEN_IMAGES_PICTURES,
+    OPEN_IMAGES_ROWS,
+    KillResult,
+    PackingTimes,
+    kill_and_resume,
+    measure_annotations,
+    measure_packing,
+    synthetic_open_images,
+    synthetic_source,
+)
 from pbe.data.timing import (
     measure_opening,
     measure_stages,
@@ -132,7 +146,104 @@ def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict
     return found
 
 
+def add_annotation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``annotations``."""
+    parser.add_argument("--rows", type=int, default=OPEN_IMAGES_ROWS, help="boxes in the CSV")
+    parser.add_argument("--pictures", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
+    parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
+
+
+def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the way from Open Images' annotations to the packing plan.
+
+    Raises:
+        UserError: an option makes no sense.
+    """
+    if min(options.rows, options.pictures) < 1:
+        raise UserError("--rows and --pictures must be at least 1")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        synthetic_open_images(Path(folder) / "open-images", options.pictures, options.rows)
+        numbers = measure_annotations(Path(folder) / "open-images", Path(folder) / "plan")
+    head = ["annotations of Open Images", "", ""]
+    rows = [
+        ["boxes in the CSV", f"{numbers['boxes_seen']:,}", ""],
+        ["boxes planned", f"{numbers['boxes']:,}", f"of {numbers['pictures']:,} pictures"],
+        *([name, f"{numbers[name]:.1f}", "s"] for name in ("read annotations", "plan", "whole", "cpu")),
+        ["peak memory", f"{numbers['peak_mib']:,.0f}", "MiB"],
+    ]
+    print_table(head, rows)
+    return numbers
+
+
+def add_packing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``packing``."""
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic pictures")
+    parser.add_argument("--width", type=int, default=1024, help="of the pictures")
+    parser.add_argument("--height", type=int, default=768, help="of the pictures")
+    parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
+    parser.add_argument("--shard-pictures", type=int, default=500, help="pictures a shard")
+    parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
+    parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
+    parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
+
+
+def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure packing without encoding again, and what remains of it when it is killed.
+
+    Raises:
+        UserError: an option makes no sense, or packing failed.
+        SystemExit: a packing that was killed and resumed came out otherwise.
+    """
+    counts = (options.pictures, options.width, options.height, options.shard_pictures)
+    if min(counts) < 1 or min(options.kills, options.workers) < 0:
+        raise UserError("numbers must be at least 1, --kills and --workers at least 0")
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        sizes = options.width, options.height, options.quality
+        table = synthetic_source(folder, options.pictures, *sizes)
+
+        def command(out: Path) -> list[str]:
+            script = str(Path(__file__).with_name("prepare_data.py"))
+            limits = ["--workers", str(options.workers), "--shard-pictures", str(options.shard_pictures)]
+            limits += ["--no-perceptual"] if options.no_perceptual else []
+            return [sys.executable, script, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
+
+        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_pictures)
+        _print_packing(times)
+        if not options.kills:
+            return vars(times)
+        latest = times.work * min(3 / options.kills, 1)
+        killed = kill_and_resume(command, folder / "straight", options.pictures, options.kills, latest)
+        _print_kills(killed)
+        return {**vars(times), "kills": vars(killed)}
+
+
+def _print_packing(times: PackingTimes) -> None:
+    rows = [["copying and hashing alone", f"{times.copying:.0f}", "1.00"]]
+    rows.append(["packing", f"{times.packing:.0f}", f"{times.packing / times.copying:.2f}"])
+    print_table([f"{times.pictures} pictures", "a second", "of copying"], rows)
+    print()
+    stages = [[stage, f"{1e3 * spent / times.pictures:.3f}"] for stage, spent in times.stages.items()]
+    stages.append(["CPU time of everything", f"{times.cpu:.3f}"])
+    print_table(["stages, wall time of all processes", "ms a picture"], stages)
+
+
+def _print_kills(killed: KillResult) -> None:
+    left = ", ".join(str(count) for count in killed.shards_left)
+    print(f"\n{len(killed.shards_left)} kills, which left {left} whole shards")
+    if killed.faults:
+        raise SystemExit(f"error: resumed is not what was packed at once: {'; '.join(killed.faults)}")
+    print("resumed: the same bytes as packed at once, every picture once")
+
+
 SUBJECTS = {
+    "annotations": Subject(
+        "Open Images' annotations to the packing plan", add_annotation_options, measure_open_images
+    ),
+    "packing": Subject(
+        "packing, against bare copying; killed and resumed", add_packing_options, measure_pack
+    ),
     "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
 }
 

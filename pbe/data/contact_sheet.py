@@ -16,6 +16,7 @@ from pbe.config import SampleConfig
 from pbe.data.crops import resize
 from pbe.data.dataset import AnnotatedPicture, ExemplarDataset, UnusablePictureError
 from pbe.data.masks import Box
+from pbe.data.object_masks import ObjectMask
 from pbe.data.sample import TrainingSample, cut_exemplar, make_sample
 
 TILE = 160
@@ -24,6 +25,8 @@ COLUMNS = (
     "source and box", "exemplar", "augmented", "rectangle", "arbitrary", "masked image", "latent mask",
     "target",
 )  # fmt: skip
+# Where the objects' own masks may be drawn; a sample whose object has none shows an empty one.
+OBJECT_COLUMNS = (*COLUMNS[:5], "object", *COLUMNS[5:])
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; background: #fff; color: #222; }
 table { border-collapse: collapse; } th, td { padding: 3px; text-align: left; vertical-align: top; }
@@ -40,8 +43,9 @@ class SheetRow:
         index: global counter.
         key: name of the picture; empty where none was found.
         notes: kind of mask, events, what was skipped.
-        tiles: uint8 ``h w 3`` or ``h w``, one for each of :data:`COLUMNS`; none where no sample was made.
+        tiles: uint8 ``h w 3`` or ``h w``, one for each of ``columns``; none where no sample was made.
         mask_kind: the column of the mask that training gets.
+        columns: :data:`COLUMNS` or :data:`OBJECT_COLUMNS`.
     """
 
     index: int
@@ -49,6 +53,7 @@ class SheetRow:
     notes: Sequence[str]
     tiles: Sequence[np.ndarray]
     mask_kind: str = ""
+    columns: Sequence[str] = COLUMNS
 
 
 def _source(annotated: AnnotatedPicture, box: Box) -> np.ndarray:
@@ -73,8 +78,35 @@ def _tiles(
     # Bilinear without antialias, 1 = keep: what the network gets.
     keep = cv2.resize(255 - drawn.mask, (latent, latent), interpolation=cv2.INTER_LINEAR)
     bigger = cv2.resize(keep, (size, size), interpolation=cv2.INTER_NEAREST)
-    masks = [samples[kind].mask for kind in ("rectangle", "arbitrary")]
-    return [_source(annotated, box), before, drawn.exemplar, *masks, masked, bigger, drawn.image]
+    masks = {kind: sample.mask for kind, sample in samples.items()}
+    if "object" in samples and samples["object"].mask_kind != "object":
+        masks["object"] = np.zeros_like(drawn.mask)
+    masks[drawn.mask_kind] = drawn.mask
+    return [_source(annotated, box), before, drawn.exemplar, *masks.values(), masked, bigger, drawn.image]
+
+
+def _draw(
+    dataset: ExemplarDataset, turn: int, epoch: int, attempt: int, factor: int
+) -> tuple[str, TrainingSample, list[np.ndarray]]:
+    """Return the picture's key, the sample that training gets and the tiles of its row."""
+    config, usual = dataset.config, dataset.config.sample
+    annotated, box, rng = dataset.choose(turn, epoch, attempt)
+    own = dataset.object_mask(turn, annotated, box)
+
+    def make(mask: ObjectMask | None, settings: SampleConfig) -> TrainingSample:
+        sizes = config.image_size, config.exemplar_size
+        return make_sample(annotated.image, box, copy.deepcopy(rng), settings, *sizes, mask)
+
+    drawn = make(own, usual)
+    # With no mask to read, the draws stay those of the object's.
+    shares = {"rectangle": 0.0, "arbitrary": 1.0}
+    samples = {
+        kind: make(None, dataclasses.replace(usual, arbitrary_mask_share=share))
+        for kind, share in shares.items()
+    }
+    if usual.object_mask_share:
+        samples["object"] = make(own, dataclasses.replace(usual, object_mask_share=1.0))
+    return annotated.key, drawn, _tiles(annotated, box, samples, drawn, factor)
 
 
 def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
@@ -85,30 +117,17 @@ def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
         index: ``epoch * len(dataset) + position``.
         factor: pixels a latent.
     """
-    config, notes = dataset.config, list[str]()
+    notes: list[str] = []
     for attempt, turn in enumerate(dataset.turns(index)):
         try:
-            annotated, box, rng = dataset.choose(turn, index // len(dataset), attempt)
+            key, drawn, tiles = _draw(dataset, turn, index // len(dataset), attempt, factor)
         except UnusablePictureError as skip:
             notes.append(f"skipped: {skip.reason}")
             continue
-
-        def make(settings: SampleConfig) -> TrainingSample:
-            again = copy.deepcopy(rng)  # noqa: B023 (called in this turn only)
-            return make_sample(
-                annotated.image, box, again, settings, config.image_size, config.exemplar_size  # noqa: B023
-            )  # fmt: skip
-
-        drawn = make(config.sample)
-        shares = {"rectangle": 0.0, "arbitrary": 1.0}
-        samples = {
-            kind: make(dataclasses.replace(config.sample, arbitrary_mask_share=share))
-            for kind, share in shares.items()
-        }
-        tiles = _tiles(annotated, box, samples, drawn, factor)
         hole = cv2.countNonZero(drawn.mask) / drawn.mask.size
         notes += [f"{drawn.mask_kind} mask, hole {hole:.0%}", *drawn.events]
-        return SheetRow(index, annotated.key, notes, tiles, drawn.mask_kind)
+        columns = OBJECT_COLUMNS if dataset.config.sample.object_mask_share else COLUMNS
+        return SheetRow(index, key, notes, tiles, drawn.mask_kind, columns)
     return SheetRow(index, "", [*notes[:3], "no usable picture found"], [])
 
 
@@ -131,13 +150,14 @@ def sheet_html(title: str, facts: Sequence[str], rows: Sequence[SheetRow]) -> st
         facts: lines above the table.
         rows: of :func:`make_row`.
     """
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("sample", *COLUMNS))
+    columns = max((row.columns for row in rows), key=len, default=COLUMNS)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("sample", *columns))
     lines = []
     for row in rows:
         notes = "<br>".join(html.escape(text) for text in (f"{row.index}: {row.key}", *row.notes))
         cells = "".join(
             f"<td{' class=chosen' if name == row.mask_kind else ''}>{_image(tile)}</td>"
-            for name, tile in zip(COLUMNS, row.tiles, strict=bool(row.tiles))
+            for name, tile in zip(row.columns, row.tiles, strict=bool(row.tiles))
         )
         lines.append(f'<tr><td class="note">{notes}</td>{cells}</tr>')
     return (

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -34,6 +35,7 @@ from pbe.data.decode import (
 )
 from pbe.data.index import DamagedIndexError, PictureRow
 from pbe.data.masks import Box
+from pbe.data.object_masks import ObjectMask, read_object_mask
 from pbe.data.randomness import generator, permutation, shuffled
 from pbe.data.reduction import choose_reduction, reduced_box
 from pbe.data.sample import TrainingSample, choose_box, make_sample
@@ -227,7 +229,21 @@ class ExemplarDataset(Dataset[DatasetItem]):
         annotated, box, rng = self.choose(turn, epoch, attempt)
         config = self.config
         sizes = config.image_size, config.exemplar_size
-        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes)
+        mask = self.object_mask(turn, annotated, box)
+        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes, mask)
+
+    def object_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> ObjectMask:
+        """Return what reads the mask of the object in a box that :meth:`choose` gave, when it is called."""
+        return partial(self._read_mask, turn, annotated, box)
+
+    def _read_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> np.ndarray | None:
+        position, number = self._owner(turn) if self.config.boxes == "every" else (turn, None)
+        _, frame, boxes = _read_row(self.pictures, position)
+        # The boxes of the picture that was decoded, as they are written in the shard.
+        written = usable_boxes(boxes if number is None else boxes[number : number + 1], *frame, self.config)
+        height, width = annotated.image.shape[:2]
+        which = written[annotated.boxes.index(box)]
+        return read_object_mask(self.pictures, position, which, frame, (width, height))
 
     def choose(
         self, turn: int, epoch: int, attempt: int = 0
@@ -250,13 +266,16 @@ class ExemplarDataset(Dataset[DatasetItem]):
         rng = generator(self.seed, self.stream, "sample", epoch, turn, attempt)
         return annotated, choose_box(annotated.boxes, rng), rng
 
-    def _read_owner(self, box: int) -> AnnotatedPicture:
+    def _owner(self, box: int) -> tuple[int, int]:
         try:
-            picture, number = self.pictures.owner(box)
+            return self.pictures.owner(box)
         except DamagedIndexError as error:
             raise UnusablePictureError(BAD_INDEX) from error
         except OSError as error:
             raise UnusablePictureError(_why_unreadable(error)) from error
+
+    def _read_owner(self, box: int) -> AnnotatedPicture:
+        picture, number = self._owner(box)
         return read_picture(self.pictures, picture, self.config, number)
 
     def sample(self, turn: int, epoch: int, attempt: int = 0) -> TrainingSample:

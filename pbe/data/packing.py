@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pbe.data.packing_index import FORMAT, INDEX_NAME, VERSION, read_summary, write_whole
+from pbe.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.packing_index import read_summary, write_whole
 from pbe.data.packing_plan import PackSettings, Plan, make_plan, save_plan
 from pbe.data.packing_tally import Tally
 from pbe.data.packing_task import pack_shard
@@ -114,7 +115,7 @@ def _check_folder(request: PackRequest, overwrite: bool) -> bool:
 
 def _clear(out: Path) -> None:
     """Remove what packing wrote, the list of shards first, and nothing else."""
-    (out / INDEX_NAME).unlink(missing_ok=True)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
     for pattern in ("shard-*.tar", "shard-*.index.npz", "report.json", "report.html"):
         for path in out.glob(pattern):
             path.unlink()
@@ -128,7 +129,7 @@ def _remove_leavings(request: PackRequest) -> None:
             path.unlink(missing_ok=True)
 
 
-def _ensure_plan(request: PackRequest) -> dict[str, Any]:
+def ensure_plan(request: PackRequest) -> dict[str, Any]:
     """Return the summary of the plan, which is made where there is none."""
     path = request.work / "plan" / "plan.json"
     if not path.is_file():
@@ -157,7 +158,7 @@ def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     Raises:
         UserError: a process was killed from outside.
     """
-    if workers == 0 or len(tasks) == 1:
+    if workers == 0 or len(tasks) <= 1:
         yield from (pack_shard(*task) for task in tasks)
         return
     context = multiprocessing.get_context("spawn")
@@ -241,8 +242,8 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
         tally.add(part["tally"])
         shards += [part["shard"]] if part["shard"] else []
     summary = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
         "fingerprint": request.fingerprint,
         "pictures": tally.pictures,
         "boxes": tally.boxes,
@@ -292,7 +293,7 @@ def pack(
     with _lock(request.out, ".lock-plan", fcntl.LOCK_EX, busy):
         if _check_folder(request, overwrite):
             return None
-        plan = _ensure_plan(request)
+        plan = ensure_plan(request)
     mode = fcntl.LOCK_EX if whole else fcntl.LOCK_SH
     with _lock(request.out, ".lock", mode | fcntl.LOCK_NB, busy):
         if whole:
@@ -307,6 +308,6 @@ def pack(
             raise UserError(f"no picture is left to pack: {dict(result.tally.dropped_pictures)}")
         if finish:
             finish(result)
-        write_whole(request.out / INDEX_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
+        write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
         shutil.rmtree(request.work)
         return result

@@ -19,17 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from pbe.data.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
 
-FORMAT, VERSION = "pbe-shards", 1
-INDEX_NAME = "shards.json"
 EXTENSIONS = ("jpg", "png", "webp")
-DIGEST_BYTES = 16
 
 
 def digest(data: bytes) -> bytes:
     """Return the 16-byte BLAKE2b hash of ``data``."""
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -184,10 +182,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged or of another version.
     """
-    path = folder / INDEX_NAME
+    path = folder / MANIFEST_NAME
     try:
         summary = json.loads(path.read_bytes())
-        known = (summary["format"], summary["version"]) == (FORMAT, VERSION)
+        known = (summary["format"], summary["version"]) == (MANIFEST_FORMAT, MANIFEST_VERSION)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -126,8 +126,8 @@ class Plan:
         return {name: getattr(self, name) for name in names}
 
 
-def _reason(settings: PackSettings, relative: bool) -> pl.Expr:
-    """Return an expression that is the reason to drop a box, or null."""
+def _reasons(settings: PackSettings, relative: bool) -> list[tuple[pl.Expr, str]]:
+    """Return tests of boxes, each with the reason to drop a box for which it is the first to hold."""
     corners = [pl.col(name) for name in ("x1", "y1", "x2", "y2")]
     masked = pl.col("mask").is_not_null()
     number = pl.all_horizontal([corner.is_finite().fill_null(False) for corner in corners])
@@ -148,23 +148,33 @@ def _reason(settings: PackSettings, relative: bool) -> pl.Expr:
             (~masked & (width * height < settings.min_area), SMALL_AREA),
             (~masked & (width * height > settings.max_area), LARGE_AREA),
         ]
-    return pl.coalesce(*(pl.when(test).then(pl.lit(reason)) for test, reason in tests))
+    return tests
+
+
+def _first_reason(tests: Sequence[tuple[pl.Expr, str]]) -> pl.Expr:
+    """Return an expression that is 0, or the number, from 1 on, of the first test that holds; uint8."""
+    chain: pl.Expr = pl.lit(0, pl.UInt8)
+    for number, (test, _) in reversed(list(enumerate(tests, 1))):
+        chain = pl.when(test).then(pl.lit(number, pl.UInt8)).otherwise(chain)
+    return chain
 
 
 def _filter(found: Annotations, settings: PackSettings, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the pictures and boxes of one source that are left, and count the rest."""
-    boxes = found.boxes.with_columns(_reason(settings, found.relative).cast(pl.Categorical).alias("reason"))
-    for reason, count in boxes["reason"].drop_nulls().value_counts().iter_rows():
-        plan.dropped_boxes[str(reason)] += count
-    annotated = boxes["picture"].n_unique()
-    boxes = boxes.filter(pl.col("reason").is_null()).drop("reason")
+    tests = _reasons(settings, found.relative)
+    first = found.boxes.select(_first_reason(tests)).to_series()
+    counts = np.bincount(first.to_numpy(), minlength=len(tests) + 1).tolist()
+    for (_, reason), count in zip(tests, counts[1:], strict=True):
+        plan.dropped_boxes[reason] += count
+    annotated = found.boxes["picture"].n_unique()
+    boxes = found.boxes.filter(first == 0)
     kept = boxes["picture"].unique().sort()
     plan.dropped_pictures[WITHOUT_BOXES] += found.pictures.height - annotated
     plan.dropped_pictures[NO_BOX_LEFT] += annotated - len(kept)
     pictures = found.pictures[kept].with_columns(pl.lit(found.relative).alias("relative"))
-    rows = pl.DataFrame({"picture": kept}).with_row_index("row")
-    boxes = boxes.join(rows, on="picture", how="left", maintain_order="left").drop("picture")
-    return pictures, boxes.rename({"row": "picture"})
+    rows = np.zeros(found.pictures.height, np.uint32)
+    rows[kept.to_numpy()] = np.arange(len(kept), dtype=np.uint32)
+    return pictures, boxes.with_columns(pl.Series("picture", rows[boxes["picture"].to_numpy()]))
 
 
 def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
@@ -174,15 +184,17 @@ def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
     odd = (
         table["plain"].is_duplicated() | (table["plain"].str.len_chars() >= MAX_KEY) | (table["plain"] == "")
     )
-    keys = table["plain"].to_list()
-    names = table["path"].to_list()
-    for row in np.flatnonzero(odd.to_numpy()):
+    keys = table["plain"].rename("key")
+    rows = odd.arg_true()
+    changed = []
+    for key, path in table.select("plain", "path")[rows].iter_rows():
         # The path tells apart what two sources call the same.
-        suffix = hashlib.blake2b(names[row].encode(), digest_size=8).hexdigest()
-        keys[row] = f"{keys[row][: MAX_KEY - 17]}-{suffix}"
-    if len(set(keys)) != len(keys):
+        suffix = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+        changed.append(f"{key[: MAX_KEY - 17]}-{suffix}")
+    keys = keys.scatter(rows, pl.Series(changed, dtype=pl.String))
+    if keys.n_unique() != len(keys):
         raise UserError("a picture is named by two sources; give every folder of pictures once")
-    return table.drop("plain").with_columns(pl.Series("key", keys, dtype=pl.String))
+    return table.drop("plain").with_columns(keys)
 
 
 def _shard_ends(sizes: np.ndarray, settings: PackSettings) -> list[int]:
@@ -203,6 +215,23 @@ def _ordered(
     place[order] = np.arange(len(order), dtype=np.uint32)
     moved = boxes.with_columns(pl.Series("picture", place[boxes["picture"].to_numpy()]))
     return pictures[order], moved.sort("picture", maintain_order=True)
+
+
+def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
+    """Return the labels, sorted, and for each box the position of its own, int32; no label counts as empty.
+
+    Goes by the codes of the categories: text would take several times the memory of the boxes.
+    """
+    present = labels.unique()
+    texts = present.cast(pl.String).fill_null("").to_list()
+    names = sorted(set(texts))
+    numbers = {name: number for number, name in enumerate(names)}
+    codes = present.to_physical().cast(pl.Int64).fill_null(-1).to_list()
+    table = np.zeros(max(codes, default=0) + 2, np.int32)  # the last one is that of null
+    for code, text in zip(codes, texts, strict=True):
+        table[code] = numbers[text]
+    rows = labels.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
+    return names, pl.Series("label", table[rows])
 
 
 def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
@@ -229,12 +258,10 @@ def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
     boxes = pl.concat([boxes for _, boxes in tables])
     if settings.shuffle is not None:
         pictures, boxes = _ordered(pictures, boxes, permutation(offset, settings.shuffle, "packing"))
-    plan.labels = sorted(boxes["label"].unique().cast(pl.String).fill_null("").unique().to_list())
-    ids = {label: number for number, label in enumerate(plan.labels)}
-    label = pl.col("label").cast(pl.String).fill_null("").replace_strict(ids, return_dtype=pl.Int32)
+    plan.labels, label = _number_labels(boxes["label"])
     counts = np.bincount(boxes["picture"].to_numpy(), minlength=offset)
     plan.pictures = pictures.with_columns(pl.Series("box_end", np.cumsum(counts)))
-    plan.boxes = boxes.with_columns(label.alias("label")).drop("picture")
+    plan.boxes = boxes.with_columns(label).drop("picture")
     plan.shards = _shard_ends(pictures["bytes"].to_numpy(), settings)
     plan.dropped_pictures, plan.dropped_boxes = +plan.dropped_pictures, +plan.dropped_boxes
     return plan

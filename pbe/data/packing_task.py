@@ -22,7 +22,8 @@ from typing import IO, Any
 import cv2
 import numpy as np
 
-from pbe.data.packing_index import DIGEST_BYTES, IndexEntry, digest, make_table, write_whole
+from pbe.data.index import HASH_BYTES
+from pbe.data.packing_index import IndexEntry, digest, make_table, write_whole
 from pbe.data.packing_pixels import check_and_hash, encode_again, needs_encoding
 from pbe.data.packing_plan import (
     ASPECT,
@@ -74,7 +75,7 @@ class _HashingFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self.hash = hashlib.blake2b(digest_size=HASH_BYTES)
         self.size = 0
 
     def write(self, data: bytes) -> int:

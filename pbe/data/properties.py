@@ -10,9 +10,9 @@ import numpy as np
 
 from pbe.config import SampleConfig
 from pbe.data.masks import rectangle_mask
-from pbe.data.sample import TrainingSample
+from pbe.data.sample import NO_OBJECT_MASK, TrainingSample
 
-EVENTS = frozenset({"shrunk", "padded", "squashed", "redrawn", "fallback"})
+EVENTS = frozenset({"shrunk", "padded", "squashed", "redrawn", "fallback", NO_OBJECT_MASK})
 
 
 def box_cover(sample: TrainingSample) -> float:
@@ -69,6 +69,9 @@ def check_sample(sample: TrainingSample, config: SampleConfig, size: int, exempl
         faults.append(f"nothing is kept, or too little: {kept:.4f}")
     if not sample.valid.any():
         faults.append("nothing counts in the loss")
-    if box_cover(sample) < config.min_box_cover:
-        faults.append(f"the hole covers {box_cover(sample):.4f} of the box, not {config.min_box_cover}")
+    thing, cover = "box", box_cover(sample)
+    if sample.mask_kind == "object":  # which may be much smaller than its box
+        thing, cover = "object", sample.object_cover or 0.0
+    if cover < config.min_box_cover:
+        faults.append(f"the hole covers {cover:.4f} of the {thing}, not {config.min_box_cover}")
     return faults

@@ -18,9 +18,11 @@ from pbe.config import AugmentConfig, SampleConfig
 from pbe.data.augment import ExemplarAugmentation
 from pbe.data.crops import CropPlan, cut, padded_square, plan_original_crop, plan_square_crop, valid_mask
 from pbe.data.masks import Box, bezier_mask, extend_box, rectangle_mask
+from pbe.data.object_masks import ObjectMask, cut_mask, object_cover, object_hole
 
 REFERENCE_SIDE = 512
 MAX_TRIES = 20
+NO_OBJECT_MASK = "no object mask"
 
 __all__ = ["Box", "TrainingSample", "choose_box", "cut_exemplar", "make_sample"]
 
@@ -36,9 +38,10 @@ class TrainingSample:
         valid: 255 = counts in the loss, 0 = reflected padding; ``s s``.
         box: the object in pixels of ``image``.
         extended: the extended box in whole pixels of ``image``; a rectangular mask is exactly this.
-        mask_kind: ``rectangle`` or ``arbitrary``.
+        mask_kind: ``rectangle``, ``arbitrary`` or ``object``.
         jitter: largest shift of an arbitrary mask's points along x and y, pixels of ``image``.
-        events: any of ``shrunk``, ``padded``, ``squashed``, ``redrawn`` and ``fallback``.
+        events: any of ``shrunk``, ``padded``, ``squashed``, ``redrawn``, ``fallback``, ``no object mask``.
+        object_cover: share of the object that a mask of kind ``object`` covers; None for other kinds.
     """
 
     image: np.ndarray
@@ -50,6 +53,7 @@ class TrainingSample:
     mask_kind: str
     jitter: tuple[float, float]
     events: tuple[str, ...]
+    object_cover: float | None = None
 
 
 def choose_box(boxes: Sequence[Box], rng: np.random.Generator) -> Box:
@@ -81,6 +85,14 @@ def cut_exemplar(picture: np.ndarray, box: Box, padding: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class _Kind:
+    """Which mask is to be drawn; ``shape`` is the object's, of the whole picture, for the kind ``object``."""
+
+    name: str
+    shape: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class _Hole:
     """A crop with its mask at the output's resolution."""
 
@@ -89,6 +101,7 @@ class _Hole:
     extended: Box
     mask: np.ndarray
     jitter: tuple[float, float]
+    object_cover: float | None = None
 
     def keep_share(self) -> float:
         return 1.0 - cv2.countNonZero(self.mask) / self.mask.size
@@ -98,7 +111,7 @@ def _draw_mask(
     plan: CropPlan,
     box: Box,
     short_side: int,
-    kind: str,
+    kind: _Kind,
     rng: np.random.Generator,
     config: SampleConfig,
     size: int,
@@ -106,11 +119,16 @@ def _draw_mask(
     """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
     inner = plan.crop.to_output(box, size).clipped(size, size)
     extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
-    # The jitter belongs to a picture of 512 px; the crop is then resized like everything else.
+    # Lengths belong to a picture of 512 px; the crop is then resized like everything else.
     pixels = config.bezier_jitter * short_side / REFERENCE_SIDE
     sx, sy = plan.crop.scales(size)
     jitter = (pixels * sx, pixels * sy)
-    if kind == "rectangle":
+    if kind.shape is not None:
+        cover = cut_mask(kind.shape, plan.crop, size)
+        wider = config.object_mask_dilate * short_side / REFERENCE_SIDE
+        mask = object_hole(cover, (wider * sx, wider * sy))
+        return _Hole(plan, inner, extended, mask, jitter, object_cover(cover, mask))
+    if kind.name == "rectangle":
         mask = rectangle_mask(extended, size, size)
     else:
         mask = bezier_mask(inner, extended, size, size, jitter, rng, config.min_box_cover)
@@ -118,7 +136,7 @@ def _draw_mask(
 
 
 def _draw_hole(
-    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> _Hole:
     extended = extend_box(box, width, height, config.extend_fraction, rng)
     if config.squash:
@@ -129,7 +147,7 @@ def _draw_hole(
 
 
 def _fallback_hole(
-    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> _Hole:
     """Return the whole picture inside a reflected border, with the box itself as the hole's bounds.
 
@@ -142,15 +160,27 @@ def _fallback_hole(
 
 
 def _find_hole(
-    box: Box, width: int, height: int, kind: str, rng: np.random.Generator, config: SampleConfig, size: int
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> tuple[_Hole, tuple[str, ...]]:
     """Draw crops and masks until enough of the picture stays; return the hole and its events."""
     for attempt in range(MAX_TRIES):
         hole = _draw_hole(box, width, height, kind, rng, config, size)
         if hole.keep_share() >= config.min_keep_share:
             return hole, hole.plan.events + (("redrawn",) if attempt else ())
-    hole = _fallback_hole(box, width, height, "rectangle", rng, config, size)
+    hole = _fallback_hole(box, width, height, _Kind("rectangle"), rng, config, size)
     return hole, (*hole.plan.events, "redrawn")
+
+
+def _choose_kind(
+    rng: np.random.Generator, config: SampleConfig, object_mask: ObjectMask | None
+) -> tuple[_Kind, tuple[str, ...]]:
+    """Draw the kind of mask; the object's is read where it is drawn, and costs no draw where it never is."""
+    own = config.object_mask_share > 0 and rng.random() < config.object_mask_share
+    usual = "arbitrary" if rng.random() < config.arbitrary_mask_share else "rectangle"
+    if not own:
+        return _Kind(usual), ()
+    shape = object_mask() if object_mask is not None else None
+    return (_Kind(usual), (NO_OBJECT_MASK,)) if shape is None else (_Kind("object", shape), ())
 
 
 def make_sample(
@@ -160,6 +190,7 @@ def make_sample(
     config: SampleConfig,
     image_size: int,
     exemplar_size: int,
+    object_mask: ObjectMask | None = None,
 ) -> TrainingSample:
     """Make a training sample; the same arguments and generator state give the same bytes.
 
@@ -170,6 +201,8 @@ def make_sample(
         config: shares and ranges.
         image_size: sides of the image and mask, pixels.
         exemplar_size: sides of the exemplar, pixels.
+        object_mask: reads the object's mask, uint8 ``h w``, not zero on the object, at least somewhere in the
+            box; or gives None. Called only where ``config.object_mask_share`` draws it.
     """
     height, width = picture.shape[:2]
     settings = tuple(vars(config.augment).items())
@@ -178,7 +211,7 @@ def make_sample(
     # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
     box = box.rounded_out(width, height)
     # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
-    kind = "arbitrary" if rng.random() < config.arbitrary_mask_share else "rectangle"
+    kind, missing = _choose_kind(rng, config, object_mask)
     hole, events = _find_hole(box, width, height, kind, rng, config, image_size)
     crop = hole.plan.crop
     return TrainingSample(
@@ -188,7 +221,8 @@ def make_sample(
         valid=valid_mask(crop, width, height, image_size),
         box=hole.box,
         extended=hole.extended,
-        mask_kind="rectangle" if "fallback" in events else kind,
+        mask_kind="rectangle" if "fallback" in events else kind.name,
         jitter=hole.jitter,
-        events=events,
+        events=(*events, *missing),
+        object_cover=hole.object_cover,
     )

@@ -113,6 +113,17 @@ def test_killed_by_a_signal(plain: Path, tmp_path: Path, project_root: Path) -> 
     assert [p.name for p in (tmp_path / "out").iterdir() if "shard" in p.name and p.suffix == ".tmp"] == []
 
 
+def test_killed_when_only_the_list_is_missing(
+    plain: Path, straight: dict[str, bytes], tmp_path: Path
+) -> None:
+    """All shards are there, nothing is left to pack: processes or not, the list follows."""
+    request = request_of(plain, tmp_path / "out", shard_pictures=7, perceptual=False)
+    assert pack(request, workers=0, part=(0, 2)) is None
+    assert pack(request, workers=0, part=(1, 2)) is None
+    assert pack(request, workers=2) is not None
+    assert contents(request.out) == straight
+
+
 def test_parts_then_the_rest(plain: Path, straight: dict[str, bytes], tmp_path: Path) -> None:
     """As in a job array: parts pack their shards, in any order; the run without a part completes the set."""
     request = request_of(plain, tmp_path / "out", shard_pictures=7, perceptual=False)

@@ -23,7 +23,11 @@ BAD_ENTRY = "entry without id, file name or box"
 
 
 class _Collector:
-    """Columns that grow as the file is read."""
+    """Columns that grow as the file is read, in compact arrays where there is a row a box.
+
+    Args:
+        masks: keep ``segmentation``; where there is one, the box's numbers are left 0.
+    """
 
     def __init__(self, masks: bool) -> None:
         self.masks = masks
@@ -37,6 +41,7 @@ class _Collector:
         self.dropped_boxes: Counter[str] = Counter()
 
     def image(self, entry: Any) -> None:
+        """Take an element of ``images``, or count that it is none."""
         try:
             size = [int(entry[side]) if entry.get(side) else None for side in ("width", "height")]
             licence = entry.get("license")
@@ -52,6 +57,7 @@ class _Collector:
         self.images.append(row)  # type: ignore[arg-type]
 
     def annotation(self, entry: Any) -> None:
+        """Take an element of ``annotations``, or count that it is none; ``iscrowd`` becomes a flag."""
         try:
             shape = entry.get("segmentation") if self.masks else None
             box = entry.get("bbox") or ()
@@ -71,10 +77,12 @@ class _Collector:
             self.shapes.append(json.dumps(shape, separators=(",", ":")) if shape else "")
 
     def named(self, entry: Any, names: dict[int, str]) -> None:
+        """Add the name of a category or licence; what has none is left out, as boxes need neither."""
         if isinstance(entry, dict) and isinstance(entry.get("id"), int):
             names[entry["id"]] = str(entry.get("name", ""))
 
     def read(self, path: Path) -> None:
+        """Take every element of the file, in whatever order its arrays stand."""
         for name, entry in stream_arrays(path):
             if name == "images":
                 self.image(entry)
@@ -87,6 +95,7 @@ class _Collector:
 
 
 def _box_frame(found: _Collector) -> pl.DataFrame:
+    """Return the table of boxes, with ``image_id`` instead of ``picture``."""
     columns: dict[str, Any] = {"image_id": pl.Series(found.image_ids, dtype=pl.Int64)}
     for position, name in enumerate(("x1", "y1", "x2", "y2")):
         columns[name] = pl.Series(found.boxes[position::4], dtype=pl.Float64)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.files import find_pictures, need_file
+from pbe.data.sources.files import find_pictures, need_file, scan_table
 from pbe.data.sources.records import BOX_COLUMNS, FLAG_BITS, Annotations, join_boxes
 from pbe.errors import UserError
 
@@ -45,11 +45,7 @@ def read_csv(path: Path, images: Path, relative: bool = False) -> Annotations:
         UserError: a column is missing, or the file is no CSV.
     """
     need_file(path, "the CSV of boxes")
-    try:
-        table = pl.scan_csv(path, infer_schema=False)
-        present = table.collect_schema().names()
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"'{path}' is not a CSV: {error}") from error
+    table, present = scan_table(path)
     if "file" not in present:
         raise UserError(f"'{path}' lacks the column 'file', the picture's name within '{images}'")
     flags = [
@@ -63,7 +59,6 @@ def read_csv(path: Path, images: Path, relative: bool = False) -> Annotations:
         *_corners(present, path),
         label.fill_null("").cast(pl.Categorical).alias("label"),
         pl.sum_horizontal([pl.lit(0), *flags]).cast(BOX_COLUMNS["flags"]).alias("flags"),
-        pl.lit(None, dtype=BOX_COLUMNS["mask"]).alias("mask"),
     )
     pictures, dropped = find_pictures([images])
     found = join_boxes(pictures, boxes, relative, dropped)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.records import PICTURE_COLUMNS
+from pbe.data.sources.records import PICTURE_COLUMNS, first_line
 from pbe.errors import UserError
 
 PICTURE_SUFFIXES = frozenset(
@@ -58,6 +58,19 @@ def need_file(path: Path, meaning: str) -> Path:
     return path
 
 
+def scan_table(path: Path) -> tuple[pl.LazyFrame, list[str]]:
+    """Return a CSV with a header, lazily and all of it text, and the names of its columns.
+
+    Raises:
+        UserError: it has no header.
+    """
+    try:
+        table = pl.scan_csv(path, infer_schema=False)
+        return table, table.collect_schema().names()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"'{path}' is not a CSV: {first_line(error)}") from error
+
+
 def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:
     """Return (name within ``folder``, bytes) of all files, sorted, and how many names are not UTF-8.
 
@@ -91,18 +104,18 @@ def find_pictures(
             else it is the name within the root, ending included.
         root: names are within this folder; with none, within each of ``folders``.
     """
-    columns: dict[str, list[object]] = {"path": [], "name": [], "bytes": []}
+    schema = {name: PICTURE_COLUMNS[name] for name in ("name", "bytes")}
+    tables = [pl.DataFrame(schema={"path": pl.String, **schema})]
     dropped: Counter[str] = Counter()
     for folder in folders:
         files, bad = find_files(need_folder(folder, "the folder of pictures"))
         dropped[BAD_NAME] += bad
         start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
-        for name, size in files:
-            if is_picture(name):
-                columns["path"].append(f"{folder}/{name}")
-                columns["name"].append(start + name)
-                columns["bytes"].append(size)
-    table = pl.DataFrame(columns, schema={name: PICTURE_COLUMNS[name] for name in columns})
+        found = [file for file in files if is_picture(file[0])]
+        table = pl.DataFrame(found, schema=schema, orient="row")
+        within, name = pl.lit(f"{folder}/") + pl.col("name"), pl.lit(start) + pl.col("name")
+        tables.append(table.select(within.alias("path"), name.alias("name"), "bytes"))
+    table = pl.concat(tables)
     stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
     table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
     unique = table.unique("key", keep="first", maintain_order=True)

@@ -41,6 +41,11 @@ class _Reader:
                 return ""
 
     def expect(self, characters: str) -> str:
+        """Read past white space and one of ``characters``, and return that one.
+
+        Raises:
+            ValueError: something else stands there.
+        """
         found = self.peek()
         if not found or found not in characters:
             raise ValueError(f"{found!r} stands where one of {characters!r} belongs")
@@ -48,7 +53,11 @@ class _Reader:
         return found
 
     def value(self) -> Any:
-        """Return the next value, whatever it is."""
+        """Return the next value, whatever it is; the window grows until it holds all of it.
+
+        Raises:
+            ValueError: there is none.
+        """
         self.peek()
         while True:
             try:
@@ -64,6 +73,7 @@ class _Reader:
 
 
 def _elements(reader: _Reader) -> Iterator[Any]:
+    """Yield the elements of an array one by one; the reader stands at its bracket, afterwards behind it."""
     reader.expect("[")
     if reader.peek() == "]":
         reader.expect("]")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.files import complete, find_pictures, need_folder
+from pbe.data.sources.files import complete, find_pictures, need_folder, scan_table
 from pbe.data.sources.records import BOX_COLUMNS, FLAG_BITS, Annotations, join_boxes
 from pbe.errors import UserError
 
@@ -66,12 +66,8 @@ def picture_folders(folder: Path, split: str) -> list[Path]:
     )
 
 
-def _columns(path: Path) -> list[str]:
-    return pl.scan_csv(path, infer_schema=False).collect_schema().names()
-
-
 def scan_boxes(path: Path) -> pl.LazyFrame:
-    """Return the boxes of an annotation CSV, lazily: ``key`` and the columns of a table of boxes.
+    """Return the boxes of an annotation CSV, lazily: ``key`` and the columns that ``join_boxes`` asks for.
 
     Columns may stand in any order, and others among them. A flag that is -1 (unknown) or has no column
     counts as not set. A coordinate that is no number is null.
@@ -79,7 +75,7 @@ def scan_boxes(path: Path) -> pl.LazyFrame:
     Raises:
         UserError: a column is missing.
     """
-    present = _columns(path)
+    table, present = scan_table(path)
     absent = [name for name in ("ImageID", "LabelName", *COORDINATES.values()) if name not in present]
     if absent:
         raise UserError(f"'{path}' lacks the columns {', '.join(absent)}; is it a CSV of Open Images boxes?")
@@ -92,12 +88,11 @@ def scan_boxes(path: Path) -> pl.LazyFrame:
         pl.col(column).str.strip_chars().cast(pl.Float64, strict=False).alias(name)
         for name, column in COORDINATES.items()
     ]
-    return pl.scan_csv(path, infer_schema=False).select(
+    return table.select(
         pl.col("ImageID").alias("key"),
         *coordinates,
         pl.col("LabelName").cast(pl.Categorical).alias("label"),
         pl.sum_horizontal([pl.lit(0), *flags]).cast(BOX_COLUMNS["flags"]).alias("flags"),
-        pl.lit(None, dtype=BOX_COLUMNS["mask"]).alias("mask"),
     )
 
 
@@ -113,9 +108,12 @@ def _class_names(folder: Path) -> dict[str, str]:
 
 def _with_licences(pictures: pl.DataFrame, folder: Path, split: str) -> pl.DataFrame:
     path = _find(folder, f"*{split}-images*.csv", "image_ids_and_rotation.csv")
-    if path is None or not {"ImageID", "License", "Author"} <= set(_columns(path)):
+    if path is None:
         return complete(pictures)
-    facts = pl.scan_csv(path, infer_schema=False).select(
+    rows, present = scan_table(path)
+    if not {"ImageID", "License", "Author"} <= set(present):
+        return complete(pictures)
+    facts = rows.select(
         pl.col("ImageID").alias("key"), pl.col("License").alias("licence"), pl.col("Author").alias("author")
     )
     table = pictures.lazy().drop("licence", "author", strict=False)

@@ -90,3 +90,21 @@ def test_complaints(tmp_path: Path, save: Callable[..., Path]) -> None:
         read_open_images(tmp_path)
     with pytest.raises(UserError, match="split 'trian'"):
         read_open_images(tmp_path, split="trian")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train-annotations-bbox.csv", ""),
+        ("train-annotations-bbox.csv", V4 + '000002b66c9c498e,"xclick"x,"/m/01g317"x,1,0,1,0,1,0,0,0,0,0\n'),
+        ("train-annotations-bbox.csv", V4 + '"000002b66c9c498e,xclick,/m/01g317'),
+        ("train-images.csv", ""),
+    ],
+)
+def test_damaged_tables_are_one_line(tmp_path: Path, save: Callable[..., Path], name: str, text: str) -> None:
+    save("train_0/000002b66c9c498e.jpg", 40, 20)
+    (tmp_path / "train-annotations-bbox.csv").write_text(V4)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="CSV") as found:
+        read_open_images(tmp_path)
+    assert "\n" not in str(found.value)
