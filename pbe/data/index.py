@@ -286,15 +286,6 @@ class IndexFile:
         return self._read("box_end", 0, self._pictures)
 
 
-def _check_columns(places: dict[str, Place], pictures: int, size: int) -> None:
-    if missing := set(COLUMNS) - set(places):
-        raise ValueError(f"no column '{min(missing)}'")
-    for name, (offset, dtype, shape) in places.items():
-        rows = name in COLUMNS and name not in ("key_bytes", "boxes")
-        if not shape or (rows and shape[0] != pictures) or offset + _bytes(dtype, shape) > size:
-            raise ValueError(f"column '{name}' is too short")
-
-
 def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
 
