@@ -327,11 +327,11 @@ def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeChec
 
 
 def _export(task: BaseTask, config: Config, folder: Path) -> None:
-    """Write the averaged weights; an autoencoder gets its measured scale factor."""
+    """Write the averaged weights; an autoencoder whose latents are new gets its measured scale factor."""
     model = task.model
     assert isinstance(model, LatentDiffusion)
     with task.averaged_weights():
-        if isinstance(task, AutoencoderTask):
+        if isinstance(task, AutoencoderTask) and not task.decoder_only:
             # a stream of its own, so that a run that was stopped on the way measures the same samples
             loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
             batches = list(islice(loader, SCALE_BATCHES))
