@@ -90,20 +90,25 @@ def state_bytes(task: BaseTask) -> dict[str, int]:
 class Stopwatch(pl.Callback):
     """Times optimizer steps after a few that warm up.
 
+    Args:
+        warm_up: steps before.
+        measured: steps that are timed.
+
     Attributes:
         seconds: of the measured steps, 0 before they are over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int = WARM_UP, measured: int = MEASURED) -> None:
+        self.warm_up, self.measured = warm_up, measured
         self.seconds = self._start = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start and stop."""
-        if trainer.global_step == WARM_UP and not self._start:
+        if trainer.global_step == self.warm_up and not self._start:
             self._start = time.perf_counter()
-        if trainer.global_step == WARM_UP + MEASURED:
+        if trainer.global_step == self.warm_up + self.measured:
             self.seconds = time.perf_counter() - self._start
 
 
