@@ -17,7 +17,7 @@ from pbe.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_
 from pbe.models.latent_diffusion import masked_image
 from pbe.training.autoencoder_losses import psnr, reconstruction_terms, weighted_terms
 from pbe.training.base_task import BaseTask
-from pbe.training.encoding import to_keep_mask, to_pixels
+from pbe.training.encoding import known_of, to_keep_mask, to_pixels
 from pbe.training.perceptual import load_perceptual
 
 
@@ -77,8 +77,8 @@ class AutoencoderTask(BaseTask):
         """Return the loss of a batch; with an adversarial term, that of the discriminator is added."""
         pictures = self.pictures(batch)
         posterior = self._encode(pictures)
-        decoded = self.model.autoencoder.decode(posterior.sample(self._posterior_noise(batch, posterior)))
-        decoded = decoded.float()
+        latents = posterior.sample(self._posterior_noise(batch, posterior))
+        decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
         terms = self._pixel_terms(decoded, pictures, batch) | {"kl": posterior.kl().mean()}
         weights = self.config.autoencoder_loss
         loss = (
@@ -161,7 +161,8 @@ class AutoencoderTask(BaseTask):
         pictures = to_pixels(batch["image"])
         counted = self.validated(batch_idx, len(pictures))
         with self.averaged_weights():
-            decoded = self.model.autoencoder.decode(self.model.autoencoder.encode(pictures).mean).float()
+            latents = self.model.autoencoder.encode(pictures).mean
+            decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
         by_picture = [_quality(*pair) for pair in zip(decoded.split(1), pictures.split(1), strict=True)]
         for name in by_picture[0]:
             values = torch.stack([quality[name] for quality in by_picture])

@@ -10,13 +10,9 @@ import torch
 from pytorch_lightning.utilities.memory import is_oom_error
 
 from pbe.config import Config
-from pbe.training.base_task import BaseTask
+from pbe.errors import UserError
 from pbe.training.batch_size import MemoryExceededError, Trial, end_above, on_gpu, peak_of_process
-from pbe.training.cache_builder import cache_is_ready
-from pbe.training.data import TrainingData
-from pbe.training.diffusion_task import DiffusionTask
-from pbe.training.latent_cache import CachedDataModule
-from pbe.training.plan import Stopwatch
+from pbe.training.plan import Stopwatch, find_data
 from pbe.training.run import build_model, make_task, make_trainer, prepare_process
 from pbe.training.speed import make_fast
 from pbe.training.stopping import StopSignals
@@ -76,7 +72,10 @@ def _steps(config: Config, gpu: bool) -> Trial:
     model, config = build_model(config)
     make_fast(model, config.trainer)
     task = make_task(config, model)
-    data, note = _data(config, task)
+    notes: list[str] = []
+    data = find_data(config, task, notes)
+    if data is None:
+        raise UserError(notes[-1])
     watch = Stopwatch(WARM_UP, MEASURED)
     samples = config.data.batch_size * config.trainer.accumulate
     length = len(data.samples("train"))  # type: ignore[arg-type]
@@ -93,14 +92,5 @@ def _steps(config: Config, gpu: bool) -> Trial:
         samples_per_second=MEASURED * samples / watch.seconds,
         peak=torch.cuda.max_memory_allocated() if gpu else peak_of_process(),
         largest=length // config.trainer.accumulate,
-        note=note,
+        note=notes[-1] if notes else "",
     )
-
-
-def _data(config: Config, task: BaseTask) -> tuple[TrainingData, str]:
-    if not isinstance(task, DiffusionTask) or not config.cache.folder:
-        return TrainingData(config), ""
-    if cache_is_ready(config, task.model):
-        return CachedDataModule(config), ""
-    note = "the latent cache is not built yet; measured without it, where pictures are encoded in every step"
-    return TrainingData(config), note

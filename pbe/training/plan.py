@@ -127,7 +127,7 @@ def make_plan(config: Config) -> str:
         model = LatentDiffusion(config.model)
     task = make_task(config, model)
     lines = [*_parameter_table(task), "", *_memory_table(task), ""]
-    data = _data(config, task, notes)
+    data = find_data(config, task, notes)
     lines += _duration(config, task, data, notes) if data is not None else ["no data, so nothing is measured"]
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
@@ -145,7 +145,8 @@ def _memory_table(task: BaseTask) -> list[str]:
     return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
 
 
-def _data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+    """Return what training would read, cached or not; None, and a note of why, where it is not there."""
     model = task.model
     assert isinstance(model, LatentDiffusion)
     try:

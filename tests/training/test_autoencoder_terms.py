@@ -233,3 +233,31 @@ def test_options_that_do_not_fit_are_one_line(shards, tmp_path, overrides: list[
     file = write_config(tmp_path / "tiny.yaml", tiny_config(shards, tmp_path / "run", "task=autoencoder"))
     with pytest.raises(UserError, match=message):
         load_config(file, overrides)
+
+
+def test_a_decoder_is_made_mask_aware_and_trained_so(workshop, shards, tmp_path):
+    source = workshop / "autoencoder" / "model"
+    options = (
+        "task=autoencoder", "autoencoder_loss.train=decoder", f"init_from={source}", "optimizer.ema_decay=0",
+        "data.batch_size=8", "trainer.max_steps=5", "logging.grid_every=5",
+    )  # fmt: skip
+    aware = (*options, "model.autoencoder.mask_aware_decoder=true")
+    run(tiny_config(shards, tmp_path / "plain", *options))
+    run(tiny_config(shards, tmp_path / "aware", *aware))
+    first = [dict(logged_values(tmp_path / name, 0)) for name in ("plain", "aware")]
+    assert first[0] == first[1], "a fresh branch changes nothing"
+    last = [dict(logged_values(tmp_path / name, 5)) for name in ("plain", "aware")]
+    assert last[0] != last[1]
+    model = load_model(tmp_path / "aware" / "model")
+    branch = model.autoencoder.decoder.known
+    assert branch is not None
+    assert all(projection.weight.any() for projection in branch.projections)
+    assert model.config.autoencoder.scale_factor == load_model_config(source).autoencoder.scale_factor
+    # the next stage takes it over as it is
+    result = run(tiny_config(shards, tmp_path / "next", f"autoencoder_from={tmp_path / 'aware' / 'model'}",
+                             "trainer.max_steps=1", "logging.grid_every=1"))  # fmt: skip
+    assert load_model_config(result.model_dir).autoencoder.mask_aware_decoder
+
+
+def logged_values(folder: Path, step: int) -> list[tuple[str, float]]:
+    return [(name, float(value)) for at, name, value in logged(folder, "val/") if at == step]
