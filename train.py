@@ -29,16 +29,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="only tell parameters, memory, speed and length"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+    parser.add_argument("--find-batch-size", action="store_true", help="only try batch sizes on this machine")
+    parser.add_argument(
+        "--memory-limit", type=float, default=0.0, metavar="GB", help="for them (80%% of what is available)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the configuration"
+    )
     results: list[Any] = []
 
     def body() -> None:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_intermixed_args(argv)  # overrides may stand after options
+        if arguments.memory_limit and not arguments.find_batch_size:
+            parser.error("--memory-limit goes with --find-batch-size")
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             from pbe.training.plan import make_plan
 
             print(make_plan(config))
+            return
+        if arguments.find_batch_size:
+            from pbe.training.batch_size import find_batch_size
+
+            find_batch_size(config, arguments.memory_limit)
             return
         from pbe.training.run import train  # slow to import: bad input is told before
 

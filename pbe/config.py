@@ -51,7 +51,12 @@ class AutoencoderLossConfig:
     """Loss of the autoencoder: L1 + L2 + L1 of the finite differences + KL, each a mean over its elements.
 
     ``masked_share`` of the pictures have their hole greyed out, since that is what the autoencoder
-    will meet as masked images.
+    will meet as masked images. ``train`` is ``all``, or ``decoder`` alone: latents stay what they are.
+    A pixel in the hole counts ``hole_weight`` times one outside in the first three terms.
+    ``perceptual_weight`` adds LPIPS on the user's VGG16 (``perceptual_vgg``, torchvision's state dict) and
+    LPIPS weights (``perceptual_linear``; empty: all channels of a layer count alike).
+    ``adversarial_weight`` adds the hinge loss of a patch discriminator from step ``adversarial_start`` on,
+    as a factor on the ratio of gradient norms with ``adversarial_adaptive``, else as it is.
     """
 
     l1_weight: float = 1.0
@@ -59,6 +64,16 @@ class AutoencoderLossConfig:
     gradient_weight: float = 1.0
     kl_weight: float = 1.0e-4
     masked_share: float = 0.0
+    train: str = "all"
+    hole_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    perceptual_vgg: str = ""
+    perceptual_linear: str = ""
+    adversarial_weight: float = 0.0
+    adversarial_start: int = 0
+    adversarial_adaptive: bool = True
+    discriminator_layers: int = 3
+    discriminator_channels: int = 64
 
 
 @dataclass
@@ -165,6 +180,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.prediction": ("eps", "v"),
     "model.exemplar_encoder.tokens": ("class", "all"),
     "data.boxes": ("one", "every"),
+    "autoencoder_loss.train": ("all", "decoder"),
     "objective.weighting": ("uniform", "min_snr"),
     "objective.drop_mode": ("per_sample", "per_batch"),
     "optimizer.decay": ("constant", "cosine"),

@@ -20,6 +20,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.exemplar_encoder.mapper_width": (0, math.inf),
     "objective.drop_probability": SHARE,
     "autoencoder_loss.masked_share": SHARE,
+    "autoencoder_loss.hole_weight": (0.001, math.inf),
+    "autoencoder_loss.perceptual_weight": (0, math.inf),
+    "autoencoder_loss.adversarial_weight": (0, math.inf),
+    "autoencoder_loss.adversarial_start": (0, math.inf),
+    "autoencoder_loss.discriminator_layers": (1, 8),
+    "autoencoder_loss.discriminator_channels": POSITIVE,
     "data.batch_size": POSITIVE,
     "data.num_workers": (0, math.inf),
     "data.min_box_area": SHARE,
@@ -92,6 +98,29 @@ def check_numbers(config: DictConfig, source: str) -> None:
             "set optimizer.gradient_clip=0 or optimizer.fused=false"
         )
     _check_multiple(config, source)
+    if config.task == "autoencoder":
+        _check_autoencoder(config, source)
+
+
+def _check_autoencoder(config: DictConfig, source: str) -> None:
+    weights, size = config.autoencoder_loss, config.model.image_size
+    if weights.train == "decoder" and not config.init_from:
+        raise UserError(
+            f"{source}: 'autoencoder_loss.train' is 'decoder', but 'init_from' is empty; "
+            "name the model whose decoder is to be trained"
+        )
+    if weights.discriminator_channels % 16:
+        raise UserError(
+            f"{source}: 'autoencoder_loss.discriminator_channels' is {weights.discriminator_channels}; "
+            "it must be a multiple of 16"
+        )
+    # strided layers halve, the two last ones take a pixel each and need one to be left
+    smallest = 3 * 2**weights.discriminator_layers
+    if weights.adversarial_weight and size < smallest:
+        raise UserError(
+            f"{source}: 'model.image_size' is {size}; a discriminator of {weights.discriminator_layers} "
+            f"layers needs {smallest} at least; lower autoencoder_loss.discriminator_layers"
+        )
 
 
 def _check_multiple(config: DictConfig, source: str) -> None:

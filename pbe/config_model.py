@@ -39,6 +39,7 @@ class AutoencoderConfig:
 
     ``scale_factor`` multiplies sampled latents. ``patch_shortcut`` adds a learned linear map of whole
     patches beside encoder and decoder, for autoencoders that have minutes instead of weeks to train.
+    ``mask_aware_decoder`` shows the decoder the picture outside the hole.
     """
 
     channels: int = 128
@@ -48,6 +49,7 @@ class AutoencoderConfig:
     norm_groups: int = 32
     mid_attention: bool = True
     patch_shortcut: bool = False
+    mask_aware_decoder: bool = False
     scale_factor: float = 0.18215
 
 

@@ -99,6 +99,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
     encoder = config.exemplar_encoder
     problems = {
         "an autoencoder with a patch shortcut": config.autoencoder.patch_shortcut,
+        "a mask-aware decoder": config.autoencoder.mask_aware_decoder,
         "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
         "a condition of all tokens": encoder.tokens != "class",
         f"the tower '{encoder.tower}'": encoder.tower.startswith("timm/"),

@@ -20,6 +20,7 @@ from pbe.editing.preprocess import mask_at_latent_size, network_inputs
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.sampling import Progress, Sampling
 from pbe.models import LatentDiffusion
+from pbe.models.known_pixels import known_pixels
 from pbe.models.latent_diffusion import masked_image
 
 
@@ -85,17 +86,30 @@ class Engine:
         with progress.watched(sampling, sampling.check(self.schedule)) as step:
             return sampling.run(predict, x_T, self.schedule, given.generator, step)
 
-    def decode(self, latents: Tensor, view: View) -> Tensor:
+    def decode(self, latents: Tensor, batch: Batch, view: View) -> Tensor:
         """Return pictures ``(edits, 3, h, w)`` float32, about [-1, 1], at the working size.
+
+        Args:
+            latents: one an edit.
+            batch: how edits belong to pictures.
+            view: what the model is shown of the pictures.
 
         Raises:
             EditValueError: they are not finite.
         """
         height, width = view.size
-        painted = self.model.decode_latents(latents.to(self.model.dtype)).float()[:, :, :height, :width]
+        known = self._known(batch, view) if self.model.config.autoencoder.mask_aware_decoder else None
+        painted = self.model.decode_latents(latents.to(self.model.dtype), known)
+        painted = painted.float()[:, :, :height, :width]
         if not torch.isfinite(painted).all():
             raise EditValueError("the model gave infinite numbers: damaged weights, or float16 is too small")
         return painted
+
+    def _known(self, batch: Batch, view: View) -> Tensor:
+        """Return what a mask-aware decoder is told, one an edit."""
+        images, keep = network_inputs(view.pictures, view.holes, view.size, self.model.size_multiple)
+        known = batch.spread(known_pixels(images, keep), "image")
+        return known.to(self.model.device, self.model.dtype)
 
     def _condition(self, batch: Batch, given: Given) -> Tensor:
         embeds = given.exemplar_embeds

@@ -333,7 +333,7 @@ class PaintByExample:
         if output_type == "latent":
             output = EditOutput(sampled, None, view.size)
         else:
-            edits, flags = self._finish(engine.decode(sampled, view), batch, view, placement)
+            edits, flags = self._finish(engine.decode(sampled, batch, view), batch, view, placement)
             output = EditOutput(as_output(edits, output_type), flags, view.size)
         return output if return_dict else output.to_tuple()
 

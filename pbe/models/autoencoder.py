@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from pbe.config import AutoencoderConfig
 from pbe.models.attention import SlicedAttention
+from pbe.models.known_pixels import KnownPixels
 from pbe.models.layers import Downsample, ResBlock, Upsample
 from pbe.models.tiling import decode_in_bands, encode_in_bands
 
@@ -138,11 +140,15 @@ class Decoder(nn.Module):
             channels = widths[depth]
         self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=EPS)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.known = KnownPixels(config) if config.mask_aware_decoder else None
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Map ``(b, z, h, w)`` to ``(b, 3, f h, f w)``, not clamped."""
+    def forward(self, z: Tensor, known: Tensor | None = None) -> Tensor:
+        """Map ``(b, z, h, w)`` and known pixels ``(b, 4, f h, f w)`` to ``(b, 3, f h, f w)``, not clamped."""
+        features = None if known is None or self.known is None else self.known(known)
         x = self.mid(self.conv_in(z))
-        for level in self.levels:
+        for depth, level in zip(reversed(range(len(self.levels))), self.levels, strict=True):
+            if self.known is not None and features is not None:
+                x = self.known.add(x, features[depth], depth)
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -190,11 +196,22 @@ class AutoencoderKL(nn.Module):
             mean = mean + self.patch_encoder(images)
         return Posterior(mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures ``(b, 3, h, w)``, about [-1, 1] but not clamped, of unscaled latents."""
+    def make_mask_aware(self) -> None:
+        """Give the decoder a fresh branch for the pixels outside the hole, which changes nothing yet."""
+        self.config = replace(self.config, mask_aware_decoder=True)
+        self.decoder.known = KnownPixels(self.config)
+
+    def decode(self, latents: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return pictures ``(b, 3, h, w)``, about [-1, 1] but not clamped, of unscaled latents.
+
+        Args:
+            latents: ``(b, z, h / f, w / f)``.
+            known: :func:`pbe.models.known_pixels.known_pixels` ``(b, 4, h, w)``, which only a mask-aware
+                decoder looks at; None: nothing is known.
+        """
         z = self.post_quant_conv(latents)
         tiles = self._tiles(latents, self.downsampling)
-        images = decode_in_bands(self.decoder, z) if tiles else self.decoder(z)
+        images = decode_in_bands(self.decoder, z, known) if tiles else self.decoder(z, known)
         return images if self.patch_decoder is None else images + self.patch_decoder(latents)
 
     def _tiles(self, x: Tensor, pixels: int) -> bool:

@@ -88,10 +88,15 @@ class LatentDiffusion(nn.Module):
         latents = posterior.mean if noise is None else posterior.sample(noise)
         return latents * self.config.autoencoder.scale_factor
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return pictures ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents."""
+    def decode_latents(self, latents: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return pictures ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents.
+
+        Args:
+            latents: ``(b, z, h, w)``.
+            known: as :meth:`pbe.models.autoencoder.AutoencoderKL.decode` takes it.
+        """
         self._use("autoencoder")
-        return self.autoencoder.decode(latents / self.config.autoencoder.scale_factor)
+        return self.autoencoder.decode(latents / self.config.autoencoder.scale_factor, known)
 
     def normalise_exemplar(self, exemplar: Tensor) -> Tensor:
         """Bring exemplars ``(b, 3, s, s)``, uint8 or float in [0, 1], to the tower's mean and deviation."""

@@ -21,6 +21,7 @@ from pbe.models.layers import Downsample, ResBlock, Upsample
 
 if TYPE_CHECKING:
     from pbe.models.autoencoder import CodecLevel, Decoder, Encoder
+    from pbe.models.known_pixels import KnownPixels
 
 POSITIONS = 2**16
 """Positions of a map that one band has at most, unless it then had fewer than ``MIN_ROWS`` rows."""
@@ -34,9 +35,10 @@ def encode_in_bands(encoder: Encoder, images: Tensor) -> Tensor:
     return torch.cat([_encode(encoder, image) for image in images.split(1)])
 
 
-def decode_in_bands(decoder: Decoder, latents: Tensor) -> Tensor:
-    """Return ``decoder(latents)`` for ``(b, z, h, w)``; no gradient may be asked for."""
-    return torch.cat([_decode(decoder, latent) for latent in latents.split(1)])
+def decode_in_bands(decoder: Decoder, latents: Tensor, known: Tensor | None = None) -> Tensor:
+    """Return ``decoder(latents, known)`` for ``(b, z, h, w)``; no gradient may be asked for."""
+    rows = [None] * len(latents) if known is None else known.split(1)
+    return torch.cat([_decode(decoder, *pair) for pair in zip(latents.split(1), rows, strict=True)])
 
 
 def _encode(encoder: Encoder, image: Tensor) -> Tensor:
@@ -47,14 +49,24 @@ def _encode(encoder: Encoder, image: Tensor) -> Tensor:
     return _convolve(encoder.conv_out, x, _norm_silu(encoder.norm_out, x))
 
 
-def _decode(decoder: Decoder, latent: Tensor) -> Tensor:
+def _decode(decoder: Decoder, latent: Tensor, known: Tensor | None) -> Tensor:
+    features = None if known is None or decoder.known is None else decoder.known(known)
     x = decoder.mid(decoder.conv_in(latent))
-    for layer in _layers(decoder.levels):
-        x = _run(layer, x)
+    for depth, level in zip(reversed(range(len(decoder.levels))), decoder.levels, strict=True):
+        if decoder.known is not None and features is not None:
+            _add_known(decoder.known, x, features[depth], depth)
+        for layer in _layers([level]):
+            x = _run(layer, x)
     return _convolve(decoder.conv_out, x, _norm_silu(decoder.norm_out, x))
 
 
-def _layers(levels: nn.ModuleList) -> Iterator[nn.Module]:
+def _add_known(branch: KnownPixels, x: Tensor, feature: Tensor, depth: int) -> None:
+    """Add, in place, what is known to the decoder's map of a resolution."""
+    for start, stop in _bands(*x.shape[2:]):
+        x[:, :, start:stop] = branch.add(x[:, :, start:stop], feature[:, :, start:stop], depth)
+
+
+def _layers(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Yield blocks and resamplings one by one, so that a caller holds no map but the last."""
     for level in cast("Iterable[CodecLevel]", levels):
         yield from level.blocks

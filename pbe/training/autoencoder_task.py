@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from pbe.config import Config
+from pbe.config import AutoencoderLossConfig, Config
 from pbe.data.randomness import generator
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import Posterior
+from pbe.models.autoencoder import AutoencoderKL, Posterior
+from pbe.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from pbe.models.latent_diffusion import masked_image
+from pbe.training.autoencoder_losses import psnr, reconstruction_terms, weighted_terms
 from pbe.training.base_task import BaseTask
-from pbe.training.encoding import to_keep_mask, to_pixels
+from pbe.training.encoding import known_of, to_keep_mask, to_pixels
+from pbe.training.perceptual import load_perceptual
 
 
 class AutoencoderTask(BaseTask):
-    """Trains the autoencoder of a model with L1, gradient and KL terms.
+    """Trains the autoencoder of a model with the terms that ``autoencoder_loss`` weighs.
 
     Args:
         config: the experiment.
-        model: its autoencoder is trained, the rest is frozen.
+        model: its autoencoder, or the decoder of that, is trained, the rest is frozen.
+
+    Attributes:
+        discriminator: judges what is decoded; None without an adversarial term.
+        perceptual: the perceptual distance, which is no part of a checkpoint; None without that term.
+
+    Raises:
+        UserError: a perceptual term whose weights cannot be read.
     """
 
     shown = ("val/psnr",)
+    discriminator: PatchDiscriminator | None
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
+        weights = config.autoencoder_loss
         self.model: LatentDiffusion = model.requires_grad_(False)
-        self.model.autoencoder.requires_grad_(True)
+        self.decoder_only = weights.train == "decoder"
+        for part in decoder_parts(model.autoencoder) if self.decoder_only else [model.autoencoder]:
+            part.requires_grad_(True)
         self.start_average()
+        self.perceptual = Perceptual(weights) if weights.perceptual_weight else None
+        self.discriminator = None
+        if weights.adversarial_weight:  # after the average, which it is no part of
+            self.discriminator = seeded_discriminator(weights, config.seed)
 
     def pictures(self, batch: dict[str, Any]) -> Tensor:
         """Return the pictures ``(b, 3, h, w)`` in [-1, 1] of a batch, a share of them with a greyed hole."""
@@ -48,13 +68,18 @@ class AutoencoderTask(BaseTask):
         ]
         return torch.stack([torch.from_numpy(d) for d in draws]).to(posterior.mean)
 
+    def _encode(self, pictures: Tensor) -> Posterior:
+        with torch.no_grad() if self.decoder_only else nullcontext():
+            posterior = self.model.autoencoder.encode(pictures)
+        return Posterior(posterior.mean.float(), posterior.std.float())
+
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch; with an adversarial term, that of the discriminator is added."""
         pictures = self.pictures(batch)
-        posterior = self.model.autoencoder.encode(pictures)
-        posterior = Posterior(posterior.mean.float(), posterior.std.float())
-        decoded = self.model.autoencoder.decode(posterior.sample(self._posterior_noise(batch, posterior)))
-        terms = reconstruction_terms(decoded.float(), pictures) | {"kl": posterior.kl().mean()}
+        posterior = self._encode(pictures)
+        latents = posterior.sample(self._posterior_noise(batch, posterior))
+        decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
+        terms = self._pixel_terms(decoded, pictures, batch) | {"kl": posterior.kl().mean()}
         weights = self.config.autoencoder_loss
         loss = (
             weights.l1_weight * terms["l1"]
@@ -62,44 +87,121 @@ class AutoencoderTask(BaseTask):
             + weights.gradient_weight * terms["gradient"]
             + weights.kl_weight * terms["kl"]
         )
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, pictures).mean()
+            loss = loss + weights.perceptual_weight * terms["perceptual"]
+        total = loss
+        if self.discriminator is not None:
+            loss, total = self._judged(self.discriminator, loss, decoded, pictures, terms)
         for name, value in {"loss": loss, **terms}.items():
             self.sums.add(f"train/{name}", value.detach().expand(len(pictures)))
-        return loss
+        return total
+
+    def _pixel_terms(self, decoded: Tensor, pictures: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        hole_weight = self.config.autoencoder_loss.hole_weight
+        if hole_weight == 1.0:
+            return reconstruction_terms(decoded, pictures)
+        return weighted_terms(decoded, pictures, 1.0 - to_keep_mask(batch["mask"]), hole_weight)
+
+    def _judged(
+        self,
+        judge: PatchDiscriminator,
+        loss: Tensor,
+        decoded: Tensor,
+        pictures: Tensor,
+        terms: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss with the adversarial term, and with the discriminator's own loss on top.
+
+        No gradient of the one reaches what the other trains.
+        """
+        weights = self.config.autoencoder_loss
+        if not self.judging:  # every parameter takes part all the same: DDP waits for each of them
+            nothing = torch.stack([0.0 * p.sum() for p in judge.parameters()]).sum()
+            return loss, loss + nothing
+        fixed = {name: p.detach() for name, p in judge.named_parameters()}
+        adversarial = -functional_call(judge, fixed, (decoded,)).float().mean()
+        factor = torch.full((), weights.adversarial_weight, device=loss.device)
+        if weights.adversarial_adaptive and torch.is_grad_enabled():
+            factor = factor * adaptive_weight(
+                loss, adversarial, self.model.autoencoder.decoder.conv_out.weight
+            )
+        own = hinge_loss(judge(pictures).float(), judge(decoded.detach()).float())
+        terms |= {"adversarial": adversarial, "adversarial_weight": factor, "discriminator": own}
+        loss = loss + factor * adversarial
+        return loss, loss + own
+
+    @property
+    def judging(self) -> bool:
+        """Whether the discriminator takes part in the coming step."""
+        return self.global_step >= self.config.autoencoder_loss.adversarial_start
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Measure the gradients; a discriminator whose time has not come is not stepped."""
+        if self.discriminator is not None and not self.judging:
+            for parameter in self.discriminator.parameters():
+                parameter.grad = None
+        super().on_before_optimizer_step(optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does; a discriminator's gradients apart, so that neither shrinks the other's."""
+        if self.discriminator is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            for part in (self.model, self.discriminator):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), gradient_clip_val)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log reconstruction error and PSNR (of pixels in [0, 1]) of posterior means, on averaged weights."""
         pictures = to_pixels(batch["image"])
         counted = self.validated(batch_idx, len(pictures))
         with self.averaged_weights():
-            decoded = self.model.autoencoder.decode(self.model.autoencoder.encode(pictures).mean).float()
+            latents = self.model.autoencoder.encode(pictures).mean
+            decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
         by_picture = [_quality(*pair) for pair in zip(decoded.split(1), pictures.split(1), strict=True)]
         for name in by_picture[0]:
             values = torch.stack([quality[name] for quality in by_picture])
             self.validation_sums.add(f"val/{name}", values, counted)
+        if self.perceptual is not None:
+            self.validation_sums.add("val/perceptual", self.perceptual(decoded, pictures), counted)
+
+
+class Perceptual:
+    """The perceptual distance beside a task, not in it: its weights belong in no checkpoint.
+
+    Args:
+        weights: name the files.
+    """
+
+    def __init__(self, weights: AutoencoderLossConfig) -> None:
+        self.network = load_perceptual(weights.perceptual_vgg, weights.perceptual_linear)
+
+    def __call__(self, decoded: Tensor, pictures: Tensor) -> Tensor:
+        """Return the distances ``(b,)``, wherever the pictures lie."""
+        return self.network.to(decoded.device)(decoded, pictures)
+
+
+def decoder_parts(autoencoder: AutoencoderKL) -> list[nn.Module]:
+    """Return what turns latents into pictures; the latents themselves stay when only this is trained."""
+    parts = (autoencoder.post_quant_conv, autoencoder.decoder, autoencoder.patch_decoder)
+    return [part for part in parts if part is not None]
+
+
+def seeded_discriminator(weights: AutoencoderLossConfig, seed: int) -> PatchDiscriminator:
+    """Return a discriminator whose random start depends on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PatchDiscriminator(weights.discriminator_channels, weights.discriminator_layers)
 
 
 def _quality(decoded: Tensor, picture: Tensor) -> dict[str, Tensor]:
     terms = reconstruction_terms(decoded, picture)
     return terms | {"psnr": psnr(decoded, picture), "loss": terms["l1"] + terms["gradient"]}
-
-
-def reconstruction_terms(decoded: Tensor, pictures: Tensor) -> dict[str, Tensor]:
-    """Return mean absolute (``l1``) and squared error (``l2``) of pixels, and ``gradient`` of differences.
-
-    Both arguments are ``(b, 3, h, w)`` in [-1, 1]. ``gradient`` is the mean absolute error of finite
-    differences, which makes blurred edges costly without a perceptual network; ``l2`` keeps rare
-    saturated colours, which ``l1`` alone learns last.
-    """
-    error = decoded - pictures
-    horizontal = (error[..., :, 1:] - error[..., :, :-1]).abs().mean()
-    vertical = (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-    return {"l1": error.abs().mean(), "l2": (error**2).mean(), "gradient": horizontal + vertical}
-
-
-def psnr(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """Return the mean peak signal-to-noise ratio in dB of pictures ``(b, 3, h, w)`` in [-1, 1]."""
-    error = ((decoded.clamp(-1, 1) - pictures) / 2.0) ** 2
-    return (-10.0 * torch.log10(error.mean(dim=(1, 2, 3)).clamp_min(1e-10))).mean()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pbe.models.autoencoder import Posterior
+from pbe.models.known_pixels import known_pixels
 from pbe.models.latent_diffusion import LatentDiffusion, latent_mask, masked_image
 
 
@@ -52,6 +53,18 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_keep_mask(mask: Tensor) -> Tensor:
     """Map a uint8 mask ``(b, 1, h, w)``, 255 = repaint, to float32 with 1 = keep, 0 = hole."""
     return 1.0 - mask.float() / 255.0
+
+
+def known_of(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor | None:
+    """Return what a mask-aware decoder is told of a batch, ``(b, 4, h, w)``; None for a plain decoder.
+
+    Args:
+        model: whose decoder it is for.
+        batch: ``image`` and ``mask`` (uint8).
+    """
+    if not model.config.autoencoder.mask_aware_decoder:
+        return None
+    return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"]))
 
 
 @torch.no_grad()

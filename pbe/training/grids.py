@@ -22,7 +22,7 @@ from pbe.training.autoencoder_task import AutoencoderTask
 from pbe.training.base_task import BaseTask
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.draws import draw
-from pbe.training.encoding import encode_batch, to_keep_mask, to_pixels
+from pbe.training.encoding import encode_batch, known_of, to_keep_mask, to_pixels
 
 GridSource = Callable[[BaseTask], np.ndarray]
 
@@ -87,7 +87,7 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     for scale in config.logging.grid_guidance:
         predict = noise_predictor(model, task.schedule, conditioning, scale)
         latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
-        edits.append(model.decode_latents(latents))
+        edits.append(model.decode_latents(latents, known_of(model, batch)))
     return edits
 
 
@@ -100,7 +100,8 @@ def autoencoder_grid(config: Config) -> GridSource:
         assert isinstance(task, AutoencoderTask)
         images = to_pixels(batch["image"].to(task.device))
         with task.averaged_weights():
-            decoded = task.model.autoencoder.decode(task.model.autoencoder.encode(images).mean)
+            known = known_of(task.model, {key: batch[key].to(task.device) for key in ("image", "mask")})
+            decoded = task.model.autoencoder.decode(task.model.autoencoder.encode(images).mean, known)
         return tile([to_uint8(images), to_uint8(decoded)])
 
     return make

@@ -91,20 +91,25 @@ def state_bytes(task: BaseTask) -> dict[str, int]:
 class Stopwatch(pl.Callback):
     """Times optimizer steps after a few that warm up.
 
+    Args:
+        warm_up: steps before.
+        measured: steps that are timed.
+
     Attributes:
         seconds: of the measured steps, 0 before they are over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int = WARM_UP, measured: int = MEASURED) -> None:
+        self.warm_up, self.measured = warm_up, measured
         self.seconds = self._start = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start and stop."""
-        if trainer.global_step == WARM_UP and not self._start:
+        if trainer.global_step == self.warm_up and not self._start:
             self._start = time.perf_counter()
-        if trainer.global_step == WARM_UP + MEASURED:
+        if trainer.global_step == self.warm_up + self.measured:
             self.seconds = time.perf_counter() - self._start
 
 
@@ -123,7 +128,7 @@ def make_plan(config: Config) -> str:
         model = LatentDiffusion(config.model)
     task = make_task(config, model)
     lines = [*_parameter_table(task), "", *_memory_table(task), ""]
-    data = _data(config, task, notes)
+    data = find_data(config, task, notes)
     lines += _duration(config, task, data, notes) if data is not None else ["no data, so nothing is measured"]
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
 
@@ -141,7 +146,8 @@ def _memory_table(task: BaseTask) -> list[str]:
     return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
 
 
-def _data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+    """Return what training would read, cached or not; None, and a note of why, where it is not there."""
     model = task.model
     assert isinstance(model, LatentDiffusion)
     try:

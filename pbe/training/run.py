@@ -247,6 +247,7 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
         # a folder says its sizes, a bare checkpoint is taken for this run's
         sizes = None if Path(config.init_from).is_dir() else config.model
         model = load_checkpoint(config.init_from, config=sizes).model.requires_grad_(True)
+        _add_branch(config, model)
         _check_same_model(config, model.config)
         return model, replace(config, model=model.config)
     if config.task == "autoencoder":
@@ -262,6 +263,14 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     load_part(source, "autoencoder", model.autoencoder)
     print(load_pretrained(model.exemplar_encoder.tower, config.model.exemplar_encoder))
     return model, config
+
+
+def _add_branch(config: Config, model: LatentDiffusion) -> None:
+    """Make a decoder mask-aware that was not, where the configuration wants it to be."""
+    if config.model.autoencoder.mask_aware_decoder and not model.config.autoencoder.mask_aware_decoder:
+        torch.manual_seed(config.seed)
+        model.autoencoder.make_mask_aware()
+        model.config = replace(model.config, autoencoder=model.autoencoder.config)
 
 
 def _check_same_model(config: Config, stored: ModelConfig) -> None:
@@ -344,11 +353,11 @@ def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeChec
 
 
 def _export(task: BaseTask, config: Config, folder: Path) -> None:
-    """Write the averaged weights; an autoencoder gets its measured scale factor."""
+    """Write the averaged weights; an autoencoder whose latents are new gets its measured scale factor."""
     model = task.model
     assert isinstance(model, LatentDiffusion)
     with task.averaged_weights():
-        if isinstance(task, AutoencoderTask):
+        if isinstance(task, AutoencoderTask) and not task.decoder_only:
             # a stream of its own, so that a run that was stopped on the way measures the same samples
             loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
             batches = list(islice(loader, SCALE_BATCHES))

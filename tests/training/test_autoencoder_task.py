@@ -13,7 +13,8 @@ from pbe.checkpoints.native import load_model
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.models import LatentDiffusion
-from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor, psnr, reconstruction_terms
+from pbe.training.autoencoder_losses import psnr, reconstruction_terms
+from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.encoding import to_pixels
 from pbe.training.loggers import read_curve
 from tests.training.conftest import AUTOENCODER_STAGE

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.config import Config, load_config
 from pbe.training.loggers import read_curve
@@ -29,18 +31,29 @@ def shrunk(name: str, *more: str) -> Config:
     return load_config(CONFIGS / name, [*overrides(TINY), *more])
 
 
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in place of those that a user brings for the perceptual term."""
+    path = tmp_path_factory.mktemp("perceptual") / "vgg.pth"
+    torch.manual_seed(3)
+    torch.save({f"features.{k}": v for k, v in make_layers(cfgs["D"]).state_dict().items()}, path)
+    return path
+
+
 def test_there_are_configurations():
-    assert {"paper.yaml", "toy.yaml", "toy_autoencoder.yaml"} <= set(FILES)
+    assert {"autoencoder.yaml", "paper.yaml", "toy.yaml", "toy_autoencoder.yaml"} <= set(FILES)
     assert {"debug/fast_dev.yaml", "debug/overfit_one_batch.yaml", "debug/profiler.yaml"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, tmp_path: Path):
+def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, vgg: Path, tmp_path: Path):
     cached = bool(load_config(CONFIGS / name).cache.folder)
     places = [
         f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2", "init_from=''",
         f"data.train_shards={shards / 'train'}", f"data.validation_shards={shards / 'validation'}",
         "cache.folder=" + (str(tmp_path / "cache") if cached else "''"), "cache.variants=1",
+        f"autoencoder_loss.perceptual_vgg={vgg}", "autoencoder_loss.perceptual_linear=''",
+        "autoencoder_loss.adversarial_start=1",
     ]  # fmt: skip
     result = run(shrunk(name, *places))
     assert (result.steps, result.stopped_by) == (2, 0)
