@@ -197,7 +197,7 @@ def test_edits_of_another_system_as_they_are(benchmark, edited, tmp_path):
 
 
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
-    with pytest.raises(UserError, match=r"no edit of .*named like 000000000000\.png"):
+    with pytest.raises(UserError, match=r"no edit of .*name them like 000000000000\.png"):
         EditFolder(tmp_path, benchmark)
     with pytest.raises(UserError, match="no folder of edits"):
         EditFolder(tmp_path / "gone", benchmark)
