@@ -11,6 +11,7 @@ import numpy as np
 
 from pbe.errors import UserError
 from pbe.evaluation.colour import colour_measure
+from pbe.evaluation.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
 from pbe.evaluation.measures import Batch, Case, Measure, NotRunError, Outcome
 from pbe.evaluation.outside import psnr_measure, ssim_measure
 from pbe.evaluation.results import Better, Bootstrap, Family, Score, not_run
@@ -73,6 +74,7 @@ METRICS: dict[str, Metric] = {
     "psnr-outside": Metric("clean", "higher", lambda settings: psnr_measure()),
     "ssim-outside": Metric("clean", "higher", lambda settings: ssim_measure()),
     "seam": Metric("clean", "lower", lambda settings: seam_measure()),
+    "copy-paste": Metric("clean", "lower", lambda settings: CopyPasteMeasure(), COPY_PASTE),
     "colour-inside": Metric("clean", "lower", lambda settings: colour_measure("inside")),
     "colour-outside": Metric("clean", "lower", lambda settings: colour_measure("outside")),
 }
