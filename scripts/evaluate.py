@@ -68,6 +68,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     bench.add_argument("--num-nodes", type=int, default=1, help="machines, started by torchrun or SLURM")
     bench.add_argument("--metrics", nargs="+", default=[], help="scores to make (default: all)")
     bench.add_argument("--reference", type=Path, metavar="DIR", help="real pictures for FID and its kind")
+    bench.add_argument(
+        "--tower-weights", nargs="+", default=[], metavar="TOWER=FILE", help="of clip, dino, inception, lpips"
+    )
+    bench.add_argument(
+        "--towers", nargs="+", default=[], metavar="TOWER=NAME", help="other architectures than the usual"
+    )
+    bench.add_argument("--mixture", type=Path, metavar="FILE", help="of QS, from scripts/fit_mixture.py")
     bench.add_argument("--rank-by", default="", metavar="SCORE", help="what best and worst edits are by")
     bench.add_argument("--show", type=int, default=8, help="best, worst and random edits on the page, each")
     toy = parser.add_argument_group("without --benchmark: the toy world")
@@ -96,18 +103,43 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Generate or take edits of a benchmark's folder, score them and write."""
     if options.threads < 0 or options.show < 1:
         raise UserError("--threads must be 0 or more, --show at least 1")
-    settings = ScoreSettings(tuple(options.metrics), bootstrap=Bootstrap(seed=options.seed))
+    generating = _generate_settings(options)
+    settings = ScoreSettings(
+        tuple(options.metrics),
+        bootstrap=Bootstrap(seed=options.seed),
+        weights=parse_pairs(options.tower_weights, "--tower-weights"),
+        architectures=parse_pairs(options.towers, "--towers"),
+        mixture=options.mixture,
+        device=str(pick_device(options.device or "auto")),
+    )
     page = PageSettings(options.show, options.rank_by, options.seed)
     work = BenchmarkRun(BenchmarkFolder(options.benchmark), options.out, settings, options.reference, page)
     if options.edits:
         work.take(options.edits, options.edits.resolve().name)
-    elif not work.generate(options.model, options.guidance or [GUIDANCE[-1]], _generate_settings(options)):
+    elif not work.generate(options.model, options.guidance or [GUIDANCE[-1]], generating):
         return {}
     work.score()
     print(f"\n{work.write()}")
     spent = work.seconds
     print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {options.out}/index.html")
     return work.to_dict()
+
+
+def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
+    """Read the ``tower=value`` pairs of a flag.
+
+    Raises:
+        UserError: a text of another form, or a tower twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        tower, _, value = text.partition("=")
+        if not tower or not value:
+            raise UserError(f"{flag} takes tower=value, such as clip=openai, not '{text}'")
+        if tower in pairs:
+            raise UserError(f"{flag} names '{tower}' twice")
+        pairs[tower] = value
+    return pairs
 
 
 def _generate_settings(options: argparse.Namespace) -> GenerateSettings:

@@ -113,6 +113,9 @@ def test_finished_edits_of_another_system(evaluated, bench_files, tmp_path, caps
         (["--model", "M", "--device", "cuda:1"], "--device is auto, cpu or cuda"),
         (["--model", "M", "--show", "0"], "--show at least 1"),
         (["--model", "M", "--steps", "0"], "steps is 0"),
+        (["--model", "M", "--tower-weights", "clip"], "--tower-weights takes tower=value"),
+        (["--model", "M", "--tower-weights", "clip=a", "clip=b"], "names 'clip' twice"),
+        (["--model", "M", "--towers", "magic=a"], "no tower 'magic'"),
     ],
 )
 def test_bad_options_are_one_line(bench_files, tmp_path, capsys, options, message):
