@@ -87,8 +87,11 @@ def _number(score: str) -> str:
 
 
 def _why_not(runs: Sequence[ScoredEdits], family: Family) -> str:
-    absent = [one for one in runs[0].scores if one.family == family and not one.run]
-    return "; ".join(f"{one.name}: {one.why_not}" for one in absent)
+    absent: dict[str, list[str]] = {}
+    for one in runs[0].scores:
+        if one.family == family and not one.run:
+            absent.setdefault(one.why_not, []).append(one.name)
+    return "; ".join(f"{', '.join(names)} {why}" for why, names in absent.items())
 
 
 def card_facts(card: ScoreCard) -> list[tuple[str, str]]:

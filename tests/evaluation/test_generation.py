@@ -214,6 +214,27 @@ def test_a_damaged_case_is_named(model, bench_files, tmp_path):
         generate(model, BenchmarkFolder(folder), tmp_path / "out", SETTINGS)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("disk full")])
+def test_what_goes_wrong_comes_out_and_leaves_no_trace(
+    model, benchmark, edited, tmp_path, monkeypatch, error
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    interrupts, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "write_picture", fail)
+            with pytest.raises(type(error)):
+                generate(model, benchmark, tmp_path / "out", SETTINGS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert signal.getsignal(signal.SIGINT) is interrupts
+    assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
+
+
 def test_the_users_error_of_another_process_stays_one_line():
     def reported(last: str) -> Exception:
         text = f"-- Process 1 terminated with the following error:\nTraceback ...\n  File x\n{last}\n"
