@@ -94,6 +94,7 @@ def test_held_batches_beyond_the_slots_are_sent_apart(worker):
     assert states(worker) == [FREE] * KEPT_SLOTS
 
 
+@pytest.mark.filterwarnings("ignore:This process")  # has threads; the copy runs none of them
 def test_a_forked_process_keeps_what_it_saw(worker):
     """It inherits the batch; here it is dropped and the next ones are loaded, there it must stay."""
     batch = receive(worker.send([1, 2, 3]))
@@ -101,15 +102,20 @@ def test_a_forked_process_keeps_what_it_saw(worker):
     done, finished = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(started)  # so that the end of the parent ends the waiting too
         os.read(start, 1)
         os.write(finished, bytes(batch["rows"][0].tolist()))
         os._exit(0)
-    assert states(worker) == [RETIRED]
+    retired = states(worker)
     del batch
     received = [receive(worker.send([9, 9, 9])) for _ in range(3)]
     os.write(started, b"x")
-    assert os.read(done, 3) == bytes([1, 2, 3])
+    seen = os.read(done, 3)
     os.waitpid(child, 0)
+    for descriptor in (start, started, done, finished):
+        os.close(descriptor)
+    assert retired == [RETIRED]
+    assert seen == bytes([1, 2, 3])
     assert len(received) == 3
 
 
