@@ -154,10 +154,11 @@ def test_every_nth_checkpoint_stays_for_ever(tmp_path, keep: int, kept: list[int
     assert saved(tmp_path, keep, 80, 30) == ["last.ckpt", *(f"step={step:07d}.ckpt" for step in kept)]
 
 
-def test_a_kept_checkpoint_is_the_same_file_as_the_last_one(shards, autoencoder, tmp_path):
+def test_a_kept_checkpoint_is_a_copy_of_the_last_one(shards, autoencoder, tmp_path):
     run(tiny_config(shards, tmp_path, autoencoder, "trainer.checkpoint_every=3"))
     folder = tmp_path / "checkpoints"
     assert (folder / "last.ckpt").read_bytes() == (folder / "step=0000003.ckpt").read_bytes()
+    assert not (folder / "last.ckpt").samefile(folder / "step=0000003.ckpt")
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step=0000003.ckpt"]
 
 
