@@ -129,6 +129,16 @@ def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict
     return found
 
 
+# Of the toy model and of the paper's, whose pictures take seconds to encode and whose steps are long.
+TRAIN_DEFAULTS = {
+    "size": (64, 256),
+    "batch_size": (64, 1),
+    "pictures": (256, 8),
+    "steps": (30, 4),
+    "warm_up": (8, 2),
+}
+
+
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``train``."""
     parser.add_argument("--paper", action="store_true", help="the paper's model, with random weights")
@@ -137,10 +147,10 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="sides of the training image (default: toy 64, paper 256)")
     parser.add_argument("--batch-size", type=int, help="default: toy 64, paper 1")
     parser.add_argument("--workers", type=int, default=2, help="data.num_workers of the online training")
-    parser.add_argument("--pictures", type=int, default=256, help="rendered, or synthetic ones of the paper")
-    parser.add_argument("--steps", type=int, default=30, help="measured in each round")
-    parser.add_argument("--warm-up", type=int, default=8, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=3, help="online and cached in turns")
+    parser.add_argument("--pictures", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
+    parser.add_argument("--steps", type=int, help="measured in each round (default: toy 30, paper 4)")
+    parser.add_argument("--warm-up", type=int, help="steps before them (default: toy 8, paper 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="online and cached in turns")
     parser.add_argument("--threads", type=int, default=0, help="trainer.threads; 0: torch's choice")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
 
@@ -153,6 +163,9 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
     """
     from pbe.training import timing  # slow to import
 
+    for name, (toy, paper) in TRAIN_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, paper if options.paper else toy)
     with tempfile.TemporaryDirectory(prefix="pbe-benchmark-") as folder:
         config = _train_config(Path(folder), options)
         if options.step:
@@ -182,9 +195,7 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     """Make pictures and return the configuration that is measured."""
-    size = options.size or (256 if options.paper else 64)
-    batch = options.batch_size or (1 if options.paper else 64)
-    shards = folder / "shards"
+    size, shards = options.size, folder / "shards"
     if options.paper:
         synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
     elif render_toy_world.main(
@@ -202,7 +213,7 @@ def _train_config(folder: Path, options: argparse.Namespace) -> Config:
         raise UserError("the scenes could not be rendered")
     settings = [
         f"data.train_shards={shards}", "data.validation_shards=", f"data.num_workers={options.workers}",
-        f"data.image_size={size}", f"model.image_size={size}", f"data.batch_size={batch}",
+        f"data.image_size={size}", f"model.image_size={size}", f"data.batch_size={options.batch_size}",
         f"cache.folder={folder / 'cache'}", "cache.variants=1", "trainer.devices=1", "trainer.strategy=auto",
         f"trainer.threads={options.threads}", f"output_dir={folder / 'run'}",
     ]  # fmt: skip

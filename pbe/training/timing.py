@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import subprocess
@@ -93,6 +94,9 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
             trainer.fit(make_task(config, model), datamodule=data)
         finally:
             data.close()
+    del trainer
+    model.zero_grad(set_to_none=True)
+    gc.collect()  # of the optimizer's moments: the next round has its own
     ends, waits = clock.ends[warm_up - 1 :], clock.waits[warm_up - 1 :]
     passed = ends[-1] - ends[0]
     samples = steps * config.data.batch_size * config.trainer.accumulate
