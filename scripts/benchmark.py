@@ -4,6 +4,10 @@ python scripts/benchmark.py data
 python scripts/benchmark.py data --open 1900000 16000000
 python scripts/benchmark.py annotations
 python scripts/benchmark.py packing --kills 10
+python scripts/benchmark.py train                          # the toy model, from its cache against online
+python scripts/benchmark.py train --paper                  # the paper's sizes, random weights, 256 px
+python scripts/benchmark.py train --paper --step --steps 2  # one step: time and memory
+python scripts/benchmark.py train --ddp                    # two processes against one on one core
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pbe.cli import Parser, run_command
-from pbe.config import DataConfig, SampleConfig
+from pbe.config import Config, DataConfig, SampleConfig, load_config
 from pbe.data.packing_timing import (
     OPEN_IMAGES_PICTURES,
     OPEN_IMAGES_ROWS,
@@ -39,6 +45,9 @@ from pbe.data.timing import (
     synthetic_shards,
 )
 from pbe.errors import UserError
+from scripts import render_toy_world
+
+ROOT = Path(__file__).resolve().parents[1]
 
 OPENING_ROWS = ("samples", "open_s", "first_batch_s")
 
@@ -237,6 +246,102 @@ def _print_kills(killed: KillResult) -> None:
     print("resumed: the same bytes as packed at once, every picture once")
 
 
+# Of the toy model and of the paper's, whose pictures take seconds to encode and whose steps are long.
+TRAIN_DEFAULTS = {
+    "size": (64, 256),
+    "batch_size": (64, 1),
+    "pictures": (256, 8),
+    "steps": (30, 4),
+    "warm_up": (8, 2),
+}
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``train``."""
+    parser.add_argument("--paper", action="store_true", help="the paper's model, with random weights")
+    parser.add_argument("--step", action="store_true", help="only time and memory of one optimizer step")
+    parser.add_argument("--ddp", action="store_true", help="two processes with DDP against one on one core")
+    parser.add_argument("--size", type=int, help="sides of the training image (default: toy 64, paper 256)")
+    parser.add_argument("--batch-size", type=int, help="default: toy 64, paper 1")
+    parser.add_argument("--workers", type=int, default=2, help="data.num_workers of the online training")
+    parser.add_argument("--pictures", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
+    parser.add_argument("--steps", type=int, help="measured in each round (default: toy 30, paper 4)")
+    parser.add_argument("--warm-up", type=int, help="steps before them (default: toy 8, paper 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="online and cached in turns")
+    parser.add_argument("--threads", type=int, default=0, help="trainer.threads; 0: torch's choice")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
+
+
+def measure_train(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure training: online against cached, one step, or two processes against one.
+
+    Raises:
+        UserError: an option makes no sense.
+    """
+    from pbe.training import timing  # slow to import
+
+    for name, (toy, paper) in TRAIN_DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, paper if options.paper else toy)
+    with tempfile.TemporaryDirectory(prefix="pbe-benchmark-") as folder:
+        config = _train_config(Path(folder), options)
+        if options.step:
+            step = timing.measure_step(config, options.steps)
+            rows = [[name, f"{value:,.2f}"] for name, value in step.items()]
+            print_table(["one optimizer step", ""], rows)
+            return step
+        if options.ddp:
+            rates = timing.compare_processes(config, options.steps, ROOT)
+            base = next(iter(rates.values()))
+            rows = [[name, f"{rate:.2f}", f"{rate / base:.2f}"] for name, rate in rates.items()]
+            print_table(["training, cached", "samples a second", "of the first"], rows)
+            return rates
+        rounds = timing.compare_cache(config, options.warm_up, options.steps, options.rounds)
+    speeds = {name: timing.median(found) for name, found in rounds.items()}
+    base_rate = speeds["online"].samples_per_second
+    print_table(
+        ["training", "samples a second", "of online", "waiting %", "step s"],
+        [
+            [name, f"{speed.samples_per_second:.2f}", f"{speed.samples_per_second / base_rate:.2f}",
+             f"{100 * speed.wait_share:.1f}", f"{speed.step_seconds:.3f}"]
+            for name, speed in speeds.items()
+        ],
+    )  # fmt: skip
+    return {name: [vars(speed) for speed in found] for name, found in rounds.items()}
+
+
+def _train_config(folder: Path, options: argparse.Namespace) -> Config:
+    """Make pictures and return the configuration that is measured."""
+    size, shards = options.size, folder / "shards"
+    if options.paper:
+        synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
+    elif render_toy_world.main(
+        [
+            "--out",
+            str(shards),
+            "--scenes",
+            str(options.pictures),
+            "--workers",
+            "0",
+            "--size",
+            str(size * 3 // 2),
+        ]
+    ):
+        raise UserError("the scenes could not be rendered")
+    settings = [
+        f"data.train_shards={shards}", "data.validation_shards=", f"data.num_workers={options.workers}",
+        f"data.image_size={size}", f"model.image_size={size}", f"data.batch_size={options.batch_size}",
+        f"cache.folder={folder / 'cache'}", "cache.variants=1", "trainer.devices=1", "trainer.strategy=auto",
+        f"trainer.threads={options.threads}", f"output_dir={folder / 'run'}",
+    ]  # fmt: skip
+    # the shipped autoencoder for the toy world, random weights for the paper's model
+    settings.append(f"autoencoder_from={'' if options.paper else ROOT / 'data/toy/model'}")
+    if options.paper and options.step:  # what makes it fit into little memory
+        settings += ["trainer.gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
+    name = "paper" if options.paper else "toy"
+    return load_config(ROOT / "configs" / f"{name}.yaml", [*settings, *options.overrides])
+
+
 SUBJECTS = {
     "annotations": Subject(
         "Open Images' annotations to the packing plan", add_annotation_options, measure_open_images
@@ -245,6 +350,7 @@ SUBJECTS = {
         "packing, against bare copying; killed and resumed", add_packing_options, measure_pack
     ),
     "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
+    "train": Subject("training: cached or online, one step, two processes", add_train_options, measure_train),
 }
 
 

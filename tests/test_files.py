@@ -10,6 +10,7 @@ import pytest
 from pbe.checkpoints.native import save_model
 from pbe.data.shards import write_shards
 from pbe.errors import UserError
+from pbe.evaluation import demo as stages
 from pbe.files import make_folder
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model
@@ -35,7 +36,7 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys, monkeypatch):
     model, way = tmp_path / "model", tmp_path / "way"
     save_model(model, make_tiny_model())
     way.touch()
-    monkeypatch.setattr(demo, "check", lambda options: None)
+    monkeypatch.setattr(stages, "check", lambda options: None)
     monkeypatch.setattr(evaluate, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
     calls = (
         (convert_checkpoint, [str(model), str(way)]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,9 +14,12 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pbe.config import Config, to_dict
+from pbe.errors import UserError
 from pbe.training.ema import Ema
 from pbe.training.guard import Guard, gradient_norm
 from pbe.training.optimizer import make_optimizer
+from pbe.training.progress import translate
+from pbe.training.sharding import gathered, is_sharded, shard
 from pbe.training.sums import Sums, band
 
 
@@ -40,6 +43,7 @@ class BaseTask(pl.LightningModule):
     ema: Ema | None
     model: nn.Module
     shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
+    entry: str = ""  # the method through which a step uses all weights; empty: they cannot be sharded
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -57,6 +61,31 @@ class BaseTask(pl.LightningModule):
         """Begin the moving average of the trainable parameters, unless the decay is 0 (off)."""
         if self.config.optimizer.ema_decay > 0:
             self.ema = Ema(self, self.config.optimizer.ema_decay)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a share of the weights only."""
+        return is_sharded(self.parameters())
+
+    def whole_parts(self) -> list[nn.Module]:
+        """Return the networks that are kept whole where the weights are sharded."""
+        return []
+
+    def configure_model(self) -> None:
+        """Cut the weights into shards, once, where the strategy has a mesh of processes for that.
+
+        Raises:
+            UserError: this task cannot be sharded.
+        """
+        if self._device_mesh is None or self.sharded:
+            return
+        if not self.entry:
+            raise UserError(
+                f"task={self.config.task} cannot be sharded, nor does it need to; use trainer.strategy=ddp"
+            )
+        shard(self, self._device_mesh["data_parallel"], self.whole_parts(), self.entry)
+        if self.ema is not None:
+            self.ema.begin(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule, stepped every optimizer step."""
@@ -96,7 +125,9 @@ class BaseTask(pl.LightningModule):
         """Measure the gradients, and leave the step out when they are not finite."""
         norm = gradient_norm(self.parameters())
         self.sums.add("train/gradient_norm", norm.view(1))
-        self.step_made = self.guard.allows(norm, self.global_step, self.model, self._loss_again)
+        # the layer is looked for by one rank alone, which cannot use sharded weights
+        again = None if self.sharded else self._loss_again
+        self.step_made = self.guard.allows(norm, self.global_step, self.model, again)
         if not self.step_made:  # an optimizer passes over parameters without a gradient
             optimizer.zero_grad(set_to_none=True)
 
@@ -132,12 +163,12 @@ class BaseTask(pl.LightningModule):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Use the averaged weights inside a ``with`` block (the plain ones when the average is off)."""
-        if self.ema is None:
+        """Use the averaged weights inside a ``with`` block (the plain ones when the average is off).
+
+        All ranks have to enter it where the weights are sharded.
+        """
+        with nullcontext() if self.ema is None else self.ema.applied(), gathered(self):
             yield
-        else:
-            with self.ema.applied():
-                yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the average, what is not logged yet and the configuration into the checkpoint."""
@@ -149,6 +180,11 @@ class BaseTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the average, the step and what is not logged yet out of the checkpoint."""
         self.loaded_step = int(checkpoint["global_step"])
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and "loops" in checkpoint:
+            place = checkpoint.get(type(data).__qualname__, {"samples": 0})
+            batch = self.config.data.batch_size * self.trainer.world_size
+            translate(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
         self.sums.clear()
         if self.trainer.is_global_zero:  # they are those of all ranks
             self.sums.totals = dict(checkpoint.get("sums", {}))

@@ -119,13 +119,15 @@ class GridCallback(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._last = trainer.global_step
-        if not trainer.is_global_zero:
-            return
         assert isinstance(module, BaseTask)
+        if not trainer.is_global_zero and not module.sharded:
+            return
         training = module.training
         module.eval()
-        grid = self.source(module)
+        grid = self.source(module)  # by all ranks where each has a share of the weights
         module.train(training)
+        if not trainer.is_global_zero:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(grid)
         picture.save(self.folder / f"step{self._last:07d}.png")

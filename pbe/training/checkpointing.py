@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -27,7 +28,9 @@ UNREADABLE = (
     *(RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, ValueError),
     pickle.UnpicklingError,
 )
-CHUNK = 1 << 24  # bytes hashed at a time
+CHUNK = 1 << 24  # bytes hashed or copied at a time
+# What a kernel or file system says that cannot copy between two files by itself.
+CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 # What may differ between two starts of a run without a word: it has no part in what is trained.
 UNTOLD = ("output_dir", "trainer.resume", "trainer.progress")
 
@@ -115,15 +118,38 @@ def publish(temporary: Path, path: Path, digest: str) -> None:
 
 
 def duplicate(path: Path, target: Path) -> None:
-    """Make ``target`` the same file, a hard link where the file system has them, with its own checksum."""
+    """Copy a checkpoint and its checksum to ``target``, as a file of its own.
+
+    A hard link would cost nothing, but what damages one name of a file damages all of them. Where the
+    file system can, the kernel shares the blocks until one of the two is changed.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        with path.open("rb") as source, temporary.open("wb") as copy:
+            _copy(source, copy)
+            os.fsync(copy.fileno())
+        digests = _listed(path)
+        publish(temporary, target, digests[0] if digests else _digest(path))
     except OSError:
-        shutil.copyfile(path, temporary)
-    digests = _listed(path)
-    publish(temporary, target, digests[0] if digests else _digest(path))
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy a whole file, in the kernel where that is possible."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            while os.copy_file_range(source.fileno(), target.fileno(), CHUNK):
+                pass
+            return
+        except OSError as error:
+            if error.errno not in CANNOT_COPY:
+                raise
+            source.seek(0)
+            target.seek(0)
+            target.truncate()
+    shutil.copyfileobj(source, target, CHUNK)
 
 
 def remove(path: Path) -> None:
@@ -225,7 +251,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         UserError: there are some, but none is whole.
     """
-    problems: dict[int, str] = {}  # by inode: several names may stand for one file
+    problems: dict[int, str] = {}  # by inode: older versions gave one file several names
     for path in candidates(folder):
         inode = path.stat().st_ino
         if inode in problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbe.config import Config
 from pbe.diffusion.objective import drop_condition, loss_weights, per_sample_loss, training_target
@@ -27,12 +27,18 @@ class DiffusionTask(BaseTask):
         model: with autoencoder and tower already loaded; frozen here.
     """
 
+    entry = "losses"
+
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
         self.model: LatentDiffusion = model
         self.schedule = make_schedule(config.model.schedule)
         freeze(model)
         self.start_average()
+
+    def whole_parts(self) -> list[nn.Module]:
+        """Return the frozen networks, which are used outside of a step too."""
+        return [self.model.autoencoder, self.model.exemplar_encoder.tower]
 
     def encode(self, batch: EncodedBatch | dict[str, Any]) -> EncodedBatch:
         """Return the batch encoded: as it is when it comes from the latent cache."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pbe.training.sharding import cut_like, is_sharded, local, on_the_cpu
+
 
 class Ema:
     """Average of every trainable parameter of a module, in float32 beside the module.
@@ -22,6 +24,10 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
+        self.begin(module)
+
+    def begin(self, module: nn.Module) -> None:
+        """Start the average anew from a module's weights as they lie now, shards where they are sharded."""
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
@@ -29,8 +35,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the weights after optimizer step ``step`` (counted from 1)."""
         decay = min(self.decay, (1.0 + step) / (10.0 + step))
-        averages = [self.average[name] for name in self.parameters]
-        weights = [p.detach().to(a) for p, a in zip(self.parameters.values(), averages, strict=True)]
+        averages = [local(self.average[name]) for name in self.parameters]
+        weights = [local(p.detach()).to(a) for p, a in zip(self.parameters.values(), averages, strict=True)]
         torch._foreach_lerp_(averages, weights, 1.0 - decay)
 
     @contextmanager
@@ -46,16 +52,16 @@ class Ema:
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by parameter name."""
-        return dict(self.average)
+        """Return the averages by name, put together where they are sharded; all ranks have to ask."""
+        return on_the_cpu(self.average) if is_sharded(self.average.values()) else dict(self.average)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the averages; every trainable parameter must be there."""
         for name, average in self.average.items():
-            average.copy_(state[name])
+            local(average).copy_(local(cut_like(state[name], average)))
 
     def to_parameter_devices(self) -> None:
         """Move each average to the device of its parameter (the module may have moved since)."""

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
+from pbe.training.sharding import local, whole
 
 LOG = logging.getLogger(__name__)
 
+Again = Callable[[Any], object] | None
 LISTED = 8  # samples or parameters that a message names
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the norm of all gradients together, over all shards where they are sharded."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole(torch.nn.utils.get_total_norm(grads))
 
 
 def sample_indices(batch: Any) -> list[int]:
@@ -86,14 +87,14 @@ class Guard:
         """Remember a micro-batch of the coming step and its loss."""
         self._micro.append((batch, loss.detach()))
 
-    def allows(self, norm: Tensor, step: int, module: nn.Module, again: Callable[[Any], object]) -> bool:
+    def allows(self, norm: Tensor, step: int, module: nn.Module, again: Again) -> bool:
         """Say whether the step may be made; the micro-batches are forgotten.
 
         Args:
             norm: of all gradients.
             step: optimizer steps made before.
             module: whose layers and parameters are named.
-            again: computes the loss of a batch once more, to find the layer.
+            again: computes the loss of a batch once more, to find the layer; None where that cannot be.
 
         Raises:
             UserError: the numbers are none and ``on_nan`` is ``stop``, or too many steps were skipped.
@@ -118,18 +119,20 @@ class Guard:
         micro: list[tuple[Any, Tensor]],
         step: int,
         module: nn.Module,
-        again: Callable[[Any], object],
+        again: Again,
     ) -> str:
         if not faulty:
             bad = [
                 name
                 for name, p in module.named_parameters()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
+                if p.grad is not None and not torch.isfinite(local(p.grad)).all()
             ]
             names = "; ".join(sample_names(batch) for batch, _ in micro)
             where = f"parameters: {_listed(bad)}" if bad else "on another rank"
             return f"gradients are not finite at step {step} (samples {names}; {where})"
         batch, loss = faulty[0]
+        if again is None:
+            return f"the loss is {loss} at step {step} (samples {sample_names(batch)})"
         with first_bad_output(module) as layers:
             again(batch)
         where = f"first in layer {layers[0]}" if layers else "every layer's output is finite"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
+import logging
+import os
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,16 @@ from pytorch_lightning.utilities import rank_zero_only
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
 
+LOG = logging.getLogger(__name__)
+
 ID_NAME = "wandb_id"
 HEADER = ("step", "seconds", "name", "value")
 
 
 class CsvLog(Logger):
     """One row a value in ``metrics.csv``: step, Unix time, name, value. A restart goes on below.
+
+    Rows that cannot be written (disk full) are kept and tried again with the next ones; training goes on.
 
     Args:
         folder: where ``metrics.csv`` lies.
@@ -30,6 +39,7 @@ class CsvLog(Logger):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = folder / "metrics.csv"
+        self._waiting, self._complained = "", False
 
     @property
     def name(self) -> str:
@@ -53,26 +63,42 @@ class CsvLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row for each metric."""
-        fresh = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(HEADER)
-            for name, value in metrics.items():
-                if name != "epoch":
-                    writer.writerow((step, f"{time.time():.2f}", name, repr(float(value))))
+        rows = [
+            (step, f"{time.time():.2f}", name, repr(float(value)))
+            for name, value in metrics.items()
+            if name != "epoch"
+        ]
+        self._waiting += _lines(rows)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            head = "" if self.path.exists() else _lines([HEADER])
+            append_whole(self.path, head + self._waiting)
+        except OSError as error:
+            if not self._complained:
+                LOG.error(
+                    "could not write '%s': %s; training goes on, and the rows are kept until there is room",
+                    self.path, error.strerror or error,
+                )  # fmt: skip
+            self._complained = True
+            return
+        self._waiting, self._complained = "", False
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """Drop the rows after ``step``: a run that continues from a checkpoint writes them again."""
+        """Drop the rows after ``step``: a run that continues from a checkpoint writes them again.
+
+        Steps only ever grow in a log, so its end is cut off, which needs no room.
+        """
         if not self.path.exists():
             return
-        rows = read_rows(self.path)
+        kept = _lines([HEADER, *(row for row in read_rows(self.path) if int(row[0]) <= step)]).encode()
+        if self.path.read_bytes().startswith(kept):
+            os.truncate(self.path, len(kept))
+            return
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(HEADER)
-            writer.writerows(row for row in rows if int(row[0]) <= step)
+        temporary.write_bytes(kept)
         temporary.replace(self.path)
 
     def has(self, step: int, name: str) -> bool:
@@ -80,6 +106,33 @@ class CsvLog(Logger):
         return self.path.exists() and any(
             row[0] == str(step) and row[2] == name for row in read_rows(self.path)
         )
+
+
+def _lines(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Append text to a file, all of it or nothing: half a number would read as another one.
+
+    Raises:
+        OSError: it could not be written; the file is as it was before.
+    """
+    content = text.encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            if os.write(file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):  # a device or pipe cannot be cut
+                os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
 
 
 def read_rows(path: Path) -> list[list[str]]:

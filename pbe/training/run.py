@@ -14,6 +14,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from pbe.checkpoints.layout import empty_model
 from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.native import (
     check_keys,
@@ -48,11 +49,12 @@ from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.grids import autoencoder_grid, diffusion_grid
 from pbe.training.latent_cache import CachedDataModule
 from pbe.training.loggers import CsvLog, close_loggers, make_loggers
+from pbe.training.sharding import STRATEGY_NAMES, ShardedStrategy, on_the_cpu
 from pbe.training.speed import make_fast
 from pbe.training.stopping import StopSignals, TrainingStopped
 
 SCALE_BATCHES = 8
-SHARDED = ("fsdp", "deepspeed", "model_parallel")  # strategies that write checkpoints of their own
+OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write checkpoints of their own
 # What Lightning says of things that are meant to be so: few workers for small pictures, a frozen tower,
 # a place in the data that the data module restores, and a library's own housekeeping.
 NEEDLESS_ADVICE = (
@@ -127,8 +129,7 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
         if stop.received:
             return False
         _validate(trainer, task, data)
-        if trainer.is_global_zero:
-            _export(task, config, folder / "model")
+        _export(task, config, folder / "model", writes=trainer.is_global_zero)
         return True
     except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
         return False
@@ -310,13 +311,14 @@ def make_trainer(
         callbacks: others than a run's, which writes nothing then.
     """
     options, writer = config.trainer, SafeCheckpointIO()
+    sharded = options.strategy in STRATEGY_NAMES
     trainer = pl.Trainer(
         max_steps=options.max_steps,
         max_epochs=-1,
         accelerator=options.accelerator,
         devices=int(options.devices) if options.devices.isdigit() else options.devices,
         num_nodes=options.num_nodes,
-        strategy=options.strategy,
+        strategy=ShardedStrategy() if sharded else options.strategy,
         profiler=options.profiler or None,
         precision=options.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=options.accumulate,
@@ -327,7 +329,7 @@ def make_trainer(
         logger=make_loggers(config, folder, step),
         callbacks=_callbacks(config, folder, stop, writer) if callbacks is None else callbacks,
         enable_checkpointing=callbacks is None,
-        plugins=[] if options.strategy.startswith(SHARDED) else [writer],
+        plugins=[] if not sharded and options.strategy.startswith(OTHER_FILES) else [writer],
         enable_progress_bar=options.progress,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -352,8 +354,17 @@ def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeChec
     return made
 
 
-def _export(task: BaseTask, config: Config, folder: Path) -> None:
-    """Write the averaged weights; an autoencoder whose latents are new gets its measured scale factor."""
+def _export(task: BaseTask, config: Config, folder: Path, *, writes: bool) -> None:
+    """Write the averaged weights, once; an autoencoder whose latents are new gets its measured scale factor.
+
+    Args:
+        task: after training; all ranks have to come here where its weights are sharded.
+        config: of the run.
+        folder: for the model.
+        writes: this process does.
+    """
+    if not writes and not task.sharded:
+        return
     model = task.model
     assert isinstance(model, LatentDiffusion)
     with task.averaged_weights():
@@ -362,4 +373,9 @@ def _export(task: BaseTask, config: Config, folder: Path) -> None:
             loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
             batches = list(islice(loader, SCALE_BATCHES))
             config.model.autoencoder.scale_factor = measure_scale_factor(model.eval(), batches)
-        save_model(folder, model)
+        if task.sharded:
+            weights = on_the_cpu(model.state_dict())
+            model = empty_model(config.model)
+            model.load_state_dict(weights, assign=True)
+        if writes:
+            save_model(folder, model)

@@ -92,16 +92,62 @@ def test_a_death_while_a_checkpoint_takes_its_place_leaves_a_whole_one(tmp_path,
 def test_the_one_before_a_damaged_checkpoint_is_used_and_said_so(tmp_path, caplog):
     for step in (10, 20, 30):
         duplicate(write(tmp_path / "last.ckpt", step), tmp_path / f"step={step:07d}.ckpt")
-    flip(tmp_path / "last.ckpt")  # and so, being the same file, step 30
-    with caplog.at_level(logging.INFO, "pbe"):
-        assert newest_whole(tmp_path) == tmp_path / "step=0000020.ckpt"
+    flip(tmp_path / "last.ckpt")
+    with caplog.at_level(logging.INFO, "pbe"):  # the copy is a file of its own
+        assert newest_whole(tmp_path) == tmp_path / "step=0000030.ckpt"
     assert len(caplog.messages) == 1
     assert "last.ckpt' is damaged" in caplog.messages[0]
-    assert "its checksum does not match); going on from 'step=0000020.ckpt' (step 20)" in caplog.messages[0]
+    assert "its checksum does not match); going on from 'step=0000030.ckpt' (step 30)" in caplog.messages[0]
+    flip(tmp_path / "step=0000030.ckpt")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "pbe"):
+        assert newest_whole(tmp_path) == tmp_path / "step=0000020.ckpt"
+    assert len(caplog.messages) == 2
+    assert "its checksum does not match); going on from 'step=0000020.ckpt' (step 20)" in caplog.messages[1]
     for path in tmp_path.glob("*.ckpt"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no other one is whole; delete the checkpoints to start anew"):
         newest_whole(tmp_path)
+
+
+def test_hard_links_of_older_versions_are_told_about_once(tmp_path, caplog):
+    duplicate(write(tmp_path / "last.ckpt", 10), tmp_path / "step=0000010.ckpt")
+    write(tmp_path / "last.ckpt", 20)
+    (tmp_path / "step=0000020.ckpt").hardlink_to(tmp_path / "last.ckpt")
+    flip(tmp_path / "last.ckpt")
+    with caplog.at_level(logging.INFO, "pbe"):
+        assert newest_whole(tmp_path) == tmp_path / "step=0000010.ckpt"
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("kernel", ["copies", "cannot", "is an old one"])
+def test_a_copy_is_whole_and_a_file_of_its_own(tmp_path, monkeypatch, kernel: str):
+    def refuse(*args: Any) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if kernel == "cannot":
+        monkeypatch.setattr(module.os, "copy_file_range", refuse, raising=False)
+    elif kernel == "is an old one":
+        monkeypatch.delattr(module.os, "copy_file_range", raising=False)
+    monkeypatch.setattr(module, "CHUNK", 1000)
+    path, target = write(tmp_path / "last.ckpt", 10), tmp_path / "best.ckpt"
+    write(target, 5)
+    duplicate(path, target)
+    assert target.read_bytes() == path.read_bytes()
+    assert target.stat().st_ino != path.stat().st_ino
+    assert fault(target) == ""
+
+
+def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, target = write(tmp_path / "last.ckpt", 10), write(tmp_path / "best.ckpt", 5)
+    monkeypatch.setattr(module.os, "copy_file_range", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        duplicate(path, target)
+    assert fault(target) == ""
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_named_checkpoint_has_to_be_whole(tmp_path):

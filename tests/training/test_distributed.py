@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import pytest
+import torch
 
+from pbe.errors import UserError
+from pbe.training.draws import batch_drop
 from pbe.training.loggers import read_curve
 from tests.training.tiny import run, tiny_config, weights, write_config
 
@@ -24,36 +30,97 @@ NAMES = (
 LIMIT = 280  # seconds
 
 
-def train_with_two(project_root: Path, folder: Path, *arguments: str) -> str:
-    file = folder.parent / f"{folder.name}.yaml"
-    command = [sys.executable, "train.py", str(file), "trainer.devices=2", "trainer.strategy=ddp", *arguments]
+def train_with_two(project_root: Path, folder: Path, strategy: str, *arguments: str) -> str:
+    """Train the configuration beside ``folder`` with two processes, and return what was printed."""
+    file, several = folder.parent / f"{folder.name}.yaml", f"trainer.strategy={strategy}"
+    command = [sys.executable, "train.py", str(file), "trainer.devices=2", several, *arguments]
     done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def same_curves(folder: Path, least: int) -> None:
+    """Check that the runs ``one`` and ``two`` of a folder have logged the same, to 1e-5."""
+    for name in NAMES:
+        one, two = (read_curve(folder / kind / "metrics.csv", name) for kind in ("one", "two"))
+        assert [step for step, _ in two] == [step for step, _ in one], name
+        assert len(one) >= least
+        assert dict(two) == pytest.approx(dict(one), rel=1e-5), name
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference between the weights of two models."""
+    assert first.keys() == second.keys()
+    return max(float((first[k] - second[k]).abs().max()) for k in first if first[k].is_floating_point())
+
+
 def test_two_processes_are_one_with_the_same_global_batch(shards, autoencoder, tmp_path, project_root):
     config = tiny_config(shards, tmp_path / "two", autoencoder, *SETTINGS, "trainer.max_steps=2")
     write_config(tmp_path / "two.yaml", config)
-    said = train_with_two(project_root, tmp_path / "two", "data.batch_size=2")
+    said = train_with_two(project_root, tmp_path / "two", "ddp", "data.batch_size=2")
     assert said.count("2 steps, ") == 1, "one process speaks for both"
-    straight = run(
-        tiny_config(
-            shards, tmp_path / "one", autoencoder, *SETTINGS, "trainer.max_steps=4", "data.batch_size=4"
-        )
-    )
+    one = [autoencoder, *SETTINGS, "trainer.max_steps=4", "data.batch_size=4"]
+    straight = run(tiny_config(shards, tmp_path / "one", *one))
     # the second half by one process: the epoch and the order of its global batches go on
-    again = run(
-        tiny_config(
-            shards, tmp_path / "two", autoencoder, *SETTINGS, "trainer.max_steps=4", "data.batch_size=4"
-        )
+    again = run(tiny_config(shards, tmp_path / "two", *one))
+    same_curves(tmp_path, least=3)
+    assert furthest(weights(straight.model_dir), weights(again.model_dir)) < 1e-5
+
+
+def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
+    shards, autoencoder, tmp_path, project_root
+):
+    """FSDP2: an unsharded run, continued sharded and with micro-batches, continued unsharded."""
+    settings = [autoencoder, *SETTINGS, "logging.grid_every=4", "objective.drop_mode=per_batch"]
+    one = [*settings, "data.batch_size=4"]
+    straight = run(tiny_config(shards, tmp_path / "one", *one, "trainer.max_steps=6"))
+    run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=2"))
+    write_config(
+        tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings, "trainer.max_steps=4")
     )
-    for name in NAMES:
-        one, two = (read_curve(tmp_path / kind / "metrics.csv", name) for kind in ("one", "two"))
-        assert [step for step, _ in two] == [step for step, _ in one], name
-        assert len(one) >= 3
-        assert dict(two) == pytest.approx(dict(one), rel=1e-5), name
-    first, second = weights(straight.model_dir), weights(again.model_dir)
-    assert (
-        max(float((first[k] - second[k]).abs().max()) for k in first if first[k].is_floating_point()) < 1e-5
-    )
+    micro = ("data.batch_size=1", "trainer.accumulate=2")
+    said = train_with_two(project_root, tmp_path / "two", "fsdp2", *micro)
+    assert said.count("4 steps, ") == 1, "one process speaks for both"
+    middle, sizes = weights(tmp_path / "two" / "model"), weights(straight.model_dir)
+    assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in sizes.items()}, "all of it"
+    again = run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=6"))
+    same_curves(tmp_path, least=4)
+    assert furthest(sizes, weights(again.model_dir)) < 1e-5
+    grids = [cv2.imread(str(tmp_path / kind / "grids" / "step0000004.png")) for kind in ("one", "two")]
+    assert int(cv2.absdiff(*grids).max()) <= 2
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave no process group and none of its environment behind."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "per_batch"])
+def test_ddp_finds_no_unused_parameter(alone, shards, autoencoder, tmp_path, mode: str):
+    """DDP ends a run in the step after one that left a parameter out, with any number of processes."""
+    dropping = (f"objective.drop_mode={mode}", "objective.drop_probability=0.5")
+    config = tiny_config(shards, tmp_path, autoencoder, "trainer.strategy=ddp", *dropping)
+    drops = [batch_drop(config.seed, step) < 0.5 for step in range(3)]
+    assert any(drops)
+    assert not all(drops)
+    assert run(config).steps == 3
+
+
+def test_sharding_an_autoencoder_is_refused(alone, shards, tmp_path):
+    config = tiny_config(shards, tmp_path, "task=autoencoder", "trainer.strategy=fsdp2")
+    with pytest.raises(UserError, match="task=autoencoder cannot be sharded"):
+        run(config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning's plain fsdp wants a GPU")
+def test_plain_fsdp_trains_on_a_gpu(alone, shards, autoencoder, tmp_path):
+    settings = ("trainer.strategy=fsdp", "trainer.accelerator=gpu")
+    assert run(tiny_config(shards, tmp_path, autoencoder, *settings)).steps == 3

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pbe.training.loggers as loggers_module
 from pbe.config import Config, LoggingConfig
 from pbe.errors import UserError
 from pbe.training.loggers import CsvLog, _run_id, make_loggers, read_curve, read_rows
+from tests.training.tiny import logged, run, tiny_config
 
 
 @pytest.fixture
@@ -109,3 +113,48 @@ def test_a_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(loggers_module, "TensorBoardLogger", missing)
     with pytest.raises(UserError, match="needs: pip install tensorboard"):
         make_loggers(Config(logging=LoggingConfig(loggers=["tensorboard"])), tmp_path)
+
+
+class FullDisk:
+    """Takes so many bytes of a write, and then none."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.write = room, os.write
+
+    def __call__(self, file: int, content: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.write(file, content[: self.room])
+        self.room -= taken
+        return taken
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_a_full_disk_is_told_once_and_the_rows_come_when_there_is_room(log, monkeypatch, caplog, room: int):
+    before = log.path.read_bytes()
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "pbe"):
+        patch.setattr(loggers_module.os, "write", FullDisk(room))
+        for step in (40, 50):
+            log.log_metrics({"train/loss": 1.0 / 3.0}, step)
+            assert log.path.read_bytes() == before, "half a row would read as another number"
+    (told,) = caplog.messages
+    assert "No space left on device; training goes on" in told
+    log.log_metrics({"train/loss": 0.5}, 60)
+    assert read_curve(log.path, "train/loss")[-3:] == [(40, 1.0 / 3.0), (50, 1.0 / 3.0), (60, 0.5)]
+
+
+def test_a_full_disk_ends_no_run(shards, autoencoder, tmp_path, monkeypatch, caplog):
+    write = os.write
+
+    def full_at_step_two(file: int, content: bytes) -> int:
+        if content.startswith(b"2,") and b"\n3," not in content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, content)
+
+    settings = [autoencoder, "trainer.max_steps=4"]
+    run(tiny_config(shards, tmp_path / "a", *settings))
+    monkeypatch.setattr(loggers_module.os, "write", full_at_step_two)
+    with caplog.at_level(logging.ERROR, "pbe"):
+        assert run(tiny_config(shards, tmp_path / "b", *settings)).steps == 4
+    assert len([message for message in caplog.messages if "metrics.csv" in message]) == 1
+    assert logged(tmp_path / "b") == logged(tmp_path / "a")

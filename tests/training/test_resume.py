@@ -11,6 +11,7 @@ import torch
 from pbe.config import TrainerConfig
 from pbe.training.checkpoint_callback import Checkpoints, ends_step
 from pbe.training.checkpointing import SafeCheckpointIO
+from pbe.training.loggers import read_curve
 from pbe.training.stopping import StopSignals
 from tests.training.tiny import (
     Watch,
@@ -96,6 +97,25 @@ def test_resume_from_a_named_checkpoint(shards, autoencoder, tmp_path):
     assert [step for step, _, _ in logged(tmp_path / "b", "train/loss_simple")] == [5, 6]
 
 
+def test_a_run_goes_on_in_the_middle_of_an_epoch_with_other_micro_batches(shards, autoencoder, tmp_path):
+    """Steps stay whole and validations due, whatever the batches were before."""
+    settings = [autoencoder, "trainer.validate_every=2", "optimizer.eps=1e-3"]
+    whole = [*settings, "data.batch_size=4"]
+    run(tiny_config(shards, tmp_path / "a", *whole, "trainer.max_steps=6"))
+    run(tiny_config(shards, tmp_path / "b", *whole, "trainer.max_steps=1"))
+    halves = ("data.batch_size=2", "trainer.accumulate=2")
+    quarters = ("data.batch_size=1", "trainer.accumulate=4")
+    run(tiny_config(shards, tmp_path / "b", *settings, *halves, "trainer.max_steps=3"))
+    run(tiny_config(shards, tmp_path / "b", *settings, *quarters, "trainer.max_steps=5"))
+    run(tiny_config(shards, tmp_path / "b", *whole, "trainer.max_steps=6"))
+    for name in ("train/loss", "train/gradient_norm", "val/loss"):
+        first, second = (read_curve(tmp_path / kind / "metrics.csv", name) for kind in "ab")
+        # the shorter runs validated their ends too
+        assert dict(first).keys() <= dict(second).keys(), name
+        assert name == "val/loss" or len(second) == 6
+        assert {step: dict(second)[step] for step, _ in first} == pytest.approx(dict(first), rel=1e-4), name
+
+
 def test_a_longer_run_goes_on_where_a_finished_one_ended(shards, autoencoder, tmp_path):
     run(tiny_config(shards, tmp_path / "a", autoencoder, "trainer.max_steps=3"))
     longer = run(tiny_config(shards, tmp_path / "a", autoencoder, "trainer.max_steps=6"))
@@ -154,10 +174,11 @@ def test_every_nth_checkpoint_stays_for_ever(tmp_path, keep: int, kept: list[int
     assert saved(tmp_path, keep, 80, 30) == ["last.ckpt", *(f"step={step:07d}.ckpt" for step in kept)]
 
 
-def test_a_kept_checkpoint_is_the_same_file_as_the_last_one(shards, autoencoder, tmp_path):
+def test_a_kept_checkpoint_is_a_copy_of_the_last_one(shards, autoencoder, tmp_path):
     run(tiny_config(shards, tmp_path, autoencoder, "trainer.checkpoint_every=3"))
     folder = tmp_path / "checkpoints"
     assert (folder / "last.ckpt").read_bytes() == (folder / "step=0000003.ckpt").read_bytes()
+    assert not (folder / "last.ckpt").samefile(folder / "step=0000003.ckpt")
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt", "step=0000003.ckpt"]
 
 
