@@ -53,6 +53,8 @@ def fingerprint(config: Config, model: LatentDiffusion) -> str:
     settings["halved"] = halved(config)
     encoder = config.model.exemplar_encoder
     features = [encoder.tower, encoder.tokens, encoder.pooled_stages]
+    if encoder.tokens == "all" and encoder.token_grid:
+        features.append(encoder.token_grid)
     settings["exemplar"] = [*features, encoder.image_size, encoder.mean, encoder.std]
     settings["shards"] = [_shard_state(config.data.train_shards), _shard_state(config.data.validation_shards)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
