@@ -66,7 +66,7 @@ def _ids(folder: Path, problems: list[str]) -> list[int]:
     return list(dict.fromkeys(ids))
 
 
-def _check_case(case: Case) -> Iterable[str]:
+def _check_case(case: Case, size: int) -> Iterable[str]:
     image, mask = cv2.imread(str(case.image)), cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
     for path, read in (
         (case.image, image),
@@ -75,24 +75,26 @@ def _check_case(case: Case) -> Iterable[str]:
     ):
         if read is None:
             yield f"{path.parent.name}/{path.name} cannot be read"
-    if image is not None and image.shape[:2] != (SIZE, SIZE):
-        yield f"{case.image.name} is {image.shape[1]} x {image.shape[0]}, not {SIZE} x {SIZE}"
+    height, width = image.shape[:2] if image is not None and not size else (size, size)
+    if image is not None and image.shape[:2] != (height, width):
+        yield f"{case.image.name} is {image.shape[1]} x {image.shape[0]}, not {width} x {height}"
     if mask is None:
         return
-    if mask.shape != (SIZE, SIZE):
-        yield f"{case.mask.name} is {mask.shape[1]} x {mask.shape[0]}, not {SIZE} x {SIZE}"
+    if mask.shape != (height, width):
+        yield f"{case.mask.name} is {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}"
     if not set(np.unique(mask).tolist()) <= {0, 255}:
         yield f"{case.mask.name} holds other values than 0 and 255"
     elif not mask.any() or mask.all():
         yield f"{case.mask.name} is all {'white' if mask.any() else 'black'}"
 
 
-def find_problems(folder: Path, *, pixels: bool = True) -> list[str]:
+def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> list[str]:
     """Return everything that is wrong with a benchmark folder, a line each; empty if nothing is.
 
     Args:
         folder: the ``test_bench`` folder.
         pixels: open every picture too.
+        size: sides that pictures and masks must have; 0 means that a mask must fit its picture.
     """
     problems = [f"the folder {name} is missing" for name, _ in PARTS if not (folder / name).is_dir()]
     ids = _ids(folder, problems)
@@ -102,7 +104,7 @@ def find_problems(folder: Path, *, pixels: bool = True) -> list[str]:
         gone = [path for path in paths if path.parent.is_dir() and not path.is_file()]
         problems += [f"{path.parent.name}/{path.name} is missing" for path in gone]
         if pixels and all(path.is_file() for path in paths):
-            problems += _check_case(case)
+            problems += _check_case(case, size)
     for part in PARTS:
         wanted = {case_path(folder, part, number) for number in ids}
         extra = sorted(set((folder / part[0]).glob("*.png")) - wanted) if ids else []
@@ -118,18 +120,19 @@ def _case(folder: Path, number: int) -> Case:
     return Case(number, image, mask, exemplar)
 
 
-def read_benchmark(folder: str | Path, *, pixels: bool = False) -> list[Case]:
+def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE) -> list[Case]:
     """Return the cases of a benchmark folder, in the order of its list.
 
     Args:
         folder: the ``test_bench`` folder.
         pixels: open and check every picture.
+        size: sides that they must then have; 0 means any.
 
     Raises:
         UserError: something is missing; the message lists what.
     """
     folder = Path(folder)
-    problems = find_problems(folder, pixels=pixels)
+    problems = find_problems(folder, pixels=pixels, size=size)
     if problems:
         shown = "; ".join(problems[:PROBLEMS_SHOWN])
         rest = len(problems) - PROBLEMS_SHOWN

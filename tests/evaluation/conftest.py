@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from pbe.data.toy_world import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.evaluation.benchmark import BenchmarkCase, make_benchmark
 from pbe.evaluation.features import LiteFeatures
+from pbe.evaluation.toy_export import export_toy_benchmark
 from pbe.models import LatentDiffusion
 
 SIZE, EXEMPLAR = 32, 48
@@ -23,6 +26,14 @@ def world() -> ToyWorld:
 @pytest.fixture(scope="session")
 def cases(world: ToyWorld) -> list[BenchmarkCase]:
     return make_benchmark(world, seed=3, image_size=SIZE, exemplar_size=EXEMPLAR, objects=6)
+
+
+@pytest.fixture(scope="session")
+def bench_files(world: ToyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark of seven cases as a folder; not to be changed."""
+    folder = tmp_path_factory.mktemp("bench") / "toy"
+    export_toy_benchmark(world, folder, image_size=SIZE, exemplar_size=EXEMPLAR, objects=7)
+    return folder
 
 
 @pytest.fixture(scope="session")
