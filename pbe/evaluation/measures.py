@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -68,12 +68,18 @@ class Outcome:
         excluded: cases that came in no batch, by reason.
         images_sha256: of the true pictures of the cases that came.
         bootstrap: how intervals are made.
+        reference_sha256: of the folder of real pictures, if one was given.
     """
 
     count: int
     excluded: dict[str, int]
     images_sha256: str
     bootstrap: Bootstrap
+    reference_sha256: str = ""
+
+    def with_excluded(self, reason: str, count: int) -> Outcome:
+        """Return the same with more cases left out."""
+        return replace(self, excluded=self.excluded | {reason: count})
 
 
 class Measure(ABC):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from pbe.evaluation.measures import Batch, CaseMeasure
+from pbe.errors import UserError
+from pbe.evaluation.measures import Batch, CaseMeasure, NotRunError
 from pbe.evaluation.results import ScoreCard
+from pbe.evaluation.towers import file_sha256, read_state
 
 PEAK = 255.0
 SIGMA, TAPS = 1.5, 11  # the window of Wang et al. 2004
@@ -97,3 +102,61 @@ def ssim_measure() -> CaseMeasure:
 
     notes = "Gaussian window of 11 pixels, sigma 1.5, on each of R, G and B; the hole as in the real picture"
     return CaseMeasure("ssim-outside", "clean", "higher", measure, ScoreCard(crop_rule=RULE, notes=notes))
+
+
+def load_lpips(weights: str | None, device: str = "cpu") -> nn.Module:
+    """Build LPIPS on AlexNet (torchmetrics', which brings the learned weights of the layers).
+
+    Args:
+        weights: torchvision's state dict of AlexNet on ImageNet, ``alexnet-owt-7be5be79.pth``.
+        device: where it runs.
+
+    Raises:
+        NotRunError: no weights are given, or torchmetrics is not installed.
+        UserError: the file is none of AlexNet's.
+    """
+    if weights is None:
+        raise NotRunError("needs the weights of torchvision's AlexNet: --tower-weights lpips=FILE")
+    try:
+        from torchmetrics.functional.image.lpips import _LPIPS  # the network; its public wrapper downloads
+    except ImportError as error:
+        raise NotRunError("needs torchmetrics: pip install 'pbe[evaluation]'") from error
+    network = _LPIPS(net="alex", pnet_rand=True)
+    layers = {name.split(".", 1)[1]: value for name, value in network.net.named_parameters()}
+    state = read_state(Path(weights))
+    for name, value in layers.items():
+        given = state.get(f"features.{name}")
+        if given is None or given.shape != value.shape:
+            raise UserError(f"'{weights}' holds no weights of torchvision's AlexNet: see 'features.{name}'")
+        value.data.copy_(given)
+    return network.to(device).eval()
+
+
+def lpips_outside(network: nn.Module, image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
+    """Return LPIPS between the real picture and the edit with the real picture's content in the hole."""
+    filled = fill_hole(image, edit, mask)
+    if np.array_equal(filled, image):
+        return 0.0
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        return float(network(_signed(image, device), _signed(filled, device)).squeeze())
+
+
+def _signed(picture: np.ndarray, device: torch.device) -> Tensor:
+    """Return a picture, uint8 ``h w 3``, in [-1, 1], float32 ``(1, 3, h, w)``."""
+    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+    return pixels.to(device).float() / 127.5 - 1.0
+
+
+def lpips_measure(weights: str | None, device: str = "cpu") -> CaseMeasure:
+    """Make ``lpips-outside``; see :func:`load_lpips` for what is raised."""
+    network = load_lpips(weights, device)
+
+    def measure(batch: Batch) -> list[float]:
+        pairs = zip(batch.cases, batch.edits, strict=True)
+        return [lpips_outside(network, case.image, edit, case.mask) for case, edit in pairs]
+
+    digest = file_sha256(Path(weights or ""))
+    notes = "of the whole pictures, the hole as in the real one"
+    card = ScoreCard("LPIPS 0.1 on AlexNet", digest, "none", RULE, notes=notes)
+    return CaseMeasure("lpips-outside", "clean", "lower", measure, card)
