@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.sample.antialias_above": POSITIVE,
     "cache.variants": POSITIVE,
     "cache.batch_size": POSITIVE,
+    "cache.shard_samples": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
     "optimizer.ema_decay": (0, 0.999999),
     "optimizer.gradient_clip": (0, math.inf),

@@ -66,9 +66,11 @@ class DataConfig:
 class CacheConfig:
     """Latent cache: ``variants`` samples of every box are encoded once and kept in ``folder``.
 
-    An empty ``folder`` means no cache: samples are made and encoded online.
+    An empty ``folder`` means no cache: samples are made and encoded online. A shard has ``shard_samples``
+    samples; 0 makes shards of about 64 MiB.
     """
 
     folder: str = ""
     variants: int = 4
     batch_size: int = 64
+    shard_samples: int = 0

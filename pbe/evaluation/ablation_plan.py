@@ -106,6 +106,7 @@ class _Planner:
     def __init__(self, ablation: Ablation) -> None:
         self.ablation, self.config = ablation, ablation.config
         self.workspace = Path(self.config.workspace)
+        self.latents = self.workspace / "latents"  # the one latent cache, with a section for each settings
         self.stages: dict[str, Stage] = {}
         self._hashes: dict[Path, str] = {}
 
@@ -190,8 +191,7 @@ class _Planner:
         if config.cache.folder:
             cache = self._cache(config, made, data)
             needs.append(cache.fingerprint)
-            folder = cache_folder(self.workspace, cache.fingerprint)
-            config = replace(config, cache=replace(config.cache, folder=str(folder)))
+            config = replace(config, cache=replace(config.cache, folder=str(self.latents)))
         every = config.model.exemplar_encoder.tokens == "all"
         config = replace(config, output_dir=str(self.workspace / "trainings" / mark[:12]))
         stage = self._add(
@@ -202,10 +202,9 @@ class _Planner:
 
     def _cache(self, config: Config, made: list[str], data: Any) -> Stage:
         """Add the encoding of what a training takes; trainings with the same data settings share it."""
-        settings = _cache_settings(config)
-        mark = fingerprint_of(FORMAT, "cache", settings, data, self._encoders(config))
+        mark = self._cache_mark(config, data)
         count = max(self.config.scenes.train * config.cache.variants, 1)
-        folder = str(cache_folder(self.workspace, mark))
+        folder = str(self.latents)
         job = {
             "config": to_dict(
                 replace(config, init_from="", cache=replace(config.cache, folder=folder), output_dir=folder)
@@ -215,9 +214,22 @@ class _Planner:
         kind = "augmented" if sample.augment.enabled else "plain"
         tokens = config.model.exemplar_encoder.tokens
         name = f"encode samples, {kind}, tokens {tokens}, seed {config.seed}"
-        return self._add(
-            "cache", name, mark, "caches", units=count, rate="sample", needs=tuple(made), job=job
-        )
+        needs = tuple(made)
+        if (larger := self._larger(config, data)) is not None:  # holds these samples too
+            needs, count = (*made, larger), 1
+        return self._add("cache", name, mark, "caches", units=count, rate="sample", needs=needs, job=job)
+
+    def _larger(self, config: Config, data: Any) -> str | None:
+        """Return the stage that encodes the same samples with all tokens, if there is one already."""
+        encoder = config.model.exemplar_encoder
+        if encoder.tokens == "all":
+            return None
+        every = replace(config.model, exemplar_encoder=replace(encoder, tokens="all"))
+        mark = self._cache_mark(replace(config, model=every), data)
+        return mark if mark in self.stages else None
+
+    def _cache_mark(self, config: Config, data: Any) -> str:
+        return fingerprint_of(FORMAT, "cache", _cache_settings(config), data, self._encoders(config))
 
     def _encoders(self, config: Config) -> str:
         if not config.autoencoder_from:
@@ -300,11 +312,6 @@ class _Planner:
             with path.open("rb") as file:
                 self._hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._hashes[path]
-
-
-def cache_folder(workspace: Path, mark: str) -> Path:
-    """Return the folder of a latent cache; each of the settings has its own."""
-    return workspace / "caches" / mark[:12] / "cache"
 
 
 def _shaping(config: Config) -> dict[str, Any]:

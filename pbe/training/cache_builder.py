@@ -1,236 +1,353 @@
-"""Building a latent cache: one that was stopped goes on where it was, and one process builds at a time."""
+"""Building a latent cache: its shards are tasks of their own, which any number of processes share.
+
+A shard depends on its samples and on nothing else, so the bytes are the same whoever makes it, and whatever
+was killed meanwhile. Index and tar appear under their names when they are whole; ``shards.json`` lists them
+when nothing is missing any more.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pbe.config import Config
-from pbe.data.datamodule import CounterSampler, CountingLoader, ExemplarDataModule
-from pbe.data.shards import find_shards
+from pbe.data.datamodule import ExemplarDataModule, _start_worker
+from pbe.data.dataset import FAULTS, collate, describe
+from pbe.data.packing_index import write_whole
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
-from pbe.training.encoding import encode_batch
-from pbe.training.latent_cache import META_NAME, arrays_of, fingerprint, halved, read_meta
+from pbe.training.cache_locks import POLL_SECONDS, Claim, waiting
+from pbe.training.cache_record import Layout, index_bytes, record_of, tar_bytes, to_records
+from pbe.training.cache_section import (
+    MANIFEST_NAME,
+    Section,
+    Shard,
+    read_section,
+    refuse_older,
+    rows_of_shard,
+    section_folder,
+    variants_of,
+)
+from pbe.training.cache_settings import Settings, fingerprint, halved, settings_of, with_all_tokens
+from pbe.training.encoding import EncodedBatch, encode_batch
 
 LOG = logging.getLogger(__name__)
-
-PROGRESS_NAME = "progress.json"
-SAVE_SECONDS = 10.0  # between two notes of how far a build has come
-POLL_SECONDS = 0.5
+LOCK_NAME = ".lock"
 
 
 def go_on() -> None:
     """Stand for a check that never stops anything."""
 
 
+@dataclass(frozen=True)
+class Build:
+    """A build and what it is to be done with.
+
+    Attributes:
+        config: says which samples.
+        model: encodes them.
+        data: makes them.
+        section: that they go to.
+        check: called between batches; what it raises ends the build.
+        share: part ``i`` of ``n`` of the shards; others are left to other builders.
+        quiet: show no progress.
+    """
+
+    config: Config
+    model: LatentDiffusion
+    data: ExemplarDataModule
+    section: Section
+    check: Callable[[], None]
+    share: tuple[int, int]
+    quiet: bool
+
+    def missing(self, stream: str, variants: int) -> list[Shard]:
+        """Return the shards of this builder's share that are still to be made."""
+        part, parts = self.share
+        missing = set(self.section.missing({stream: variants}))
+        planned = enumerate(self.section.plan({stream: variants}))
+        return [shard for place, shard in planned if place % parts == part and shard in missing]
+
+
+def find_cache(config: Config, model: LatentDiffusion) -> Section | None:
+    """Return the finished section that serves a configuration, or None.
+
+    Raises:
+        UserError: the folder was made by an older version, or the section is damaged.
+    """
+    return _find(config, settings_of(config, model))
+
+
+def _find(config: Config, settings: Settings) -> Section | None:
+    refuse_older(Path(config.cache.folder))
+    # one with all tokens serves those who want the class token alone, which is its first
+    grid = config.model.exemplar_encoder.token_grid
+    for candidate in (settings, with_all_tokens(settings, grid)):
+        section = _read(config, candidate) if candidate is not None else None
+        if section is not None and section.is_ready(variants_of(config)):
+            return section
+    return None
+
+
+def _read(config: Config, settings: Settings) -> Section | None:
+    section = read_section(section_folder(config.cache.folder, settings))
+    if section is not None and fingerprint(section.settings) != fingerprint(settings):
+        raise UserError(f"'{section.folder}' is not what its name says; delete it to have it built again")
+    return section
+
+
 def ensure_cache(
-    config: Config, model: LatentDiffusion, *, check: Callable[[], None] = go_on, builds: bool = True
-) -> Path:
-    """Build the cache of both streams unless a finished one with the same fingerprint is there.
+    config: Config,
+    model: LatentDiffusion,
+    *,
+    check: Callable[[], None] = go_on,
+    share: tuple[int, int] = (0, 1),
+    quiet: bool = False,
+) -> Section:
+    """Build what is missing of the cache of both streams, together with others who do the same.
 
     Args:
         config: ``cache.folder`` says where, ``cache.variants`` how many samples of each training picture.
         model: with its frozen parts loaded.
         check: called between batches; what it raises ends the build, which goes on there next time.
-        builds: whether this process may build; one that may not waits for another one to do it.
+        share: build part ``i`` of ``n`` (from 0) only, and do not wait for the others.
+        quiet: show no progress.
+
+    Returns:
+        The section; it is complete unless it was to be a share only.
 
     Raises:
-        UserError: the folder holds a cache made with other settings or weights, or cannot be written to.
+        UserError: made by an older version, damaged, too many unusable pictures, or it cannot be written.
     """
-    wanted, folder = fingerprint(config, model), Path(config.cache.folder)
-    for stream in ("train", "validation"):
-        if stream == "validation" and not config.data.validation_shards:
-            continue
-        while not _finished(folder, stream, wanted):
-            if builds:
-                with _locked(make_folder(folder), check):
-                    if not _finished(folder, stream, wanted):
-                        _build(config, model, stream, folder / stream, wanted, check)
-            else:
-                check()
-                time.sleep(POLL_SECONDS)
-    return folder
-
-
-def cache_is_ready(config: Config, model: LatentDiffusion) -> bool:
-    """Say whether the cache of a configuration is finished.
-
-    Raises:
-        UserError: it was made with other settings or weights.
-    """
-    streams = ("train", "validation") if config.data.validation_shards else ("train",)
-    wanted, folder = fingerprint(config, model), Path(config.cache.folder)
-    return all(_finished(folder, stream, wanted) for stream in streams)
-
-
-def _finished(folder: Path, stream: str, wanted: str) -> bool:
-    if not (folder / stream / META_NAME).is_file():
-        return False
-    if read_meta(folder / stream)["fingerprint"] != wanted:
-        raise UserError(
-            f"the latent cache '{folder}' was made with other data settings or weights; "
-            "delete it or name another cache.folder"
-        )
-    return True
-
-
-@contextmanager
-def _locked(folder: Path, check: Callable[[], None]) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back when its holder dies."""
-    with (folder / ".lock").open("w") as lock:
-        told = False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    LOG.info("another process builds the latent cache '%s'; waiting for it", folder)
-                told = True
-                check()
-                time.sleep(POLL_SECONDS)
-            except OSError as error:
-                raise UserError(f"cannot lock the latent cache '{folder}': {error.strerror}") from error
-        yield
-
-
-@torch.no_grad()
-def _build(
-    config: Config, model: LatentDiffusion, stream: str, folder: Path, mark: str, check: Callable[[], None]
-) -> None:
-    """Encode every sample into a partial folder, which gets its name when it is complete."""
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
-    epochs = config.cache.variants if stream == "train" else 1
-    partial = _Partial(folder.with_name(f".{folder.name}.partial"), mark, len(dataset) * epochs)
-    sampler = CounterSampler(dataset, config.cache.batch_size, 0, 1, drop_last=False)
-    loader = CountingLoader(sampler, stream, config.data.max_bad_share, False, config.data.num_workers)
-    epoch, row = divmod(partial.rows, len(dataset))
-    loader.place = (epoch, row)
-    progress = tqdm(
-        (batch for _ in range(epoch, epochs) for batch in loader),
-        desc=f"caching {stream}", total=epochs * len(loader), disable=not config.trainer.progress,
-        initial=epoch * len(loader) + row // config.cache.batch_size,
-    )  # fmt: skip
+    settings = settings_of(config, model)
+    if (found := _find(config, settings)) is not None:
+        return found
+    folder = make_folder(config.cache.folder)
+    data = ExemplarDataModule(config.data, config.seed)
     try:
-        for batch in progress:
-            check()
-            partial.write(encode(config, model, batch), batch["sample_index"])
-        partial.finish(folder, {"pictures": len(dataset), "stream": stream})
+        section = _open(config, model, settings, data, check)
+        build = Build(config, model, data, section, check, share, quiet)
+        _check_space(build)
+        for stream, variants in variants_of(config).items():
+            _build(build, stream, variants)
+        return _list(build)
     except OSError as error:
         raise UserError(
-            f"cannot write the latent cache '{folder.parent}': {error.strerror or error}; "
+            f"cannot write the latent cache '{folder}': {error.strerror or error}; "
             "what is done is kept, the same command goes on"
         ) from error
+
+
+def _open(
+    config: Config,
+    model: LatentDiffusion,
+    settings: Settings,
+    data: ExemplarDataModule,
+    check: Callable[[], None],
+) -> Section:
+    """Return the section of some settings, made where there is none; sweep up what killed builders left."""
+    samples = {stream: len(data.dataset(stream)) for stream in variants_of(config)}
+    record = record_of(config, model)
+    folder = make_folder(section_folder(config.cache.folder, settings))
+    with waiting(folder / LOCK_NAME, check):
+        section = _read(config, settings)
+        if section is None:
+            section = Section(
+                folder, settings, record, rows_of_shard(config, Layout(record)), samples
+            ).write()
+        _sweep(folder)
+    if (section.record, section.samples) != (record, samples):
+        raise UserError(f"'{folder}' holds other samples than its settings say; delete it")
+    return section
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of builders that are no more."""
+    for path in folder.glob(".*.tmp"):
+        name = path.name[1:].rsplit(".", 2)[0]
+        if name == MANIFEST_NAME:
+            path.unlink(missing_ok=True)
+        elif claim := Claim.take(folder / _lock_name(name)):
+            path.unlink(missing_ok=True)
+            claim.release()
+
+
+def _lock_name(name: str) -> str:
+    return f".{name.removesuffix('.tar').removesuffix('.index.npz')}.lock"
+
+
+def _check_space(build: Build) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    layout, streams = build.section.layout, variants_of(build.config).items()
+    shards = [shard for stream, variants in streams for shard in build.missing(stream, variants)]
+    needed, free = (
+        sum(layout.tar_size(s.rows) for s in shards),
+        shutil.disk_usage(build.section.folder).free,
+    )
+    if needed > free:
+        raise UserError(
+            f"the latent cache '{build.section.folder}' needs {needed / 2**30:.2f} GiB more, "
+            f"but the disk has {free / 2**30:.2f}; make room or name another cache.folder"
+        )
+
+
+def _build(build: Build, stream: str, variants: int) -> None:
+    """Make the missing shards of a stream, or wait until others have made them."""
+    if not (missing := build.missing(stream, variants)):
+        return
+    total = sum(shard.rows for shard in missing)
+    told = False
+    with tqdm(
+        desc=f"caching {stream}", total=total, unit=" samples", smoothing=0.05,
+        disable=build.quiet or not build.config.trainer.progress,
+    ) as progress:  # fmt: skip
+        while missing:
+            if any(_is_free(build.section, shard) for shard in missing):
+                _make(build, stream, missing, progress)
+            else:
+                if not told:
+                    LOG.info("others build what is left of '%s'; waiting", build.section.folder)
+                told = True
+                build.check()
+                time.sleep(POLL_SECONDS)
+            missing = [shard for shard in missing if not (build.section.folder / shard.name).exists()]
+            # what others have made counts too
+            progress.update(max(total - sum(shard.rows for shard in missing) - progress.n, 0))
+
+
+def _is_free(section: Section, shard: Shard) -> bool:
+    """Say whether nobody is making a shard."""
+    claim = Claim.take(section.folder / _lock_name(shard.name))
+    if claim is not None:
+        claim.release()
+    return claim is not None
+
+
+class ShardFeed:
+    """The counters of batches, shard by shard, in a shape that a DataLoader takes as its batch sampler.
+
+    A shard is claimed when its first batch is asked for; those of other builders are passed over.
+
+    Args:
+        section: the shards belong to.
+        shards: to be made.
+        batch_size: samples encoded together; a shard's last batch has what is left.
+
+    Attributes:
+        claimed: what has been claimed and is not finished, in order.
+    """
+
+    def __init__(self, section: Section, shards: Sequence[Shard], batch_size: int) -> None:
+        self.section, self.shards, self.batch_size = section, shards, batch_size
+        self.claimed: deque[tuple[Shard, Claim]] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the counters of each batch."""
+        for shard in self.shards:
+            claim = Claim.take(self.section.folder / _lock_name(shard.name))
+            if claim is None:
+                continue
+            if (self.section.folder / shard.name).exists():
+                claim.release()
+                continue
+            self.claimed.append((shard, claim))
+            start = shard.variant * self.section.samples[shard.stream] + shard.first
+            for first in range(start, start + shard.rows, self.batch_size):
+                yield list(range(first, min(first + self.batch_size, start + shard.rows)))
+
+    def finish(self) -> None:
+        """Release the claim on the oldest shard."""
+        self.claimed.popleft()[1].release()
+
+
+def _make(build: Build, stream: str, shards: Sequence[Shard], progress: tqdm[Any]) -> None:
+    """Make those of some shards that nobody else is making."""
+    feed = ShardFeed(build.section, shards, build.config.cache.batch_size)
+    workers = build.config.data.num_workers
+    loader: DataLoader[Any] = DataLoader(
+        build.data.dataset(stream), batch_sampler=feed, num_workers=workers, collate_fn=collate,
+        worker_init_fn=_start_worker, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    batches = iter(loader)
+    rows, counts = list[np.ndarray](), Counter[str]()
+    seen, done = Counter[str](), 0
+    try:
+        for batch in batches:
+            build.check()
+            counts.update(batch["counts"])
+            seen.update(batch["counts"])
+            done += len(batch.get("image", ()))
+            _check_batch(build, stream, batch, seen, done)
+            rows.append(to_records(encode(build.config, build.model, batch), build.section.record))
+            progress.update(len(rows[-1]))
+            shard = feed.claimed[0][0]
+            if sum(len(part) for part in rows) == shard.rows:
+                write_shard(build.section, shard, np.concatenate(rows), counts)
+                feed.finish()
+                rows, counts = [], Counter()
     finally:
-        with suppress(OSError):  # costs the batches since the last note, and must not hide what went wrong
-            partial.save()
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        while feed.claimed:
+            feed.finish()
+        if workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def encode(config: Config, model: LatentDiffusion, batch: dict[str, Any]) -> dict[str, Tensor]:
+def _check_batch(build: Build, stream: str, batch: dict[str, Any], seen: Counter[str], done: int) -> None:
+    """Complain where no picture was found for a sample, or too many cannot be used."""
+    if batch["missing"]:
+        raise UserError(
+            f"no usable picture found in a long row of {stream} pictures ({describe(seen)}); "
+            "check the shards, data.min_box_area and data.max_box_area"
+        )
+    _check_faults(build, stream, seen, max(done, build.section.samples[stream]))
+
+
+def _check_faults(build: Build, stream: str, counts: Counter[str], samples: int) -> None:
+    faults = {name: count for name, count in counts.items() if name in FAULTS}
+    if sum(faults.values()) > build.config.data.max_bad_share * samples:
+        raise UserError(
+            f"too many {stream} pictures cannot be used ({describe(faults)}); "
+            "put the shards right or raise data.max_bad_share"
+        )
+
+
+def encode(config: Config, model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
     """Encode a batch of the data module in the precision that the cache is to have."""
     device = model.unet.conv_in.weight.device
     moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=halved(config)):
-        return arrays_of(encode_batch(model, moved))
+        return encode_batch(model, moved)
 
 
-class _Partial:
-    """The arrays of an unfinished cache and how many of their rows are done.
-
-    Args:
-        folder: of the partial cache; one of other settings is thrown away.
-        mark: fingerprint.
-        count: rows of the finished cache.
-    """
-
-    def __init__(self, folder: Path, mark: str, count: int) -> None:
-        self.folder, self.mark, self.count = folder, mark, count
-        self.files: dict[str, np.memmap[Any, Any]] = {}
-        self.rows = self._rows_of_before()
-        self._saved = time.monotonic()
-
-    def _rows_of_before(self) -> int:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads((self.folder / PROGRESS_NAME).read_text())
-            if (note["fingerprint"], note["count"]) == (self.mark, self.count):
-                return int(note["rows"])
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        return 0
-
-    def write(self, arrays: dict[str, Tensor], rows: Tensor) -> None:
-        """Put the next rows in their place; ``rows`` are consecutive."""
-        start = int(rows[0])
-        for name, value in arrays.items():
-            block = value.to(torch.float16).cpu().numpy()
-            if name not in self.files:
-                self.files[name] = self._open(name, block.shape[1:])
-            self.files[name][start : start + len(block)] = block
-        self.rows = start + len(rows)
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self.save()
-
-    def _open(self, name: str, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-        path = self.folder / f"{name}.npy"
-        if self.rows:
-            return np.lib.format.open_memmap(path, "r+")
-        array = np.lib.format.open_memmap(path, "w+", np.float16, (self.count, *shape))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a SIGBUS at some later row
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return array
-
-    def save(self) -> None:
-        """Note how many rows are done, after the rows themselves."""
-        if not self.folder.is_dir():
-            return
-        for array in self.files.values():
-            array.flush()
-        note = {"fingerprint": self.mark, "count": self.count, "rows": self.rows}
-        temporary = self.folder / f".{PROGRESS_NAME}"
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, self.folder / PROGRESS_NAME)
-        self._saved = time.monotonic()
-
-    def finish(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Describe the cache and give it its name."""
-        for array in self.files.values():
-            array.flush()
-        meta = {"fingerprint": self.mark, "count": self.count, **facts}
-        (self.folder / META_NAME).write_text(json.dumps(meta, indent=2))
-        (self.folder / PROGRESS_NAME).unlink(missing_ok=True)
-        os.replace(self.folder, folder)
+def write_shard(section: Section, shard: Shard, records: np.ndarray, counts: Counter[str]) -> None:
+    """Write a shard's index, then its tar; each appears when it is whole."""
+    tar = tar_bytes(records, shard.variant, shard.first)
+    index = index_bytes(records, shard.variant, shard.first, tar, dict(+counts))
+    write_whole(section.folder / shard.index_name, index)
+    write_whole(section.folder / shard.name, tar)
 
 
-def size_on_disk(config: Config, model: LatentDiffusion) -> int:
-    """Return the bytes that the cache of a configuration takes, from one sample of it."""
-    total = 0
-    module = ExemplarDataModule(config.data, config.seed)
-    for stream, shards, variants in (
-        ("train", config.data.train_shards, config.cache.variants),
-        ("validation", config.data.validation_shards, 1),
-    ):
-        if not shards or not find_shards(shards):
-            continue
-        dataset = module.dataset(stream)
-        batch = next(iter(CountingLoader(CounterSampler(dataset, 1, 0, 1, False), stream, 1.0, True, 0)))
-        row = sum(value.numel() * 2 for value in encode(config, model, batch).values())
-        total += row * len(dataset) * variants
-    return total
+def _list(build: Build) -> Section:
+    """List the shards that are there, unless too many pictures were of no use."""
+    variants = variants_of(build.config)
+    with waiting(build.section.folder / LOCK_NAME, build.check):
+        section = (read_section(build.section.folder) or build.section).listing(variants)
+        for stream in variants:
+            counts, samples = section.counts(stream), section.rows_listed(stream)
+            _check_faults(build, stream, counts, samples)
+            if counts and not build.quiet:
+                LOG.info("%s cache: %d samples; %s", stream, samples, describe(counts))
+        return section.write()

@@ -16,7 +16,8 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
 from pbe.training.base_task import BaseTask
-from pbe.training.cache_builder import cache_is_ready, size_on_disk
+from pbe.training.cache_builder import find_cache
+from pbe.training.cache_size import size_on_disk
 from pbe.training.callbacks import peak_memory
 from pbe.training.data import StepSampler, TrainingData
 from pbe.training.latent_cache import CachedDataModule
@@ -148,9 +149,9 @@ def _data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | No
         data.samples("train")
         if config.task != "diffusion" or not config.cache.folder:
             return data
-        if cache_is_ready(config, model):
-            return CachedDataModule(config)
-        size = size_on_disk(config, model) / GIB
+        if (section := find_cache(config, model)) is not None:
+            return CachedDataModule(config, section)
+        size = size_on_disk(config, model).total / GIB
         notes.append(f"the latent cache is not built yet ({size:.2f} GiB); measured without it")
         return data
     except UserError as error:

@@ -30,7 +30,9 @@ from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
-from pbe.training.cache_builder import ensure_cache, size_on_disk
+from pbe.training.cache_builder import ensure_cache
+from pbe.training.cache_listing import describe_folder
+from pbe.training.cache_size import CacheSize, size_on_disk
 from pbe.training.callbacks import GridCallback, StepLog
 from pbe.training.checkpoint_callback import Checkpoints
 from pbe.training.checkpointing import (
@@ -156,8 +158,12 @@ def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
     return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
 
 
-def build_cache(config: Config) -> int:
-    """Build the latent cache of a configuration; returns the signal that stopped it, or 0."""
+def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
+    """Build the latent cache of a configuration, or part ``i`` of ``n`` of it (from 0).
+
+    Returns:
+        The signal that stopped it, or 0.
+    """
     prepare_process(config)
     stop = StopSignals()
     with stop.listening():
@@ -165,17 +171,28 @@ def build_cache(config: Config) -> int:
         if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
             model.to("cuda")
         try:
-            ensure_cache(config, model, check=stop.check)
+            ensure_cache(config, model, check=stop.check, share=share)
         except TrainingStopped:
             return stop.received
     return 0
 
 
-def cache_size(config: Config) -> int:
-    """Return the bytes that the latent cache of a configuration takes when it is built."""
+def cache_size(config: Config) -> CacheSize:
+    """Return what the latent cache of a configuration takes when it is built; no weights are needed."""
+    trained = Path(config.autoencoder_from)
+    if config.autoencoder_from and trained.is_dir() and not config.init_from:
+        autoencoder = load_model_config(trained).autoencoder
+        config = replace(config, model=replace(config.model, autoencoder=autoencoder))
+    with torch.device("meta"):
+        model = LatentDiffusion(config.model)
+    return size_on_disk(config, model)
+
+
+def cache_list(config: Config) -> list[str]:
+    """Return a line for everything in the folder of a latent cache: what it is, and whether it fits."""
     prepare_process(config)
     model, config = build_model(config)
-    return size_on_disk(config, model)
+    return describe_folder(config, model)
 
 
 def check_checkpoint(path: Path, task: BaseTask) -> None:
@@ -265,12 +282,12 @@ def _check_same_model(config: Config, stored: ModelConfig) -> None:
 
 
 def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
-    """Return the data module; where there is to be a cache, one process of each machine builds it."""
+    """Return the data module; where there is to be a cache, all processes build what is missing of it."""
     if not isinstance(task, DiffusionTask) or not config.cache.folder:
         return TrainingData(config)
     task.model.to(trainer.strategy.root_device)
-    ensure_cache(config, task.model, check=stop.check, builds=trainer.local_rank == 0)
-    return CachedDataModule(config)
+    section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
+    return CachedDataModule(config, section)
 
 
 def make_trainer(

@@ -1,280 +1,224 @@
-"""The latent cache holds what encoding online gives, and refuses to be used for anything else."""
+"""The latent cache holds what encoding online gives, and training from it is what it was."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
-import signal
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import io
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 
-import pbe.training.cache_builder as cache_module
+import pbe.training.cache_builder as builder_module
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate
+from pbe.data.randomness import permutation
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
 from pbe.training.cache_builder import ensure_cache
+from pbe.training.cache_record import Layout, from_records, tar_bytes, to_records
+from pbe.training.cache_section import Section
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.draws import draw
 from pbe.training.encoding import EncodedBatch, encode_batch
-from pbe.training.latent_cache import CachedDataModule, CachedSamples, fingerprint
+from pbe.training.latent_cache import CachedDataModule, CachedSamples
 from pbe.training.optimizer import make_optimizer
-from pbe.training.run import build_model
-from pbe.training.stopping import StopSignals, TrainingStopped
+from tests.training.cached import BATCH, FIELDS, PICTURES, VARIANTS, online, prepare, settings, tensors
 from tests.training.tiny import logged, run, tiny_config
 
-PICTURES, VARIANTS = 8, 3
 HALF = 2.0**-11  # relative rounding of half precision
-FIELDS = ("image.mean", "image.std", "masked.mean", "masked.std", "keep_mask", "valid", "features")
-
-
-def build(shards: Path, autoencoder: str, folder: Path, *overrides: str) -> tuple[LatentDiffusion, Config]:
-    settings = [f"cache.folder={folder}", f"cache.variants={VARIANTS}", "cache.batch_size=5", *overrides]
-    return build_model(tiny_config(shards, folder / "run", autoencoder, *settings))
+Built = tuple[LatentDiffusion, Config, Section]
 
 
 @pytest.fixture(scope="module")
-def built(shards, autoencoder, tmp_path_factory) -> tuple[LatentDiffusion, Config]:
-    """A model and a configuration whose cache exists."""
-    model, config = build(shards, autoencoder, tmp_path_factory.mktemp("cache"))
-    ensure_cache(config, model)
-    return model, config
+def built(shards, autoencoder, tmp_path_factory) -> Built:
+    """A model, a configuration and its cache."""
+    model, config = prepare(shards, autoencoder, tmp_path_factory.mktemp("cache"))
+    return model, config, ensure_cache(config, model)
 
 
-def tensors(batch: EncodedBatch) -> dict[str, torch.Tensor]:
-    flat = (*batch.image, *batch.masked, batch.keep_mask, batch.valid, batch.features)
-    return dict(zip(FIELDS, flat, strict=True))
-
-
-def online(model: LatentDiffusion, config: Config, indices: list[int], stream: str) -> EncodedBatch:
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
-    return encode_batch(model, collate([dataset[index] for index in indices]))
+def samples_of(built: Built, stream: str = "train", seed: int | None = None) -> CachedSamples:
+    _, config, section = built
+    variants = VARIANTS if stream == "train" else 1
+    return CachedSamples(section, stream, variants, config.seed if seed is None else seed)
 
 
 @pytest.mark.parametrize(("stream", "count"), [("train", PICTURES * VARIANTS), ("validation", 8)])
 def test_rows_are_what_encoding_online_gives(built, stream: str, count: int):
-    model, config = built
-    stored = CachedSamples(Path(config.cache.folder) / stream, config.seed, shuffled=False)
+    stored = samples_of(built, stream)
     assert len(stored) == count
     cached = tensors(stored.batch([(row, row) for row in range(count)]))
-    fresh = tensors(online(model, config, list(range(count)), stream))
+    fresh = tensors(online(built[0], built[1], list(range(count)), stream))
     for name, expected in fresh.items():
         assert cached[name].dtype == torch.float32
         # rounding to half, and a batch of another size, which adds up in another order
         error = (cached[name] - expected).abs() - HALF * expected.abs()
         assert float(error.max()) < 2e-5 * float(expected.abs().max()), name
+    for name in ("keep_mask", "valid"):
+        assert torch.equal(cached[name], fresh[name]), "masks are exact"
+
+
+def memory_maps(model: LatentDiffusion, config: Config) -> dict[str, np.ndarray]:
+    """Return the arrays that the cache was before it had shards: half precision, in the stream's order."""
+    dataset = ExemplarDataModule(config.data, config.seed).dataset("train")
+    parts = []
+    for epoch in range(VARIANTS):
+        for first in range(0, PICTURES, BATCH):
+            counters = range(epoch * PICTURES + first, epoch * PICTURES + min(first + BATCH, PICTURES))
+            encoded = tensors(encode_batch(model, collate([dataset[index] for index in counters])))
+            parts.append({name: value.to(torch.float16).numpy() for name, value in encoded.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+
+
+def test_losses_are_those_of_the_memory_maps_to_the_last_bit(built):
+    model, config, section = built
+    arrays, count = memory_maps(model, config), PICTURES * VARIANTS
+    loader = CachedDataModule(config, section).train_dataloader()
+    cached = [*loader, *loader]
+    assert len(cached) == 2 * count // config.data.batch_size
+    old = []
+    for number in range(len(cached)):
+        counters = [number * config.data.batch_size + i for i in range(config.data.batch_size)]
+        rows = [
+            int(permutation(count, config.seed, "cache", "order", c // count)[c % count]) for c in counters
+        ]
+        values = [torch.from_numpy(arrays[name][rows].astype(np.float32)) for name in FIELDS]
+        posteriors = Posterior(*values[:2]), Posterior(*values[2:4])
+        old.append(EncodedBatch(*posteriors, *values[4:], torch.tensor(counters)))
+    for new, before in zip(cached, old, strict=True):
+        assert torch.equal(new.sample_index, before.sample_index)
+        for name, value in tensors(new).items():
+            assert torch.equal(value, tensors(before)[name]), name
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    results = []
+    for batches in (cached, old):
+        model.load_state_dict(state)
+        results.append(losses_of(DiffusionTask(config, model), batches[:6]))
+    model.load_state_dict(state)
+    assert results[0] == results[1]
 
 
 def test_variants_of_a_picture_differ(built):
-    _, config = built
-    stored = CachedSamples(Path(config.cache.folder) / "train", config.seed, shuffled=False)
-    features = stored.arrays["features"].astype(np.float32).reshape(VARIANTS * PICTURES, -1)
-    assert len(np.unique(features, axis=0)) == VARIANTS * PICTURES
+    count = PICTURES * VARIANTS
+    features = samples_of(built).batch([(row, row) for row in range(count)]).features
+    assert len(np.unique(features.reshape(count, -1).numpy(), axis=0)) == count
 
 
 def test_each_epoch_is_a_permutation_of_its_own(built):
-    _, config = built
-    folder, count = Path(config.cache.folder) / "train", PICTURES * VARIANTS
-    samples = CachedSamples(folder, config.seed, shuffled=True)
+    count, samples = PICTURES * VARIANTS, samples_of(built)
     epochs = [[samples[epoch * count + i][1] for i in range(count)] for epoch in range(3)]
     for order in epochs:
         assert sorted(order) == list(range(count))
     assert epochs[0] != epochs[1] != epochs[2]
-    again = CachedSamples(folder, config.seed, shuffled=True)
+    again = samples_of(built)
     assert [again[count + i][1] for i in (4, 0, 9)] == [epochs[1][i] for i in (4, 0, 9)]
-    other = CachedSamples(folder, config.seed + 1, shuffled=True)
+    other = samples_of(built, seed=built[1].seed + 1)
     assert [other[i][1] for i in range(count)] != epochs[0]
 
 
 def test_batches_carry_the_global_counter_not_the_row(built):
-    _, config = built
-    loader = CachedDataModule(config).train_dataloader()
+    _, config, section = built
+    loader = CachedDataModule(config, section).train_dataloader()
     first, second = list(loader), list(loader)
     counters = torch.cat([batch.sample_index for batch in [*first, *second]])
     assert counters.tolist() == list(range(2 * PICTURES * VARIANTS))
-    stored = CachedSamples(Path(config.cache.folder) / "train", config.seed, shuffled=True)
-    expected = stored.batch([stored[24], stored[25]])
-    assert torch.equal(second[0].features, expected.features)
+    stored = samples_of(built)
+    assert torch.equal(second[0].features, stored.batch([stored[24], stored[25]]).features)
 
 
-def test_a_finished_cache_is_used_whatever_the_batches_and_the_mapper_are(built, monkeypatch):
-    model, config = built
-
-    def never(*_: object) -> None:
-        raise AssertionError("the cache was built again")
-
-    monkeypatch.setattr(cache_module, "_build", never)
-    data = replace(config.data, batch_size=7, num_workers=3)
-    encoder = replace(config.model.exemplar_encoder, mapper_layers=9)
-    same = replace(config, data=data, model=replace(config.model, exemplar_encoder=encoder))
-    assert ensure_cache(same, model) == Path(config.cache.folder)
-
-
-def test_a_cache_of_other_settings_or_weights_is_refused(built):
-    model, config = built
-    sample = replace(config.data.sample, extend_fraction=0.1)
-    others = [
-        replace(config, seed=config.seed + 1),
-        replace(config, cache=replace(config.cache, variants=2)),
-        replace(config, data=replace(config.data, sample=sample)),
-        replace(config, data=replace(config.data, min_box_area=0.1)),
-        replace(config, data=replace(config.data, train_shards=config.data.validation_shards)),
-        replace(config, trainer=replace(config.trainer, precision="bf16-mixed")),
-    ]
-    for other in others:
-        with pytest.raises(
-            UserError, match=r"^the latent cache '.*' was made with other .* delete it or name"
-        ):
-            ensure_cache(other, model)
-    weight = model.autoencoder.encoder.conv_in.weight
-    kept = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight[0, 0, 0, 0] += 1e-3
-        with pytest.raises(UserError, match="other data settings or weights"):
-            ensure_cache(config, model)
-    finally:
-        weight.data.copy_(kept)
-    ensure_cache(config, model)
+def test_webdataset_reads_the_shards(built):
+    section = built[2]
+    tars = sorted(str(path) for path in section.folder.glob("train-*.tar"))
+    assert len(tars) == 2 * VARIANTS
+    found = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+    assert len({sample["__key__"] for sample in found}) == PICTURES * VARIANTS
+    assert found[PICTURES + 2]["__key__"] == "001-000000002"
+    stored = samples_of(built).batch([(0, row) for row in range(len(found))])
+    for row, sample in enumerate(found):
+        record = sample["npy"]
+        assert np.array_equal(record["image_mean"].astype(np.float32), stored.image.mean[row].numpy())
+        assert np.array_equal(record["keep_mask"] / 252.0, stored.keep_mask[row].double().numpy())
 
 
-def test_the_fingerprint_covers_everything_that_encodes_and_nothing_else(shards, tmp_path):
-    overrides = ["model.autoencoder.patch_shortcut=true", f"cache.folder={tmp_path}"]
-    config = tiny_config(shards, tmp_path, *overrides)
-    model = LatentDiffusion(config.model)
-    mark = fingerprint(config, model)
-
-    def changed_by(tensor: torch.Tensor) -> bool:
-        kept = tensor.detach().clone()
-        with torch.no_grad():
-            tensor.view(-1)[0] += 1.0
-            changed = fingerprint(config, model) != mark
-            tensor.copy_(kept)
-        return changed
-
-    autoencoder, encoder = model.autoencoder, model.exemplar_encoder
-    assert changed_by(autoencoder.encoder.conv_in.bias)
-    assert changed_by(autoencoder.quant_conv.bias)
-    assert changed_by(autoencoder.patch_encoder.bias)
-    assert changed_by(encoder.tower.trunk.conv_stem.weight)
-    assert changed_by(encoder.tower.trunk.bn1.running_mean)
-    assert not changed_by(autoencoder.decoder.conv_in.bias)
-    assert not changed_by(encoder.proj.bias)
-    assert not changed_by(model.unet.conv_in.bias)
+def test_the_tar_is_a_tar_and_its_index_says_where_the_rows_are(built):
+    section = built[2]
+    tar, index_file = (section.folder / f"train-001-000001{end}" for end in (".tar", ".index.npz"))
+    index, data = np.load(index_file), tar.read_bytes()
+    with tarfile.open(tar) as archive:
+        members = archive.getmembers()
+        values = [np.load(io.BytesIO(archive.extractfile(member).read())) for member in members]
+    assert [member.name for member in members] == [f"001-{position:09d}.npy" for position in (5, 6, 7)]
+    assert len(data) == tar.stat().st_size == section.layout.tar_size(3) == int(index["tar_size"])
+    for value, offset, size in zip(values, index["row_offset"], index["row_size"], strict=True):
+        assert data[offset : offset + size] == value.tobytes()
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*")}
+@pytest.mark.parametrize("rows", [1, 7, 30])
+def test_tars_of_any_number_of_rows_are_whole(rows: int, tmp_path: Path):
+    record = np.dtype([("image_mean", "<f2", (2, 3, 3)), ("valid", "|u1", (1, 3, 3))])
+    values = np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8)
+    records = values.view(record)[:, 0]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(records, 2, 11))
+    assert (tmp_path / "a.tar").stat().st_size == Layout(record).tar_size(rows)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        read = [np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar]
+    assert [value.tobytes() for value in read] == [value.tobytes() for value in records]
 
 
-class Encoder:
-    """Counts the batches that are encoded, and does something before one of them."""
-
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, at: int = 0, action: Callable[[], None] = int
-    ) -> None:
-        self.calls = 0
-        monkeypatch.setattr(cache_module, "encode_batch", self)
-        self.at, self.action = at, action
-
-    def __call__(self, *args: Any) -> EncodedBatch:
-        self.calls += 1
-        if self.calls == self.at:
-            self.action()
-        return encode_batch(*args)
-
-
-def full() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_build_that_breaks_off_goes_on_where_it_was(built, shards, autoencoder, tmp_path, monkeypatch):
-    model, config = build(shards, autoencoder, tmp_path / "cache")
-    # 8 pictures by 5: two batches for each of three variants, and two of the validation
-    Encoder(monkeypatch, 4, full)
-    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* goes on"):
-        ensure_cache(config, model)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", ".train.partial"}
-    rest = Encoder(monkeypatch)
-    ensure_cache(config, model)
-    assert rest.calls == 8 - 3
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "train", "validation"}
-    assert content(tmp_path / "cache") == content(Path(built[1].cache.folder))
+def test_records_keep_quarters_of_masks_exactly_and_one_token_of_many():
+    quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).view(1, 1, 1, 5)
+    posterior = Posterior(torch.randn(1, 2, 1, 5), torch.rand(1, 2, 1, 5))
+    batch = EncodedBatch(
+        posterior, posterior, quarters, 1 - quarters, torch.randn(1, 4, 6), torch.tensor([3])
+    )
+    shapes = {name: value.shape[1:] for name, value in tensors(batch).items()}
+    latent, mask = tuple(shapes["image.mean"]), tuple(shapes["valid"])
+    fields = [(name, "<f2", latent) for name in ("image_mean", "image_std", "masked_mean", "masked_std")]
+    fields += [(name, "|u1", mask) for name in ("keep_mask", "valid")]
+    records = to_records(batch, np.dtype([*fields, ("features", "<f2", tuple(shapes["features"]))]))
+    back = from_records(records, batch.sample_index)
+    assert torch.equal(back.keep_mask, quarters)
+    assert torch.equal(back.valid, 1 - quarters)
+    assert torch.equal(back.features, batch.features.half().float())
+    first = from_records(records, batch.sample_index, class_only=True).features
+    assert torch.equal(first, back.features[:, :1])
+    assert torch.equal(back.image.std, posterior.std.half().float())
 
 
-def test_a_stop_in_a_build_is_clean_and_other_settings_start_anew(shards, autoencoder, tmp_path, monkeypatch):
-    model, config = build(shards, autoencoder, tmp_path / "cache")
-    stop = StopSignals()
-    encoder = Encoder(monkeypatch, 3, lambda: setattr(stop, "received", signal.SIGTERM))
-    with pytest.raises(TrainingStopped):
-        ensure_cache(config, model, check=stop.check)
-    assert encoder.calls == 3
-    other = replace(config, seed=config.seed + 1)
-    again = Encoder(monkeypatch)
-    ensure_cache(other, model)
-    assert again.calls == 8
+def damaged(built: Built, tmp_path: Path) -> tuple[Section, Path]:
+    section = replace(built[2], folder=tmp_path / built[2].folder.name)
+    shutil.copytree(built[2].folder, section.folder)
+    return section, section.folder / "train-000-000001.tar"
 
 
-def test_a_signal_in_a_build_ends_the_run_cleanly(shards, autoencoder, tmp_path, monkeypatch):
-    settings = [autoencoder, f"cache.folder={tmp_path / 'cache'}", "cache.variants=3", "cache.batch_size=5"]
-    config = tiny_config(shards, tmp_path / "run", *settings)
-    with monkeypatch.context() as patch:
-        Encoder(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        result = run(config)
-    assert (result.steps, result.stopped_by) == (0, signal.SIGTERM)
-    rest = Encoder(monkeypatch)
-    assert run(config).steps == 3
-    assert rest.calls == 8 - 2
+def test_a_shard_that_is_gone_or_cut_short_is_one_clear_line(built, tmp_path):
+    section, tar = damaged(built, tmp_path)
+    stored = CachedSamples(section, "train", VARIANTS, 0)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: section.layout.stride])
+    with pytest.raises(UserError, match=r"cache cannot be read: .*train-000-000001.tar.* delete that shard"):
+        stored.batch([(0, BATCH + 1)])
+    tar.unlink()
+    with pytest.raises(UserError, match=r"the latent cache cannot be read: .*No such file"):
+        CachedSamples(section, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
 
 
-def test_two_processes_that_want_the_same_cache_build_it_once(shards, autoencoder, tmp_path, monkeypatch):
-    model, config = build(shards, autoencoder, tmp_path / "cache")
-    encoder = Encoder(monkeypatch, 1, lambda: time.sleep(0.2))
-    monkeypatch.setattr(cache_module, "POLL_SECONDS", 0.01)
-    # a lock belongs to an open file, so two threads stand for two processes; the third may not build
-    with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(ensure_cache, config, model, builds=builds) for builds in (True, True, False)]
-        assert {job.result(timeout=120) for job in jobs} == {tmp_path / "cache"}
-    assert encoder.calls == 8
-
-
-def test_who_waits_for_a_cache_can_be_stopped(shards, autoencoder, tmp_path):
-    model, config = build(shards, autoencoder, tmp_path / "cache")
-    stop = StopSignals()
-    stop.received = signal.SIGINT
-    with pytest.raises(TrainingStopped):
-        ensure_cache(config, model, check=stop.check, builds=False)
-    (tmp_path / "cache").mkdir()
-    with (tmp_path / "cache" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TrainingStopped):
-            ensure_cache(config, model, check=stop.check)
-
-
-def test_a_damaged_description_is_one_clear_line(shards, autoencoder, tmp_path):
-    model, config = build(shards, autoencoder, tmp_path)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "cache.json").write_text('{"fingerprint": ')
-    with pytest.raises(UserError, match=r"'.*train' is not a latent cache \(.*\); delete it"):
-        ensure_cache(config, model)
-
-
-def test_the_description_says_what_is_inside(built):
-    _, config = built
-    meta = json.loads((Path(config.cache.folder) / "train" / "cache.json").read_text())
-    assert (meta["count"], meta["pictures"], meta["stream"]) == (PICTURES * VARIANTS, PICTURES, "train")
+def test_a_changed_byte_is_found_where_rows_are_verified(built, tmp_path):
+    section, tar = damaged(built, tmp_path)
+    whole = bytearray(tar.read_bytes())
+    whole[section.layout.offset(1) + 40] ^= 1
+    tar.write_bytes(whole)
+    CachedSamples(section, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
+    checking = CachedSamples(section, "train", VARIANTS, 0, verify=True)
+    checking.batch([(0, BATCH), (1, BATCH + 2), (2, 0)])
+    with pytest.raises(UserError, match=r"row 1 of .* is not what was written"):
+        checking.batch([(0, BATCH + 1)])
 
 
 def losses_of(task: DiffusionTask, batches: list[EncodedBatch]) -> list[float]:
@@ -294,11 +238,11 @@ def losses_of(task: DiffusionTask, batches: list[EncodedBatch]) -> list[float]:
 
 
 def test_training_on_the_cache_equals_training_online(built):
-    model, config = built
+    model, config, section = built
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    loader = CachedDataModule(config).train_dataloader()
+    loader = CachedDataModule(config, section).train_dataloader()
     cached = [batch for _, batch in zip(range(6), loader, strict=False)]
-    order = CachedSamples(Path(config.cache.folder) / "train", config.seed, shuffled=True)
+    order = samples_of(built)
     fresh = []
     for batch in cached:
         rows = [order[index][1] for index in batch.sample_index.tolist()]
@@ -314,10 +258,10 @@ def test_training_on_the_cache_equals_training_online(built):
 
 
 def test_train_builds_the_cache_and_uses_it_on_the_second_start(shards, autoencoder, tmp_path, monkeypatch):
-    settings = [autoencoder, f"cache.folder={tmp_path / 'cache'}", "cache.variants=2"]
-    run(tiny_config(shards, tmp_path / "a", *settings))
-    monkeypatch.setattr(cache_module, "_build", None)
-    run(tiny_config(shards, tmp_path / "b", *settings))
+    changes = [autoencoder, *settings(tmp_path / "cache", variants=2)]
+    run(tiny_config(shards, tmp_path / "a", *changes))
+    monkeypatch.setattr(builder_module, "_build", None)
+    run(tiny_config(shards, tmp_path / "b", *changes))
     assert logged(tmp_path / "a", "train/") == logged(tmp_path / "b", "train/")
     assert logged(tmp_path / "a", "val/") == logged(tmp_path / "b", "val/")
     steps = {step for step, _, _ in logged(tmp_path / "a", "train/")}
