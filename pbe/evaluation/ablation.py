@@ -79,8 +79,9 @@ class EvaluationConfig:
     """The fixed benchmark, its fixed noise, and what is measured.
 
     ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
-    ``metrics`` are names of :data:`pbe.evaluation.scoring.METRICS`; empty means all. The plot shows score
-    ``plot_y`` against score ``plot_x``, or against the rows where ``plot_x`` is ``row``.
+    ``metrics`` are names of :data:`pbe.evaluation.scoring.METRICS`; empty means all.
+    ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
+    The plot shows score ``plot_y`` against score ``plot_x``, or against the rows where that is ``row``.
     """
 
     benchmark: str = TOY
@@ -89,6 +90,7 @@ class EvaluationConfig:
     noise_seed: int = 0
     batch_size: int = 32
     metrics: list[str] = field(default_factory=list)
+    exemplar_auc: bool = False
     plot_x: str = "row"
     plot_y: str = ""
     strip_cases: int = 10

@@ -12,6 +12,7 @@ from pbe.data.shards import shard_state
 from pbe.data.toy_world import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation import BY_ROW, PRIOR, TOY, Ablation, Row
+from pbe.evaluation.ablation_auc import NAME as EXEMPLAR_AUC
 from pbe.evaluation.ablation_stages import Stage, fingerprint_of
 from pbe.evaluation.cases import BenchmarkFolder
 from pbe.evaluation.scoring import METRICS, ScoreSettings
@@ -91,6 +92,7 @@ def _check_scores(ablation: Ablation) -> None:
     options = ablation.config.evaluation
     chosen = ScoreSettings(metrics=tuple(options.metrics)).chosen
     made = [name for metric in chosen for name in METRICS[metric].scores or (metric,)]
+    made += [EXEMPLAR_AUC] if options.exemplar_auc else []
     for name in (options.plot_x, options.plot_y):
         if name not in ("", BY_ROW, *made):
             raise UserError(f"the plot is to show '{name}', but only {', '.join(made)} are scored")
@@ -279,7 +281,8 @@ class _Planner:
 
     def _scores(self, row: Row, seed: int, edits: Stage, cases: int, benchmark: Path) -> Stage:
         options = self.config.evaluation
-        settings = {"metrics": options.metrics, "resamples": options.resamples, "level": options.level}
+        names = ("metrics", "exemplar_auc", "resamples", "level")
+        settings = {name: getattr(options, name) for name in names}
         mark = fingerprint_of(FORMAT, "scores", edits.fingerprint, settings)
         job = {"edits": str(edits.folder / "pictures"), "benchmark": str(benchmark), **settings}
         return self._add(

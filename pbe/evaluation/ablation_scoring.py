@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pbe.evaluation.ablation_auc import exemplar_auc
 from pbe.evaluation.ablation_stages import write_json
 from pbe.evaluation.cases import BenchmarkFolder
 from pbe.evaluation.results import Bootstrap
@@ -67,16 +68,17 @@ class EditFolder(Sequence[np.ndarray]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         with Image.open(self.folder / f"{self.ids[index]}.png") as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.array(picture.convert("RGB"))
 
 
 def score_folder(job: dict[str, Any], folder: Path) -> None:
     """Score the edits that a job names, and write ``scores.json``."""
     cases = BenchmarkFolder(job["benchmark"])
-    settings = ScoreSettings(
-        metrics=tuple(job["metrics"]), bootstrap=Bootstrap(level=job["level"], resamples=job["resamples"])
-    )
-    scores = score(cases, EditFolder(Path(job["edits"]), cases.ids), settings)
+    edits = EditFolder(Path(job["edits"]), cases.ids)
+    bootstrap = Bootstrap(level=job["level"], resamples=job["resamples"])
+    scores = score(cases, edits, ScoreSettings(metrics=tuple(job["metrics"]), bootstrap=bootstrap))
+    if job["exemplar_auc"]:
+        scores.append(exemplar_auc(cases, edits, bootstrap))
     write_json(folder / SCORES, [one.to_dict() for one in scores])
 
 

@@ -23,13 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "run_ablation.py")
 
 
-def write_ablation(folder: Path, shards: Path, autoencoder: str, workspace: str) -> Path:  # noqa: F811
+def write_ablation(
+    folder: Path, shards: Path, autoencoder: str, workspace: str, seeds: tuple[int, ...]
+) -> Path:
     config = tiny_config(shards, folder / "run", autoencoder, f"cache.folder={folder / 'cache'}")
     write_config(folder / "base.yaml", config)
     content = {
         "base": "base.yaml",
         "workspace": str(folder / workspace),
-        "seeds": [3, 4],
+        "seeds": list(seeds),
         "cumulative": True,
         "shared": {"trainer.max_steps": 4, "cache.variants": 1, "model.exemplar_encoder.pooled_stages": True},
         "prior": {"overrides": {"objective.drop_probability": 1.0, "trainer.max_steps": 2}},
@@ -42,6 +44,7 @@ def write_ablation(folder: Path, shards: Path, autoencoder: str, workspace: str)
         "comparisons": [["all", "one"], ["one", "guided"]],
         "evaluation": {
             "objects": 3, "metrics": ["seam", "colour-inside", "psnr-outside"], "resamples": 200,
+            "exemplar_auc": True,
             "plot_x": "row", "plot_y": "seam", "strip_cases": 2,
         },
     }  # fmt: skip
@@ -74,7 +77,7 @@ def pictures(path: Path) -> dict[str, bytes]:
 
 
 def test_rows_share_what_they_can_and_nothing_else(shards, autoencoder, tmp_path):  # noqa: F811
-    plan = make_plan(load_ablation(write_ablation(tmp_path, shards, autoencoder, "work")))
+    plan = make_plan(load_ablation(write_ablation(tmp_path, shards, autoencoder, "work", (3, 4))))
     kinds = [stage.kind for stage in plan.stages]
     # prior, and two rows with two seeds: the guided row is the same training
     assert kinds.count("training") == 5
@@ -103,8 +106,9 @@ def test_rows_share_what_they_can_and_nothing_else(shards, autoencoder, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_an_ablation_killed_on_the_way_ends_in_the_same_results(shards, autoencoder, tmp_path):  # noqa: F811
-    whole = write_ablation(tmp_path, shards, autoencoder, "whole")
+    whole = write_ablation(tmp_path, shards, autoencoder, "whole", (3,))
     assert "stages to do" in ablate(whole, "--dry-run")
     assert not (tmp_path / "whole").exists()
     assert "results: " in ablate(whole)
@@ -119,7 +123,7 @@ def test_an_ablation_killed_on_the_way_ends_in_the_same_results(shards, autoenco
     assert "| all_tokens |" in table
     assert r"all\_tokens" in (folder / "tables.tex").read_text()
 
-    cut = write_ablation(tmp_path, shards, autoencoder, "cut")
+    cut = write_ablation(tmp_path, shards, autoencoder, "cut", (3,))
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(command(cut), stdout=subprocess.PIPE, text=True, env=environment())
         assert process.stdout is not None
