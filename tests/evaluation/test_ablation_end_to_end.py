@@ -23,10 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "run_ablation.py")
 
 
-def write_ablation(
-    folder: Path, shards: Path, autoencoder: str, workspace: str, seeds: tuple[int, ...]
-) -> Path:
-    config = tiny_config(shards, folder / "run", autoencoder, f"cache.folder={folder / 'cache'}")
+def write_ablation(folder: Path, data: Path, setting: str, workspace: str, seeds: tuple[int, ...]) -> Path:
+    config = tiny_config(data, folder / "run", setting, f"cache.folder={folder / 'cache'}")
     write_config(folder / "base.yaml", config)
     content = {
         "base": "base.yaml",
