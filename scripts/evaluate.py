@@ -1,6 +1,8 @@
-"""Score a model on the toy benchmark: edits of every test object into unseen scenes, scored and drawn.
+"""Score a model, or finished edits of any system, on a benchmark; without one, on the toy world's objects.
 
 python scripts/evaluate.py --model data/toy/model --out outputs/evaluation
+python scripts/evaluate.py --model outputs/paper/model --benchmark data/test_bench --out outputs/coco_ee
+python scripts/evaluate.py --edits results/theirs --benchmark data/test_bench --out outputs/theirs
 """
 
 from __future__ import annotations
@@ -23,42 +25,143 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.editing.runner import pick_device
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import make_benchmark
+from pbe.evaluation.benchmark_run import BenchmarkRun, PageSettings
+from pbe.evaluation.cases import BenchmarkFolder
 from pbe.evaluation.edits import GUIDANCE, EditSettings, make_edits
 from pbe.evaluation.features import LiteFeatures
+from pbe.evaluation.generation import GenerateSettings
+from pbe.evaluation.results import Bootstrap
 from pbe.evaluation.scores import markdown_table, score_edits
+from pbe.evaluation.scoring import ScoreSettings
 from pbe.evaluation.sheets import benchmark_rows, sheet
 from pbe.files import make_folder
+
+TOY_BATCH = 32
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, required=True, help="model folder (config.json and safetensors)"
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is scored")
+    what.add_argument("--model", metavar="PATH", help="model in any layout, whose edits are generated")
+    what.add_argument("--benchmark", type=Path, metavar="DIR", help="folder in COCOEE's layout")
+    what.add_argument("--edits", type=Path, metavar="DIR", help="finished edits <id>.png instead of a model")
+    what.add_argument("--out", type=Path, required=True, help="folder for scores, tables and pictures")
+    edit = parser.add_argument_group("how edits are made")
+    edit.add_argument(
+        "--guidance", type=float, nargs="+", help="guidance scales (default 5; without --benchmark 1 2 3 5)"
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for scores.json, scores.md and grid.png"
-    )
-    parser.add_argument("--guidance", type=float, nargs="+", default=list(GUIDANCE), help="guidance scales")
-    parser.add_argument("--solver", default="plms", help="see docs/solvers.md (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="of the solver (default %(default)s)")
-    parser.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the benchmark and of the noise")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="edits at a time; changes no result but speed"
-    )
-    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, ... (default %(default)s)")
-    parser.add_argument(
+    edit.add_argument("--solver", default="plms", help="see docs/solvers.md (default %(default)s)")
+    edit.add_argument("--steps", type=int, default=50, help="of the solver (default %(default)s)")
+    edit.add_argument("--seed", type=int, default=0, help="of noise, intervals and toy benchmark")
+    edit.add_argument("--batch-size", type=int, help="edits at a time (default 8; without --benchmark 32)")
+    edit.add_argument(
         "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 means one a core")
-    parser.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
-    parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
+    edit.add_argument("--device", help="auto, cpu, cuda, ... (default auto; without --benchmark cpu)")
+    edit.add_argument(
+        "--threads", type=int, default=0, help="CPU threads (default 1 a process; without --benchmark all)"
+    )
+    bench = parser.add_argument_group("with --benchmark")
+    bench.add_argument("--devices", default="auto", help="how many GPUs, or processes on the CPU")
+    bench.add_argument("--strategy", default="auto", help="Lightning's (default %(default)s)")
+    bench.add_argument("--num-nodes", type=int, default=1, help="machines, started by torchrun or SLURM")
+    bench.add_argument("--metrics", nargs="+", default=[], help="scores to make (default: all)")
+    bench.add_argument("--reference", type=Path, metavar="DIR", help="real pictures for FID and its kind")
+    bench.add_argument(
+        "--tower-weights", nargs="+", default=[], metavar="TOWER=FILE", help="of clip, dino, inception, lpips"
+    )
+    bench.add_argument(
+        "--towers", nargs="+", default=[], metavar="TOWER=NAME", help="other architectures than the usual"
+    )
+    bench.add_argument("--mixture", type=Path, metavar="FILE", help="of QS, from scripts/fit_mixture.py")
+    bench.add_argument("--rank-by", default="", metavar="SCORE", help="what best and worst edits are by")
+    bench.add_argument("--show", type=int, default=8, help="best, worst and random edits on the page, each")
+    toy = parser.add_argument_group("without --benchmark: the toy world")
+    toy.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
+    toy.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
+    toy.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Edit, score and write; return what scores.json holds.
+    """Score what is asked for, and write; return what scores.json holds, or nothing in other processes.
+
+    Raises:
+        UserError: options do not fit together, or cannot be used.
+    """
+    if bool(options.model) == bool(options.edits):
+        raise UserError("give --model, or --edits with a folder of finished edits")
+    if options.benchmark:
+        return run_benchmark(options)
+    if options.edits:
+        raise UserError("--edits needs --benchmark, the folder of the cases that were edited")
+    return run_toy(options)
+
+
+def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Generate or take edits of a benchmark's folder, score them and write."""
+    if options.threads < 0 or options.show < 1:
+        raise UserError("--threads must be 0 or more, --show at least 1")
+    generating = _generate_settings(options)
+    settings = ScoreSettings(
+        tuple(options.metrics),
+        bootstrap=Bootstrap(seed=options.seed),
+        weights=parse_pairs(options.tower_weights, "--tower-weights"),
+        architectures=parse_pairs(options.towers, "--towers"),
+        mixture=options.mixture,
+        device=str(pick_device(options.device or "auto")),
+    )
+    page = PageSettings(options.show, options.rank_by, options.seed)
+    work = BenchmarkRun(BenchmarkFolder(options.benchmark), options.out, settings, options.reference, page)
+    if options.edits:
+        work.take(options.edits, options.edits.resolve().name)
+    elif not work.generate(options.model, options.guidance or [GUIDANCE[-1]], generating):
+        return {}
+    work.score()
+    print(f"\n{work.write()}")
+    spent = work.seconds
+    print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {options.out}/index.html")
+    return work.to_dict()
+
+
+def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
+    """Read the ``tower=value`` pairs of a flag.
+
+    Raises:
+        UserError: a text of another form, or a tower twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        tower, _, value = text.partition("=")
+        if not tower or not value:
+            raise UserError(f"{flag} takes tower=value, such as clip=openai, not '{text}'")
+        if tower in pairs:
+            raise UserError(f"{flag} names '{tower}' twice")
+        pairs[tower] = value
+    return pairs
+
+
+def _generate_settings(options: argparse.Namespace) -> GenerateSettings:
+    device = options.device or "auto"
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"with --benchmark, --device is auto, cpu or cuda, not '{device}'; see --devices")
+    return GenerateSettings(
+        solver=options.solver,
+        steps=options.steps,
+        seed=options.seed,
+        batch_size=GenerateSettings().batch_size if options.batch_size is None else options.batch_size,
+        dtype=options.dtype,
+        threads=options.threads or 1,
+        accelerator={"cuda": "gpu"}.get(device, device),
+        devices=options.devices,
+        strategy=options.strategy,
+        num_nodes=options.num_nodes,
+    )
+
+
+def run_toy(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit, score and write on the toy world's objects; return what scores.json holds.
 
     Raises:
         UserError: an option, the model or the archive cannot be used, or the folder not be written to.
@@ -68,9 +171,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = EditSettings(
-        tuple(options.guidance), options.solver, options.steps, options.seed, options.batch_size
+        GUIDANCE if options.guidance is None else tuple(options.guidance),
+        options.solver,
+        options.steps,
+        options.seed,
+        TOY_BATCH if options.batch_size is None else options.batch_size,
     )
-    device = pick_device(options.device)
+    device = pick_device(options.device or "cpu")
     pipe = PaintByExample.from_pretrained(options.model, device=device, dtype=torch_dtype(options.dtype))
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     make_folder(options.out)
@@ -91,7 +198,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seconds = {"edit": round(edited - started, 2), "score": round(time.perf_counter() - edited, 2)}
     report = {
         "benchmark": {"name": "toy", "seed": options.seed, "image_size": config.image_size},
-        "model": str(options.model),
+        "model": options.model,
         "sampling": {
             "solver": settings.solver,
             "steps": settings.steps,

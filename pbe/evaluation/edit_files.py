@@ -140,7 +140,7 @@ class EditFolder(Sequence[np.ndarray | None]):
                 self._files[position] = path
         if not self._files:
             raise UserError(
-                f"'{folder}' holds no edit of '{benchmark.folder}': they are named like {benchmark.ids[0]}.png"
+                f"'{folder}' holds no edit of '{benchmark.folder}': name them like {benchmark.ids[0]}.png"
             )
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -133,7 +134,6 @@ class _EditTask(pl.LightningModule):
         super().__init__()
         self.source, self.benchmark, self.folder, self.settings = model, benchmark, folder, settings
         self.groups = groups_of(benchmark.sizes, settings.batch_size)
-        self._threads = torch.get_num_threads()
 
     def predict_dataloader(self) -> DataLoader:
         """Return the numbers of this process' groups that have a file to come.
@@ -146,7 +146,6 @@ class _EditTask(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Load the model, once in each process and on its device."""
-        self._threads = torch.get_num_threads()
         torch.set_num_threads(self.settings.threads)
         if isinstance(self.source, PaintByExample):
             self.pipe = self.source.to(self.device)
@@ -158,8 +157,7 @@ class _EditTask(pl.LightningModule):
         self.pipe.set_progress_bar_config(disable=True)
 
     def teardown(self, stage: str) -> None:
-        """Give the process its threads back, and wait for the others: all files are there afterwards."""
-        torch.set_num_threads(self._threads)
+        """Wait for the other processes: all files are there afterwards."""
         self.trainer.strategy.barrier("edits")
 
     def predict_step(self, batch: int, batch_idx: int) -> None:
@@ -223,15 +221,28 @@ def generate(
     left = sum(1 for group in task.groups if task._missing(group))
     if not left:
         return folder  # all processes see the same: none writes before all have come past here
-    with warnings.catch_warnings():
-        for text in NEEDLESS_ADVICE:
-            warnings.filterwarnings("ignore", f".*{text}")
-        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-        try:
-            _trainer(settings, left).predict(task, return_predictions=False)
-        except ProcessRaisedException as error:
-            raise _reported(error) from error
+    _predict(task, _trainer(settings, left))
     return folder
+
+
+def _predict(task: _EditTask, trainer: pl.Trainer) -> None:
+    """Run the task; what it raises is what went wrong, also where that was in another process."""
+    threads, interrupts = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            for text in NEEDLESS_ADVICE:
+                warnings.filterwarnings("ignore", f".*{text}")
+            logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+            trainer.predict(task, return_predictions=False)
+    except ProcessRaisedException as error:
+        raise _reported(error) from error
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, interrupts)  # which Lightning turned off before it asked to exit
+        raise KeyboardInterrupt from error
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_first_process() -> bool:

@@ -1,7 +1,7 @@
 """Numbers that others published on COCOEE, each with how sure it is; none was measured here.
 
-They belong to all 3500 cases of COCOEE, to CLIP ViT-B/32 and to COCO test2017 as the real pictures. On another
-benchmark they say nothing.
+They belong to all 3500 cases of COCOEE, to CLIP ViT-B/32 and to COCO test2017 as the real pictures. On
+another benchmark they say nothing.
 """
 
 from __future__ import annotations

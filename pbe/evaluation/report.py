@@ -93,8 +93,8 @@ def data_uri(picture: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def render(report: Report) -> str:
-    """Return the page's HTML."""
+def page_environment() -> Environment:
+    """Return jinja2's environment for pages: templates of this folder, strict and escaping, ``data_uri``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -103,16 +103,26 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = data_uri
+    return environment
+
+
+def render(report: Report) -> str:
+    """Return the page's HTML."""
     total = sum(stage.seconds for stage in report.stages)
-    return environment.get_template(TEMPLATE).render(report=report, total=total)
+    return page_environment().get_template(TEMPLATE).render(report=report, total=total)
 
 
 def write_page(report: Report, path: Path) -> None:
     """Write the page; the file appears under its name only when it is complete."""
+    write_html(render(report), path)
+
+
+def write_html(page: str, path: Path) -> None:
+    """Write a page; the file appears under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(render(report), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,6 +19,9 @@ FAMILIES: dict[Family, str] = {
     "toy": "scores of the toy world, on a small tower",
 }
 
+# What a score is where nothing outside the mask differs by one bit.
+PERFECT = {"psnr-outside": math.inf, "ssim-outside": 1.0, "lpips-outside": 0.0, "colour-outside": 0.0}
+
 
 @dataclass(frozen=True)
 class ScoreCard:
@@ -95,12 +98,19 @@ class Score:
             "per_case": per_case,
         }
 
+    @property
+    def exact(self) -> bool:
+        """Whether every case is perfect to the last bit, as where the background is preserved."""
+        if not self.run or self.per_case is None or self.name not in PERFECT:
+            return False
+        return bool(np.all(self.per_case[~np.isnan(self.per_case)] == PERFECT[self.name]))
+
     def text(self) -> str:
         """Return value and interval as a table shows them."""
         if not self.run:
             return "not run"
-        if math.isinf(self.value):
-            return "exact"
+        if self.exact:
+            return "exact" if math.isinf(self.value) else f"{self.value:g} (exact)"
         return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
 
 

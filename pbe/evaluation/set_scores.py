@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ class SetMeasure(Measure):
         features = features[finite]
         if min(len(features), len(real)) < 2:
             why = f"needs at least two pictures on either side, not {len(features)} and {len(real)}"
-            return [not_run(self.name, self.family, "lower", why)]
+            card = self._card(len(features), len(real), excluded, outcome)
+            return [replace(not_run(self.name, self.family, "lower", why), card=card)]
         found = self.compare(features, real, outcome.bootstrap)
         low, high = found.interval(outcome.bootstrap.level)
         card = self._card(len(features), len(real), excluded, outcome)

@@ -148,6 +148,7 @@ def test_a_single_picture_has_no_distance_but_the_other_scores(settings):
     fid, region = score(cases, edits, settings("clip-fid", "region-clip"))
     assert not fid.run
     assert fid.why_not == "not run: needs at least two pictures on either side, not 1 and 1"
+    assert (fid.card.pictures, fid.card.feature_model) == (1, SMALL)
     assert region.run
 
 
@@ -224,7 +225,8 @@ def test_clips_preprocessing_is_torchvisions():
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     picture = np.random.default_rng(0).integers(0, 256, (301, 419, 3), dtype=np.uint8)
-    for one in (picture, picture.transpose(1, 0, 2), picture[:100, :90]):
+    wide = np.random.default_rng(1).integers(0, 256, (301, 421, 3), dtype=np.uint8)  # half a pixel to round
+    for one in (picture, picture.transpose(1, 0, 2), picture[:100, :90], wide):
         reference = Compose([Resize(224, InterpolationMode.BICUBIC), CenterCrop(224)])
         expected = np.asarray(reference(Image.fromarray(np.ascontiguousarray(one))))
         assert np.array_equal(centre_crop(np.ascontiguousarray(one), 224), expected)

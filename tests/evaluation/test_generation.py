@@ -197,7 +197,7 @@ def test_edits_of_another_system_as_they_are(benchmark, edited, tmp_path):
 
 
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
-    with pytest.raises(UserError, match=r"no edit of .*named like 000000000000\.png"):
+    with pytest.raises(UserError, match=r"no edit of .*name them like 000000000000\.png"):
         EditFolder(tmp_path, benchmark)
     with pytest.raises(UserError, match="no folder of edits"):
         EditFolder(tmp_path / "gone", benchmark)
@@ -212,6 +212,27 @@ def test_a_damaged_case_is_named(model, bench_files, tmp_path):
     Image.new("L", (32, 32)).save(folder / "Mask_bbox_3500" / "000000000002_mask.png")
     with pytest.raises(UserError, match=r"000000000002_mask\.png' is black"):
         generate(model, BenchmarkFolder(folder), tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("disk full")])
+def test_what_goes_wrong_comes_out_and_leaves_no_trace(
+    model, benchmark, edited, tmp_path, monkeypatch, error
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    interrupts, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "write_picture", fail)
+            with pytest.raises(type(error)):
+                generate(model, benchmark, tmp_path / "out", SETTINGS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert signal.getsignal(signal.SIGINT) is interrupts
+    assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
 
 
 def test_the_users_error_of_another_process_stays_one_line():

@@ -48,7 +48,9 @@ def test_kept_background_is_exactly_perfect_and_printed_so():
     found = by_name(score(cases, edits, ScoreSettings(PIXELS)))
     assert found["psnr-outside"].value == math.inf
     assert found["psnr-outside"].text() == "exact"
-    assert found["ssim-outside"].value == 1.0
+    assert found["ssim-outside"].text() == "1 (exact)"
+    assert found["colour-outside"].text() == "0 (exact)"
+    assert not found["seam"].exact
     assert found["colour-outside"].value == 0.0
     assert found["colour-inside"].value > 0.0
     assert json.loads(json.dumps(found["psnr-outside"].to_dict()))["value"] == "inf"
@@ -63,6 +65,7 @@ def test_one_changed_pixel_outside_is_seen():
     assert np.isinf(found["psnr-outside"].per_case).tolist() == [True, True, False, True]
     assert found["ssim-outside"].value < 1.0
     assert found["colour-outside"].value > 0.0
+    assert not any(one.exact or "exact" in one.text() for one in found.values())
 
 
 def test_batch_size_changes_no_score_and_order_is_that_of_the_settings():

@@ -1,0 +1,92 @@
+"""The commands of docs/reproduce.md and docs/evaluation.md are accepted by the programs they call."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pbe.config import load_config
+from pbe.editing.cli import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("reproduce", "evaluation")
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every command of a page's blocks that calls a file of ours, from that file's name on."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    inline = re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + [each.replace("\n", " ") for each in inline]
+    found = []
+    for line in lines:
+        ours = re.search(r"(?:^|\s)((?:scripts/)?\w+\.py(?:\s.*)?)$", line)
+        if ours and not line.startswith("#") and "--help" not in line:
+            found.append(shlex.split(ours.group(1), comments=True))
+    return found
+
+
+def accept(words: list[str]) -> None:
+    """Parse a command as its program does; raises what the program would say."""
+    script, *arguments = words
+    if script == "train.py":
+        config, *overrides = [word for word in arguments if word != "--dry-run"]
+        load_config(ROOT / config, overrides)
+    elif script == "scripts/inspect_data.py":  # its flags are looked up by tests/test_project.py
+        load_config(ROOT / arguments[0], [])
+    elif script == "sample.py":
+        build_parser().parse_args(arguments)
+    else:
+        module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        parse = getattr(module, "parse", None) or module.make_parser().parse_args
+        assert isinstance(parse(arguments), argparse.Namespace)
+
+
+@pytest.mark.parametrize("words", [words for page in PAGES for words in commands(page)], ids=" ".join)
+def test_commands_are_accepted(words: list[str]) -> None:
+    accept(words)
+
+
+def test_the_pages_have_the_steps() -> None:
+    scripts = [words[0] for words in commands("reproduce")]
+    steps = ["scripts/prepare_data.py", "scripts/convert_checkpoint.py", "train.py", "scripts/evaluate.py"]
+    places = [scripts.index(step) for step in steps]
+    assert places == sorted(places)
+    assert scripts.count("train.py") == 3, "asking first, 8 GPUs, 64 GPUs"
+
+
+def test_bad_commands_are_noticed() -> None:
+    for words in (
+        ["train.py", "configs/paper.yaml", "trainer.max_step=3"],
+        ["scripts/evaluate.py", "--model", "m", "--out", "o", "--beauty"],
+    ):
+        with pytest.raises(Exception, match=r"max_step|beauty"):
+            accept(words)
+
+
+def test_both_trainings_take_the_same_samples_a_step() -> None:
+    batches = set()
+    for words in (
+        each for each in commands("reproduce") if each[0] == "train.py" and "--dry-run" not in each
+    ):
+        config = load_config(ROOT / words[1], words[2:])
+        trainer = config.trainer
+        batches.add(config.data.batch_size * int(trainer.devices) * trainer.num_nodes * trainer.accumulate)
+        assert trainer.max_steps == round(40 * 1_700_000 / 256)
+    assert batches == {256}
+
+
+def test_sums_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    lines = (ROOT / "docs" / "downloads.sha256").read_text().splitlines()
+    for line in lines:
+        digest, name = line.split("  ")
+        assert re.fullmatch("[0-9a-f]{64}", digest)
+        assert digest in page
+        assert Path(name).name in page
