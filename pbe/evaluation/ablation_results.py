@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,9 @@ def estimate_of(seeds: list[Measured], resamples: int, level: float) -> Estimate
     goes from the lowest end of the seeds' own intervals to the highest.
     """
     value = float(np.mean([one.value for one in seeds]))
+    if is_geometric(seeds):
+        logs = hierarchical_interval(np.log(_stacked(seeds)), resamples=resamples, level=level)
+        return Estimate(*(math.exp(number) for number in (logs.value, logs.low, logs.high)))
     if not is_mean(seeds):
         return Estimate(value, min(one.low for one in seeds), max(one.high for one in seeds))
     return hierarchical_interval(_stacked(seeds), resamples=resamples, level=level)
@@ -165,6 +168,17 @@ def is_mean(seeds: list[Measured]) -> bool:
     return len({len(one.per_case) for one in seeds if one.per_case is not None}) == 1
 
 
+def is_geometric(seeds: list[Measured]) -> bool:
+    """Say whether a score is the geometric mean of its cases' values."""
+    if is_mean(seeds) or any(one.per_case is None or not one.value > 0.0 for one in seeds):
+        return False
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = [np.log(one.per_case) for one in seeds if one.per_case is not None]
+    return is_mean(
+        [replace(one, value=math.log(one.value), per_case=of) for one, of in zip(seeds, logs, strict=True)]
+    )
+
+
 def compare(
     name: str,
     rows: tuple[str, str],
@@ -177,5 +191,8 @@ def compare(
     if is_mean([*first, *second]):
         stacked = (_stacked(first), _stacked(second))
         return paired_difference(name, rows, *stacked, resamples=resamples, level=level)
+    if is_geometric(first) and is_geometric(second):
+        logs = (np.log(_stacked(first)), np.log(_stacked(second)))
+        return replace(paired_difference(name, rows, *logs, resamples=resamples, level=level), log=True)
     ends = [[Estimate(one.value, one.low, one.high) for one in row] for row in (first, second)]
     return set_difference(name, rows, *ends)

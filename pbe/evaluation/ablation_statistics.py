@@ -60,6 +60,7 @@ class Difference:
         high: upper end; both NaN for scores of whole sets, which have no cases to pair.
         verdict: ``higher`` or ``lower`` (of the second), or ``undecided``.
         paired: whether it comes from pairs of cases.
+        log: whether it is one of natural logarithms, for scores that are geometric means of their cases.
     """
 
     metric: str
@@ -70,6 +71,7 @@ class Difference:
     high: float
     verdict: str
     paired: bool
+    log: bool = False
 
 
 def paired_difference(

@@ -62,7 +62,7 @@ def difference_table(differences: Sequence[Difference], titles: dict[str, str], 
         bounds = f"{one.low:+.3f} to {one.high:+.3f}" if one.paired else "not paired"
         said = UNDECIDED if one.verdict == UNDECIDED else f"{titles[one.second]} is {one.verdict}"
         pair = f"{titles[one.second]} − {titles[one.first]}"
-        body.append([one.metric, pair, f"{one.value:+.3f}", bounds, said])
+        body.append([f"log {one.metric}" if one.log else one.metric, pair, f"{one.value:+.3f}", bounds, said])
     return Table(["score", "rows", "difference", "interval", "verdict"], body, note)
 
 

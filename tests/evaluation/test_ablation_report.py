@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,8 @@ from pbe.errors import UserError
 from pbe.evaluation.ablation import Ablation, load_ablation
 from pbe.evaluation.ablation_plan import Plan, make_plan
 from pbe.evaluation.ablation_report import write_report
-from pbe.evaluation.ablation_results import gather
+from pbe.evaluation.ablation_results import compare, estimate_of, gather
+from pbe.evaluation.ablation_scoring import Measured
 from pbe.evaluation.ablation_stages import write_json
 from pbe.evaluation.ablation_tables import escape, latex, markdown, number
 from pbe.evaluation.report import Table
@@ -103,6 +105,17 @@ def test_the_report_is_whole(ablation: tuple[Ablation, Plan]) -> None:
     assert results["rows"][1]["scores"]["seam"]["value"] == pytest.approx(1.25)
     assert results["differences"][2]["verdict"] == "undecided"
     json.dumps(results, allow_nan=False)
+
+
+def test_geometric_means_are_compared_by_logarithms() -> None:
+    cases = np.array([1.0, 10.0, 100.0])
+    first = Measured("seam", "clean", "lower", 10.0, 1.0, 100.0, cases, "", {})
+    second = replace(first, value=20.0, per_case=2.0 * cases)
+    scores = {("a", "seam"): [first], ("b", "seam"): [second]}
+    found = compare("seam", ("a", "b"), scores, 100, 0.95)
+    assert (found.verdict, found.log, found.paired) == ("higher", True, True)
+    assert found.value == pytest.approx(math.log(2.0))
+    assert estimate_of([second], 100, 0.95).value == pytest.approx(20.0)
 
 
 def test_rows_that_were_scored_otherwise_are_not_compared(ablation: tuple[Ablation, Plan]) -> None:
