@@ -135,6 +135,10 @@ class _EditTask(pl.LightningModule):
         self.source, self.benchmark, self.folder, self.settings = model, benchmark, folder, settings
         self.groups = groups_of(benchmark.sizes, settings.batch_size)
 
+    def setup(self, stage: str) -> None:
+        """Be quiet in processes that Lightning started, too."""
+        _quieten()
+
     def predict_dataloader(self) -> DataLoader:
         """Return the numbers of this process' groups that have a file to come.
 
@@ -225,14 +229,19 @@ def generate(
     return folder
 
 
+def _quieten() -> None:
+    """Keep needless advice off the screen, in this process."""
+    for text in NEEDLESS_ADVICE:
+        warnings.filterwarnings("ignore", f".*{text}")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
 def _predict(task: _EditTask, trainer: pl.Trainer) -> None:
     """Run the task; what it raises is what went wrong, also where that was in another process."""
     threads, interrupts = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
-            for text in NEEDLESS_ADVICE:
-                warnings.filterwarnings("ignore", f".*{text}")
-            logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+            _quieten()
             trainer.predict(task, return_predictions=False)
     except ProcessRaisedException as error:
         raise _reported(error) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import cv2
 import numpy as np
 import pytest
@@ -15,28 +13,10 @@ from pbe.evaluation.copy_paste import NAMES, explained_shares
 from pbe.evaluation.metrics import auc
 from pbe.evaluation.scoring import ScoreSettings, score
 from pbe.evaluation.warps import MAX_STRETCH, allowed, explained, refine, sample, warp_grid
+from scripts.check_copy_paste import main, paste, shares_by_kind
 from tests.evaluation.test_scoring import Made
 
 COUNT = 24
-
-
-def painted(case: BenchmarkCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
-    """The case's scene with its exemplar warped over the hole, brighter by a tenth."""
-    rows, columns = np.nonzero(case.mask > 127)
-    y, x = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
-    height, width = y.stop - y.start, x.stop - x.start
-    angle = math.radians(turn)
-    linear = scale * np.array(
-        [[flip * math.cos(angle), -flip * math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-    )
-    axes = [(np.arange(n) + 0.5) * 2 / n - 1 for n in (width, height)]
-    places = np.stack(np.meshgrid(*axes), axis=-1) @ linear.T + shift
-    side = np.array(case.exemplar.shape[1::-1])
-    at = ((places + 1) * side / 2 - 0.5).astype(np.float32)
-    shown = cv2.remap(case.exemplar, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    edit = case.image.copy()
-    edit[y, x] = np.clip(shown * 1.1, 0, 255)
-    return edit
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +26,7 @@ def toy(world: ToyWorld) -> list[BenchmarkCase]:
 
 @pytest.fixture(scope="module")
 def shares(toy: list[BenchmarkCase]) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    draws = zip(
-        rng.uniform(-25, 25, COUNT),
-        rng.uniform(0.8, 1.05, COUNT),
-        rng.choice([-1.0, 1.0], COUNT),
-        rng.uniform(-0.1, 0.1, COUNT),
-        strict=True,
-    )
-    kinds = {
-        "pasted": [painted(case, *draw) for case, draw in zip(toy, draws, strict=True)],
-        "true": [case.image for case in toy],
-        "inpainted": [
-            cv2.inpaint(case.image, (case.mask > 127).astype(np.uint8), 3, cv2.INPAINT_TELEA) for case in toy
-        ],
-        "grey": [case.masked for case in toy],
-    }
-    masks, exemplars = [case.mask for case in toy], [case.exemplar for case in toy]
-    return {name: explained_shares(pictures, masks, exemplars) for name, pictures in kinds.items()}
+    return shares_by_kind(toy, 0)
 
 
 def test_pasted_exemplar_is_high_true_object_low_plain_fill_lowest(shares):
@@ -98,7 +61,7 @@ def test_it_is_deterministic_and_other_cases_change_nothing(toy):
 
 def test_the_metric_gives_edit_true_object_and_their_difference(toy):
     cases = [Made(str(case.index), case.image, case.mask, case.exemplar) for case in toy[:4]]
-    edits = [painted(case, 8.0, 0.95, 1.0, 0.02) for case in toy[:4]]
+    edits = [paste(case, 8.0, 0.95, 1.0, 0.02) for case in toy[:4]]
     found = score(cases, edits, ScoreSettings(("copy-paste",), batch_size=3))
     assert tuple(one.name for one in found) == NAMES
     edit, true, excess = (one.per_case for one in found)
@@ -109,7 +72,7 @@ def test_the_metric_gives_edit_true_object_and_their_difference(toy):
 
 def test_a_warp_of_another_exemplar_explains_little(toy):
     masks = [case.mask for case in toy[:6]]
-    edits = [painted(case, 8.0, 0.95, 1.0, 0.02) for case in toy[:6]]
+    edits = [paste(case, 8.0, 0.95, 1.0, 0.02) for case in toy[:6]]
     own = explained_shares(edits, masks, [case.exemplar for case in toy[:6]])
     other = explained_shares(edits, masks, [case.exemplar for case in toy[1:7]])
     assert np.all(own > other + 0.3)
@@ -121,7 +84,7 @@ def test_masks_of_any_shape_count_their_own_pixels_only(toy):
     mask = np.zeros_like(case.mask)
     centre = (int(columns.mean()), int(rows.mean()))
     cv2.ellipse(mask, centre, (int(np.ptp(columns)) // 2, int(np.ptp(rows)) // 2), 0, 0, 360, 255, -1)
-    edit = painted(case, 0.0, 0.9, 1.0, 0.0)
+    edit = paste(case, 0.0, 0.9, 1.0, 0.0)
     spoilt = np.where((mask > 0)[..., None], edit, 255 - edit).astype(np.uint8)
     (clean,) = explained_shares([edit], [mask], [case.exemplar])
     (beside,) = explained_shares([spoilt], [mask], [case.exemplar])
@@ -155,3 +118,9 @@ def test_warps_that_go_too_far_are_not_allowed():
     moved[0, 2] = 0.9
     assert allowed(torch.stack([eye, tall, moved, 0.1 * eye])).tolist() == [True, False, False, False]
     assert bool(allowed(warp_grid()).all())
+
+
+def test_the_command_shows_the_table(capsys):
+    assert main(["--objects", "2"]) == 0
+    assert "| pasted |" in capsys.readouterr().out
+    assert main(["--objects", "999"]) == 2

@@ -1,0 +1,112 @@
+"""Show that the copy-paste score tells pasted exemplars, true objects and fills apart, on the toy benchmark.
+
+python scripts/check_copy_paste.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pbe.cli import Parser, run_command
+from pbe.data.randomness import generator
+from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.evaluation.benchmark import BenchmarkCase, make_benchmark
+from pbe.evaluation.copy_paste import explained_shares
+from pbe.evaluation.features import mask_bounds
+from pbe.evaluation.metrics import auc
+
+BRIGHTER = 1.1
+KINDS = ("pasted", "true", "inpainted", "grey")
+
+
+def paste(case: BenchmarkCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
+    """Return the case's scene with its exemplar warped over the hole and a tenth brighter.
+
+    Args:
+        case: of the toy benchmark.
+        turn: degrees.
+        scale: below 1 enlarges the exemplar; 1 shows the whole of it.
+        flip: -1 mirrors it, 1 does not.
+        shift: along both axes, half sides of the exemplar.
+    """
+    x1, y1, x2, y2 = mask_bounds(case.mask)
+    cosine, sine = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    linear = scale * np.array([[flip * cosine, -flip * sine], [sine, cosine]])
+    axes = [(np.arange(n) + 0.5) * 2 / n - 1 for n in (x2 - x1, y2 - y1)]
+    places = np.stack(np.meshgrid(*axes), axis=-1) @ linear.T + shift
+    side = np.array(case.exemplar.shape[1::-1])
+    at = ((places + 1) * side / 2 - 0.5).astype(np.float32)
+    x, y = np.ascontiguousarray(at[..., 0]), np.ascontiguousarray(at[..., 1])
+    shown = cv2.remap(case.exemplar, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    edit = case.image.copy()
+    edit[y1:y2, x1:x2] = np.clip(shown * BRIGHTER, 0, 255)
+    return edit
+
+
+def paste_at_random(case: BenchmarkCase, seed: int) -> np.ndarray:
+    """Return :func:`paste` turned up to 25 degrees, scaled by 0.8 to 1.05, a little shifted, or mirrored."""
+    rng = generator(seed, "paste", case.index)
+    flip = -1.0 if rng.random() < 0.5 else 1.0
+    return paste(case, rng.uniform(-25, 25), rng.uniform(0.8, 1.05), flip, rng.uniform(-0.1, 0.1))
+
+
+def shares_by_kind(cases: Sequence[BenchmarkCase], seed: int) -> dict[str, np.ndarray]:
+    """Return the explained shares ``(n,)`` of each of :data:`KINDS`."""
+    holes = [(case.mask > 127).astype(np.uint8) for case in cases]
+    pictures = {
+        "pasted": [paste_at_random(case, seed) for case in cases],
+        "true": [case.image for case in cases],
+        "inpainted": [
+            cv2.inpaint(case.image, hole, 3, cv2.INPAINT_TELEA)
+            for case, hole in zip(cases, holes, strict=True)
+        ],
+        "grey": [case.masked for case in cases],
+    }
+    masks, exemplars = [case.mask for case in cases], [case.exemplar for case in cases]
+    return {kind: explained_shares(pictures[kind], masks, exemplars) for kind in KINDS}
+
+
+def table(shares: dict[str, np.ndarray]) -> str:
+    """Return the distributions and how well they are told apart, as Markdown."""
+    lines = ["| region | mean | 10 % | median | 90 % |", "|---|---|---|---|---|"]
+    for kind, values in shares.items():
+        numbers = [values.mean(), *np.quantile(values, [0.1, 0.5, 0.9])]
+        lines.append(f"| {kind} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+    pairs = [("pasted", "true"), ("true", "inpainted"), ("true", "grey")]
+    apart = [f"{a} over {b} {auc(shares[a], shares[b]):.3f}" for a, b in pairs]
+    return "\n".join([*lines, "", f"AUC: {', '.join(apart)} ({len(shares['true'])} cases)"])
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; see ``--help``."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the benchmark and of the warps")
+    parser.add_argument("--image-size", type=int, default=64, help="of scenes and exemplars, pixels")
+    parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
+
+    def body() -> None:
+        options = parse(arguments)
+        size, world = options.image_size, ToyWorld(options.world)
+        cases = make_benchmark(
+            world, seed=options.seed, image_size=size, exemplar_size=size, objects=options.objects
+        )
+        print(table(shares_by_kind(cases, options.seed)))
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
