@@ -26,6 +26,7 @@ from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule, _start_worker
 from pbe.data.dataset import FAULTS, collate, describe
 from pbe.data.packing_index import write_whole
+from pbe.data.remote import is_url
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
@@ -92,6 +93,10 @@ def find_cache(config: Config, model: LatentDiffusion) -> Section | None:
 
 
 def _find(config: Config, settings: Settings) -> Section | None:
+    if is_url(config.cache.folder):
+        raise UserError(
+            f"a latent cache lies on a local or shared disk; cache.folder '{config.cache.folder}' is a URL"
+        )
     refuse_older(Path(config.cache.folder))
     # one with all tokens serves those who want the class token alone, which is its first
     grid = config.model.exemplar_encoder.token_grid

@@ -325,6 +325,14 @@ def test_a_cache_of_before_is_named_as_what_it_is(built, tmp_path):
         ensure_cache(moved(built[1], tmp_path), built[0])
 
 
+def test_a_url_is_refused_before_anything_is_made(built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = replace(built[1].cache, folder="s3://bucket/cache")
+    with pytest.raises(UserError, match=r"lies on a local or shared disk; cache.folder 's3://.*' is a URL"):
+        ensure_cache(replace(built[1], cache=cache), built[0])
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_many_unusable_pictures_end_the_build(built, tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     good = cv2.imencode(".png", picture)[1].tobytes()
