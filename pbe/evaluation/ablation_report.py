@@ -89,8 +89,8 @@ def _compared(results: Results, differences: list[Difference]) -> Table | None:
     if not differences:
         return None
     note = (
-        "Paired bootstrap over cases and seeds; a difference whose interval holds 0 is undecided. Scores that "
-        "are geometric means are compared by logarithms. Those of whole sets are not paired: they are decided "
+        "Paired bootstrap over cases and seeds; a difference whose interval holds 0 is undecided. Scores "
+        "that are geometric means are compared by logarithms. Those of whole sets are not paired: decided "
         "only where no interval of a seed meets another row's. "
         "No correction for the number of comparisons."
     )
