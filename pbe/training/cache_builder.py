@@ -99,7 +99,8 @@ def _find(config: Config, settings: Settings) -> Section | None:
         )
     refuse_older(Path(config.cache.folder))
     # one with all tokens serves those who want the class token alone, which is its first
-    for candidate in (settings, with_all_tokens(settings)):
+    grid = config.model.exemplar_encoder.token_grid
+    for candidate in (settings, with_all_tokens(settings, grid)):
         section = _read(config, candidate) if candidate is not None else None
         if section is not None and section.is_ready(variants_of(config)):
             return section

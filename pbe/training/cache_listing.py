@@ -54,7 +54,8 @@ def _describe(section: Section, config: Config, settings: Settings) -> str:
 
 
 def _verdict(section: Section, config: Config, settings: Settings) -> str:
-    for candidate in (settings, with_all_tokens(settings)):
+    grid = config.model.exemplar_encoder.token_grid
+    for candidate in (settings, with_all_tokens(settings, grid)):
         if candidate is not None and not differences(section.settings, candidate):
             wanted = variants_of(config)
             if section.is_ready(wanted):

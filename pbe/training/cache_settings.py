@@ -24,7 +24,7 @@ NEUTRAL: dict[str, Any] = {
 }
 # Settings that say something only where another one is not neutral.
 FOLLOWERS = {"object_mask_dilate": "object_mask_share"}
-TOKENS = "exemplar_encoder.tokens"
+TOKENS, GRID = "exemplar_encoder.tokens", "exemplar_encoder.token_grid"
 WEIGHTS = ("autoencoder's weights", "tower's weights")
 Settings = dict[str, Any]
 
@@ -40,6 +40,8 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
     encoder = config.model.exemplar_encoder
     for name in ("tower", "tokens", "pooled_stages", "image_size", "mean", "std"):
         settings[f"exemplar_encoder.{name}"] = getattr(encoder, name)
+    if encoder.tokens == "all" and encoder.token_grid:
+        settings[GRID] = encoder.token_grid
     for name in ("train_shards", "validation_shards"):
         pattern = getattr(config.data, name)
         settings[f"files of data.{name}"] = _hash(shard_state(pattern)) if pattern else ""
@@ -96,11 +98,16 @@ def fingerprint(settings: Settings) -> str:
     return _hash(settings)
 
 
-def with_all_tokens(settings: Settings) -> Settings | None:
-    """Return the settings of a cache that holds more tokens and so serves too; None where there is none."""
-    if settings[TOKENS] != "class" or settings["exemplar_encoder.pooled_stages"]:
+def with_all_tokens(settings: Settings, grid: int) -> Settings | None:
+    """Return the settings of a cache that holds more tokens and so serves too; None where there is none.
+
+    Args:
+        settings: of what is wanted.
+        grid: positions along a side that all tokens would be averaged to; 0: the tower's own.
+    """
+    if settings[TOKENS] != "class":
         return None
-    return settings | {TOKENS: "all"}
+    return settings | {TOKENS: "all"} | ({GRID: grid} if grid else {})
 
 
 def differences(theirs: Settings, ours: Settings) -> list[str]:

@@ -15,13 +15,14 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.layout import empty_model
-from pbe.checkpoints.loading import load_checkpoint
+from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import (
     check_keys,
     load_config as load_model_config,
     load_part,
     save_model,
 )
+from pbe.checkpoints.opened import build
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
@@ -247,7 +248,12 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     if config.init_from:
         # a folder says its sizes, a bare checkpoint is taken for this run's
         sizes = None if Path(config.init_from).is_dir() else config.model
-        model = load_checkpoint(config.init_from, config=sizes).model.requires_grad_(True)
+        opened = open_checkpoint(config.init_from, sizes)
+        # how many tokens the tower gives shapes no weight, so that a bottleneck can be opened or closed
+        wanted = config.model.exemplar_encoder
+        encoder = replace(opened.config.exemplar_encoder, tokens=wanted.tokens, token_grid=wanted.token_grid)
+        opened = replace(opened, config=replace(opened.config, exemplar_encoder=encoder))
+        model = build(opened, torch.float32).requires_grad_(True)
         _add_branch(config, model)
         _check_same_model(config, model.config)
         return model, replace(config, model=model.config)

@@ -78,14 +78,14 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
     """Train some steps that are not measured, then some that are.
 
     Args:
-        config: with ``cache.folder`` of a cache that is there, if ``cached``.
+        config: its ``cache.folder`` is built first when it is not there, if ``cached``.
         model: trained in place.
         warm_up: optimizer steps before the measured ones: what the loader has in store is used up in them.
         steps: that are measured.
         cached: train from the cache.
     """
     config = quiet(config, warm_up + steps)
-    data = CachedDataModule(config) if cached else TrainingData(config)
+    data = CachedDataModule(config, ensure_cache(config, model)) if cached else TrainingData(config)
     clock = StepClock(data)
     with tempfile.TemporaryDirectory(prefix="pbe-timing-") as folder:
         trainer = make_trainer(config, Path(folder), StopSignals(), callbacks=[clock])

@@ -144,10 +144,62 @@ def test_pooled_stages_follow_the_pooled_feature() -> None:
     torch.testing.assert_close(features[:, 0, width:], torch.cat(collected, dim=1))
 
 
-@pytest.mark.parametrize(
-    ("tower", "tokens", "message"), [("ViT-B-32", "class", "timm"), (CONV_TOWER, "all", "tokens")]
-)
-def test_pooled_stages_where_they_cannot_be(tower: str, tokens: str, message: str) -> None:
-    config = replace(tiny_encoder_config(tower, tokens=tokens), pooled_stages=True)
-    with torch.device("meta"), pytest.raises(UserError, match=message):
+def test_pooled_stages_where_they_cannot_be() -> None:
+    config = replace(tiny_encoder_config("ViT-B-32"), pooled_stages=True)
+    with torch.device("meta"), pytest.raises(UserError, match="timm"):
         ExemplarEncoder(config, 24)
+
+
+def staged_encoder(tokens: str, grid: int = 0, tower: str = CONV_TOWER) -> ExemplarEncoder:
+    config = replace(tiny_encoder_config(tower, tokens=tokens), pooled_stages=True, token_grid=grid)
+    torch.manual_seed(0)
+    return randomised(ExemplarEncoder(config, 24))
+
+
+@pytest.mark.parametrize(("grid", "positions"), [(0, 4), (1, 1), (4, 16)])
+def test_all_tokens_of_stages_have_the_pooled_ones_as_their_mean(grid: int, positions: int) -> None:
+    pixels = torch.randn(2, 3, 64, 64)
+    one, every = staged_encoder("class").features(pixels), staged_encoder("all", grid).features(pixels)
+    assert every.shape == (2, 1 + positions, one.shape[2])
+    # the first token is the class token's, so that features of all tokens also serve one
+    assert torch.equal(every[:, :1], one)
+    torch.testing.assert_close(every[:, 1:].mean(dim=1, keepdim=True), one)
+
+
+def test_all_tokens_of_stages_tell_where_and_one_token_does_not() -> None:
+    pixels = torch.randn(1, 3, 64, 64)
+    changed = pixels.clone()
+    changed[:, :, :8, :8] += 3.0  # the upper left corner
+    encoder = staged_encoder("all", 4)
+    change = (encoder.features(changed) - encoder.features(pixels))[0, 1:].abs().amax(dim=1).view(4, 4)
+    assert change.argmax() == 0
+    assert change[0, 0] > 3 * change[3, 3]
+
+
+def test_equal_features_at_different_places_give_different_conditions() -> None:
+    encoder = staged_encoder("all", 4)
+    features = torch.randn(1, 1, encoder.tower_width).repeat(1, 17, 1)
+    condition = encoder.condition(features)[0].detach()
+    distances = torch.cdist(condition, condition) + 1e9 * torch.eye(17)
+    assert float(distances.min()) > 1e-3
+    # one token has no place, so that models with the bottleneck are what they were
+    torch.testing.assert_close(
+        encoder.condition(features[:, :1]), staged_encoder("class").condition(features[:, :1])
+    )
+
+
+@pytest.mark.parametrize("tower", [CONV_TOWER, TRANSFORMER_TOWER])
+def test_token_grid_averages_the_positions(tower: str) -> None:
+    pixels = torch.randn(2, 3, 64, 64)
+    config = tiny_encoder_config(tower, tokens="all")
+    encoder = ExemplarEncoder(config, 24).eval()
+    tokens = encoder.features(pixels)
+    encoder.config = replace(config, token_grid=1)
+    torch.testing.assert_close(encoder.features(pixels)[:, 1], tokens[:, 1:].mean(dim=1))
+    assert torch.equal(encoder.features(pixels)[:, 0], tokens[:, 0])
+
+
+def test_all_tokens_of_stages_need_maps() -> None:
+    encoder = staged_encoder("all", tower=TRANSFORMER_TOWER)
+    with pytest.raises(UserError, match="no maps"):
+        encoder.features(torch.randn(1, 3, 64, 64))

@@ -20,7 +20,7 @@ NAMES = {"train/loss": 4, "train/l1": 4, "train/gradient_norm": 4, "train/discri
 
 def test_two_processes_are_one_with_a_discriminator(shards, tmp_path, project_root):
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *SETTINGS))
-    train_with_two(project_root, tmp_path / "two", "data.batch_size=2")
+    train_with_two(project_root, tmp_path / "two", "ddp", "data.batch_size=2")
     run(tiny_config(shards, tmp_path / "one", *SETTINGS, "data.batch_size=4"))
     for name, rows in NAMES.items():
         one, two = (dict(read_curve(tmp_path / kind / "metrics.csv", name)) for kind in ("one", "two"))

@@ -119,11 +119,13 @@ def test_differences_are_told_in_words():
     assert differences(ours, ours) == []
 
 
-def test_a_cache_of_all_tokens_serves_the_class_token(shards, autoencoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("pooled_stages=true", "token_grid=2")], ids=["plain", "stages"])
+def test_a_cache_of_all_tokens_serves_the_class_token(shards, autoencoder, tmp_path, monkeypatch, more):
+    shape = [f"model.exemplar_encoder.{setting}" for setting in more]
     tokens = "model.exemplar_encoder.tokens="
-    everything, all_config = prepare(shards, autoencoder, tmp_path / "a", f"{tokens}all", variants=1)
+    everything, all_config = prepare(shards, autoencoder, tmp_path / "a", f"{tokens}all", *shape, variants=1)
     wide = ensure_cache(all_config, everything)
-    model, config = prepare(shards, autoencoder, tmp_path / "a", f"{tokens}class", variants=1)
+    model, config = prepare(shards, autoencoder, tmp_path / "a", f"{tokens}class", *shape, variants=1)
     never = Encoder(monkeypatch)
     served = ensure_cache(config, model)
     assert (served.folder, never.calls) == (wide.folder, 0)

@@ -14,7 +14,9 @@ from pbe.training.loggers import read_curve
 from tests.training.tiny import TINY, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+FILES = sorted(
+    str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "ablations"
+)
 
 
 def overrides(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -124,6 +124,29 @@ def test_init_from_starts_with_all_weights_of_a_model(shards, autoencoder, tmp_p
         run(other)
 
 
+def test_a_model_trained_without_exemplars_starts_both_kinds_of_condition(shards, autoencoder, tmp_path):
+    base = ["optimizer.weight_decay=0", "model.exemplar_encoder.pooled_stages=true"]
+    base.append("model.exemplar_encoder.token_grid=2")
+    prior = run(tiny_config(shards, tmp_path / "a", autoencoder, *base, "objective.drop_probability=1.0"))
+    fresh = run(tiny_config(shards, tmp_path / "b", autoencoder, *base, "optimizer.learning_rate=0"))
+    moved = differing(weights(prior.model_dir), weights(fresh.model_dir))
+    assert any(name.startswith("unet.") for name in moved)
+    # nothing but the null condition of the exemplar encoder has learnt anything
+    assert {name for name in moved if name.startswith("exemplar")} == {"exemplar_encoder.null_condition"}
+
+    start = [f"init_from={prior.model_dir}", *base]
+    for tokens in ("class", "all"):
+        wanted = f"model.exemplar_encoder.tokens={tokens}"
+        settings = [*start, wanted, "objective.drop_probability=0"]
+        still = run(tiny_config(shards, tmp_path / f"{tokens}-0", *settings, "optimizer.learning_rate=0"))
+        assert differing(weights(prior.model_dir), weights(still.model_dir)) == []
+        assert load_model(still.model_dir).config.exemplar_encoder.tokens == tokens
+        result = run(tiny_config(shards, tmp_path / tokens, *settings))
+        moved = differing(weights(prior.model_dir), weights(result.model_dir))
+        assert any("mapper" in name for name in moved)
+        assert any(".attn2.to_q." in name for name in moved) == (tokens == "all")
+
+
 def test_a_signal_during_the_first_validation_ends_before_training(shards, autoencoder, tmp_path):
     watch = Watch(0, send(signal.SIGINT), "on_validation_start")
     result = run(tiny_config(shards, tmp_path, autoencoder), watch)
