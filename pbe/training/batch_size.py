@@ -203,13 +203,15 @@ def _in_process(work: Work, config: Config, size: int, limit: int, folder: Path)
 
 
 def end_above(limit: int) -> None:
-    """Let this process end itself when it takes more than ``limit`` bytes, watched by a thread."""
+    """Let this process end itself when it takes more than ``limit`` bytes: now, or watched by a thread."""
 
     def watch() -> None:
         while peak_of_process() <= limit:
             time.sleep(POLL)
         os._exit(TOO_MUCH)
 
+    if peak_of_process() > limit:  # already, and before anything else can end it
+        os._exit(TOO_MUCH)
     threading.Thread(target=watch, daemon=True).start()
 
 
