@@ -85,6 +85,17 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
         cached: train from the cache.
     """
     config = quiet(config, warm_up + steps)
+    ends, waits = (times[warm_up - 1 :] for times in _fit(config, model, cached=cached))
+    model.zero_grad(set_to_none=True)
+    gc.collect()  # trainer and task know each other and hold the moments: the next round has its own
+    passed = ends[-1] - ends[0]
+    samples = steps * config.data.batch_size * config.trainer.accumulate
+    lengths = [later - earlier for earlier, later in pairwise(ends)]
+    return Speed(samples / passed, (waits[-1] - waits[0]) / passed, statistics.median(lengths))
+
+
+def _fit(config: Config, model: LatentDiffusion, *, cached: bool) -> tuple[list[float], list[float]]:
+    """Train; returns the times of :class:`StepClock`, and nothing that keeps the trainer alive."""
     data = CachedDataModule(config, ensure_cache(config, model)) if cached else TrainingData(config)
     clock = StepClock(data)
     with tempfile.TemporaryDirectory(prefix="pbe-timing-") as folder:
@@ -94,14 +105,7 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
             trainer.fit(make_task(config, model), datamodule=data)
         finally:
             data.close()
-    del trainer
-    model.zero_grad(set_to_none=True)
-    gc.collect()  # of the optimizer's moments: the next round has its own
-    ends, waits = clock.ends[warm_up - 1 :], clock.waits[warm_up - 1 :]
-    passed = ends[-1] - ends[0]
-    samples = steps * config.data.batch_size * config.trainer.accumulate
-    lengths = [later - earlier for earlier, later in pairwise(ends)]
-    return Speed(samples / passed, (waits[-1] - waits[0]) / passed, statistics.median(lengths))
+    return clock.ends, clock.waits
 
 
 def compare_cache(config: Config, warm_up: int, steps: int, rounds: int) -> dict[str, list[Speed]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -51,6 +53,17 @@ def test_online_and_cached_take_turns(shards, autoencoder, tmp_path, monkeypatch
         assert 0 <= speed.wait_share <= 1
         assert speed.step_seconds > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"], "a measurement leaves no run"
+
+
+def test_a_measurement_keeps_no_optimizer_alive(shards, autoencoder, tmp_path):
+    """The moments of the paper's optimizer are 7 GB: two rounds of them would not fit where one does."""
+    config = tiny_config(shards, tmp_path, autoencoder)
+    model, config = timing.random_or_built(config)
+    before = {id(each) for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)}
+    timing.time_steps(config, model, 1, 1, cached=False)
+    alive = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+    assert not [each for each in alive if id(each) not in before]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_step_of_random_weights(shards, tmp_path):
