@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             from pbe.training.plan import make_plan
 
-            print(make_plan(config))
+            for line in make_plan(config):
+                print(line, flush=True)  # counts stand there while the rest is measured
             return
         if arguments.find_batch_size:
             from pbe.training.batch_size import find_batch_size

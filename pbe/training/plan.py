@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
 from pbe.training.base_task import BaseTask
+from pbe.training.batch_size import available_memory, on_gpu
 from pbe.training.cache_builder import find_cache
 from pbe.training.cache_size import size_on_disk
 from pbe.training.callbacks import peak_memory
@@ -113,8 +115,11 @@ class Stopwatch(pl.Callback):
             self.seconds = time.perf_counter() - self._start
 
 
-def make_plan(config: Config) -> str:
-    """Return the plan of a run as text; nothing is written into its folder.
+def make_plan(config: Config) -> Iterator[str]:
+    """Yield the lines of a run's plan, the measured ones last; nothing is written into its folder.
+
+    Nothing is measured where gradients, moments and average alone would not fit into the CPU's memory. What
+    activations take on top is not known beforehand: such a plan may be cut short after what is counted.
 
     Raises:
         UserError: as the run itself would, but for data or an autoencoder that are not there yet.
@@ -127,10 +132,27 @@ def make_plan(config: Config) -> str:
         notes.append(f"random weights: {error}")
         model = LatentDiffusion(config.model)
     task = make_task(config, model)
-    lines = [*_parameter_table(task), "", *_memory_table(task), ""]
+    yield from [*_parameter_table(task), "", *_memory_table(task), ""]
     data = find_data(config, task, notes)
-    lines += _duration(config, task, data, notes) if data is not None else ["no data, so nothing is measured"]
-    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+    yield from (f"note: {note}" for note in notes)
+    if data is None:
+        yield "no data, so nothing is measured"
+    elif lacking := _memory_lacking(config, task):
+        yield f"not measured: {lacking}"
+    else:
+        yield from _duration(config, task, data)
+
+
+def _memory_lacking(config: Config, task: BaseTask) -> str:
+    """Say what is too large for the memory that a CPU has left beside the weights; nothing where all fits."""
+    sizes = state_bytes(task)
+    needed, free = sum(sizes.values()) - sizes["weights"], available_memory()
+    if on_gpu(config) or needed <= free:
+        return ""
+    return (
+        f"beside the weights training holds {needed / GIB:.2f} GiB before any activation, and "
+        f"{free / GIB:.2f} GiB are free"
+    )
 
 
 def _parameter_table(task: BaseTask) -> list[str]:
@@ -165,7 +187,7 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         return None
 
 
-def _duration(config: Config, task: BaseTask, data: TrainingData, notes: list[str]) -> list[str]:
+def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
     short = replace(config.trainer, max_steps=WARM_UP + MEASURED, progress=False, profiler="")
     quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
     watch = Stopwatch()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pbe.models import LatentDiffusion
+from pbe.training import plan
 from pbe.training.plan import count_parameters, make_plan, state_bytes
 from pbe.training.run import make_task
 from tests.training.tiny import run, tiny_config
@@ -46,7 +47,7 @@ def test_the_autoencoder_stage_trains_the_autoencoder_only():
 
 def test_a_plan_measures_and_leaves_nothing(shards, autoencoder, tmp_path):
     settings = ["trainer.max_steps=100", "trainer.accumulate=2", f"cache.folder={tmp_path / 'cache'}"]
-    text = make_plan(tiny_config(shards, tmp_path / "run", autoencoder, *settings))
+    text = "\n".join(make_plan(tiny_config(shards, tmp_path / "run", autoencoder, *settings)))
     assert "samples: 8 an epoch, 4 a step; 2 steps an epoch" in text
     assert "samples a second over 10 steps on 1 device(s), peak memory" in text
     assert "this run: 100 steps, " in text
@@ -56,7 +57,7 @@ def test_a_plan_measures_and_leaves_nothing(shards, autoencoder, tmp_path):
 
 
 def test_a_plan_without_data_and_autoencoder_says_what_is_missing(tmp_path):
-    text = make_plan(tiny_config(tmp_path / "nowhere", tmp_path / "run"))
+    text = "\n".join(make_plan(tiny_config(tmp_path / "nowhere", tmp_path / "run")))
     assert text.startswith("parameters")
     assert "no data, so nothing is measured" in text
     assert "note: random weights: autoencoder_from is empty" in text
@@ -65,5 +66,21 @@ def test_a_plan_without_data_and_autoencoder_says_what_is_missing(tmp_path):
 
 def test_a_plan_does_not_change_the_run_that_follows(shards, autoencoder, tmp_path):
     config = tiny_config(shards, tmp_path / "run", autoencoder)
-    make_plan(config)
+    assert list(make_plan(config))
     assert run(config).steps == 3
+
+
+def test_what_cannot_fit_is_counted_and_not_tried(shards, autoencoder, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run", autoencoder)
+    monkeypatch.setattr(plan, "available_memory", lambda: 1000)
+    monkeypatch.setattr(plan, "_duration", lambda *_: pytest.fail("measured what cannot fit"))
+    lines = list(make_plan(config))
+    assert lines[0].startswith("parameters")
+    assert lines[-1].startswith("not measured: beside the weights training holds 0.")
+    assert lines[-1].endswith("and 0.00 GiB are free")
+
+
+def test_what_is_counted_comes_before_anything_is_measured(shards, autoencoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_duration", lambda *_: pytest.fail("measured first"))
+    first = next(make_plan(tiny_config(shards, tmp_path / "run", autoencoder)))
+    assert first.startswith("parameters")
