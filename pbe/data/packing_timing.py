@@ -104,6 +104,7 @@ def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
     )
 
     def facts() -> pl.DataFrame:
+        """Return the table of picture facts: made here, so that it is gone once it is written."""
         columns = {"ImageID": names, "Subset": pl.Series(["train"]).gather(np.zeros(len(names), np.int64))}
         text = {
             name: pl.lit(f"https://example.org/{name}/") + pl.col("ImageID").str.slice(0, size)

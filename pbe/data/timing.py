@@ -84,6 +84,7 @@ def synthetic_shards(folder: Path, count: int, width: int, height: int, quality:
     """Write JPEGs with a box each, of 5 to 50 % of the picture, as one shard without an index."""
 
     def records() -> Iterator[ShardRecord]:
+        """Yield the pictures as they are encoded."""
         for number in range(count):
             encoded = cv2.imencode(
                 ".jpg", synthetic_picture(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality]
@@ -115,7 +116,10 @@ def _stopwatch() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = defaultdict(float)
 
     def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with its time added to that of a stage."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
+            """Call it; time that ends in an error counts too."""
             start = time.thread_time()
             try:
                 return function(*args, **kwargs)

@@ -113,6 +113,7 @@ class _Planner:
         self._hashes: dict[Path, str] = {}
 
     def plan(self) -> Plan:
+        """Return the stages of all rows and seeds, each made once however many rows need it."""
         cases, benchmark = self._benchmark()
         cells: dict[tuple[str, int], Cell] = {}
         trainings: dict[tuple[str, int], tuple[Config, Stage]] = {}

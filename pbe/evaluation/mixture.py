@@ -153,6 +153,7 @@ class QualityMeasure(CaseMeasure):
         )
 
         def measure(batch: Batch) -> np.ndarray:
+            """Return each edit's quality, NaN where its features are not finite."""
             features = edit_features(tower, batch)
             finite = np.isfinite(features).all(axis=1)
             values = np.full(len(features), np.nan)

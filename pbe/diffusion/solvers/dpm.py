@@ -82,6 +82,7 @@ def _grid_for(*variants: str, stochastic: bool = False) -> Callable[[Request], G
     """Return the layout of a solver that looks at the settings first."""
 
     def lay_out(request: Request) -> Grid:
+        """Refuse settings that this solver does not have, then lay out its grid."""
         settings = request.settings
         if settings.order not in (1, 2, 3):
             raise UserError(f"solver order is {settings.order}; it must be 1, 2 or 3")
