@@ -17,7 +17,7 @@ from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmar
 from pbe.data.sources.reading import SourceOptions, read_source
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.toy_export import IMAGE_SIZE, export_toy_benchmark
+from pbe.evaluation.toy.export import IMAGE_SIZE, export_toy_benchmark
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

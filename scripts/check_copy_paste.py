@@ -17,10 +17,10 @@ import numpy as np
 from pbe.cli import Parser, run_command
 from pbe.data.randomness import generator
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
-from pbe.evaluation.benchmark import BenchmarkCase, make_benchmark
-from pbe.evaluation.copy_paste import explained_shares
-from pbe.evaluation.features import mask_bounds
-from pbe.evaluation.metrics import auc
+from pbe.evaluation.estimates import auc
+from pbe.evaluation.metrics.copy_paste import explained_shares
+from pbe.evaluation.metrics.features import mask_bounds
+from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
 
 BRIGHTER = 1.1
 KINDS = ("pasted", "true", "inpainted", "grey")

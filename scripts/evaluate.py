@@ -24,16 +24,16 @@ from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.runner import pick_device
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import make_benchmark
-from pbe.evaluation.benchmark_run import BenchmarkRun, PageSettings
-from pbe.evaluation.cases import BenchmarkFolder
-from pbe.evaluation.edits import GUIDANCE, EditSettings, make_edits
-from pbe.evaluation.features import LiteFeatures
-from pbe.evaluation.generation import GenerateSettings
-from pbe.evaluation.results import Bootstrap
-from pbe.evaluation.scores import markdown_table, score_edits
-from pbe.evaluation.scoring import ScoreSettings
-from pbe.evaluation.sheets import benchmark_rows, sheet
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
+from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.metrics.scoring import ScoreSettings
+from pbe.evaluation.toy.benchmark import make_benchmark
+from pbe.evaluation.toy.edits import GUIDANCE, EditSettings, make_edits
+from pbe.evaluation.toy.scores import markdown_table, score_edits
+from pbe.evaluation.toy.sheets import benchmark_rows, sheet
 from pbe.files import make_folder
 
 TOY_BATCH = 32

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from pbe.cli import Parser, run_command
 from pbe.errors import UserError
-from pbe.evaluation.mixture import COMPONENTS, Mixture, fit_mixture
-from pbe.evaluation.set_scores import PictureFolder
-from pbe.evaluation.towers import load_tower
+from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, fit_mixture
+from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.towers import load_tower
 from pbe.files import make_folder
 
 

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from pbe.cli import Parser, run_command
-from pbe.evaluation.cases import BenchmarkFolder
-from pbe.evaluation.study import KEY, StudySettings, make_study, parse_systems
-from pbe.evaluation.study_tables import read_key, read_rankings, study_markdown, summarise
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.study.making import KEY, StudySettings, make_study, parse_systems
+from pbe.evaluation.study.tables import read_key, read_rankings, study_markdown, summarise
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

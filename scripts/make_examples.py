@@ -14,7 +14,7 @@ from PIL import Image
 from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import make_benchmark
+from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.files import make_folder
 
 

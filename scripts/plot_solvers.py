@@ -22,7 +22,7 @@ from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.diffusion.convergence import Candidate, distance
 from pbe.errors import UserError
-from pbe.evaluation.solver_study import (
+from pbe.evaluation.toy.solver_study import (
     CANDIDATES,
     FLOW,
     FLOW_CHECK,

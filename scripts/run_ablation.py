@@ -13,10 +13,10 @@ from pathlib import Path
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 from pbe.cli import Parser, run_command
-from pbe.evaluation.ablation import load_ablation
-from pbe.evaluation.ablation_plan import make_plan
-from pbe.evaluation.ablation_runner import Runner, only_one
-from pbe.evaluation.ablation_schedule import Schedule, plan_text
+from pbe.evaluation.ablation.config import load_ablation
+from pbe.evaluation.ablation.plan import make_plan
+from pbe.evaluation.ablation.runner import Runner, only_one
+from pbe.evaluation.ablation.schedule import Schedule, plan_text
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         )
         if stopped := runner.run():
             return stopped
-        from pbe.evaluation.ablation_report import write_report  # slow to import
+        from pbe.evaluation.ablation.report import write_report  # slow to import
 
         print(f"results: {write_report(ablation, plan)}")
     return 0

@@ -10,7 +10,7 @@ import torch
 
 from pbe.checkpoints.native import save_model
 from pbe.config import load_config
-from pbe.evaluation import demo as stages
+from pbe.evaluation.toy import demo as stages
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from scripts import demo, evaluate

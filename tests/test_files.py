@@ -10,7 +10,7 @@ import pytest
 from pbe.checkpoints.native import save_model
 from pbe.data.shards import write_shards
 from pbe.errors import UserError
-from pbe.evaluation import demo as stages
+from pbe.evaluation.toy import demo as stages
 from pbe.files import make_folder
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model

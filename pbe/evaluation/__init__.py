@@ -1,1 +1,1 @@
-"""Evaluation: benchmark, feature tower, scores, picture sheets and the report page."""
+"""Evaluation: scores, benchmarks and their edits, ablations, human studies, the toy benchmark, the demo."""

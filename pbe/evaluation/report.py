@@ -94,7 +94,7 @@ def data_uri(picture: np.ndarray) -> str:
 
 
 def page_environment() -> Environment:
-    """Return jinja2's environment for pages: templates of this folder, strict and escaping, ``data_uri``."""
+    """Return jinja2's environment for pages: templates by their path from here, escaping, ``data_uri``."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(default=True, default_for_string=True),

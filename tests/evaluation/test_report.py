@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.charts import Line, line_chart, smooth, ticks
 from pbe.evaluation.report import (
     Figure,
     Report,
@@ -22,7 +21,8 @@ from pbe.evaluation.report import (
     render,
     write_page,
 )
-from pbe.evaluation.sheets import BAND_GAP, GAP, LABEL_WIDTH, sheet
+from pbe.evaluation.toy.charts import Line, line_chart, smooth, ticks
+from pbe.evaluation.toy.sheets import BAND_GAP, GAP, LABEL_WIDTH, sheet
 
 NASTY = '<script>alert("x")</script> & "quotes"'
 PICTURE = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)

@@ -1,0 +1,102 @@
+"""Figures of an ablation: a plot of the rows' scores, and a strip of the same edits across rows."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pbe.editing.compositing import grey_out
+from pbe.errors import UserError
+from pbe.evaluation.ablation.config import BY_ROW
+from pbe.evaluation.ablation.results import Results
+from pbe.evaluation.ablation.scoring import EditFolder
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.estimates import Estimate
+from pbe.evaluation.toy.sheets import sheet
+
+
+def plot(results: Results) -> bytes:
+    """Draw score ``plot_y`` against ``plot_x``, with intervals, every seed faintly; returns a PNG.
+
+    Raises:
+        UserError: a score that the plot names was not made.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    options, rows = results.ablation.config.evaluation, results.ablation.rows
+    made = [name for name, _, _ in results.metrics]
+    wanted = [name for name in (options.plot_x, options.plot_y) if name != BY_ROW]
+    for name in wanted:
+        if name not in made:
+            raise UserError(f"the plot shows '{name}', which was not scored; there are: {', '.join(made)}")
+    by_row = options.plot_x == BY_ROW
+    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    points = []
+    for place, row in enumerate(rows):
+        up = results.estimates[row.name, options.plot_y]
+        across = _place(place) if by_row else results.estimates[row.name, options.plot_x]
+        points.append((across.value, up.value))
+        axes.errorbar(
+            across.value, up.value, xerr=None if by_row else _bars(across), yerr=_bars(up), fmt="o",
+            color=f"C{place % 10}", capsize=3, zorder=3,
+        )  # fmt: skip
+        seeds = results.scores[row.name, options.plot_y]
+        beside = [place] * len(seeds) if by_row else _values(results, row.name, options.plot_x)
+        axes.scatter(beside, [one.value for one in seeds], s=12, color=f"C{place % 10}", alpha=0.4)
+        if not by_row:
+            axes.annotate(row.title, points[-1], xytext=(7, 7), textcoords="offset points", fontsize=8)
+    axes.plot(*zip(*points, strict=True), color="0.7", linewidth=1, zorder=1)
+    if by_row:
+        axes.set_xticks(range(len(rows)), [row.title for row in rows], rotation=20, ha="right", fontsize=8)
+    else:
+        axes.set_xlabel(options.plot_x)
+    axes.set_ylabel(options.plot_y)
+    axes.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _place(number: int) -> Estimate:
+    return Estimate(float(number), float(number), float(number))
+
+
+def _values(results: Results, row: str, metric: str) -> list[float]:
+    return [one.value for one in results.scores[row, metric]]
+
+
+def _bars(estimate: Estimate) -> list[list[float]]:
+    ends = (estimate.value - estimate.low, estimate.high - estimate.value)
+    return [[max(end, 0.0)] for end in ends]
+
+
+def strip(results: Results, cases: int) -> np.ndarray:
+    """Draw the first cases with the edits of every row's first seed; returns uint8 ``h w 3``."""
+    benchmark = BenchmarkFolder(results.plan.benchmark)
+    shown = [benchmark[number] for number in range(min(cases, len(benchmark)))]
+    rows = {
+        "masked": [grey_out(case.image, case.mask > 127) for case in shown],
+        "exemplar": [case.exemplar for case in shown],
+    }
+    for row in results.ablation.rows:
+        cell = results.plan.of(row.name)[0]
+        edits = EditFolder(Path(cell.edits.folder) / "pictures", benchmark.ids)
+        rows[_short(row.title)] = [edits[number] for number in range(len(shown))]
+    rows["true object"] = [case.image for case in shown]
+    return sheet(rows, columns=min(len(shown), 16))
+
+
+def _short(title: str) -> str:
+    """Cut a title to what fits beside the strip."""
+    return title if len(title) <= 22 else f"{title[:21]}…"
+
+
+def png(picture: np.ndarray) -> bytes:
+    """Return a picture, uint8 ``h w 3``, as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,106 @@
+"""Scores of one row and seed as files: written by a stage, read for the tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pbe.evaluation.ablation.auc import exemplar_auc
+from pbe.evaluation.ablation.stages import write_json
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.metrics.scoring import ScoreSettings, score
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A score of one row and seed.
+
+    Attributes:
+        name: of the score.
+        family: scores of two families never stand in one table.
+        better: ``higher`` or ``lower``.
+        value: of the whole set; NaN where it was not run.
+        low: lower end of its own interval.
+        high: upper end.
+        per_case: ``(n,)`` float64, NaN for cases left out; None for scores of sets.
+        why_not: why it was not run.
+        card: what it rests on.
+    """
+
+    name: str
+    family: str
+    better: str
+    value: float
+    low: float
+    high: float
+    per_case: np.ndarray | None
+    why_not: str
+    card: dict[str, Any]
+
+
+class EditFolder(Sequence[np.ndarray]):
+    """The edits of a benchmark in the order of its cases, read when asked for.
+
+    Args:
+        folder: of ``<id>.png``.
+        ids: of the cases.
+    """
+
+    def __init__(self, folder: Path, ids: Sequence[str]) -> None:
+        self.folder, self.ids = folder, list(ids)
+
+    def __len__(self) -> int:
+        """Return the number of cases."""
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the edit of a case, uint8 ``h w 3``."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with Image.open(self.folder / f"{self.ids[index]}.png") as picture:
+            return np.array(picture.convert("RGB"))
+
+
+def score_folder(job: dict[str, Any], folder: Path) -> None:
+    """Score the edits that a job names, and write ``scores.json``."""
+    cases = BenchmarkFolder(job["benchmark"])
+    edits = EditFolder(Path(job["edits"]), cases.ids)
+    bootstrap = Bootstrap(level=job["level"], resamples=job["resamples"])
+    scores = score(cases, edits, ScoreSettings(metrics=tuple(job["metrics"]), bootstrap=bootstrap))
+    if job["exemplar_auc"]:
+        scores.append(exemplar_auc(cases, edits, bootstrap))
+    write_json(folder / SCORES, [one.to_dict() for one in scores])
+
+
+def read_scores(folder: Path) -> dict[str, Measured]:
+    """Read what :func:`score_folder` wrote, by name of the score."""
+    return {one["name"]: _measured(one) for one in json.loads((folder / SCORES).read_text())}
+
+
+def _measured(content: dict[str, Any]) -> Measured:
+    per_case = content["per_case"]
+    return Measured(
+        name=content["name"],
+        family=content["family"],
+        better=content["better"],
+        value=_number(content["value"]),
+        low=_number(content["low"]),
+        high=_number(content["high"]),
+        per_case=None if per_case is None else np.array([_number(one) for one in per_case], np.float64),
+        why_not=content["why_not"],
+        card=content["card"],
+    )
+
+
+def _number(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)

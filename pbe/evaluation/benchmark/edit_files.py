@@ -1,0 +1,170 @@
+"""Folders of edits: whose edits they are, and which of them can be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pbe.editing.pipeline import PaintByExample
+from pbe.editing.records import model_digests, write_json
+from pbe.errors import UserError
+from pbe.evaluation.benchmark.cases import BenchmarkFolder, read_pixels
+from pbe.files import make_folder
+
+SETTINGS = "settings.json"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def is_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Tell whether a PNG of that height and width is there, from its start to its end."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), 2)
+            if file.read() != PNG_END:
+                return False
+        with Image.open(path) as picture:
+            return (picture.height, picture.width) == size
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def model_identity(model: Path | PaintByExample) -> dict[str, str]:
+    """Return hashes that name a model: of its files, or of a pipeline's weights.
+
+    Raises:
+        UserError: there are no files.
+    """
+    if isinstance(model, PaintByExample):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.model.state_dict().items()):
+            content = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(content.view(torch.uint8).numpy().tobytes())
+        return {"weights": digest.hexdigest()}
+    if not model.exists():
+        raise UserError(f"the model '{model}' is not there")
+    return model_digests(model)
+
+
+def claim_folder(
+    folder: Path, model: dict[str, str], benchmark: BenchmarkFolder, settings: dict[str, Any]
+) -> None:
+    """Note in a folder what its edits are made of, or check that it is the same as before.
+
+    Raises:
+        UserError: the folder holds edits made with something else, or of unknown origin.
+    """
+    wanted = {"format": "pbe-edits-1", "model": model, "benchmark": benchmark.sha256, "settings": settings}
+    path = make_folder(folder) / SETTINGS
+    if path.is_file():
+        differing = list(_differences(read_settings(folder), wanted))
+        if differing:
+            raise UserError(
+                f"'{folder}' holds other edits ({'; '.join(differing)}): name another folder, or empty it"
+            )
+        return
+    if any(each.suffix.lower() in SUFFIXES for each in folder.iterdir()):
+        raise UserError(f"'{folder}' holds pictures but no {SETTINGS}; name another folder for new edits")
+    write_json(path, wanted)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what a folder's edits are made of; empty where it does not say.
+
+    Raises:
+        UserError: ``settings.json`` is damaged.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}); remove the folder and generate again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds no settings; remove the folder and generate again")
+    return content
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    if found.get("model") != wanted["model"]:
+        yield "of another model"
+    if found.get("benchmark") != wanted["benchmark"]:
+        yield "of another benchmark"
+    before = found.get("settings") or {}
+    for name, value in wanted["settings"].items():
+        if before.get(name) != value:
+            yield f"{name} was {before.get(name)}, not {value}"
+
+
+class EditFolder(Sequence[np.ndarray | None]):
+    """The edits of a folder, one for each case of a benchmark and read when asked for.
+
+    Args:
+        folder: of any system's edits, ``<id>.png``; ``.jpg``, ``.webp`` and ids without leading zeros too.
+        benchmark: whose cases they are of.
+
+    Attributes:
+        folder: as given.
+        benchmark: as given.
+        extra: names of pictures that belong to no case.
+        unreadable: ids of the cases whose edits were found damaged so far.
+
+    Raises:
+        UserError: there is no such folder, no edit of any case, or two of one.
+    """
+
+    def __init__(self, folder: Path, benchmark: BenchmarkFolder) -> None:
+        self.folder, self.benchmark = folder, benchmark
+        self.extra: list[str] = []
+        self.unreadable: set[str] = set()
+        if not folder.is_dir():
+            raise UserError(f"'{folder}' is no folder of edits")
+        self._files: dict[int, Path] = {}
+        numbers = {int(each): position for position, each in enumerate(benchmark.ids)}
+        for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
+            position = numbers.get(int(path.stem)) if path.stem.isdecimal() else None
+            if position is None:
+                self.extra.append(path.name)
+            elif position in self._files:
+                raise UserError(f"'{folder}' has two edits of one case, such as {path.name}")
+            else:
+                self._files[position] = path
+        if not self._files:
+            raise UserError(
+                f"'{folder}' holds no edit of '{benchmark.folder}': name them like {benchmark.ids[0]}.png"
+            )
+
+    @property
+    def missing(self) -> list[str]:
+        """Ids of the cases that have no file."""
+        return [each for position, each in enumerate(self.benchmark.ids) if position not in self._files]
+
+    def __len__(self) -> int:
+        return len(self.benchmark)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray | None]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray | None] | None:
+        """Read an edit, uint8 RGB ``h w 3``: None where it is missing or damaged; or several."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        case = self.benchmark.ids[index]
+        path = self._files.get(index % len(self))
+        if path is None:
+            return None
+        try:
+            return read_pixels(path, "RGB")
+        except UserError:
+            self.unreadable.add(case)
+            return None

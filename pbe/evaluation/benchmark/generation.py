@@ -1,0 +1,290 @@
+"""Edits of a whole benchmark, one PNG a case, on all devices through Lightning's ``Trainer.predict``.
+
+The same settings give the same files, to the byte on one kind of machine: a case's noise belongs to
+(seed, id), cases are edited in groups that depend on their position only (rounding follows the batch), and
+each process uses a fixed number of CPU threads. Processes, interruptions and restarts change nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.utils.data import DataLoader
+
+from pbe.checkpoints.precision import torch_dtype
+from pbe.data.randomness import generator
+from pbe.diffusion.solvers import get_solver
+from pbe.editing.compositing import to_bytes
+from pbe.editing.hub import Hub
+from pbe.editing.output import EditOutput
+from pbe.editing.pipeline import PaintByExample
+from pbe.editing.records import write_picture
+from pbe.errors import UserError
+from pbe.evaluation.benchmark.cases import BenchmarkFolder, Case
+from pbe.evaluation.benchmark.edit_files import claim_folder, is_whole, model_identity
+
+# What Lightning says of things that are meant to be so: batches are small and read by the main process.
+NEEDLESS_ADVICE = (
+    "does not have many workers",
+    "GPU available but not used",
+    r"`isinstance\(treespec",
+    "across ranks is zero",
+    "predict returned None",
+)
+GROUPS_A_PROCESS = 2  # fewer are not worth the start of another process on the CPU
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How a benchmark is edited. Where it runs is not part of what the pictures are.
+
+    Attributes:
+        guidance_scale: at least 0; 1 turns guidance off.
+        solver: name of one, see :data:`pbe.diffusion.solvers.SOLVERS`.
+        steps: of the solver.
+        seed: of the noise, together with the case's id.
+        batch_size: cases edited at once; part of the settings, since rounding follows it.
+        dtype: of the weights: ``fp32``, ``fp16`` or ``bf16``.
+        threads: CPU threads of each process; part of the settings for the same reason. GPUs do not care.
+        accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
+        devices: how many; ``auto`` is all GPUs, or as many processes as torch would use CPU threads.
+        strategy: Lightning's; ``auto`` starts processes where there are several devices.
+        num_nodes: machines, started by torchrun or SLURM.
+        progress: show a bar.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    guidance_scale: float = 5.0
+    solver: str = "plms"
+    steps: int = 50
+    seed: int = 0
+    batch_size: int = 8
+    dtype: str = "fp32"
+    threads: int = 1
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used before any time is spent on it."""
+        get_solver(self.solver)
+        torch_dtype(self.dtype)
+        if not 0.0 <= self.guidance_scale < float("inf"):
+            raise UserError(f"the guidance scale is {self.guidance_scale}; it must be a number from 0 up")
+        for name in ("steps", "batch_size", "threads", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices) > 0):
+            raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that pictures depend on."""
+        fields = asdict(self)
+        where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
+        return {name: value for name, value in fields.items() if name not in where}
+
+
+def groups_of(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Split positions into runs of at most ``batch_size`` neighbours with pictures of one size.
+
+    Args:
+        sizes: height and width by position.
+        batch_size: at least 1.
+    """
+    groups: list[list[int]] = []
+    for position, size in enumerate(sizes):
+        last = groups[-1] if groups else []
+        if last and len(last) < batch_size and sizes[last[0]] == size:
+            last.append(position)
+        else:
+            groups.append([position])
+    return groups
+
+
+def noise_of(seed: int, case: str) -> torch.Generator:
+    """Return torch's CPU generator for the noise of the case with that id."""
+    return torch.Generator().manual_seed(int(generator(seed, "edit-noise", case).integers(2**62)))
+
+
+class _EditTask(pl.LightningModule):
+    """Edits the groups of a benchmark that belong to this process, and writes their files."""
+
+    def __init__(
+        self,
+        model: Path | PaintByExample,
+        benchmark: BenchmarkFolder,
+        folder: Path,
+        settings: GenerateSettings,
+    ) -> None:
+        super().__init__()
+        self.source, self.benchmark, self.folder, self.settings = model, benchmark, folder, settings
+        self.groups = groups_of(benchmark.sizes, settings.batch_size)
+
+    def setup(self, stage: str) -> None:
+        """Be quiet in processes that Lightning started, too."""
+        _quieten()
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return the numbers of this process' groups that have a file to come.
+
+        Which process has a group depends on its number alone, not on what another has written meanwhile.
+        """
+        mine = range(self.trainer.global_rank, len(self.groups), self.trainer.world_size)
+        left = [number for number in mine if self._missing(self.groups[number])]
+        return DataLoader(left, batch_size=None, num_workers=0)  # type: ignore[arg-type]
+
+    def on_predict_start(self) -> None:
+        """Load the model, once in each process and on its device."""
+        torch.set_num_threads(self.settings.threads)
+        if isinstance(self.source, PaintByExample):
+            self.pipe = self.source.to(self.device)
+        else:
+            dtype = torch_dtype(self.settings.dtype)
+            self.pipe = PaintByExample.from_pretrained(
+                self.source, dtype=dtype, device=self.device, safety_checker=None
+            )
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def teardown(self, stage: str) -> None:
+        """Wait for the other processes: all files are there afterwards."""
+        self.trainer.strategy.barrier("edits")
+
+    def predict_step(self, batch: int, batch_idx: int) -> None:
+        """Edit a whole group, and write those files that are missing."""
+        group = self.groups[batch]
+        missing = set(self._missing(group))
+        cases = [self.benchmark[position] for position in group]
+        for position, edit in zip(group, self._edit(cases), strict=True):
+            if position in missing:
+                write_picture(self._path(position), Image.fromarray(edit))
+
+    def _edit(self, cases: Sequence[Case]) -> Any:
+        settings = self.settings
+        output = self.pipe(
+            [case.exemplar for case in cases],
+            [case.image for case in cases],
+            [case.mask for case in cases],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[noise_of(settings.seed, case.id) for case in cases],
+            output_type="np",
+            solver=settings.solver,
+        )
+        assert isinstance(output, EditOutput)
+        return to_bytes(output.images)
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"{self.benchmark.ids[position]}.png"
+
+    def _missing(self, group: Sequence[int]) -> list[int]:
+        sizes = self.benchmark.sizes
+        return [position for position in group if not is_whole(self._path(position), sizes[position])]
+
+
+def generate(
+    model: str | Path | PaintByExample,
+    benchmark: BenchmarkFolder,
+    out_folder: str | Path,
+    settings: GenerateSettings | None = None,
+) -> Path:
+    """Write ``<id>.png`` for every case of a benchmark; started again, only for those that are missing.
+
+    With Lightning's ``ddp`` every process runs the whole script; all return from here when all are done.
+
+    Args:
+        model: as :meth:`PaintByExample.from_pretrained` takes it, loaded by each process; or a pipeline.
+        benchmark: the cases.
+        out_folder: made when missing; its ``settings.json`` says what the pictures are edits of.
+        settings: how to edit; None means the defaults.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds edits of another model, benchmark or settings; a case cannot be read.
+    """
+    settings, folder = settings or GenerateSettings(), Path(out_folder)
+    source = model if isinstance(model, PaintByExample) else Hub().find(str(model))
+    claim_folder(folder, model_identity(source), benchmark, settings.identity())
+    task = _EditTask(source, benchmark, folder, settings)
+    left = sum(1 for group in task.groups if task._missing(group))
+    if not left:
+        return folder  # all processes see the same: none writes before all have come past here
+    _predict(task, _trainer(settings, left))
+    return folder
+
+
+def _quieten() -> None:
+    """Keep needless advice off the screen, in this process."""
+    for text in NEEDLESS_ADVICE:
+        warnings.filterwarnings("ignore", f".*{text}")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
+def _predict(task: _EditTask, trainer: pl.Trainer) -> None:
+    """Run the task; what it raises is what went wrong, also where that was in another process."""
+    threads, interrupts = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    try:
+        with warnings.catch_warnings():
+            _quieten()
+            trainer.predict(task, return_predictions=False)
+    except ProcessRaisedException as error:
+        raise _reported(error) from error
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, interrupts)  # which Lightning turned off before it asked to exit
+        raise KeyboardInterrupt from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process speaks for all; the others end when their share is done."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return not any(int(os.environ.get(name) or 0) for name in ranks)
+
+
+def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
+    devices, strategy = settings.devices, settings.strategy
+    gpus = torch.cuda.is_available() and settings.accelerator != "cpu"
+    launched = bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"})
+    if devices == "auto" and not gpus and not launched:
+        devices = min(torch.get_num_threads(), max(1, groups // GROUPS_A_PROCESS))
+    several = int(devices) > 1 if str(devices).isdecimal() else gpus and torch.cuda.device_count() > 1
+    if strategy == "auto" and several:
+        strategy = "ddp" if launched else "ddp_spawn"  # a library's caller is not to be run again
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=devices if devices == "auto" else int(devices),
+        strategy=strategy,
+        num_nodes=settings.num_nodes,
+        precision="32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=settings.progress,
+        use_distributed_sampler=False,
+    )
+
+
+def _reported(error: ProcessRaisedException) -> Exception:
+    """Return the user's error that ended another process, or the error itself."""
+    marker = f"{UserError.__module__}.{UserError.__name__}: "
+    lines = [line for line in str(error).splitlines() if line.startswith(marker)]
+    return UserError(lines[-1].removeprefix(marker)) if lines else error

@@ -1,0 +1,219 @@
+"""An evaluation on a benchmark's folder: generate or take edits, score them, write scores and page."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pbe.editing.records import versions, write_json
+from pbe.errors import UserError
+from pbe.evaluation.benchmark import published
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.edit_files import SETTINGS, EditFolder, read_settings
+from pbe.evaluation.benchmark.generation import GenerateSettings, generate, is_first_process
+from pbe.evaluation.benchmark.page import (
+    EvaluationPage,
+    cards_of,
+    describe,
+    exclusions,
+    ranking_score,
+    render_page,
+    show_edits,
+)
+from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
+from pbe.evaluation.metrics.results import Score
+from pbe.evaluation.metrics.scoring import ScoreSettings, score
+from pbe.evaluation.report import write_html
+from pbe.files import make_folder
+
+TITLE = "Evaluation of edits"
+UNREADABLE = "damaged"
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """What the page shows.
+
+    Attributes:
+        shown: edits of each kind (best, worst, random).
+        rank_by: score that best and worst are chosen by; empty chooses one.
+        seed: of the random ones.
+    """
+
+    shown: int = 8
+    rank_by: str = ""
+    seed: int = 0
+
+
+@dataclass
+class Seconds:
+    """Wall time by stage."""
+
+    generate: float = 0.0
+    score: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Return a JSON-ready dictionary, to a hundredth."""
+        return {name: round(value, 2) for name, value in vars(self).items()}
+
+
+@dataclass
+class BenchmarkRun:
+    """One evaluation: sets of edits of one benchmark with their scores.
+
+    Attributes:
+        benchmark: the cases.
+        out: folder of the results.
+        settings: of scoring.
+        reference: folder of real pictures for scores of sets, or None.
+        page: what the page shows.
+    """
+
+    benchmark: BenchmarkFolder
+    out: Path
+    settings: ScoreSettings
+    reference: Path | None = None
+    page: PageSettings = field(default_factory=PageSettings)
+    edits: list[tuple[str, EditFolder]] = field(default_factory=list)
+    scored: list[ScoredEdits] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
+
+    def generate(self, model: str | Path, scales: Sequence[float], settings: GenerateSettings) -> bool:
+        """Generate the edits of a model at each guidance scale, into ``edits/guidance_*`` of the folder.
+
+        Returns:
+            False in all processes but the first, which are to end here.
+
+        Raises:
+            UserError: see :func:`pbe.evaluation.benchmark.generation.generate`; scales are repeated or none.
+        """
+        if not scales or len(set(scales)) != len(scales):
+            raise UserError("guidance scales must be given, each once")
+        started = time.perf_counter()
+        every = [dataclasses.replace(settings, guidance_scale=scale) for scale in scales]
+        folders = [
+            generate(model, self.benchmark, self.out / "edits" / f"guidance_{one.guidance_scale:g}", one)
+            for one in every
+        ]
+        if not is_first_process():
+            return False
+        self.seconds.generate = time.perf_counter() - started
+        for scale, folder in zip(scales, folders, strict=True):
+            self.take(folder, f"guidance {scale:g}")
+        return True
+
+    def take(self, folder: Path, label: str) -> None:
+        """Take a folder of finished edits.
+
+        Raises:
+            UserError: it holds no edits of the benchmark, or edits noted as those of another one.
+        """
+        noted = read_settings(folder).get("benchmark", self.benchmark.sha256)
+        if noted != self.benchmark.sha256:
+            raise UserError(f"'{folder}' holds edits of another benchmark, says its {SETTINGS}")
+        self.edits.append((label, EditFolder(folder, self.benchmark)))
+
+    def score(self) -> None:
+        """Score all sets of edits.
+
+        Raises:
+            UserError: see :func:`pbe.evaluation.metrics.scoring.score`; edits cannot be ranked as asked for.
+        """
+        started = time.perf_counter()
+        for label, edits in self.edits:
+            with tqdm(total=len(edits), desc=f"score {label}", unit="edit") as bar:
+                made = score(
+                    self.benchmark,
+                    edits,
+                    self.settings,
+                    self.reference,
+                    lambda done, _total, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                )
+            ranking_score(made, self.page.rank_by)
+            self.scored.append(ScoredEdits(label, [with_damage(one, len(edits.unreadable)) for one in made]))
+        self.seconds.score = time.perf_counter() - started
+
+    def write(self) -> str:
+        """Write ``scores.json``, ``scores.md`` and ``index.html``; return the tables as Markdown.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        make_folder(self.out)
+        tables = score_tables(self.scored)
+        write_json(self.out / "scores.json", self.to_dict())
+        (self.out / "scores.md").write_text(markdown(TITLE, tables, self.scored), encoding="utf-8")
+        page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
+        page.warnings = [line for _, edits in self.edits if (line := exclusions(edits))]
+        page.sections = [
+            show_edits(
+                label,
+                edits,
+                scored.scores,
+                rank_by=self.page.rank_by,
+                count=self.page.shown,
+                seed=self.page.seed,
+            )
+            for (label, edits), scored in zip(self.edits, self.scored, strict=True)
+        ]
+        page.facts = list(self._facts())
+        write_html(render_page(page), self.out / "index.html")
+        return markdown(TITLE, tables)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [("benchmark, SHA-256", self.benchmark.sha256)]
+        for label, edits in self.edits:
+            noted = read_settings(edits.folder).get("settings", {})
+            how = ", ".join(f"{name} {value}" for name, value in noted.items())
+            facts.append((label, f"{edits.folder}{f': {how}' if how else ''}"))
+        return [*facts, *versions().items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what ``scores.json`` holds."""
+        sets = [
+            {
+                "label": label,
+                "folder": str(edits.folder),
+                **{name: value for name, value in read_settings(edits.folder).items() if name != "format"},
+                "missing": edits.missing,
+                "damaged": sorted(edits.unreadable),
+                "files_of_no_case": edits.extra,
+                "scores": [one.to_dict() for one in scored.scores],
+            }
+            for (label, edits), scored in zip(self.edits, self.scored, strict=True)
+        ]
+        names = {each.name: str(number) for each in self.scored[0].scores if (number := _published(each))}
+        return {
+            "format": "pbe-scores-1",
+            "benchmark": {
+                "folder": str(self.benchmark.folder),
+                "sha256": self.benchmark.sha256,
+                "cases": len(self.benchmark),
+                "ids": self.benchmark.ids,
+            },
+            "edits": sets,
+            "published": {"method": published.OURS, "numbers": names, "note": published.NOTE},
+            "seconds": self.seconds.to_dict(),
+            "versions": versions(),
+        }
+
+
+def _published(one: Score) -> published.Published | None:
+    return published.paper_number(one.name) if one.family == "paper" else None
+
+
+def with_damage(one: Score, damaged: int) -> Score:
+    """Return the score with damaged edits told apart from missing ones on its card."""
+    absent = one.card.excluded.get("missing", 0)
+    if not damaged or absent < damaged:
+        return one
+    excluded = {name: count for name, count in one.card.excluded.items() if name != "missing"}
+    excluded |= {"missing": absent - damaged} if absent > damaged else {}
+    card = dataclasses.replace(one.card, excluded=excluded | {UNREADABLE: damaged})
+    return dataclasses.replace(one, card=card)

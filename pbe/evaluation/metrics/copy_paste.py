@@ -1,0 +1,137 @@
+"""Copy-paste score: how much of the painted region an affine warp of the exemplar explains.
+
+Both pictures are brought to 64 px and freed of their coarse shading (a Gaussian is taken off), so that
+structure counts and smooth fills, which any smooth piece of the exemplar would explain, do not. The best
+affine warp, mirrored or not, with a gain for each channel then explains a share of the region's energy,
+up to 1. What the warped exemplar does not cover stays unexplained.
+
+The number means little alone: a true object in a similar pose is explained in part as well. So the same
+is measured for the real picture's object, and the paired difference is the score to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.evaluation.metrics.features import mask_bounds
+from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
+from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
+from pbe.evaluation.metrics.warps import explained, refine, sample, warp_grid
+
+SIZES = (16, 32, 64)  # the grid is searched on the first, and its best refined on the others
+SHADING = 6 / 64  # sigma of what is taken off, a share of the side
+FLOOR = (4.0 / 255.0) ** 2  # energy of a pixel and channel that counts as noise
+CANDIDATES = 4  # warps that are refined
+STEPS = 8  # on each size
+AT_ONCE = 16  # cases whose warps are held together; bounds the memory at some 50 MB
+NAMES = ("copy-paste", "copy-paste-true", "copy-paste-excess")
+
+CARD = ScoreCard(
+    resize_filter="area, both axes stretched to 64 px; exemplars likewise",
+    crop_rule="bounding box of the mask, pixels of the mask only",
+    notes="share of the region's band-passed energy that the best affine warp of the exemplar explains",
+)
+
+
+def region_pyramid(picture: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the region's structure and its mask at each of :data:`SIZES`, finest last.
+
+    Args:
+        picture: uint8 ``h w 3``.
+        mask: uint8 ``h w``.
+
+    Returns:
+        Pairs of float32 ``s s 3`` and ``s s``.
+    """
+    x1, y1, x2, y2 = mask_bounds(mask)
+    part, hole = picture[y1:y2, x1:x2], (mask[y1:y2, x1:x2] > 127).astype(np.float32)
+    weights = (cv2.resize(hole, (size, size), interpolation=cv2.INTER_AREA) for size in SIZES)
+    return [(structure(part, size), w) for size, w in zip(SIZES, weights, strict=True)]
+
+
+def structure(picture: np.ndarray, size: int) -> np.ndarray:
+    """Stretch a picture, uint8 ``h w 3``, to a square and take its shading off; float32 ``s s 3``."""
+    small = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
+    return small - cv2.GaussianBlur(small, (0, 0), SHADING * size, borderType=cv2.BORDER_REFLECT)
+
+
+def explained_shares(
+    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return how much of each masked region its exemplar explains, float64 ``(n,)`` from 0 to 1.
+
+    Args:
+        pictures: uint8 ``h w 3`` each, or several of a case: ``v h w 3``, which returns ``(n, v)``.
+        masks: uint8 ``h w`` each.
+        exemplars: uint8 ``e f 3`` each.
+    """
+    parts = [slice(i, i + AT_ONCE) for i in range(0, len(pictures), AT_ONCE)]
+    with torch.inference_mode():
+        shares = [_shares(pictures[part], masks[part], exemplars[part]) for part in parts]
+    result = np.concatenate(shares)
+    return result[:, 0] if pictures[0].ndim == 3 else result
+
+
+def _shares(
+    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
+) -> np.ndarray:
+    versions = [one[None] if one.ndim == 3 else one for one in pictures]
+    regions = [[region_pyramid(v, m) for v in one] for one, m in zip(versions, masks, strict=True)]
+    views = len(versions[0])
+    warps = _start(regions, exemplars)
+    shares = torch.empty(0)
+    for level, size in enumerate(SIZES[1:], start=1):
+        shown = _stack([structure(one, size) for one in exemplars]).repeat_interleave(views, dim=0)
+        target = _stack([view[level][0] for one in regions for view in one])
+        weight = torch.from_numpy(np.stack([view[level][1] for one in regions for view in one]))
+        shares, warps = refine(shown, target, weight, warps, FLOOR, STEPS)
+    return shares.amax(dim=1).view(-1, views).double().numpy()
+
+
+def _start(
+    regions: list[list[list[tuple[np.ndarray, np.ndarray]]]], exemplars: Sequence[np.ndarray]
+) -> Tensor:
+    """Return the best warps of the grid for every view of every case, ``(n * v, candidates, 2, 3)``."""
+    size, grid = SIZES[0], warp_grid()
+    found = []
+    for views, exemplar in zip(regions, exemplars, strict=True):
+        shown = sample(_stack([structure(exemplar, size)]), grid[None], size)
+        for view in views:
+            target, weight = _stack([view[0][0]]), torch.from_numpy(view[0][1][None])
+            share, _ = explained(target.flatten(2), shown, weight.flatten(1), FLOOR)
+            order = torch.argsort(share[0], descending=True, stable=True)
+            found.append(grid[order[:CANDIDATES]])
+    return torch.stack(found)
+
+
+def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+class CopyPasteMeasure(Measure):
+    """``copy-paste`` of the edits, ``copy-paste-true`` of the true objects, and their paired difference."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, np.ndarray] = {}
+
+    def update(self, batch: Batch) -> None:
+        """Measure edits and real pictures of a batch."""
+        pairs = [np.stack([e, c.image]) for e, c in zip(batch.edits, batch.cases, strict=True)]
+        masks, exemplars = [c.mask for c in batch.cases], [c.exemplar for c in batch.cases]
+        self.values.update(zip(batch.positions, explained_shares(pairs, masks, exemplars), strict=True))
+
+    def finish(self, outcome: Outcome) -> list[Score]:
+        """Make the three scores."""
+        both = np.full((outcome.count, 2), np.nan)
+        both[list(self.values)] = list(self.values.values())
+        columns = (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
+        card = ScoreCard(**(CARD.to_dict() | {"reference_sha256": outcome.images_sha256}))
+        return [
+            case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
+            for name, values in zip(NAMES, columns, strict=True)
+        ]

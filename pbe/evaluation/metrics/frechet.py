@@ -1,0 +1,138 @@
+"""Distances between two sets of features: Frechet's, of Gaussians fitted to them, and the kernel distance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from pbe.errors import UserError
+from pbe.evaluation.estimates import resample_counts
+from pbe.evaluation.metrics.results import Bootstrap
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance of two sets and the standard error that resampling the first gives it."""
+
+    value: float
+    error: float
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """Return the ends of the normal interval that holds a share ``level``."""
+        half = NormalDist().inv_cdf((1.0 + level) / 2) * self.error
+        return self.value - half, self.value + half
+
+
+def _checked(features: np.ndarray, what: str) -> np.ndarray:
+    features = np.asarray(features, np.float64)
+    if len(features) < 2:
+        raise UserError(f"a distance of sets needs at least two pictures; the {what} have {len(features)}")
+    if not np.all(np.isfinite(features)):
+        raise UserError(f"features of the {what} are not finite; check pictures and weights")
+    return features
+
+
+def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of features ``(n, d)``, and ``b``, ``(d, at most d)``; ``b b^T`` is the covariance."""
+    mean = features.mean(axis=0)
+    factor = (features - mean).T / np.sqrt(len(features) - 1)
+    if factor.shape[1] > factor.shape[0]:
+        factor = np.asarray(np.linalg.qr(factor.T, mode="r")).T
+    return mean, factor
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`` (Dowson and Landau 1982, eq. 4).
+
+    The trace of the root is the sum of the singular values of the product of the covariances' factors,
+    which needs no matrix root and holds for singular covariances too.
+
+    Args:
+        a: ``(n, d)`` features.
+        b: ``(m, d)``.
+
+    Raises:
+        UserError: fewer than two rows, other widths, or numbers that are not finite.
+    """
+    a, b = _pair(a, b)
+    (mean_a, root_a), (mean_b, root_b) = _root(a), _root(b)
+    traces = np.sum(root_a**2) + np.sum(root_b**2)
+    overlap = np.linalg.svd(root_a.T @ root_b, compute_uv=False).sum()
+    return float(np.sum((mean_a - mean_b) ** 2) + traces - 2.0 * overlap)
+
+
+def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _checked(a, "edits"), _checked(b, "reference pictures")
+    if a.shape[1] != b.shape[1]:
+        raise UserError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared")
+    return a, b
+
+
+def frechet(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
+    """Return :func:`frechet_distance` with its standard error over the rows of ``a``."""
+    value = frechet_distance(a, b)
+    a, b = _pair(a, b)
+    mean_b, root_b = _root(b)
+    trace_b, projected = float(np.sum(root_b**2)), a @ root_b
+    squares = np.sum(a**2, axis=1)
+    found = []
+    for counts in resample_counts(len(a), bootstrap.set_resamples, bootstrap.seed):
+        weights = counts / len(a)
+        mean, unbias = weights @ a, len(a) / (len(a) - 1)
+        trace = float(weights @ squares - mean @ mean) * unbias
+        kept = counts > 0
+        centred = (projected[kept] - weights @ projected) * np.sqrt(weights[kept] * unbias)[:, None]
+        gram = centred @ centred.T if centred.shape[0] <= centred.shape[1] else centred.T @ centred
+        overlap = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
+        found.append(float(np.sum((mean - mean_b) ** 2)) + trace + trace_b - 2.0 * overlap)
+    return Distance(value, float(np.std(found, ddof=1)))
+
+
+def kernel_sums(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> np.ndarray:
+    """Return the mean over ``b`` of the cubic kernel ``(x y / d + 1)^3`` for each row of ``a``, ``(n,)``."""
+    parts = [np.mean((a[i : i + rows] @ b.T / a.shape[1] + 1.0) ** 3, axis=1) for i in range(0, len(a), rows)]
+    return np.concatenate(parts)
+
+
+def _off_diagonal_mean(a: np.ndarray) -> float:
+    own = (np.sum(a**2, axis=1) / a.shape[1] + 1.0) ** 3
+    n = len(a)
+    return float(np.sum(kernel_sums(a, a) * n - own) / (n * (n - 1)))
+
+
+def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the unbiased squared maximum mean discrepancy under the cubic kernel (Binkowski et al. 2018).
+
+    All pairs are taken at once; the customary mean over random subsets estimates the same with more noise.
+
+    Args:
+        a: ``(n, d)`` features.
+        b: ``(m, d)``.
+
+    Raises:
+        UserError: fewer than two rows, other widths, or numbers that are not finite.
+    """
+    a, b = _pair(a, b)
+    return _off_diagonal_mean(a) + _off_diagonal_mean(b) - 2.0 * float(np.mean(kernel_sums(a, b)))
+
+
+def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
+    """Return :func:`kernel_distance` with its standard error over the rows of ``a``.
+
+    A picture that a resample draws twice is not compared with itself.
+    """
+    a, b = _pair(a, b)
+    within = (a @ a.T / a.shape[1] + 1.0) ** 3
+    np.fill_diagonal(within, 0.0)
+    across, constant = kernel_sums(a, b), _off_diagonal_mean(b)
+    found = []
+    for counts in resample_counts(len(a), bootstrap.set_resamples, bootstrap.seed):
+        pairs = counts.sum() ** 2 - np.sum(counts**2)
+        if pairs == 0.0:  # one picture alone, again and again: only very small sets can draw that
+            continue
+        found.append(counts @ within @ counts / pairs + constant - 2.0 * (counts @ across) / counts.sum())
+    value = float(within.sum() / (len(a) * (len(a) - 1))) + constant - 2.0 * float(across.mean())
+    return Distance(value, float(np.std(found, ddof=1)) if len(found) > 1 else math.nan)

@@ -1,0 +1,173 @@
+"""The quality score (QS): how likely an edit's features are under a Gaussian mixture of real pictures'.
+
+The mixture is kept as plain tensors (safetensors). The authors' own is a pickle, which is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pbe.errors import UserError
+from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Outcome
+from pbe.evaluation.metrics.results import Score, ScoreCard
+from pbe.evaluation.metrics.set_scores import edit_features
+from pbe.evaluation.metrics.towers import Tower, file_sha256
+
+COMPONENTS = 20
+SCALE = 300.0  # of the log-likelihood, in the released script
+BATCH = 50  # of the released script, which drops what is left over
+FORMAT = "pbe-gaussian-mixture"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of ``k`` Gaussians with full covariances over ``d`` numbers, all float64.
+
+    Attributes:
+        weights: ``(k,)``, sum 1.
+        means: ``(k, d)``.
+        cholesky: ``(k, d, d)`` lower factors of the covariances.
+        card: strings that say what it was fitted on, among them ``feature_model`` and ``weights_sha256``.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    cholesky: np.ndarray
+    card: dict[str, str]
+
+    def log_likelihood(self, features: np.ndarray) -> np.ndarray:
+        """Return the natural log-likelihood of each row of ``(n, d)`` features, ``(n,)``."""
+        x = np.asarray(features, np.float64)
+        if x.shape[1] != self.means.shape[1]:
+            raise UserError(
+                f"the mixture is of {self.means.shape[1]} numbers a picture, the features are of {x.shape[1]}"
+            )
+        log_parts = np.stack([self._log_part(x, index) for index in range(len(self.weights))])
+        peak = log_parts.max(axis=0)
+        return np.asarray(peak + np.log(np.exp(log_parts - peak).sum(axis=0)))
+
+    def _log_part(self, x: np.ndarray, index: int) -> np.ndarray:
+        factor = torch.from_numpy(self.cholesky[index])
+        offset = torch.from_numpy((x - self.means[index]).T.copy())
+        white = torch.linalg.solve_triangular(factor, offset, upper=False).numpy()
+        log_det = float(np.log(np.diagonal(self.cholesky[index])).sum())
+        constant = 0.5 * x.shape[1] * math.log(2 * math.pi)
+        return np.log(self.weights[index]) - 0.5 * np.sum(white**2, axis=0) - log_det - constant
+
+    def save(self, path: Path) -> None:
+        """Write it as safetensors."""
+        tensors = {
+            name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.float64))
+            for name in ("weights", "means", "cholesky")
+        }
+        save_file(tensors, path, metadata={"format": FORMAT, "card": json.dumps(self.card)})
+
+
+def load_mixture(path: Path) -> Mixture:
+    """Read a mixture.
+
+    Raises:
+        UserError: no such file, or no mixture of this project's.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no mixture '{path}'; scripts/fit_mixture.py makes one")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise UserError(f"'{path}' is no mixture made by scripts/fit_mixture.py")
+            card = json.loads(file.metadata()["card"])
+            weights, means, factors = (
+                file.get_tensor(n).double().numpy() for n in ("weights", "means", "cholesky")
+            )
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = "pickles are not read; fit one with scripts/fit_mixture.py"
+        raise UserError(f"'{path}' cannot be read as a mixture ({hint})") from error
+    return Mixture(weights, means, factors, card)
+
+
+def fit_mixture(
+    features: np.ndarray, card: dict[str, str], *, components: int = COMPONENTS, seed: int = 0
+) -> Mixture:
+    """Fit a mixture by scikit-learn's expectation maximisation, with its defaults, as the original did.
+
+    Args:
+        features: ``(n, d)``, more rows than components.
+        card: see :class:`Mixture`.
+        components: of the mixture.
+        seed: of the start.
+
+    Raises:
+        UserError: scikit-learn is not installed, or there are too few or broken features.
+    """
+    try:
+        from sklearn.mixture import GaussianMixture
+    except ImportError as error:
+        raise UserError("fitting a mixture needs scikit-learn: pip install 'pbe[evaluation]'") from error
+    if len(features) <= components:
+        raise UserError(f"{components} components need more than {len(features)} pictures")
+    if not np.isfinite(features).all():
+        raise UserError("some features are not finite; check pictures and weights")
+    fitted = GaussianMixture(components, covariance_type="full", random_state=seed)
+    fitted.fit(np.asarray(features, np.float64))
+    return Mixture(fitted.weights_, fitted.means_, np.linalg.cholesky(fitted.covariances_), card)
+
+
+def quality(log_likelihood: np.ndarray) -> np.ndarray:
+    """Return the original's quality of each picture, 0 to 100: ``clip(log-likelihood / 300, 0, 1) x 100``."""
+    return 100.0 * np.clip(np.asarray(log_likelihood, np.float64) / SCALE, 0.0, 1.0)
+
+
+class QualityMeasure(CaseMeasure):
+    """QS.
+
+    Args:
+        tower: CLIP's.
+        path: of the mixture.
+        drop_remainder: leave out the last cases that fill no batch of fifty, as the original does.
+
+    Raises:
+        UserError: the mixture cannot be read, or is of another tower's features.
+    """
+
+    def __init__(self, tower: Tower, path: Path, drop_remainder: bool) -> None:
+        self.mixture, self.drop_remainder = load_mixture(path), drop_remainder
+        fitted = self.mixture.card.get("weights_sha256", "")
+        if fitted != tower.sha256:
+            raise UserError(f"the mixture '{path}' is of other weights' features ({fitted[:12]}...)")
+        card = ScoreCard(
+            tower.spec.architecture,
+            tower.sha256,
+            tower.whole_filter,
+            "whole pictures",
+            reference_sha256=file_sha256(path),
+            notes=f"mixture of {len(self.mixture.weights)} Gaussians, whose file's hash the reference is"
+            + ("; in batches of 50, the remainder dropped" if drop_remainder else ""),
+        )
+
+        def measure(batch: Batch) -> np.ndarray:
+            """Return each edit's quality, NaN where its features are not finite."""
+            features = edit_features(tower, batch)
+            finite = np.isfinite(features).all(axis=1)
+            values = np.full(len(features), np.nan)
+            values[finite] = quality(self.mixture.log_likelihood(features[finite]))
+            return values
+
+        super().__init__("qs", "paper", "higher", measure, card, against_images=False)
+
+    def finish(self, outcome: Outcome) -> list[Score]:
+        """Average over the cases, but for the remainder where it is dropped."""
+        over = len(self.values) % BATCH if self.drop_remainder else 0
+        if over:
+            for position in sorted(self.values)[-over:]:
+                del self.values[position]
+            reason = f"after the last whole batch of {BATCH}"
+            outcome = outcome.with_excluded(reason, over)
+        return super().finish(outcome)

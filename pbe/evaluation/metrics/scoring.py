@@ -1,0 +1,275 @@
+"""Scores of finished edits, chosen by name, in one pass that holds one batch of pictures at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pbe.errors import UserError
+from pbe.evaluation.metrics.colour import colour_measure
+from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
+from pbe.evaluation.metrics.frechet import frechet, kernel
+from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
+from pbe.evaluation.metrics.mixture import QualityMeasure
+from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
+from pbe.evaluation.metrics.region_similarity import paper_region_measure, region_measure
+from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run
+from pbe.evaluation.metrics.seam import seam_measure
+from pbe.evaluation.metrics.set_scores import PictureFolder, SetMeasure
+from pbe.evaluation.metrics.towers import TOWERS, Tower, load_tower
+
+Progress = Callable[[int, int], None]
+ROLES = (*TOWERS, "lpips")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What is scored, and with what.
+
+    Attributes:
+        metrics: names of :data:`METRICS`, each once; empty means all of them.
+        batch_size: cases at a time; changes no score but by rounding.
+        bootstrap: how intervals are made.
+        weights: of the towers, by role (:data:`~pbe.evaluation.metrics.towers.TOWERS`, and ``lpips``): a
+            file, for ``clip`` also a tag of open_clip, which may download.
+        architectures: other towers than the roles' own; see :class:`pbe.evaluation.metrics.towers.TowerSpec`.
+        mixture: file of the Gaussian mixture of QS.
+        drop_remainder: QS leaves out the cases that fill no batch of fifty, as the original does.
+        device: where the towers run.
+
+    Raises:
+        UserError: an unknown or repeated metric, an unknown role, or an empty batch.
+    """
+
+    metrics: tuple[str, ...] = ()
+    batch_size: int = 32
+    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    architectures: Mapping[str, str] = field(default_factory=dict)
+    mixture: Path | None = None
+    drop_remainder: bool = True
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used before any time is spent on it."""
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise UserError(f"there is no metric '{unknown[0]}'; there are: {', '.join(METRICS)}")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise UserError("every metric is named once")
+        strange = [role for role in (*self.weights, *self.architectures) if role not in ROLES]
+        if strange:
+            raise UserError(f"there is no tower '{strange[0]}'; there are: {', '.join(ROLES)}")
+        if self.batch_size < 1:
+            raise UserError(f"the batch size is {self.batch_size}; it must be at least 1")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The metrics that are made, in order."""
+        return self.metrics or tuple(METRICS)
+
+
+class Tools:
+    """What measures are made with: the settings, and towers that are loaded once.
+
+    Args:
+        settings: of the scoring.
+        own_reference: sets are compared with the true pictures of the cases.
+    """
+
+    def __init__(self, settings: ScoreSettings, own_reference: bool) -> None:
+        self.settings, self.own_reference = settings, own_reference
+        self._towers: dict[str, Tower] = {}
+
+    def tower(self, role: str) -> Tower:
+        """Return a tower; raise NotRunError where its weights are not given."""
+        if role not in self._towers:
+            settings = self.settings
+            self._towers[role] = load_tower(
+                role, settings.architectures.get(role), settings.weights.get(role), settings.device
+            )
+        return self._towers[role]
+
+    def frechet(self, name: str, family: Family, role: str, notes: str = "") -> Measure:
+        """Make a Frechet distance on a tower's features."""
+        return SetMeasure(name, family, self.tower(role), frechet, self.own_reference, notes)
+
+    def kernel(self, name: str, family: Family, role: str, notes: str = "") -> Measure:
+        """Make a kernel distance on a tower's features."""
+        return SetMeasure(name, family, self.tower(role), kernel, self.own_reference, notes)
+
+    def lpips(self) -> Measure:
+        """Make LPIPS outside the mask; raise NotRunError where its weights are not given."""
+        return lpips_measure(self.settings.weights.get("lpips"), self.settings.device)
+
+    def quality(self) -> Measure:
+        """Make QS; raise NotRunError where no mixture is given."""
+        tower = self.tower("clip")
+        if self.settings.mixture is None:
+            raise NotRunError("needs a mixture of Gaussians; scripts/fit_mixture.py fits one")
+        return QualityMeasure(tower, self.settings.mixture, self.settings.drop_remainder)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the registry.
+
+    Attributes:
+        family: of its scores.
+        better: which direction.
+        make: the measure; raises NotRunError where something it needs is not there.
+        scores: names of its scores where they are not just the metric's own.
+    """
+
+    family: Family
+    better: Better
+    make: Callable[[Tools], Measure]
+    scores: tuple[str, ...] = ()
+
+
+KID = "unbiased, cubic kernel, over all pairs rather than subsets"
+TOY_FD = "Frechet distance on EfficientNet-Lite2 features; no FID"
+CLIP_FID = "the original's FID: CLIP features without normalisation"
+METRICS: dict[str, Metric] = {
+    "clip-fid": Metric("paper", "lower", lambda tools: tools.frechet("clip-fid", "paper", "clip", CLIP_FID)),
+    "qs": Metric("paper", "higher", lambda tools: tools.quality()),
+    "region-clip": Metric(
+        "paper", "higher", lambda tools: paper_region_measure("region-clip", tools.tower("clip"))
+    ),
+    "region-clip-corrected": Metric(
+        "paper", "higher", lambda tools: paper_region_measure("region-clip-corrected", tools.tower("clip"))
+    ),
+    "fid": Metric("clean", "lower", lambda tools: tools.frechet("fid", "clean", "inception")),
+    "kid": Metric("clean", "lower", lambda tools: tools.kernel("kid", "clean", "inception", KID)),
+    "clip-similarity": Metric(
+        "clean", "higher", lambda tools: region_measure("clip-similarity", "clean", tools.tower("clip"))
+    ),
+    "dino-similarity": Metric(
+        "clean", "higher", lambda tools: region_measure("dino-similarity", "clean", tools.tower("dino"))
+    ),
+    "lpips-outside": Metric("clean", "lower", lambda tools: tools.lpips()),
+    "psnr-outside": Metric("clean", "higher", lambda tools: psnr_measure()),
+    "ssim-outside": Metric("clean", "higher", lambda tools: ssim_measure()),
+    "seam": Metric("clean", "lower", lambda tools: seam_measure()),
+    "copy-paste": Metric("clean", "lower", lambda tools: CopyPasteMeasure(), COPY_PASTE),
+    "colour-inside": Metric("clean", "lower", lambda tools: colour_measure("inside")),
+    "colour-outside": Metric("clean", "lower", lambda tools: colour_measure("outside")),
+    "toy-fd": Metric("toy", "lower", lambda tools: tools.frechet("toy-fd", "toy", "lite2", TOY_FD)),
+    "toy-similarity": Metric(
+        "toy", "higher", lambda tools: region_measure("toy-similarity", "toy", tools.tower("lite2"))
+    ),
+}
+
+
+def score(
+    cases: Sequence[Case],
+    edits: Sequence[np.ndarray | None],
+    settings: ScoreSettings,
+    reference: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Score]:
+    """Score edits of a benchmark.
+
+    Args:
+        cases: the benchmark; each is read once, when its turn comes.
+        edits: one for each case, in the same order, uint8 ``h w 3`` of the size of its case's image; read
+            likewise. None where an edit is missing: the case is left out, and the cards say so.
+        settings: which scores, with what.
+        reference: folder of real pictures that Frechet and kernel distances compare with; None takes the
+            true pictures of the cases.
+        progress: called with (cases scored, cases in all) after each batch.
+
+    Returns:
+        The scores in the order of the settings; those that lack something (weights) with ``run`` False.
+
+    Raises:
+        UserError: not as many edits as cases, or not one edit that can be scored.
+    """
+    if len(cases) != len(edits):
+        raise UserError(f"there are {len(edits)} edits for {len(cases)} cases; there must be one for each")
+    tools = Tools(settings, own_reference=reference is None)
+    measures, absent = _measures(tools)
+    reference_sha256 = _read_reference(reference, measures, settings.batch_size)
+    excluded: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for batch in _batches(cases, edits, settings.batch_size, excluded, progress):
+        for case in batch.cases:
+            digest.update(np.ascontiguousarray(case.image).tobytes())
+        for measure in measures.values():
+            measure.update(batch)
+    left_out = sum(excluded.values())
+    if left_out == len(cases):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
+        raise UserError(f"no edit can be scored: {reasons or 'the benchmark is empty'}")
+    outcome = Outcome(len(cases), excluded, digest.hexdigest(), settings.bootstrap, reference_sha256)
+    made = {name: measure.finish(outcome) for name, measure in measures.items()}
+    return [one for name in settings.chosen for one in made.get(name, absent.get(name, []))]
+
+
+def _measures(tools: Tools) -> tuple[dict[str, Measure], dict[str, list[Score]]]:
+    """Return the measures that can be made, and the scores of those that cannot."""
+    measures: dict[str, Measure] = {}
+    absent: dict[str, list[Score]] = {}
+    for name in tools.settings.chosen:
+        row = METRICS[name]
+        try:
+            measures[name] = row.make(tools)
+        except NotRunError as error:
+            names = row.scores or (name,)
+            absent[name] = [not_run(one, row.family, row.better, str(error)) for one in names]
+    return measures, absent
+
+
+def _read_reference(folder: Path | None, measures: dict[str, Measure], batch_size: int) -> str:
+    """Show the real pictures to those measures that need them; return their hash."""
+    wanting = [measure for measure in measures.values() if isinstance(measure, SetMeasure)]
+    if folder is None or not wanting:
+        return ""
+    pictures = PictureFolder(folder)
+    for batch in pictures.batches(batch_size):
+        for measure in wanting:
+            measure.update_reference(batch)
+    return pictures.digest.hexdigest()
+
+
+def _batches(
+    cases: Sequence[Case],
+    edits: Sequence[np.ndarray | None],
+    size: int,
+    excluded: dict[str, int],
+    progress: Progress | None,
+) -> Iterator[Batch]:
+    """Read the pairs that can be scored, batch by batch; count the others in ``excluded``."""
+    for start in range(0, len(cases), size):
+        batch = Batch([], [], [])
+        stop = min(start + size, len(cases))
+        for position in range(start, stop):
+            case, edit = cases[position], edits[position]
+            fault = find_fault(case, edit)
+            if fault or edit is None:
+                excluded[fault] = excluded.get(fault, 0) + 1
+                continue
+            batch.positions.append(position)
+            batch.cases.append(case)
+            batch.edits.append(edit)
+        if batch.cases:
+            yield batch
+        if progress is not None:
+            progress(stop, len(cases))
+
+
+def find_fault(case: Case, edit: np.ndarray | None) -> str:
+    """Return why an edit cannot be scored, in a few words; empty if it can."""
+    if edit is None:
+        return "missing"
+    if edit.dtype != np.uint8 or edit.ndim != 3 or edit.shape[2] != 3:
+        return "not an 8-bit RGB picture"
+    if edit.shape != case.image.shape:
+        return "of another size than its case"
+    if case.mask.shape != edit.shape[:2]:
+        return "with a mask of another size"
+    return "" if np.any(case.mask > 127) else "without a hole in the mask"

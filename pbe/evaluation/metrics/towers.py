@@ -1,0 +1,279 @@
+"""Feature towers of the scores: CLIP, DINO, Inception, EfficientNet-Lite2; weights come from files.
+
+Nothing is downloaded unless an open_clip tag is named; a tower whose weights are not given is no error:
+the scores that need it are returned as not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import timm
+import torch
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pbe.config import ExemplarEncoderConfig
+from pbe.errors import UserError
+from pbe.evaluation.metrics.features import (
+    RESIZE_FILTER,
+    SIZE as LITE_SIZE,
+    TOWER as LITE_TOWER,
+    build_lite,
+    to_input,
+)
+from pbe.evaluation.metrics.measures import NotRunError
+from pbe.models.tower import build_tower, lite_weights
+
+WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
+SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
+INCEPTION = "both axes to 299 px by TensorFlow 1's bilinear (torch-fidelity)"
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """Architecture and input of a tower.
+
+    Attributes:
+        architecture: an open_clip name (the image tower with its projection), ``timm/<name>``, or
+            ``vit/<sizes>`` as :func:`pbe.models.tower.build_tower` reads it (without a projection).
+        size: side of the input, pixels.
+        mean: of the normalisation, for each channel of [0, 1].
+        std: of the normalisation.
+    """
+
+    architecture: str
+    size: int = 224
+    mean: tuple[float, ...] = OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = OPENAI_DATASET_STD
+
+
+TOWERS = {
+    "clip": TowerSpec("ViT-B-32-quickgelu"),
+    "dino": TowerSpec("timm/vit_base_patch16_224.dino", 224, IMAGENET_MEAN, IMAGENET_STD),
+    "inception": TowerSpec("inception-v3-compat", 299),
+    "lite2": TowerSpec(f"timm/{LITE_TOWER}", LITE_SIZE),
+}
+
+
+class Tower:
+    """A frozen network that turns pictures into features, float32 ``(n, width)``.
+
+    Args:
+        spec: its architecture and input.
+        network: ``(b, 3, s, s)`` normalised to ``(b, width)``.
+        sha256: of its weights.
+        device: where it runs.
+    """
+
+    whole_filter, squashed_filter = WHOLE, SQUASHED
+
+    def __init__(self, spec: TowerSpec, network: nn.Module, sha256: str, device: str = "cpu") -> None:
+        self.spec, self.sha256, self.device = spec, sha256, device
+        self.key = f"{spec.architecture} {sha256}"  # under which features are shared
+        self.network = network.eval().requires_grad_(False).to(device)
+
+    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features of pictures, uint8 ``h w 3``, shown as :attr:`whole_filter` says."""
+        return self.run([self.normalise(centre_crop(one, self.spec.size)) for one in pictures])
+
+    def squashed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features of pictures, uint8 ``h w 3``, shown as :attr:`squashed_filter` says."""
+        return self.run([self.normalise(squash(one, self.spec.size)) for one in pictures])
+
+    def normalise(self, picture: np.ndarray) -> Tensor:
+        """Return a picture, uint8 ``h w 3``, normalised for the network, float32 ``(3, h, w)``."""
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
+        mean, std = torch.tensor(self.spec.mean), torch.tensor(self.spec.std)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def run(self, pixels: Sequence[Tensor]) -> np.ndarray:
+        """Return the features of inputs, each ``(3, s, s)``, of one batch."""
+        with torch.inference_mode():
+            return self.network(torch.stack(list(pixels)).to(self.device)).float().cpu().numpy()
+
+
+class LiteTower(Tower):
+    """EfficientNet-Lite2 as the toy world's scores have always used it."""
+
+    whole_filter = squashed_filter = RESIZE_FILTER
+
+    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features of pictures stretched to the square."""
+        return self.run([to_input(one)[0] for one in pictures])
+
+    squashed = whole
+
+
+class InceptionTower(Tower):
+    """torch-fidelity's Inception, which brings its own resize; pictures may differ in size."""
+
+    whole_filter = squashed_filter = INCEPTION
+
+    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the 2048 pooled features of pictures."""
+        features = []
+        with torch.inference_mode():
+            for one in pictures:
+                pixels = torch.from_numpy(np.array(one)).permute(2, 0, 1)[None]
+                features.append(self.network(pixels.to(self.device))[0].float().cpu().numpy())
+        return np.concatenate(features)
+
+    squashed = whole
+
+
+def squash(picture: np.ndarray, size: int) -> np.ndarray:
+    """Stretch a picture, uint8 ``h w 3``, to a square with Pillow's antialiased bicubic filter."""
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def centre_crop(picture: np.ndarray, size: int) -> np.ndarray:
+    """Show a picture as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out."""
+    height, width = picture.shape[:2]
+    short = min(height, width)
+    scaled = (size * width // short, size * height // short)
+    resized = np.asarray(Image.fromarray(picture).resize(scaled, Image.Resampling.BICUBIC))
+    top, left = round((scaled[1] - size) / 2), round((scaled[0] - size) / 2)
+    return resized[top : top + size, left : left + size]
+
+
+def load_tower(role: str, architecture: str | None, weights: str | None, device: str = "cpu") -> Tower:
+    """Build a tower and load its weights.
+
+    Args:
+        role: key of :data:`TOWERS`.
+        architecture: another one than the role's own; its input stays the role's.
+        weights: a file (safetensors or a plain state dict; of all of CLIP or of its image tower), for
+            ``clip`` also a tag of open_clip, which may download. None: not given; Lite2 has its package.
+        device: where it runs.
+
+    Raises:
+        NotRunError: no weights are given.
+        UserError: the architecture is unknown, or the weights cannot be read or are another network's.
+    """
+    spec = TOWERS[role]
+    if architecture is not None:
+        spec = TowerSpec(architecture, spec.size, spec.mean, spec.std)
+    if role == "lite2":
+        return _load_lite(spec, weights, device)
+    if weights is None:
+        raise NotRunError(f"needs the weights of {spec.architecture}: --tower-weights {role}=FILE")
+    if role == "inception":
+        return _load_inception(spec, Path(weights), device)
+    if not Path(weights).is_file() and weights in open_clip.list_pretrained_tags_by_model(spec.architecture):
+        network = open_clip.create_model(spec.architecture, pretrained=weights).visual
+        return Tower(spec, network, state_sha256(network), device)
+    network = build_network(spec)
+    path = Path(weights)
+    _load_strictly(network, _visual(read_state(path)), path, spec.architecture)
+    return Tower(spec, network, file_sha256(path), device)
+
+
+def build_network(spec: TowerSpec) -> nn.Module:
+    """Return the untrained network of a specification.
+
+    Raises:
+        UserError: the architecture is unknown.
+    """
+    name = spec.architecture
+    if name.startswith("vit/"):
+        return build_tower(ExemplarEncoderConfig(tower=name, image_size=spec.size))[0]
+    if name.startswith("timm/"):
+        if not timm.is_model(name.removeprefix("timm/")):
+            raise UserError(f"timm has no model '{name.removeprefix('timm/')}'")
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False, num_classes=0)
+    known = open_clip.get_model_config(name)
+    if known is None:
+        raise UserError(f"'{name}' is no architecture of open_clip.list_models(), nor timm/<name>")
+    vision = dict(known["vision_cfg"]) | {"image_size": spec.size}
+    quick = bool(known.get("quick_gelu", False))
+    return _build_vision_tower(known["embed_dim"], CLIPVisionCfg(**vision), quick_gelu=quick)
+
+
+def _load_lite(spec: TowerSpec, weights: str | None, device: str) -> Tower:
+    try:
+        path = Path(weights) if weights is not None else lite_weights(LITE_TOWER)
+    except UserError as error:
+        raise NotRunError(f"needs a package: {error}") from error
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}' of tower weights")
+    return LiteTower(spec, build_lite(path), file_sha256(path), device)
+
+
+def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise NotRunError("needs torch-fidelity: pip install 'pbe[evaluation]'") from error
+    read_state(path)  # refuses what is more than tensors; torch-fidelity itself would unpickle anything
+    try:
+        network = FeatureExtractorInceptionV3(
+            spec.architecture, ["2048"], feature_extractor_weights_path=str(path)
+        )
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"'{path}' holds no weights of torch-fidelity's Inception") from error
+    return InceptionTower(spec, network, file_sha256(path), device)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors or a PyTorch file, without running what is in it.
+
+    Raises:
+        UserError: no such file, or more or less than tensors by name.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}' of tower weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"'{path}' cannot be read as a plain state dict") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"'{path}' is no plain state dict: it must hold tensors by name")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _visual(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the image tower's part of a state dict of all of CLIP; any other as it is."""
+    inner = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")}
+    return inner or state
+
+
+def _load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
+    wanted = network.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    shaped = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
+    if missing or extra or shaped:
+        first = (missing or extra or shaped)[0]
+        raise UserError(
+            f"'{path}' holds no weights of {architecture}: {len(missing)} tensors missing, {len(extra)} "
+            f"unknown, {len(shaped)} of another shape, such as '{first}'"
+        )
+    network.load_state_dict(state)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_sha256(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's tensors, names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""A human study as one static page: edits of several systems side by side, blinded, to be ranked.
+
+The form is that of the paper's study (30 groups, ranks 1 to 5 for quality and for consistency). The page
+knows pictures by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pbe.data.randomness import permutation
+from pbe.editing.compositing import grey_out
+from pbe.editing.records import write_json, write_picture
+from pbe.errors import UserError
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.edit_files import EditFolder
+from pbe.evaluation.report import data_uri, page_environment, write_html
+from pbe.files import make_folder
+
+TEMPLATE = "study/page.html.j2"
+KEY = "key.json"
+KEY_FORMAT = "pbe-study-key-1"
+PICTURES = "pictures"
+MAX_SYSTEMS = 9  # as many as there are digits to press
+QUESTIONS = {
+    "quality": "Which edit looks best? Rank them from the most to the least realistic picture.",
+    "consistency": (
+        "Which edit shows the reference's object? Rank them from the most to the least like the reference."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study is made of.
+
+    Attributes:
+        groups: number of cases to rank, drawn from those that every system has an edit of.
+        seed: of the draw of cases.
+        title: of the page.
+        copy: put the pictures beside the page instead of into it.
+    """
+
+    groups: int = 30
+    seed: int = 0
+    title: str = "Which edit is better?"
+    copy: bool = False
+
+
+def make_study(
+    systems: Mapping[str, Path], benchmark: BenchmarkFolder, out: Path, settings: StudySettings
+) -> Path:
+    """Write the page and its key; return the page's path.
+
+    Args:
+        systems: name to folder of edits.
+        benchmark: that was edited.
+        out: new folder for ``index.html``, ``key.json`` and, with ``copy``, ``pictures/``.
+        settings: how many groups, which.
+
+    Raises:
+        UserError: too few or too many systems, too few cases that all have edits of, a folder in use.
+    """
+    if not 2 <= len(systems) <= MAX_SYSTEMS:
+        raise UserError(f"a study compares 2 to {MAX_SYSTEMS} systems, not {len(systems)}")
+    if settings.groups < 1:
+        raise UserError("a study needs at least one group")
+    folders = {name: EditFolder(folder, benchmark) for name, folder in systems.items()}
+    chosen = _choose(folders, benchmark, settings)
+    if any(make_folder(out).iterdir()):
+        raise UserError(f"'{out}' is not empty; name a new folder")
+    groups, key = [], {}
+    digest = hashlib.sha256(f"{settings.seed} {sorted(systems)}".encode())
+    for number, position in enumerate(chosen, start=1):
+        name = f"{number:02d}"
+        group, owners = _group(name, position, folders, benchmark, out if settings.copy else None, digest)
+        groups.append(group)
+        key[name] = {"case": benchmark.ids[position], "edits": owners}
+    study = digest.hexdigest()[:16]
+    write_json(
+        out / KEY,
+        {
+            "format": KEY_FORMAT,
+            "study": study,
+            "systems": sorted(systems),
+            "questions": list(QUESTIONS),
+            "benchmark": benchmark.sha256,
+            "groups": key,
+        },
+    )
+    questions = [{"id": name, "text": text} for name, text in QUESTIONS.items()]
+    data = {"study": study, "title": settings.title, "questions": questions, "groups": groups}
+    page = page_environment().get_template(TEMPLATE).render(title=settings.title, data=data)
+    write_html(page, out / "index.html")
+    return out / "index.html"
+
+
+def _choose(
+    folders: Mapping[str, EditFolder], benchmark: BenchmarkFolder, settings: StudySettings
+) -> list[int]:
+    """Return positions of the cases, in the order drawn, that every system has a whole edit of."""
+    chosen: list[int] = []
+    for position in permutation(len(benchmark), settings.seed, "study-cases"):
+        if len(chosen) == settings.groups:
+            break
+        size = benchmark.sizes[int(position)]
+        edits = [folder[int(position)] for folder in folders.values()]
+        if all(edit is not None and edit.shape[:2] == size for edit in edits):
+            chosen.append(int(position))
+    if len(chosen) < settings.groups:
+        raise UserError(
+            f"only {len(chosen)} cases have whole edits by all systems, not {settings.groups} as asked for"
+        )
+    return chosen
+
+
+def _group(
+    name: str,
+    position: int,
+    folders: Mapping[str, EditFolder],
+    benchmark: BenchmarkFolder,
+    copy_to: Path | None,
+    digest: Any,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the page shows of a group, and whose its edits are; feed what is shown to ``digest``."""
+    case = benchmark[position]
+    shown = {
+        "source": case.image,
+        "hole": grey_out(case.image, case.mask > 127),
+        "exemplar": case.exemplar,
+    }
+    addresses = {what: _address(f"{name}-{what}", picture, copy_to) for what, picture in shown.items()}
+    edits, owners = [], {}
+    for system, folder in folders.items():
+        edit = folder[position]
+        assert edit is not None
+        digest.update(np.ascontiguousarray(edit).tobytes())
+        opaque = hashlib.sha256(f"{name} {system} {digest.hexdigest()}".encode()).hexdigest()[:12]
+        edits.append({"id": opaque, "src": _address(f"{name}-{opaque}", edit, copy_to)})
+        owners[opaque] = system
+    return {"id": name, **addresses, "edits": sorted(edits, key=lambda edit: edit["id"])}, owners
+
+
+def _address(name: str, picture: np.ndarray, copy_to: Path | None) -> str:
+    if copy_to is None:
+        return data_uri(picture)
+    write_picture(make_folder(copy_to / PICTURES) / f"{name}.png", Image.fromarray(picture))
+    return f"{PICTURES}/{name}.png"
+
+
+def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
+    """Read ``name=folder`` pairs.
+
+    Raises:
+        UserError: a text of another form, or a name twice.
+    """
+    systems: dict[str, Path] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not (separator and name.strip() and folder):
+            raise UserError(f"'{text}' is no system; write name=folder")
+        if name.strip() in systems:
+            raise UserError(f"the system '{name.strip()}' is named twice")
+        systems[name.strip()] = Path(folder)
+    return systems

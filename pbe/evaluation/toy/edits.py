@@ -1,0 +1,135 @@
+"""Edits of the benchmark's cases, with the right and with a shuffled exemplar, from the same noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pbe.data.randomness import generator
+from pbe.diffusion.solvers import get_solver
+from pbe.editing.compositing import to_bytes
+from pbe.editing.output import EditOutput
+from pbe.editing.pipeline import PaintByExample
+from pbe.errors import UserError
+from pbe.evaluation.estimates import derangement
+from pbe.evaluation.toy.benchmark import BenchmarkCase
+
+GUIDANCE = (1.0, 2.0, 3.0, 5.0)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How the benchmark is edited.
+
+    Attributes:
+        guidance: guidance scales, each at least 0; the first is what the others are compared with.
+        solver: name of one, see :data:`pbe.diffusion.solvers.SOLVERS`.
+        steps: of the solver.
+        seed: of the noise and of the shuffling.
+        batch_size: edits at a time; it does not change the noise.
+
+    Raises:
+        UserError: no, repeated or negative guidance scales, an unknown solver, no steps, an empty batch.
+    """
+
+    guidance: tuple[float, ...] = GUIDANCE
+    solver: str = "plms"
+    steps: int = 50
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used before any time is spent on it."""
+        if not self.guidance or len(set(self.guidance)) != len(self.guidance):
+            raise UserError("guidance scales must be given, each once")
+        if not all(math.isfinite(scale) and scale >= 0.0 for scale in self.guidance):
+            raise UserError(
+                f"guidance scales are numbers from 0 up, not {', '.join(map(str, self.guidance))}"
+            )
+        get_solver(self.solver)
+        if self.steps < 1:
+            raise UserError(f"the number of steps is {self.steps}; it must be at least 1")
+        if self.batch_size < 1:
+            raise UserError(f"the batch size is {self.batch_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class BenchmarkEdits:
+    """Edited pictures, uint8 ``n s s 3``, keyed by guidance scale.
+
+    Attributes:
+        own: scene i with exemplar i.
+        shuffled: scene i with exemplar ``partner[i]``, from the same noise.
+        partner: ``(n,)`` a permutation without fixed points.
+    """
+
+    own: dict[float, np.ndarray]
+    shuffled: dict[float, np.ndarray]
+    partner: np.ndarray
+
+
+def make_edits(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    settings: EditSettings,
+    progress: Progress | None = None,
+) -> BenchmarkEdits:
+    """Edit every case twice at every guidance scale.
+
+    Args:
+        pipe: the pipeline; pixels outside the mask are kept.
+        cases: at least two.
+        settings: scales, solver, seed.
+        progress: called with (edits made, edits in all) after each batch.
+
+    Raises:
+        UserError: fewer than two cases, or more steps than the model's schedule has.
+    """
+    partner = derangement(len(cases), settings.seed, "partner")
+    total, done = 2 * len(settings.guidance) * len(cases), 0
+    own: dict[float, np.ndarray] = {}
+    shuffled: dict[float, np.ndarray] = {}
+    for scale in settings.guidance:
+        for target, exemplars in ((own, list(range(len(cases)))), (shuffled, partner.tolist())):
+            batches = []
+            for start in range(0, len(cases), settings.batch_size):
+                part = slice(start, start + settings.batch_size)
+                shown = [cases[i].exemplar for i in exemplars[part]]
+                batches.append(edit_batch(pipe, cases[part], shown, scale, settings))
+                done += len(shown)
+                if progress is not None:
+                    progress(done, total)
+            target[scale] = np.concatenate(batches)
+    return BenchmarkEdits(own, shuffled, partner)
+
+
+def edit_batch(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    exemplars: Sequence[np.ndarray],
+    guidance_scale: float,
+    settings: EditSettings,
+) -> np.ndarray:
+    """Edit some cases at once; return uint8 ``b s s 3``. Noise belongs to (seed, case), not to the batch."""
+    output = pipe(
+        list(exemplars),
+        [case.image for case in cases],
+        [case.mask for case in cases],
+        num_inference_steps=settings.steps,
+        guidance_scale=guidance_scale,
+        generator=[noise_generator(settings.seed, case.index) for case in cases],
+        output_type="np",
+        solver=settings.solver,
+    )
+    assert isinstance(output, EditOutput)
+    return to_bytes(output.images)
+
+
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """Return torch's CPU generator for the noise of case ``index``."""
+    return torch.Generator().manual_seed(int(generator(seed, "edit-noise", index).integers(2**62)))

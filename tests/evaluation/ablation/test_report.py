@@ -1,0 +1,158 @@
+"""Tables, config differences and the page of an ablation, from scores that are made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from pbe.data.toy_world import ToyWorld
+from pbe.errors import UserError
+from pbe.evaluation.ablation.config import Ablation, load_ablation
+from pbe.evaluation.ablation.plan import Plan, make_plan
+from pbe.evaluation.ablation.report import write_report
+from pbe.evaluation.ablation.results import compare, estimate_of, gather
+from pbe.evaluation.ablation.scoring import Measured
+from pbe.evaluation.ablation.stages import write_json
+from pbe.evaluation.ablation.tables import escape, latex, markdown, number
+from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
+from pbe.evaluation.report import Table
+from pbe.evaluation.toy.export import export_toy_benchmark
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CASES = 6
+
+
+def made_up(name: str, family: str, values: np.ndarray, better: str = "lower") -> Score:
+    return Score(name, family, float(values.mean()), 0.0, 1.0, ScoreCard(), values, better)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def ablation(tmp_path: Path) -> tuple[Ablation, Plan]:
+    """Two rows that differ in one switch, whose stages stand but for the report."""
+    content = {
+        "base": str(CONFIGS / "toy.yaml"), "workspace": str(tmp_path / "work"), "seeds": [1, 2],
+        "cumulative": True, "scenes": {"train": 8, "validation": 2},
+        "shared": {"autoencoder_from": str(CONFIGS.parent / "data" / "toy" / "model")},
+        "rows": [
+            {"name": "a", "title": "row_a & <b>more</b>"},
+            {"name": "b", "overrides": {"data.sample.augment.enabled": False}, "sampling": {"steps": 9}},
+        ],
+        "comparisons": [["a", "b"]],
+        "evaluation": {"objects": CASES, "plot_x": "row", "plot_y": "seam", "strip_cases": 3},
+    }  # fmt: skip
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    loaded = load_ablation(path)
+    plan = make_plan(loaded)
+    export_toy_benchmark(ToyWorld(), plan.benchmark, objects=CASES)
+    for cell in plan.cells:
+        shift = 1.0 if cell.row.name == "b" else 0.0
+        cases = np.arange(CASES) * 0.1
+        scores = [
+            made_up("seam", "clean", cases + shift),
+            made_up("copy-paste", "clean", cases + (0.01 if cell.seed == 1 else -0.01) * shift),
+            made_up("psnr-outside", "clean", np.full(CASES, math.inf), "higher"),
+            Score("toy-fd", "toy", 5.0 + shift, 4.8 + shift, 5.2 + shift, ScoreCard(), None, "lower"),
+            not_run("fid", "clean", "lower", "Inception weights are not here"),
+        ]
+        cell.scores.folder.mkdir(parents=True)
+        write_json(cell.scores.folder / "scores.json", [one.to_dict() for one in scores])
+        pictures = cell.edits.folder / "pictures"
+        pictures.mkdir(parents=True)
+        for file in sorted(plan.benchmark.rglob("*_GT.png")):
+            cv2.imwrite(str(pictures / file.name.replace("_GT", "")), cv2.imread(str(file)))
+    return loaded, plan
+
+
+def test_orders_are_told_where_they_are_decided(ablation: tuple[Ablation, Plan]) -> None:
+    found = {one.metric: one for one in gather(*ablation).differences}
+    assert (found["seam"].verdict, found["seam"].value) == ("higher", pytest.approx(1.0))
+    assert found["copy-paste"].verdict == "undecided"  # the seeds disagree
+    assert found["psnr-outside"].verdict == "undecided"  # equal
+    assert (found["toy-fd"].verdict, found["toy-fd"].paired) == ("higher", False)
+    assert "fid" not in found
+
+
+def test_the_report_is_whole(ablation: tuple[Ablation, Plan]) -> None:
+    page = write_report(*ablation)
+    folder = page.parent
+    text, html = (folder / "tables.md").read_text(), page.read_text()
+    clean, toy = (text.index(title) for title in ("### The field", "### Scores of the toy world"))
+    assert clean < text.index("seam ↓") < toy < text.index("toy-fd ↓")  # families apart
+    assert "| b | 1.250 (" in text
+    assert "exact" in text
+    assert "| undecided |" in text
+    assert "b is higher" in text
+    assert "Not run: fid (not run: Inception weights are not here)." in text
+    assert "- `data.sample.augment.enabled`: true → false" in text
+    assert "- `sampling.steps`: 50 → 9" in text
+    assert "learning_rate" not in text  # nothing but what is changed
+    assert "row\\_a \\& <b>more</b>" in (folder / "tables.tex").read_text()
+    assert "row_a &amp; &lt;b&gt;more&lt;/b&gt;" in html
+    assert "<b>more" not in html
+    assert html.count("data:image/png;base64,") == 2
+    assert "http" not in html
+    strip = cv2.imread(str(folder / "strip.png"))
+    assert strip is not None
+    results = json.loads((folder / "results.json").read_text())
+    assert results["rows"][1]["scores"]["seam"]["value"] == pytest.approx(1.25)
+    assert results["differences"][2]["verdict"] == "undecided"
+    json.dumps(results, allow_nan=False)
+
+
+def test_geometric_means_are_compared_by_logarithms() -> None:
+    cases = np.array([1.0, 10.0, 100.0])
+    first = Measured("seam", "clean", "lower", 10.0, 1.0, 100.0, cases, "", {})
+    second = replace(first, value=20.0, per_case=2.0 * cases)
+    scores = {("a", "seam"): [first], ("b", "seam"): [second]}
+    found = compare("seam", ("a", "b"), scores, 100, 0.95)
+    assert (found.verdict, found.log, found.paired) == ("higher", True, True)
+    assert found.value == pytest.approx(math.log(2.0))
+    assert estimate_of([second], 100, 0.95).value == pytest.approx(20.0)
+
+
+def test_rows_that_were_scored_otherwise_are_not_compared(ablation: tuple[Ablation, Plan]) -> None:
+    file = ablation[1].cells[0].scores.folder / "scores.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[1:]))
+    with pytest.raises(UserError, match="not scored alike"):
+        gather(*ablation)
+
+
+def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    content = {
+        "base": str(CONFIGS / "toy.yaml"),
+        "workspace": str(tmp_path / "work"),
+        "rows": [{"name": "a"}],
+    }
+    for evaluation, message in (
+        ({"metrics": ["seem"]}, "seem"),
+        ({"metrics": ["seam"], "plot_y": "colour-inside"}, "'colour-inside', but only seam"),
+    ):
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({**content, "evaluation": evaluation}))
+        with pytest.raises(UserError, match=message):
+            make_plan(load_ablation(path))
+    assert not (tmp_path / "work").exists()
+
+
+def test_markdown_and_latex_escape_what_they_would_read() -> None:
+    table = Table(["a|b", "50 %"], [["x_1", "↑ {}"]], "a note & more")
+    assert markdown(table) == "| a\\|b | 50 % |\n|---|---|\n| x_1 | ↑ {} |\n\na note & more\n"
+    made = latex(table)
+    assert r"a|b & 50 \% \\" in made
+    assert r"x\_1 & $\uparrow$ \{\} \\" in made
+    assert made.startswith(r"\begin{tabular}{ll}" + "\n" + r"\toprule")
+    assert r"a note \& more" in made
+    assert escape("\\~^#$") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\#\$"
+
+
+def test_numbers() -> None:
+    values = (1.23456, 123.456, math.inf, math.nan)
+    assert [number(value) for value in values] == ["1.235", "123.5", "exact", "not run"]

@@ -1,0 +1,246 @@
+"""A benchmark edited by one process, by two, and by one that was killed: the same files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from pbe.errors import UserError
+from pbe.evaluation.benchmark import generation
+from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.edit_files import EditFolder, is_whole
+from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
+
+SETTINGS = GenerateSettings(
+    guidance_scale=2.0, solver="ddim", steps=2, batch_size=2, accelerator="cpu", devices=1, progress=False
+)
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def benchmark(bench_files) -> BenchmarkFolder:
+    return BenchmarkFolder(bench_files)
+
+
+@pytest.fixture(scope="module")
+def edited(model, benchmark, tmp_path_factory) -> Path:
+    """Edits by one process."""
+    return generate(model, benchmark, tmp_path_factory.mktemp("edits") / "one", SETTINGS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_every_case_is_painted_in_its_hole_alone(benchmark, edited):
+    assert set(contents(edited)) == {*(f"{each}.png" for each in benchmark.ids), "settings.json"}
+    edits = EditFolder(edited, benchmark)
+    assert len(edits) == 7
+    for case, edit in zip(benchmark, edits, strict=True):
+        assert edit is not None
+        keep = case.mask == 0
+        np.testing.assert_array_equal(edit[keep], case.image[keep])
+        assert np.any(edit[~keep] != case.image[~keep])
+
+
+def test_two_processes_write_the_same_files(model, benchmark, edited, tmp_path):
+    two = generate(model, benchmark, tmp_path / "two", dataclasses.replace(SETTINGS, devices=2))
+    assert contents(two) == contents(edited)
+
+
+def test_killed_and_started_again_writes_the_same_files(model, benchmark, edited, tmp_path, project_root):
+    out = tmp_path / "killed"
+    program = f"""
+import os, signal
+from pbe.evaluation.benchmark import generation
+from pbe.evaluation.benchmark.generation import BenchmarkFolder, GenerateSettings
+write, written = generation.write_picture, []
+def write_and_die(path, picture):
+    if len(written) == 3:
+        path.with_name(f".{{os.getpid()}}.partial").write_bytes(b"half a pic")
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(write(path, picture))
+generation.write_picture = write_and_die
+generation.generate({str(model)!r}, BenchmarkFolder({str(benchmark.folder)!r}), {str(out)!r}, {SETTINGS!r})
+"""
+    died = subprocess.run([sys.executable, "-c", program], cwd=project_root, capture_output=True, timeout=200)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    first = f"{benchmark.ids[0]}.png"
+    assert len(list(out.glob("*.png"))) == 3, "the fourth case was never written"
+    (out / first).write_bytes((out / first).read_bytes()[:-20])
+    untouched = (out / f"{benchmark.ids[1]}.png").stat().st_mtime_ns
+    generate(model, benchmark, out, SETTINGS)
+    found = contents(out)
+    assert {name: data for name, data in found.items() if name[0] != "."} == contents(edited)
+    assert (out / f"{benchmark.ids[1]}.png").stat().st_mtime_ns == untouched
+
+
+def test_complete_folder_needs_no_model_and_no_trainer(model, benchmark, edited, monkeypatch):
+    monkeypatch.setattr(generation, "_trainer", None)
+    assert generate(model, benchmark, edited, SETTINGS) == edited
+
+
+def test_a_pipeline_gives_the_same_pictures_as_its_files(pipe, benchmark, edited, tmp_path):
+    by_pipe = contents(generate(pipe, benchmark, tmp_path / "pipe", SETTINGS))
+    wanted = contents(edited)
+    assert all(by_pipe[name] == wanted[name] for name in wanted if name.endswith(".png"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_scale": 3.0}, r"guidance_scale was 2\.0, not 3\.0"),
+        ({"seed": 1}, "seed was 0, not 1"),
+        ({"batch_size": 3}, "batch_size was 2, not 3"),
+        ({"threads": 2}, "threads was 1, not 2"),
+    ],
+)
+def test_edits_of_other_settings_are_not_mixed(model, benchmark, edited, change, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, benchmark, edited, dataclasses.replace(SETTINGS, **change))
+
+
+def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
+    pipe, model, benchmark, edited, tmp_path
+):
+    with pytest.raises(UserError, match="of another model"):
+        generate(pipe, benchmark, edited, SETTINGS)
+    other = BenchmarkFolder(benchmark.folder)
+    other.__dict__["sha256"] = "0" * 64
+    with pytest.raises(UserError, match="of another benchmark"):
+        generate(model, other, edited, SETTINGS)
+    Image.new("RGB", (32, 32)).save(tmp_path / "stray.png")
+    with pytest.raises(UserError, match=r"holds pictures but no settings\.json"):
+        generate(model, benchmark, tmp_path, SETTINGS)
+    with pytest.raises(UserError, match="nowhere"):
+        generate("nowhere/model", benchmark, tmp_path / "new", SETTINGS)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        generate(model, benchmark, tmp_path / "damaged", SETTINGS)
+
+
+def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
+    noted = json.loads((edited / "settings.json").read_text())
+    assert noted["benchmark"] == benchmark.sha256
+    assert noted["settings"]["steps"] == 2
+    assert "devices" not in noted["settings"], "where it ran plays no part"
+    assert set(noted["model"]) >= {"config.json", "unet.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance scale is -1"),
+        ({"guidance_scale": float("nan")}, "guidance scale is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"devices": "many"}, "devices is 'many'"),
+        ({"devices": 0}, "devices is '0'"),
+        ({"solver": "magic"}, "no solver 'magic'"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(SETTINGS, **change)
+
+
+def test_groups_depend_on_position_and_size_only():
+    small, large = (32, 32), (32, 48)
+    assert groups_of([small] * 3 + [large] * 2 + [small], 2) == [[0, 1], [2], [3, 4], [5]]
+    assert groups_of([small] * 5, 8) == [[0, 1, 2, 3, 4]]
+
+
+def test_noise_belongs_to_seed_and_id():
+    draws = [torch.randn(4, generator=noise_of(*key)) for key in ((0, "1"), (0, "2"), (1, "1"), (0, "1"))]
+    assert torch.equal(draws[0], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_edits_of_another_system_as_they_are(benchmark, edited, tmp_path):
+    ids = benchmark.ids
+    for position, each in enumerate(ids[:5]):
+        (tmp_path / f"{position}.png").write_bytes((edited / f"{each}.png").read_bytes())
+    Image.new("RGB", (16, 16)).save(tmp_path / "1.png")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (32, 32)).save(tmp_path / "grid.png")
+    edits = EditFolder(tmp_path, benchmark)
+    assert edits.extra == ["grid.png"]
+    assert edits.missing == ids[5:]
+    read = list(edits)
+    assert [None if each is None else each.shape[0] for each in read] == [32, 16, None, 32, 32, None, None]
+    np.testing.assert_array_equal(read[3], EditFolder(edited, benchmark)[3])
+    assert edits.unreadable == {ids[2]}
+    assert not is_whole(tmp_path / "2.png", (32, 32))
+    assert not is_whole(tmp_path / "1.png", (32, 32))
+    assert is_whole(tmp_path / "0.png", (32, 32))
+
+
+def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
+    with pytest.raises(UserError, match=r"no edit of .*name them like 000000000000\.png"):
+        EditFolder(tmp_path, benchmark)
+    with pytest.raises(UserError, match="no folder of edits"):
+        EditFolder(tmp_path / "gone", benchmark)
+    for name in ("0.png", "000.png"):
+        (tmp_path / name).write_bytes((edited / f"{benchmark.ids[0]}.png").read_bytes())
+    with pytest.raises(UserError, match="two edits of one case"):
+        EditFolder(tmp_path, benchmark)
+
+
+def test_a_damaged_case_is_named(model, bench_files, tmp_path):
+    folder = Path(shutil.copytree(bench_files, tmp_path / "bench"))
+    Image.new("L", (32, 32)).save(folder / "Mask_bbox_3500" / "000000000002_mask.png")
+    with pytest.raises(UserError, match=r"000000000002_mask\.png' is black"):
+        generate(model, BenchmarkFolder(folder), tmp_path / "out", SETTINGS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("disk full")])
+def test_what_goes_wrong_comes_out_and_leaves_no_trace(
+    model, benchmark, edited, tmp_path, monkeypatch, error
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    interrupts, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "write_picture", fail)
+            with pytest.raises(type(error)):
+                generate(model, benchmark, tmp_path / "out", SETTINGS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert signal.getsignal(signal.SIGINT) is interrupts
+    assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
+
+
+def test_the_users_error_of_another_process_stays_one_line():
+    def reported(last: str) -> Exception:
+        text = f"-- Process 1 terminated with the following error:\nTraceback ...\n  File x\n{last}\n"
+        return generation._reported(ProcessRaisedException(text, 1, 99))
+
+    theirs = reported("pbe.errors.UserError: 'x.png' is black")
+    assert isinstance(theirs, UserError)
+    assert str(theirs) == "'x.png' is black"
+    assert isinstance(reported("ValueError: odd"), ProcessRaisedException)

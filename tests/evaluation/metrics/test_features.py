@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from efficientnet_lite_pytorch import EfficientNet
+
+from pbe.errors import UserError
+from pbe.evaluation.metrics.features import SIZE, TOWER, LiteFeatures, mask_bounds, region, to_input
+from pbe.models.tower import lite_weights
+
+
+def test_features_are_those_of_the_weights_own_package(features: LiteFeatures):
+    pictures = list(np.random.default_rng(0).integers(0, 256, (3, 40, 57, 3), dtype=np.uint8))
+    reference = EfficientNet.from_pretrained(
+        "efficientnet-lite2", weights_path=str(lite_weights(TOWER)), image_size=SIZE
+    ).eval()
+    with torch.no_grad():
+        maps = reference.extract_features(torch.cat([to_input(picture) for picture in pictures]))
+    expected = maps.mean(dim=(2, 3)).numpy()
+    found = features.of_pictures(pictures, batch_size=2)
+    assert found.shape == (3, features.card.width) == (3, 1280)
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def test_the_card_names_the_weights(features: LiteFeatures):
+    card = features.card.to_dict()
+    assert card["sha256"] == hashlib.sha256(lite_weights(TOWER).read_bytes()).hexdigest()
+    assert (card["tower"], card["input_size"]) == ("tf_efficientnet_lite2", 128)
+
+
+def test_region_by_hand():
+    """A mask of rows 2 to 4 and columns 1 to 5, with a notch, cuts just these."""
+    picture = np.arange(8 * 7 * 3, dtype=np.uint8).reshape(8, 7, 3)
+    mask = np.zeros((8, 7), np.uint8)
+    mask[2:5, 1:6] = 255
+    mask[2, 1] = 0
+    mask[7, 0] = 127  # not above one half: no hole
+    assert mask_bounds(mask) == (1, 2, 6, 5)
+    assert np.array_equal(region(picture, mask), picture[2:5, 1:6])
+
+
+def test_resizing_by_hand():
+    """Two columns, 0 and 128, stretched to 128 px: constant to the pixel centres, linear between."""
+    picture = np.zeros((2, 2, 3), np.uint8)
+    picture[:, 1] = 128
+    line = to_input(picture)[0, 0, 5] * 128.0 + 127.0
+    assert line[:32].tolist() == [0.0] * 32
+    assert line[96:].tolist() == [128.0] * 32
+    # pixel centre i + 0.5 of 128 lies at (i + 0.5) / 64 - 0.5 of the two
+    assert line[50] == pytest.approx(128.0 * ((50.5) / 64 - 0.5), abs=1e-3)
+
+
+def test_empty_mask_and_wrong_size_are_refused():
+    with pytest.raises(UserError, match="without a hole"):
+        mask_bounds(np.zeros((4, 4), np.uint8))
+    with pytest.raises(UserError, match="but its mask"):
+        region(np.zeros((4, 4, 3), np.uint8), np.full((5, 4), 255, np.uint8))
