@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from pbe.errors import UserError
 
-LONGEST_WAVE = 100.0  # positions; grids are far smaller
-
 
 def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return the pooled feature of a timm trunk ``(b, c)`` and the feature of every position ``(b, n, c)``.
@@ -85,15 +83,20 @@ def _pooled(values: Tensor, side: int) -> Tensor:
 
 
 def position_code(tokens: Tensor) -> Tensor:
-    """Return sines and cosines of row and column for ``(b, n, width)`` tokens of a square, ``(n, width)``.
+    """Return sines and cosines of row and column for ``(b, n, width)`` tokens of a square, same shape.
 
     A quarter of the width each (Vaswani et al. 2017, section 3.5, for two axes); what is left over is zero.
-    Convolutional towers do not say where a token stands, and their mapper has no other way to know.
+    Waves are counted along the side, from half a wave to one position, so that neighbours differ and all
+    positions do; the code is as loud (root mean square) as the tokens of its sample, which it would be
+    lost in otherwise. Convolutional towers do not say where a token stands, and their mapper has no other
+    way to know.
     """
     count, width = tokens.shape[1], tokens.shape[2]
     side, waves = math.isqrt(count), width // 4
-    steps = torch.arange(waves, device=tokens.device) / max(waves, 1)
-    angles = torch.arange(side, device=tokens.device)[:, None] * LONGEST_WAVE**-steps  # side waves
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    halves = side ** (torch.arange(waves, device=tokens.device) / max(waves - 1, 1))  # 1 ... side
+    angles = (torch.arange(side, device=tokens.device)[:, None] + 0.5) / side * math.pi * halves
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # side 2*waves
     code = torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
-    return F.pad(code, (0, width - code.shape[1])).to(tokens.dtype)
+    code = F.pad(code, (0, width - code.shape[1]))
+    loud = tokens.detach().float().pow(2).mean(dim=(1, 2), keepdim=True).sqrt()
+    return (code * loud * math.sqrt(2.0)).to(tokens.dtype)
