@@ -81,6 +81,8 @@ class EvaluationConfig:
     ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
     ``metrics`` are names of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all.
     ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
+    ``own_exemplars`` edits the cases once more, with the hidden objects themselves as exemplars, and adds
+    what an exemplar in another pose costs; see :mod:`pbe.evaluation.ablation.pose`.
     The plot shows score ``plot_y`` against score ``plot_x``, or against the rows where that is ``row``.
     """
 
@@ -91,6 +93,7 @@ class EvaluationConfig:
     batch_size: int = 32
     metrics: list[str] = field(default_factory=list)
     exemplar_auc: bool = False
+    own_exemplars: bool = False
     plot_x: str = "row"
     plot_y: str = ""
     strip_cases: int = 10

@@ -13,11 +13,12 @@ from pbe.data.toy_world import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import NAME as EXEMPLAR_AUC
 from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, Ablation, Row
+from pbe.evaluation.ablation.pose import NAMES as POSE
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
 
-FORMAT = 1  # of the stages' results; a newer one makes all of them again
+FORMAT = 2  # of the stages' results; a newer one makes all of them again
 # Sections and keys that say where a training runs, how it is watched or kept, not what comes out.
 ASIDE = {
     "": ("output_dir", "autoencoder_from", "init_from", "logging", "cache"),
@@ -40,7 +41,7 @@ class Cell:
         config: the training's configuration.
         training: its stage; edits and scores come after it.
         edits: its stage.
-        scores: its stage.
+        scores: its stage; it may need further edits.
     """
 
     row: Row
@@ -93,6 +94,7 @@ def _check_scores(ablation: Ablation) -> None:
     chosen = ScoreSettings(metrics=tuple(options.metrics)).chosen
     made = [name for metric in chosen for name in METRICS[metric].scores or (metric,)]
     made += [EXEMPLAR_AUC] if options.exemplar_auc else []
+    made += POSE if options.own_exemplars else ()
     for name in (options.plot_x, options.plot_y):
         if name not in ("", BY_ROW, *made):
             raise UserError(f"the plot is to show '{name}', but only {', '.join(made)} are scored")
@@ -115,6 +117,7 @@ class _Planner:
     def plan(self) -> Plan:
         """Return the stages of all rows and seeds, each made once however many rows need it."""
         cases, benchmark = self._benchmark()
+        own = self._own_benchmark(cases, benchmark) if self.config.evaluation.own_exemplars else None
         cells: dict[tuple[str, int], Cell] = {}
         trainings: dict[tuple[str, int], tuple[Config, Stage]] = {}
         rows = self.ablation.rows
@@ -125,7 +128,10 @@ class _Planner:
             for seed in self.config.seeds:
                 config, training = trainings[row.name, seed]
                 edits = self._edits(row, seed, training, cases, benchmark)
-                scores = self._scores(row, seed, edits, cases, benchmark)
+                others = [edits]
+                if own is not None:
+                    others.append(self._edits(row, seed, training, cases, own, " from own exemplars"))
+                scores = self._scores(row, seed, others, cases, benchmark)
                 cells[row.name, seed] = Cell(row, seed, config, training, edits, scores)
         return Plan(
             tuple(self.stages.values()), tuple(cells.values()), benchmark, self.workspace / self.config.name
@@ -264,7 +270,21 @@ class _Planner:
         )  # fmt: skip
         return cases, stage.folder / "cases"
 
-    def _edits(self, row: Row, seed: int, training: Stage, cases: int, benchmark: Path) -> Stage:
+    def _own_benchmark(self, cases: int, benchmark: Path) -> Path:
+        """Return the folder of the same cases with the hidden objects as exemplars."""
+        size = self.ablation.training_config({}, "base").model.exemplar_encoder.image_size
+        needs = self._makers(benchmark)
+        mark = fingerprint_of(FORMAT, "own benchmark", needs, size, self._cases_mark(benchmark))
+        stage = self._add(
+            "own benchmark", f"cut the exemplars out of {cases} cases", mark, "benchmarks",
+            units=cases, rate="scene", needs=tuple(needs),
+            job={"benchmark": str(benchmark), "exemplar_size": size},
+        )  # fmt: skip
+        return stage.folder / "cases"
+
+    def _edits(
+        self, row: Row, seed: int, training: Stage, cases: int, benchmark: Path, title: str = ""
+    ) -> Stage:
         options = self.config.evaluation
         settings = asdict(row.sampling) | {"seed": options.noise_seed, "batch_size": options.batch_size}
         needs = [training.fingerprint, *self._makers(benchmark)]
@@ -276,19 +296,22 @@ class _Planner:
             "settings": settings,
         }
         return self._add(
-            "edits", f"edit with {row.name}, seed {seed}", mark, "edits",
+            "edits", f"edit with {row.name}, seed {seed}{title}", mark, "edits",
             units=cases * row.sampling.steps * branches, rate="edit_step", needs=tuple(needs), job=job,
         )  # fmt: skip
 
-    def _scores(self, row: Row, seed: int, edits: Stage, cases: int, benchmark: Path) -> Stage:
+    def _scores(self, row: Row, seed: int, edits: list[Stage], cases: int, benchmark: Path) -> Stage:
+        """Add the scores of a cell's edits; the second ones are those from own exemplars."""
         options = self.config.evaluation
         names = ("metrics", "exemplar_auc", "resamples", "level")
         settings = {name: getattr(options, name) for name in names}
-        mark = fingerprint_of(FORMAT, "scores", edits.fingerprint, settings)
-        job = {"edits": str(edits.folder / "pictures"), "benchmark": str(benchmark), **settings}
+        needs = tuple(stage.fingerprint for stage in edits)
+        mark = fingerprint_of(FORMAT, "scores", needs, settings)
+        pictures = [str(stage.folder / "pictures") for stage in edits] + [""]
+        job = {"edits": pictures[0], "own_edits": pictures[1], "benchmark": str(benchmark), **settings}
         return self._add(
             "scores", f"score {row.name}, seed {seed}", mark, "scores",
-            units=cases, rate="score", needs=(edits.fingerprint,), job=job,
+            units=cases, rate="score", needs=needs, job=job,
         )  # fmt: skip
 
     def _makers(self, benchmark: Path) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.evaluation.ablation.auc import exemplar_auc
+from pbe.evaluation.ablation.pose import pose_scores
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.results import Bootstrap
@@ -79,6 +80,8 @@ def score_folder(job: dict[str, Any], folder: Path) -> None:
     scores = score(cases, edits, ScoreSettings(metrics=tuple(job["metrics"]), bootstrap=bootstrap))
     if job["exemplar_auc"]:
         scores.append(exemplar_auc(cases, edits, bootstrap))
+    if job["own_edits"]:
+        scores += pose_scores(cases, edits, EditFolder(Path(job["own_edits"]), cases.ids), bootstrap)
     write_json(folder / SCORES, [one.to_dict() for one in scores])
 
 

@@ -56,6 +56,17 @@ def _replace(partial: Path, final: Path) -> None:
     partial.replace(final)
 
 
+def make_own_benchmark(job: dict[str, Any], folder: Path) -> int:
+    """Write a benchmark's cases with the hidden objects as exemplars into ``cases``."""
+    from pbe.evaluation.benchmark.own import write_own_exemplars
+
+    partial = folder / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    write_own_exemplars(Path(job["benchmark"]), partial, job["exemplar_size"])
+    _replace(partial, folder / "cases")
+    return 0
+
+
 def make_cache(job: dict[str, Any], folder: Path) -> int:
     """Build a latent cache; returns the signal that stopped it, or 0."""
     from pbe.config import Config, from_dict
@@ -93,6 +104,7 @@ def make_scores(job: dict[str, Any], folder: Path) -> int:
 WORK: dict[str, Work] = {
     "scenes": make_scenes,
     "benchmark": make_benchmark,
+    "own benchmark": make_own_benchmark,
     "cache": make_cache,
     "training": make_training,
     "edits": make_edits,

@@ -13,6 +13,7 @@ from pbe.errors import UserError
 from pbe.evaluation.metrics.colour import colour_measure
 from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
 from pbe.evaluation.metrics.frechet import frechet, kernel
+from pbe.evaluation.metrics.layout import NAMES as LAYOUT_COPY, LayoutCopyMeasure, layout_true_measure
 from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
 from pbe.evaluation.metrics.mixture import QualityMeasure
 from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
@@ -156,6 +157,8 @@ METRICS: dict[str, Metric] = {
     "ssim-outside": Metric("clean", "higher", lambda tools: ssim_measure()),
     "seam": Metric("clean", "lower", lambda tools: seam_measure()),
     "copy-paste": Metric("clean", "lower", lambda tools: CopyPasteMeasure(), COPY_PASTE),
+    "layout-copy": Metric("clean", "lower", lambda tools: LayoutCopyMeasure(), LAYOUT_COPY),
+    "layout-true": Metric("clean", "higher", lambda tools: layout_true_measure()),
     "colour-inside": Metric("clean", "lower", lambda tools: colour_measure("inside")),
     "colour-outside": Metric("clean", "lower", lambda tools: colour_measure("outside")),
     "toy-fd": Metric("toy", "lower", lambda tools: tools.frechet("toy-fd", "toy", "lite2", TOY_FD)),

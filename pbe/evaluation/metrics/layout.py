@@ -1,0 +1,105 @@
+"""Layout scores: where the painted region's colours lie, against the exemplar as it is and mirrored.
+
+The copy-paste score asks how much of the region's detail some warp of the exemplar explains; a model that
+copies blurredly, or has learned little else yet, hardly moves it. Colours on a coarse grid do: the region
+of a model that copies agrees with its exemplar as it stands, and agrees less with the mirrored one. A model
+that only knows *what* the exemplar shows has no reason to prefer either. The difference of the two is free
+of what every picture of the same object shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from pbe.evaluation.metrics.features import region
+from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Measure, Outcome
+from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
+
+GRID = 8
+NAMES = ("layout-copy", "layout-copy-true", "layout-copy-excess")
+CROP = "bounding box of the mask, both axes stretched; exemplars whole"
+COPY_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule=CROP,
+    notes="correlation of the region's colour layout with the exemplar's, less that with the mirrored one's",
+)
+TRUE_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule="bounding box of the mask",
+    notes="correlation of the region's colour layout with the real picture's",
+)
+
+
+def layout(picture: np.ndarray) -> np.ndarray:
+    """Return a picture's colours on the grid, each channel's mean taken off; float64 ``(8, 8, 3)``.
+
+    Args:
+        picture: uint8 ``h w 3``.
+    """
+    small = cv2.resize(picture, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float64)
+    return small - small.mean(axis=(0, 1))
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of two layouts, -1 to 1; 0 where one of them is a single colour."""
+    size = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(np.sum(first * second)) / size if size else 0.0
+
+
+def layout_copy(part: np.ndarray, exemplar: np.ndarray) -> float:
+    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2.
+
+    Args:
+        part: the region, uint8 ``h w 3``.
+        exemplar: uint8 ``e f 3``.
+    """
+    own, shown = layout(part), layout(exemplar)
+    return agreement(own, shown) - agreement(own, shown[:, ::-1])
+
+
+def layout_true(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
+    """Return the correlation of an edit's layout inside the mask's box with the real picture's, -1 to 1.
+
+    Args:
+        image: the real picture, uint8 ``h w 3``.
+        edit: uint8 ``h w 3``.
+        mask: uint8 ``h w``, above 127 = repainted.
+    """
+    return agreement(layout(region(edit, mask)), layout(region(image, mask)))
+
+
+class LayoutCopyMeasure(Measure):
+    """``layout-copy`` of the edits, ``layout-copy-true`` of the true objects, and their paired difference."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, list[float]] = {}
+
+    def update(self, batch: Batch) -> None:
+        """Measure edits and real pictures of a batch."""
+        for position, case, edit in zip(batch.positions, batch.cases, batch.edits, strict=True):
+            parts: Sequence[np.ndarray] = [region(edit, case.mask), region(case.image, case.mask)]
+            self.values[position] = [layout_copy(part, case.exemplar) for part in parts]
+
+    def finish(self, outcome: Outcome) -> list[Score]:
+        """Make the three scores."""
+        both = np.full((outcome.count, 2), np.nan)
+        both[list(self.values)] = list(self.values.values())
+        columns = (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
+        card = ScoreCard(**(COPY_CARD.to_dict() | {"reference_sha256": outcome.images_sha256}))
+        return [
+            case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
+            for name, values in zip(NAMES, columns, strict=True)
+        ]
+
+
+def layout_true_measure() -> CaseMeasure:
+    """Make the measure ``layout-true``."""
+
+    def measure(batch: Batch) -> list[float]:
+        pairs = zip(batch.cases, batch.edits, strict=True)
+        return [layout_true(case.image, edit, case.mask) for case, edit in pairs]
+
+    return CaseMeasure("layout-true", "clean", "higher", measure, TRUE_CARD)
