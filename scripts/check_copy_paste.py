@@ -1,4 +1,4 @@
-"""Show that the copy-paste score tells pasted exemplars, true objects and fills apart, on the toy benchmark.
+"""Show that copy-paste and layout scores tell copies, true objects and fills apart, on the toy benchmark.
 
 python scripts/check_copy_paste.py
 """
@@ -19,11 +19,13 @@ from pbe.data.randomness import generator
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.evaluation.estimates import auc
 from pbe.evaluation.metrics.copy_paste import explained_shares
-from pbe.evaluation.metrics.features import mask_bounds
+from pbe.evaluation.metrics.features import mask_bounds, region
+from pbe.evaluation.metrics.layout import layout_copy, layout_true
 from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
 
 BRIGHTER = 1.1
 KINDS = ("pasted", "true", "inpainted", "grey")
+LAYOUT_KINDS = ("stretched", "mirrored", "true", "inpainted")
 
 
 def paste(case: BenchmarkCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
@@ -57,20 +59,53 @@ def paste_at_random(case: BenchmarkCase, seed: int) -> np.ndarray:
     return paste(case, rng.uniform(-25, 25), rng.uniform(0.8, 1.05), flip, rng.uniform(-0.1, 0.1))
 
 
+def inpaint(case: BenchmarkCase) -> np.ndarray:
+    """Return the scene with its hole filled by OpenCV."""
+    return cv2.inpaint(case.image, (case.mask > 127).astype(np.uint8), 3, cv2.INPAINT_TELEA)
+
+
 def shares_by_kind(cases: Sequence[BenchmarkCase], seed: int) -> dict[str, np.ndarray]:
     """Return the explained shares ``(n,)`` of each of :data:`KINDS`."""
-    holes = [(case.mask > 127).astype(np.uint8) for case in cases]
     pictures = {
         "pasted": [paste_at_random(case, seed) for case in cases],
         "true": [case.image for case in cases],
-        "inpainted": [
-            cv2.inpaint(case.image, hole, 3, cv2.INPAINT_TELEA)
-            for case, hole in zip(cases, holes, strict=True)
-        ],
+        "inpainted": [inpaint(case) for case in cases],
         "grey": [case.masked for case in cases],
     }
     masks, exemplars = [case.mask for case in cases], [case.exemplar for case in cases]
     return {kind: explained_shares(pictures[kind], masks, exemplars) for kind in KINDS}
+
+
+def layouts_by_kind(cases: Sequence[BenchmarkCase]) -> dict[str, np.ndarray]:
+    """Return ``layout-copy`` and ``layout-true``, ``(n, 2)``, of each of :data:`LAYOUT_KINDS`.
+
+    ``stretched`` has the exemplar over the hole as it is, ``mirrored`` its mirror image.
+    """
+    pictures = {
+        "stretched": [paste(case, 0.0, 1.0, 1.0, 0.0) for case in cases],
+        "mirrored": [paste(case, 0.0, 1.0, -1.0, 0.0) for case in cases],
+        "true": [case.image for case in cases],
+        "inpainted": [inpaint(case) for case in cases],
+    }
+
+    def both(case: BenchmarkCase, edit: np.ndarray) -> tuple[float, float]:
+        copied = layout_copy(region(edit, case.mask), case.exemplar)
+        return copied, layout_true(case.image, edit, case.mask)
+
+    return {
+        kind: np.array([both(case, edit) for case, edit in zip(cases, pictures[kind], strict=True)])
+        for kind in LAYOUT_KINDS
+    }
+
+
+def layout_table(layouts: dict[str, np.ndarray]) -> str:
+    """Return the means and their standard errors as Markdown."""
+    lines = ["| region | layout-copy | layout-true |", "|---|---|---|"]
+    for kind, values in layouts.items():
+        errors = values.std(axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else [math.nan] * 2
+        shown = [f"{mean:.2f} ± {error:.2f}" for mean, error in zip(values.mean(axis=0), errors, strict=True)]
+        lines.append(f"| {kind} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 def table(shares: dict[str, np.ndarray]) -> str:
@@ -104,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             world, seed=options.seed, image_size=size, exemplar_size=size, objects=options.objects
         )
         print(table(shares_by_kind(cases, options.seed)))
+        print(f"\n{layout_table(layouts_by_kind(cases))}")
 
     return run_command(body)
 

@@ -42,7 +42,7 @@ def write_ablation(folder: Path, data: Path, setting: str, workspace: str, seeds
         "comparisons": [["all", "one"], ["one", "guided"]],
         "evaluation": {
             "objects": 3, "metrics": ["seam", "colour-inside", "psnr-outside"], "resamples": 200,
-            "exemplar_auc": True,
+            "exemplar_auc": True, "own_exemplars": True,
             "plot_x": "row", "plot_y": "seam", "strip_cases": 2,
         },
     }  # fmt: skip
@@ -79,7 +79,15 @@ def test_rows_share_what_they_can_and_nothing_else(shards, autoencoder, tmp_path
     kinds = [stage.kind for stage in plan.stages]
     # prior, and two rows with two seeds: the guided row is the same training
     assert kinds.count("training") == 5
-    assert (kinds.count("edits"), kinds.count("scores"), kinds.count("benchmark")) == (6, 6, 1)
+    assert (kinds.count("edits"), kinds.count("scores")) == (12, 6)  # half of the edits from own exemplars
+    assert (kinds.count("benchmark"), kinds.count("own benchmark")) == (1, 1)
+    made = {stage.fingerprint: stage for stage in plan.stages}
+    for cell in plan.cells:
+        edits, own = (made[need] for need in cell.scores.needs)
+        assert (edits, own.job["model"]) == (cell.edits, edits.job["model"])
+        assert own.job["settings"] == edits.job["settings"]
+        assert own.job["benchmark"] != edits.job["benchmark"]
+        assert cell.scores.job["own_edits"] == str(own.folder / "pictures")
     one, guided = (plan.of(name)[0] for name in ("one", "guided"))
     assert one.training == guided.training
     assert one.edits.fingerprint != guided.edits.fingerprint

@@ -122,5 +122,7 @@ def test_warps_that_go_too_far_are_not_allowed():
 
 def test_the_command_shows_the_table(capsys):
     assert main(["--objects", "2"]) == 0
-    assert "| pasted |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| pasted |" in told
+    assert "| stretched |" in told
     assert main(["--objects", "999"]) == 2
