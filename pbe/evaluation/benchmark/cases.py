@@ -16,6 +16,8 @@ from pbe.data import coco_ee
 from pbe.errors import UserError
 
 HALF = 127  # a mask's pixels above this are the hole
+# What Pillow raises for files that are no picture, are damaged, or claim to be too large to be opened.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_pixels(path: Path, mode: str) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.array(picture.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read as a picture: {error}") from error
 
 
@@ -123,7 +125,7 @@ def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             return picture.height, picture.width
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read as a picture: {error}") from error
 
 

@@ -134,8 +134,7 @@ def show_edits(
         seed: of the random ones.
     """
     ranking = ranking_score(scores, rank_by)
-    missing = set(edits.missing) | edits.unreadable
-    available = [i for i, each in enumerate(edits.benchmark.ids) if each not in missing]
+    available = [i for i, each in enumerate(edits.benchmark.ids) if each not in edits.left_out]
     chosen = picks(ranking, available, count, seed)
     groups = [(kind, [_strip(edits, i, ranking) for i in positions]) for kind, positions in chosen.items()]
     note = "Each strip: the picture with its hole, the exemplar, the edit, and the true object."
@@ -167,11 +166,13 @@ def cards_of(runs: Sequence[ScoredEdits]) -> list[tuple[str, list[tuple[str, str
 
 def exclusions(edits: EditFolder) -> str:
     """Return one line on edits that could not be used and files that belong to no case; empty if none."""
-    parts = []
-    if edits.missing:
-        parts.append(f"{len(edits.missing)} of {len(edits)} edits are missing, such as {edits.missing[0]}")
-    if edits.unreadable:
-        parts.append(f"{len(edits.unreadable)} are damaged, such as {min(edits.unreadable)}")
+    by_reason: dict[str, list[str]] = {}
+    for each, reason in edits.left_out.items():
+        by_reason.setdefault(reason, []).append(each)
+    parts = [
+        f"{len(each)} of {len(edits)} edits {'is' if len(each) == 1 else 'are'} {reason}, such as {each[0]}"
+        for reason, each in by_reason.items()
+    ]
     if edits.extra:
         parts.append(f"{len(edits.extra)} files belong to no case, such as {edits.extra[0]}")
     return f"'{edits.folder}': {'; '.join(parts)}" if parts else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from pbe.evaluation.report import write_html
 from pbe.files import make_folder
 
 TITLE = "Evaluation of edits"
-UNREADABLE = "damaged"
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,12 @@ class BenchmarkRun:
                     self.settings,
                     self.reference,
                     lambda done, _total, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                    edits.why_not,
                 )
             ranking_score(made, self.page.rank_by)
-            self.scored.append(ScoredEdits(label, [with_damage(one, len(edits.unreadable)) for one in made]))
+            self.scored.append(ScoredEdits(label, made))
+            if line := exclusions(edits):
+                print(f"left out: {line}", file=sys.stderr)
         self.seconds.score = time.perf_counter() - started
 
     def write(self) -> str:
@@ -181,8 +184,7 @@ class BenchmarkRun:
                 "label": label,
                 "folder": str(edits.folder),
                 **{name: value for name, value in read_settings(edits.folder).items() if name != "format"},
-                "missing": edits.missing,
-                "damaged": sorted(edits.unreadable),
+                "left_out": edits.left_out,
                 "files_of_no_case": edits.extra,
                 "scores": [one.to_dict() for one in scored.scores],
             }
@@ -206,14 +208,3 @@ class BenchmarkRun:
 
 def _published(one: Score) -> published.Published | None:
     return published.paper_number(one.name) if one.family == "paper" else None
-
-
-def with_damage(one: Score, damaged: int) -> Score:
-    """Return the score with damaged edits told apart from missing ones on its card."""
-    absent = one.card.excluded.get("missing", 0)
-    if not damaged or absent < damaged:
-        return one
-    excluded = {name: count for name, count in one.card.excluded.items() if name != "missing"}
-    excluded |= {"missing": absent - damaged} if absent > damaged else {}
-    card = dataclasses.replace(one.card, excluded=excluded | {UNREADABLE: damaged})
-    return dataclasses.replace(one, card=card)

@@ -55,7 +55,7 @@ def score_tables(runs: Sequence[ScoredEdits]) -> list[ScoreTable]:
         rows = [_row(runs, index) for index, one in enumerate(runs[0].scores) if one.family == family]
         if not rows:
             continue
-        head = ["score", "better", *(run.label for run in runs)]
+        head = ["score", "better", "pictures", *(run.label for run in runs)]
         names = [one.name for one in runs[0].scores if one.family == family]
         note = _why_not(runs, family)
         if family == "paper":
@@ -78,7 +78,14 @@ def published_table() -> ScoreTable:
 
 def _row(runs: Sequence[ScoredEdits], index: int) -> list[str]:
     first = runs[0].scores[index]
-    return [first.name, first.better, *(run.scores[index].text() for run in runs)]
+    texts = (run.scores[index].text() for run in runs)
+    return [first.name, first.better, _pictures([run.scores[index] for run in runs]), *texts]
+
+
+def _pictures(scores: Sequence[Score]) -> str:
+    """Return how many pictures a score is made of: one number, or one for each set where they differ."""
+    counts = [str(one.card.pictures) if one.run else "–" for one in scores]
+    return counts[0] if len(set(counts)) == 1 else " / ".join(counts)
 
 
 def _number(score: str) -> str:

@@ -171,6 +171,7 @@ def score(
     settings: ScoreSettings,
     reference: Path | None = None,
     progress: Progress | None = None,
+    why_absent: Callable[[int], str] = lambda position: "missing",
 ) -> list[Score]:
     """Score edits of a benchmark.
 
@@ -182,6 +183,7 @@ def score(
         reference: folder of real pictures that Frechet and kernel distances compare with; None takes the
             true pictures of the cases.
         progress: called with (cases scored, cases in all) after each batch.
+        why_absent: asked for the reason where an edit at a position is None.
 
     Returns:
         The scores in the order of the settings; those that lack something (weights) with ``run`` False.
@@ -196,7 +198,7 @@ def score(
     reference_sha256 = _read_reference(reference, measures, settings.batch_size)
     excluded: dict[str, int] = {}
     digest = hashlib.sha256()
-    for batch in _batches(cases, edits, settings.batch_size, excluded, progress):
+    for batch in _batches(cases, edits, settings.batch_size, excluded, progress, why_absent):
         for case in batch.cases:
             digest.update(np.ascontiguousarray(case.image).tobytes())
         for measure in measures.values():
@@ -242,6 +244,7 @@ def _batches(
     size: int,
     excluded: dict[str, int],
     progress: Progress | None,
+    why_absent: Callable[[int], str],
 ) -> Iterator[Batch]:
     """Read the pairs that can be scored, batch by batch; count the others in ``excluded``."""
     for start in range(0, len(cases), size):
@@ -249,7 +252,7 @@ def _batches(
         stop = min(start + size, len(cases))
         for position in range(start, stop):
             case, edit = cases[position], edits[position]
-            fault = find_fault(case, edit)
+            fault = why_absent(position) if edit is None else find_fault(case, edit)
             if fault or edit is None:
                 excluded[fault] = excluded.get(fault, 0) + 1
                 continue

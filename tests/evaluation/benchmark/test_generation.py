@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -188,12 +189,29 @@ def test_edits_of_another_system_as_they_are(benchmark, edited, tmp_path):
     assert edits.extra == ["grid.png"]
     assert edits.missing == ids[5:]
     read = list(edits)
-    assert [None if each is None else each.shape[0] for each in read] == [32, 16, None, 32, 32, None, None]
+    assert [None if each is None else each.shape[0] for each in read] == [32, None, None, 32, 32, None, None]
     np.testing.assert_array_equal(read[3], EditFolder(edited, benchmark)[3])
-    assert edits.unreadable == {ids[2]}
+    assert edits.faults == {ids[1]: "of another size than its case", ids[2]: "damaged"}
+    assert edits.left_out == edits.faults | dict.fromkeys(ids[5:], "missing")
     assert not is_whole(tmp_path / "2.png", (32, 32))
     assert not is_whole(tmp_path / "1.png", (32, 32))
     assert is_whole(tmp_path / "0.png", (32, 32))
+
+
+def test_edits_that_are_no_8_bit_rgb_are_left_out(benchmark, tmp_path):
+    size, ids = (32, 32), benchmark.ids
+    grey = Image.linear_gradient("L").resize(size)
+    pictures = [grey.convert("I;16"), grey.convert("LA"), grey.convert("RGBA"), grey, grey.quantize(256)]
+    for case, picture in zip(ids, pictures, strict=False):
+        picture.save(tmp_path / f"{case}.png")
+    cv2.imwrite(str(tmp_path / f"{ids[5]}.png"), np.full((32, 32, 3), 300, np.uint16))
+    grey.convert("RGB").save(tmp_path / f"{ids[6]}.png", transparency=(0, 0, 0))
+    edits = EditFolder(tmp_path, benchmark)
+    assert [each is not None for each in edits] == [False, False, False, True, True, False, False]
+    assert edits.left_out == dict.fromkeys([*ids[:3], *ids[5:]], "not an 8-bit RGB picture")
+    assert edits.why_not(0) == "not an 8-bit RGB picture"
+    for position in (3, 4):
+        np.testing.assert_array_equal(edits[position], np.stack([np.array(grey)] * 3, axis=2))
 
 
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):

@@ -59,7 +59,7 @@ def test_scores_table_and_page_are_written(evaluated, bench_files):
     assert first["scores"][1]["value"] != second["scores"][1]["value"]
     assert first["scores"][1]["card"]["pictures"] == 7
     table = (evaluated / "scores.md").read_text()
-    assert "| seam | lower |" in table
+    assert "| seam | lower | 7 | " in table
     page = (evaluated / "index.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the page holds its pictures"
     assert {"Best", "Worst", "Random"} == set(re.findall(r"<h3>(\w+)</h3>", page))
@@ -92,13 +92,28 @@ def test_finished_edits_of_another_system(evaluated, bench_files, tmp_path, caps
     found = read(out)["edits"][0]
     card = found["scores"][1]["card"]
     assert card["pictures"] == 4
-    assert card["excluded"] == {"missing": 1, "damaged": 1, "of another size than its case": 1}
-    assert (found["missing"], found["damaged"]) == (ids[:1], ids[1:2])
+    reasons = ["missing", "damaged", "of another size than its case"]
+    assert card["excluded"] == dict.fromkeys(reasons, 1)
+    assert found["left_out"] == dict(zip(ids[:3], reasons, strict=True))
     assert found["files_of_no_case"] == ["grid.png"]
-    page = (out / "index.html").read_text()
-    assert f"1 of 7 edits are missing, such as {ids[0]}" in page
-    assert "1 are damaged" in page
-    assert "left out</dt><dd>1 of another size than its case, 1 missing, 1 damaged" in page
+    page, said = (out / "index.html").read_text(), capsys.readouterr().err
+    for case, reason in found["left_out"].items():
+        assert f"1 of 7 edits is {reason}, such as {case}" in page
+        assert f"1 of 7 edits is {reason}, such as {case}" in said
+    shown = {int(each) for each in re.findall(r"<figcaption>(\d+)(?:: [\d.]+)?</figcaption>", page)}
+    assert shown, "the captions name the cases"
+    assert shown <= {3, 4, 5, 6}, "nothing is shown that was left out"
+    assert "left out</dt><dd>1 missing, 1 damaged, 1 of another size than its case" in page
+    assert "| seam | lower | 4 | " in (out / "scores.md").read_text()
+
+
+def test_edits_that_are_all_of_no_use_are_named_for_what_they_are(bench_files, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for number in range(7):
+        (theirs / f"{number}.png").touch()
+    assert command.main(arguments(bench_files, tmp_path / "out", "--edits", theirs)) == 2
+    assert "no edit can be scored: 7 damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -170,11 +185,14 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     tables = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", scores)])
     assert [len(table.rows) for table in tables] == [2, 5, 1]
     paper, reported, clean = tables
-    assert paper.head == ["score", "better", "mine", "theirs", published.OURS]
+    assert paper.head == ["score", "better", "pictures", "mine", "theirs", published.OURS]
     assert paper.rows[0][-1] == "77.80 (published)"
-    assert paper.rows[1] == ["clip-fid", "lower", "not run", "not run", "3.18 (published)"]
+    assert paper.rows[1] == ["clip-fid", "lower", "–", "not run", "not run", "3.18 (published)"]
     assert "needs weights" in paper.note
-    assert clean.head == ["score", "better", "mine", "theirs"]
+    assert clean.head == ["score", "better", "pictures", "mine", "theirs"]
+    fewer = [*scores[:2], made("seam", "clean", [1.0, 2.0])]
+    clean = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", fewer)])[2]
+    assert clean.rows[0][2] == "1 / 2"
     ours = reported.rows[-1]
     assert ours == [published.OURS, "3.18 (published)", "77.80 (published)", "84.97 (unverified)"]
     marked = [cell for row in reported.rows[:-1] for cell in row[1:]]
