@@ -18,7 +18,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import UNREADABLE, BenchmarkFolder, read_pixels
 from pbe.files import make_folder
 
-SETTINGS = "settings.json"
+SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 PNG_DEPTH = 24  # where a PNG's header has its bits a channel
 EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of pictures that become 8-bit RGB without loss
@@ -86,39 +86,39 @@ def claim_folder(
 ) -> None:
     """Note in a folder what its edits are made of, or check that it is the same as before.
 
+    A note without pictures, as a start that failed leaves it, is written anew.
+
     Raises:
         UserError: the folder holds edits made with something else, or of unknown origin.
     """
-    wanted = {"format": "pbe-edits-1", "model": model, "benchmark": benchmark.sha256, "settings": settings}
+    wanted = {"format": FORMAT, "model": model, "benchmark": benchmark.sha256, "settings": settings}
     path = make_folder(folder) / SETTINGS
-    if path.is_file():
-        differing = list(_differences(read_settings(folder), wanted))
-        if differing:
-            raise UserError(
-                f"'{folder}' holds other edits ({'; '.join(differing)}): name another folder, or empty it"
-            )
-        return
-    if any(each.suffix.lower() in SUFFIXES for each in folder.iterdir()):
+    noted = read_settings(folder)
+    if path.exists() and not noted:
+        raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
+    edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
+    if edited and not noted:
         raise UserError(f"'{folder}' holds pictures but no {SETTINGS}; name another folder for new edits")
-    write_json(path, wanted)
+    differing = list(_differences(noted, wanted))
+    if edited and differing:
+        raise UserError(
+            f"'{folder}' holds other edits ({'; '.join(differing)}): name another folder, or empty it"
+        )
+    if differing:
+        write_json(path, wanted)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return what a folder's edits are made of; empty where it does not say.
+    """Return what a folder's edits are made of; empty where no note of :func:`claim_folder` says it.
 
-    Raises:
-        UserError: ``settings.json`` is damaged.
+    Folders of other systems may hold a ``settings.json`` of their own, which is none of ours.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}); remove the folder and generate again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds no settings; remove the folder and generate again")
-    return content
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if ours and isinstance(content.get("settings"), dict) else {}
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]
         yield "of another model"
     if found.get("benchmark") != wanted["benchmark"]:
         yield "of another benchmark"
-    before = found.get("settings") or {}
+    before = found.get("settings", {})
     for name, value in wanted["settings"].items():
         if before.get(name) != value:
             yield f"{name} was {before.get(name)}, not {value}"
@@ -158,17 +158,18 @@ class EditFolder(Sequence[np.ndarray | None]):
         self._files: dict[int, Path] = {}
         numbers = {int(each): position for position, each in enumerate(benchmark.ids)}
         for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
-            position = numbers.get(int(path.stem)) if path.stem.isdecimal() else None
+            number = int(path.stem) if path.stem.isdecimal() else -1
+            position = numbers.get(number)
             if position is None:
-                self.extra.append(path.name)
+                self.extra += [path.name] if number not in benchmark.numbers else []
             elif position in self._files:
                 raise UserError(f"'{folder}' has two edits of one case, such as {path.name}")
             else:
                 self._files[position] = path
         if not self._files:
-            raise UserError(
-                f"'{folder}' holds no edit of '{benchmark.folder}': name them like {benchmark.ids[0]}.png"
-            )
+            inner = [path for path in sorted(folder.glob("edits/*")) if path.is_dir()]
+            hint = f"did you mean '{inner[0]}'?" if inner else f"name them like {benchmark.ids[0]}.png"
+            raise UserError(f"'{folder}' holds no edit of '{benchmark.folder}': {hint}")
 
     @property
     def missing(self) -> list[str]:

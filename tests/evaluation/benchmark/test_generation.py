@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder, is_whole
+from pbe.evaluation.benchmark.edit_files import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
 
 SETTINGS = GenerateSettings(
@@ -133,9 +134,22 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
     with pytest.raises(UserError, match="nowhere"):
         generate("nowhere/model", benchmark, tmp_path / "new", SETTINGS)
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        generate(model, benchmark, tmp_path / "damaged", SETTINGS)
+    for foreign in ("{", "[]", '{"format": "theirs", "settings": {}}'):
+        (tmp_path / "damaged" / "settings.json").write_text(foreign)
+        with pytest.raises(UserError, match="is no note on edits made here; name another folder"):
+            generate(model, benchmark, tmp_path / "damaged", SETTINGS)
+        assert (tmp_path / "damaged" / "settings.json").read_text() == foreign
+
+
+def test_a_start_that_failed_does_not_bind_its_folder(benchmark, tmp_path):
+    claim_folder(tmp_path, {"a": "b"}, benchmark, {"steps": 5000})
+    claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 50})
+    assert read_settings(tmp_path)["settings"] == {"steps": 50}
+    assert read_settings(tmp_path)["model"] == {"a": "c"}
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{benchmark.ids[0]}.png")
+    claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 50})
+    with pytest.raises(UserError, match=r"holds other edits .*steps was 50, not 5000"):
+        claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 5000})
 
 
 def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
@@ -152,6 +166,9 @@ def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
         ({"guidance_scale": -1.0}, "guidance scale is -1"),
         ({"guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": 5000}, "steps is 5000; the noise schedule has no more than 1000"),
+        ({"strategy": "nonsense"}, "no strategy 'nonsense'; there are: auto, .*ddp"),
+        ({"num_nodes": 2}, "num_nodes is 2, but neither torchrun nor SLURM"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"devices": "many"}, "devices is 'many'"),
@@ -159,7 +176,9 @@ def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
         ({"solver": "magic"}, "no solver 'magic'"),
     ],
 )
-def test_bad_settings(change, message):
+def test_bad_settings(change, message, monkeypatch):
+    for name in (*generation.LAUNCHED, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SETTINGS, **change)
 
@@ -251,6 +270,24 @@ def test_what_goes_wrong_comes_out_and_leaves_no_trace(
         torch.set_num_threads(threads)
     assert signal.getsignal(signal.SIGINT) is interrupts
     assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
+
+
+def test_lightning_does_not_advertise(caplog):
+    lightning = logging.getLogger("pytorch_lightning")
+    lightning.setLevel(logging.INFO)
+    inner = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    inner.addHandler(caplog.handler)
+    try:
+        generation._trainer(SETTINGS, 1)
+    finally:
+        inner.removeHandler(caplog.handler)
+    assert "Tip" not in caplog.text
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="these devices cannot be used so"):
+        generation._trainer(dataclasses.replace(SETTINGS, accelerator="gpu"), 1)
 
 
 def test_the_users_error_of_another_process_stays_one_line():
