@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from pbe.evaluation.metrics.colour import colour_measure
 from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
 from pbe.evaluation.metrics.frechet import frechet, kernel
 from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
-from pbe.evaluation.metrics.mixture import QualityMeasure
+from pbe.evaluation.metrics.mixture import QualityMeasure, load_mixture
 from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
 from pbe.evaluation.metrics.region_similarity import paper_region_measure, region_measure
 from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run
@@ -210,6 +210,24 @@ def score(
     outcome = Outcome(len(cases), excluded, digest.hexdigest(), settings.bootstrap, reference_sha256)
     made = {name: measure.finish(outcome) for name, measure in measures.items()}
     return [one for name in settings.chosen for one in made.get(name, absent.get(name, []))]
+
+
+def check_tools(settings: ScoreSettings, reference: Path | None = None) -> list[str]:
+    """Make all that scoring needs, towers included, and let go of it again; nothing is scored.
+
+    Returns:
+        Names of the scores that will have a number for each case.
+
+    Raises:
+        UserError: weights, mixture or the folder of real pictures cannot be used.
+    """
+    if reference is not None:
+        PictureFolder(reference)
+    if settings.mixture is not None:
+        load_mixture(settings.mixture)
+    made, _ = _measures(Tools(replace(settings, device="cpu"), own_reference=reference is None))
+    by_case = [name for name, measure in made.items() if not isinstance(measure, SetMeasure)]
+    return [one for name in by_case for one in METRICS[name].scores or (name,)]
 
 
 def _measures(tools: Tools) -> tuple[dict[str, Measure], dict[str, list[Score]]]:
