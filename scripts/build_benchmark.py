@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: something is missing.
     """
+    if options.size is not None and options.size < 0:
+        raise UserError("--size must be 0 or more")
     if options.check:
         size = SIZE if options.size is None else options.size
         print(

@@ -1,14 +1,14 @@
-"""Score a model, or finished edits of any system, on a benchmark; without one, on the toy world's objects.
+r"""Score a model, or finished edits of any system, on a benchmark; without one, on the toy world's objects.
 
 python scripts/evaluate.py --model data/toy/model --out outputs/evaluation
 python scripts/evaluate.py --model outputs/paper/model --benchmark data/test_bench --out outputs/coco_ee
-python scripts/evaluate.py --edits results/theirs --benchmark data/test_bench --out outputs/theirs
+python scripts/evaluate.py --model outputs/paper/model --edits theirs=results/theirs others=results/others \
+        --benchmark data/test_bench --out outputs/comparison
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,6 +22,7 @@ from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.records import write_json, write_picture
 from pbe.editing.runner import pick_device
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
@@ -34,18 +35,31 @@ from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.evaluation.toy.edits import GUIDANCE, EditSettings, make_edits
 from pbe.evaluation.toy.scores import markdown_table, score_edits
 from pbe.evaluation.toy.sheets import benchmark_rows, sheet
-from pbe.files import make_folder
+from pbe.files import make_folder, write_text
 
 TOY_BATCH = 32
+# Options that only one way of evaluating reads; elsewhere they would say something that is not so.
+GENERATING = ("devices", "strategy", "num_nodes")
+FOR_MODELS = ("guidance", "solver", "steps", "batch_size", "dtype", "threads", *GENERATING)
+SCORING = ("cases", "metrics", "reference", "tower_weights", "towers", "mixture", "rank_by", "show")
+FOR_BENCHMARKS = ("edits", *GENERATING, *SCORING)
+FOR_TOYS = ("objects", "sheet", "world")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; see ``--help``."""
+def make_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is scored")
     what.add_argument("--model", metavar="PATH", help="model in any layout, whose edits are generated")
     what.add_argument("--benchmark", type=Path, metavar="DIR", help="folder in COCOEE's layout")
-    what.add_argument("--edits", type=Path, metavar="DIR", help="finished edits <id>.png instead of a model")
+    what.add_argument(
+        "--edits",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="finished edits <id>.png, one set or more, instead of a model or beside it",
+    )
     what.add_argument("--out", type=Path, required=True, help="folder for scores, tables and pictures")
     edit = parser.add_argument_group("how edits are made")
     edit.add_argument(
@@ -63,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--threads", type=int, default=0, help="CPU threads (default 1 a process; without --benchmark all)"
     )
     bench = parser.add_argument_group("with --benchmark")
+    bench.add_argument("--cases", type=int, default=0, metavar="N", help="the first N only")
     bench.add_argument("--devices", default="auto", help="how many GPUs, or processes on the CPU")
     bench.add_argument("--strategy", default="auto", help="Lightning's (default %(default)s)")
     bench.add_argument("--num-nodes", type=int, default=1, help="machines, started by torchrun or SLURM")
@@ -81,28 +96,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     toy.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
     toy.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
     toy.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; see ``--help``.
+
+    Raises:
+        UserError: options do not fit together.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if not (options.model or options.edits):
+        raise UserError("give --model, or --edits with a folder of finished edits, or both")
+    if options.edits and not options.benchmark:
+        raise UserError("--edits needs --benchmark, the folder of the cases that were edited")
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    for names, used, why in (
+        (FOR_TOYS, not options.benchmark, "is for the toy world: leave it out with --benchmark"),
+        (FOR_BENCHMARKS, bool(options.benchmark), "needs --benchmark"),
+        (FOR_MODELS, bool(options.model), "is for models: finished edits are scored as they are"),
+    ):
+        for name in names:
+            if name in given and not used:
+                raise UserError(f"--{name.replace('_', '-')} {why}")
+    return options
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Score what is asked for, and write; return what scores.json holds, or nothing in other processes.
 
     Raises:
-        UserError: options do not fit together, or cannot be used.
+        UserError: options cannot be used.
     """
-    if bool(options.model) == bool(options.edits):
-        raise UserError("give --model, or --edits with a folder of finished edits")
-    if options.benchmark:
-        return run_benchmark(options)
-    if options.edits:
-        raise UserError("--edits needs --benchmark, the folder of the cases that were edited")
-    return run_toy(options)
+    return run_benchmark(options) if options.benchmark else run_toy(options)
 
 
 def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Generate or take edits of a benchmark's folder, score them and write."""
-    if options.threads < 0 or options.show < 1:
-        raise UserError("--threads must be 0 or more, --show at least 1")
+    if min(options.threads, options.cases) < 0 or options.show < 1:
+        raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = _generate_settings(options)
     settings = ScoreSettings(
         tuple(options.metrics),
@@ -113,16 +146,32 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
         device=str(pick_device(options.device or "auto")),
     )
     page = PageSettings(options.show, options.rank_by, options.seed)
-    work = BenchmarkRun(BenchmarkFolder(options.benchmark), options.out, settings, options.reference, page)
-    if options.edits:
-        work.take(options.edits, options.edits.resolve().name)
-    elif not work.generate(options.model, options.guidance or [GUIDANCE[-1]], generating):
+    benchmark = BenchmarkFolder(options.benchmark, options.cases)
+    work = BenchmarkRun(benchmark, options.out, settings, options.reference, page)
+    for text in options.edits:
+        work.take(*parse_edits(text))
+    work.check()
+    if options.model and not work.generate(options.model, options.guidance or [GUIDANCE[-1]], generating):
         return {}
     work.score()
     print(f"\n{work.write()}")
     spent = work.seconds
     print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {options.out}/index.html")
     return work.to_dict()
+
+
+def parse_edits(text: str) -> tuple[Path, str]:
+    """Read ``NAME=DIR``, or a folder that its own name is taken from; return folder and name.
+
+    Raises:
+        UserError: the name or the folder is empty.
+    """
+    name, separator, folder = text.partition("=")
+    if not separator or Path(text).is_dir():
+        return Path(text), Path(text).resolve().name
+    if not name.strip() or not folder:
+        raise UserError(f"--edits takes a folder or NAME=DIR, not '{text}'")
+    return Path(folder), name.strip()
 
 
 def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
@@ -212,10 +261,10 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
         **scores.to_dict(),
     }
     table = markdown_table(scores)
-    (options.out / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
-    (options.out / "scores.md").write_text(table)
+    write_json(options.out / "scores.json", report)
+    write_text(options.out / "scores.md", table)
     shown = {label: pictures[: options.sheet] for label, pictures in benchmark_rows(cases, edits).items()}
-    Image.fromarray(sheet(shown)).save(options.out / "grid.png")
+    write_picture(options.out / "grid.png", Image.fromarray(sheet(shown)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {options.out}")
     return report
 

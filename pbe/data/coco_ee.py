@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -53,13 +54,17 @@ class Case:
 def _ids(folder: Path, problems: list[str]) -> list[int]:
     try:
         listed = np.load(folder / ID_LIST, allow_pickle=False)
+        if not isinstance(listed, np.ndarray):
+            raise ValueError("it is an archive of several")
         ids = [int(number) for number in listed.ravel()]
     except FileNotFoundError:
         problems.append(f"{ID_LIST} is missing")
         return []
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError, BadZipFile) as error:
         problems.append(f"{ID_LIST} is no list of numbers ({error})")
         return []
+    if not ids:
+        problems.append(f"{ID_LIST} is empty: a benchmark without cases")
     for number, count in Counter(ids).items():
         if count > 1:
             problems.append(f"{ID_LIST} names {number} {count} times")
@@ -75,17 +80,23 @@ def _check_case(case: Case, size: int) -> Iterable[str]:
     ):
         if read is None:
             yield f"{path.parent.name}/{path.name} cannot be read"
-    height, width = image.shape[:2] if image is not None and not size else (size, size)
-    if image is not None and image.shape[:2] != (height, width):
-        yield f"{case.image.name} is {image.shape[1]} x {image.shape[0]}, not {width} x {height}"
+    if image is not None or size:
+        yield from _check_sizes(case, image, mask, size)
     if mask is None:
         return
-    if mask.shape != (height, width):
-        yield f"{case.mask.name} is {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}"
     if not set(np.unique(mask).tolist()) <= {0, 255}:
         yield f"{case.mask.name} holds other values than 0 and 255"
     elif not mask.any() or mask.all():
         yield f"{case.mask.name} is all {'white' if mask.any() else 'black'}"
+
+
+def _check_sizes(case: Case, image: np.ndarray | None, mask: np.ndarray | None, size: int) -> Iterable[str]:
+    """Compare with the size asked for, or the mask with its picture where ``size`` is 0."""
+    height, width = image.shape[:2] if image is not None and not size else (size, size)
+    if image is not None and image.shape[:2] != (height, width):
+        yield f"{case.image.name} is {image.shape[1]} x {image.shape[0]}, not {width} x {height}"
+    if mask is not None and mask.shape != (height, width):
+        yield f"{case.mask.name} is {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}"
 
 
 def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> list[str]:

@@ -16,6 +16,9 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from pbe.errors import UserError
+from pbe.files import make_folder
+
 TEMPLATE = "report.html.j2"
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "opencv-python-headless", "timm", "open-clip-torch")
 
@@ -118,12 +121,17 @@ def write_page(report: Report, path: Path) -> None:
 
 
 def write_html(page: str, path: Path) -> None:
-    """Write a page; the file appears under its name only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a page; the file appears under its name only when it is complete.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    temporary = make_folder(path.parent) / f".{path.name}.{os.getpid()}"
     try:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

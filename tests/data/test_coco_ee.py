@@ -91,6 +91,12 @@ def test_list_of_what_is_missing(bench: Path) -> None:
         read_benchmark(bench)
 
 
+def test_a_picture_that_cannot_be_read_has_no_size(bench: Path) -> None:
+    one = read_benchmark(bench)[0]
+    one.image.write_bytes(b"junk")
+    assert find_problems(bench, size=0) == [f"GT_3500/{one.image.name} cannot be read"]
+
+
 def test_folders_and_lists_that_are_none(tmp_path: Path) -> None:
     assert find_problems(tmp_path) == [
         "the folder GT_3500 is missing",
@@ -100,6 +106,15 @@ def test_folders_and_lists_that_are_none(tmp_path: Path) -> None:
     ]
     (tmp_path / "id_list.npy").write_bytes(b"junk")
     assert "is no list of numbers" in find_problems(tmp_path)[-1]
+    np.save(tmp_path / "id_list.npy", np.array([1.0, np.inf]))
+    assert "is no list of numbers" in find_problems(tmp_path)[-1]
+    with (tmp_path / "id_list.npy").open("wb") as file:
+        np.savez(file, ids=np.array([7]))
+    assert "is no list of numbers (it is an archive" in find_problems(tmp_path)[-1]
+    (tmp_path / "id_list.npy").write_bytes((tmp_path / "id_list.npy").read_bytes()[:60])
+    assert "is no list of numbers" in find_problems(tmp_path)[-1]
+    np.save(tmp_path / "id_list.npy", np.zeros(0, np.int64))
+    assert find_problems(tmp_path)[-1] == "id_list.npy is empty: a benchmark without cases"
     np.save(tmp_path / "id_list.npy", np.array([7, 7]))
     assert "id_list.npy names 7 2 times" in find_problems(tmp_path)
 

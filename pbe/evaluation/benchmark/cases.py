@@ -16,6 +16,8 @@ from pbe.data import coco_ee
 from pbe.errors import UserError
 
 HALF = 127  # a mask's pixels above this are the hole
+# What Pillow raises for files that are no picture, are damaged, or claim to be too large to be opened.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_pixels(path: Path, mode: str) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             return np.array(picture.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read as a picture: {error}") from error
 
 
@@ -58,18 +60,24 @@ class BenchmarkFolder(Sequence[Case]):
 
     Args:
         folder: with ``GT_3500``, ``Mask_bbox_3500``, ``Ref_3500`` and ``id_list.npy``.
+        first: take so many cases, the first of the list; 0 means all of them.
 
     Attributes:
         folder: as given.
-        ids: of all cases, in the order of the list.
+        ids: of the cases, in the order of the list.
+        numbers: of all cases of the folder, also where the first ones are taken.
 
     Raises:
-        UserError: something is missing, or there is no case; the message lists what.
+        UserError: something is missing, or there are no or too few cases; the message lists what.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, first: int = 0) -> None:
         self.folder = Path(folder)
-        self._files = coco_ee.read_benchmark(self.folder)
+        self._all_files = coco_ee.read_benchmark(self.folder)
+        if not 0 <= first <= len(self._all_files):
+            raise UserError(f"'{folder}' has {len(self._all_files)} cases; it has no first {first}")
+        self._files = self._all_files[: first or None]
+        self.numbers = frozenset(files.number for files in self._all_files)
         self.ids = [case_id(files.number) for files in self._files]
         if not self.ids:
             raise UserError(f"'{self.folder}' is a benchmark without cases")
@@ -109,21 +117,30 @@ class BenchmarkFolder(Sequence[Case]):
 
     @cached_property
     def sha256(self) -> str:
-        """Names the benchmark: the hash of all ids and files' bytes, in the order of the list."""
-        digest = hashlib.sha256()
-        for each, files in zip(self.ids, self._files, strict=True):
-            for path in (files.image, files.mask, files.exemplar):
-                content = path.read_bytes()
-                digest.update(f"{each} {path.parent.name} {len(content)}\n".encode())
-                digest.update(content)
-        return digest.hexdigest()
+        """Names the cases: the hash of all ids and files' bytes, in the order of the list."""
+        return _hash(self._files)
+
+    @cached_property
+    def whole_sha256(self) -> str:
+        """The same of all cases of the folder, where the first ones are taken."""
+        return self.sha256 if len(self._files) == len(self._all_files) else _hash(self._all_files)
+
+
+def _hash(cases: Sequence[coco_ee.Case]) -> str:
+    digest = hashlib.sha256()
+    for files in cases:
+        for path in (files.image, files.mask, files.exemplar):
+            content = path.read_bytes()
+            digest.update(f"{case_id(files.number)} {path.parent.name} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _header_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             return picture.height, picture.width
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read as a picture: {error}") from error
 
 

@@ -15,11 +15,15 @@ from PIL import Image
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.records import model_digests, write_json
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder, read_pixels
+from pbe.evaluation.benchmark.cases import UNREADABLE, BenchmarkFolder, read_pixels
 from pbe.files import make_folder
 
-SETTINGS = "settings.json"
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+PNG_DEPTH = 24  # where a PNG's header has its bits a channel
+EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of pictures that become 8-bit RGB without loss
+MISSING, DAMAGED = "missing", "damaged"
+NOT_RGB, OTHER_SIZE = "not an 8-bit RGB picture", "of another size than its case"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -32,8 +36,31 @@ def is_whole(path: Path, size: tuple[int, int]) -> bool:
                 return False
         with Image.open(path) as picture:
             return (picture.height, picture.width) == size
-    except (OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         return False
+
+
+def find_edit_fault(path: Path, size: tuple[int, int]) -> str:
+    """Return why the header of an edit's file says that it cannot be scored; empty if it does not.
+
+    Greys and palettes are taken, since they become RGB without loss; transparency and more than eight bits
+    would not.
+
+    Args:
+        path: of the edit.
+        size: height and width of its case.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(PNG_DEPTH + 1)
+        with Image.open(path) as picture:
+            mode, info, found = picture.mode, picture.info, (picture.height, picture.width)
+    except UNREADABLE:
+        return DAMAGED
+    deep = start.startswith(PNG_START) and start[PNG_DEPTH] > 8  # which Pillow would cut to eight bits
+    if mode not in EXACT_MODES or "transparency" in info or deep:
+        return NOT_RGB
+    return "" if found == size else OTHER_SIZE
 
 
 def model_identity(model: Path | PaintByExample) -> dict[str, str]:
@@ -59,39 +86,39 @@ def claim_folder(
 ) -> None:
     """Note in a folder what its edits are made of, or check that it is the same as before.
 
+    A note without pictures, as a start that failed leaves it, is written anew.
+
     Raises:
         UserError: the folder holds edits made with something else, or of unknown origin.
     """
-    wanted = {"format": "pbe-edits-1", "model": model, "benchmark": benchmark.sha256, "settings": settings}
+    wanted = {"format": FORMAT, "model": model, "benchmark": benchmark.sha256, "settings": settings}
     path = make_folder(folder) / SETTINGS
-    if path.is_file():
-        differing = list(_differences(read_settings(folder), wanted))
-        if differing:
-            raise UserError(
-                f"'{folder}' holds other edits ({'; '.join(differing)}): name another folder, or empty it"
-            )
-        return
-    if any(each.suffix.lower() in SUFFIXES for each in folder.iterdir()):
+    noted = read_settings(folder)
+    if path.exists() and not noted:
+        raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
+    edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
+    if edited and not noted:
         raise UserError(f"'{folder}' holds pictures but no {SETTINGS}; name another folder for new edits")
-    write_json(path, wanted)
+    differing = list(_differences(noted, wanted))
+    if edited and differing:
+        raise UserError(
+            f"'{folder}' holds other edits ({'; '.join(differing)}): name another folder, or empty it"
+        )
+    if differing:
+        write_json(path, wanted)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return what a folder's edits are made of; empty where it does not say.
+    """Return what a folder's edits are made of; empty where no note of :func:`claim_folder` says it.
 
-    Raises:
-        UserError: ``settings.json`` is damaged.
+    Folders of other systems may hold a ``settings.json`` of their own, which is none of ours.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}); remove the folder and generate again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds no settings; remove the folder and generate again")
-    return content
+        content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    return content if ours and isinstance(content.get("settings"), dict) else {}
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
@@ -99,7 +126,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]
         yield "of another model"
     if found.get("benchmark") != wanted["benchmark"]:
         yield "of another benchmark"
-    before = found.get("settings") or {}
+    before = found.get("settings", {})
     for name, value in wanted["settings"].items():
         if before.get(name) != value:
             yield f"{name} was {before.get(name)}, not {value}"
@@ -116,7 +143,7 @@ class EditFolder(Sequence[np.ndarray | None]):
         folder: as given.
         benchmark: as given.
         extra: names of pictures that belong to no case.
-        unreadable: ids of the cases whose edits were found damaged so far.
+        faults: why edits that are there cannot be used, by id, as far as they were read.
 
     Raises:
         UserError: there is no such folder, no edit of any case, or two of one.
@@ -125,28 +152,39 @@ class EditFolder(Sequence[np.ndarray | None]):
     def __init__(self, folder: Path, benchmark: BenchmarkFolder) -> None:
         self.folder, self.benchmark = folder, benchmark
         self.extra: list[str] = []
-        self.unreadable: set[str] = set()
+        self.faults: dict[str, str] = {}
         if not folder.is_dir():
             raise UserError(f"'{folder}' is no folder of edits")
         self._files: dict[int, Path] = {}
         numbers = {int(each): position for position, each in enumerate(benchmark.ids)}
         for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):
-            position = numbers.get(int(path.stem)) if path.stem.isdecimal() else None
+            number = int(path.stem) if path.stem.isdecimal() else -1
+            position = numbers.get(number)
             if position is None:
-                self.extra.append(path.name)
+                self.extra += [path.name] if number not in benchmark.numbers else []
             elif position in self._files:
                 raise UserError(f"'{folder}' has two edits of one case, such as {path.name}")
             else:
                 self._files[position] = path
         if not self._files:
-            raise UserError(
-                f"'{folder}' holds no edit of '{benchmark.folder}': name them like {benchmark.ids[0]}.png"
-            )
+            inner = [path for path in sorted(folder.glob("edits/*")) if path.is_dir()]
+            hint = f"did you mean '{inner[0]}'?" if inner else f"name them like {benchmark.ids[0]}.png"
+            raise UserError(f"'{folder}' holds no edit of '{benchmark.folder}': {hint}")
 
     @property
     def missing(self) -> list[str]:
         """Ids of the cases that have no file."""
         return [each for position, each in enumerate(self.benchmark.ids) if position not in self._files]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why edits cannot be used, by id and in the order of the benchmark; complete when all were read."""
+        faults = self.faults | dict.fromkeys(self.missing, MISSING)
+        return {each: faults[each] for each in self.benchmark.ids if each in faults}
+
+    def why_not(self, position: int) -> str:
+        """Return why there was no edit at a position when it was read."""
+        return self.faults.get(self.benchmark.ids[position], MISSING)
 
     def __len__(self) -> int:
         return len(self.benchmark)
@@ -156,15 +194,18 @@ class EditFolder(Sequence[np.ndarray | None]):
     @overload
     def __getitem__(self, index: slice) -> list[np.ndarray | None]: ...
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray | None] | None:
-        """Read an edit, uint8 RGB ``h w 3``: None where it is missing or damaged; or several."""
+        """Read an edit, uint8 RGB ``h w 3``: None where it is missing or of no use; or several."""
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         case = self.benchmark.ids[index]
         path = self._files.get(index % len(self))
         if path is None:
             return None
-        try:
-            return read_pixels(path, "RGB")
-        except UserError:
-            self.unreadable.add(case)
-            return None
+        fault = find_edit_fault(path, self.benchmark.sizes[index])
+        if not fault:
+            try:
+                return read_pixels(path, "RGB")
+            except UserError:
+                fault = DAMAGED
+        self.faults[case] = fault
+        return None

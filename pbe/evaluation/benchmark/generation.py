@@ -19,10 +19,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.strategies import StrategyRegistry
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from pbe.checkpoints.precision import torch_dtype
+from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.compositing import to_bytes
@@ -42,6 +45,8 @@ NEEDLESS_ADVICE = (
     "across ranks is zero",
     "predict returned None",
 )
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"}  # variables of torchrun and SLURM
+TIMESTEPS = ScheduleConfig().timesteps  # of every model known
 GROUPS_A_PROCESS = 2  # fewer are not worth the start of another process on the CPU
 
 
@@ -89,6 +94,15 @@ class GenerateSettings:
         for name in ("steps", "batch_size", "threads", "num_nodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.steps > TIMESTEPS:
+            raise UserError(f"steps is {self.steps}; the noise schedule has no more than {TIMESTEPS}")
+        known = ("auto", *StrategyRegistry.available_strategies())
+        if self.strategy not in known:
+            raise UserError(f"there is no strategy '{self.strategy}'; there are: {', '.join(known)}")
+        if self.num_nodes > 1 and not os.environ.keys() & (LAUNCHED | {"MASTER_ADDR"}):
+            raise UserError(
+                f"num_nodes is {self.num_nodes}, but neither torchrun nor SLURM started this process"
+            )
         if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices) > 0):
             raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
 
@@ -261,26 +275,30 @@ def is_first_process() -> bool:
 
 
 def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # which advertises as it is made
     devices, strategy = settings.devices, settings.strategy
     gpus = torch.cuda.is_available() and settings.accelerator != "cpu"
-    launched = bool(os.environ.keys() & {"TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"})
+    launched = bool(os.environ.keys() & LAUNCHED)
     if devices == "auto" and not gpus and not launched:
         devices = min(torch.get_num_threads(), max(1, groups // GROUPS_A_PROCESS))
     several = int(devices) > 1 if str(devices).isdecimal() else gpus and torch.cuda.device_count() > 1
     if strategy == "auto" and several:
         strategy = "ddp" if launched else "ddp_spawn"  # a library's caller is not to be run again
-    return pl.Trainer(
-        accelerator=settings.accelerator,
-        devices=devices if devices == "auto" else int(devices),
-        strategy=strategy,
-        num_nodes=settings.num_nodes,
-        precision="32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=settings.progress,
-        use_distributed_sampler=False,
-    )
+    try:
+        return pl.Trainer(
+            accelerator=settings.accelerator,
+            devices=devices if devices == "auto" else int(devices),
+            strategy=strategy,
+            num_nodes=settings.num_nodes,
+            precision="32-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=settings.progress,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"these devices cannot be used so: {' '.join(str(error).split())}") from error
 
 
 def _reported(error: ProcessRaisedException) -> Exception:

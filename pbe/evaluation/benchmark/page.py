@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
 from pbe.data.randomness import permutation
 from pbe.editing.compositing import grey_out
@@ -17,6 +18,7 @@ from pbe.evaluation.metrics.results import Score
 from pbe.evaluation.report import Tile, page_environment
 
 TEMPLATE = "benchmark/page.html.j2"
+TILE = 256  # longest side of a picture on the page
 # Scores that tell good edits from bad ones come first where no other is asked for.
 PREFERRED = ("region", "similarity", "copy-paste", "seam")
 
@@ -134,11 +136,14 @@ def show_edits(
         seed: of the random ones.
     """
     ranking = ranking_score(scores, rank_by)
-    missing = set(edits.missing) | edits.unreadable
-    available = [i for i, each in enumerate(edits.benchmark.ids) if each not in missing]
+    left_out = edits.left_out
+    available = [i for i, each in enumerate(edits.benchmark.ids) if each not in left_out]
     chosen = picks(ranking, available, count, seed)
     groups = [(kind, [_strip(edits, i, ranking) for i in positions]) for kind, positions in chosen.items()]
-    note = "Each strip: the picture with its hole, the exemplar, the edit, and the true object."
+    note = (
+        "Each strip: the picture with its hole, the exemplar, the edit, and the true object; "
+        f"large ones are reduced to {TILE} pixels."
+    )
     if ranking is not None:
         note += f" Best and worst are by {ranking.name} ({ranking.better} is better)."
     return Section(f"Edits: {label}", note, groups)
@@ -149,9 +154,19 @@ def _strip(edits: EditFolder, position: int, ranking: Score | None) -> list[Tile
     caption = case.id.lstrip("0") or "0"
     if ranking is not None and ranking.per_case is not None and np.isfinite(ranking.per_case[position]):
         caption += f": {ranking.per_case[position]:.3f}"
-    tiles = [Tile("hole", grey_out(case.image, case.mask > 127)), Tile("exemplar", case.exemplar)]
-    tiles += [] if edit is None else [Tile(caption, edit)]
-    return [*tiles, Tile("true object", case.image)]
+    shown = {"hole": grey_out(case.image, case.mask > 127), "exemplar": case.exemplar}
+    shown |= {} if edit is None else {caption: edit}
+    return [Tile(name, fit(picture)) for name, picture in (shown | {"true object": case.image}).items()]
+
+
+def fit(picture: np.ndarray, side: int = TILE) -> np.ndarray:
+    """Return a picture, uint8 ``h w 3``, reduced to at most ``side`` pixels on its longer side."""
+    height, width = picture.shape[:2]
+    if max(height, width) <= side:
+        return picture
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
 def cards_of(runs: Sequence[ScoredEdits]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -167,11 +182,13 @@ def cards_of(runs: Sequence[ScoredEdits]) -> list[tuple[str, list[tuple[str, str
 
 def exclusions(edits: EditFolder) -> str:
     """Return one line on edits that could not be used and files that belong to no case; empty if none."""
-    parts = []
-    if edits.missing:
-        parts.append(f"{len(edits.missing)} of {len(edits)} edits are missing, such as {edits.missing[0]}")
-    if edits.unreadable:
-        parts.append(f"{len(edits.unreadable)} are damaged, such as {min(edits.unreadable)}")
+    by_reason: dict[str, list[str]] = {}
+    for each, reason in edits.left_out.items():
+        by_reason.setdefault(reason, []).append(each)
+    parts = [
+        f"{len(each)} of {len(edits)} edits {'is' if len(each) == 1 else 'are'} {reason}, such as {each[0]}"
+        for reason, each in by_reason.items()
+    ]
     if edits.extra:
         parts.append(f"{len(edits.extra)} files belong to no case, such as {edits.extra[0]}")
     return f"'{edits.folder}': {'; '.join(parts)}" if parts else ""
@@ -180,7 +197,6 @@ def exclusions(edits: EditFolder) -> str:
 def describe(benchmark: BenchmarkFolder) -> str:
     """Return a sentence on the benchmark."""
     height, width = benchmark.sizes[0]
-    return (
-        f"{len(benchmark)} cases of '{benchmark.folder}' ({width} x {height} pixels), "
-        f"SHA-256 {benchmark.sha256[:16]}."
-    )
+    count = len(benchmark)
+    cases = f"{count} cases" if count == len(benchmark.numbers) else f"The first {count} cases"
+    return f"{cases} of '{benchmark.folder}' ({width} x {height} pixels), SHA-256 {benchmark.sha256[:16]}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,14 +27,19 @@ from pbe.evaluation.benchmark.page import (
     render_page,
     show_edits,
 )
-from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
-from pbe.evaluation.metrics.results import Score
-from pbe.evaluation.metrics.scoring import ScoreSettings, score
+from pbe.evaluation.benchmark.tables import (
+    ScoredEdits,
+    markdown,
+    paired_tables,
+    published_number,
+    score_tables,
+)
+from pbe.evaluation.benchmark.times import read_times, timed
+from pbe.evaluation.metrics.scoring import ScoreSettings, check_tools, score
 from pbe.evaluation.report import write_html
-from pbe.files import make_folder
+from pbe.files import make_folder, write_text
 
 TITLE = "Evaluation of edits"
-UNREADABLE = "damaged"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class PageSettings:
 
 @dataclass
 class Seconds:
-    """Wall time by stage."""
+    """Wall time by stage; of generating over all runs that made the pictures."""
 
     generate: float = 0.0
     score: float = 0.0
@@ -84,8 +90,22 @@ class BenchmarkRun:
     scored: list[ScoredEdits] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
 
+    def check(self) -> None:
+        """Try everything that is needed after the edits are made, before any time is spent on making them.
+
+        Raises:
+            UserError: the folder cannot be written to; weights, mixture or real pictures cannot be used;
+                edits cannot be ranked as asked for.
+        """
+        make_folder(self.out)
+        names = check_tools(self.settings, self.reference)
+        if self.page.rank_by and self.page.rank_by not in names:
+            raise UserError(f"edits cannot be ranked by '{self.page.rank_by}'; there are: {', '.join(names)}")
+
     def generate(self, model: str | Path, scales: Sequence[float], settings: GenerateSettings) -> bool:
         """Generate the edits of a model at each guidance scale, into ``edits/guidance_*`` of the folder.
+
+        They come before all sets that were taken.
 
         Returns:
             False in all processes but the first, which are to end here.
@@ -93,29 +113,39 @@ class BenchmarkRun:
         Raises:
             UserError: see :func:`pbe.evaluation.benchmark.generation.generate`; scales are repeated or none.
         """
-        if not scales or len(set(scales)) != len(scales):
-            raise UserError("guidance scales must be given, each once")
-        started = time.perf_counter()
         every = [dataclasses.replace(settings, guidance_scale=scale) for scale in scales]
-        folders = [
-            generate(model, self.benchmark, self.out / "edits" / f"guidance_{one.guidance_scale:g}", one)
-            for one in every
-        ]
+        labels = {f"guidance {scale:g}": self.out / "edits" / f"guidance_{scale:g}" for scale in scales}
+        if not labels or len(labels) != len(scales):
+            raise UserError("guidance scales must be given, each once")
+        for label in labels:
+            self._refuse_twice(label)
+        for folder, one in zip(labels.values(), every, strict=True):
+            with timed(folder, note=is_first_process()):
+                generate(model, self.benchmark, folder, one)
         if not is_first_process():
             return False
-        self.seconds.generate = time.perf_counter() - started
-        for scale, folder in zip(scales, folders, strict=True):
-            self.take(folder, f"guidance {scale:g}")
+        times = read_times(self.out / "edits")
+        self.seconds.generate = sum(times.get(folder.name, 0.0) for folder in labels.values())
+        others, self.edits = self.edits, []
+        for label, folder in labels.items():
+            self.take(folder, label)
+        self.edits += others
         return True
+
+    def _refuse_twice(self, label: str) -> None:
+        if label in [each for each, _ in self.edits]:
+            raise UserError(f"two sets of edits are called '{label}'; name them as in NAME=DIR")
 
     def take(self, folder: Path, label: str) -> None:
         """Take a folder of finished edits.
 
         Raises:
-            UserError: it holds no edits of the benchmark, or edits noted as those of another one.
+            UserError: it holds no edits of the benchmark, or edits noted as those of another one; the label
+                is used.
         """
+        self._refuse_twice(label)
         noted = read_settings(folder).get("benchmark", self.benchmark.sha256)
-        if noted != self.benchmark.sha256:
+        if noted != self.benchmark.sha256 and noted != self.benchmark.whole_sha256:
             raise UserError(f"'{folder}' holds edits of another benchmark, says its {SETTINGS}")
         self.edits.append((label, EditFolder(folder, self.benchmark)))
 
@@ -134,9 +164,12 @@ class BenchmarkRun:
                     self.settings,
                     self.reference,
                     lambda done, _total, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
+                    edits.why_not,
                 )
             ranking_score(made, self.page.rank_by)
-            self.scored.append(ScoredEdits(label, [with_damage(one, len(edits.unreadable)) for one in made]))
+            self.scored.append(ScoredEdits(label, made))
+            if line := exclusions(edits):
+                print(f"left out: {line}", file=sys.stderr)
         self.seconds.score = time.perf_counter() - started
 
     def write(self) -> str:
@@ -145,10 +178,9 @@ class BenchmarkRun:
         Raises:
             UserError: a file cannot be written.
         """
-        make_folder(self.out)
-        tables = score_tables(self.scored)
+        tables = score_tables(self.scored) + paired_tables(self.scored, self.settings.bootstrap)
         write_json(self.out / "scores.json", self.to_dict())
-        (self.out / "scores.md").write_text(markdown(TITLE, tables, self.scored), encoding="utf-8")
+        write_text(self.out / "scores.md", markdown(TITLE, tables, self.scored))
         page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
         page.warnings = [line for _, edits in self.edits if (line := exclusions(edits))]
         page.sections = [
@@ -180,15 +212,15 @@ class BenchmarkRun:
             {
                 "label": label,
                 "folder": str(edits.folder),
-                **{name: value for name, value in read_settings(edits.folder).items() if name != "format"},
-                "missing": edits.missing,
-                "damaged": sorted(edits.unreadable),
+                "origin": read_settings(edits.folder),
+                "left_out": edits.left_out,
                 "files_of_no_case": edits.extra,
                 "scores": [one.to_dict() for one in scored.scores],
             }
             for (label, edits), scored in zip(self.edits, self.scored, strict=True)
         ]
-        names = {each.name: str(number) for each in self.scored[0].scores if (number := _published(each))}
+        by_score = [list(each) for each in zip(*(run.scores for run in self.scored), strict=True)]
+        names = {each[0].name: str(number) for each in by_score if (number := published_number(each))}
         return {
             "format": "pbe-scores-1",
             "benchmark": {
@@ -202,18 +234,3 @@ class BenchmarkRun:
             "seconds": self.seconds.to_dict(),
             "versions": versions(),
         }
-
-
-def _published(one: Score) -> published.Published | None:
-    return published.paper_number(one.name) if one.family == "paper" else None
-
-
-def with_damage(one: Score, damaged: int) -> Score:
-    """Return the score with damaged edits told apart from missing ones on its card."""
-    absent = one.card.excluded.get("missing", 0)
-    if not damaged or absent < damaged:
-        return one
-    excluded = {name: count for name, count in one.card.excluded.items() if name != "missing"}
-    excluded |= {"missing": absent - damaged} if absent > damaged else {}
-    card = dataclasses.replace(one.card, excluded=excluded | {UNREADABLE: damaged})
-    return dataclasses.replace(one, card=card)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -170,4 +170,8 @@ class QualityMeasure(CaseMeasure):
                 del self.values[position]
             reason = f"after the last whole batch of {BATCH}"
             outcome = outcome.with_excluded(reason, over)
-        return super().finish(outcome)
+        scores = super().finish(outcome)
+        if over and not self.values:
+            why = f"not run: it is made of whole batches of {BATCH} pictures, and there are {over}"
+            return [replace(one, why_not=why) for one in scores]
+        return scores

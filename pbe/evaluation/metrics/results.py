@@ -62,7 +62,7 @@ class Score:
         name: such as ``seam``; see :data:`pbe.evaluation.metrics.scoring.METRICS`.
         family: scores of two families never stand in one table.
         value: of all edits; NaN where the score was not run. Infinite for a PSNR of equal pictures.
-        low: lower end of the interval.
+        low: lower end of the interval; NaN where one picture gives none.
         high: upper end.
         card: what it rests on.
         per_case: ``(n,)`` float64 in the order of the cases, NaN for those left out; None for scores of sets.
@@ -111,7 +111,9 @@ class Score:
             return "not run"
         if self.exact:
             return "exact" if math.isinf(self.value) else f"{self.value:g} (exact)"
-        return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
+        if math.isnan(self.low):
+            return short_number(self.value)
+        return f"{short_number(self.value)} ({short_number(self.low)} to {short_number(self.high)})"
 
 
 def not_run(name: str, family: Family, better: Better, why: str) -> Score:
@@ -127,8 +129,11 @@ def _json_number(value: float) -> float | str | None:
     return value if math.isfinite(value) else str(value)
 
 
-def _short(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+def short_number(value: float) -> str:
+    """Return a number as a table shows it: four significant digits, large ones whole."""
+    if value == 0.0 or not math.isfinite(value):
+        return f"{value:g}".replace("-0", "0")
+    return f"{value:.0f}" if abs(value) >= 1000.0 else f"{value:#.4g}".rstrip(".")
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def case_score(
             | {
                 "pictures": int(np.sum(kept)),
                 "excluded": excluded,
-                "interval": bootstrap.mean_text(),
+                "interval": bootstrap.mean_text() if np.sum(kept) > 1 else "none: one picture has none",
             }
         )
     )
@@ -202,4 +207,6 @@ def case_score(
         return Score(name, family, nan, nan, nan, filled, values, better, False, why)
     estimate = bootstrap.of_mean(values[kept])
     low, high = sorted((finish(estimate.low), finish(estimate.high)))
+    if np.sum(kept) == 1:
+        low = high = math.nan
     return Score(name, family, finish(estimate.value), low, high, filled, show(values), better)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeas
 from pbe.evaluation.metrics.frechet import frechet, kernel
 from pbe.evaluation.metrics.layout import NAMES as LAYOUT_COPY, LayoutCopyMeasure, layout_true_measure
 from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
-from pbe.evaluation.metrics.mixture import QualityMeasure
+from pbe.evaluation.metrics.mixture import QualityMeasure, load_mixture
 from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
 from pbe.evaluation.metrics.region_similarity import paper_region_measure, region_measure
 from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run
@@ -174,6 +174,7 @@ def score(
     settings: ScoreSettings,
     reference: Path | None = None,
     progress: Progress | None = None,
+    why_absent: Callable[[int], str] = lambda position: "missing",
 ) -> list[Score]:
     """Score edits of a benchmark.
 
@@ -185,6 +186,7 @@ def score(
         reference: folder of real pictures that Frechet and kernel distances compare with; None takes the
             true pictures of the cases.
         progress: called with (cases scored, cases in all) after each batch.
+        why_absent: asked for the reason where an edit at a position is None.
 
     Returns:
         The scores in the order of the settings; those that lack something (weights) with ``run`` False.
@@ -199,7 +201,7 @@ def score(
     reference_sha256 = _read_reference(reference, measures, settings.batch_size)
     excluded: dict[str, int] = {}
     digest = hashlib.sha256()
-    for batch in _batches(cases, edits, settings.batch_size, excluded, progress):
+    for batch in _batches(cases, edits, settings.batch_size, excluded, progress, why_absent):
         for case in batch.cases:
             digest.update(np.ascontiguousarray(case.image).tobytes())
         for measure in measures.values():
@@ -211,6 +213,24 @@ def score(
     outcome = Outcome(len(cases), excluded, digest.hexdigest(), settings.bootstrap, reference_sha256)
     made = {name: measure.finish(outcome) for name, measure in measures.items()}
     return [one for name in settings.chosen for one in made.get(name, absent.get(name, []))]
+
+
+def check_tools(settings: ScoreSettings, reference: Path | None = None) -> list[str]:
+    """Make all that scoring needs, towers included, and let go of it again; nothing is scored.
+
+    Returns:
+        Names of the scores that will have a number for each case.
+
+    Raises:
+        UserError: weights, mixture or the folder of real pictures cannot be used.
+    """
+    if reference is not None:
+        PictureFolder(reference)
+    if settings.mixture is not None:
+        load_mixture(settings.mixture)
+    made, _ = _measures(Tools(replace(settings, device="cpu"), own_reference=reference is None))
+    by_case = [name for name, measure in made.items() if not isinstance(measure, SetMeasure)]
+    return [one for name in by_case for one in METRICS[name].scores or (name,)]
 
 
 def _measures(tools: Tools) -> tuple[dict[str, Measure], dict[str, list[Score]]]:
@@ -245,6 +265,7 @@ def _batches(
     size: int,
     excluded: dict[str, int],
     progress: Progress | None,
+    why_absent: Callable[[int], str],
 ) -> Iterator[Batch]:
     """Read the pairs that can be scored, batch by batch; count the others in ``excluded``."""
     for start in range(0, len(cases), size):
@@ -252,7 +273,7 @@ def _batches(
         stop = min(start + size, len(cases))
         for position in range(start, stop):
             case, edit = cases[position], edits[position]
-            fault = find_fault(case, edit)
+            fault = why_absent(position) if edit is None else find_fault(case, edit)
             if fault or edit is None:
                 excluded[fault] = excluded.get(fault, 0) + 1
                 continue

@@ -120,7 +120,7 @@ class PictureFolder:
                 try:
                     self.digest.update(path.name.encode() + b"\0" + path.read_bytes())
                     with Image.open(path) as picture:
-                        pictures.append(np.asarray(picture.convert("RGB")))
-                except (OSError, ValueError, SyntaxError) as error:
+                        pictures.append(np.array(picture.convert("RGB")))  # torch wants it writable
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     raise UserError(f"the reference picture '{path}' cannot be read: {error}") from error
             yield Batch(list(range(start, start + len(pictures))), [], pictures)

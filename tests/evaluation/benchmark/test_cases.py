@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.edit_files import is_whole
 from pbe.evaluation.toy.benchmark import make_case
 from pbe.evaluation.toy.export import export_toy_benchmark
 from scripts import build_benchmark as command
@@ -52,6 +55,7 @@ def test_command_exports_and_checks_small_pictures(tmp_path, capsys):
         (["--toy", "--out", "OUT", "--cases", "999"], "999 benchmark objects"),
         (["--toy", "--out", "OUT", "--cases", "0"], "at least 1"),
         (["--toy", "--out", "OUT", "--size", "4"], "at least 16"),
+        (["--check", "OUT", "--size", "-1"], "--size must be 0 or more"),
     ],
 )
 def test_bad_options_of_the_export(tmp_path, capsys, arguments, message):
@@ -83,6 +87,16 @@ def test_bad_files_are_named(bench):
     for index, message in ((0, "000000000000_ref.png' cannot be read"), (1, "is black"), (2, "16 x 32")):
         with pytest.raises(UserError, match=message):
             folder[index]
+    content = (bench / "GT_3500" / "000000000004_GT.png").read_bytes()
+    claimed = b"IHDR" + struct.pack(">II", 30_000, 30_000) + content[24:29]  # the size, and its checksum
+    huge = content[:12] + claimed + struct.pack(">I", zlib.crc32(claimed)) + content[33:]
+    (bench / "GT_3500" / "000000000004_GT.png").write_bytes(huge)
+    for read in (lambda: folder[4], lambda: folder.sizes):
+        with pytest.raises(
+            UserError, match=r"000000000004_GT\.png' cannot be read as a picture: .*exceeds limit"
+        ):
+            read()
+    assert not is_whole(bench / "GT_3500" / "000000000004_GT.png", (30_000, 30_000))
     (bench / "GT_3500" / "000000000003_GT.png").unlink()
     with pytest.raises(UserError, match=r"000000000003_GT\.png is missing"):
         BenchmarkFolder(bench)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder, is_whole
+from pbe.evaluation.benchmark.edit_files import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
 
 SETTINGS = GenerateSettings(
@@ -132,9 +134,22 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
     with pytest.raises(UserError, match="nowhere"):
         generate("nowhere/model", benchmark, tmp_path / "new", SETTINGS)
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "settings.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        generate(model, benchmark, tmp_path / "damaged", SETTINGS)
+    for foreign in ("{", "[]", '{"format": "theirs", "settings": {}}'):
+        (tmp_path / "damaged" / "settings.json").write_text(foreign)
+        with pytest.raises(UserError, match="is no note on edits made here; name another folder"):
+            generate(model, benchmark, tmp_path / "damaged", SETTINGS)
+        assert (tmp_path / "damaged" / "settings.json").read_text() == foreign
+
+
+def test_a_start_that_failed_does_not_bind_its_folder(benchmark, tmp_path):
+    claim_folder(tmp_path, {"a": "b"}, benchmark, {"steps": 5000})
+    claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 50})
+    assert read_settings(tmp_path)["settings"] == {"steps": 50}
+    assert read_settings(tmp_path)["model"] == {"a": "c"}
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{benchmark.ids[0]}.png")
+    claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 50})
+    with pytest.raises(UserError, match=r"holds other edits .*steps was 50, not 5000"):
+        claim_folder(tmp_path, {"a": "c"}, benchmark, {"steps": 5000})
 
 
 def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
@@ -151,6 +166,9 @@ def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
         ({"guidance_scale": -1.0}, "guidance scale is -1"),
         ({"guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": 5000}, "steps is 5000; the noise schedule has no more than 1000"),
+        ({"strategy": "nonsense"}, "no strategy 'nonsense'; there are: auto, .*ddp"),
+        ({"num_nodes": 2}, "num_nodes is 2, but neither torchrun nor SLURM"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"threads": 0}, "threads is 0"),
         ({"devices": "many"}, "devices is 'many'"),
@@ -158,7 +176,9 @@ def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
         ({"solver": "magic"}, "no solver 'magic'"),
     ],
 )
-def test_bad_settings(change, message):
+def test_bad_settings(change, message, monkeypatch):
+    for name in (*generation.LAUNCHED, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=message):
         dataclasses.replace(SETTINGS, **change)
 
@@ -188,12 +208,29 @@ def test_edits_of_another_system_as_they_are(benchmark, edited, tmp_path):
     assert edits.extra == ["grid.png"]
     assert edits.missing == ids[5:]
     read = list(edits)
-    assert [None if each is None else each.shape[0] for each in read] == [32, 16, None, 32, 32, None, None]
+    assert [None if each is None else each.shape[0] for each in read] == [32, None, None, 32, 32, None, None]
     np.testing.assert_array_equal(read[3], EditFolder(edited, benchmark)[3])
-    assert edits.unreadable == {ids[2]}
+    assert edits.faults == {ids[1]: "of another size than its case", ids[2]: "damaged"}
+    assert edits.left_out == edits.faults | dict.fromkeys(ids[5:], "missing")
     assert not is_whole(tmp_path / "2.png", (32, 32))
     assert not is_whole(tmp_path / "1.png", (32, 32))
     assert is_whole(tmp_path / "0.png", (32, 32))
+
+
+def test_edits_that_are_no_8_bit_rgb_are_left_out(benchmark, tmp_path):
+    size, ids = (32, 32), benchmark.ids
+    grey = Image.linear_gradient("L").resize(size)
+    pictures = [grey.convert("I;16"), grey.convert("LA"), grey.convert("RGBA"), grey, grey.quantize(256)]
+    for case, picture in zip(ids, pictures, strict=False):
+        picture.save(tmp_path / f"{case}.png")
+    cv2.imwrite(str(tmp_path / f"{ids[5]}.png"), np.full((32, 32, 3), 300, np.uint16))
+    grey.convert("RGB").save(tmp_path / f"{ids[6]}.png", transparency=(0, 0, 0))
+    edits = EditFolder(tmp_path, benchmark)
+    assert [each is not None for each in edits] == [False, False, False, True, True, False, False]
+    assert edits.left_out == dict.fromkeys([*ids[:3], *ids[5:]], "not an 8-bit RGB picture")
+    assert edits.why_not(0) == "not an 8-bit RGB picture"
+    for position in (3, 4):
+        np.testing.assert_array_equal(edits[position], np.stack([np.array(grey)] * 3, axis=2))
 
 
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
@@ -233,6 +270,24 @@ def test_what_goes_wrong_comes_out_and_leaves_no_trace(
         torch.set_num_threads(threads)
     assert signal.getsignal(signal.SIGINT) is interrupts
     assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
+
+
+def test_lightning_does_not_advertise(caplog):
+    lightning = logging.getLogger("pytorch_lightning")
+    lightning.setLevel(logging.INFO)
+    inner = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    inner.addHandler(caplog.handler)
+    try:
+        generation._trainer(SETTINGS, 1)
+    finally:
+        inner.removeHandler(caplog.handler)
+    assert "Tip" not in caplog.text
+
+
+def test_devices_that_are_not_there_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="these devices cannot be used so"):
+        generation._trainer(dataclasses.replace(SETTINGS, accelerator="gpu"), 1)
 
 
 def test_the_users_error_of_another_process_stays_one_line():

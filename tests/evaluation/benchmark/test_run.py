@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import published, run as benchmark_run
-from pbe.evaluation.benchmark.page import picks, ranking_score
+from pbe.evaluation.benchmark.page import fit, picks, ranking_score
 from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
+from pbe.evaluation.benchmark.times import TIMES, read_times, timed
 from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
 from scripts import evaluate as command
 
@@ -54,12 +56,12 @@ def test_scores_table_and_page_are_written(evaluated, bench_files):
     assert [each["label"] for each in found["edits"]] == ["guidance 1", "guidance 3"]
     first, second = found["edits"]
     assert [each["name"] for each in first["scores"]] == METRICS
-    assert first["settings"]["guidance_scale"] == 1.0
+    assert first["origin"]["settings"]["guidance_scale"] == 1.0
     assert first["scores"][0]["value"] == "inf", "the background is kept to the bit"
     assert first["scores"][1]["value"] != second["scores"][1]["value"]
     assert first["scores"][1]["card"]["pictures"] == 7
     table = (evaluated / "scores.md").read_text()
-    assert "| seam | lower |" in table
+    assert "| seam | lower | 7 | " in table
     page = (evaluated / "index.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the page holds its pictures"
     assert {"Best", "Worst", "Random"} == set(re.findall(r"<h3>(\w+)</h3>", page))
@@ -92,20 +94,41 @@ def test_finished_edits_of_another_system(evaluated, bench_files, tmp_path, caps
     found = read(out)["edits"][0]
     card = found["scores"][1]["card"]
     assert card["pictures"] == 4
-    assert card["excluded"] == {"missing": 1, "damaged": 1, "of another size than its case": 1}
-    assert (found["missing"], found["damaged"]) == (ids[:1], ids[1:2])
+    reasons = ["missing", "damaged", "of another size than its case"]
+    assert card["excluded"] == dict.fromkeys(reasons, 1)
+    assert found["left_out"] == dict(zip(ids[:3], reasons, strict=True))
     assert found["files_of_no_case"] == ["grid.png"]
-    page = (out / "index.html").read_text()
-    assert f"1 of 7 edits are missing, such as {ids[0]}" in page
-    assert "1 are damaged" in page
-    assert "left out</dt><dd>1 of another size than its case, 1 missing, 1 damaged" in page
+    page, said = (out / "index.html").read_text(), capsys.readouterr().err
+    for case, reason in found["left_out"].items():
+        assert f"1 of 7 edits is {reason}, such as {case}" in page
+        assert f"1 of 7 edits is {reason}, such as {case}" in said
+    shown = {int(each) for each in re.findall(r"<figcaption>(\d+)(?:: [\d.]+)?</figcaption>", page)}
+    assert shown, "the captions name the cases"
+    assert shown <= {3, 4, 5, 6}, "nothing is shown that was left out"
+    assert "left out</dt><dd>1 missing, 1 damaged, 1 of another size than its case" in page
+    assert "| seam | lower | 4 | " in (out / "scores.md").read_text()
+
+
+def test_edits_that_are_all_of_no_use_are_named_for_what_they_are(bench_files, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for number in range(7):
+        (theirs / f"{number}.png").touch()
+    assert command.main(arguments(bench_files, tmp_path / "out", "--edits", theirs)) == 2
+    assert "no edit can be scored: 7 damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "give --model, or --edits"),
-        (["--model", "M", "--edits", "E"], "give --model, or --edits"),
+        (["--model", "M", "--edits", "nowhere"], "no folder of edits"),
+        (["--edits", "=E"], "a folder or NAME=DIR, not '=E'"),
+        (["--edits", "E", "--guidance", "5", "5"], "--guidance is for models"),
+        (["--edits", "E", "--steps", "7"], "--steps is for models"),
+        (["--model", "M", "--objects", "3"], "--objects is for the toy world"),
+        (["--model", "M", "--cases", "8"], "has 7 cases; it has no first 8"),
+        (["--model", "M", "--cases", "-1"], "--cases must be 0 or more"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--edits", "nowhere"], "no folder of edits"),
         (["--model", "M", "--metrics", "beauty"], "no metric 'beauty'"),
@@ -126,6 +149,9 @@ def test_bad_options_are_one_line(bench_files, tmp_path, capsys, options, messag
     assert said.count("\n") == 1
     assert command.main(["--edits", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "--edits needs --benchmark" in capsys.readouterr().err
+    for option in (["--metrics", "seam"], ["--reference", "R"], ["--devices", "2"], ["--cases", "2"]):
+        assert command.main(["--model", "M", "--out", str(tmp_path / "out"), *option]) == 2
+        assert f"{option[0]} needs --benchmark" in capsys.readouterr().err
 
 
 def test_edits_of_another_benchmark_or_ranked_by_nothing_are_refused(
@@ -134,11 +160,125 @@ def test_edits_of_another_benchmark_or_ranked_by_nothing_are_refused(
     theirs = shutil.copytree(evaluated / "edits" / "guidance_1", tmp_path / "theirs")
     line = arguments(bench_files, tmp_path / "out", "--edits", theirs)
     assert command.main([*line, "--rank-by", "beauty"]) == 2
-    assert "ranked by 'beauty'; there are: seam, colour-inside" in capsys.readouterr().err
+    assert "ranked by 'beauty'; there are: psnr-outside, seam, colour-inside" in capsys.readouterr().err
     noted = json.loads((theirs / "settings.json").read_text()) | {"benchmark": "0" * 64}
     (theirs / "settings.json").write_text(json.dumps(noted))
     assert command.main(line) == 2
     assert "edits of another benchmark" in capsys.readouterr().err
+
+
+def test_a_foreign_settings_file_says_nothing(evaluated, bench_files, tmp_path):
+    theirs = Path(shutil.copytree(evaluated / "edits" / "guidance_1", tmp_path / "theirs"))
+    foreign = {"label": "ours", "benchmark": "coco", "settings": ["x"], "missing": 3}
+    for number, text in enumerate((json.dumps(foreign), "[1]", "{", "[" * 100_000)):
+        (theirs / "settings.json").write_text(text)
+        assert command.main(arguments(bench_files, tmp_path / "out", "--edits", theirs)) == 0, number
+        (found,) = read(tmp_path / "out")["edits"]
+        assert (found["label"], found["left_out"], found["origin"]) == ("theirs", {}, {})
+        assert (theirs / "settings.json").read_text() == text
+
+
+def test_what_scoring_lacks_is_noticed_before_anything_is_generated(
+    model, bench_files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(benchmark_run, "generate", lambda *_: pytest.fail("generated"))
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    (tmp_path / "file").touch()
+    for options, message in (
+        (["--reference", "/nowhere/at/all"], "the reference '/nowhere/at/all' is no folder"),
+        (["--rank-by", "nonsense"], "edits cannot be ranked by 'nonsense'; there are: psnr-outside"),
+        (["--mixture", "nowhere"], "no mixture 'nowhere'"),
+        (["--metrics", "clip-fid", "--tower-weights", "clip=nowhere"], "no file 'nowhere'"),
+        (["--metrics", "clip-fid", "--tower-weights", f"clip={tmp_path}/weights.pt"], "cannot be read"),
+        (["--out", str(tmp_path / "file")], "cannot make the folder"),
+    ):
+        line = arguments(bench_files, tmp_path / "out", "--model", model, *options)
+        assert command.main(line) == 2, options
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["scores.json", "scores.md", "index.html"])
+def test_a_file_that_cannot_be_written_is_one_line(evaluated, bench_files, tmp_path, capsys, name):
+    (tmp_path / "out" / name / "in the way").mkdir(parents=True)
+    theirs = evaluated / "edits" / "guidance_1"
+    assert command.main(arguments(bench_files, tmp_path / "out", "--edits", theirs)) == 2
+    assert f"error: cannot write '{tmp_path / 'out' / name}'" in capsys.readouterr().err
+
+
+def test_the_folder_of_an_evaluation_is_not_that_of_its_edits(evaluated, bench_files, tmp_path, capsys):
+    assert command.main(arguments(bench_files, tmp_path / "out", "--edits", evaluated)) == 2
+    assert f"did you mean '{evaluated}/edits/guidance_1'?" in capsys.readouterr().err
+
+
+def test_models_and_finished_edits_stand_in_one_table_with_paired_differences(
+    evaluated, model, bench_files, tmp_path, capsys
+):
+    out, edits = tmp_path / "out", evaluated / "edits"
+    shutil.copytree(edits / "guidance_3", out / "edits" / "guidance_3")
+    sets = ("--edits", f"a={edits / 'guidance_1'}", "--edits", edits / "guidance_3", edits / "guidance_1")
+    line = arguments(bench_files, out, "--model", model, "--guidance", 3, "--devices", 1, *EDIT, *sets)
+    assert command.main([*line, f"guidance_1={edits / 'guidance_3'}"]) == 2
+    assert "two sets of edits are called 'guidance_1'" in capsys.readouterr().err
+    assert command.main(line) == 0
+    found = read(out)["edits"]
+    assert [each["label"] for each in found] == ["guidance 3", "a", "guidance_3", "guidance_1"]
+    table = (out / "scores.md").read_text()
+    assert "| score | better | pictures | guidance 3 | a | guidance_3 | guidance_1 |" in table
+    assert "## Paired differences: the field's usual scores" in table
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| seam | lower | 7 | ")]
+    assert len(rows) == 2, "scores and differences"
+    ours, theirs = (np.array(found[index]["scores"][1]["per_case"]) for index in (0, 1))
+    assert float(rows[1][3].split()[0]) == pytest.approx(np.mean(theirs - ours), rel=1e-3)
+    assert rows[1][4] == "0 (0 to 0)", "the same edits"
+    assert "| psnr-outside | higher | 0 | – | – | – |" in table, "all of them are perfect"
+
+
+def test_the_first_cases_alone(evaluated, bench_files, tmp_path):
+    out, theirs = tmp_path / "out", evaluated / "edits" / "guidance_3"
+    assert command.main(arguments(bench_files, out, "--edits", theirs, "--cases", 3)) == 0
+    found, whole = read(out), read(evaluated)
+    assert found["benchmark"]["ids"] == whole["benchmark"]["ids"][:3]
+    assert found["benchmark"]["sha256"] != whole["benchmark"]["sha256"]
+    (edits,) = found["edits"]
+    assert (edits["files_of_no_case"], edits["left_out"]) == ([], {})
+    seams = [each["scores"][1]["per_case"] for each in (edits, whole["edits"][1])]
+    assert seams[0] == seams[1][:3]
+    assert "The first 3 cases of" in (out / "index.html").read_text()
+
+
+def test_times_of_all_runs_that_made_pictures_are_added(tmp_path):
+    folder = tmp_path / "guidance_5"
+    folder.mkdir()
+    with timed(folder):
+        pass
+    assert read_times(tmp_path) == {}
+    with pytest.raises(KeyError), timed(folder):  # noqa: PT012
+        (folder / "1.png").touch()
+        raise KeyError
+    (first,) = read_times(tmp_path).values()
+    with timed(folder):
+        time.sleep(0.05)
+    assert read_times(tmp_path) == {"guidance_5": first}, "nothing was made"
+    with timed(folder, note=False):
+        (folder / "2.png").touch()
+    with timed(folder):
+        time.sleep(0.05)
+        (folder / "3.png").touch()
+    assert first + 0.04 <= read_times(tmp_path)["guidance_5"] < first + 60
+    for path in folder.iterdir():
+        path.unlink()
+    (tmp_path / TIMES).write_text('{"guidance_5": 1000, "x": null}')
+    with timed(folder):
+        (folder / "1.png").touch()
+    assert read_times(tmp_path)["guidance_5"] < 1000, "those pictures are gone"
+
+
+def test_pictures_of_the_page_are_small():
+    wide = np.zeros((300, 1024, 3), np.uint8)
+    assert fit(wide).shape == (75, 256, 3)
+    assert fit(wide[:, :256]).shape == (256, 218, 3)
+    small = np.random.default_rng(0).integers(0, 256, (256, 200, 3), np.uint8)
+    assert fit(small) is small
 
 
 @pytest.mark.slow
@@ -170,11 +310,14 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     tables = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", scores)])
     assert [len(table.rows) for table in tables] == [2, 5, 1]
     paper, reported, clean = tables
-    assert paper.head == ["score", "better", "mine", "theirs", published.OURS]
+    assert paper.head == ["score", "better", "pictures", "mine", "theirs", published.OURS]
     assert paper.rows[0][-1] == "77.80 (published)"
-    assert paper.rows[1] == ["clip-fid", "lower", "not run", "not run", "3.18 (published)"]
+    assert paper.rows[1] == ["clip-fid", "lower", "–", "not run", "not run", "3.18 (published)"]
     assert "needs weights" in paper.note
-    assert clean.head == ["score", "better", "mine", "theirs"]
+    assert clean.head == ["score", "better", "pictures", "mine", "theirs"]
+    fewer = [*scores[:2], made("seam", "clean", [1.0, 2.0])]
+    clean = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", fewer)])[2]
+    assert clean.rows[0][2] == "1 / 2"
     ours = reported.rows[-1]
     assert ours == [published.OURS, "3.18 (published)", "77.80 (published)", "84.97 (unverified)"]
     marked = [cell for row in reported.rows[:-1] for cell in row[1:]]
@@ -183,6 +326,15 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     assert text.count("\n## ") == 4
     assert "- **seam**, mine. pictures: 1; left out: nothing; notes: a <note>" in text
     assert "**clip-fid**" not in text
+
+
+def test_scores_of_another_tower_stand_beside_no_published_number():
+    theirs = made("clip-fid", "paper", [1.0], "lower")
+    for tower, cell in (("ViT-B-32-quickgelu", "3.18 (published)"), ("ViT-L-14", "–")):
+        card = dataclasses.replace(theirs.card, feature_model=tower)
+        paper = score_tables([ScoredEdits("mine", [dataclasses.replace(theirs, card=card)])])[0]
+        assert paper.rows[0][-1] == cell
+        assert ("clip-fid by ViT-L-14: not the paper's ViT-B-32-quickgelu" in paper.note) == (cell == "–")
 
 
 def test_best_and_worst_follow_the_scores_direction():

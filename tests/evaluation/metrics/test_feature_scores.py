@@ -186,6 +186,11 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     assert dropped.value == pytest.approx(expected[:50].mean(), rel=1e-4)
     assert (kept.card.pictures, dropped.card.pictures) == (53, 50)
     assert dropped.card.excluded == {"after the last whole batch of 50": 3}
+    (few,) = score(cases[:7], edits[:7], settings("qs", mixture=out))
+    assert (few.run, few.why_not) == (
+        False,
+        "not run: it is made of whole batches of 50 pictures, and there are 7",
+    )
     other = settings("qs", mixture=out, weights={"clip": settings().weights["dino"]})
     with pytest.raises(UserError, match="is of other weights' features"):
         score(cases, edits, other)

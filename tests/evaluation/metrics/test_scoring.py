@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics import scoring
 from pbe.evaluation.metrics.measures import NotRunError
-from pbe.evaluation.metrics.results import Bootstrap, Score
+from pbe.evaluation.metrics.results import Bootstrap, Score, short_number
 from pbe.evaluation.metrics.scoring import METRICS, Metric, ScoreSettings, score
+from pbe.evaluation.metrics.set_scores import PictureFolder
 
 PIXELS = ("psnr-outside", "ssim-outside", "seam", "colour-inside", "colour-outside")
 
@@ -136,6 +138,45 @@ def test_nothing_left_to_score():
         score([], [], ScoreSettings(PIXELS))
     with pytest.raises(UserError, match="1 edits for 2 cases"):
         score(cases, edits[:1], ScoreSettings(PIXELS))
+
+
+def test_one_picture_has_no_interval():
+    cases, edits = make(3)
+    (one,) = score(cases, [None, edits[1], None], ScoreSettings(("colour-inside",)))
+    assert one.value == one.per_case[1]
+    assert np.isnan([one.low, one.high]).all()
+    assert "to" not in one.text()
+    assert one.card.interval.startswith("none")
+    (two,) = score(cases, [None, *edits[1:]], ScoreSettings(("colour-inside",)))
+    assert two.low < two.value < two.high
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.000_123_41, "0.0001234"),
+        (1.5e-7, "1.500e-07"),
+        (0.3705, "0.3705"),
+        (77.8, "77.80"),
+        (999.99, "1000"),
+        (-715.26, "-715.3"),
+        (12345.6, "12346"),
+        (0.0, "0"),
+        (-0.0, "0"),
+        (math.inf, "inf"),
+    ],
+)
+def test_small_numbers_are_not_rounded_to_nothing(number, text):
+    assert short_number(number) == text
+
+
+def test_a_reference_that_pillow_deems_too_large_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    batch = next(PictureFolder(tmp_path).batches(1))
+    assert batch.edits[0].flags.writeable
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"a\.png' cannot be read: .*exceeds limit"):
+        next(PictureFolder(tmp_path).batches(1))
 
 
 def test_settings_refuse_what_is_not_there():
