@@ -22,3 +22,22 @@ def make_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder '{path}' cannot be written to")
     return path
+
+
+def check_file(path: str | Path) -> Path:
+    """Check that a file of outputs can be written, making its folder where that is missing, and return it.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    return path
