@@ -34,3 +34,22 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def check_file(path: str | Path) -> Path:
+    """Check that a file of outputs can be written, making its folder where that is missing, and return it.
+
+    Raises:
+        UserError: it is a folder, or nothing can be written there.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    return path

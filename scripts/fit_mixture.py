@@ -14,11 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from pbe.cli import Parser, run_command
+from pbe.editing.pretrained import usable_device
 from pbe.errors import UserError
-from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, fit_mixture
+from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, check_fit, fit_mixture
 from pbe.evaluation.metrics.set_scores import PictureFolder
 from pbe.evaluation.metrics.towers import load_tower
-from pbe.files import make_folder
+from pbe.files import check_file
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,9 +51,11 @@ def fit(options: argparse.Namespace) -> Mixture:
         raise UserError(f"--out is '{options.out}'; its name must end in .safetensors")
     if options.components < 1 or options.batch_size < 1:
         raise UserError("--components and --batch-size must be at least 1")
-    make_folder(options.out.parent)
-    tower = load_tower("clip", options.tower, weights, options.device)
     pictures = PictureFolder(options.pictures)
+    check_fit(len(pictures.paths), options.components, options.seed)
+    check_file(options.out)
+    device = str(usable_device(options.device, "--device"))
+    tower = load_tower("clip", options.tower, weights, device)
     bar = tqdm(total=len(pictures.paths), desc="features", file=sys.stderr, disable=None)
     features = []
     for batch in pictures.batches(options.batch_size):

@@ -25,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     make = commands.add_parser("make", help="write the page and its key")
     make.add_argument("--systems", nargs="+", required=True, metavar="NAME=FOLDER", help="folders of edits")
     make.add_argument("--benchmark", type=Path, required=True, metavar="DIR", help="that was edited")
-    make.add_argument("--out", type=Path, required=True, help="new folder for the page and its key")
+    make.add_argument("--out", type=Path, required=True, help="new folder for page/ and its key")
     make.add_argument("--groups", type=int, default=default.groups, help="cases to rank (%(default)s)")
     make.add_argument("--seed", type=int, default=default.seed, help="of the draw of cases")
     make.add_argument("--title", default=default.title, help="of the page (%(default)s)")
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
         settings = StudySettings(options.groups, options.seed, options.title, options.copy)
         benchmark = BenchmarkFolder(options.benchmark)
         page = make_study(parse_systems(options.systems), benchmark, options.out, settings)
-        print(f"{options.groups} groups: give {page} to raters and keep {page.with_name(KEY)} to yourself")
+        given = page.parent if options.copy else page
+        print(f"{options.groups} groups: give {given} to raters and keep {options.out / KEY} to yourself")
         return
     key = read_key(options.key)
     ranks = read_rankings(options.rankings, key, partial=options.partial)

@@ -11,7 +11,7 @@ from pbe.checkpoints.native import save_model
 from pbe.data.shards import write_shards
 from pbe.errors import UserError
 from pbe.evaluation.toy import demo as stages
-from pbe.files import make_folder
+from pbe.files import check_file, make_folder
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model
 
@@ -23,6 +23,14 @@ def test_output_folders(tmp_path: Path):
     for place in ("file", "file/below"):
         with pytest.raises(UserError, match="cannot make the folder"):
             make_folder(tmp_path / place)
+
+
+def test_output_files(tmp_path: Path):
+    assert check_file(tmp_path / "a" / "b.txt") == tmp_path / "a" / "b.txt"
+    assert list((tmp_path / "a").iterdir()) == []
+    for place in ("a", "n" * 300):
+        with pytest.raises(UserError, match="cannot write"):
+            check_file(tmp_path / place)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")

@@ -1,4 +1,8 @@
-"""The two kinds of files that weights come in, torch's zip archives and safetensors, told by content."""
+"""The two kinds of files that weights come in, torch's zip archives and safetensors, told by content.
+
+An archive may be a TorchScript program, as OpenAI's CLIP is: its tensors are read by the paths of their
+attributes, and none of its code is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pbe.checkpoints.pickles import Placeholder, Record, StorageRef, read_pickle
+from pbe.checkpoints.pickles import Placeholder, Record, ScriptModule, StorageRef, read_pickle
 from pbe.checkpoints.tensors import Lazies, LazyTensor, WeightFile
 from pbe.errors import UserError
 
@@ -31,6 +35,7 @@ SAFETENSORS_TYPES = {
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
+MAX_MODULES = 10_000  # of a program; a crafted one may hold itself
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -133,6 +138,15 @@ class _ZipRecord(Record):
         return LazyTensor(shape, dtype, read)
 
 
+def is_program(path: Path) -> bool:
+    """Whether a file is a TorchScript program, told by what an archive of torch then holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
 def _open_zip(file: WeightFile) -> Weights:
     path = file.path
     try:
@@ -142,8 +156,6 @@ def _open_zip(file: WeightFile) -> Weights:
             raise UserError(f"{path}: a zip file, but not a checkpoint of torch")
         root = tables[0].removesuffix("data.pkl")
         entries = {entry.filename.removeprefix(root): entry for entry in archive.infolist()}
-        if "constants.pkl" in entries:
-            raise UserError(f"{path}: a TorchScript program, not a checkpoint")
         if "byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine, which is not supported")
         table = archive.read(tables[0])
@@ -168,6 +180,8 @@ def _state_dict(source: str, content: object) -> Weights:
         extra += [str(key) for key in others]
         extra_bytes += sum(tensor.nbytes for tensor in _tensors_in(list(others.values())))
         content = inner
+    if isinstance(content, ScriptModule):
+        content = _attributes(content, source)
     if isinstance(content, Placeholder):
         raise UserError(f"{source}: no weights where they should be but an object of '{content.origin}'")
     if not isinstance(content, dict) or not any(isinstance(value, LazyTensor) for value in content.values()):
@@ -179,6 +193,22 @@ def _state_dict(source: str, content: object) -> Weights:
         listed = ", ".join(strangers[:3])
         raise UserError(f"{source}: in its state dict, {len(strangers)} entries are no tensors: {listed}")
     return Weights(source, {str(key): value for key, value in content.items()}, tuple(extra), extra_bytes)
+
+
+def _attributes(program: ScriptModule, source: str) -> dict[str, LazyTensor]:
+    """Return the tensors of a program and of all modules in it, by the paths of their attributes."""
+    found: dict[str, LazyTensor] = {}
+    waiting = [("", program)]
+    for _ in range(MAX_MODULES):
+        if not waiting:
+            return found
+        prefix, module = waiting.pop()
+        for name, value in module.attributes.items():
+            if isinstance(value, LazyTensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, ScriptModule):
+                waiting.append((f"{prefix}{name}.", value))
+    raise UserError(f"{source}: damaged, a program of more than {MAX_MODULES:,} modules")
 
 
 def _wrapped(content: object) -> object | None:

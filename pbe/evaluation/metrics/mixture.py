@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,12 +64,23 @@ class Mixture:
         return np.log(self.weights[index]) - 0.5 * np.sum(white**2, axis=0) - log_det - constant
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors."""
+        """Write it as safetensors; the file appears under its name only when it is complete.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.float64))
             for name in ("weights", "means", "cholesky")
         }
-        save_file(tensors, path, metadata={"format": FORMAT, "card": json.dumps(self.card)})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "card": json.dumps(self.card)})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write '{path}': {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_mixture(path: Path) -> Mixture:
@@ -79,18 +91,55 @@ def load_mixture(path: Path) -> Mixture:
     """
     if not path.is_file():
         raise UserError(f"there is no mixture '{path}'; scripts/fit_mixture.py makes one")
+    stranger = f"'{path}' is no mixture made by scripts/fit_mixture.py"
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
-                raise UserError(f"'{path}' is no mixture made by scripts/fit_mixture.py")
-            card = json.loads(file.metadata()["card"])
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise UserError(stranger)
+            card = json.loads(about.get("card", ""))
             weights, means, factors = (
                 file.get_tensor(n).double().numpy() for n in ("weights", "means", "cholesky")
             )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         hint = "pickles are not read; fit one with scripts/fit_mixture.py"
         raise UserError(f"'{path}' cannot be read as a mixture ({hint})") from error
+    k, d = means.shape if means.ndim == 2 else (0, 0)
+    shapes = (weights.shape, factors.shape)
+    if not isinstance(card, dict) or not k or shapes != ((k,), (k, d, d)):
+        raise UserError(f"{stranger}: its numbers or its card are of another form")
     return Mixture(weights, means, factors, card)
+
+
+def _estimator() -> type:
+    """Return scikit-learn's mixture.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from sklearn.mixture import GaussianMixture
+    except ImportError as error:
+        raise UserError("fitting a mixture needs scikit-learn: pip install 'pbe[evaluation]'") from error
+    return GaussianMixture
+
+
+def check_fit(pictures: int, components: int, seed: int) -> None:
+    """Check what a fit needs, before features are made.
+
+    Args:
+        pictures: number of them.
+        components: of the mixture.
+        seed: of the start, 0 to 2**32 - 1.
+
+    Raises:
+        UserError: scikit-learn is not installed, the seed is out of range, or there are too few pictures.
+    """
+    _estimator()
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed of the fit is 0 to 2**32 - 1, not {seed}")
+    if pictures <= components:
+        raise UserError(f"{components} components need more than {pictures} pictures")
 
 
 def fit_mixture(
@@ -105,19 +154,18 @@ def fit_mixture(
         seed: of the start.
 
     Raises:
-        UserError: scikit-learn is not installed, or there are too few or broken features.
+        UserError: as :func:`check_fit`, or the features are broken or no mixture fits them.
     """
-    try:
-        from sklearn.mixture import GaussianMixture
-    except ImportError as error:
-        raise UserError("fitting a mixture needs scikit-learn: pip install 'pbe[evaluation]'") from error
-    if len(features) <= components:
-        raise UserError(f"{components} components need more than {len(features)} pictures")
+    check_fit(len(features), components, seed)
     if not np.isfinite(features).all():
         raise UserError("some features are not finite; check pictures and weights")
-    fitted = GaussianMixture(components, covariance_type="full", random_state=seed)
-    fitted.fit(np.asarray(features, np.float64))
-    return Mixture(fitted.weights_, fitted.means_, np.linalg.cholesky(fitted.covariances_), card)
+    fitted = _estimator()(components, covariance_type="full", random_state=seed)
+    try:
+        fitted.fit(np.asarray(features, np.float64))
+        factors = np.linalg.cholesky(fitted.covariances_)
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise UserError(f"the fit fails; try fewer components or more pictures: {error}") from error
+    return Mixture(fitted.weights_, fitted.means_, factors, card)
 
 
 def quality(log_likelihood: np.ndarray) -> np.ndarray:

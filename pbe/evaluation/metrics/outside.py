@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.tower_files import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, NotRunError
 from pbe.evaluation.metrics.results import ScoreCard
-from pbe.evaluation.metrics.towers import file_sha256, read_state
+from pbe.evaluation.metrics.towers import file_sha256
 
 PEAK = 255.0
 SIGMA, TAPS = 1.5, 11  # the window of Wang et al. 2004

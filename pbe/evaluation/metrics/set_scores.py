@@ -117,10 +117,19 @@ class PictureFolder:
         for start in range(0, len(self.paths), size):
             pictures = []
             for path in self.paths[start : start + size]:
-                try:
-                    self.digest.update(path.name.encode() + b"\0" + path.read_bytes())
-                    with Image.open(path) as picture:
-                        pictures.append(np.array(picture.convert("RGB")))  # torch wants it writable
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise UserError(f"the reference picture '{path}' cannot be read: {error}") from error
+                pictures.append(read_picture(path))
+                self.digest.update(path.name.encode() + b"\0" + path.read_bytes())
             yield Batch(list(range(start, start + len(pictures))), [], pictures)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a real picture as uint8 RGB ``h w 3``.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the reference picture '{path}' cannot be read: {error}") from error

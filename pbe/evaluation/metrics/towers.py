@@ -7,7 +7,6 @@ the scores that need it are returned as not run.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ import torch
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pbe.checkpoints.archives import is_program
+from pbe.checkpoints.tower_files import image_tower, load_strictly, read_state
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.evaluation.metrics.features import (
@@ -33,7 +32,7 @@ from pbe.evaluation.metrics.features import (
     to_input,
 )
 from pbe.evaluation.metrics.measures import NotRunError
-from pbe.models.tower import build_tower, lite_weights
+from pbe.models.tower import build_tower, lite_weights, tagged_tower
 
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
 SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
@@ -153,8 +152,9 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
     Args:
         role: key of :data:`TOWERS`.
         architecture: another one than the role's own; its input stays the role's.
-        weights: a file (safetensors or a plain state dict; of all of CLIP or of its image tower), for
-            ``clip`` also a tag of open_clip, which may download. None: not given; Lite2 has its package.
+        weights: a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of all of CLIP or of
+            its image tower), for ``clip`` also a tag of open_clip, which may download. None: not
+            given; Lite2 has its package.
         device: where it runs.
 
     Raises:
@@ -171,11 +171,11 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
     if role == "inception":
         return _load_inception(spec, Path(weights), device)
     if not Path(weights).is_file() and weights in open_clip.list_pretrained_tags_by_model(spec.architecture):
-        network = open_clip.create_model(spec.architecture, pretrained=weights).visual
+        network = tagged_tower(spec.architecture, weights)
         return Tower(spec, network, state_sha256(network), device)
     network = build_network(spec)
     path = Path(weights)
-    _load_strictly(network, _visual(read_state(path)), path, spec.architecture)
+    load_strictly(network, image_tower(read_state(path)), path, spec.architecture)
     return Tower(spec, network, file_sha256(path), device)
 
 
@@ -216,6 +216,8 @@ def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
     except ImportError as error:
         raise NotRunError("needs torch-fidelity: pip install 'pbe[evaluation]'") from error
     read_state(path)  # refuses what is more than tensors; torch-fidelity itself would unpickle anything
+    if is_program(path):  # of which tensors can be read, but torch-fidelity would run it
+        raise UserError(f"'{path}' is a TorchScript program, no state dict of torch-fidelity's Inception")
     try:
         network = FeatureExtractorInceptionV3(
             spec.architecture, ["2048"], feature_extractor_weights_path=str(path)
@@ -223,45 +225,6 @@ def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
     except (RuntimeError, TypeError) as error:
         raise UserError(f"'{path}' holds no weights of torch-fidelity's Inception") from error
     return InceptionTower(spec, network, file_sha256(path), device)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors or a PyTorch file, without running what is in it.
-
-    Raises:
-        UserError: no such file, or more or less than tensors by name.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}' of tower weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"'{path}' cannot be read as a plain state dict") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"'{path}' is no plain state dict: it must hold tensors by name")
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _visual(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the image tower's part of a state dict of all of CLIP; any other as it is."""
-    inner = {key.removeprefix("visual."): v for key, v in state.items() if key.startswith("visual.")}
-    return inner or state
-
-
-def _load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    wanted = network.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shaped = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
-    if missing or extra or shaped:
-        first = (missing or extra or shaped)[0]
-        raise UserError(
-            f"'{path}' holds no weights of {architecture}: {len(missing)} tensors missing, {len(extra)} "
-            f"unknown, {len(shaped)} of another shape, such as '{first}'"
-        )
-    network.load_state_dict(state)
 
 
 def file_sha256(path: Path) -> str:

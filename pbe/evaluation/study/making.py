@@ -1,12 +1,15 @@
 """A human study as one static page: edits of several systems side by side, blinded, to be ranked.
 
 The form is that of the paper's study (30 groups, ranks 1 to 5 for quality and for consistency). The page
-knows pictures by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are.
+knows pictures by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are. It
+lies outside the folder to publish, and holds the random salt that the names are hashes with: whoever guesses
+the systems' names, the seed and the program cannot compute whose a picture is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from pbe.files import make_folder
 TEMPLATE = "study/page.html.j2"
 KEY = "key.json"
 KEY_FORMAT = "pbe-study-key-1"
+PAGE = "page"
 PICTURES = "pictures"
 MAX_SYSTEMS = 9  # as many as there are digits to press
 QUESTIONS = {
@@ -57,12 +61,13 @@ class StudySettings:
 def make_study(
     systems: Mapping[str, Path], benchmark: BenchmarkFolder, out: Path, settings: StudySettings
 ) -> Path:
-    """Write the page and its key; return the page's path.
+    """Write the page and its key, which no two calls make alike; return the page's path.
 
     Args:
         systems: name to folder of edits.
         benchmark: that was edited.
-        out: new folder for ``index.html``, ``key.json`` and, with ``copy``, ``pictures/``.
+        out: new folder for ``key.json`` and for ``page/``, which may be published: ``index.html`` and, with
+            ``copy``, ``pictures/``.
         settings: how many groups, which.
 
     Raises:
@@ -76,19 +81,21 @@ def make_study(
     chosen = _choose(folders, benchmark, settings)
     if any(make_folder(out).iterdir()):
         raise UserError(f"'{out}' is not empty; name a new folder")
+    published = make_folder(out / PAGE)
     groups, key = [], {}
-    digest = hashlib.sha256(f"{settings.seed} {sorted(systems)}".encode())
+    salt, copy_to = secrets.token_hex(16), published if settings.copy else None
     for number, position in enumerate(chosen, start=1):
         name = f"{number:02d}"
-        group, owners = _group(name, position, folders, benchmark, out if settings.copy else None, digest)
-        groups.append(group)
+        owners = {_opaque(salt, name, system): system for system in folders}
+        groups.append(_group(name, position, owners, folders, benchmark, copy_to))
         key[name] = {"case": benchmark.ids[position], "edits": owners}
-    study = digest.hexdigest()[:16]
+    study = _opaque(salt, "study")
     write_json(
         out / KEY,
         {
             "format": KEY_FORMAT,
             "study": study,
+            "salt": salt,
             "systems": sorted(systems),
             "questions": list(QUESTIONS),
             "benchmark": benchmark.sha256,
@@ -98,8 +105,13 @@ def make_study(
     questions = [{"id": name, "text": text} for name, text in QUESTIONS.items()]
     data = {"study": study, "title": settings.title, "questions": questions, "groups": groups}
     page = page_environment().get_template(TEMPLATE).render(title=settings.title, data=data)
-    write_html(page, out / "index.html")
-    return out / "index.html"
+    write_html(page, published / "index.html")
+    return published / "index.html"
+
+
+def _opaque(salt: str, *what: str) -> str:
+    """Return the name of a thing that only those can tell who have the salt."""
+    return hashlib.sha256("\0".join((salt, *what)).encode()).hexdigest()[:16]
 
 
 def _choose(
@@ -124,12 +136,15 @@ def _choose(
 def _group(
     name: str,
     position: int,
+    owners: Mapping[str, str],
     folders: Mapping[str, EditFolder],
     benchmark: BenchmarkFolder,
     copy_to: Path | None,
-    digest: Any,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the page shows of a group, and whose its edits are; feed what is shown to ``digest``."""
+) -> dict[str, Any]:
+    """Return what the page shows of a group.
+
+    Edits are written in the order of their opaque names, since files tell when they were written.
+    """
     case = benchmark[position]
     shown = {
         "source": case.image,
@@ -137,15 +152,12 @@ def _group(
         "exemplar": case.exemplar,
     }
     addresses = {what: _address(f"{name}-{what}", picture, copy_to) for what, picture in shown.items()}
-    edits, owners = [], {}
-    for system, folder in folders.items():
-        edit = folder[position]
+    edits = []
+    for opaque, system in sorted(owners.items()):
+        edit = folders[system][position]
         assert edit is not None
-        digest.update(np.ascontiguousarray(edit).tobytes())
-        opaque = hashlib.sha256(f"{name} {system} {digest.hexdigest()}".encode()).hexdigest()[:12]
         edits.append({"id": opaque, "src": _address(f"{name}-{opaque}", edit, copy_to)})
-        owners[opaque] = system
-    return {"id": name, **addresses, "edits": sorted(edits, key=lambda edit: edit["id"])}, owners
+    return {"id": name, **addresses, "edits": edits}
 
 
 def _address(name: str, picture: np.ndarray, copy_to: Path | None) -> str:

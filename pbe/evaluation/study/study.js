@@ -160,10 +160,15 @@ function finish() {
   $("save").focus();
 }
 
+function fileName() { // letters of any script; the hash tells names apart of which these leave the same
+  const name = state.rater.replace(/[^\p{L}\p{M}\p{N}_-]+/gu, "_");
+  return `rankings-${study.study}-${name}-${hash(state.rater).toString(16).padStart(8, "0")}.json`;
+}
+
 function save() {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([JSON.stringify(result(), null, 1)], { type: "application/json" }));
-  link.download = `rankings-${study.study}-${state.rater.replace(/[^\w-]+/g, "_")}.json`;
+  link.download = fileName();
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }

@@ -61,7 +61,7 @@ def _read(path: Path, kind: str, form: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is cut short or no JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != form:
         raise UserError(f"'{path}' is no {kind}: its format is not {form}")
@@ -80,9 +80,16 @@ def read_key(path: Path) -> StudyKey:
             str(name): {str(edit): str(owner) for edit, owner in group["edits"].items()}
             for name, group in content["groups"].items()
         }
-        return StudyKey(str(content["study"]), list(content["systems"]), list(content["questions"]), groups)
+        systems, questions = ([str(name) for name in content[part]] for part in ("systems", "questions"))
+        key = StudyKey(str(content["study"]), systems, questions, groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is a damaged key of a study") from error
+    if not key.questions or not key.groups or len(key.systems) < 2:
+        raise UserError(f"'{path}' is a damaged key of a study: it lacks questions, groups or systems")
+    for name, owners in groups.items():
+        if sorted(owners.values()) != sorted(systems):
+            raise UserError(f"'{path}' is a damaged key of a study: group {name} has not one edit a system")
+    return key
 
 
 def read_rankings(paths: Sequence[Path], key: StudyKey, *, partial: bool = False) -> dict[str, np.ndarray]:
@@ -109,7 +116,9 @@ def read_rankings(paths: Sequence[Path], key: StudyKey, *, partial: bool = False
         content = _read(path, "file of rankings", FORMAT)
         if content.get("study") != key.study:
             raise UserError(f"'{path}' belongs to another study ({content.get('study')}, not {key.study})")
-        rater = str(content.get("rater"))
+        rater = str(content.get("rater") or "").strip()
+        if not rater:
+            raise UserError(f"'{path}' does not say whose rankings it holds: it has no rater")
         if rater in raters:
             raise UserError(f"'{path}' and '{raters[rater]}' are both of the rater '{rater}'")
         raters[rater] = path

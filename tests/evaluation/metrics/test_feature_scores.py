@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from pbe.checkpoints.tower_files import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.frechet import frechet_distance, kernel_distance
 from pbe.evaluation.metrics.mixture import load_mixture, quality
 from pbe.evaluation.metrics.region_similarity import cosines, paper_cosines, raster_crop
 from pbe.evaluation.metrics.results import Bootstrap, Score
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
+from pbe.evaluation.metrics.set_scores import PictureFolder
 from pbe.evaluation.metrics.towers import (
     TOWERS,
     LiteTower,
@@ -28,9 +32,9 @@ from pbe.evaluation.metrics.towers import (
     centre_crop,
     file_sha256,
     load_tower,
-    read_state,
 )
 from scripts import fit_mixture
+from tests.checkpoints.test_tower_files import save_program
 from tests.evaluation.metrics.test_scoring import by_name, make
 
 SMALL = "vit/32x2-patch56-heads2-mlp64-quickgelu"
@@ -204,6 +208,46 @@ def test_fitting_says_what_is_wrong(tmp_path, capsys):
     assert "clip=FILE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "foo"], "--device 'foo' cannot be used here"),
+        (["--seed", "-1"], "the seed of the fit is 0 to 2**32 - 1, not -1"),
+        (["--components", "3"], "3 components need more than 3 pictures"),
+        (["--out", "FOLDER.safetensors"], "it is a folder"),
+        (["--out", "x" * 300 + ".safetensors"], "cannot write"),
+    ],
+)
+def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, capsys, more, message):
+    def too_late(*arguments):
+        raise AssertionError("the tower was loaded first")
+
+    monkeypatch.setattr(fit_mixture, "load_tower", too_late)
+    monkeypatch.chdir(tmp_path)
+    Path("FOLDER.safetensors").mkdir()
+    Path("pictures").mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8)).save(f"pictures/{index}.png")
+    arguments = ["--pictures", "pictures", "--out", "m.safetensors", "--tower-weights", "clip=x"]
+    assert fit_mixture.main([*arguments, "--components", "2", *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FOLDER.safetensors", "pictures"]
+
+
+def test_real_pictures_are_read_into_arrays_of_their_own(tmp_path):
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "a.png")
+    (batch,) = PictureFolder(tmp_path).batches(2)
+    assert batch.edits[0].shape == (6, 8, 3)
+    assert batch.edits[0].flags.writeable, "torch warns of arrays that are not"
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), b"IDAT")
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(UserError, match=r"b\.png' cannot be read: Image size"):
+        list(PictureFolder(tmp_path).batches(2))
+
+
 def test_what_lacks_its_weights_is_not_run_and_says_what_it_needs():
     cases, edits = make(2)
     names = ("clip-fid", "qs", "region-clip", "fid", "kid", "dino-similarity", "lpips-outside")
@@ -255,6 +299,7 @@ def test_weights_of_another_network_are_refused(weights, tmp_path):
     assert set(TOWERS) == {"clip", "dino", "inception", "lite2"}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_of_all_of_clip_serve_its_image_tower(weights, tmp_path):
     whole = {f"visual.{key}": value for key, value in read_state(weights).items()}
     torch.save({"state_dict": whole | {"logit_scale": torch.ones(())}}, tmp_path / "whole.pt")
@@ -262,6 +307,23 @@ def test_weights_of_all_of_clip_serve_its_image_tower(weights, tmp_path):
     plain, inner = (load_tower("clip", SMALL, str(path)) for path in (weights, tmp_path / "whole.pt"))
     assert np.array_equal(plain.whole(picture), inner.whole(picture))
     assert plain.sha256 != inner.sha256  # of the files' bytes
+    program = save_program(whole | {"input_resolution": torch.tensor(224)}, tmp_path / "ViT-B-32.pt")
+    scripted = load_tower("clip", SMALL, str(program))
+    assert np.array_equal(plain.whole(picture), scripted.whole(picture))
+    assert scripted.sha256 == file_sha256(program), "the sum that OpenAI publishes is of the archive"
+    with pytest.raises(UserError, match="is a TorchScript program, no state dict of torch-fidelity's"):
+        load_tower("inception", None, str(program))
+
+
+def test_a_tag_without_a_network_is_one_line(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise FileNotFoundError("no way to the Hub\nat all")
+
+    monkeypatch.setattr("pbe.models.tower.open_clip.create_model", no_network)
+    with pytest.raises(
+        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(no way to the Hub\)"
+    ):
+        load_tower("clip", None, "openai")
 
 
 def test_lpips_outside_runs_on_saved_random_weights(tmp_path):

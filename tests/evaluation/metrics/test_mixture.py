@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from sklearn.mixture import GaussianMixture
 
 from pbe.errors import UserError
@@ -58,6 +60,43 @@ def test_files_that_are_no_mixture_are_refused(tmp_path: Path):
     (tmp_path / "m.safetensors").write_bytes(whole[:-9])
     with pytest.raises(UserError, match="cannot be read as a mixture"):
         load_mixture(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "card"),
+    [
+        ({}, None),
+        ({}, "[1]"),
+        ({}, "[" * 100_000),
+        ({"weights": torch.ones(3, dtype=torch.float64)}, "{}"),
+        ({"means": torch.ones(2, dtype=torch.float64)}, "{}"),
+        ({"cholesky": torch.ones(2, 4, 3, dtype=torch.float64)}, "{}"),
+    ],
+    ids=["no card", "card is a list", "card is deep", "weights", "means", "cholesky"],
+)
+def test_mixtures_of_another_form_are_refused(tmp_path: Path, change: dict, card: str | None):
+    shapes = {"weights": (2,), "means": (2, 4), "cholesky": (2, 4, 4)}
+    tensors = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()} | change
+    about = {"format": "pbe-gaussian-mixture"} | ({} if card is None else {"card": card})
+    save_file(tensors, tmp_path / "m.safetensors", metadata=about)
+    with pytest.raises(UserError, match=r"m\.safetensors' (is no mixture|cannot be read as a mixture)"):
+        load_mixture(tmp_path / "m.safetensors")
+
+
+def test_a_mixture_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "m.safetensors").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        Mixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None], {}).save(tmp_path / "m.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_fit_that_fails_is_one_line(monkeypatch):
+    def fail(self, features):
+        raise ValueError("ill-defined empirical covariance")
+
+    monkeypatch.setattr(GaussianMixture, "fit", fail)
+    with pytest.raises(UserError, match=r"the fit fails; .*: ill-defined"):
+        fit_mixture(clusters(), {}, components=2)
 
 
 def test_bad_features_are_refused():

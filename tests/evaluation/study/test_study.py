@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.study import making
 from pbe.evaluation.study.making import StudySettings, make_study
 from pbe.evaluation.study.tables import kendall_w, read_key, read_rankings, study_markdown, summarise
 from scripts import human_study as command
@@ -45,7 +46,7 @@ def study(systems, bench_files, tmp_path_factory) -> Path:
 
 
 def page_data(study: Path) -> dict:
-    page = (study / "index.html").read_text()
+    page = (study / "page" / "index.html").read_text()
     found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     assert found
     return json.loads(found.group(1))
@@ -66,8 +67,8 @@ def written(path: Path, content: object) -> Path:
     return path
 
 
-def test_page_is_blinded_whole_and_the_same_every_time(study, systems, bench_files, tmp_path):
-    page, data = (study / "index.html").read_text(), page_data(study)
+def test_page_is_blinded_and_whole(study):
+    page, data = (study / "page" / "index.html").read_text(), page_data(study)
     assert not any(name in page for name in SYSTEMS)
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the page needs nothing beside it"
     assert len(data["groups"]) == 4
@@ -77,24 +78,46 @@ def test_page_is_blinded_whole_and_the_same_every_time(study, systems, bench_fil
         owners = key.groups[group["id"]]
         assert set(owners.values()) == set(SYSTEMS)
         assert [edit["id"] for edit in group["edits"]] == sorted(owners)
-    firsts = {tuple(key.groups[group["id"]].values()) for group in data["groups"]}
-    assert make(systems, bench_files, tmp_path / "again", "--groups", "4") == 0
-    assert (tmp_path / "again" / "index.html").read_text() == page
-    assert firsts
+
+
+def test_what_is_published_tells_nobody_whose_an_edit_is(systems, bench_files, tmp_path, monkeypatch):
+    """Who knows the systems, the seed, the pictures and this program still lacks the salt of the key."""
+    order: list[str] = []
+    write = making.write_picture
+    monkeypatch.setattr(making, "write_picture", lambda path, it: (order.append(path.stem), write(path, it)))
+    seen = []
+    for name in ("one", "two"):
+        order.clear()
+        assert make(systems, bench_files, tmp_path / name, "--groups", "4", "--copy") == 0
+        groups = page_data(tmp_path / name)["groups"]
+        key = json.loads((tmp_path / name / "key.json").read_text())
+        seen.append([(key["groups"][g["id"]]["case"], {edit["id"] for edit in g["edits"]}) for g in groups])
+        page = (tmp_path / name / "page" / "index.html").read_text()
+        assert len(key["salt"]) == 32
+        assert key["salt"] not in page
+        assert sorted(p.name for p in (tmp_path / name / "page").iterdir()) == ["index.html", "pictures"]
+        for group in groups:
+            names = {f"{group['id']}-{edit['id']}" for edit in group["edits"]}
+            times = [name for name in order if name in names]
+            assert len(times) == 3
+            assert times == sorted(times), "the times of files follow the opaque names, not the systems"
+    assert [case for case, _ in seen[0]] == [case for case, _ in seen[1]]
+    assert all(not a & b for (_, a), (_, b) in zip(*seen, strict=True)), "names are of the salt"
 
 
 def test_pictures_belong_to_their_systems(study, systems, bench_files, tmp_path):
     benchmark = BenchmarkFolder(bench_files)
     make_study(systems, benchmark, tmp_path / "beside", StudySettings(groups=2, seed=1, copy=True))
-    assert len((tmp_path / "beside" / "index.html").read_text()) < 60_000
+    published = tmp_path / "beside" / "page"
+    assert len((published / "index.html").read_text()) < 60_000
     key = json.loads((tmp_path / "beside" / "key.json").read_text())
     for group in page_data(tmp_path / "beside")["groups"]:
         for edit in group["edits"]:
-            shade = np.asarray(Image.open(tmp_path / "beside" / edit["src"]))[0, 0, 0]
+            shade = np.asarray(Image.open(published / edit["src"]))[0, 0, 0]
             owner = key["groups"][group["id"]]["edits"][edit["id"]]
             assert shade == 50 + 60 * SYSTEMS.index(owner)
         position = benchmark.ids.index(key["groups"][group["id"]]["case"])
-        source = np.asarray(Image.open(tmp_path / "beside" / group["source"]))
+        source = np.asarray(Image.open(published / group["source"]))
         np.testing.assert_array_equal(source, benchmark[position].image)
 
 
@@ -199,6 +222,8 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
     twice = json.loads(json.dumps(twice))
     twice["rankings"][group]["quality"][0] = twice["rankings"][group]["quality"][1]
     bad = {
+        "is cut short or no JSON: max": "[" * 100_000,
+        "it has no rater": {**good, "rater": None},
         "is cut short or no JSON": json.dumps(good)[:100],
         "is no file of rankings": {"format": "other"},
         "is no file of rankings: ": [1, 2],
@@ -228,6 +253,30 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"questions": []}, "it lacks questions, groups or systems"),
+        ({"groups": {}}, "it lacks questions, groups or systems"),
+        (
+            {"groups": {"01": {"edits": {"a": "alpha", "b": "beta", "c": "delta"}}}},
+            "group 01 has not one edit",
+        ),
+        ({"systems": 3}, "is a damaged key of a study"),
+        ({"groups": {"01": 3}}, "is a damaged key of a study"),
+    ],
+)
+def test_damaged_keys_are_one_line_each(study, tmp_path, capsys, change, message):
+    good = json.loads((study / "key.json").read_text())
+    order = {"quality": list(SYSTEMS), "consistency": list(SYSTEMS)}
+    fine = written(tmp_path / "fine.json", rankings(study, "one", order))
+    bad = written(tmp_path / "key.json", good | change)
+    assert command.main(["tabulate", "--key", str(bad), str(fine)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
 CLICKS = """<script>
 localStorage.clear();
 $("rater").value = "tester";
@@ -247,6 +296,7 @@ $("form").requestSubmit(); log.resumed = [state.at, ranking(tasks[1]).length];
 $("next").click();
 for (let i = 2; i < tasks.length; i++) { digits("32"); hit("Enter"); }
 log.ended = !$("end").hidden; log.result = result();
+log.files = ["Ян", "Юй", "a b", "a_b", "tester"].map((name) => { state.rater = name; return fileName(); });
 $("rater").value = "other"; $("form").requestSubmit();
 log.other = tasks.map((task) => task.edits.map((edit) => edit.id));
 document.title = "done"; document.body.textContent = "LOG" + JSON.stringify(log) + "END";
@@ -256,7 +306,7 @@ document.title = "done"; document.body.textContent = "LOG" + JSON.stringify(log)
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_clicks_and_keys_in_a_browser(study, tmp_path):
     page = tmp_path / "clicked.html"
-    page.write_text((study / "index.html").read_text().replace("</body>", CLICKS))
+    page.write_text((study / "page" / "index.html").read_text().replace("</body>", CLICKS))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [str(BROWSER), *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
@@ -279,3 +329,5 @@ def test_clicks_and_keys_in_a_browser(study, tmp_path):
     assert set(ranks) == {"quality", "consistency"}
     assert all(np.isfinite(array).all() for array in ranks.values())
     assert log["other"] != log["first"], "another rater sees another order"
+    assert len(set(log["files"])) == 5, "raters' files do not overwrite each other"
+    assert re.search(r"-Ян-[0-9a-f]{8}\.json$", log["files"][0])
