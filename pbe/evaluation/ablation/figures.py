@@ -13,6 +13,7 @@ from pbe.errors import UserError
 from pbe.evaluation.ablation.config import BY_ROW
 from pbe.evaluation.ablation.results import Results
 from pbe.evaluation.ablation.scoring import EditFolder
+from pbe.evaluation.ablation.stages import Stage
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.estimates import Estimate
 from pbe.evaluation.toy.sheets import sheet
@@ -75,19 +76,32 @@ def _bars(estimate: Estimate) -> list[list[float]]:
 
 
 def strip(results: Results, cases: int) -> np.ndarray:
-    """Draw the first cases with the edits of every row's first seed; returns uint8 ``h w 3``."""
-    benchmark = BenchmarkFolder(results.plan.benchmark)
+    """Draw the first cases with the edits of every row's first seed; returns uint8 ``h w 3``.
+
+    Where the cases were also edited with the hidden objects as exemplars, a second band shows these edits.
+    """
+    plan, rows = results.plan, results.ablation.rows
+    cells = {row.name: plan.of(row.name)[0] for row in rows}
+    bands = [_band(results, plan.benchmark, cases, {name: cell.edits for name, cell in cells.items()})]
+    if plan.own_benchmark is not None:
+        own = {name: cell.own_edits for name, cell in cells.items() if cell.own_edits is not None}
+        bands.append(_band(results, plan.own_benchmark, cases, own))
+    return np.concatenate(bands)
+
+
+def _band(results: Results, folder: Path, cases: int, edits: dict[str, Stage]) -> np.ndarray:
+    benchmark = BenchmarkFolder(folder)
     shown = [benchmark[number] for number in range(min(cases, len(benchmark)))]
-    rows = {
+    lines = {
         "masked": [grey_out(case.image, case.mask > 127) for case in shown],
         "exemplar": [case.exemplar for case in shown],
     }
-    for row in results.ablation.rows:
-        cell = results.plan.of(row.name)[0]
-        edits = EditFolder(Path(cell.edits.folder) / "pictures", benchmark.ids)
-        rows[_short(row.title)] = [edits[number] for number in range(len(shown))]
-    rows["true object"] = [case.image for case in shown]
-    return sheet(rows, columns=min(len(shown), 16))
+    for number, (name, stage) in enumerate(edits.items(), 1):
+        pictures = EditFolder(stage.folder / "pictures", benchmark.ids)
+        label = _short(results.titles[name])
+        lines[label if label not in lines else _short(f"{number}: {label}")] = list(pictures[: len(shown)])
+    lines["true object"] = [case.image for case in shown]
+    return sheet(lines, columns=min(len(shown), 16))
 
 
 def _short(title: str) -> str:

@@ -25,9 +25,11 @@ ASIDE = {
     "data": ("train_shards", "validation_shards", "num_workers", "verify", "remote_cache", "max_bad_share"),
     "trainer": (
         "resume", "progress", "threads", "profiler", "checkpoint_every", "checkpoint_minutes",
-        "keep_checkpoints", "keep_every", "keep_best", "accelerator", "devices", "num_nodes", "strategy",
+        "keep_checkpoints", "keep_every", "keep_best", "accelerator",
     ),
 }  # fmt: skip
+# Batches are those of one process: how many there are shapes a training where a configuration says it.
+SHARED_OUT = {"devices": "auto", "num_nodes": 1, "strategy": "auto"}
 VALIDATION_SEED = 1  # added to that of the training scenes
 
 
@@ -41,7 +43,8 @@ class Cell:
         config: the training's configuration.
         training: its stage; edits and scores come after it.
         edits: its stage.
-        scores: its stage; it may need further edits.
+        scores: its stage.
+        own_edits: the stage of the edits from own exemplars, if there are any.
     """
 
     row: Row
@@ -50,6 +53,7 @@ class Cell:
     training: Stage
     edits: Stage
     scores: Stage
+    own_edits: Stage | None = None
 
     @property
     def model(self) -> Path:
@@ -66,12 +70,14 @@ class Plan:
         cells: every row with every seed, seeds within rows.
         benchmark: folder of the cases.
         results: folder of the tables, figures and the page.
+        own_benchmark: folder of the cases with own exemplars, if they are edited.
     """
 
     stages: tuple[Stage, ...]
     cells: tuple[Cell, ...]
     benchmark: Path
     results: Path
+    own_benchmark: Path | None = None
 
     def of(self, row: str) -> list[Cell]:
         """Return the cells of a row, by seed."""
@@ -128,14 +134,13 @@ class _Planner:
             for seed in self.config.seeds:
                 config, training = trainings[row.name, seed]
                 edits = self._edits(row, seed, training, cases, benchmark)
-                others = [edits]
+                again = None
                 if own is not None:
-                    others.append(self._edits(row, seed, training, cases, own, " from own exemplars"))
-                scores = self._scores(row, seed, others, cases, benchmark)
-                cells[row.name, seed] = Cell(row, seed, config, training, edits, scores)
-        return Plan(
-            tuple(self.stages.values()), tuple(cells.values()), benchmark, self.workspace / self.config.name
-        )
+                    again = self._edits(row, seed, training, cases, own, " from own exemplars")
+                scores = self._scores(row, seed, [edits, again] if again else [edits], cases, benchmark)
+                cells[row.name, seed] = Cell(row, seed, config, training, edits, scores, again)
+        results = self.workspace / self.config.name
+        return Plan(tuple(self.stages.values()), tuple(cells.values()), benchmark, results, own)
 
     def _add(self, kind: str, name: str, fingerprint: str, folder: str, **rest: Any) -> Stage:
         stage = Stage(name, kind, fingerprint, self.workspace / folder / fingerprint[:12], **rest)
@@ -328,11 +333,13 @@ class _Planner:
             raise UserError(f"there is no model at '{path}'")
         if path.is_file():
             return self._hash(path)
-        names = [only, "config.json"] if only else [file.name for file in sorted(path.iterdir())]
+        names = (
+            [only, "config.json"] if only else sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+        )
         files = [path / name for name in names if (path / name).is_file()]
         if not files:
             raise UserError(f"'{path}' is not a model folder: it has no weights")
-        return fingerprint_of([(file.name, self._hash(file)) for file in files])
+        return fingerprint_of([(str(file.relative_to(path)), self._hash(file)) for file in files])
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:
@@ -347,6 +354,11 @@ def _shaping(config: Config) -> dict[str, Any]:
     for section, keys in ASIDE.items():
         for key in keys:
             (values[section] if section else values).pop(key, None)
+    for key, usual in SHARED_OUT.items():
+        if values["trainer"][key] == usual:
+            del values["trainer"][key]
+    if Path(pretrained := config.model.exemplar_encoder.pretrained).is_file():
+        values["pretrained"] = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
     values["cached"] = config.cache.variants if config.cache.folder else 0
     return values
 
@@ -359,7 +371,8 @@ def _cache_settings(config: Config) -> dict[str, Any]:
     tower = [encoder.tower, encoder.pretrained, encoder.tokens, encoder.pooled_stages, encoder.image_size]
     grid = encoder.token_grid if encoder.tokens == "all" else 0
     halved = "bf16" in config.trainer.precision
-    return {
+    tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
+    return tower_file | {
         "data": data, "seed": config.seed, "variants": config.cache.variants,
         "tower": [*tower, grid, encoder.mean, encoder.std], "halved": halved,
     }  # fmt: skip

@@ -66,17 +66,13 @@ def write_report(ablation: Ablation, plan: Plan) -> Path:
 def sections_of(results: Results) -> list[Section]:
     """Return the tables, one section a family: scores of two families never stand in one table."""
     made = []
-    rows = [row.title for row in results.ablation.rows]
+    rows = [(row.name, row.title) for row in results.ablation.rows]
     for family, title in FAMILIES.items():
         metrics = [(name, better) for name, of, better in results.metrics if of == family]
         if not metrics:
             continue
         names = {name for name, _ in metrics}
-        values = {
-            (row.title, name): results.estimates[row.name, name]
-            for row in results.ablation.rows
-            for name in names
-        }
+        values = {(row, name): results.estimates[row, name] for row, _ in rows for name in names}
         compared = [one for one in results.differences if one.metric in names]
         table = score_table(rows, metrics, values, score_note(results))
         made.append(Section(title, table, _compared(results, compared)))
@@ -87,9 +83,9 @@ def _compared(results: Results, differences: list[Difference]) -> Table | None:
     if not differences:
         return None
     note = (
-        "Paired bootstrap over cases and seeds; a difference whose interval holds 0 is undecided. Scores "
-        "that are geometric means are compared by logarithms. Those of whole sets are not paired: decided "
-        "only where no interval of a seed meets another row's. "
+        "Paired bootstrap over cases, widened by Student's t for how much trainings with other seeds vary, "
+        "pooled over the comparisons; a difference whose interval holds 0 is undecided. Scores that are "
+        "geometric means are compared by logarithms; those of whole sets are not paired. "
         "No correction for the number of comparisons."
     )
     return difference_table(differences, results.titles, note)
@@ -103,8 +99,9 @@ def score_note(results: Results) -> str:
     cases = max((len(values) for values in measured if values is not None), default=0)
     counted = f"{cases} cases, " if cases else ""
     return (
-        f"Mean over {counted}training seeds {seeds}; in brackets the {config.evaluation.level:.0%} bootstrap "
-        "interval over cases and seeds. ↑: more is better, ↓: less is better."
+        f"Mean over {counted}training seeds {seeds}; in brackets the {config.evaluation.level:.0%} interval: "
+        "bootstrap over cases, widened by Student's t for how much trainings with other seeds vary, pooled "
+        "over the rows. ↑: more is better, ↓: less is better."
     )
 
 

@@ -14,9 +14,12 @@ from pbe.evaluation.ablation.plan import Cell, Plan
 from pbe.evaluation.ablation.scoring import Measured, read_scores
 from pbe.evaluation.ablation.statistics import (
     Difference,
-    hierarchical_interval,
+    case_interval,
+    difference_of,
     paired_difference,
+    seed_margin,
     set_difference,
+    widened,
 )
 from pbe.evaluation.ablation.tables import changes, settings_of
 from pbe.evaluation.estimates import Estimate
@@ -52,10 +55,11 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds."""
         config = self.ablation.config
-        rows = []
+        rows, cumulative = [], config.cumulative
         for number, row in enumerate(self.ablation.rows):
             cells = self.plan.of(row.name)
-            before = self.plan.of(self.ablation.rows[number - 1].name)[0] if number else None
+            beside = self.ablation.rows[number - 1 if cumulative else 0].name
+            before = self.plan.of(beside)[0] if number else None
             rows.append(
                 {
                     "name": row.name,
@@ -119,14 +123,16 @@ def gather(ablation: Ablation, plan: Plan) -> Results:
     ran = [name for name in names if all(not math.isnan(scores[name].value) for scores in every)]
     scores = {(row, name): [one[name] for one in cells] for row, cells in read.items() for name in names}
     options = ablation.config.evaluation
-    estimates = {
-        (row.name, name): estimate_of(scores[row.name, name], options.resamples, options.level)
-        for row in ablation.rows
-        for name in ran
-    }
+    estimates: dict[tuple[str, str], Estimate] = {}
+    for name in ran:
+        margin = seed_margin([seed_values(scores[row, name]) for row in names_of_rows], level=options.level)
+        for row in names_of_rows:
+            estimates[row, name] = estimate_of(scores[row, name], options.resamples, options.level, margin)
+    pairs = [(first, second) for first, second in ablation.config.comparisons]
+    margins = {name: pair_margin(name, pairs, scores, options.level) for name in ran}
     differences = [
-        compare(name, (first, second), scores, options.resamples, options.level)
-        for first, second in ablation.config.comparisons
+        compare(name, pair, scores, options.resamples, options.level, margins[name])
+        for pair in pairs
         for name in ran
     ]
     absent = tuple((name, _why(name, every)) for name in names if name not in ran)
@@ -138,19 +144,47 @@ def _why(name: str, every: list[dict[str, Measured]]) -> str:
     return next((scores[name].why_not for scores in every if scores[name].why_not), "not a number")
 
 
-def estimate_of(seeds: list[Measured], resamples: int, level: float) -> Estimate:
-    """Return a row's score over its seeds: their mean, with an interval over cases and seeds.
+def seed_values(seeds: list[Measured]) -> np.ndarray:
+    """Return a row's value of each seed, ``(s,)``; logarithms of geometric means."""
+    values = np.array([one.value for one in seeds])
+    return np.log(values) if is_geometric(seeds) else values
+
+
+def pair_margin(
+    name: str, pairs: list[tuple[str, str]], scores: dict[tuple[str, str], list[Measured]], level: float
+) -> float:
+    """Return what chance between trainings adds to the interval of a score's differences.
+
+    Pairs of r rows have r - 1 independent differences at most.
+    """
+    groups = [difference_of(*(seed_values(scores[row, name]) for row in pair)) for pair in pairs]
+    return seed_margin(groups, level=level, most=max(len({row for pair in pairs for row in pair}) - 1, 1))
+
+
+def estimate_of(seeds: list[Measured], resamples: int, level: float, margin: float = 0.0) -> Estimate:
+    """Return a row's score over its seeds: their mean, with an interval over cases and trainings.
 
     Scores of whole sets, and those whose value is not the mean of its cases, have no cases to draw: theirs
-    goes from the lowest end of the seeds' own intervals to the highest.
+    has the mean width of the seeds' own intervals.
+
+    Args:
+        seeds: the score of each.
+        resamples: of the bootstrap over cases.
+        level: of the interval.
+        margin: what chance between trainings adds, in logarithms for geometric means.
     """
-    value = float(np.mean([one.value for one in seeds]))
     if is_geometric(seeds):
-        logs = hierarchical_interval(np.log(_stacked(seeds)), resamples=resamples, level=level)
-        return Estimate(*(math.exp(number) for number in (logs.value, logs.low, logs.high)))
-    if not is_mean(seeds):
-        return Estimate(value, min(one.low for one in seeds), max(one.high for one in seeds))
-    return hierarchical_interval(_stacked(seeds), resamples=resamples, level=level)
+        logs = case_interval(np.log(_stacked(seeds)), resamples=resamples, level=level)
+        wide = widened(logs, margin)
+        return Estimate(*(math.exp(number) for number in (wide.value, wide.low, wide.high)))
+    if is_mean(seeds):
+        return widened(case_interval(_stacked(seeds), resamples=resamples, level=level), margin)
+    value, low, high = (
+        float(np.mean([getattr(one, end) for one in seeds])) for end in ("value", "low", "high")
+    )
+    if not math.isfinite(value):
+        return Estimate(value, low, high)
+    return widened(Estimate(value, low, high), margin)
 
 
 def _stacked(seeds: list[Measured]) -> np.ndarray:
@@ -185,14 +219,16 @@ def compare(
     scores: dict[tuple[str, str], list[Measured]],
     resamples: int,
     level: float,
+    margin: float = 0.0,
 ) -> Difference:
     """Compare two rows by a score: in pairs of cases where it has them."""
+    how: dict[str, Any] = {"margin": margin, "resamples": resamples, "level": level}
     first, second = (scores[row, name] for row in rows)
     if is_mean([*first, *second]):
         stacked = (_stacked(first), _stacked(second))
-        return paired_difference(name, rows, *stacked, resamples=resamples, level=level)
+        return paired_difference(name, rows, *stacked, **how)
     if is_geometric(first) and is_geometric(second):
         logs = (np.log(_stacked(first)), np.log(_stacked(second)))
-        return replace(paired_difference(name, rows, *logs, resamples=resamples, level=level), log=True)
+        return replace(paired_difference(name, rows, *logs, **how), log=True)
     ends = [[Estimate(one.value, one.low, one.high) for one in row] for row in (first, second)]
-    return set_difference(name, rows, *ends)
+    return set_difference(name, rows, *ends, margin=margin)

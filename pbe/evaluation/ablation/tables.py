@@ -37,7 +37,7 @@ def interval(estimate: Estimate) -> str:
 
 
 def score_table(
-    rows: Sequence[str],
+    rows: Sequence[tuple[str, str]],
     metrics: Sequence[tuple[str, str]],
     values: dict[tuple[str, str], Estimate],
     note: str,
@@ -45,13 +45,13 @@ def score_table(
     """Return the table of scores.
 
     Args:
-        rows: titles.
+        rows: names and titles.
         metrics: name and better direction (``higher``, ``lower``) of the columns.
-        values: by title and metric.
+        values: by name of the row and metric.
         note: below the table.
     """
     head = ["", *(f"{name} {ARROWS[better]}".strip() for name, better in metrics)]
-    body = [[row, *(interval(values[row, name]) for name, _ in metrics)] for row in rows]
+    body = [[title, *(interval(values[row, name]) for name, _ in metrics)] for row, title in rows]
     return Table(head, body, note)
 
 
@@ -59,7 +59,7 @@ def difference_table(differences: Sequence[Difference], titles: dict[str, str], 
     """Return the table of comparisons; what the interval does not decide is written as undecided."""
     body = []
     for one in differences:
-        bounds = f"{one.low:+.3f} to {one.high:+.3f}" if one.paired else "not paired"
+        bounds = "none" if math.isnan(one.low) else f"{one.low:+.3f} to {one.high:+.3f}"
         said = UNDECIDED if one.verdict == UNDECIDED else f"{titles[one.second]} is {one.verdict}"
         pair = f"{titles[one.second]} − {titles[one.first]}"
         body.append([f"log {one.metric}" if one.log else one.metric, pair, f"{one.value:+.3f}", bounds, said])
