@@ -94,7 +94,7 @@ class ScriptModule(Placeholder):
 
     attributes: Mapping[object, object] = MappingProxyType({})
 
-    def __setstate__(self, state: object) -> None:
+    def __setstate__(self, state: object) -> None:  # type: ignore[override]
         if isinstance(state, dict):
             self.attributes = state
 

@@ -20,7 +20,9 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.strategies import StrategyRegistry
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,  # of lightning-fabric, and documented here
+)
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
