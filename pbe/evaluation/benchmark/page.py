@@ -108,7 +108,7 @@ def picks(score: Score | None, available: Sequence[int], count: int, seed: int) 
     chosen: dict[str, list[int]] = {}
     if score is not None and score.per_case is not None:
         values = score.per_case
-        ranked = sorted((i for i in available if np.isfinite(values[i])), key=lambda i: (values[i], i))
+        ranked = sorted((i for i in available if not np.isnan(values[i])), key=lambda i: (values[i], i))
         if score.better == "higher":
             ranked.reverse()
         chosen = {"Best": ranked[:count], "Worst": ranked[::-1][:count]}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
+from pbe.data.randomness import generator
 from pbe.errors import UserError
 from pbe.evaluation.estimates import resample_counts
 from pbe.evaluation.metrics.results import Bootstrap
@@ -15,15 +17,19 @@ from pbe.evaluation.metrics.results import Bootstrap
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance of two sets and the standard error that resampling the first gives it."""
+    """A distance of two sets and the standard error that resampling the first gives it.
+
+    ``floor`` is what a distance cannot be below, and its interval therefore does not go below either.
+    """
 
     value: float
     error: float
+    floor: float = -math.inf
 
     def interval(self, level: float) -> tuple[float, float]:
         """Return the ends of the normal interval that holds a share ``level``."""
         half = NormalDist().inv_cdf((1.0 + level) / 2) * self.error
-        return self.value - half, self.value + half
+        return math.nan if math.isnan(half) else max(self.value - half, self.floor), self.value + half
 
 
 def _checked(features: np.ndarray, what: str) -> np.ndarray:
@@ -72,23 +78,41 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
-    """Return :func:`frechet_distance` with its standard error over the rows of ``a``."""
+    """Return :func:`frechet_distance` with its standard error over the rows of ``a``.
+
+    The error is that of the jackknife over ``bootstrap.set_resamples`` groups of rows (Efron and Tibshirani
+    1993, section 11.5): a bootstrap draws rows twice, which takes rank from the covariance and
+    misleads where there are fewer pictures than features.
+    """
     value = frechet_distance(a, b)
     a, b = _pair(a, b)
     mean_b, root_b = _root(b)
     trace_b, projected = float(np.sum(root_b**2)), a @ root_b
     squares = np.sum(a**2, axis=1)
     found = []
-    for counts in resample_counts(len(a), bootstrap.set_resamples, bootstrap.seed):
-        weights = counts / len(a)
-        mean, unbias = weights @ a, len(a) / (len(a) - 1)
-        trace = float(weights @ squares - mean @ mean) * unbias
-        kept = counts > 0
-        centred = (projected[kept] - weights @ projected) * np.sqrt(weights[kept] * unbias)[:, None]
+    for kept in leave_groups_out(len(a), bootstrap.set_resamples, bootstrap.seed):
+        count = int(kept.sum())
+        mean, unbias = a[kept].mean(axis=0), count / (count - 1)
+        trace = (float(squares[kept].mean()) - float(mean @ mean)) * unbias
+        centred = (projected[kept] - projected[kept].mean(axis=0)) * math.sqrt(unbias / count)
         gram = centred @ centred.T if centred.shape[0] <= centred.shape[1] else centred.T @ centred
         overlap = np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum()
         found.append(float(np.sum((mean - mean_b) ** 2)) + trace + trace_b - 2.0 * overlap)
-    return Distance(value, float(np.std(found, ddof=1)))
+    groups = len(found)
+    error = math.sqrt((groups - 1) * float(np.var(found))) if groups > 1 else math.nan
+    return Distance(value, error, floor=0.0)
+
+
+def leave_groups_out(count: int, groups: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield which of ``count`` rows remain without each of ``groups`` random groups, bool ``(count,)``.
+
+    Nothing comes of fewer than three rows, of which no two would remain.
+    """
+    order = generator(seed, "jackknife", count, groups).permutation(count)
+    for group in np.array_split(order, min(groups, count)) if count > 2 else ():
+        kept = np.ones(count, bool)
+        kept[group] = False
+        yield kept
 
 
 def kernel_sums(a: np.ndarray, b: np.ndarray, rows: int = 1024) -> np.ndarray:

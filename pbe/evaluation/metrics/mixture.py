@@ -190,6 +190,9 @@ class QualityMeasure(CaseMeasure):
         fitted = self.mixture.card.get("weights_sha256", "")
         if fitted != tower.sha256:
             raise UserError(f"the mixture '{path}' is of other weights' features ({fitted[:12]}...)")
+        for key, own in (("feature_model", tower.spec.architecture), ("resize_filter", tower.whole_filter)):
+            if (noted := self.mixture.card.get(key, own)) != own:  # one file of weights may suit two networks
+                raise UserError(f"the mixture '{path}' is of the features of '{noted}', not '{own}'")
         card = ScoreCard(
             tower.spec.architecture,
             tower.sha256,

@@ -14,7 +14,7 @@ from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate, mean_interval
 Family = Literal["paper", "clean", "toy"]
 Better = Literal["higher", "lower"]
 FAMILIES: dict[Family, str] = {
-    "paper": "the paper's scores, as its released scripts compute them",
+    "paper": "the paper's scores, as its released scripts compute them, and with the region's crop corrected",
     "clean": "the field's usual scores, and those of what the method is about",
     "toy": "scores of the toy world, on a small tower",
 }

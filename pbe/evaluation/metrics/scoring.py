@@ -21,7 +21,7 @@ from pbe.evaluation.metrics.region_similarity import paper_region_measure, regio
 from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run
 from pbe.evaluation.metrics.seam import seam_measure
 from pbe.evaluation.metrics.set_scores import PictureFolder, SetMeasure
-from pbe.evaluation.metrics.towers import TOWERS, Tower, load_tower
+from pbe.evaluation.metrics.towers import OTHERS_ALLOWED, TOWERS, Tower, load_tower
 
 Progress = Callable[[int, int], None]
 ROLES = (*TOWERS, "lpips")
@@ -65,6 +65,9 @@ class ScoreSettings:
         strange = [role for role in (*self.weights, *self.architectures) if role not in ROLES]
         if strange:
             raise UserError(f"there is no tower '{strange[0]}'; there are: {', '.join(ROLES)}")
+        fixed = [role for role in self.architectures if role not in OTHERS_ALLOWED]
+        if fixed:
+            raise UserError(f"the tower '{fixed[0]}' has one architecture; clip and dino may have others")
         if self.batch_size < 1:
             raise UserError(f"the batch size is {self.batch_size}; it must be at least 1")
 

@@ -79,7 +79,7 @@ class SetMeasure(Measure):
             pictures=pictures,
             excluded=excluded,
             reference_sha256=outcome.images_sha256 if self.own_reference else outcome.reference_sha256,
-            interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} bootstrap "
+            interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
             "resamples of the edits",
             notes=f"{self.notes}{'; ' if self.notes else ''}{real} real pictures from {source}",
         )

@@ -63,6 +63,7 @@ TOWERS = {
     "inception": TowerSpec("inception-v3-compat", 299),
     "lite2": TowerSpec(f"timm/{LITE_TOWER}", LITE_SIZE),
 }
+OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 class Tower:
@@ -79,7 +80,7 @@ class Tower:
 
     def __init__(self, spec: TowerSpec, network: nn.Module, sha256: str, device: str = "cpu") -> None:
         self.spec, self.sha256, self.device = spec, sha256, device
-        self.key = f"{spec.architecture} {sha256}"  # under which features are shared
+        self.key = f"{spec} {sha256}"  # under which features are shared
         self.network = network.eval().requires_grad_(False).to(device)
 
     def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,6 +163,10 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
         UserError: the architecture is unknown, or the weights cannot be read or are another network's.
     """
     spec = TOWERS[role]
+    if architecture is not None and role not in OTHERS_ALLOWED:
+        raise UserError(
+            f"the tower '{role}' has one architecture; {' and '.join(OTHERS_ALLOWED)} may have others"
+        )
     if architecture is not None:
         spec = TowerSpec(architecture, spec.size, spec.mean, spec.std)
     if role == "lite2":

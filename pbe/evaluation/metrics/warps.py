@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROTATIONS = (-40.0, -20.0, 0.0, 20.0, 40.0)  # degrees
-SCALES = (0.7, 0.9, 1.15)  # of each axis; below 1 = the exemplar enlarged
+SCALES = (0.7, 0.9, 1.15, 1.5)  # of each axis; below 1 = the exemplar enlarged
 SHIFTS = (-0.2, 0.0, 0.2)  # of each axis; 2 = the whole side
 MIN_STRETCH, MAX_STRETCH = 0.45, 1.8  # singular values that a warp may have
 MAX_SHIFT = 0.7

@@ -42,6 +42,22 @@ def test_the_kinds_hardly_overlap(shares):
     assert auc(shares["pasted"], shares["inpainted"]) == 1.0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.3, 1.5, 1.7])
+def test_small_copies_are_found_as_well(toy, scale):
+    """Exemplars down to six tenths of the hole's size, in its middle and before grey."""
+    edits = []
+    for case in toy[:8]:
+        x, y, width, height = cv2.boundingRect(case.mask)
+        w, h = round(width / scale), round(height / scale)
+        left, top = x + (width - w) // 2, y + (height - h) // 2
+        edit = case.image.copy()
+        edit[y : y + height, x : x + width] = 127
+        edit[top : top + h, left : left + w] = cv2.resize(case.exemplar, (w, h), interpolation=cv2.INTER_AREA)
+        edits.append(edit)
+    found = explained_shares(edits, [case.mask for case in toy[:8]], [case.exemplar for case in toy[:8]])
+    assert found.mean() > 0.5
+
+
 def test_every_share_is_one(shares):
     together = np.concatenate(list(shares.values()))
     assert np.all((together >= 0.0) & (together <= 1.0))

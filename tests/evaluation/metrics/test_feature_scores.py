@@ -195,6 +195,11 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
         False,
         "not run: it is made of whole batches of 50 pictures, and there are 7",
     )
+    stranger = tmp_path / "stranger.safetensors"  # of the same weights in another network
+    noted = load_mixture(out)
+    replace(noted, card=noted.card | {"feature_model": "ViT-B-32"}).save(stranger)
+    with pytest.raises(UserError, match="is of the features of 'ViT-B-32', not"):
+        score(cases, edits, settings("qs", mixture=stranger))
     other = settings("qs", mixture=out, weights={"clip": settings().weights["dino"]})
     with pytest.raises(UserError, match="is of other weights' features"):
         score(cases, edits, other)

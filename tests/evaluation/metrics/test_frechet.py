@@ -10,7 +10,14 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.frechet import Distance, frechet, frechet_distance, kernel, kernel_distance
+from pbe.evaluation.metrics.frechet import (
+    Distance,
+    frechet,
+    frechet_distance,
+    kernel,
+    kernel_distance,
+    leave_groups_out,
+)
 from pbe.evaluation.metrics.results import Bootstrap
 
 
@@ -74,26 +81,40 @@ def test_kernel_distance_is_unbiased_and_takes_sets_of_two_sizes():
 
 
 @pytest.mark.parametrize("measure", [frechet, kernel])
-def test_standard_error_is_that_of_fresh_samples(measure):
+@pytest.mark.parametrize(("count", "width"), [(150, 3), (40, 90)])
+def test_standard_error_is_that_of_fresh_samples(measure, count, width):
+    """With more and with fewer pictures than features."""
     rng = np.random.default_rng(4)
-    real = rng.normal(size=(400, 3))
-    bootstrap = Bootstrap(set_resamples=200)
+    real = rng.normal(size=(400, width))
+    bootstrap = Bootstrap(set_resamples=50)
     fresh = [
-        measure(rng.normal(size=(150, 3)) + 0.5, real, Bootstrap(set_resamples=2)).value for _ in range(60)
+        measure(rng.normal(size=(count, width)) + 0.5, real, Bootstrap(set_resamples=2)).value
+        for _ in range(60)
     ]
-    errors = [measure(rng.normal(size=(150, 3)) + 0.5, real, bootstrap).error for _ in range(5)]
-    assert np.mean(errors) == pytest.approx(np.std(fresh), rel=0.3)
+    errors = [measure(rng.normal(size=(count, width)) + 0.5, real, bootstrap).error for _ in range(5)]
+    assert np.mean(errors) == pytest.approx(np.std(fresh), rel=0.35)
 
 
-def test_a_resample_of_the_frechet_distance_is_the_distance_of_the_resample():
-    from pbe.evaluation.estimates import resample_counts
-
+def test_the_frechet_error_is_the_jackknife_of_the_distance():
     rng = np.random.default_rng(5)
     a, b = rng.normal(size=(25, 6)), rng.normal(size=(40, 6)) + 1
-    bootstrap = Bootstrap(seed=7, set_resamples=5)
-    draws = [np.repeat(a, counts.astype(int), axis=0) for counts in resample_counts(25, 5, 7)]
-    expected = np.std([frechet_distance(draw, b) for draw in draws], ddof=1)
-    assert frechet(a, b, bootstrap).error == pytest.approx(expected, rel=1e-6)
+    left = [frechet_distance(np.delete(a, i, axis=0), b) for i in range(25)]
+    found = frechet(a, b, Bootstrap(seed=7, set_resamples=50))  # more groups than rows: one by one
+    assert found.error == pytest.approx(np.sqrt(24 / 25 * np.sum((left - np.mean(left)) ** 2)), rel=1e-6)
+    groups = list(leave_groups_out(25, 5, 7))
+    assert [int(kept.sum()) for kept in groups] == [20] * 5
+    assert np.all(np.sum(groups, axis=0) == 4)  # every row is left out once
+    left = [frechet_distance(a[kept], b) for kept in groups]
+    found = frechet(a, b, Bootstrap(seed=7, set_resamples=5))
+    assert found.error == pytest.approx(np.sqrt(4 / 5 * np.sum((left - np.mean(left)) ** 2)), rel=1e-6)
+
+
+def test_a_distance_has_no_interval_below_zero():
+    a = np.random.default_rng(6).normal(size=(40, 8))
+    low, high = frechet(a, a, Bootstrap()).interval(0.95)
+    assert low == 0.0
+    assert high > 0.0
+    assert np.isnan(frechet(a[:2], a, Bootstrap()).interval(0.95)).all()
 
 
 def test_interval_is_the_normal_one():

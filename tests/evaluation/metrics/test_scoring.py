@@ -217,3 +217,9 @@ def test_intervals_come_from_the_settings():
 def test_every_metric_is_of_a_known_family():
     assert {row.family for row in METRICS.values()} <= {"paper", "clean", "toy"}
     assert scoring.METRICS is METRICS
+
+
+@pytest.mark.parametrize("role", ["lite2", "inception", "lpips"])
+def test_towers_of_one_architecture_take_no_other(role):
+    with pytest.raises(UserError, match=f"the tower '{role}' has one architecture"):
+        ScoreSettings(architectures={role: "timm/resnet50"})
