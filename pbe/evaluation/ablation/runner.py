@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any
 
 from pbe.errors import UserError
 from pbe.evaluation.ablation.schedule import Schedule, span
@@ -108,7 +109,7 @@ class Runner:
         job = stage.folder / JOB
         write_json(job, asdict(stage) | {"folder": str(stage.folder), "resumed": stage.log.exists()})
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-        with stage.log.open("ab") as log:
+        with _opened(stage.log, "ab") as log:
             process = subprocess.Popen(
                 self.command(job),
                 stdout=log,
@@ -173,6 +174,13 @@ def _failure(stage: Stage, status: int) -> str:
     return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
 
 
+def _opened(path: Path, mode: str) -> IO[Any]:
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
 @contextmanager
 def only_one(workspace: Path) -> Iterator[int]:
     """Hold the lock of a workspace, and yield its file descriptor.
@@ -182,7 +190,7 @@ def only_one(workspace: Path) -> Iterator[int]:
     Raises:
         UserError: another process holds it.
     """
-    with (make_folder(workspace) / ".lock").open("w") as lock:
+    with _opened(make_folder(workspace) / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

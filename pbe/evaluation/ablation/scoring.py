@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import exemplar_auc
 from pbe.evaluation.ablation.pose import pose_scores
 from pbe.evaluation.ablation.stages import write_json
@@ -86,8 +87,18 @@ def score_folder(job: dict[str, Any], folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> dict[str, Measured]:
-    """Read what :func:`score_folder` wrote, by name of the score."""
-    return {one["name"]: _measured(one) for one in json.loads((folder / SCORES).read_text())}
+    """Read what :func:`score_folder` wrote, by name of the score.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return {one["name"]: _measured(one) for one in json.loads((folder / SCORES).read_text())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{folder / SCORES}' is missing or damaged; delete the folder '{folder}', and the same command "
+            "scores once more"
+        ) from error
 
 
 def _measured(content: dict[str, Any]) -> Measured:

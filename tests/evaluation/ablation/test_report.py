@@ -14,7 +14,7 @@ import yaml
 
 from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.ablation.config import Ablation, load_ablation
+from pbe.evaluation.ablation.config import STAGE_FOLDERS, Ablation, load_ablation
 from pbe.evaluation.ablation.plan import Plan, make_plan
 from pbe.evaluation.ablation.report import write_report
 from pbe.evaluation.ablation.results import compare, estimate_of, gather
@@ -125,6 +125,32 @@ def test_rows_that_were_scored_otherwise_are_not_compared(ablation: tuple[Ablati
         gather(*ablation)
 
 
+@pytest.mark.parametrize("text", [None, "", "[1]", "{}{", '[{"name": "seam"}]', '{"name": 1}'])
+def test_scores_that_are_damaged_are_one_line(ablation: tuple[Ablation, Plan], text: str | None) -> None:
+    file = ablation[1].cells[0].scores.folder / "scores.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=f"'{file}' is missing or damaged; delete the folder"):
+        gather(*ablation)
+
+
+def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for workspace in ("file", "file/work"):
+        content = {"base": str(CONFIGS / "toy.yaml"), "workspace": str(tmp_path / workspace)}
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({**content, "rows": [{"name": "a"}]}))
+        with pytest.raises(UserError, match=r"workspace .* cannot be made: '.*file' is a file"):
+            make_plan(load_ablation(path))
+
+
+def test_stages_lie_in_the_folders_that_no_ablation_can_be_named_after(
+    ablation: tuple[Ablation, Plan],
+) -> None:
+    folders = {stage.folder.parent.name for stage in ablation[1].stages}
+    assert folders <= set(STAGE_FOLDERS)
+    assert {"trainings", "edits", "scores", "benchmarks"} <= folders
+
+
 def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     content = {
         "base": str(CONFIGS / "toy.yaml"),
@@ -134,6 +160,8 @@ def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: 
     for evaluation, message in (
         ({"metrics": ["seem"]}, "seem"),
         ({"metrics": ["seam"], "plot_y": "colour-inside"}, "'colour-inside', but only seam"),
+        ({"metrics": ["seam"], "plot_y": "row"}, "'plot_y' is 'row', but only seam"),
+        ({"metrics": ["seam"], "plot_x": "kid"}, "'plot_x' is 'kid'; it must be row, or .*seam"),
     ):
         path = tmp_path / "own.yaml"
         path.write_text(yaml.safe_dump({**content, "evaluation": evaluation}))

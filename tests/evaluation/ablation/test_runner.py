@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -177,6 +179,31 @@ def test_a_child_that_was_killed_is_told_and_goes_on(tmp_path: Path) -> None:
     thread.join()
     assert runner(stages).run() == 0
     assert results(stages) == ["a()" + "a " * 8]
+
+
+@pytest.mark.parametrize("key", ["seconds", "units", "rate", "resumed"])
+def test_a_mark_without_its_keys_is_none(tmp_path: Path, key: str) -> None:
+    one = stage(tmp_path, "a")
+    one.folder.mkdir()
+    one.finish(1.0, False)
+    content = json.loads((one.folder / "done.json").read_text())
+    assert one.mark() == content
+    for wrong in (content | {key: None}, {name: value for name, value in content.items() if name != key}):
+        (one.folder / "done.json").write_text(json.dumps(wrong))
+        assert one.mark() is None
+    assert Schedule([one], RATES).remaining({}, 1) == 2.0
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
+        runner([stage(tmp_path, "a")]).run()
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"cannot write '.*\.lock': No space left"), only_one(tmp_path):
+        pass
 
 
 def test_a_workspace_has_one_runner(tmp_path: Path) -> None:
