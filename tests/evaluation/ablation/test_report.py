@@ -20,7 +20,8 @@ from pbe.evaluation.ablation.report import write_report
 from pbe.evaluation.ablation.results import compare, estimate_of, gather
 from pbe.evaluation.ablation.scoring import Measured
 from pbe.evaluation.ablation.stages import write_json
-from pbe.evaluation.ablation.tables import escape, latex, markdown, number
+from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
+from pbe.evaluation.estimates import Estimate
 from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
 from pbe.evaluation.report import Table
 from pbe.evaluation.toy.export import export_toy_benchmark
@@ -94,7 +95,7 @@ def test_the_report_is_whole(ablation: tuple[Ablation, Plan]) -> None:
     assert "- `data.sample.augment.enabled`: true → false" in text
     assert "- `sampling.steps`: 50 → 9" in text
     assert "learning_rate" not in text  # nothing but what is changed
-    assert "row\\_a \\& <b>more</b>" in (folder / "tables.tex").read_text()
+    assert r"row\_a \& \textless{}b\textgreater{}more" in (folder / "tables.tex").read_text()
     assert "row_a &amp; &lt;b&gt;more&lt;/b&gt;" in html
     assert "<b>more" not in html
     assert html.count("data:image/png;base64,") == 2
@@ -174,11 +175,34 @@ def test_markdown_and_latex_escape_what_they_would_read() -> None:
     table = Table(["a|b", "50 %"], [["x_1", "↑ {}"]], "a note & more")
     assert markdown(table) == "| a\\|b | 50 % |\n|---|---|\n| x_1 | ↑ {} |\n\na note & more\n"
     made = latex(table)
-    assert r"a|b & 50 \% \\" in made
+    assert r"a\textbar{}b & 50 \% \\" in made
     assert r"x\_1 & $\uparrow$ \{\} \\" in made
-    assert made.startswith(r"\begin{tabular}{ll}" + "\n" + r"\toprule")
-    assert r"a note \& more" in made
+    column = r"p{\dimexpr\linewidth/2-2\tabcolsep\relax}"
+    assert made.startswith(
+        "\n".join(
+            [
+                r"% needs \usepackage{longtable,booktabs}",
+                r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
+                rf"\begin{{longtable}}{{{column}{column}}}",
+                r"\toprule",
+            ]
+        )
+    )
+    assert made.endswith("\\end{longtable}\n\\noindent a note \\& more\\par\n\\endgroup\n")
+    assert made.index(r"\midrule") < made.index(r"\endhead") < made.index(r"x\_1")
+    assert escape("<|>") == r"\textless{}\textbar{}\textgreater{}"
+    assert escape("[1]*") == "{[}1]{*}"  # after a line's end they would be an option of it
     assert escape("\\~^#$") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\#\$"
+
+
+def test_latex_turns_the_table_of_scores() -> None:
+    values = {(row, name): Estimate(1.0, 0.5, 2.0) for row in ("a", "b") for name in ("seam", "kid")}
+    table = score_table(["a", "b"], [("seam", "lower"), ("kid", "lower")], values, "")
+    assert markdown(table).startswith("|  | seam ↓ | kid ↓ |\n")
+    lines = latex(table).splitlines()
+    cell = "1.000 (0.500 to 2.000)"
+    assert " & a & b \\\\" in lines
+    assert rf"kid $\downarrow$ & {cell} & {cell} \\" in lines
 
 
 def test_numbers() -> None:
