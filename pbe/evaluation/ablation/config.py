@@ -86,6 +86,8 @@ class EvaluationConfig:
 
     ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
     ``metrics`` are names of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all.
+    ``tower_weights`` (by tower: a file, for ``clip`` also a tag of open_clip), ``mixture`` (a file) and
+    ``reference`` (a folder of real pictures) are what some of them need, as ``scripts/evaluate.py`` takes it.
     ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
     ``own_exemplars`` edits the cases once more, with the hidden objects themselves as exemplars, and adds
     what an exemplar in another pose costs; see :mod:`pbe.evaluation.ablation.pose`.
@@ -98,6 +100,9 @@ class EvaluationConfig:
     noise_seed: int = 0
     batch_size: int = 32
     metrics: list[str] = field(default_factory=list)
+    tower_weights: dict[str, str] = field(default_factory=dict)
+    mixture: str = ""
+    reference: str = ""
     exemplar_auc: bool = False
     own_exemplars: bool = False
     plot_x: str = "row"

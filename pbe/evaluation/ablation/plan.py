@@ -14,6 +14,7 @@ from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import NAME as EXEMPLAR_AUC
 from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, TOY_CASES, Ablation, Row
 from pbe.evaluation.ablation.pose import NAMES as POSE
+from pbe.evaluation.ablation.scoring import identities
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
@@ -124,6 +125,7 @@ class _Planner:
         self.latents = self.workspace / "latents"  # the one latent cache, with a section for each settings
         self.stages: dict[str, Stage] = {}
         self._hashes: dict[Path, str] = {}
+        self._outside = identities(self.config.evaluation)
 
     def plan(self) -> Plan:
         """Return the stages of all rows and seeds, each made once however many rows need it."""
@@ -317,7 +319,8 @@ class _Planner:
         names = ("metrics", "exemplar_auc", "resamples", "level")
         settings = {name: getattr(options, name) for name in names}
         needs = tuple(stage.fingerprint for stage in edits)
-        mark = fingerprint_of(FORMAT, "scores", needs, settings)
+        mark = fingerprint_of(FORMAT, "scores", needs, settings | self._outside)  # nothing new where none
+        settings |= {name: getattr(options, name) for name in self._outside}
         pictures = [str(stage.folder / "pictures") for stage in edits] + [""]
         job = {"edits": pictures[0], "own_edits": pictures[1], "benchmark": str(benchmark), **settings}
         return self._add(

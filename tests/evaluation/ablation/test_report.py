@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,11 +16,12 @@ import yaml
 
 from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
+from pbe.evaluation.ablation import scoring
 from pbe.evaluation.ablation.config import STAGE_FOLDERS, Ablation, load_ablation
 from pbe.evaluation.ablation.plan import Plan, make_plan
 from pbe.evaluation.ablation.report import write_report
 from pbe.evaluation.ablation.results import compare, estimate_of, gather
-from pbe.evaluation.ablation.scoring import Measured
+from pbe.evaluation.ablation.scoring import GIVEN, Measured
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
 from pbe.evaluation.estimates import Estimate
@@ -169,6 +172,60 @@ def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: 
         with pytest.raises(UserError, match=message):
             make_plan(load_ablation(path))
     assert not (tmp_path / "work").exists()
+
+
+def scores_of(folder: Path, **evaluation: object) -> tuple[str, dict[str, Any]]:
+    content = {
+        "base": str(CONFIGS / "toy.yaml"), "workspace": str(folder / "work"), "rows": [{"name": "a"}],
+        "shared": {"autoencoder_from": str(CONFIGS.parent / "data" / "toy" / "model")},
+        "scenes": {"train": 8, "validation": 2}, "evaluation": {"metrics": ["seam"], **evaluation},
+    }  # fmt: skip
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    stage = make_plan(load_ablation(path)).cells[0].scores
+    return stage.fingerprint, stage.job
+
+
+def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> None:
+    plain, job = scores_of(tmp_path)
+    assert not set(GIVEN) & set(job)
+    assert scores_of(tmp_path, tower_weights={}, mixture="", reference="")[0] == plain
+    weights, pictures = tmp_path / "weights.pt", tmp_path / "pictures"
+    pictures.mkdir()
+    marks = {plain, scores_of(tmp_path, tower_weights={"clip": "openai"})[0]}
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        (pictures / "a.png").write_bytes(content)
+        for given in ({"tower_weights": {"dino": str(weights)}}, {"reference": str(pictures)}):
+            mark, job = scores_of(tmp_path, **given)
+            assert job.items() >= given.items()
+            marks.add(mark)
+    assert len(marks) == 6
+    for given, message in (
+        ({"tower_weights": {"clip": str(tmp_path / "none.pt")}}, "for clip; there is no such file"),
+        ({"tower_weights": {"dino": "openai"}}, "'openai' for dino; there is no such file"),
+        ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
+        ({"mixture": str(tmp_path / "none")}, "no mixture"),
+        ({"mixture": str(weights)}, "cannot be read as a mixture"),
+        ({"reference": str(tmp_path / "none")}, "no folder of pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scores_of(tmp_path, **given)
+
+
+def test_what_scores_need_from_outside_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(scoring, "score", lambda *given: seen.extend(given[2:]) or [])
+    monkeypatch.setattr(scoring, "BenchmarkFolder", lambda folder: SimpleNamespace(ids=[]))
+    job = {
+        "benchmark": "b", "edits": "e", "own_edits": "", "metrics": ["seam"], "exemplar_auc": False,
+        "resamples": 7, "level": 0.9,
+    }  # fmt: skip
+    given = {"tower_weights": {"clip": "file"}, "mixture": "m", "reference": "r"}
+    scoring.score_folder(job | given, tmp_path)
+    scoring.score_folder(job, tmp_path)
+    assert (seen[0].weights, seen[0].mixture, seen[1]) == ({"clip": "file"}, Path("m"), Path("r"))
+    assert (seen[2].weights, seen[2].mixture, seen[2].device, seen[3]) == ({}, None, "cpu", None)
 
 
 def test_markdown_and_latex_escape_what_they_would_read() -> None:

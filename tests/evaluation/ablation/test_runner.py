@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pbe.errors import UserError
-from pbe.evaluation.ablation.runner import Runner, only_one
+from pbe.evaluation.ablation.runner import Runner, device_variables, only_one
 from pbe.evaluation.ablation.schedule import Schedule, plan_text, span
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 
@@ -111,6 +111,32 @@ def test_stages_run_side_by_side_each_with_its_threads(tmp_path: Path) -> None:
     assert both.run() == 0
     assert seen == [0, 1]  # the second started while the first ran
     assert (tmp_path / "a" / "log.txt").read_text().split() == ["3"]
+
+
+def test_gpus_are_shared_out() -> None:
+    assert device_variables(1, 0, {}) == device_variables(1, 1, {}) == {}
+    found = [device_variables(place, 2, {}) for place in range(3)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": number} for number in ("0", "1", "0")]
+    own = {"CUDA_VISIBLE_DEVICES": "5, GPU-ab,7"}
+    found = [device_variables(place, 3, own) for place in range(4)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": name} for name in ("5", "GPU-ab", "7", "5")]
+    cut = {"CUDA_VISIBLE_DEVICES": "5,6,-1,7"}  # CUDA reads no further than the entry that is none
+    assert device_variables(2, 2, cut) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+@pytest.mark.parametrize(("jobs", "wanted"), [(2, ["0", "1", "1"]), (1, ["all", "all", "all"])])
+def test_stages_side_by_side_have_a_gpu_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, wanted: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # the third takes the place of the second, which ends while the first is at work
+    long = {"steps": 60, "pause": 0.1} if jobs == 2 else {}
+    stages = [stage(tmp_path, "a", **long), stage(tmp_path, "b"), stage(tmp_path, "c")]
+    both = runner(stages, jobs=jobs, devices=2)
+    show = 'echo "${CUDA_VISIBLE_DEVICES-all}" && exec'
+    both.command = lambda job: ["/bin/sh", "-c", f'{show} "{sys.executable}" "{STAND_IN}" "{job}"']
+    assert both.run() == 0
+    assert [one.log.read_text().split()[0] for one in stages] == wanted
 
 
 def test_a_failure_names_the_stage_and_stops_the_others(tmp_path: Path) -> None:
