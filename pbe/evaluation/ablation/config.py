@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
-from pbe.config import Config, from_dict, load_config
+from pbe.config import Config, ScheduleConfig, from_dict, load_config
 from pbe.diffusion.solvers import get_solver
 from pbe.errors import UserError
 
 PRIOR, SCRATCH = "prior", ""
 TOY = "toy"
 BY_ROW = "row"
+# Folders of a workspace that stages lie in; results lie in one with the name of their ablation.
+STAGE_FOLDERS = ("scenes", "benchmarks", "latents", "caches", "trainings", "edits", "scores")
+TOY_CASES = 181
+MAX_SEED = 2**32 - 1  # Lightning's
 # What the runner sets itself: where a run lies and how it is watched, not what comes out.
 SET_HERE = ("output_dir", "seed", "init_from", "cache.folder", "trainer.threads", "trainer.resume")
 
@@ -80,6 +86,8 @@ class EvaluationConfig:
 
     ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
     ``metrics`` are names of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all.
+    ``tower_weights`` (by tower: a file, for ``clip`` also a tag of open_clip), ``mixture`` (a file) and
+    ``reference`` (a folder of real pictures) are what some of them need, as ``scripts/evaluate.py`` takes it.
     ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
     ``own_exemplars`` edits the cases once more, with the hidden objects themselves as exemplars, and adds
     what an exemplar in another pose costs; see :mod:`pbe.evaluation.ablation.pose`.
@@ -92,6 +100,9 @@ class EvaluationConfig:
     noise_seed: int = 0
     batch_size: int = 32
     metrics: list[str] = field(default_factory=list)
+    tower_weights: dict[str, str] = field(default_factory=dict)
+    mixture: str = ""
+    reference: str = ""
     exemplar_auc: bool = False
     own_exemplars: bool = False
     plot_x: str = "row"
@@ -192,40 +203,47 @@ def load_ablation(path: str | Path) -> Ablation:
         UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong value, or
             rows that do not fit together.
     """
-    path = Path(path)
+    return _load(Path(path), ())
+
+
+def _load(path: Path, before: tuple[Path, ...]) -> Ablation:
+    """Read an ablation that the ones before extend, each the next one."""
     content = _read(path)
     listed = content.pop("rows", None)
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: 'rows' must be a list of at least one row")
-    inherited, first = _extended(path, content.pop("extends", None))
+    inherited, first = _extended(path, content.pop("extends", None), before)
+    _check_kinds(AblationConfig, content, str(path))
     merged = OmegaConf.to_container(OmegaConf.merge(inherited, content))
     assert isinstance(merged, dict)
     config = from_dict(AblationConfig, {str(key): value for key, value in merged.items()}, str(path))
     rows = [_row(row, f"{path}: rows[{number}]") for number, row in enumerate(listed)]
     _check(config, rows, path)
     base = path.parent / config.base
-    before = first or Row("", "", SCRATCH, {}, config.sampling)
-    ablation = Ablation(
-        replace(config, name=config.name or path.stem), base, _resolve(config.cumulative, before, rows)
-    )
+    beginning = first or Row("", "", SCRATCH, {}, config.sampling)
+    config = replace(config, name=config.name or path.stem)
+    _check_name(config.name, path)
+    ablation = Ablation(config, base, _resolve(config.cumulative, beginning, rows))
     for row in ablation.rows:
-        ablation.training_config(row.overrides, f"{path}: row '{row.name}'")
-        _check_sampling(row.sampling, f"{path}: row '{row.name}'")
+        training = ablation.training_config(row.overrides, f"{path}: row '{row.name}'")
+        _check_sampling(row.sampling, training.model.schedule.timesteps, f"{path}: row '{row.name}'")
     if config.prior.overrides is not None:
         ablation.training_config(config.prior.overrides, f"{path}: prior")
     return ablation
 
 
-def _extended(path: Path, reference: Any) -> tuple[dict[str, Any], Row | None]:
+def _extended(path: Path, reference: Any, before: tuple[Path, ...]) -> tuple[dict[str, Any], Row | None]:
     """Return the settings that an ablation takes over from another one, and the row that its rows change."""
     if reference is None:
         return {}, None
     if not isinstance(reference, dict) or set(reference) != {"file", "row"}:
         raise UserError(f"{path}: 'extends' names a 'file' beside this one and a 'row' of it")
     other = path.parent / str(reference["file"])
-    if other.resolve() == path.resolve():
-        raise UserError(f"{path}: it extends itself")
-    parent = load_ablation(other)
+    chain = (*before, path)
+    if other.resolve() in [one.resolve() for one in chain]:
+        way = " extends ".join(f"'{one}'" for one in (*chain, other))
+        raise UserError(f"{path}: it extends itself: {way}")
+    parent = _load(other, chain)
     found = [row for row in parent.rows if row.name == reference["row"]]
     if not found:
         raise UserError(f"{path}: 'extends': there is no row '{reference['row']}' in '{other}'")
@@ -251,10 +269,47 @@ def _read(path: Path) -> dict[str, Any]:
 def _row(values: Any, source: str) -> RowConfig:
     if not isinstance(values, dict):
         raise UserError(f"{source}: a row is a mapping of keys to values")
+    _check_kinds(RowConfig, values, source)
     row = from_dict(RowConfig, values, source)
     if not row.name or not all(letter.isalnum() or letter in "-_.+" for letter in row.name):
         raise UserError(f"{source}: 'name' is '{row.name}'; it must be letters, digits, '-', '_', '.' or '+'")
+    if "".join(row.title.splitlines()) != row.title:
+        raise UserError(f"{source}: 'title' has a line break; it stands in one line of a table")
     return row
+
+
+def _check_kinds(cls: type, values: dict[str, Any], source: str, prefix: str = "") -> None:
+    """Refuse a list where a mapping belongs and the other way round, which OmegaConf cannot say clearly."""
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints or not isinstance(value, dict | list):
+            continue  # the strict reading that follows has a word for these
+        hint = hints[key]
+        hint = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # such as dict | None
+        kind = get_origin(hint) or hint
+        wanted = (
+            "list" if kind is list else "mapping" if kind is dict or is_dataclass(kind) else "single value"
+        )
+        given = "list" if isinstance(value, list) else "mapping"
+        if wanted != given:
+            raise UserError(f"{source}: '{prefix}{key}' is a {given}; it must be a {wanted}")
+        if is_dataclass(kind):
+            _check_kinds(kind, value, source, f"{prefix}{key}.")
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuse a name that is no folder of its own in the workspace."""
+    if Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise UserError(f"{path}: 'name' is '{name}'; it must be the plain name of a folder for the results")
+    if name.lower() in STAGE_FOLDERS:
+        raise UserError(f"{path}: 'name' is '{name}', a folder that stages lie in; give another one")
+
+
+def _seeds(config: AblationConfig) -> Iterator[tuple[str, int]]:
+    yield from (("seeds", seed) for seed in config.seeds)
+    yield "scenes.seed", config.scenes.seed
+    yield "evaluation.benchmark_seed", config.evaluation.benchmark_seed
+    yield "evaluation.noise_seed", config.evaluation.noise_seed
 
 
 def _check(config: AblationConfig, rows: list[RowConfig], path: Path) -> None:
@@ -263,6 +318,9 @@ def _check(config: AblationConfig, rows: list[RowConfig], path: Path) -> None:
         raise UserError(f"{path}: there are two rows '{repeated[0]}'")
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"{path}: 'seeds' must be given, each once")
+    for key, seed in _seeds(config):
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"{path}: '{key}' has {seed}; seeds go from 0 to {MAX_SEED}")
     if not config.base:
         raise UserError(f"{path}: 'base' must name a configuration file")
     for pair in config.comparisons:
@@ -277,15 +335,22 @@ def _check(config: AblationConfig, rows: list[RowConfig], path: Path) -> None:
         raise UserError(f"{path}: 'evaluation': batch_size and resamples from 1 up, level between 0 and 1")
     if config.scenes.train < 0 or config.scenes.validation < 1 or numbers.strip_cases < 1:
         raise UserError(f"{path}: scenes.train from 0, scenes.validation and strip_cases from 1 up")
+    if numbers.benchmark == TOY and not 0 <= numbers.objects <= TOY_CASES:
+        raise UserError(
+            f"{path}: 'evaluation.objects' is {numbers.objects}; there are {TOY_CASES}, 0 takes all"
+        )
 
 
-def _check_sampling(sampling: SamplingConfig, source: str) -> None:
+def _check_sampling(sampling: SamplingConfig, timesteps: int, source: str) -> None:
     try:
         get_solver(sampling.solver)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     if sampling.steps < 1 or not 0.0 <= sampling.guidance_scale < float("inf"):
         raise UserError(f"{source}: steps must be at least 1, the guidance scale a number from 0 up")
+    most = min(timesteps, ScheduleConfig().timesteps)  # editing allows no more than the latter
+    if sampling.steps > most:
+        raise UserError(f"{source}: steps is {sampling.steps}; the noise schedule has no more than {most}")
 
 
 def _resolve(cumulative: bool, first: Row, rows: list[RowConfig]) -> tuple[Row, ...]:

@@ -12,8 +12,9 @@ from pbe.data.shards import shard_state
 from pbe.data.toy_world import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import NAME as EXEMPLAR_AUC
-from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, Ablation, Row
+from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, TOY_CASES, Ablation, Row
 from pbe.evaluation.ablation.pose import NAMES as POSE
+from pbe.evaluation.ablation.scoring import identities
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
@@ -90,8 +91,16 @@ def make_plan(ablation: Ablation) -> Plan:
     Raises:
         UserError: data, models, a benchmark or scores that the ablation names are not there.
     """
+    _check_workspace(Path(ablation.config.workspace))
     _check_scores(ablation)
     return _Planner(ablation).plan()
+
+
+def _check_workspace(workspace: Path) -> None:
+    """Refuse a workspace that cannot be made; nothing is made."""
+    for folder in (workspace, *workspace.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"the workspace '{workspace}' cannot be made: '{folder}' is a file")
 
 
 def _check_scores(ablation: Ablation) -> None:
@@ -101,9 +110,12 @@ def _check_scores(ablation: Ablation) -> None:
     made = [name for metric in chosen for name in METRICS[metric].scores or (metric,)]
     made += [EXEMPLAR_AUC] if options.exemplar_auc else []
     made += POSE if options.own_exemplars else ()
-    for name in (options.plot_x, options.plot_y):
-        if name not in ("", BY_ROW, *made):
-            raise UserError(f"the plot is to show '{name}', but only {', '.join(made)} are scored")
+    if options.plot_y not in ("", *made):
+        raise UserError(f"'plot_y' is '{options.plot_y}', but only {', '.join(made)} are scored")
+    if options.plot_x not in (BY_ROW, *made):
+        raise UserError(
+            f"'plot_x' is '{options.plot_x}'; it must be {BY_ROW}, or what is scored: {', '.join(made)}"
+        )
 
 
 class _Planner:
@@ -119,6 +131,7 @@ class _Planner:
         self.latents = self.workspace / "latents"  # the one latent cache, with a section for each settings
         self.stages: dict[str, Stage] = {}
         self._hashes: dict[Path, str] = {}
+        self._outside = identities(self.config.evaluation)
 
     def plan(self) -> Plan:
         """Return the stages of all rows and seeds, each made once however many rows need it."""
@@ -268,7 +281,7 @@ class _Planner:
             "exemplar_size": config.model.exemplar_encoder.image_size,
         }
         mark = fingerprint_of(FORMAT, "benchmark", job, self._hash(DEFAULT_WORLD))
-        cases = options.objects or 181
+        cases = options.objects or TOY_CASES
         stage = self._add(
             "benchmark", f"make the benchmark, {cases} cases", mark, "benchmarks",
             units=cases, rate="scene", job=job,
@@ -311,7 +324,8 @@ class _Planner:
         names = ("metrics", "exemplar_auc", "resamples", "level")
         settings = {name: getattr(options, name) for name in names}
         needs = tuple(stage.fingerprint for stage in edits)
-        mark = fingerprint_of(FORMAT, "scores", needs, settings)
+        mark = fingerprint_of(FORMAT, "scores", needs, settings | self._outside)  # nothing new where none
+        settings |= {name: getattr(options, name) for name in self._outside}
         pictures = [str(stage.folder / "pictures") for stage in edits] + [""]
         job = {"edits": pictures[0], "own_edits": pictures[1], "benchmark": str(benchmark), **settings}
         return self._add(

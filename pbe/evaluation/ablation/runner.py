@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO, Any
+
+import torch
 
 from pbe.errors import UserError
 from pbe.evaluation.ablation.schedule import Schedule, span
@@ -32,6 +35,21 @@ def worker_command(job: Path) -> list[str]:
     return [sys.executable, "-m", "pbe.evaluation.ablation.worker", str(job)]
 
 
+def device_variables(place: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that give a process one of several GPUs; none where there are fewer than two.
+
+    Args:
+        place: of the process among those side by side, from 0 up.
+        devices: how many GPUs this process sees.
+        environment: its own; where CUDA_VISIBLE_DEVICES is set, its entries are shared out.
+    """
+    if devices < 2:
+        return {}
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(devices)]
+    return {"CUDA_VISIBLE_DEVICES": names[:devices][place % devices].strip()}
+
+
 class Runner:
     """Does the stages that are not done.
 
@@ -43,6 +61,8 @@ class Runner:
         say: takes lines about the progress.
         command: of the process of a stage, from the file that describes it.
         lock: file descriptor that the processes keep open as long as they live.
+        devices: GPUs, of which stages side by side get one each, in turn; None counts those there are. One
+            stage at a time has all of them.
 
     Raises:
         UserError: jobs or threads below 1.
@@ -58,12 +78,15 @@ class Runner:
         say: Callable[[str], None] = print,
         command: Command = worker_command,
         lock: int | None = None,
+        devices: int | None = None,
     ) -> None:
         if jobs < 1 or threads < 1:
             raise UserError("jobs and threads must be at least 1")
         self.stages, self.schedule, self.jobs, self.threads = stages, schedule, jobs, threads
         self.say, self.command = say, command
         self.kept_open = () if lock is None else (lock,)
+        self.devices = torch.cuda.device_count() if devices is None else devices
+        self._places: dict[str, int] = {}
         self.running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
         self._number = {stage.fingerprint: number for number, stage in enumerate(stages, 1)}
 
@@ -108,7 +131,10 @@ class Runner:
         job = stage.folder / JOB
         write_json(job, asdict(stage) | {"folder": str(stage.folder), "resumed": stage.log.exists()})
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-        with stage.log.open("ab") as log:
+        place = min(set(range(self.jobs)) - {self._places[mark] for mark in self.running})
+        if self.jobs > 1:
+            environment |= device_variables(place, self.devices, os.environ)
+        with _opened(stage.log, "ab") as log:
             process = subprocess.Popen(
                 self.command(job),
                 stdout=log,
@@ -119,6 +145,7 @@ class Runner:
                 pass_fds=self.kept_open,
             )
         self.running[stage.fingerprint] = (stage, process, time.monotonic())
+        self._places[stage.fingerprint] = place
         left = span(self.schedule.remaining(self._elapsed(time.monotonic()), self.jobs))
         self.say(f"[{self._number[stage.fingerprint]}/{len(self.stages)}] {stage.name}; about {left} left")
 
@@ -173,6 +200,13 @@ def _failure(stage: Stage, status: int) -> str:
     return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
 
 
+def _opened(path: Path, mode: str) -> IO[Any]:
+    try:
+        return path.open(mode)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
 @contextmanager
 def only_one(workspace: Path) -> Iterator[int]:
     """Hold the lock of a workspace, and yield its file descriptor.
@@ -182,7 +216,7 @@ def only_one(workspace: Path) -> Iterator[int]:
     Raises:
         UserError: another process holds it.
     """
-    with (make_folder(workspace) / ".lock").open("w") as lock:
+    with _opened(make_folder(workspace) / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

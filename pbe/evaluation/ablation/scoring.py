@@ -10,16 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 from PIL import Image
 
+from pbe.editing.runner import pick_device
+from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import exemplar_auc
+from pbe.evaluation.ablation.config import EvaluationConfig
 from pbe.evaluation.ablation.pose import pose_scores
-from pbe.evaluation.ablation.stages import write_json
+from pbe.evaluation.ablation.stages import fingerprint_of, write_json
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.metrics.mixture import load_mixture
 from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
+from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.towers import TOWERS, file_sha256
 
 SCORES = "scores.json"
+GIVEN = ("tower_weights", "mixture", "reference")  # keys of what scores need from outside
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,47 @@ class EditFolder(Sequence[np.ndarray]):
             return np.array(picture.convert("RGB"))
 
 
+def identities(options: EvaluationConfig) -> dict[str, Any]:
+    """Return what the files are that scores need: hashes, or the tag of a tower; nothing where none is given.
+
+    Raises:
+        UserError: a tower that there is not, or a file or folder that is missing or cannot be used.
+    """
+    ScoreSettings(weights=options.tower_weights)
+    found: dict[str, Any] = {}
+    if options.tower_weights:
+        found["tower_weights"] = {role: _weights(role, text) for role, text in options.tower_weights.items()}
+    if options.mixture:
+        load_mixture(Path(options.mixture))
+        found["mixture"] = file_sha256(Path(options.mixture))
+    if options.reference:
+        paths = PictureFolder(Path(options.reference)).paths
+        found["reference"] = fingerprint_of([(path.name, file_sha256(path)) for path in paths])
+    return found
+
+
+def _weights(role: str, text: str) -> str:
+    if Path(text).is_file():
+        return file_sha256(Path(text))
+    if role == "clip" and text in open_clip.list_pretrained_tags_by_model(TOWERS[role].architecture):
+        return text
+    raise UserError(f"'evaluation.tower_weights' gives '{text}' for {role}; there is no such file")
+
+
 def score_folder(job: dict[str, Any], folder: Path) -> None:
     """Score the edits that a job names, and write ``scores.json``."""
     cases = BenchmarkFolder(job["benchmark"])
     edits = EditFolder(Path(job["edits"]), cases.ids)
     bootstrap = Bootstrap(level=job["level"], resamples=job["resamples"])
-    scores = score(cases, edits, ScoreSettings(metrics=tuple(job["metrics"]), bootstrap=bootstrap))
+    weights, mixture, reference = (job.get(name) for name in GIVEN)
+    settings = ScoreSettings(
+        metrics=tuple(job["metrics"]),
+        bootstrap=bootstrap,
+        weights=weights or {},
+        mixture=Path(mixture) if mixture else None,
+        device=str(pick_device("auto")) if weights else "cpu",
+    )
+    scores = score(cases, edits, settings, Path(reference) if reference else None)
     if job["exemplar_auc"]:
         scores.append(exemplar_auc(cases, edits, bootstrap))
     if job["own_edits"]:
@@ -86,8 +129,18 @@ def score_folder(job: dict[str, Any], folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> dict[str, Measured]:
-    """Read what :func:`score_folder` wrote, by name of the score."""
-    return {one["name"]: _measured(one) for one in json.loads((folder / SCORES).read_text())}
+    """Read what :func:`score_folder` wrote, by name of the score.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return {one["name"]: _measured(one) for one in json.loads((folder / SCORES).read_text())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{folder / SCORES}' is missing or damaged; delete the folder '{folder}', and the same command "
+            "scores once more"
+        ) from error
 
 
 def _measured(content: dict[str, Any]) -> Measured:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pbe.errors import UserError
+
 DONE = "done.json"
+MARK = {"seconds": int | float, "units": int | float, "rate": str, "resumed": bool}  # what estimates read
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Stage:
             content = json.loads((self.folder / DONE).read_text())
         except (OSError, ValueError):
             return None
-        whole = isinstance(content, dict) and content.get("fingerprint") == self.fingerprint
-        return content if whole else None
+        if not isinstance(content, dict) or content.get("fingerprint") != self.fingerprint:
+            return None
+        return content if all(isinstance(content.get(key), kind) for key, kind in MARK.items()) else None
 
     def finish(self, seconds: float, resumed: bool) -> None:
         """Mark the stage as finished; the mark appears whole or not at all."""
@@ -71,10 +76,17 @@ def fingerprint_of(*parts: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pbe.config import to_dict
@@ -17,7 +18,16 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
     "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$",
     "↓": r"$\downarrow$", "→": r"$\rightarrow$", "–": "--", "−": "$-$", "×": r"$\times$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "*": "{*}",
 }  # fmt: skip
+
+
+PACKAGES = r"% needs \usepackage{longtable,booktabs}"
+
+
+@dataclass(frozen=True)
+class ScoreTable(Table):
+    """Scores as columns, rows as lines; LaTeX turns it, since there are more scores than a page is wide."""
 
 
 def number(value: float) -> str:
@@ -41,7 +51,7 @@ def score_table(
     metrics: Sequence[tuple[str, str]],
     values: dict[tuple[str, str], Estimate],
     note: str,
-) -> Table:
+) -> ScoreTable:
     """Return the table of scores.
 
     Args:
@@ -52,7 +62,7 @@ def score_table(
     """
     head = ["", *(f"{name} {ARROWS[better]}".strip() for name, better in metrics)]
     body = [[title, *(interval(values[row, name]) for name, _ in metrics)] for row, title in rows]
-    return Table(head, body, note)
+    return ScoreTable(head, body, note)
 
 
 def difference_table(differences: Sequence[Difference], titles: dict[str, str], note: str) -> Table:
@@ -78,19 +88,30 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Return a table as LaTeX that needs the package booktabs and nothing else."""
+    """Return a table as LaTeX that breaks over pages and is as wide as the text.
+
+    It needs the packages longtable and booktabs. Scores stand as lines, rows as columns.
+    """
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(escape(cell) for cell in cells) + r" \\"
 
-    columns = "l" * len(table.head)
+    head, *rows = _turned(table)
+    column = rf"p{{\dimexpr\linewidth/{len(head)}-2\tabcolsep\relax}}"
     lines = [
-        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(table.head), r"\midrule",
-        *(line(row) for row in table.rows), r"\bottomrule", r"\end{tabular}",
+        PACKAGES, r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\begin{{longtable}}{{{column * len(head)}}}", r"\toprule", line(head), r"\midrule", r"\endhead",
+        r"\bottomrule", r"\endfoot", *(line(row) for row in rows), r"\end{longtable}",
     ]  # fmt: skip
     if table.note:
-        lines.append(rf"\par\smallskip\footnotesize {escape(table.note)}")
-    return "\n".join(lines) + "\n"
+        lines.append(rf"\noindent {escape(table.note)}\par")
+    return "\n".join([*lines, r"\endgroup"]) + "\n"
+
+
+def _turned(table: Table) -> list[Sequence[str]]:
+    """Return the lines of a table, the head first; those of scores are its columns."""
+    lines = [table.head, *table.rows]
+    return list(zip(*lines, strict=True)) if isinstance(table, ScoreTable) else lines
 
 
 def escape(text: str) -> str:

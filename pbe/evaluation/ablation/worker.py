@@ -8,8 +8,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pbe.cli import run_command
@@ -23,6 +25,24 @@ def die_with_parent() -> None:
     """Ask Linux to end this process when the runner dies, however that happens; elsewhere do nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """End the process at SIGTERM, with status 143.
+
+    Without this Lightning's own handler only notes the signal while it predicts, and the work goes on; it
+    calls the one that it finds, too.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def make_scenes(job: dict[str, Any], folder: Path) -> int:
@@ -89,7 +109,8 @@ def make_edits(job: dict[str, Any], folder: Path) -> int:
     from pbe.evaluation.benchmark.generation import GenerateSettings, generate
 
     settings = GenerateSettings(**job["settings"], devices=1, progress=False)
-    generate(job["model"], BenchmarkFolder(job["benchmark"]), folder / "pictures", settings)
+    with leaving_on_sigterm():
+        generate(job["model"], BenchmarkFolder(job["benchmark"]), folder / "pictures", settings)
     return 0
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.ablation.config import Ablation, load_ablation
+from pbe.evaluation.ablation.config import TOY_CASES, Ablation, load_ablation
+from pbe.evaluation.toy.benchmark import check_count
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MASKS = "data.sample.arbitrary_mask_share"
 
 
-def write(folder: Path, name: str = "own.yaml", **content: object) -> Path:
+def write(folder: Path, file: str = "own.yaml", **content: object) -> Path:
     values = {
         "base": str(CONFIGS / "toy.yaml"),
         "cumulative": True,
@@ -24,7 +26,7 @@ def write(folder: Path, name: str = "own.yaml", **content: object) -> Path:
             {"name": "c", "title": "the last", "overrides": {"objective.drop_probability": 0.0}},
         ],
     } | content
-    path = folder / name
+    path = folder / file
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
 
@@ -101,12 +103,57 @@ def test_an_ablation_extends_a_row_of_another_one(tmp_path: Path) -> None:
         ({"base": None}, "'base' must name"),
         ({"extends": {"file": "own.yaml", "row": "a"}}, "extends itself"),
         ({"extends": "paper"}, "'extends' names a 'file'"),
+        ({"rows": [{"name": "a", "overrides": [1]}]}, r"rows\[0\]: 'overrides' is a list; .* a mapping"),
+        ({"rows": [{"name": "a", "sampling": [1]}]}, r"rows\[0\]: 'sampling' is a list; .* a mapping"),
+        ({"comparisons": {"a": "b"}}, "'comparisons' is a mapping; it must be a list"),
+        ({"prior": {"overrides": [1]}}, r"'prior\.overrides' is a list; it must be a mapping"),
+        ({"title": ["a"]}, "'title' is a list; it must be a single value"),
+        ({"rows": [{"name": "a", "title": "two\nlines"}]}, r"rows\[0\]: 'title' has a line break"),
+        ({"evaluation": {"objects": 500}}, "'evaluation.objects' is 500; there are 181"),
+        ({"evaluation": {"objects": -3}}, "'evaluation.objects' is -3"),
+        ({"rows": [{"name": "a", "sampling": {"steps": 5000}}]}, "row 'a': steps is 5000; .* than 1000"),
+        (
+            {
+                "shared": {"model.schedule.timesteps": 500},
+                "rows": [{"name": "a", "sampling": {"steps": 501}}],
+            },
+            "row 'a': steps is 501; .* than 500",
+        ),
+        ({"seeds": [1, -2]}, "'seeds' has -2; seeds go from 0"),
+        ({"seeds": [2**32]}, "'seeds' has 4294967296; seeds go from 0 to 4294967295"),
+        ({"scenes": {"seed": -1}}, "'scenes.seed' has -1"),
+        ({"evaluation": {"noise_seed": -1}}, "'evaluation.noise_seed' has -1"),
+        ({"evaluation": {"benchmark_seed": -1}}, "'evaluation.benchmark_seed' has -1"),
+        ({"name": "trainings"}, "'name' is 'trainings', a folder that stages lie in"),
+        ({"name": "../x"}, r"'name' is '\.\./x'; it must be the plain name"),
+        ({"name": ".."}, r"'name' is '\.\.'"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path: Path, content: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_ablation(write(tmp_path, **content))
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_over_an_inherited_mapping_is_one_clear_line(tmp_path: Path) -> None:
+    write(tmp_path, "first.yaml")
+    path = write(tmp_path, base=None, extends={"file": "first.yaml", "row": "b"}, scenes=[1])
+    with pytest.raises(UserError, match="'scenes' is a list; it must be a mapping"):
+        load_ablation(path)
+
+
+def test_files_that_extend_each_other_are_named(tmp_path: Path) -> None:
+    first = write(tmp_path, "first.yaml", extends={"file": "second.yaml", "row": "a"})
+    second = write(tmp_path, "second.yaml", extends={"file": "first.yaml", "row": "a"})
+    with pytest.raises(UserError) as caught:
+        load_ablation(first)
+    assert str(caught.value) == f"{second}: it extends itself: '{first}' extends '{second}' extends '{first}'"
+
+
+def test_the_toy_benchmark_has_as_many_cases_as_are_allowed() -> None:
+    assert check_count(ToyWorld(), TOY_CASES) == TOY_CASES
+    with pytest.raises(UserError):
+        check_count(ToyWorld(), TOY_CASES + 1)
 
 
 @pytest.mark.parametrize("text", ["rows: [", "- a list", "\x00"])

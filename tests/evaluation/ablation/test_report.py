@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,13 +16,15 @@ import yaml
 
 from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.ablation.config import Ablation, load_ablation
+from pbe.evaluation.ablation import scoring
+from pbe.evaluation.ablation.config import STAGE_FOLDERS, Ablation, load_ablation
 from pbe.evaluation.ablation.plan import Plan, make_plan
 from pbe.evaluation.ablation.report import write_report
 from pbe.evaluation.ablation.results import compare, estimate_of, gather
-from pbe.evaluation.ablation.scoring import Measured
+from pbe.evaluation.ablation.scoring import GIVEN, Measured
 from pbe.evaluation.ablation.stages import write_json
-from pbe.evaluation.ablation.tables import escape, latex, markdown, number
+from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
+from pbe.evaluation.estimates import Estimate
 from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
 from pbe.evaluation.report import Table
 from pbe.evaluation.toy.export import export_toy_benchmark
@@ -94,7 +98,7 @@ def test_the_report_is_whole(ablation: tuple[Ablation, Plan]) -> None:
     assert "- `data.sample.augment.enabled`: true → false" in text
     assert "- `sampling.steps`: 50 → 9" in text
     assert "learning_rate" not in text  # nothing but what is changed
-    assert "row\\_a \\& <b>more</b>" in (folder / "tables.tex").read_text()
+    assert r"row\_a \& \textless{}b\textgreater{}more" in (folder / "tables.tex").read_text()
     assert "row_a &amp; &lt;b&gt;more&lt;/b&gt;" in html
     assert "<b>more" not in html
     assert html.count("data:image/png;base64,") == 2
@@ -125,6 +129,32 @@ def test_rows_that_were_scored_otherwise_are_not_compared(ablation: tuple[Ablati
         gather(*ablation)
 
 
+@pytest.mark.parametrize("text", [None, "", "[1]", "{}{", '[{"name": "seam"}]', '{"name": 1}'])
+def test_scores_that_are_damaged_are_one_line(ablation: tuple[Ablation, Plan], text: str | None) -> None:
+    file = ablation[1].cells[0].scores.folder / "scores.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=f"'{file}' is missing or damaged; delete the folder"):
+        gather(*ablation)
+
+
+def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for workspace in ("file", "file/work"):
+        content = {"base": str(CONFIGS / "toy.yaml"), "workspace": str(tmp_path / workspace)}
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({**content, "rows": [{"name": "a"}]}))
+        with pytest.raises(UserError, match=r"workspace .* cannot be made: '.*file' is a file"):
+            make_plan(load_ablation(path))
+
+
+def test_stages_lie_in_the_folders_that_no_ablation_can_be_named_after(
+    ablation: tuple[Ablation, Plan],
+) -> None:
+    folders = {stage.folder.parent.name for stage in ablation[1].stages}
+    assert folders <= set(STAGE_FOLDERS)
+    assert {"trainings", "edits", "scores", "benchmarks"} <= folders
+
+
 def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     content = {
         "base": str(CONFIGS / "toy.yaml"),
@@ -134,6 +164,8 @@ def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: 
     for evaluation, message in (
         ({"metrics": ["seem"]}, "seem"),
         ({"metrics": ["seam"], "plot_y": "colour-inside"}, "'colour-inside', but only seam"),
+        ({"metrics": ["seam"], "plot_y": "row"}, "'plot_y' is 'row', but only seam"),
+        ({"metrics": ["seam"], "plot_x": "kid"}, "'plot_x' is 'kid'; it must be row, or .*seam"),
     ):
         path = tmp_path / "own.yaml"
         path.write_text(yaml.safe_dump({**content, "evaluation": evaluation}))
@@ -142,15 +174,92 @@ def test_scores_that_do_not_exist_are_refused_before_anything_is_made(tmp_path: 
     assert not (tmp_path / "work").exists()
 
 
+def scores_of(folder: Path, **evaluation: object) -> tuple[str, dict[str, Any]]:
+    content = {
+        "base": str(CONFIGS / "toy.yaml"), "workspace": str(folder / "work"), "rows": [{"name": "a"}],
+        "shared": {"autoencoder_from": str(CONFIGS.parent / "data" / "toy" / "model")},
+        "scenes": {"train": 8, "validation": 2}, "evaluation": {"metrics": ["seam"], **evaluation},
+    }  # fmt: skip
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    stage = make_plan(load_ablation(path)).cells[0].scores
+    return stage.fingerprint, stage.job
+
+
+def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> None:
+    plain, job = scores_of(tmp_path)
+    assert not set(GIVEN) & set(job)
+    assert scores_of(tmp_path, tower_weights={}, mixture="", reference="")[0] == plain
+    weights, pictures = tmp_path / "weights.pt", tmp_path / "pictures"
+    pictures.mkdir()
+    marks = {plain, scores_of(tmp_path, tower_weights={"clip": "openai"})[0]}
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        (pictures / "a.png").write_bytes(content)
+        for given in ({"tower_weights": {"dino": str(weights)}}, {"reference": str(pictures)}):
+            mark, job = scores_of(tmp_path, **given)
+            assert job.items() >= given.items()
+            marks.add(mark)
+    assert len(marks) == 6
+    for given, message in (
+        ({"tower_weights": {"clip": str(tmp_path / "none.pt")}}, "for clip; there is no such file"),
+        ({"tower_weights": {"dino": "openai"}}, "'openai' for dino; there is no such file"),
+        ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
+        ({"mixture": str(tmp_path / "none")}, "no mixture"),
+        ({"mixture": str(weights)}, "cannot be read as a mixture"),
+        ({"reference": str(tmp_path / "none")}, "no folder of pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scores_of(tmp_path, **given)
+
+
+def test_what_scores_need_from_outside_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(scoring, "score", lambda *given: seen.extend(given[2:]) or [])
+    monkeypatch.setattr(scoring, "BenchmarkFolder", lambda folder: SimpleNamespace(ids=[]))
+    job = {
+        "benchmark": "b", "edits": "e", "own_edits": "", "metrics": ["seam"], "exemplar_auc": False,
+        "resamples": 7, "level": 0.9,
+    }  # fmt: skip
+    given = {"tower_weights": {"clip": "file"}, "mixture": "m", "reference": "r"}
+    scoring.score_folder(job | given, tmp_path)
+    scoring.score_folder(job, tmp_path)
+    assert (seen[0].weights, seen[0].mixture, seen[1]) == ({"clip": "file"}, Path("m"), Path("r"))
+    assert (seen[2].weights, seen[2].mixture, seen[2].device, seen[3]) == ({}, None, "cpu", None)
+
+
 def test_markdown_and_latex_escape_what_they_would_read() -> None:
     table = Table(["a|b", "50 %"], [["x_1", "↑ {}"]], "a note & more")
     assert markdown(table) == "| a\\|b | 50 % |\n|---|---|\n| x_1 | ↑ {} |\n\na note & more\n"
     made = latex(table)
-    assert r"a|b & 50 \% \\" in made
+    assert r"a\textbar{}b & 50 \% \\" in made
     assert r"x\_1 & $\uparrow$ \{\} \\" in made
-    assert made.startswith(r"\begin{tabular}{ll}" + "\n" + r"\toprule")
-    assert r"a note \& more" in made
+    column = r"p{\dimexpr\linewidth/2-2\tabcolsep\relax}"
+    assert made.startswith(
+        "\n".join(
+            [
+                r"% needs \usepackage{longtable,booktabs}",
+                r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
+                rf"\begin{{longtable}}{{{column}{column}}}",
+                r"\toprule",
+            ]
+        )
+    )
+    assert made.endswith("\\end{longtable}\n\\noindent a note \\& more\\par\n\\endgroup\n")
+    assert made.index(r"\midrule") < made.index(r"\endhead") < made.index(r"x\_1")
+    assert escape("<|>") == r"\textless{}\textbar{}\textgreater{}"
+    assert escape("[1]*") == "{[}1]{*}"  # after a line's end they would be an option of it
     assert escape("\\~^#$") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}\#\$"
+
+
+def test_latex_turns_the_table_of_scores() -> None:
+    values = {(row, name): Estimate(1.0, 0.5, 2.0) for row in ("a", "b") for name in ("seam", "kid")}
+    table = score_table(["a", "b"], [("seam", "lower"), ("kid", "lower")], values, "")
+    assert markdown(table).startswith("|  | seam ↓ | kid ↓ |\n")
+    lines = latex(table).splitlines()
+    cell = "1.000 (0.500 to 2.000)"
+    assert " & a & b \\\\" in lines
+    assert rf"kid $\downarrow$ & {cell} & {cell} \\" in lines
 
 
 def test_numbers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from pbe.errors import UserError
-from pbe.evaluation.ablation.runner import Runner, only_one
+from pbe.evaluation.ablation.runner import Runner, device_variables, only_one
 from pbe.evaluation.ablation.schedule import Schedule, plan_text, span
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 
@@ -111,6 +113,32 @@ def test_stages_run_side_by_side_each_with_its_threads(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "log.txt").read_text().split() == ["3"]
 
 
+def test_gpus_are_shared_out() -> None:
+    assert device_variables(1, 0, {}) == device_variables(1, 1, {}) == {}
+    found = [device_variables(place, 2, {}) for place in range(3)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": number} for number in ("0", "1", "0")]
+    own = {"CUDA_VISIBLE_DEVICES": "5, GPU-ab,7"}
+    found = [device_variables(place, 3, own) for place in range(4)]
+    assert found == [{"CUDA_VISIBLE_DEVICES": name} for name in ("5", "GPU-ab", "7", "5")]
+    cut = {"CUDA_VISIBLE_DEVICES": "5,6,-1,7"}  # CUDA reads no further than the entry that is none
+    assert device_variables(2, 2, cut) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+@pytest.mark.parametrize(("jobs", "wanted"), [(2, ["0", "1", "1"]), (1, ["all", "all", "all"])])
+def test_stages_side_by_side_have_a_gpu_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, wanted: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    # the third takes the place of the second, which ends while the first is at work
+    long = {"steps": 60, "pause": 0.1} if jobs == 2 else {}
+    stages = [stage(tmp_path, "a", **long), stage(tmp_path, "b"), stage(tmp_path, "c")]
+    both = runner(stages, jobs=jobs, devices=2)
+    show = 'echo "${CUDA_VISIBLE_DEVICES-all}" && exec'
+    both.command = lambda job: ["/bin/sh", "-c", f'{show} "{sys.executable}" "{STAND_IN}" "{job}"']
+    assert both.run() == 0
+    assert [one.log.read_text().split()[0] for one in stages] == wanted
+
+
 def test_a_failure_names_the_stage_and_stops_the_others(tmp_path: Path) -> None:
     slow = stage(tmp_path, "slow", steps=1000, pause=0.05)
     bad = stage(tmp_path, "bad", fails=True)
@@ -177,6 +205,31 @@ def test_a_child_that_was_killed_is_told_and_goes_on(tmp_path: Path) -> None:
     thread.join()
     assert runner(stages).run() == 0
     assert results(stages) == ["a()" + "a " * 8]
+
+
+@pytest.mark.parametrize("key", ["seconds", "units", "rate", "resumed"])
+def test_a_mark_without_its_keys_is_none(tmp_path: Path, key: str) -> None:
+    one = stage(tmp_path, "a")
+    one.folder.mkdir()
+    one.finish(1.0, False)
+    content = json.loads((one.folder / "done.json").read_text())
+    assert one.mark() == content
+    for wrong in (content | {key: None}, {name: value for name, value in content.items() if name != key}):
+        (one.folder / "done.json").write_text(json.dumps(wrong))
+        assert one.mark() is None
+    assert Schedule([one], RATES).remaining({}, 1) == 2.0
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
+        runner([stage(tmp_path, "a")]).run()
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"cannot write '.*\.lock': No space left"), only_one(tmp_path):
+        pass
 
 
 def test_a_workspace_has_one_runner(tmp_path: Path) -> None:
