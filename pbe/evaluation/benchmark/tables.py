@@ -23,7 +23,7 @@ CARD_NAMES = {
     "crop_rule": "crop",
     "pictures": "pictures",
     "excluded": "left out",
-    "reference_sha256": "SHA-256 of the real pictures",
+    "reference_sha256": "SHA-256 of the reference",
     "interval": "interval",
     "notes": "notes",
 }

@@ -130,7 +130,7 @@ class CopyPasteMeasure(Measure):
         both = np.full((outcome.count, 2), np.nan)
         both[list(self.values)] = list(self.values.values())
         columns = (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
-        card = ScoreCard(**(CARD.to_dict() | {"reference_sha256": outcome.images_sha256}))
+        card = ScoreCard(**(CARD.to_dict() | {"reference_sha256": outcome.cases_sha256}))
         return [
             case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
             for name, values in zip(NAMES, columns, strict=True)

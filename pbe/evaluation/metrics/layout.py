@@ -89,7 +89,7 @@ class LayoutCopyMeasure(Measure):
         """Make the two scores."""
         both = np.full((outcome.count, 2), np.nan)
         both[list(self.values)] = list(self.values.values())
-        card = ScoreCard(**(COPY_CARD.to_dict() | {"reference_sha256": outcome.images_sha256}))
+        card = ScoreCard(**(COPY_CARD.to_dict() | {"reference_sha256": outcome.cases_sha256}))
         return [
             case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
             for name, values in zip(NAMES, both.T, strict=True)

@@ -66,14 +66,14 @@ class Outcome:
     Attributes:
         count: cases in the benchmark.
         excluded: cases that came in no batch, by reason.
-        images_sha256: of the true pictures of the cases that came.
+        cases_sha256: of names, true pictures, masks and exemplars of the cases that came.
         bootstrap: how intervals are made.
         reference_sha256: of the folder of real pictures, if one was given.
     """
 
     count: int
     excluded: dict[str, int]
-    images_sha256: str
+    cases_sha256: str
     bootstrap: Bootstrap
     reference_sha256: str = ""
 
@@ -105,7 +105,8 @@ class CaseMeasure(Measure):
         card: what is known beforehand.
         finish: see :func:`pbe.evaluation.metrics.results.case_score`.
         show: likewise.
-        against_images: the edits are compared with the true pictures, whose hash the card then bears.
+        against_images: the edits are compared with their cases, whose hash the card then bears; if not, the
+            card says itself what they are compared with.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class CaseMeasure(Measure):
         values[list(self.values)] = list(self.values.values())
         known = self.card.to_dict()
         if self.against_images:
-            known["reference_sha256"] = outcome.images_sha256
+            known["reference_sha256"] = outcome.cases_sha256
         score = case_score(
             self.name,
             self.family,

@@ -103,6 +103,4 @@ def _measure(
     notes: str,
 ) -> CaseMeasure:
     card = ScoreCard(tower.spec.architecture, tower.sha256, resize, rule, notes=notes)
-    return CaseMeasure(
-        name, family, "higher", lambda batch: measure(tower, batch), card, against_images=False
-    )
+    return CaseMeasure(name, family, "higher", lambda batch: measure(tower, batch), card)

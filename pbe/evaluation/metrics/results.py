@@ -34,7 +34,8 @@ class ScoreCard:
         crop_rule: which part is looked at.
         pictures: number of edits that the score is made of.
         excluded: cases left out, by reason.
-        reference_sha256: of the real pictures that the edits are compared with.
+        reference_sha256: of what the edits are compared with: the cases (names, true pictures, masks and
+            exemplars), a folder of real pictures, or a mixture fitted to some.
         interval: method, level and number of resamples.
         notes: what else a reader must know.
     """

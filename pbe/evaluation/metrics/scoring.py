@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,7 +207,7 @@ def score(
     digest = hashlib.sha256()
     for batch in _batches(cases, edits, settings.batch_size, excluded, progress, why_absent):
         for case in batch.cases:
-            digest.update(np.ascontiguousarray(case.image).tobytes())
+            _hash_case(digest, case)
         for measure in measures.values():
             measure.update(batch)
     left_out = sum(excluded.values())
@@ -287,6 +288,14 @@ def _batches(
             yield batch
         if progress is not None:
             progress(stop, len(cases))
+
+
+def _hash_case(digest: hashlib._Hash, case: Case) -> None:
+    """Add all that scores compare an edit with: true picture, mask and exemplar, their shapes, the name."""
+    arrays = (case.image, case.mask, case.exemplar)
+    digest.update(json.dumps([case.id, *(array.shape for array in arrays)]).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
 
 
 def find_fault(case: Case, edit: np.ndarray | None) -> str:

@@ -78,7 +78,7 @@ class SetMeasure(Measure):
             crop_rule="whole pictures",
             pictures=pictures,
             excluded=excluded,
-            reference_sha256=outcome.images_sha256 if self.own_reference else outcome.reference_sha256,
+            reference_sha256=outcome.cases_sha256 if self.own_reference else outcome.reference_sha256,
             interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
             "resamples of the edits",
             notes=f"{self.notes}{'; ' if self.notes else ''}{real} real pictures from {source}",

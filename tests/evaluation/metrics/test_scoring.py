@@ -223,3 +223,26 @@ def test_every_metric_is_of_a_known_family():
 def test_towers_of_one_architecture_take_no_other(role):
     with pytest.raises(UserError, match=f"the tower '{role}' has one architecture"):
         ScoreSettings(architectures={role: "timm/resnet50"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: {"id": "other"},
+        lambda case: {"image": case.image ^ 1},
+        lambda case: {"mask": np.roll(case.mask, 1, axis=1)},
+        lambda case: {"exemplar": 255 - case.exemplar},
+        lambda case: {"exemplar": case.exemplar.reshape(12, 16, 3)},
+    ],
+    ids=["id", "image", "mask", "exemplar", "shape"],
+)
+def test_the_references_hash_is_of_all_that_edits_are_compared_with(change):
+    cases, edits = make(3)
+    names = ("psnr-outside", "seam", "layout-copy", "layout-true")
+    first, again = (score(cases, edits, ScoreSettings(names, batch_size=size)) for size in (2, 3))
+    hashes = {one.card.reference_sha256 for one in (*first, *again)}
+    assert len(hashes) == 1
+    assert len(hashes.pop()) == 64
+    cases[1] = replace(cases[1], **change(cases[1]))
+    changed = score(cases, edits, ScoreSettings(names))
+    assert not {one.card.reference_sha256 for one in first} & {one.card.reference_sha256 for one in changed}
