@@ -293,7 +293,7 @@ def _check_kinds(cls: type, values: dict[str, Any], source: str, prefix: str = "
         given = "list" if isinstance(value, list) else "mapping"
         if wanted != given:
             raise UserError(f"{source}: '{prefix}{key}' is a {given}; it must be a {wanted}")
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
             _check_kinds(kind, value, source, f"{prefix}{key}.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from pbe.data.toy_world import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import NAME as EXEMPLAR_AUC
 from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, TOY_CASES, Ablation, Row
+from pbe.evaluation.ablation.fingerprints import FileHashes, cache_settings, shaping_settings
 from pbe.evaluation.ablation.pose import NAMES as POSE
 from pbe.evaluation.ablation.scoring import identities
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
@@ -20,17 +20,6 @@ from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
 
 FORMAT = 2  # of the stages' results; a newer one makes all of them again
-# Sections and keys that say where a training runs, how it is watched or kept, not what comes out.
-ASIDE = {
-    "": ("output_dir", "autoencoder_from", "init_from", "logging", "cache"),
-    "data": ("train_shards", "validation_shards", "num_workers", "verify", "remote_cache", "max_bad_share"),
-    "trainer": (
-        "resume", "progress", "threads", "profiler", "checkpoint_every", "checkpoint_minutes",
-        "keep_checkpoints", "keep_every", "keep_best", "accelerator",
-    ),
-}  # fmt: skip
-# Batches are those of one process: how many there are shapes a training where a configuration says it.
-SHARED_OUT = {"devices": "auto", "num_nodes": 1, "strategy": "auto"}
 VALIDATION_SEED = 1  # added to that of the training scenes
 
 
@@ -130,7 +119,7 @@ class _Planner:
         self.workspace = Path(self.config.workspace)
         self.latents = self.workspace / "latents"  # the one latent cache, with a section for each settings
         self.stages: dict[str, Stage] = {}
-        self._hashes: dict[Path, str] = {}
+        self.hashes = FileHashes()
         self._outside = identities(self.config.evaluation)
 
     def plan(self) -> Plan:
@@ -171,7 +160,7 @@ class _Planner:
             "seed": scenes.seed if train else scenes.seed + VALIDATION_SEED,
             "recolour": scenes.recolour,
         }
-        mark = fingerprint_of(FORMAT, "scenes", job, self._hash(DEFAULT_WORLD))
+        mark = fingerprint_of(FORMAT, "scenes", job, self.hashes.of(DEFAULT_WORLD))
         name = f"render {job['count']} {split} scenes"
         return self._add("scenes", name, mark, "scenes", units=job["count"], rate="scene", job=job)
 
@@ -195,7 +184,7 @@ class _Planner:
             prior = self._prior()
             start, needs = str(prior.folder / "model"), [prior.fingerprint]
             return self._training(config, f"train {row.name}, seed {seed}", seed, start, needs, needs)
-        marks = [self._hash_model(Path(row.start))] if row.start else []
+        marks = [self.hashes.of_model(Path(row.start))] if row.start else []
         return self._training(config, f"train {row.name}, seed {seed}", seed, row.start, [], marks)
 
     def _prior(self) -> Stage:
@@ -211,9 +200,9 @@ class _Planner:
         if config.task != "diffusion":
             raise UserError(f"{name}: 'task' is '{config.task}'; ablations train the diffusion model")
         if not start and config.autoencoder_from:
-            marks = [*marks, self._hash_model(Path(config.autoencoder_from), "autoencoder.safetensors")]
+            marks = [*marks, self.hashes.of_model(Path(config.autoencoder_from), "autoencoder.safetensors")]
         config = replace(config, seed=seed, init_from=start)
-        mark = fingerprint_of(FORMAT, "training", _shaping(config), data, marks)
+        mark = fingerprint_of(FORMAT, "training", shaping_settings(config), data, marks)
         needs = [*needs, *made]
         if config.cache.folder:
             cache = self._cache(config, made, data)
@@ -256,12 +245,12 @@ class _Planner:
         return mark if mark in self.stages else None
 
     def _cache_mark(self, config: Config, data: Any) -> str:
-        return fingerprint_of(FORMAT, "cache", _cache_settings(config), data, self._encoders(config))
+        return fingerprint_of(FORMAT, "cache", cache_settings(config), data, self._encoders(config))
 
     def _encoders(self, config: Config) -> str:
         if not config.autoencoder_from:
             raise UserError("'autoencoder_from' is empty: a latent cache needs the trained autoencoder")
-        return self._hash_model(Path(config.autoencoder_from), "autoencoder.safetensors")
+        return self.hashes.of_model(Path(config.autoencoder_from), "autoencoder.safetensors")
 
     # --- what is measured -----------------------------------------------------------------------------
 
@@ -280,7 +269,7 @@ class _Planner:
             "image_size": config.model.image_size,
             "exemplar_size": config.model.exemplar_encoder.image_size,
         }
-        mark = fingerprint_of(FORMAT, "benchmark", job, self._hash(DEFAULT_WORLD))
+        mark = fingerprint_of(FORMAT, "benchmark", job, self.hashes.of(DEFAULT_WORLD))
         cases = options.objects or TOY_CASES
         stage = self._add(
             "benchmark", f"make the benchmark, {cases} cases", mark, "benchmarks",
@@ -340,53 +329,3 @@ class _Planner:
         if self._makers(benchmark):
             return None  # the stage that makes them says what they are
         return BenchmarkFolder(benchmark).sha256
-
-    def _hash_model(self, path: Path, only: str = "") -> str:
-        """Return a hash of a model: a file, or the files of a folder (one of them with ``only``)."""
-        if not path.exists():
-            raise UserError(f"there is no model at '{path}'")
-        if path.is_file():
-            return self._hash(path)
-        names = (
-            [only, "config.json"] if only else sorted(str(file.relative_to(path)) for file in path.rglob("*"))
-        )
-        files = [path / name for name in names if (path / name).is_file()]
-        if not files:
-            raise UserError(f"'{path}' is not a model folder: it has no weights")
-        return fingerprint_of([(str(file.relative_to(path)), self._hash(file)) for file in files])
-
-    def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            with path.open("rb") as file:
-                self._hashes[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._hashes[path]
-
-
-def _shaping(config: Config) -> dict[str, Any]:
-    """Return the settings of a training that shape its weights, with those of the cached samples."""
-    values = to_dict(config)
-    for section, keys in ASIDE.items():
-        for key in keys:
-            (values[section] if section else values).pop(key, None)
-    for key, usual in SHARED_OUT.items():
-        if values["trainer"][key] == usual:
-            del values["trainer"][key]
-    if Path(pretrained := config.model.exemplar_encoder.pretrained).is_file():
-        values["pretrained"] = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
-    values["cached"] = config.cache.variants if config.cache.folder else 0
-    return values
-
-
-def _cache_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a cache belongs to; batch sizes and the like are none of them."""
-    shaping = _shaping(config)
-    data = {key: value for key, value in shaping["data"].items() if key != "batch_size"}
-    encoder = config.model.exemplar_encoder
-    tower = [encoder.tower, encoder.pretrained, encoder.tokens, encoder.pooled_stages, encoder.image_size]
-    grid = encoder.token_grid if encoder.tokens == "all" else 0
-    halved = "bf16" in config.trainer.precision
-    tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
-    return tower_file | {
-        "data": data, "seed": config.seed, "variants": config.cache.variants,
-        "tower": [*tower, grid, encoder.mean, encoder.std], "halved": halved,
-    }  # fmt: skip

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pbe.config import to_dict
-from pbe.evaluation.ablation.plan import ASIDE, Cell
+from pbe.evaluation.ablation.fingerprints import ASIDE
+from pbe.evaluation.ablation.plan import Cell
 from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
 from pbe.evaluation.estimates import Estimate
 from pbe.evaluation.report import Table
