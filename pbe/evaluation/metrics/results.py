@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pbe.errors import UserError
 from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate, mean_interval
 
 Family = Literal["paper", "clean", "toy"]
@@ -146,12 +147,25 @@ class Bootstrap:
         level: share that an interval holds, between 0 and 1.
         resamples: for means over cases, at least 1.
         set_resamples: for scores of whole sets, each of which is a distance anew; at least 2.
+
+    Raises:
+        UserError: a number outside these ranges.
     """
 
     seed: int = 0
     level: float = LEVEL
     resamples: int = RESAMPLES
     set_resamples: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no interval."""
+        if not 0.0 < self.level < 1.0:
+            raise UserError(f"an interval holds a share between 0 and 1, not {self.level}")
+        if self.resamples < 1 or self.set_resamples < 2:
+            raise UserError(
+                f"the bootstrap takes at least 1 resample of cases and 2 of sets, not {self.resamples} and "
+                f"{self.set_resamples}"
+            )
 
     def of_mean(self, values: np.ndarray) -> Estimate:
         """Return the mean of ``(n,)`` finite values with its percentile interval."""
