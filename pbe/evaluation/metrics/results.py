@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -124,6 +124,11 @@ def not_run(name: str, family: Family, better: Better, why: str) -> Score:
     return Score(name, family, nan, nan, nan, ScoreCard(), None, better, False, f"not run: {why}")
 
 
+def reasons(excluded: Mapping[str, int]) -> str:
+    """Return what was left out as a text, such as ``3 missing, 1 damaged``."""
+    return ", ".join(f"{count} {reason}" for reason, count in excluded.items())
+
+
 def _json_number(value: float) -> float | str | None:
     value = float(value)
     if math.isnan(value):
@@ -218,7 +223,7 @@ def case_score(
     )
     if not kept.any():
         nan = float("nan")
-        why = "not run: no case is left to score"
+        why = f"not run: no case is left to score ({reasons(excluded)})"
         return Score(name, family, nan, nan, nan, filled, values, better, False, why)
     estimate = bootstrap.of_mean(values[kept])
     low, high = sorted((finish(estimate.low), finish(estimate.high)))

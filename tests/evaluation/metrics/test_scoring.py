@@ -281,3 +281,4 @@ def test_pictures_too_small_for_lpips_are_left_out_of_it_alone(tmp_path, monkeyp
     assert seam.card.pictures == 4
     lpips, seam = score(*small, settings)
     assert (lpips.run, seam.run) == (False, True)
+    assert lpips.why_not == "not run: no case is left to score (2 smaller than 31 pixels)"
