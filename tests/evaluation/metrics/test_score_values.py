@@ -69,8 +69,8 @@ def scored(tmp_path: Path):
 
 def check(found: Score, expected: np.ndarray) -> None:
     scale = np.abs(expected).max()
-    assert found.per_case == pytest.approx(expected, abs=1e-4 * scale)
-    assert found.value == pytest.approx(expected.mean(), abs=1e-4 * scale)
+    assert found.per_case == pytest.approx(expected, abs=3e-5 * scale)
+    assert found.value == pytest.approx(expected.mean(), abs=3e-5 * scale)
     assert found.low <= found.value <= found.high
     assert found.better == "higher"
     assert len(found.card.reference_sha256) == 64, "the exemplars are what it compares with"
@@ -80,7 +80,7 @@ def test_clip_scores_by_hand(scored):
     cases, edits, networks, found = scored
     whole = expected_cosines(networks["clip"], CLIPS, cases, edits)
     paper = expected_cosines(networks["clip"], CLIPS, cases, edits, paper=True)
-    assert np.abs(whole - paper).max() > 1e-3, "a test that cannot tell the crops apart"
+    assert np.abs(whole - paper).max() > 2e-4, "a test that cannot tell the crops apart"
     check(found["clip-similarity"], whole)
     check(found["region-clip-corrected"], 100 * whole)
     check(found["region-clip"], 100 * paper)
@@ -90,7 +90,7 @@ def test_dino_similarity_by_hand(scored):
     cases, edits, networks, found = scored
     expected = expected_cosines(networks["dino"], IMAGENETS, cases, edits)
     others = expected_cosines(networks["dino"], CLIPS, cases, edits)
-    assert np.abs(expected - others).max() > 1e-3, "a test that cannot tell the normalisations apart"
+    assert np.abs(expected - others).max() > 2e-4, "a test that cannot tell the normalisations apart"
     check(found["dino-similarity"], expected)
 
 
