@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from pbe.evaluation.benchmark import published
-from pbe.evaluation.metrics.results import FAMILIES, Bootstrap, Family, Score, ScoreCard, short_number
+from pbe.evaluation.metrics.results import (
+    FAMILIES,
+    Bootstrap,
+    Family,
+    Score,
+    ScoreCard,
+    reasons,
+    short_number,
+)
 from pbe.evaluation.metrics.towers import TOWERS
 
 PAPER_TOWER = TOWERS["clip"].architecture
@@ -170,10 +178,16 @@ def _other_towers(runs: Sequence[ScoredEdits]) -> str:
 
 
 def _why_not(runs: Sequence[ScoredEdits], family: Family) -> str:
+    """Say why scores of a family were not run; where that is not so of every set alike, of which set."""
     absent: dict[str, list[str]] = {}
-    for one in runs[0].scores:
-        if one.family == family and not one.run:
-            absent.setdefault(one.why_not, []).append(one.name)
+    for index, one in enumerate(runs[0].scores):
+        whys = [run.scores[index].why_not for run in runs] if one.family == family else []
+        if len(set(whys)) == 1 and whys[0]:
+            absent.setdefault(whys[0], []).append(one.name)
+            continue
+        for run, why in zip(runs, whys, strict=False):
+            if why:
+                absent.setdefault(why, []).append(f"{one.name} of {run.label}")
     return "; ".join(f"{', '.join(names)} {why}" for why, names in absent.items())
 
 
@@ -182,7 +196,7 @@ def card_facts(card: ScoreCard) -> list[tuple[str, str]]:
     facts = []
     for name, value in card.to_dict().items():
         if isinstance(value, dict):
-            value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
+            value = reasons(value) or "nothing"
         if value != "":
             facts.append((CARD_NAMES.get(name, name), str(value)))
     return facts

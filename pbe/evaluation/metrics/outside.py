@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from pbe.checkpoints.tower_files import read_state
 from pbe.errors import UserError
-from pbe.evaluation.metrics.measures import Batch, CaseMeasure, NotRunError
-from pbe.evaluation.metrics.results import ScoreCard
+from pbe.evaluation.metrics.measures import Batch, CaseMeasure, NotRunError, Outcome
+from pbe.evaluation.metrics.results import Score, ScoreCard
 from pbe.evaluation.metrics.towers import file_sha256
 
 PEAK = 255.0
 SIGMA, TAPS = 1.5, 11  # the window of Wang et al. 2004
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 RULE = "pixels outside the mask"
+ALEXNET_SIDE = 31  # pixels; of anything smaller its second pooling leaves nothing
 
 
 def squared_error_outside(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
@@ -134,7 +135,12 @@ def load_lpips(weights: str | None, device: str = "cpu") -> nn.Module:
 
 
 def lpips_outside(network: nn.Module, image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
-    """Return LPIPS between the real picture and the edit with the real picture's content in the hole."""
+    """Return LPIPS between the real picture and the edit with the real picture's content in the hole.
+
+    NaN where a side is below 31 pixels, of which AlexNet has no features.
+    """
+    if min(image.shape[:2]) < ALEXNET_SIDE:
+        return math.nan
     filled = fill_hole(image, edit, mask)
     if np.array_equal(filled, image):
         return 0.0
@@ -149,6 +155,23 @@ def _signed(picture: np.ndarray, device: torch.device) -> Tensor:
     return pixels.to(device).float() / 127.5 - 1.0
 
 
+class LpipsMeasure(CaseMeasure):
+    """A :class:`CaseMeasure` whose pictures may be too small for the network; the card then says so."""
+
+    small = 0
+
+    def update(self, batch: Batch) -> None:
+        """Measure a batch."""
+        self.small += sum(min(case.image.shape[:2]) < ALEXNET_SIDE for case in batch.cases)
+        super().update(batch)
+
+    def finish(self, outcome: Outcome) -> list[Score]:
+        """Average over the cases that are large enough."""
+        if self.small:
+            outcome = outcome.with_excluded(f"smaller than {ALEXNET_SIDE} pixels", self.small)
+        return super().finish(outcome)
+
+
 def lpips_measure(weights: str | None, device: str = "cpu") -> CaseMeasure:
     """Make ``lpips-outside``; see :func:`load_lpips` for what is raised."""
     network = load_lpips(weights, device)
@@ -160,4 +183,4 @@ def lpips_measure(weights: str | None, device: str = "cpu") -> CaseMeasure:
     digest = file_sha256(Path(weights or ""))
     notes = "of the whole pictures, the hole as in the real one"
     card = ScoreCard("LPIPS 0.1 on AlexNet", digest, "none", RULE, notes=notes)
-    return CaseMeasure("lpips-outside", "clean", "lower", measure, card)
+    return LpipsMeasure("lpips-outside", "clean", "lower", measure, card)

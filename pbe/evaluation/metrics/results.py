@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from pbe.errors import UserError
 from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate, mean_interval
 
 Family = Literal["paper", "clean", "toy"]
@@ -123,6 +124,11 @@ def not_run(name: str, family: Family, better: Better, why: str) -> Score:
     return Score(name, family, nan, nan, nan, ScoreCard(), None, better, False, f"not run: {why}")
 
 
+def reasons(excluded: Mapping[str, int]) -> str:
+    """Return what was left out as a text, such as ``3 missing, 1 damaged``."""
+    return ", ".join(f"{count} {reason}" for reason, count in excluded.items())
+
+
 def _json_number(value: float) -> float | str | None:
     value = float(value)
     if math.isnan(value):
@@ -146,12 +152,25 @@ class Bootstrap:
         level: share that an interval holds, between 0 and 1.
         resamples: for means over cases, at least 1.
         set_resamples: for scores of whole sets, each of which is a distance anew; at least 2.
+
+    Raises:
+        UserError: a number outside these ranges.
     """
 
     seed: int = 0
     level: float = LEVEL
     resamples: int = RESAMPLES
     set_resamples: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no interval."""
+        if not 0.0 < self.level < 1.0:
+            raise UserError(f"an interval holds a share between 0 and 1, not {self.level}")
+        if self.resamples < 1 or self.set_resamples < 2:
+            raise UserError(
+                f"the bootstrap takes at least 1 resample of cases and 2 of sets, not {self.resamples} and "
+                f"{self.set_resamples}"
+            )
 
     def of_mean(self, values: np.ndarray) -> Estimate:
         """Return the mean of ``(n,)`` finite values with its percentile interval."""
@@ -204,7 +223,7 @@ def case_score(
     )
     if not kept.any():
         nan = float("nan")
-        why = "not run: no case is left to score"
+        why = f"not run: no case is left to score ({reasons(excluded)})"
         return Score(name, family, nan, nan, nan, filled, values, better, False, why)
     estimate = bootstrap.of_mean(values[kept])
     low, high = sorted((finish(estimate.low), finish(estimate.high)))

@@ -19,7 +19,7 @@ from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, O
 from pbe.evaluation.metrics.mixture import QualityMeasure, load_mixture
 from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
 from pbe.evaluation.metrics.region_similarity import paper_region_measure, region_measure
-from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run
+from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run, reasons
 from pbe.evaluation.metrics.seam import seam_measure
 from pbe.evaluation.metrics.set_scores import PictureFolder, SetMeasure
 from pbe.evaluation.metrics.towers import OTHERS_ALLOWED, TOWERS, Tower, load_tower
@@ -212,8 +212,7 @@ def score(
             measure.update(batch)
     left_out = sum(excluded.values())
     if left_out == len(cases):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in excluded.items())
-        raise UserError(f"no edit can be scored: {reasons or 'the benchmark is empty'}")
+        raise UserError(f"no edit can be scored: {reasons(excluded) or 'the benchmark is empty'}")
     outcome = Outcome(len(cases), excluded, digest.hexdigest(), settings.bootstrap, reference_sha256)
     made = {name: measure.finish(outcome) for name, measure in measures.items()}
     return [one for name in settings.chosen for one in made.get(name, absent.get(name, []))]

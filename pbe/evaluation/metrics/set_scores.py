@@ -13,7 +13,7 @@ from PIL import Image
 from pbe.errors import UserError
 from pbe.evaluation.metrics.frechet import Distance
 from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
-from pbe.evaluation.metrics.results import Bootstrap, Family, Score, ScoreCard, not_run
+from pbe.evaluation.metrics.results import Bootstrap, Family, Score, ScoreCard, not_run, reasons
 from pbe.evaluation.metrics.towers import Tower
 
 Compare = Callable[[np.ndarray, np.ndarray, Bootstrap], Distance]
@@ -52,15 +52,21 @@ class SetMeasure(Measure):
         self.real.append(edit_features(self.tower, batch))
 
     def finish(self, outcome: Outcome) -> list[Score]:
-        """Measure the distance; sets of fewer than two pictures have none."""
+        """Measure the distance; fewer than two pictures have none, nor have features that are not finite."""
         features, real = np.concatenate(self.edits), np.concatenate(self.real)
         finite = np.isfinite(features).all(axis=1)
         excluded = dict(outcome.excluded)
         if not finite.all():
             excluded["features not finite"] = int(np.sum(~finite))
         features = features[finite]
-        if min(len(features), len(real)) < 2:
+        broken = int(np.sum(~np.isfinite(real).all(axis=1)))
+        why = ""
+        if broken:
+            why = f"features of {broken} of {len(real)} real pictures are not finite; check the weights"
+        elif min(len(features), len(real)) < 2:
             why = f"needs at least two pictures on either side, not {len(features)} and {len(real)}"
+            why += f" ({reasons(excluded)})" if excluded else ""
+        if why:
             card = self._card(len(features), len(real), excluded, outcome)
             return [replace(not_run(self.name, self.family, "lower", why), card=card)]
         found = self.compare(features, real, outcome.bootstrap)

@@ -7,6 +7,8 @@ the scores that need it are returned as not run.
 from __future__ import annotations
 
 import hashlib
+import pickle
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,19 @@ from pbe.models.tower import build_tower, lite_weights, tagged_tower
 
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
 SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
+# What PyTorch raises of files that are no state dict, and building raises of those of another network.
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    struct.error,
+    pickle.UnpicklingError,
+    UserError,
+)
 INCEPTION = "both axes to 299 px by TensorFlow 1's bilinear (torch-fidelity)"
 
 
@@ -188,7 +203,7 @@ def build_network(spec: TowerSpec) -> nn.Module:
     """Return the untrained network of a specification.
 
     Raises:
-        UserError: the architecture is unknown.
+        UserError: the architecture is unknown, or is for pictures of another size.
     """
     name = spec.architecture
     if name.startswith("vit/"):
@@ -196,6 +211,7 @@ def build_network(spec: TowerSpec) -> nn.Module:
     if name.startswith("timm/"):
         if not timm.is_model(name.removeprefix("timm/")):
             raise UserError(f"timm has no model '{name.removeprefix('timm/')}'")
+        _check_side(name, spec.size)
         return timm.create_model(name.removeprefix("timm/"), pretrained=False, num_classes=0)
     known = open_clip.get_model_config(name)
     if known is None:
@@ -205,6 +221,13 @@ def build_network(spec: TowerSpec) -> nn.Module:
     return _build_vision_tower(known["embed_dim"], CLIPVisionCfg(**vision), quick_gelu=quick)
 
 
+def _check_side(name: str, size: int) -> None:
+    """Refuse a network of timm's that takes no other size than another one."""
+    known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+    if known is not None and known.fixed_input_size and known.input_size[-1] != size:
+        raise UserError(f"{name} takes pictures of {known.input_size[-1]} pixels; the score's have {size}")
+
+
 def _load_lite(spec: TowerSpec, weights: str | None, device: str) -> Tower:
     try:
         path = Path(weights) if weights is not None else lite_weights(LITE_TOWER)
@@ -212,7 +235,11 @@ def _load_lite(spec: TowerSpec, weights: str | None, device: str) -> Tower:
         raise NotRunError(f"needs a package: {error}") from error
     if not path.is_file():
         raise UserError(f"there is no file '{path}' of tower weights")
-    return LiteTower(spec, build_lite(path), file_sha256(path), device)
+    try:
+        network = build_lite(path)
+    except UNREADABLE as error:
+        raise UserError(f"'{path}' holds no weights of EfficientNet-Lite2") from error
+    return LiteTower(spec, network, file_sha256(path), device)
 
 
 def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:

@@ -171,6 +171,14 @@ def test_features_that_are_not_finite_are_left_out(settings, monkeypatch):
     (found,) = score(cases, edits, settings("clip-fid"))
     assert found.card.excluded == {"features not finite": 1}
     assert found.card.pictures == 4
+    (found,) = score(cases[2:4], edits[2:4], settings("clip-fid"))
+    assert found.why_not.endswith("either side, not 1 and 2 (1 features not finite)")
+    cases[1] = replace(cases[1], image=cases[1].image.copy())
+    cases[1].image[0, 0] = 7
+    found, seam = score(cases, edits, settings("clip-fid", "seam"))
+    assert found.why_not == ("not run: features of 1 of 5 real pictures are not finite; check the weights")
+    assert found.card.reference_sha256
+    assert seam.run, "what else was scored is not lost"
 
 
 def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):

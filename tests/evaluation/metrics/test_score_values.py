@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from pbe.errors import UserError
 from pbe.evaluation.metrics.results import Score
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.seam import seam
@@ -68,8 +69,8 @@ def scored(tmp_path: Path):
 
 def check(found: Score, expected: np.ndarray) -> None:
     scale = np.abs(expected).max()
-    assert found.per_case == pytest.approx(expected, abs=1e-4 * scale)
-    assert found.value == pytest.approx(expected.mean(), abs=1e-4 * scale)
+    assert found.per_case == pytest.approx(expected, abs=3e-5 * scale)
+    assert found.value == pytest.approx(expected.mean(), abs=3e-5 * scale)
     assert found.low <= found.value <= found.high
     assert found.better == "higher"
     assert len(found.card.reference_sha256) == 64, "the exemplars are what it compares with"
@@ -79,7 +80,7 @@ def test_clip_scores_by_hand(scored):
     cases, edits, networks, found = scored
     whole = expected_cosines(networks["clip"], CLIPS, cases, edits)
     paper = expected_cosines(networks["clip"], CLIPS, cases, edits, paper=True)
-    assert np.abs(whole - paper).max() > 1e-3, "a test that cannot tell the crops apart"
+    assert np.abs(whole - paper).max() > 2e-4, "a test that cannot tell the crops apart"
     check(found["clip-similarity"], whole)
     check(found["region-clip-corrected"], 100 * whole)
     check(found["region-clip"], 100 * paper)
@@ -89,7 +90,7 @@ def test_dino_similarity_by_hand(scored):
     cases, edits, networks, found = scored
     expected = expected_cosines(networks["dino"], IMAGENETS, cases, edits)
     others = expected_cosines(networks["dino"], CLIPS, cases, edits)
-    assert np.abs(expected - others).max() > 1e-3, "a test that cannot tell the normalisations apart"
+    assert np.abs(expected - others).max() > 2e-4, "a test that cannot tell the normalisations apart"
     check(found["dino-similarity"], expected)
 
 
@@ -127,6 +128,22 @@ def test_the_papers_tower_is_openais_with_its_own_activation():
     assert [each.shape for each in features] == [(1, 512), (1, 768)]
     assert (TOWERS["clip"].mean, TOWERS["clip"].std) == CLIPS
     assert (TOWERS["dino"].mean, TOWERS["dino"].std) == IMAGENETS
+
+
+def test_lite2_weights_that_are_junk_or_anothers_are_one_line(tmp_path):
+    torch.save({"features.0.weight": torch.ones(2)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"_blocks.20.weight": torch.ones(2)}, tmp_path / "strange.pth")
+    (tmp_path / "junk.pth").write_bytes(b"junk")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    for name in ("other", "list", "strange", "junk", "empty"):
+        with pytest.raises(UserError, match=rf"{name}\.pth' holds no weights of EfficientNet-Lite2"):
+            load_tower("lite2", None, str(tmp_path / f"{name}.pth"))
+
+
+def test_towers_of_another_input_size_are_refused():
+    with pytest.raises(UserError, match="takes pictures of 518 pixels; the score's have 224"):
+        build_network(TowerSpec("timm/vit_small_patch14_dinov2"))
 
 
 def test_seam_is_the_geometric_mean_of_the_ratios():

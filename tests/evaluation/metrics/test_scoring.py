@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics import scoring
+from pbe.evaluation.metrics import outside, scoring
 from pbe.evaluation.metrics.measures import NotRunError
 from pbe.evaluation.metrics.results import Bootstrap, Score, short_number
 from pbe.evaluation.metrics.scoring import METRICS, Metric, ScoreSettings, score
@@ -246,3 +247,44 @@ def test_the_references_hash_is_of_all_that_edits_are_compared_with(change):
     cases[1] = replace(cases[1], **change(cases[1]))
     changed = score(cases, edits, ScoreSettings(names))
     assert not {one.card.reference_sha256 for one in first} & {one.card.reference_sha256 for one in changed}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resamples": 0}, "not 0 and 50"),
+        ({"set_resamples": 1}, "not 2000 and 1"),
+        ({"level": 1.0}, "between 0 and 1, not 1.0"),
+    ],
+)
+def test_bootstraps_that_give_no_interval_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Bootstrap(**settings)
+
+
+class Shrinking(torch.nn.Module):
+    """The sizes that AlexNet's convolutions and poolings make of a picture, without its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, last = torch.nn.Conv2d(3, 1, 11, 4, 2), torch.nn.MaxPool2d(3, 2)
+        self.layers = torch.nn.Sequential(first, torch.nn.MaxPool2d(3, 2), last)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (self.layers(a) - self.layers(b)).abs().mean()
+
+
+def test_pictures_too_small_for_lpips_are_left_out_of_it_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "load_lpips", lambda *_: Shrinking())
+    (tmp_path / "any.pth").write_bytes(b"any")
+    settings = ScoreSettings(("lpips-outside", "seam"), weights={"lpips": str(tmp_path / "any.pth")})
+    small, large = make(2, size=30), make(2, size=31)
+    for edit in (*small[1], *large[1]):
+        edit[0] ^= 64
+    lpips, seam = score(small[0] + large[0], small[1] + large[1], settings)
+    assert lpips.card.excluded == {"smaller than 31 pixels": 2}
+    assert np.isfinite(lpips.per_case).tolist() == [False, False, True, True]
+    assert seam.card.pictures == 4
+    lpips, seam = score(*small, settings)
+    assert (lpips.run, seam.run) == (False, True)
+    assert lpips.why_not == "not run: no case is left to score (2 smaller than 31 pixels)"
