@@ -8,6 +8,7 @@ python scripts/benchmark.py train                          # the toy model, from
 python scripts/benchmark.py train --paper                  # the paper's sizes, random weights, 256 px
 python scripts/benchmark.py train --paper --step --steps 2  # one step: time and memory
 python scripts/benchmark.py train --ddp                    # two processes against one on one core
+python scripts/benchmark.py scoring --count 1000 --size 512
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from pbe.data.timing import (
     synthetic_shards,
 )
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.timing import measure_scoring, synthetic_edits
 from scripts import render_toy_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,7 +248,7 @@ def _print_kills(killed: KillResult) -> None:
     print("resumed: the same bytes as packed at once, every picture once")
 
 
-# Of the toy model and of the paper's, whose pictures take seconds to encode and whose steps are long.
+# Of the toy model and of the paper's, whose pictures and steps take seconds.
 TRAIN_DEFAULTS = {
     "size": (64, 256),
     "batch_size": (64, 1),
@@ -313,20 +315,10 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     """Make pictures and return the configuration that is measured."""
     size, shards = options.size, folder / "shards"
+    rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
         synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
-    elif render_toy_world.main(
-        [
-            "--out",
-            str(shards),
-            "--scenes",
-            str(options.pictures),
-            "--workers",
-            "0",
-            "--size",
-            str(size * 3 // 2),
-        ]
-    ):
+    elif render_toy_world.main(["--out", str(shards), *rendering]):
         raise UserError("the scenes could not be rendered")
     settings = [
         f"data.train_shards={shards}", "data.validation_shards=", f"data.num_workers={options.workers}",
@@ -342,6 +334,22 @@ def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     return load_config(ROOT / "configs" / f"{name}.yaml", [*settings, *options.overrides])
 
 
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``scoring``."""
+    parser.add_argument("--count", type=int, default=1000, help="edits (default %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="of the pictures, pixels (default %(default)s)")
+
+
+def measure_scores(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure how long finished edits take to be scored."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = measure_scoring(*synthetic_edits(Path(folder), options.count, options.size))
+    rows = [["reading alone", f"{times.read:.1f}"], ["scoring", f"{times.score:.1f}"]]
+    print_table([f"{times.cases} edits of {options.size} px", "s"], rows)
+    print(f"\nscores: {', '.join(times.ran)}")
+    return vars(times)
+
+
 SUBJECTS = {
     "annotations": Subject(
         "Open Images' annotations to the packing plan", add_annotation_options, measure_open_images
@@ -350,6 +358,7 @@ SUBJECTS = {
         "packing, against bare copying; killed and resumed", add_packing_options, measure_pack
     ),
     "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
+    "scoring": Subject("scores of finished edits, against reading them", add_scoring_options, measure_scores),
     "train": Subject("training: cached or online, one step, two processes", add_train_options, measure_train),
 }
 
