@@ -254,11 +254,11 @@ def test_markdown_and_latex_escape_what_they_would_read() -> None:
 
 def test_latex_turns_the_table_of_scores() -> None:
     values = {(row, name): Estimate(1.0, 0.5, 2.0) for row in ("a", "b") for name in ("seam", "kid")}
-    table = score_table(["a", "b"], [("seam", "lower"), ("kid", "lower")], values, "")
+    table = score_table([("a", "row a"), ("b", "row b")], [("seam", "lower"), ("kid", "lower")], values, "")
     assert markdown(table).startswith("|  | seam ↓ | kid ↓ |\n")
     lines = latex(table).splitlines()
     cell = "1.000 (0.500 to 2.000)"
-    assert " & a & b \\\\" in lines
+    assert " & row a & row b \\\\" in lines
     assert rf"kid $\downarrow$ & {cell} & {cell} \\" in lines
 
 
