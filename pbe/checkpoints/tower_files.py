@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ from pbe.models.tower import load_pretrained
 
 VISUAL = "visual."  # of the image tower's names in all of CLIP
 PROJECTION = ("proj", "attnpool.", "head.")  # into CLIP's common space, which no exemplar encoder has
+
+# What torch, safetensors and the readers of archives raise for files that are not theirs.
+UNREADABLE = (
+    RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, struct.error, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def load_tower_weights(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
@@ -55,7 +62,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise UserError(f"'{path}' cannot be read as a plain state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -80,13 +80,14 @@ def sections_of(results: Results) -> list[Section]:
 
 
 def _compared(results: Results, differences: list[Difference]) -> Table | None:
+    differences = [one for one in differences if not one.value == one.low == one.high == 0.0]
     if not differences:
         return None
     note = (
         "Paired bootstrap over cases, widened by Student's t for how much trainings with other seeds vary, "
         "pooled over the comparisons; a difference whose interval holds 0 is undecided. Scores that are "
         "geometric means are compared by logarithms; those of whole sets are not paired. "
-        "No correction for the number of comparisons."
+        "Scores that are equal in every case are left out. No correction for the number of comparisons."
     )
     return difference_table(differences, results.titles, note)
 

@@ -207,7 +207,7 @@ def score(
     digest = hashlib.sha256()
     for batch in _batches(cases, edits, settings.batch_size, excluded, progress, why_absent):
         for case in batch.cases:
-            _hash_case(digest, case)
+            digest.update(_case_digest(case))
         for measure in measures.values():
             measure.update(batch)
     left_out = sum(excluded.values())
@@ -289,12 +289,13 @@ def _batches(
             progress(stop, len(cases))
 
 
-def _hash_case(digest: hashlib._Hash, case: Case) -> None:
-    """Add all that scores compare an edit with: true picture, mask and exemplar, their shapes, the name."""
+def _case_digest(case: Case) -> bytes:
+    """Return the SHA-256 of what scores compare an edit with: name, true picture, mask, exemplar, shapes."""
     arrays = (case.image, case.mask, case.exemplar)
-    digest.update(json.dumps([case.id, *(array.shape for array in arrays)]).encode())
+    digest = hashlib.sha256(json.dumps([case.id, *(array.shape for array in arrays)]).encode())
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.digest()
 
 
 def find_fault(case: Case, edit: np.ndarray | None) -> str:

@@ -94,6 +94,15 @@ def test_dino_similarity_by_hand(scored):
     check(found["dino-similarity"], expected)
 
 
+@pytest.mark.parametrize(("role", "numbers"), [("clip", CLIPS), ("dino", IMAGENETS)])
+def test_every_tower_has_its_own_normalisation(tmp_path, role, numbers):
+    tower = load_tower(role, SMALL, str(random_weights(tmp_path)))
+    picture = make(1)[1][0]
+    assert tower.normalise(picture).numpy() == pytest.approx(
+        normalised(picture, *numbers)[0].numpy(), abs=1e-5
+    )
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_towers_of_open_clip_are_open_clips(tmp_path, monkeypatch, quick):
     config = {
