@@ -46,7 +46,7 @@ from pbe.data.timing import (
     synthetic_shards,
 )
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.timing import measure_scoring, synthetic_edits
+from pbe.evaluation.toy.timing import measure_scoring, synthetic_edits
 from scripts import render_toy_world
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.evaluation.benchmark import timing
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.toy import timing
 from scripts import benchmark
 
 
