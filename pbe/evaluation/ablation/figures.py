@@ -49,7 +49,8 @@ def plot(results: Results) -> bytes:
         beside = [place] * len(seeds) if by_row else _values(results, row.name, options.plot_x)
         axes.scatter(beside, [one.value for one in seeds], s=12, color=f"C{place % 10}", alpha=0.4)
         if not by_row:
-            axes.annotate(row.title, points[-1], xytext=(7, 7), textcoords="offset points", fontsize=8)
+            beside_point = (7, -14 if place % 2 else 7)  # neighbours often lie close together
+            axes.annotate(row.title, points[-1], xytext=beside_point, textcoords="offset points", fontsize=8)
     axes.plot(*zip(*points, strict=True), color="0.7", linewidth=1, zorder=1)
     if by_row:
         axes.set_xticks(range(len(rows)), [row.title for row in rows], rotation=20, ha="right", fontsize=8)
