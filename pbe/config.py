@@ -57,6 +57,8 @@ class AutoencoderLossConfig:
     LPIPS weights (``perceptual_linear``; empty: all channels of a layer count alike).
     ``adversarial_weight`` adds the hinge loss of a patch discriminator from step ``adversarial_start`` on,
     as a factor on the ratio of gradient norms with ``adversarial_adaptive``, else as it is.
+    ``perceptual_on`` is ``vgg``, or ``tower``: the same distance on the maps of the model's own image tower,
+    which needs no further weights.
     """
 
     l1_weight: float = 1.0
@@ -67,6 +69,7 @@ class AutoencoderLossConfig:
     train: str = "all"
     hole_weight: float = 1.0
     perceptual_weight: float = 0.0
+    perceptual_on: str = "vgg"
     perceptual_vgg: str = ""
     perceptual_linear: str = ""
     adversarial_weight: float = 0.0
@@ -80,6 +83,8 @@ class AutoencoderLossConfig:
 class OptimizerConfig:
     """AdamW and its warm-up. ``decay`` is ``constant`` or ``cosine`` (to zero at ``trainer.max_steps``).
 
+    A constant rate falls to zero over the last ``cooldown_steps``, so that a run whose length is not known
+    yet can be ended well at any time (0: it does not fall).
     ``decay_groups`` keeps norms, biases and the null condition out of weight decay. ``fused`` updates all
     weights in one kernel.
     """
@@ -91,6 +96,7 @@ class OptimizerConfig:
     decay_groups: bool = True
     warmup_steps: int = 10_000
     decay: str = "constant"
+    cooldown_steps: int = 0
     ema_decay: float = 0.9999
     gradient_clip: float = 1.0
     fused: bool = False
@@ -183,6 +189,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "autoencoder_loss.train": ("all", "decoder"),
     "objective.weighting": ("uniform", "min_snr"),
     "objective.drop_mode": ("per_sample", "per_batch"),
+    "model.unet.norm": ("group", "channel"),
+    "autoencoder_loss.perceptual_on": ("vgg", "tower"),
     "optimizer.decay": ("constant", "cosine"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
     "trainer.on_nan": ("stop", "skip"),

@@ -16,9 +16,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.unet.num_res_blocks": POSITIVE,
     "model.autoencoder.num_res_blocks": POSITIVE,
     "model.autoencoder.latent_channels": POSITIVE,
+    "model.autoencoder.patch": (1, 64),
     "model.exemplar_encoder.image_size": POSITIVE,
     "model.exemplar_encoder.mapper_width": (0, math.inf),
     "model.exemplar_encoder.token_grid": (0, math.inf),
+    "model.exemplar_encoder.layout_grid": (0, 64),
+    "model.exemplar_encoder.layout_width": POSITIVE,
     "objective.drop_probability": SHARE,
     "autoencoder_loss.masked_share": SHARE,
     "autoencoder_loss.hole_weight": (0.001, math.inf),
@@ -44,6 +47,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "cache.batch_size": POSITIVE,
     "cache.shard_samples": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.cooldown_steps": (0, math.inf),
     "optimizer.ema_decay": (0, 0.999999),
     "optimizer.gradient_clip": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
@@ -125,10 +129,14 @@ def _check_autoencoder(config: DictConfig, source: str) -> None:
 
 
 def _check_multiple(config: DictConfig, source: str) -> None:
-    levels = len(config.model.autoencoder.channel_mult) + len(config.model.unet.channel_mult) - 2
-    multiple = 2**levels
+    autoencoder = config.model.autoencoder
+    levels = len(autoencoder.channel_mult) + len(config.model.unet.channel_mult) - 2
+    multiple = autoencoder.patch * 2**levels
     if config.model.image_size % multiple:
+        folding = (
+            f"the autoencoder folds patches of {autoencoder.patch}, and " if autoencoder.patch > 1 else ""
+        )
         raise UserError(
-            f"{source}: 'model.image_size' is {config.model.image_size}; "
+            f"{source}: 'model.image_size' is {config.model.image_size}; {folding}"
             f"autoencoder and UNet halve it {levels} times, so it must be a multiple of {multiple}"
         )

@@ -20,7 +20,10 @@ class UNetConfig:
 
     ``attention_factors`` lists the downsampling factors (1 = the latent grid itself) that carry a
     spatial transformer. The number of input channels follows from the autoencoder's latent channels:
-    noisy latent, masked-image latent and mask.
+    noisy latent, masked-image latent and mask. ``norm`` is ``group`` (the paper's, ``norm_groups`` groups
+    over all positions) or ``channel``: over the channels of each position alone, which costs less on a CPU.
+    ``modulation`` lets time and condition scale and shift the features of every residual block; without it
+    the time embedding is added and the condition comes by cross-attention alone.
     """
 
     model_channels: int = 320
@@ -31,6 +34,8 @@ class UNetConfig:
     context_dim: int = 768
     time_embed_mult: int = 4
     norm_groups: int = 32
+    norm: str = "group"
+    modulation: bool = False
 
 
 @dataclass
@@ -39,7 +44,9 @@ class AutoencoderConfig:
 
     ``scale_factor`` multiplies sampled latents. ``patch_shortcut`` adds a learned linear map of whole
     patches beside encoder and decoder, for autoencoders that have minutes instead of weeks to train.
-    ``mask_aware_decoder`` shows the decoder the picture outside the hole.
+    ``mask_aware_decoder`` shows the decoder the picture outside the hole. ``patch`` p folds p x p pixels
+    into the channels before the first convolution and unfolds them after the last one, so that an
+    autoencoder of few levels still makes small latents.
     """
 
     channels: int = 128
@@ -50,6 +57,7 @@ class AutoencoderConfig:
     mid_attention: bool = True
     patch_shortcut: bool = False
     mask_aware_decoder: bool = False
+    patch: int = 1
     scale_factor: float = 0.18215
 
 
@@ -65,6 +73,9 @@ class ExemplarEncoderConfig:
     ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
     as one token: a classifier's last layer has forgotten most of what colour a thing has. With ``all`` each
     position likewise holds what every stage of a convolutional trunk says there, and a fixed code of place.
+    ``layout_grid`` g adds a learned pooling that knows positions, as CLIP's class token does and global
+    averages do not: the maps of the tower's stages, averaged to g x g positions, go through a linear layer
+    to ``layout_width`` channels each, a GELU and a linear map of all positions into the one token; 0 is off.
     ``mapper_width`` 0 means the width of what the tower gives.
     """
 
@@ -76,6 +87,8 @@ class ExemplarEncoderConfig:
     tokens: str = "class"
     token_grid: int = 0
     pooled_stages: bool = False
+    layout_grid: int = 0
+    layout_width: int = 64
     mapper_width: int = 0
     mapper_layers: int = 5
     mapper_heads: int = 1

@@ -11,6 +11,7 @@ from pbe.data.contact_sheet import make_row, sheet_html
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
 from pbe.files import make_folder
+from pbe.models.autoencoder import downsampling_of
 
 
 def page(config: Config, stream: str, epoch: int, start: int, count: int) -> str:
@@ -27,7 +28,7 @@ def page(config: Config, stream: str, epoch: int, start: int, count: int) -> str
         UserError: the shards cannot be opened.
     """
     dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
-    factor = 2 ** (len(config.model.autoencoder.channel_mult) - 1)
+    factor = downsampling_of(config.model.autoencoder)
     first = epoch * len(dataset) + start
     rows = [make_row(dataset, index, factor) for index in range(first, first + min(count, len(dataset)))]
     data = config.data

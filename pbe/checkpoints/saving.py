@@ -100,6 +100,10 @@ def check_layout(config: ModelConfig, layout: str) -> None:
     problems = {
         "an autoencoder with a patch shortcut": config.autoencoder.patch_shortcut,
         "a mask-aware decoder": config.autoencoder.mask_aware_decoder,
+        "an autoencoder that folds patches": config.autoencoder.patch != 1,
+        "norms over channels": config.unet.norm != "group",
+        "modulation by time and condition": config.unet.modulation,
+        "a token of the layout": encoder.layout_grid != 0,
         "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
         "a condition of all tokens": encoder.tokens != "class",
         f"the tower '{encoder.tower}'": encoder.tower.startswith("timm/"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.errors import UserError
-from pbe.models.layers import zero_init
+from pbe.models.layers import make_norm, zero_init
 
 SHORT = 64 * 64
 """Queries times keys up to which training on the CPU is faster with attention written out."""
@@ -134,7 +134,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = make_norm(channels, groups, 1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.block = TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))

@@ -98,12 +98,12 @@ class CodecLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture ``(b, 3, h, w)`` to moments ``(b, 2z, h / f, w / f)``."""
+    """Folded image ``(b, 3 p p, h, w)`` to moments ``(b, 2z, h / f, w / f)``."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = [config.channels * mult for mult in config.channel_mult]
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
         channels = config.channels
         for depth, width in enumerate(widths):
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, 3, h, w)`` in [-1, 1] to ``(b, 2z, h / f, w / f)``."""
+        """Map ``(b, 3 p p, h, w)`` in [-1, 1] to ``(b, 2z, h / f, w / f)``."""
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents ``(b, z, h, w)`` to a picture ``(b, 3, f h, f w)``."""
+    """Latents ``(b, z, h, w)`` to a folded image ``(b, 3 p p, f h, f w)``."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -139,11 +139,11 @@ class Decoder(nn.Module):
             )
             channels = widths[depth]
         self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=EPS)
-        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3 * config.patch**2, 3, padding=1)
         self.known = KnownPixels(config) if config.mask_aware_decoder else None
 
     def forward(self, z: Tensor, known: Tensor | None = None) -> Tensor:
-        """Map ``(b, z, h, w)`` and known pixels ``(b, 4, f h, f w)`` to ``(b, 3, f h, f w)``, not clamped."""
+        """Map ``(b, z, h, w)`` and known pixels ``(b, 4 p p, f h, f w)`` to ``(b, 3 p p, f h, f w)``."""
         features = None if known is None or self.known is None else self.known(known)
         x = self.mid(self.conv_in(z))
         for depth, level in zip(reversed(range(len(self.levels))), self.levels, strict=True):
@@ -153,9 +153,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def downsampling_of(config: AutoencoderConfig) -> int:
+    """Return the pixels per latent position along a side."""
+    return int(config.patch * 2 ** (len(config.channel_mult) - 1))
+
+
 def _patch_maps(config: AutoencoderConfig) -> tuple[nn.Conv2d, nn.ConvTranspose2d]:
     """Return linear maps from whole patches to latent means and back, as strided convolutions."""
-    factor, z = 2 ** (len(config.channel_mult) - 1), config.latent_channels
+    factor, z = downsampling_of(config), config.latent_channels
     encoder = nn.Conv2d(3, z, factor, stride=factor)
     return encoder, nn.ConvTranspose2d(z, 3, factor, stride=factor)
 
@@ -186,11 +191,12 @@ class AutoencoderKL(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per latent position along a side."""
-        return 2 ** (len(self.config.channel_mult) - 1)
+        return downsampling_of(self.config)
 
     def encode(self, images: Tensor) -> Posterior:
         """Return the posterior of ``(b, 3, h, w)`` in [-1, 1]; h and w multiples of ``downsampling``."""
-        moments = encode_in_bands(self.encoder, images) if self._tiles(images, 1) else self.encoder(images)
+        folded, tiles = self._folded(images), self._tiles(images, 1)
+        moments = encode_in_bands(self.encoder, folded) if tiles else self.encoder(folded)
         mean, log_variance = self.quant_conv(moments).chunk(2, dim=1)
         if self.patch_encoder is not None:
             mean = mean + self.patch_encoder(images)
@@ -211,8 +217,15 @@ class AutoencoderKL(nn.Module):
         """
         z = self.post_quant_conv(latents)
         tiles = self._tiles(latents, self.downsampling)
+        known = known if known is None else self._folded(known)
         images = decode_in_bands(self.decoder, z, known) if tiles else self.decoder(z, known)
+        if self.config.patch > 1:
+            images = F.pixel_shuffle(images, self.config.patch)
         return images if self.patch_decoder is None else images + self.patch_decoder(latents)
+
+    def _folded(self, pixels: Tensor) -> Tensor:
+        """Fold ``(b, c, p h, p w)`` to ``(b, c p p, h, w)``."""
+        return F.pixel_unshuffle(pixels, self.config.patch) if self.config.patch > 1 else pixels
 
     def _tiles(self, x: Tensor, pixels: int) -> bool:
         """Return whether to work in bands on ``(b, c, h, w)`` with ``pixels`` a position along a side."""

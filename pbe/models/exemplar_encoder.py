@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.layout import LayoutPooling, layout_features, layout_stages, stage_widths, tower_stages
 from pbe.models.tokens import position_code, stage_tokens, to_grid, trunk_tokens
 from pbe.models.tower import build_tower
 
@@ -72,8 +73,9 @@ class ExemplarEncoder(nn.Module):
         self.tower.eval()
         width = config.mapper_width or tower_width
         if config.pooled_stages:
-            tower_width += sum(_stage_widths(self.tower, config))
+            tower_width += sum(self._widths("pooled_stages"))
         self.tower_width = tower_width
+        self.layout = self._layout_pooling(width) if config.layout_grid else None
         self.reduce = nn.Linear(tower_width, width) if width != tower_width else None
         self.mapper = nn.ModuleList(
             MapperBlock(width, config.mapper_heads, config.mapper_mlp_ratio)
@@ -82,6 +84,21 @@ class ExemplarEncoder(nn.Module):
         self.final_norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, context_dim)
         self.null_condition = nn.Parameter(torch.randn(1, 1, context_dim))
+
+    def _widths(self, option: str) -> list[int]:
+        if not hasattr(getattr(self.tower, "trunk", self.tower), "forward_intermediates"):
+            raise UserError(f"exemplar_encoder.{option} needs a tower with stages, not '{self.config.tower}'")
+        return stage_widths(self.tower)
+
+    def _layout_pooling(self, width: int) -> LayoutPooling:
+        config = self.config
+        if config.tokens != "class":
+            raise UserError(
+                "exemplar_encoder.layout_grid makes one token: use it with exemplar_encoder.tokens=class"
+            )
+        widths = self._widths("layout_grid")
+        channels = sum(widths[index] for index in layout_stages(len(widths)))
+        return LayoutPooling(channels, config.layout_grid, config.layout_width, width)
 
     def train(self, mode: bool = True) -> ExemplarEncoder:
         """Set training mode everywhere but in the frozen tower, whose batch statistics must not move."""
@@ -96,24 +113,31 @@ class ExemplarEncoder(nn.Module):
             pixels: ``(b, 3, s, s)`` normalised with the tower's mean and deviation.
 
         Returns:
-            ``(b, 1, width)`` pooled class token (global average for convolutional towers; with
-            ``pooled_stages`` those of its stages behind it), or ``(b, 1 + n, width)`` with ``tokens: all``,
-            the pooled one first, the n positions row by row.
+            ``(b, 1, width)`` pooled class token (global average for convolutional towers; behind it with
+            ``pooled_stages`` those of its stages, with ``layout_grid`` their coarse maps), or
+            ``(b, 1 + n, width)`` with ``tokens: all``, the pooled one first, the n positions row by row.
 
         Raises:
             UserError: ``tokens: all`` with a tower that gives only a pooled feature.
         """
         if self.config.tokens == "all":
             return self._all_tokens(pixels)
+        if not (self.config.pooled_stages or self.layout):
+            return self.tower(pixels)[:, None]
+        pooled, maps = tower_stages(self.tower, pixels)
+        parts = [pooled]
         if self.config.pooled_stages:
-            return _pooled_stages(self.tower.get_submodule("trunk"), pixels)[:, None]
-        return self.tower(pixels)[:, None]
+            parts += _averages(maps)
+        if self.layout is not None:
+            parts.append(layout_features(maps, self.config.layout_grid))
+        return torch.cat(parts, dim=1)[:, None]
 
     def _all_tokens(self, pixels: Tensor) -> Tensor:
         trunk, name, grid = getattr(self.tower, "trunk", None), self.config.tower, self.config.token_grid
         if self.config.pooled_stages:
             assert trunk is not None  # it has stages
-            pooled = _pooled_stages(trunk, pixels)
+            pooled, maps = tower_stages(self.tower, pixels)
+            pooled = torch.cat([pooled, *_averages(maps)], dim=1)
             return torch.cat([pooled[:, None], stage_tokens(trunk, pixels, grid, name)], dim=1)
         if trunk is not None:
             pooled, tokens = trunk_tokens(trunk, pixels, name)
@@ -126,7 +150,12 @@ class ExemplarEncoder(nn.Module):
 
     def condition(self, features: Tensor) -> Tensor:
         """Map tower tokens ``(b, n, width)`` to the condition ``(b, n, context_dim)``."""
+        layout = None
+        if self.layout is not None:
+            features, layout = features.split([self.tower_width, self.layout.features], dim=2)
         x = features if self.reduce is None else self.reduce(features)
+        if self.layout is not None and layout is not None:
+            x = x + self.layout(layout)
         if self.config.pooled_stages and x.shape[1] > 1:
             x = torch.cat([x[:, :1], x[:, 1:] + position_code(x[:, 1:])], dim=1)
         for block in self.mapper:
@@ -140,26 +169,10 @@ class ExemplarEncoder(nn.Module):
         return self.condition(features)
 
 
-def _stage_widths(tower: nn.Module, config: ExemplarEncoderConfig) -> list[int]:
-    """Return the channels of a timm trunk's stages, from the first one up.
-
-    Raises:
-        UserError: the tower has no stages that can be asked for.
-    """
-    trunk = getattr(tower, "trunk", None)
-    if not hasattr(trunk, "forward_intermediates"):
-        raise UserError(
-            f"exemplar_encoder.pooled_stages needs a timm tower with stages, not '{config.tower}'"
-        )
-    return [int(stage["num_chs"]) for stage in trunk.feature_info]  # type: ignore[union-attr]
-
-
-def _pooled_stages(trunk: nn.Module, pixels: Tensor) -> Tensor:
-    """Return the pooled feature of a timm trunk and behind it the global average of every stage.
+def _averages(maps: list[Tensor]) -> list[Tensor]:
+    """Return the global average of every stage, ``(b, c)`` each.
 
     Late layers of a classifier forget colour, early ones have not learnt shapes; averaged over all
     positions neither can tell where anything was, so the bottleneck stays one.
     """
-    last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
-    averages = [stage.mean(dim=(2, 3)) for stage in stages]  # b c h w
-    return torch.cat([trunk.forward_head(last, pre_logits=True), *averages], dim=1)  # type: ignore[operator]
+    return [stage.mean(dim=(2, 3)) for stage in maps]  # b c h w

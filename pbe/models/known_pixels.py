@@ -30,7 +30,7 @@ class KnownPixels(nn.Module):
         super().__init__()
         mults = config.channel_mult
         widths = [max(config.channels * mult // 4, 4) for mult in mults]
-        inputs = [CHANNELS, *widths[:-1]]
+        inputs = [CHANNELS * config.patch**2, *widths[:-1]]
         # what a level of the decoder takes is as wide as the level below gives
         outputs = [config.channels * mult for mult in (*mults[1:], mults[-1])]
         self.convs = nn.ModuleList(
@@ -43,7 +43,7 @@ class KnownPixels(nn.Module):
         )
 
     def forward(self, known: Tensor) -> list[Tensor]:
-        """Map ``(b, 4, h, w)`` to features at full resolution, half of it, a quarter, and so on."""
+        """Map ``(b, 4 p p, h, w)`` to features at full (folded) size, half of it, a quarter, and so on."""
         features: list[Tensor] = []
         for conv in self.convs:
             known = F.silu(conv(known))

@@ -35,25 +35,48 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position of a map, with a scale and a shift for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, c, h, w)`` to the same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def make_norm(channels: int, groups: int, eps: float = 1e-5) -> nn.GroupNorm | ChannelNorm:
+    """Return a group norm, or with no ``groups`` a norm over the channels of each position."""
+    return nn.GroupNorm(groups, channels, eps=eps) if groups else ChannelNorm(channels, eps=eps)
+
+
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions with a residual connection and, optionally, a time embedding.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output; a 1x1 convolution adapts the residual when they differ.
-        groups: groups of the group norms.
-        eps: of the group norms (1e-5 in the UNet, 1e-6 in the autoencoder).
+        groups: groups of the group norms; 0: norms over the channels of each position.
+        eps: of the norms (1e-5 in the UNet, 1e-6 in the autoencoder).
         time_dim: size of the time embedding; 0 for a block without one.
+        modulation: whether the embedding scales and shifts what the second norm gives (Dhariwal and Nichol
+            2021, section 3.1, adaptive group norm) instead of being added before it.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int = 32, eps: float = 1e-5, time_dim: int = 0
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        time_dim: int = 0,
+        modulation: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.modulation = modulation
+        self.norm1 = make_norm(in_channels, groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_dim, out_channels) if time_dim else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.time_proj = nn.Linear(time_dim, out_channels * (1 + modulation)) if time_dim else None
+        self.norm2 = make_norm(out_channels, groups, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if time_dim:  # the UNet starts every residual branch at zero, the autoencoder does not
             zero_init(self.conv2)
@@ -62,10 +85,17 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """Map ``(b, in, h, w)`` to ``(b, out, h, w)``; ``time`` is ``(b, time_dim)``."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_proj is not None:
+        if self.time_proj is None:
+            h = self.norm2(h)
+        else:
             assert time is not None
-            h = h + self.time_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+            embedding = self.time_proj(F.silu(time))[:, :, None, None]
+            if self.modulation:
+                scale, shift = embedding.chunk(2, dim=1)
+                h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)
+            else:
+                h = self.norm2(h + embedding)
+        h = self.conv2(F.silu(h))
         return h + (x if self.skip is None else self.skip(x))
 
 

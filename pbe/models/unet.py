@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pbe.config import UNetConfig
 from pbe.models.attention import SpatialTransformer
-from pbe.models.layers import Downsample, ResBlock, Upsample, timestep_embedding, zero_init
+from pbe.models.layers import Downsample, ResBlock, Upsample, make_norm, timestep_embedding, zero_init
 
 
 class Level(nn.Module):
@@ -19,8 +19,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResBlock(channels, out_channels, groups=config.norm_groups, time_dim=time_dim)
-            for channels in in_channels
+            _block(config, channels, out_channels, time_dim) for channels in in_channels
         )
         self.attentions = nn.ModuleList(
             _transformer(config, out_channels) for _ in (in_channels if attention else [])
@@ -64,9 +63,18 @@ class UpLevel(Level):
         return self.upsample(x, (height, width))
 
 
+def _groups(config: UNetConfig) -> int:
+    return config.norm_groups if config.norm == "group" else 0
+
+
+def _block(config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> ResBlock:
+    groups, modulation = _groups(config), config.modulation
+    return ResBlock(in_channels, out_channels, groups=groups, time_dim=time_dim, modulation=modulation)
+
+
 def _transformer(config: UNetConfig, channels: int) -> SpatialTransformer:
     return SpatialTransformer(
-        channels, num_heads=config.num_heads, context_dim=config.context_dim, groups=config.norm_groups
+        channels, num_heads=config.num_heads, context_dim=config.context_dim, groups=_groups(config)
     )
 
 
@@ -84,14 +92,15 @@ class UNet(nn.Module):
         self.config = config
         base, time_dim = config.model_channels, config.model_channels * config.time_embed_mult
         self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.context_embed = nn.Linear(config.context_dim, time_dim) if config.modulation else None
         self.conv_in = nn.Conv2d(2 * latent_channels + 1, base, 3, padding=1)
         self.down, skips = self._build_down(time_dim)
         deepest = base * config.channel_mult[-1]
-        self.mid1 = ResBlock(deepest, deepest, groups=config.norm_groups, time_dim=time_dim)
+        self.mid1 = _block(config, deepest, deepest, time_dim)
         self.mid_attention = _transformer(config, deepest)
-        self.mid2 = ResBlock(deepest, deepest, groups=config.norm_groups, time_dim=time_dim)
+        self.mid2 = _block(config, deepest, deepest, time_dim)
         self.up = self._build_up(time_dim, skips)
-        self.norm_out = nn.GroupNorm(config.norm_groups, base, eps=1e-5)
+        self.norm_out = make_norm(base, _groups(config))
         self.conv_out = zero_init(nn.Conv2d(base, latent_channels, 3, padding=1))
 
     def _build_down(self, time_dim: int) -> tuple[nn.ModuleList, list[int]]:
@@ -138,6 +147,8 @@ class UNet(nn.Module):
         """
         embedding = timestep_embedding(timesteps, self.config.model_channels)
         time = self.time_embed(embedding.to(self.conv_in.weight.dtype))
+        if self.context_embed is not None:
+            time = time + self.context_embed(context.mean(dim=1))
         x = self.conv_in(x)
         skips = [x]
         for level in self.down:

@@ -18,7 +18,7 @@ from pbe.models.latent_diffusion import masked_image
 from pbe.training.autoencoder_losses import psnr, reconstruction_terms, weighted_terms
 from pbe.training.base_task import BaseTask
 from pbe.training.encoding import known_of, to_keep_mask, to_pixels
-from pbe.training.perceptual import load_perceptual
+from pbe.training.perceptual import TowerDistance, load_perceptual
 
 
 class AutoencoderTask(BaseTask):
@@ -47,10 +47,15 @@ class AutoencoderTask(BaseTask):
         for part in decoder_parts(model.autoencoder) if self.decoder_only else [model.autoencoder]:
             part.requires_grad_(True)
         self.start_average()
-        self.perceptual = Perceptual(weights) if weights.perceptual_weight else None
+        self.perceptual = self._perceptual() if weights.perceptual_weight else None
         self.discriminator = None
         if weights.adversarial_weight:  # after the average, which it is no part of
             self.discriminator = seeded_discriminator(weights, config.seed)
+
+    def _perceptual(self) -> Perceptual | TowerDistance:
+        weights = self.config.autoencoder_loss
+        on_tower = weights.perceptual_on == "tower"
+        return TowerDistance(self.model.exemplar_encoder) if on_tower else Perceptual(weights)
 
     def pictures(self, batch: dict[str, Any]) -> Tensor:
         """Return the pictures ``(b, 3, h, w)`` in [-1, 1] of a batch, a share of them with a greyed hole."""

@@ -42,6 +42,8 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
         settings[f"exemplar_encoder.{name}"] = getattr(encoder, name)
     if encoder.tokens == "all" and encoder.token_grid:
         settings[GRID] = encoder.token_grid
+    if encoder.layout_grid:
+        settings["exemplar_encoder.layout_grid"] = encoder.layout_grid
     for name in ("train_shards", "validation_shards"):
         pattern = getattr(config.data, name)
         settings[f"files of data.{name}"] = _hash(shard_state(pattern)) if pattern else ""

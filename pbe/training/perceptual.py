@@ -1,4 +1,4 @@
-"""Distance of pictures as a classifier sees them: LPIPS (Zhang et al. 2018), from the user's weights."""
+"""Distance of images as a network sees them: LPIPS (Zhang et al. 2018), and the same on an image tower."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.checkpoints.strict import check_finite
 from pbe.errors import UserError
+from pbe.models.exemplar_encoder import ExemplarEncoder
+from pbe.models.layout import PYRAMID, layout_stages, stage_widths, tower_stages
 
 # Where torchvision's VGG16 has done the last ReLU before each pooling, and the channels there.
 ENDS = (4, 9, 16, 23, 30)
@@ -64,6 +67,43 @@ class PerceptualDistance(nn.Module):
             squares = (_unit_length(one.float()) - _unit_length(other.float())) ** 2
             total = total + (squares * self.get_buffer(f"weight{index}")).sum(dim=1).mean(dim=(1, 2))
         return total
+
+
+class TowerDistance:
+    """The same distance on the maps of an image tower: unit length, squared differences, summed over maps.
+
+    A pyramid is compared at all stages but its last, a transformer at three quarters of its depth. The tower
+    stays with its owner: it is no part of what a checkpoint of a task would hold twice.
+
+    Args:
+        encoder: whose tower, with its mean, deviation and size.
+    """
+
+    def __init__(self, encoder: ExemplarEncoder) -> None:
+        self.encoder = encoder
+        count = len(stage_widths(encoder.tower))
+        self.stages = list(range(max(count - 1, 1))) if count <= PYRAMID else layout_stages(count)[:-1]
+        trunk = getattr(encoder.tower, "trunk", encoder.tower)
+        # position embeddings fit one size only; convolutions see the images at their own
+        self.fixed_size = hasattr(trunk, "patch_embed") or hasattr(trunk, "transformer")
+
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the distances ``(b,)`` of images ``(b, 3, h, w)`` in [-1, 1]."""
+        total = first.new_zeros(len(first), dtype=torch.float32)
+        for one, other in zip(self._maps(first), self._maps(second), strict=True):
+            squares = (_unit_length(one.float()) - _unit_length(other.float())) ** 2
+            total = total + squares.sum(dim=1).mean(dim=(1, 2))
+        return total
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        config = self.encoder.config
+        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+        pixels = (images * 0.5 + 0.5 - mean) / std
+        if self.fixed_size:
+            size = (config.image_size, config.image_size)
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        _, maps = tower_stages(self.encoder.tower, pixels)
+        return [maps[index] for index in self.stages]
 
 
 def _unit_length(features: Tensor) -> Tensor:

@@ -259,7 +259,11 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
         return model, replace(config, model=model.config)
     if config.task == "autoencoder":
         torch.manual_seed(config.seed)
-        return LatentDiffusion(config.model), config
+        model = LatentDiffusion(config.model)
+        weights = config.autoencoder_loss
+        if weights.perceptual_weight and weights.perceptual_on == "tower":
+            print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
+        return model, config
     if not config.autoencoder_from:
         raise UserError("autoencoder_from is empty: name the model folder that holds the trained autoencoder")
     source = Path(config.autoencoder_from)

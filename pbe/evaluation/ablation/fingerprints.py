@@ -76,6 +76,8 @@ def cache_settings(config: Config) -> dict[str, Any]:
     data = {key: value for key, value in shaping["data"].items() if key != "batch_size"}
     encoder = config.model.exemplar_encoder
     tower = [encoder.tower, encoder.pretrained, encoder.tokens, encoder.pooled_stages, encoder.image_size]
+    if encoder.layout_grid:
+        tower.append(encoder.layout_grid)
     grid = encoder.token_grid if encoder.tokens == "all" else 0
     halved = "bf16" in config.trainer.precision
     tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
