@@ -118,7 +118,7 @@ class ExemplarEncoder(nn.Module):
             ``(b, 1 + n, width)`` with ``tokens: all``, the pooled one first, the n positions row by row.
 
         Raises:
-            UserError: ``tokens: all`` with a tower that gives only a pooled feature.
+            UserError: ``tokens: all`` with a tower that gives only a pooled feature, or no maps.
         """
         if self.config.tokens == "all":
             return self._all_tokens(pixels)
@@ -135,7 +135,11 @@ class ExemplarEncoder(nn.Module):
     def _all_tokens(self, pixels: Tensor) -> Tensor:
         trunk, name, grid = getattr(self.tower, "trunk", None), self.config.tower, self.config.token_grid
         if self.config.pooled_stages:
-            assert trunk is not None  # it has stages
+            if trunk is None:
+                raise UserError(
+                    "exemplar_encoder.pooled_stages with tokens=all needs a convolutional timm tower, "
+                    f"not '{name}'"
+                )
             pooled, maps = tower_stages(self.tower, pixels)
             pooled = torch.cat([pooled, *_averages(maps)], dim=1)
             return torch.cat([pooled[:, None], stage_tokens(trunk, pixels, grid, name)], dim=1)

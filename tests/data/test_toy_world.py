@@ -23,7 +23,7 @@ from pbe.errors import UserError
 
 def test_splits_share_nothing(world):
     train, test = world.objects("train"), world.objects("test")
-    assert (len(train), len(test)) == (906, 181)
+    assert (len(train), len(test)) == (2563, 181)
     assert not {toy.key for toy in train} & {toy.key for toy in test}
     assert (len(world.panoramas("train")), len(world.panoramas("test"))) == (13, 4)
     assert not set(world.panoramas("train")) & set(world.panoramas("test"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from einops import rearrange
 from torch.distributions import Normal, kl_divergence
 
 from pbe.config import AutoencoderConfig
 from pbe.models import AutoencoderKL
 from pbe.models.autoencoder import Posterior, SpatialAttention
-from tests.models.tiny import randomised, tiny_autoencoder_config
+from tests.models.tiny import randomised, relative, tiny_autoencoder_config
 
 
 def test_divergence_equals_that_of_torch() -> None:
@@ -101,3 +102,30 @@ def test_gradient_reaches_every_parameter() -> None:
         name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) < 1e-9
     }
     assert silent <= {"encoder.mid.attention.k.bias", "decoder.mid.attention.k.bias"}
+
+
+def test_folding_is_a_rearrangement_around_the_network() -> None:
+    config = AutoencoderConfig(8, [1, 2], 1, latent_channels=6, norm_groups=4, mid_attention=False, patch=4)
+    torch.manual_seed(0)
+    model = AutoencoderKL(config).eval()
+    assert model.downsampling == 8
+    images = torch.randn(2, 3, 32, 48)
+    folded = rearrange(images, "b c (h p) (w q) -> b (c p q) h w", p=4, q=4)
+    with torch.no_grad():
+        mean, _ = model.quant_conv(model.encoder(folded)).chunk(2, dim=1)
+        posterior = model.encode(images)
+        unfolded = model.decoder(model.post_quant_conv(mean))
+        decoded = model.decode(mean)
+    assert torch.equal(posterior.mean, mean)
+    assert mean.shape == (2, 6, 4, 6)
+    expected = rearrange(unfolded, "b (c p q) h w -> b c (h p) (w q)", p=4, q=4)
+    assert torch.equal(decoded, expected)
+
+
+def test_folded_known_pixels_reach_the_decoder() -> None:
+    config = AutoencoderConfig(8, [1, 2], 1, norm_groups=4, patch=2, mask_aware_decoder=True)
+    model = randomised(AutoencoderKL(config))
+    latents, known = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        assert model.decode(latents, known).shape == (1, 3, 16, 16)
+        assert relative(model.decode(latents, known), model.decode(latents)) > 1e-3

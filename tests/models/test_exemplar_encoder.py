@@ -145,9 +145,9 @@ def test_pooled_stages_follow_the_pooled_feature() -> None:
 
 
 def test_pooled_stages_where_they_cannot_be() -> None:
-    config = replace(tiny_encoder_config("ViT-B-32"), pooled_stages=True)
+    config = replace(tiny_encoder_config("ViT-B-32", tokens="all"), pooled_stages=True)
     with torch.device("meta"), pytest.raises(UserError, match="timm"):
-        ExemplarEncoder(config, 24)
+        ExemplarEncoder(config, 24).features(torch.randn(1, 3, 64, 64))
 
 
 def staged_encoder(tokens: str, grid: int = 0, tower: str = CONV_TOWER) -> ExemplarEncoder:

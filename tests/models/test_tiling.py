@@ -19,6 +19,9 @@ CONFIGS = {
     "shortcut": AutoencoderConfig(
         channels=16, channel_mult=[1, 2, 4], num_res_blocks=1, norm_groups=8, patch_shortcut=True
     ),
+    "folded": AutoencoderConfig(
+        channels=16, channel_mult=[1, 2], num_res_blocks=1, norm_groups=8, patch=2, patch_shortcut=True
+    ),
     "one level": AutoencoderConfig(
         channels=8, channel_mult=[1], num_res_blocks=1, norm_groups=8, mid_attention=False
     ),

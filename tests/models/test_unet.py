@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pbe.config import UNetConfig
 from pbe.models import UNet
-from pbe.models.layers import Downsample, ResBlock, Upsample, timestep_embedding
+from pbe.models.layers import ChannelNorm, Downsample, ResBlock, Upsample, timestep_embedding
 from tests.models.tiny import randomised, relative, tiny_unet_config
 
 
@@ -123,3 +125,41 @@ def test_changes_of_resolution() -> None:
         asymmetric.conv.weight[:, :, 0, 0] = torch.eye(4)
     # the kernel's first tap reads the very pixels when only right and bottom are padded
     assert torch.equal(asymmetric(x), x[:, :, ::2, ::2])
+
+
+def test_channel_norm_takes_mean_and_deviation_over_the_channels_of_a_position() -> None:
+    norm = ChannelNorm(6, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(6))
+        norm.bias.copy_(torch.randn(6))
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, keepdim=True, correction=0)
+    weight, bias = (p.double().view(1, 6, 1, 1) for p in (norm.weight, norm.bias))
+    expected = (x - mean) / torch.sqrt(variance + 1e-5) * weight + bias
+    torch.testing.assert_close(norm.double()(x), expected)
+
+
+def test_norm_over_channels_sees_no_other_position() -> None:
+    config = replace(tiny_unet_config(), norm="channel")
+    assert not any(isinstance(module, torch.nn.GroupNorm) for module in UNet(config).modules())
+
+
+def test_modulation_scales_and_shifts_after_the_second_norm() -> None:
+    block = randomised(ResBlock(8, 8, groups=4, time_dim=12, modulation=True))
+    x, time = torch.randn(2, 8, 4, 4), torch.randn(2, 12)
+    scale, shift = block.time_proj(F.silu(time)).view(2, 2, 8, 1, 1).unbind(1)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, time), x + block.conv2(F.silu(h)))
+
+
+def test_modulation_brings_the_condition_to_blocks_without_attention() -> None:
+    config = replace(tiny_unet_config(), attention_factors=[], modulation=True)
+    unet = randomised(UNet(config))
+    with torch.no_grad():  # the middle attends always: silence it
+        unet.mid_attention.proj_out.weight.zero_()
+    x, timesteps, context = inputs()
+    assert relative(unet(x, timesteps, context + 1.0), unet(x, timesteps, context)) > 1e-3
+    plain = randomised(UNet(replace(config, modulation=False)))
+    with torch.no_grad():
+        plain.mid_attention.proj_out.weight.zero_()
+    assert torch.equal(plain(x, timesteps, context + 1.0), plain(x, timesteps, context))

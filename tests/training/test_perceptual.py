@@ -7,11 +7,14 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.errors import UserError
-from pbe.training.perceptual import PerceptualDistance, load_perceptual
+from pbe.models.exemplar_encoder import ExemplarEncoder
+from pbe.training.perceptual import PerceptualDistance, TowerDistance, load_perceptual
+from tests.models.tiny import CONV_TOWER, TRANSFORMER_TOWER, tiny_encoder_config
 
 LINEAR = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
 
@@ -110,3 +113,41 @@ def test_wrong_places_and_lpips_weights_are_one_line(vgg, tmp_path):
     (tmp_path / "cut.pth").write_bytes(Path(path).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"cut\.pth' is damaged"):
         load_perceptual(str(tmp_path / "cut.pth"), "")
+
+
+@pytest.mark.parametrize(("tower", "stages"), [(CONV_TOWER, 3), (TRANSFORMER_TOWER, 3), ("RN50", 4)])
+def test_distance_on_a_tower_is_the_sum_over_its_maps(tower, stages, pictures):
+    """Written out with hooks-free calls of the trunk: unit vectors, squared differences, means."""
+    torch.manual_seed(0)
+    encoder = ExemplarEncoder(tiny_encoder_config(tower), 24).eval()
+    distance = TowerDistance(encoder)
+    first, second = (F.interpolate(x, (64, 64)) for x in pictures)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.config.mean, encoder.config.std))
+    maps = []
+    for images in (first, second):
+        pixels = ((images + 1) / 2 - mean) / std
+        if hasattr(encoder.tower, "trunk"):
+            maps.append(encoder.tower.trunk.forward_intermediates(pixels, intermediates_only=True))
+        else:
+            maps.append(encoder.tower.forward_intermediates(pixels)["image_intermediates"])
+    count = len(maps[0])
+    chosen = [count // 4 * k - 1 for k in (1, 2, 3)] if tower == TRANSFORMER_TOWER else list(range(count - 1))
+    assert len(chosen) == len(distance.stages)
+    expected = sum(
+        (1.0 - F.cosine_similarity(maps[0][i], maps[1][i], dim=1)).mul(2.0).mean(dim=(1, 2)) for i in chosen
+    )
+    torch.testing.assert_close(distance(first, second), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(distance(first, first), torch.zeros(2))
+
+
+def test_gradients_reach_the_images_and_not_the_tower():
+    encoder = ExemplarEncoder(tiny_encoder_config(), 24)
+    images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    TowerDistance(encoder)(images, torch.rand(1, 3, 32, 32)).sum().backward()
+    assert bool(images.grad.abs().sum() > 0)
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_transformer_sees_images_at_its_own_size():
+    encoder = ExemplarEncoder(tiny_encoder_config(TRANSFORMER_TOWER), 24)
+    assert TowerDistance(encoder)(torch.rand(1, 3, 24, 40), torch.rand(1, 3, 24, 40)).shape == (1,)
