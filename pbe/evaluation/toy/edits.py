@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,21 +95,39 @@ def make_edits(
         UserError: fewer than two cases, or more steps than the model's schedule has.
     """
     partner = derangement(len(cases), settings.seed, "partner")
-    total, done = 2 * len(settings.guidance) * len(cases), 0
+    total, made = 2 * len(settings.guidance) * len(cases), 0
+    exemplars = [case.exemplar for case in cases]
+    others = [exemplars[i] for i in partner]
     own: dict[float, np.ndarray] = {}
     shuffled: dict[float, np.ndarray] = {}
     for scale in settings.guidance:
-        for target, exemplars in ((own, list(range(len(cases)))), (shuffled, partner.tolist())):
-            batches = []
-            for start in range(0, len(cases), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                shown = [cases[i].exemplar for i in exemplars[part]]
-                batches.append(edit_batch(pipe, cases[part], shown, scale, settings))
-                done += len(shown)
-                if progress is not None:
-                    progress(done, total)
-            target[scale] = np.concatenate(batches)
+        for target, shown in ((own, exemplars), (shuffled, others)):
+            told = None if progress is None else partial(_shifted, progress, made, total)
+            target[scale] = edit_cases(pipe, cases, shown, scale, settings, told)
+            made += len(cases)
     return BenchmarkEdits(own, shuffled, partner, decode_images(pipe, cases, settings.batch_size))
+
+
+def _shifted(progress: Progress, made: int, total: int, done: int, _count: int) -> None:
+    progress(made + done, total)
+
+
+def edit_cases(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    exemplars: Sequence[np.ndarray],
+    guidance_scale: float,
+    settings: EditSettings,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Edit cases batch by batch, each with the exemplar at its place; return uint8 ``n s s 3``."""
+    batches, size = [], settings.batch_size
+    for start in range(0, len(cases), size):
+        part = slice(start, start + size)
+        batches.append(edit_batch(pipe, cases[part], exemplars[part], guidance_scale, settings))
+        if progress is not None:
+            progress(min(start + size, len(cases)), len(cases))
+    return np.concatenate(batches)
 
 
 def edit_batch(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from pbe.config import ModelConfig
@@ -14,8 +12,8 @@ from pbe.data.toy_world import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.evaluation.estimates import CHOICE, derangement
 from pbe.evaluation.metrics.features import LiteFeatures
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
-from pbe.evaluation.toy.edits import EditSettings, edit_batch
+from pbe.evaluation.toy.benchmark import make_benchmark
+from pbe.evaluation.toy.edits import EditSettings, edit_cases
 from pbe.evaluation.toy.scores import Row, Scorer
 from pbe.models import LatentDiffusion
 
@@ -83,19 +81,12 @@ class QuickScorer:
         """
         pipe = PaintByExample(copy.deepcopy(model).to(dtype=self.settings.dtype).eval())
         pipe.set_progress_bar_config(disable=True)
-        exemplars = [case.exemplar for case in self.cases]
-        own = self._edits(pipe, exemplars)
-        shuffled = self._edits(pipe, [exemplars[place] for place in self.partner])
-        negative = self.scorer.similarity(self.scorer.regions(shuffled))
-        return self.scorer.row(self.scorer.regions(own), negative)
-
-    def _edits(self, pipe: PaintByExample, exemplars: Sequence[np.ndarray]) -> np.ndarray:
-        size, edits = self.settings.batch_size, []
-        for start in range(0, len(self.cases), size):
-            part: Sequence[BenchmarkCase] = self.cases[start : start + size]
-            shown = exemplars[start : start + size]
-            edits.append(edit_batch(pipe, part, shown, self.settings.guidance, self.edit_settings))
-        return np.concatenate(edits)
+        scale, exemplars = self.settings.guidance, [case.exemplar for case in self.cases]
+        own, shuffled = (
+            self.scorer.regions(edit_cases(pipe, self.cases, shown, scale, self.edit_settings))
+            for shown in (exemplars, [exemplars[place] for place in self.partner])
+        )
+        return self.scorer.row(own, self.scorer.similarity(shuffled))
 
 
 def quick_values(row: Row) -> dict[str, float]:
