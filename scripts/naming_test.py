@@ -22,6 +22,7 @@ from pbe.data.toy_world import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.records import write_picture
 from pbe.errors import UserError
+from pbe.evaluation.metrics.features import to_grey
 from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
 from pbe.evaluation.toy.edits import EditSettings, edit_cases
 from pbe.evaluation.toy.export import EXEMPLAR_SIZE, IMAGE_SIZE
@@ -52,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     make.add_argument("--solver", default="plms", help="see docs/solvers.md (default %(default)s)")
     make.add_argument("--steps", type=int, default=50, help="of the solver (default %(default)s)")
     make.add_argument("--seed", type=int, default=0, help="of benchmark, noise and drawn names")
+    make.add_argument("--grey", action="store_true", help="turn the images grey, so that colour cannot tell")
     make.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves them to PyTorch")
     score = commands.add_parser("score", help="print the share that is right")
     score.add_argument("answers", type=Path, nargs="+", help=f"filled-in {ANSWERS}, one a judge")
@@ -89,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
         images, shown = np.stack([case.image for case in cases]), "true images"
     else:
         images, shown = edit(pipe, cases, options), f"edits of {options.model}, guidance {options.guidance:g}"
+    if options.grey:
+        images, shown = np.stack([to_grey(image) for image in images]), f"{shown}, grey"
     questions = make_questions(world, cases, options.seed)
     for number, sheet in enumerate(naming_sheets(questions, images), 1):
         write_picture(sheets / f"sheet_{number}.png", sheet)

@@ -21,6 +21,7 @@ from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.estimates import LEVEL, Estimate
 from pbe.evaluation.toy.benchmark import SPLIT, BenchmarkCase
+from pbe.evaluation.toy.sheets import at_side
 from pbe.files import write_text
 
 LETTERS = "abcd"
@@ -94,7 +95,7 @@ def _sheet(pairs: Sequence[tuple[Question, np.ndarray]]) -> Image.Image:
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(FONT)
     for place, (question, image) in enumerate(pairs):
         x, y = GAP + place % COLUMNS * cell_width, GAP + place // COLUMNS * cell_height
-        page.paste(enlarge(image), (x, y))
+        page.paste(Image.fromarray(at_side(image, TILE)), (x, y))
         draw.text((x, y + TILE + 2), f"{question.number}", fill=FAINT, font=font)
         for line, (letter, name) in enumerate(zip(LETTERS, question.names, strict=True)):
             text = _fitted(draw, f"{letter}  {name}", font)
@@ -107,11 +108,6 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont |
     while draw.textlength(text, font=font) > TILE - 36:
         text = text.removesuffix("…")[:-1].rstrip() + "…"
     return text
-
-
-def enlarge(image: np.ndarray, side: int = TILE) -> Image.Image:
-    """Return a square image (uint8 ``s s 3``) at ``side`` pixels, by Lanczos' filter."""
-    return Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def write_key(path: Path, questions: Sequence[Question], shown: str) -> None:

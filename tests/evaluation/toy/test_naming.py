@@ -19,7 +19,6 @@ from pbe.evaluation.toy.naming import (
     LETTERS,
     TILE,
     UNNAMED,
-    enlarge,
     exact_share,
     make_questions,
     naming_sheets,
@@ -27,6 +26,7 @@ from pbe.evaluation.toy.naming import (
     write_form,
     write_key,
 )
+from pbe.evaluation.toy.sheets import at_side
 from scripts.naming_test import main
 
 
@@ -67,7 +67,7 @@ def test_sheets_show_the_images_enlarged_twelve_a_page(world, cases):
     first, second = naming_sheets(questions, images)
     assert first.height > 2 * second.height  # three rows, and one
     shown = np.asarray(second.crop((20, 20, 20 + TILE, 20 + TILE)))
-    assert np.array_equal(shown, np.asarray(enlarge(images[12])))
+    assert np.array_equal(shown, at_side(images[12], TILE))
     assert TILE >= 256
 
 
@@ -157,7 +157,7 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
     edits = edit_batch(pipe, cases, exemplars, 2.0, EditSettings((2.0,), "ddim", 1))
     with Image.open(sheets / "sheet_1.png") as sheet:
         shown = np.asarray(sheet.crop((20, 20, 20 + TILE, 20 + TILE)))
-    assert np.array_equal(shown, np.asarray(enlarge(edits[0])))
+    assert np.array_equal(shown, at_side(edits[0], TILE))
     with (out / "key.csv").open() as file:
         rights = [row["right"] for row in csv.DictReader(file)]
     form = (sheets / "answers.csv").read_text()
@@ -173,7 +173,14 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
 
 def test_the_true_images_need_no_model(tmp_path: Path, capsys):
     assert main(["make", "--true", "--out", str(tmp_path / "true"), "--objects", "2"]) == 0
-    assert "true images" in (tmp_path / "true" / "key.csv").read_text()
+    assert (tmp_path / "true" / "key.csv").read_text().count(",true images\n") == 2
+    assert main(["make", "--true", "--grey", "--out", str(tmp_path / "grey"), "--objects", "2"]) == 0
+    with Image.open(tmp_path / "grey" / "sheets" / "sheet_1.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert np.array_equal(pixels[..., 0], pixels[..., 1])
+    assert np.array_equal(pixels[..., 0], pixels[..., 2])
+    forms = [(tmp_path / kind / "sheets" / "answers.csv").read_text() for kind in ("true", "grey")]
+    assert forms[0] == forms[1]
 
 
 @pytest.mark.parametrize(
