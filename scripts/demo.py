@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--objects", type=int, default=60, help="test objects to edit (default %(default)s)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], help="guidance scales")
     parser.add_argument("--sampling-steps", type=int, default=50, help="of the solver (default %(default)s)")
-    parser.add_argument("--shown", type=int, default=24, help="edits on the page (default %(default)s)")
+    parser.add_argument("--shown", type=int, default=16, help="edits on the page (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments, argparse.Namespace(root=ROOT))
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pbe.checkpoints.native import save_model
 from pbe.config import load_config
 from pbe.evaluation.toy import demo as stages
+from pbe.evaluation.toy.sheets import BAND_GAP, GAP
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from scripts import demo, evaluate
@@ -72,13 +74,19 @@ def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
     page = (out / "index.html").read_text()
     for heading in (
         "Edits of unseen scenes",
+        "Outside its world",
         "Scores",
         "Training, just now",
         "Where the time went",
         "How to go on",
     ):
         assert heading in page
-    assert page.count("data:image/png") == 3 * 5 + 1  # five tiles a strip, and the grid of the training run
+    assert page.count("data:image/webp") == (3 + 2) * 5  # five tiles a strip, two strips of photographs
+    assert page.count("data:image/png") == 1  # the grid of the training run
+    assert "AUC, grey" in page
+    assert "autoencoder alone" in page
+    with Image.open(out / "edits.png") as sheet:
+        assert sheet.height == 4 * (128 + GAP) + BAND_GAP  # masked, exemplar, edit, hidden
     assert "http" not in page
     printed = capsys.readouterr().out
     assert [f"== {n}. " in printed for n in range(1, 7)] == [True] * 6
@@ -157,6 +165,13 @@ def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
     }
     assert sampling["threads"] == torch.get_num_threads()
     assert scores["features"]["tower"] == "tf_efficientnet_lite2"
+    assert set(scores["autoencoder_ceiling"]) >= {
+        "auc",
+        "grey_auc",
+        "first_of_20",
+        "grey_first_of_20",
+        "psnr",
+    }
     assert (out / "scores.md").read_text() in capsys.readouterr().out
     assert (out / "grid.png").stat().st_size > 1000
 

@@ -11,6 +11,7 @@ from pbe.errors import UserError
 
 RESAMPLES = 2000
 LEVEL = 0.95
+CHOICE = 20  # exemplars that a painted region is laid before: its own and 19 others
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,42 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     below = np.searchsorted(ordered, positive, side="left")
     up_to = np.searchsorted(ordered, positive, side="right")
     return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
+
+
+def others(n: int, choice: int = CHOICE) -> np.ndarray:
+    """Return the other objects that each of ``n`` is laid beside, int64 ``(n, choice - 1)``.
+
+    They are drawn without replacement. The draw belongs to the place and to ``n`` alone, to no seed.
+
+    Raises:
+        UserError: there are fewer than ``choice`` objects.
+    """
+    if n < choice:
+        raise UserError(f"one of {choice} needs at least {choice} objects, not {n}")
+    drawn = [generator("first-of", choice, i).choice(n - 1, choice - 1, replace=False) for i in range(n)]
+    places = np.stack(drawn).astype(np.int64)
+    return places + (places >= np.arange(n)[:, None])  # an object is not among its own others
+
+
+def first_of(regions: np.ndarray, exemplars: np.ndarray, choice: int = CHOICE) -> np.ndarray:
+    """Return whether each region resembles its own exemplar more than those of :func:`others`, ``(n,)``.
+
+    A value is 1 where it does and 0 where it does not; where the own exemplar ties with k others for the
+    first place it is 1 / (k + 1), so that chance is ``1 / choice`` whatever the ties.
+
+    Args:
+        regions: ``(n, d)`` features of the painted regions, in the order of the benchmark's numbers.
+        exemplars: ``(n, d)`` features of their exemplars.
+        choice: exemplars that each region is compared with, its own among them.
+
+    Raises:
+        UserError: fewer than ``choice`` objects, or a feature without a direction.
+    """
+    drawn = others(len(regions), choice)
+    own = cosine(regions, exemplars)
+    other = np.stack([cosine(regions, exemplars[column]) for column in drawn.T], axis=1)
+    ties = np.sum(other == own[:, None], axis=1)
+    return np.where(np.any(other > own[:, None], axis=1), 0.0, 1.0 / (ties + 1))
 
 
 def resample_counts(n: int, resamples: int, seed: int) -> np.ndarray:

@@ -66,6 +66,7 @@ class Report:
         lead: a paragraph on what this is.
         figures: the headline's numbers.
         edits: a strip of tiles for each case.
+        outside: likewise, of edits outside the world that the model was trained on.
         curve: an SVG chart of the training run.
         losses: untrained against trained.
         grids: larger pictures.
@@ -80,6 +81,8 @@ class Report:
     figures: list[Figure] = field(default_factory=list)
     edits: list[list[Tile]] = field(default_factory=list)
     edits_note: str = ""
+    outside: list[list[Tile]] = field(default_factory=list)
+    outside_note: str = ""
     curve: str = ""
     losses: Table | None = None
     grids: list[Tile] = field(default_factory=list)
@@ -91,9 +94,18 @@ class Report:
 
 def data_uri(picture: np.ndarray) -> str:
     """Return a picture, uint8 ``h w 3``, as a PNG in a ``data:`` address."""
+    return _data_uri(picture, "png", optimize=True)
+
+
+def small_uri(picture: np.ndarray) -> str:
+    """Return a picture, uint8 ``h w 3``, as a WebP of high quality: a tenth of the PNG of an enlarged one."""
+    return _data_uri(picture, "webp", quality=90)
+
+
+def _data_uri(picture: np.ndarray, kind: str, **settings: int | bool) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(picture).save(buffer, kind, **settings)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def page_environment() -> Environment:
@@ -105,7 +117,7 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = data_uri
+    environment.filters |= {"data_uri": data_uri, "small_uri": small_uri}
     return environment
 
 

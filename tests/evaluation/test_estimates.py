@@ -3,10 +3,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from sklearn.metrics import roc_auc_score
+from scipy.stats import hypergeom
+from sklearn.metrics import roc_auc_score, top_k_accuracy_score
+from sklearn.metrics.pairwise import cosine_similarity
 
 from pbe.errors import UserError
-from pbe.evaluation.estimates import auc, auc_interval, cosine, derangement, mean_interval, win_rate
+from pbe.evaluation.estimates import (
+    auc,
+    auc_interval,
+    cosine,
+    derangement,
+    first_of,
+    mean_interval,
+    others,
+    win_rate,
+)
 
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=40)  # few values, hence many ties
 
@@ -93,3 +104,59 @@ def test_bootstrap_intervals_cover_the_truth():
         hits += estimate.low <= 0.76025 <= estimate.high
     # 95 % nominal; three standard deviations of 200 trials, and the percentile method's known shortfall
     assert 0.88 <= hits / trials <= 0.995
+
+
+@pytest.mark.parametrize(("n", "choice"), [(20, 20), (21, 20), (181, 20), (2, 2)])
+def test_others_are_distinct_and_never_the_object_itself(n, choice):
+    drawn = others(n, choice)
+    assert drawn.shape == (n, choice - 1)
+    assert drawn.min() >= 0
+    assert drawn.max() < n
+    assert all(len(set(row) | {i}) == choice for i, row in enumerate(drawn.tolist()))
+    assert np.array_equal(drawn, others(n, choice))
+
+
+def test_others_are_drawn_evenly():
+    """Each of 60 objects is among the 19 others of a further one with the chance 19 / 59."""
+    counts = np.bincount(others(60).ravel(), minlength=60)
+    spread = np.sqrt(59 * (19 / 59) * (40 / 59))
+    assert counts.mean() == 19.0
+    assert np.abs(counts - 19.0).max() < 4.0 * spread
+
+
+def paired_features(n: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(n)
+    exemplars = rng.normal(size=(n, 12))
+    return exemplars + noise * rng.normal(size=(n, 12)), exemplars
+
+
+def test_first_of_twenty_is_scikit_learns_top_one_accuracy():
+    regions, exemplars = paired_features(90, 2.0)
+    places = np.column_stack([np.arange(90), others(90)])
+    table = np.take_along_axis(cosine_similarity(regions, exemplars), places, axis=1)
+    expected = top_k_accuracy_score(np.zeros(90, int), table, k=1, labels=np.arange(20))
+    assert 0.1 < expected < 0.9
+    assert first_of(regions, exemplars).mean() == pytest.approx(expected, abs=1e-12)
+
+
+def test_first_of_twenty_is_near_its_mean_over_all_draws():
+    """With w of n - 1 others further away, all 19 drawn ones are with C(w, 19) / C(n - 1, 19)."""
+    regions, exemplars = paired_features(600, 2.0)
+    table = cosine_similarity(regions, exemplars)
+    further = np.sum(table < np.diagonal(table)[:, None], axis=1)
+    chance = hypergeom(599, further, 19).pmf(19)
+    error = np.sqrt(np.sum(chance * (1.0 - chance))) / 600
+    assert first_of(regions, exemplars).mean() == pytest.approx(chance.mean(), abs=3.0 * error)
+
+
+def test_first_of_twenty_at_its_ends_and_with_ties():
+    _, exemplars = paired_features(40, 0.0)
+    assert first_of(3.0 * exemplars, exemplars).tolist() == [1.0] * 40
+    assert first_of(-exemplars, exemplars).tolist() == [0.0] * 40
+    same = np.ones((40, 3))
+    assert first_of(same, same) == pytest.approx([1 / 20] * 40)  # nothing tells them apart
+
+
+def test_fewer_objects_than_the_choice_are_refused():
+    with pytest.raises(UserError, match="one of 20 needs at least 20 objects, not 19"):
+        first_of(np.ones((19, 2)), np.ones((19, 2)))

@@ -19,6 +19,7 @@ from pbe.evaluation.report import (
     data_uri,
     machine_facts,
     render,
+    small_uri,
     write_page,
 )
 from pbe.evaluation.toy.charts import Line, line_chart, smooth, ticks
@@ -37,6 +38,8 @@ def full_report() -> Report:
         figures=[Figure(NASTY, NASTY)],
         edits=[[Tile(NASTY, PICTURE)]],
         edits_note=NASTY,
+        outside=[[Tile(NASTY, PICTURE)]],
+        outside_note=NASTY,
         curve=chart,
         losses=Table([NASTY], [[NASTY]], NASTY),
         grids=[Tile(NASTY, PICTURE)],
@@ -82,8 +85,8 @@ def test_the_page_holds_everything_itself():
     page = render(full_report())
     parser = parse(page)
     assert parser.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in parser.addresses)
-    text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert all(re.match("data:image/(png|webp);base64,", address) for address in parser.addresses)
+    text = re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
 
 
@@ -101,6 +104,15 @@ def test_an_empty_report_is_a_page_too():
 def test_pictures_survive_the_data_address():
     content = base64.b64decode(data_uri(PICTURE).split(",", 1)[1])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), PICTURE)
+
+
+def test_enlarged_images_survive_nearly_and_are_small():
+    noise = np.random.default_rng(0).normal(128.0, 50.0, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+    image = np.asarray(Image.fromarray(noise).resize((256, 256), Image.Resampling.LANCZOS))
+    shown = small_uri(image)
+    content = io.BytesIO(base64.b64decode(shown.removeprefix("data:image/webp;base64,")))
+    assert np.abs(np.asarray(Image.open(content), int) - image).mean() < 3.0  # grey levels of 255
+    assert len(shown) < len(data_uri(image)) / 3
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

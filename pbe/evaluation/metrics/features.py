@@ -66,28 +66,43 @@ class LiteFeatures:
         width = int(getattr(self.tower, "num_features", 0))
         self.card = FeatureCard(TOWER, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), width)
 
-    def of_pictures(self, pictures: list[np.ndarray], batch_size: int = 64) -> np.ndarray:
-        """Return the features, float32 ``(n, width)``, of pictures, each uint8 ``h w 3`` of any size."""
+    def of_pictures(
+        self, pictures: list[np.ndarray], batch_size: int = 64, *, grey: bool = False
+    ) -> np.ndarray:
+        """Return the features, float32 ``(n, width)``, of pictures, each uint8 ``h w 3`` of any size.
+
+        Args:
+            pictures: any number.
+            batch_size: pictures at a time.
+            grey: turn them grey first, see :func:`to_grey`.
+        """
+        if grey:
+            pictures = [to_grey(picture) for picture in pictures]
         batches = [pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size)]
         with torch.inference_mode():
             features = [self.tower(torch.cat([to_input(picture) for picture in batch])) for batch in batches]
         return torch.cat(features).numpy()
 
-    def of_regions(self, pictures: np.ndarray, masks: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    def of_regions(
+        self, pictures: np.ndarray, masks: np.ndarray, batch_size: int = 64, *, grey: bool = False
+    ) -> np.ndarray:
         """Return the features of the masked regions.
 
         Args:
             pictures: uint8 ``n h w 3``.
             masks: uint8 ``n h w``, above 127 = the region.
             batch_size: regions at a time.
+            grey: turn them grey first.
         """
-        return self.of_pictures([region(p, m) for p, m in zip(pictures, masks, strict=True)], batch_size)
+        regions = [region(p, m) for p, m in zip(pictures, masks, strict=True)]
+        return self.of_pictures(regions, batch_size, grey=grey)
 
 
 def build_lite(path: Path) -> nn.Module:
     """Return EfficientNet-Lite2 without its classifier, with the weights of ``path``, in evaluation mode."""
     tower = timm.create_model(TOWER, pretrained=False, num_classes=0)
     tower.load_state_dict(lite_state(path, drop_head=True))
+    tower = tower.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU, same to 2e-6
     return tower.eval().requires_grad_(False)
 
 
@@ -109,6 +124,11 @@ def region(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
         raise UserError(f"the picture is {picture.shape[:2]} but its mask {mask.shape[:2]} (height, width)")
     x1, y1, x2, y2 = mask_bounds(mask)
     return picture[y1:y2, x1:x2]
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:
+    """Return an image (uint8 ``h w 3``) with its luma (ITU-R BT.601, rounded) in all three channels."""
+    return cv2.cvtColor(cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 def to_input(picture: np.ndarray) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from pbe.errors import UserError
 from pbe.evaluation.metrics.colour import colour_measure
 from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
+from pbe.evaluation.metrics.first_of import NAMES as FIRST_OF, FirstOfMeasure
 from pbe.evaluation.metrics.frechet import frechet, kernel
 from pbe.evaluation.metrics.layout import NAMES as LAYOUT_COPY, LayoutCopyMeasure, layout_true_measure
 from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
@@ -169,6 +170,7 @@ METRICS: dict[str, Metric] = {
     "toy-similarity": Metric(
         "toy", "higher", lambda tools: region_measure("toy-similarity", "toy", tools.tower("lite2"))
     ),
+    FIRST_OF[0]: Metric("toy", "higher", lambda tools: FirstOfMeasure(tools.tower("lite2")), FIRST_OF),
 }
 
 

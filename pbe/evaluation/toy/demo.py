@@ -29,15 +29,18 @@ from pbe.diffusion.solvers import uniform_timesteps
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.metrics.features import LiteFeatures
-from pbe.evaluation.report import Stage, machine_facts, write_page
+from pbe.evaluation.report import Stage, Tile, machine_facts, write_page
 from pbe.evaluation.toy.benchmark import BenchmarkCase, check_count, make_benchmark
 from pbe.evaluation.toy.edits import BenchmarkEdits, EditSettings, make_edits
 from pbe.evaluation.toy.scores import Scores, markdown_table, score_edits
-from pbe.evaluation.toy.showcase import TrainingCurve, build_report, read_training
+from pbe.evaluation.toy.sheets import edit_rows, sheet
+from pbe.evaluation.toy.showcase import TrainingCurve, build_report, edit_outside, read_training
 from pbe.files import make_folder
 from pbe.training.diffusion_task import VALIDATION_TIMESTEPS
 from pbe.training.loggers import read_rows
 
+OUTSIDE = Path("data/examples/outside/pairs.jsonl")
+EDITS = "edits.png"  # the first sixteen cases, which the README shows
 OWN_FOLDERS = ("scenes", "cache", "pilot", "run")
 MARKER = ".made-by-demo"
 PILOT_STEPS, PILOT_SKIP = 14, 4
@@ -195,8 +198,10 @@ def _finished(stopped_by: int) -> None:
         raise KeyboardInterrupt
 
 
-def edit(options: argparse.Namespace, clock: Clock) -> tuple[list[BenchmarkCase], BenchmarkEdits]:
-    """Stage four: the shipped model edits unseen scenes, with right and shuffled exemplars."""
+def edit(
+    options: argparse.Namespace, clock: Clock
+) -> tuple[list[BenchmarkCase], BenchmarkEdits, list[list[Tile]]]:
+    """Stage four: the shipped model edits unseen scenes, right and shuffled exemplars, and photographs."""
     pipe = PaintByExample.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.model.config
@@ -207,8 +212,9 @@ def edit(options: argparse.Namespace, clock: Clock) -> tuple[list[BenchmarkCase]
     settings = edit_settings(options)
     with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
         edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
+    outside = edit_outside(pipe, options.root / OUTSIDE, settings)
     clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
-    return cases, edits
+    return cases, edits, outside
 
 
 def score(
@@ -266,7 +272,7 @@ def run(options: argparse.Namespace) -> Path:
     with clock.stage("Train a fresh model"):
         curve = train_model(options, clock, steps)
     with clock.stage("Edit unseen scenes with the shipped model"):
-        cases, edits = edit(options, clock)
+        cases, edits, outside = edit(options, clock)
     with clock.stage("Score the edits"):
         scores = score(options, clock, cases, edits)
     with clock.stage("Write the page"):
@@ -277,10 +283,12 @@ def run(options: argparse.Namespace) -> Path:
             f"source, masked, exemplar (augmented), and guidance {scales}."
         )
         grids = [(caption, np.asarray(Image.open(grid)))]
-        report = build_report(cases, edits, scores, curve, grids, options.shown)
+        report = build_report(cases, edits, scores, curve, grids, options.shown, outside)
         report.stages, report.steps = clock.stages, next_steps(options)
         report.machine = [*machine_facts(), ("Peak memory", f"{peak_memory():.2f} GB")]
         write_examples(cases[0], options.out / "example")
+        rows = {name: shown[:16] for name, shown in edit_rows(cases, edits).items()}
+        Image.fromarray(sheet(rows, tile=128, columns=8)).save(options.out / EDITS)
         write_page(report, options.out / "index.html")
         clock.note = f"{options.out / 'index.html'}"
     total = time.perf_counter() - started

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
-from pbe.editing.compositing import to_bytes
+from pbe.editing.compositing import to_bytes, to_unit
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.estimates import derangement
 from pbe.evaluation.toy.benchmark import BenchmarkCase
+from pbe.models.known_pixels import known_pixels
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 Progress = Callable[[int, int], None]
@@ -66,11 +68,13 @@ class BenchmarkEdits:
         own: scene i with exemplar i.
         shuffled: scene i with exemplar ``partner[i]``, from the same noise.
         partner: ``(n,)`` a permutation without fixed points.
+        decoded: the true images, encoded and decoded: the best that the autoencoder lets through.
     """
 
     own: dict[float, np.ndarray]
     shuffled: dict[float, np.ndarray]
     partner: np.ndarray
+    decoded: np.ndarray
 
 
 def make_edits(
@@ -91,21 +95,39 @@ def make_edits(
         UserError: fewer than two cases, or more steps than the model's schedule has.
     """
     partner = derangement(len(cases), settings.seed, "partner")
-    total, done = 2 * len(settings.guidance) * len(cases), 0
+    total, made = 2 * len(settings.guidance) * len(cases), 0
+    exemplars = [case.exemplar for case in cases]
+    others = [exemplars[i] for i in partner]
     own: dict[float, np.ndarray] = {}
     shuffled: dict[float, np.ndarray] = {}
     for scale in settings.guidance:
-        for target, exemplars in ((own, list(range(len(cases)))), (shuffled, partner.tolist())):
-            batches = []
-            for start in range(0, len(cases), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                shown = [cases[i].exemplar for i in exemplars[part]]
-                batches.append(edit_batch(pipe, cases[part], shown, scale, settings))
-                done += len(shown)
-                if progress is not None:
-                    progress(done, total)
-            target[scale] = np.concatenate(batches)
-    return BenchmarkEdits(own, shuffled, partner)
+        for target, shown in ((own, exemplars), (shuffled, others)):
+            told = None if progress is None else partial(_shifted, progress, made, total)
+            target[scale] = edit_cases(pipe, cases, shown, scale, settings, told)
+            made += len(cases)
+    return BenchmarkEdits(own, shuffled, partner, decode_images(pipe, cases, settings.batch_size))
+
+
+def _shifted(progress: Progress, made: int, total: int, done: int, _count: int) -> None:
+    progress(made + done, total)
+
+
+def edit_cases(
+    pipe: PaintByExample,
+    cases: Sequence[BenchmarkCase],
+    exemplars: Sequence[np.ndarray],
+    guidance_scale: float,
+    settings: EditSettings,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Edit cases batch by batch, each with the exemplar at its place; return uint8 ``n s s 3``."""
+    batches, size = [], settings.batch_size
+    for start in range(0, len(cases), size):
+        part = slice(start, start + size)
+        batches.append(edit_batch(pipe, cases[part], exemplars[part], guidance_scale, settings))
+        if progress is not None:
+            progress(min(start + size, len(cases)), len(cases))
+    return np.concatenate(batches)
 
 
 def edit_batch(
@@ -128,6 +150,23 @@ def edit_batch(
     )
     assert isinstance(output, EditOutput)
     return to_bytes(output.images)
+
+
+@torch.no_grad()
+def decode_images(pipe: PaintByExample, cases: Sequence[BenchmarkCase], batch_size: int = 32) -> np.ndarray:
+    """Return the true images encoded (posterior means) and decoded, uint8 ``n s s 3``."""
+    model, decoded = pipe.model, []
+    for start in range(0, len(cases), batch_size):
+        part = cases[start : start + batch_size]
+        images = torch.stack([torch.from_numpy(case.image) for case in part]).permute(0, 3, 1, 2)
+        keep = torch.stack([torch.from_numpy(case.mask) for case in part])[:, None] <= 127
+        pixels = (images.float() / 127.5 - 1.0).to(model.device, model.dtype)
+        known = None
+        if model.config.autoencoder.mask_aware_decoder:
+            known = known_pixels(pixels, keep.to(pixels))
+        painted = model.decode_latents(model.encode_images(pixels), known).float().clamp(-1.0, 1.0)
+        decoded.append(to_bytes(to_unit(painted.permute(0, 2, 3, 1).cpu().numpy())))
+    return np.concatenate(decoded)
 
 
 def noise_generator(seed: int, index: int) -> torch.Generator:

@@ -29,6 +29,24 @@ def benchmark_rows(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits) -> dic
     return rows
 
 
+def edit_rows(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits) -> dict[str, list[np.ndarray]]:
+    """Return four rows: masked scene, exemplar, edit at the last guidance scale, true object."""
+    rows, scale = benchmark_rows(cases, edits), list(edits.own)[-1]
+    named = {"masked": "masked", "exemplar": "exemplar", f"guidance {scale:g}": "edit"}
+    return {name: rows[label] for label, name in named.items()} | {"hidden": rows["source: true object"]}
+
+
+def at_side(picture: np.ndarray, side: int) -> np.ndarray:
+    """Return an image (uint8 ``h w 3``) as a square of ``side`` pixels.
+
+    Small ones are enlarged by Lanczos' filter, which shows a person more of a small image than blocks do or
+    bilinear interpolation does; large ones are averaged down.
+    """
+    if side <= max(picture.shape[:2]):
+        return resize(picture, side, side)
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
+
+
 def sheet(rows: Mapping[str, Sequence[np.ndarray]], *, tile: int = 96, columns: int = 16) -> np.ndarray:
     """Draw rows of pictures under each other, in bands of ``columns`` cases; return uint8 ``h w 3``.
 
@@ -49,6 +67,6 @@ def sheet(rows: Mapping[str, Sequence[np.ndarray]], *, tile: int = 96, columns: 
             y = depth * band_height + line * (tile + GAP)
             draw.text((4, y + tile // 2 - 8), label, fill=INK, font=font)
             for column, index in enumerate(band):
-                picture = Image.fromarray(resize(pictures[index], tile, tile))
+                picture = Image.fromarray(at_side(pictures[index], tile))
                 page.paste(picture, (LABEL_WIDTH + column * (tile + GAP), y))
     return np.asarray(page)

@@ -8,7 +8,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.features import SIZE, TOWER, LiteFeatures, mask_bounds, region, to_input
+from pbe.evaluation.metrics.features import SIZE, TOWER, LiteFeatures, mask_bounds, region, to_grey, to_input
 from pbe.models.tower import lite_weights
 
 
@@ -58,3 +58,17 @@ def test_empty_mask_and_wrong_size_are_refused():
         mask_bounds(np.zeros((4, 4), np.uint8))
     with pytest.raises(UserError, match="but its mask"):
         region(np.zeros((4, 4, 3), np.uint8), np.full((5, 4), 255, np.uint8))
+
+
+def test_grey_is_the_luma_of_bt601(features: LiteFeatures):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    grey = to_grey(picture)
+    luma = picture @ np.array([0.299, 0.587, 0.114])
+    assert grey.dtype == np.uint8
+    assert np.abs(grey - luma[..., None]).max() <= 0.51  # rounded, with weights of 14 bits
+    assert np.array_equal(to_grey(grey), grey)
+    expected = features.of_pictures([grey])
+    assert np.array_equal(features.of_pictures([picture], grey=True), expected)
+    mask = np.full((1, 20, 30), 255, np.uint8)
+    assert np.array_equal(features.of_regions(picture[None], mask, grey=True), expected)
+    assert not np.allclose(features.of_pictures([picture]), expected)

@@ -41,6 +41,17 @@ def test_right_and_shuffled_differ_by_the_exemplar_alone(pipe, cases, edits):
     assert all(np.any(edits.own[4.0][i] != edits.shuffled[4.0][i]) for i in range(len(cases)))
 
 
+def test_decoded_images_are_the_posterior_means_decoded(pipe, cases, edits):
+    for index in (0, 5):
+        pixels = torch.from_numpy(cases[index].image).permute(2, 0, 1)[None] / 127.5 - 1.0
+        with torch.no_grad():
+            posterior = pipe.model.autoencoder.encode(pixels)
+            decoded = pipe.model.autoencoder.decode(posterior.mean)[0].permute(1, 2, 0).numpy()
+        expected = np.clip((decoded + 1.0) * 127.5, 0.0, 255.0)
+        # half a grey level of rounding, and float sums of another batch size
+        assert np.abs(edits.decoded[index] - expected).max() < 0.51
+
+
 def test_noise_belongs_to_seed_and_case():
     draws = {key: torch.randn(4, generator=noise_generator(*key)) for key in ((0, 1), (0, 2), (1, 1))}
     assert torch.equal(draws[0, 1], torch.randn(4, generator=noise_generator(0, 1)))
@@ -77,6 +88,7 @@ def test_scores_of_the_true_objects_are_the_ceiling(cases, edits, features):
     perfect = dataclasses.replace(edits, own={1.0: images, 4.0: images})
     scores = score_edits(cases, perfect, features)
     assert scores.guidance[4.0].similarity == scores.ceiling.similarity
+    assert scores.ceiling.first is None  # six objects are not twenty
     assert scores.guidance[4.0].gain is not None
     assert scores.guidance[4.0].gain.value == 0.0
     assert scores.guidance[1.0].gain is None
@@ -90,8 +102,11 @@ def test_report_forms(cases, edits, features):
     assert [row["guidance_scale"] for row in data["guidance"]] == [1.0, 4.0]
     assert data["objects"] == 6
     assert data["largest_change_outside_mask"] == 0
+    assert set(data["ceiling"]) == set(data["autoencoder_ceiling"]) - {"psnr"}
+    assert data["ceiling"]["first_of_20"] is data["ceiling"]["grey_first_of_20"] is None
     table = markdown_table(scores)
     assert "| guidance 4 |" in table
+    assert "| autoencoder alone (its ceiling) |" in table
     assert "true object (ceiling)" in table
 
 
