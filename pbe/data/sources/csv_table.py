@@ -31,19 +31,13 @@ def _corners(table: Table) -> list[pl.Expr]:
     if set(SIZES) <= set(table.names):
         x, y, width, height = (number_column(name, decimal_comma) for name in SIZES)
         return [x.alias("x1"), y.alias("y1"), (x + width).alias("x2"), (y + height).alias("y2")]
-    raise UserError(
-        f"'{table.path}' needs the columns {', '.join(CORNERS)}, or {', '.join(SIZES)};"
-        f" it has {', '.join(table.names)}"
-    )
+    raise table.lacks(f"the columns {', '.join(CORNERS)}, or {', '.join(SIZES)}")
 
 
 def _boxes(table: Table, images: Path) -> pl.LazyFrame:
     """Return the boxes, lazily, as :func:`join_boxes` takes them."""
     if "file" not in table.names:
-        raise UserError(
-            f"'{table.path}' lacks the column 'file', the picture's name within '{images}';"
-            f" it has {', '.join(table.names)}"
-        )
+        raise table.lacks(f"the column 'file', the picture's name within '{images}'")
     bits, bad_flag = flag_bits({name: name for name in FLAGS}, table.names)
     label = pl.col("label").str.strip_chars().fill_null("") if "label" in table.names else pl.lit("")
     return table.rows.select(

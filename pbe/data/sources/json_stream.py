@@ -75,8 +75,9 @@ class _Reader:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
+                ahead = error.pos - self.place
                 if not self.more():
-                    self.place = error.pos
+                    self.place += ahead
                     raise ValueError(error.msg) from error
                 continue
             # What touches the end of the window may go on behind it, as a number does.
@@ -114,7 +115,7 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     except UnicodeError as error:
-        raise undecodable(path, error) from error
+        raise UserError(f"'{path}': {undecodable(path, error)}") from error
     except (ValueError, RecursionError) as error:
         line, column = reader.position(reader.place) if reader else (1, 1)
         place = f"line {line}, column {column}"

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from pbe.data.sources.texts import shown
+
 AMBIGUOUS_NAME = "name that fits several pictures"
 AMBIGUOUS = -1
 MAX_COMPARED = 5000  # names, for the nearest one
@@ -156,11 +158,11 @@ class NameMatcher:
     def explain(self, names: Sequence[str], source: Path | str) -> str:
         """Return a line on names that have no file: what was looked for, where, and the nearest file."""
         nearest = self.nearest(names[0])
-        hint = f"; the nearest file is '{nearest}'" if nearest else "; no file there has a name like it"
+        hint = f"; the nearest file is {shown(nearest)}" if nearest else "; no file there has a name like it"
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         if not self.names:
             hint = ", which holds no pictures"
-        return f"'{source}' names '{names[0]}'{others}, which is not in '{self.root}'{hint}"
+        return f"'{source}' names {shown(names[0])}{others}, which is not in '{self.root}'{hint}"
 
 
 def _common_end(left: Parts, right: Parts, folded: bool) -> int:

@@ -23,7 +23,7 @@ from pbe.data.sources.files import complete, find_pictures, need_folder
 from pbe.data.sources.records import MISSING, Annotations
 from pbe.data.sources.scalars import number_column
 from pbe.data.sources.tables import Table, flag_bits, join_boxes, scan_table
-from pbe.data.sources.texts import read_text
+from pbe.data.sources.texts import read_text, shown
 from pbe.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -131,7 +131,9 @@ def _class_names(folder: Path) -> dict[str, str]:
                 raise UserError(f"'{path}', line {lines.line_num}: {len(line)} fields where code,name belong")
             code, name = line[0].strip(), line[1].strip()
             if names.setdefault(code, name) != name:
-                raise UserError(f"'{path}', line {lines.line_num}: a second name for {code}, '{name}'")
+                raise UserError(
+                    f"'{path}', line {lines.line_num}: a second name for {shown(code)}, {shown(name)}"
+                )
     except csv.Error as error:
         raise UserError(f"'{path}', line {lines.line_num}: {error}") from error
     return names
@@ -176,7 +178,7 @@ def read_open_images(folder: Path, images: Path | None = None, split: str = "tra
     if not found.boxes.height and found.dropped_boxes[MISSING]:
         wanted = table.collect(boxes.select(pl.col("key").first())).item()
         raise UserError(
-            f"no picture of the boxes is there: '{path}' names '{wanted}', which is not in '{root}'; pictures"
-            f" there are called like '{pictures['key'].first() or ''}'"
+            f"no picture of the boxes is there: '{path}' names {shown(wanted)}, which is not in '{root}';"
+            f" pictures there are called like {shown(pictures['key'].first())}"
         )
     return found

@@ -12,7 +12,7 @@ import polars as pl
 
 from pbe.data.sources.records import BAD_FLAG, BOX_COLUMNS, FLAG_BITS, MISSING, Annotations
 from pbe.data.sources.scalars import flag_column
-from pbe.data.sources.texts import file_encoding, read_text, undecodable
+from pbe.data.sources.texts import file_encoding, read_text, shown, undecodable
 from pbe.errors import UserError
 
 SEPARATORS = ",;\t|"
@@ -47,6 +47,10 @@ class Table:
             reason = _reason(self.path, error, self.separator)
             raise UserError(f"the CSV '{self.path}' cannot be read to its end: {reason}") from error
 
+    def lacks(self, wanted: str) -> UserError:
+        """Return the error that columns are missing."""
+        return UserError(f"'{self.path}' lacks {wanted}; it has the columns {shown(', '.join(self.names))}")
+
     def count(self, query: pl.LazyFrame) -> int:
         """Return the number of rows of a query on the rows."""
         return int(self.collect(query.select(pl.len())).item())
@@ -75,7 +79,7 @@ def scan_table(path: Path, wanted: str = "") -> Table:
     names = [name.strip().lower() if wanted else name.strip() for name in present]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"'{path}' has two columns '{twice}'")
+        raise UserError(f"'{path}' has two columns {shown(twice)}")
     rows = rows.rename(dict(zip(present, names, strict=True)))
     return Table(path, rows.filter(~pl.all_horizontal(pl.all().is_null())), names, separator)
 
@@ -99,7 +103,7 @@ def _reason(path: Path, error: Exception, separator: str) -> str:
                 if len(line) > len(header):
                     return f"line {lines.line_num} has {len(line)} fields where the header has {len(header)}"
     except UnicodeError as bad:
-        return str(undecodable(path, bad))
+        return undecodable(path, bad)
     except (OSError, csv.Error):
         pass  # then the words of the reader that failed have to do
     return next(iter(str(error).splitlines()), type(error).__name__)

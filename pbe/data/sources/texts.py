@@ -17,7 +17,15 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+MAX_SHOWN = 100
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+def shown(value: object) -> str:
+    """Return what a file says, for an error: in quotes, on one line, and not too long."""
+    text = str(value)
+    line = "".join(character if character.isprintable() else "?" for character in text[:MAX_SHOWN])
+    return f"'{line}{'...' if len(text) > MAX_SHOWN else ''}'"
 
 
 def encoding_of(start: bytes) -> str:
@@ -47,22 +55,17 @@ def file_encoding(path: Path) -> str:
     return encoding_of(start)
 
 
-def undecodable(path: Path, error: UnicodeError) -> UserError:
-    """Return the error of a file whose bytes are no text of its encoding."""
-    if isinstance(error, UnicodeDecodeError) and error.encoding.startswith("utf-8"):
-        line = _line_of_bad_byte(path)
-        return UserError(f"'{path}'{line} is not UTF-8; save it in this encoding")
-    return UserError(f"'{path}' is damaged text: {error}")
-
-
-def _line_of_bad_byte(path: Path) -> str:
+def undecodable(path: Path, error: UnicodeError) -> str:
+    """Return what is wrong with a file whose bytes are no text of its encoding, with the line."""
+    if not (isinstance(error, UnicodeDecodeError) and error.encoding.startswith("utf-8")):
+        return f"damaged text ({error.reason if isinstance(error, UnicodeDecodeError) else error})"
     with path.open("rb") as file:
         for place, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
-                return f", line {place},"
-    return ""
+                return f"line {place} is not UTF-8; save it in this encoding"
+    return "not UTF-8; save it in this encoding"
 
 
 def read_text(path: Path) -> str:
@@ -77,7 +80,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     except UnicodeError as error:
-        raise undecodable(path, error) from error
+        raise UserError(f"'{path}': {undecodable(path, error)}") from error
     return content
 
 
@@ -89,7 +92,7 @@ class _Loader(yaml.BaseLoader):
         for key, _ in node.value:
             if key.value in keys if isinstance(key, yaml.ScalarNode) else False:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark
+                    problem=f"the key {shown(key.value)} stands twice", problem_mark=key.start_mark
                 )
             keys.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)

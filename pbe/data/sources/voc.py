@@ -30,6 +30,7 @@ from pbe.data.sources.records import (
     box_table,
     picture_table,
 )
+from pbe.data.sources.texts import shown
 from pbe.errors import UserError
 
 BAD_XML = "unreadable annotation"
@@ -65,7 +66,7 @@ def _document(path: Path, stem: str, shift: float) -> _Document:
     """
     root = ElementTree.parse(path).getroot()
     if root.tag != "annotation":
-        raise ValueError(f"its root is <{root.tag}>, not <annotation>")
+        raise ValueError(f"its root is {shown(root.tag)}, not annotation")
     name = (root.findtext("filename") or "").strip()
     filename = posixpath.join(posixpath.dirname(stem), name) if name else ""
     boxes = [_box(entry, shift) for entry in root.iter("object")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.data.sources.scalars import whole
-from pbe.data.sources.texts import read_text, read_yaml
+from pbe.data.sources.texts import read_text, read_yaml, shown
 from pbe.errors import UserError
 
 NAME_FILES = ("classes.txt", "obj.names")
@@ -54,13 +54,13 @@ class Metadata:
         """
         task, shape = self.values.get("task", ""), self.values.get("kpt_shape")
         if task and task not in TASKS:
-            raise UserError(f"'{self.path}': task is {task!r}; it must be one of {', '.join(TASKS)}")
+            raise UserError(f"'{self.path}': task is {shown(task)}; it must be one of {', '.join(TASKS)}")
         if shape is None:
             return Form(task)
         numbers = [whole(value) for value in shape] if isinstance(shape, list) else []
         if len(numbers) != 2 or not numbers[0] or numbers[0] < 1 or numbers[1] not in (2, 3):
             raise UserError(
-                f"'{self.path}': kpt_shape is {shape}; it must be [keypoints, 2] or [keypoints, 3]"
+                f"'{self.path}': kpt_shape is {shown(shape)}; it must be [keypoints, 2] or [keypoints, 3]"
             )
         return Form(task or "pose", numbers[0] * numbers[1])
 
@@ -76,7 +76,9 @@ class Metadata:
             raise UserError(f"'{self.path}' holds no readable list 'names' of classes")
         for number, name in pairs:
             if whole(number) is None or not isinstance(name, str):
-                raise UserError(f"'{self.path}': 'names' holds {number}: {name}, which is no number and name")
+                raise UserError(
+                    f"'{self.path}': 'names' holds {shown(f'{number}: {name}')}, which is no number and name"
+                )
         return {int(whole(number) or 0): name for number, name in pairs}
 
     def split(self, split: str) -> list[str]:
@@ -92,7 +94,7 @@ class Metadata:
             raise UserError(f"'{self.path}': {key} is no path and no list of paths")
         if any(path.lower().endswith(".txt") for path in paths):
             raise UserError(
-                f"'{self.path}': {key} is a list of pictures, {paths[0]};"
+                f"'{self.path}': {key} is a list of pictures, {shown(paths[0])};"
                 " name their folder instead: yolo:FOLDER@PICTURES"
             )
         return paths
@@ -150,8 +152,8 @@ def class_names(folder: Path, places: Sequence[Place], metadata: Metadata) -> di
 def find_places(folder: Path, images: Path | None, metadata: Metadata, split: str) -> tuple[list[Place], str]:
     """Return the folders of pictures and labels, and a note on the split where one was chosen.
 
-    ``images/`` and ``labels/`` are read whole. Of splits (``train/images``, ``train/labels``, ...) one is read,
-    found by ``data.yaml`` or by the folders' names.
+    ``images/`` and ``labels/`` are read whole. Of splits (``train/images``, ``train/labels``, ...) one is
+    read, found by ``data.yaml`` or by the folders' names.
 
     Raises:
         UserError: the folders that ``data.yaml`` names are not there, or only other splits are.
@@ -167,10 +169,10 @@ def find_places(folder: Path, images: Path | None, metadata: Metadata, split: st
         lost = next((path for path, place in zip(named, found, strict=True) if place is None), None)
         if lost is None:
             places = [Place(path, labels_of(path)) for path in found if path is not None]
-            return places, f"'{folder}': the split {split} of {metadata.path}, {', '.join(named)}"
+            return places, f"'{folder}': the split {split} of {metadata.path}, {shown(', '.join(named))}"
         if _splits(folder) or not _holds_texts(folder):
             raise UserError(
-                f"'{metadata.path}' names '{lost}' for {split}, which is not there;"
+                f"'{metadata.path}' names {shown(lost)} for {split}, which is not there;"
                 f" name a folder with images/ and labels/: yolo:{folder}/{_example(folder)}"
             )
     splits = _splits(folder)

@@ -170,7 +170,7 @@ def test_csv(tmp_path: Path, save: Save) -> None:
     (record,) = read_csv(tmp_path / "boxes.csv", tmp_path / "pictures", relative=True).records()
     assert np.allclose(corners(record), [(4, 6, 24, 21)])
     (tmp_path / "boxes.csv").write_text("file,x1\na,1\n")
-    with pytest.raises(UserError, match="needs the columns x1, y1, x2, y2"):
+    with pytest.raises(UserError, match="lacks the columns x1, y1, x2, y2"):
         read_csv(tmp_path / "boxes.csv", tmp_path / "pictures")
     (tmp_path / "boxes.csv").write_text("")
     with pytest.raises(UserError, match="is not a CSV"):
