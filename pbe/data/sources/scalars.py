@@ -15,6 +15,7 @@ import polars as pl
 TRUE = frozenset({"1", "1.0", "true", "t", "yes", "y"})
 FALSE = frozenset({"", "0", "0.0", "-1", "-1.0", "false", "f", "no", "n", "none", "null"})  # -1: unknown
 LARGEST_SIDE = 2**31 - 1
+_DIGITS = re.compile(r"[+-]?\d{1,1000}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -28,13 +29,15 @@ def number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def whole(value: Any) -> int | None:
     """Return a whole number, also where it is written as 3.0 or "3"; None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+        return int(value)  # exactly, also where floating point would round
     found = number(value)
     return int(found) if math.isfinite(found) and found == int(found) else None
 
@@ -59,13 +62,12 @@ def identity(value: Any) -> int | str:
     Raises:
         ValueError: it is neither number nor text, or is empty.
     """
-    if isinstance(value, str) and not value.strip().isdecimal():
-        found: int | str | None = text(value).strip()
-    else:
-        found = whole(value)
-    if found is None or found == "":
+    found = whole(value)
+    if found is not None:
+        return found
+    if not isinstance(value, str) or not value.strip():
         raise ValueError("no id")
-    return found
+    return text(value).strip()
 
 
 def flag(value: Any) -> bool:

@@ -197,12 +197,11 @@ def labels_of(images: Path) -> Path:
 
 
 def _resolve(folder: Path, root: str, path: str) -> Path | None:
-    """Return the folder that ``data.yaml`` means, below its ``path`` or its own, without leading ../ too."""
+    """Return the folder that ``data.yaml`` means: as it stands, or, written elsewhere, by its last parts."""
     path, root = path.replace("\\", "/"), root.replace("\\", "/")
-    bare = path
-    while bare.startswith(("../", "./")):
-        bare = bare.partition("/")[2]
-    for candidate in (folder / root / path, folder / path, folder / bare):
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    ends = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    for candidate in (folder / root / path, folder / path, *ends):
         if candidate.is_dir():
             inner = candidate / "images"
             return inner if inner.is_dir() and (candidate / "labels").is_dir() else candidate
