@@ -24,7 +24,7 @@ from pbe.data.packing_plan import FRAMES, PackSettings
 from pbe.data.report import HTML_NAME, make_report, write_report
 from pbe.data.sources.open_images import SPLITS
 from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_source
-from pbe.data.sources.records import FLAGS
+from pbe.data.sources.records import FLAGS, Annotations
 from pbe.errors import UserError
 
 
@@ -140,6 +140,13 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _read(source: str, reading: SourceOptions) -> Annotations:
+    found = read_source(source, reading)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
 def make_request(options: argparse.Namespace) -> PackRequest:
     """Return what is to be packed, and check every option.
 
@@ -156,7 +163,7 @@ def make_request(options: argparse.Namespace) -> PackRequest:
         raise UserError(f"--check-against '{options.check_against}' is not a folder")
     reading = SourceOptions(options.split, options.masks, options.zero_based, options.relative)
     return PackRequest(
-        sources=lambda: [read_source(source, reading) for source in options.sources],
+        sources=lambda: [_read(source, reading) for source in options.sources],
         description=[*options.sources, str(reading)],
         settings=make_settings(options),
         out=options.out,
