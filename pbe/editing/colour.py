@@ -14,7 +14,7 @@ from pbe.editing.image_files import first_line
 from pbe.editing.problems import say_once
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
-MOST_DPI = 65535  # what a JPEG can say
+LEAST_DPI, MOST_DPI = 2, 65535  # a TIFF without a unit says 1; a JPEG can say no more
 SRGB, LAB = "sRGB", "LAB"
 
 
@@ -101,5 +101,5 @@ def _dpi(value: Any) -> tuple[float, float] | None:
         across, down = (float(side) for side in value)
     except (TypeError, ValueError, ArithmeticError):
         return None
-    usable = all(math.isfinite(side) and 0.5 <= side <= MOST_DPI for side in (across, down))
+    usable = all(math.isfinite(side) and LEAST_DPI <= side <= MOST_DPI for side in (across, down))
     return (across, down) if usable else None

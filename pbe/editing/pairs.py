@@ -131,10 +131,12 @@ def _object(text: str, position: int, number: int, lines_before: int = 0) -> tup
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise EditValueError(f"'{twice}' is there twice")
+        raise EditValueError(_twice([key for key, _ in pairs]))
     return values
+
+
+def _twice(keys: list[str]) -> str:
+    return f"'{next(key for key in keys if keys.count(key) > 1)}' is there twice"
 
 
 def _rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -168,7 +170,8 @@ def _columns(row: list[str], number: int) -> list[str]:
     if not set(FILE_KEYS) <= set(names):
         forms = "JSON objects, one a line or in an array, or CSV with the columns image, mask and exemplar"
         raise LineError(number, f"neither of the forms that pairs come in: {forms}")
-    _once_each([(name, None) for name in names])
+    if len(set(names)) < len(names):
+        raise LineError(number, _twice(names))
     return names
 
 

@@ -155,6 +155,7 @@ def mask_from_image(image: Image.Image) -> tuple[np.ndarray, str]:
         EditValueError: it is no mask; the text says why.
     """
     try:
+        image.load()
         mask, read_by = read_mask_image(image)
     except UnclearMaskError as error:
         raise EditValueError(f"{error}; {PAINT_WHITE}") from error
