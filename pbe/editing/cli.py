@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -272,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 after ``error: ...`` on stderr, 130 when interrupted.
     """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it then raises
     with warnings.catch_warnings():
         for package in NOISY:  # what their users can do nothing about; what matters here is an error
             warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")

@@ -17,6 +17,7 @@ from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.models.latent_diffusion import latent_mask
 
 Size = tuple[int, int]  # height, width
+MOST = 2**31 - 1  # of any count; libraries below this one overflow beyond it
 
 
 def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
@@ -48,13 +49,15 @@ def check_count(name: str, value: object, kind: type[EditTypeError | EditValueEr
 
     Raises:
         EditTypeError: it is no whole number; ``kind`` in its place.
-        EditValueError: it is below 1.
+        EditValueError: it is below 1, or absurdly large.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise kind(f"{name}: {type(value).__name__}; it must be an int")
     number = int(value) if isinstance(value, Integral) else check_number(name, value)
     if number < 1 or not math.isfinite(number):
         raise EditValueError(f"{name} is {value}; it must be at least 1")
+    if number > MOST:
+        raise EditValueError(f"{name} is too large: {value}; it must be at most {MOST}")
     if number != int(number):
         raise kind(f"{name} is {value}; it must be a whole number")
     return int(number)
