@@ -48,6 +48,7 @@ SOLVER_NAMES = (
 SPACING_NAMES = ("uniform", "leading", "linspace", "trailing")
 CONVENTION_NAMES = ("original", "diffusers")
 REGION_NAMES = ("full", "mask")
+LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # of an image in such a file, in pixels
 MOST_IMAGES = 1_000_000  # of one picture; each has a name that is checked beforehand
 MANY = 50  # from this many jobs on, checking the files takes a bar of its own
 NOISY = ("PIL", "torch", "timm", "open_clip")
@@ -214,6 +215,22 @@ def check_target(options: argparse.Namespace) -> Path:
     return target.parent
 
 
+def check_format(target: Path, size: tuple[int, int], options: argparse.Namespace) -> None:
+    """Check that an edit of an image of this size (height, width) fits into the format of its file.
+
+    Raises:
+        UserError: a side is too long.
+    """
+    if options.region == "full":
+        size = (options.height or size[0], options.width or size[1])
+    longest = LONGEST_SIDE.get(target.suffix.lower())
+    if longest is not None and max(size) > longest:
+        raise UserError(
+            f"--output '{target}': the edit has {size[1]}x{size[0]} pixels, and a {target.suffix} file at most "
+            f"{longest} a side; take another ending"
+        )
+
+
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
     """Return the jobs of ``--image``, ``--mask``, ``--exemplar`` or of ``--pairs``.
 
@@ -246,6 +263,8 @@ def run(arguments: Sequence[str] | None) -> None:
     silent = options.quiet or len(jobs) < MANY
     checked = list(tqdm(check_files(jobs), "checking files", total=len(jobs), leave=False, disable=silent))
     tell_remarks(jobs, checked)
+    if options.output is not None:
+        check_format(Path(options.output), checked[0].size, options)
     make_folder(folder)
     from pbe.editing.runner import edit_all  # imports torch, which takes seconds
 

@@ -86,8 +86,11 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
         UserError: there is no such device here.
     """
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
