@@ -8,6 +8,14 @@ from pathlib import Path
 from pbe.errors import UserError
 
 
+def expand_home(path: str) -> str:
+    """Return a path with a leading ``~`` or ``~user`` replaced by that home folder; any other as it is.
+
+    Shells expand it only at the start of a word, so it arrives unexpanded in files and in ``--out=~/x``.
+    """
+    return os.path.expanduser(path)
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder of outputs where it is missing, check that it can be written to, and return it.
 

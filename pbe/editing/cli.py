@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,18 +18,20 @@ from pbe.checkpoints.precision import DTYPES
 from pbe.cli import Parser, run_command
 from pbe.editing.jobs import (
     FILE_KEYS,
+    LONGEST,
     MARGIN,
     MAX_SEED,
     PICTURE_SUFFIXES,
+    Checked,
     Job,
     check_files,
     check_outputs,
-    read_pairs,
     single_job,
 )
+from pbe.editing.pairs import read_pairs
 from pbe.editing.places import require_place
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import expand_home, make_folder
 
 SOLVER_NAMES = (
     "plms",
@@ -41,11 +48,14 @@ SOLVER_NAMES = (
 SPACING_NAMES = ("uniform", "leading", "linspace", "trailing")
 CONVENTION_NAMES = ("original", "diffusers")
 REGION_NAMES = ("full", "mask")
+LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # of an image in such a file, in pixels
+MOST_IMAGES = 1_000_000  # of one picture; each has a name that is checked beforehand
 MANY = 50  # from this many jobs on, checking the files takes a bar of its own
+NOISY = ("PIL", "torch", "timm", "open_clip")
 DESCRIPTION = "Paint an exemplar into the masked part of a picture."
 EPILOG = (
     "In the folder of --out each edit leaves NAME_SEED.png and NAME_SEED.json (every setting to repeat it) "
-    "and each picture NAME_SEED_grid.png. A line of a --pairs file is a JSON object with image, mask and "
+    "and each picture NAME_SEED_grid.png. An entry of a --pairs file has image, mask and "
     "exemplar (paths relative to the file) and, if you like, name and seed. See docs/sampling.md."
 )
 
@@ -63,14 +73,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", required=True, metavar="PATH_OR_ID", help="folder, checkpoint or owner/name"
+        "--model",
+        type=expand_home,
+        required=True,
+        metavar="PATH_OR_ID",
+        help="folder, checkpoint or owner/name",
     )
-    group.add_argument("--config", metavar="FILE", help="YAML with the sizes of a checkpoint that says none")
+    group.add_argument(
+        "--config",
+        type=expand_home,
+        metavar="FILE",
+        help="YAML with the sizes of a checkpoint that says none",
+    )
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
-    group.add_argument("--cache-dir", metavar="FOLDER", help="where models of the Hub are kept")
+    group.add_argument(
+        "--cache-dir", type=expand_home, metavar="FOLDER", help="where models of the Hub are kept"
+    )
     group.add_argument("--offline", action="store_true", help="take models from that cache only")
     group.add_argument(
         "--safety-checker",
+        type=expand_home,
         default="auto",
         metavar="PATH_OR_ID",
         help="auto takes the model's own, none turns it off (default: auto)",
@@ -78,15 +100,14 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_files(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--image", metavar="FILE", help="picture to edit")
-    group.add_argument("--mask", metavar="FILE", help="mask, white = repaint; resized to the picture")
-    group.add_argument("--exemplar", metavar="FILE", help="picture of what is to be painted in")
+    path: dict[str, Any] = {"type": expand_home, "metavar": "FILE"}
+    group.add_argument("--image", **path, help="picture to edit")
+    group.add_argument("--mask", **path, help="mask, white = repaint; resized to the picture")
+    group.add_argument("--exemplar", **path, help="picture of what is to be painted in")
     group.add_argument("--name", help="stem of the output files (default: the picture's)")
-    group.add_argument("--pairs", metavar="FILE.jsonl", help="many edits instead, one JSON object a line")
-    group.add_argument("--out", metavar="FOLDER", help="where the edits go")
-    group.add_argument(
-        "--output", metavar="FILE", help="or the file of a single edit; its JSON lies beside it"
-    )
+    group.add_argument("--pairs", **path, help="many edits instead: JSON lines, a JSON array or CSV")
+    group.add_argument("--out", type=expand_home, metavar="FOLDER", help="where the edits go")
+    group.add_argument("--output", **path, help="or the file of a single edit; its JSON lies beside it")
     group.add_argument("--watermark", action="store_true", help="put an invisible watermark into the edits")
 
 
@@ -157,6 +178,11 @@ def check_arguments(options: argparse.Namespace) -> None:
         value = getattr(options, option)
         if value is not None and not (math.isfinite(value) and value >= 0.0):
             raise UserError(f"--{option.replace('_', '-')} is {value}; it must be a number from 0 up")
+    if options.num_images > MOST_IMAGES:
+        raise UserError(f"--num-images is {options.num_images}; it must be at most {MOST_IMAGES}")
+    for option in ("margin", "feather", "height", "width"):
+        if (getattr(options, option) or 0) > LONGEST:
+            raise UserError(f"--{option} is {getattr(options, option)}; it must be at most {LONGEST}")
     if not 0 <= options.seed <= MAX_SEED:
         raise UserError(f"--seed is {options.seed}; it must lie between 0 and {MAX_SEED}")
     if not 0.0 <= options.eta <= 1.0:
@@ -184,9 +210,25 @@ def check_target(options: argparse.Namespace) -> Path:
     if target.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--output '{target}' must end in one of {', '.join(PICTURE_SUFFIXES)}")
     inputs = [getattr(options, key) for key in FILE_KEYS if getattr(options, key) is not None]
-    if target.resolve() in [Path(each).resolve() for each in inputs]:
+    if os.path.realpath(target) in [os.path.realpath(each) for each in inputs]:
         raise UserError(f"the output would replace its input '{target}'; change --output")
     return target.parent
+
+
+def check_format(target: Path, size: tuple[int, int], options: argparse.Namespace) -> None:
+    """Check that an edit of an image of this size (height, width) fits into the format of its file.
+
+    Raises:
+        UserError: a side is too long.
+    """
+    if options.region == "full":
+        size = (options.height or size[0], options.width or size[1])
+    longest = LONGEST_SIDE.get(target.suffix.lower())
+    if longest is not None and max(size) > longest:
+        raise UserError(
+            f"--output '{target}': the edit has {size[1]}x{size[0]} pixels, and a {target.suffix} file at most "
+            f"{longest} a side; take another ending"
+        )
 
 
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
@@ -219,11 +261,26 @@ def run(arguments: Sequence[str] | None) -> None:
     if options.output is None:
         check_outputs(jobs, options.num_images, folder)
     silent = options.quiet or len(jobs) < MANY
-    sizes = list(tqdm(check_files(jobs), "checking files", total=len(jobs), leave=False, disable=silent))
+    checked = list(tqdm(check_files(jobs), "checking files", total=len(jobs), leave=False, disable=silent))
+    tell_remarks(jobs, checked)
+    if options.output is not None:
+        check_format(Path(options.output), checked[0].size, options)
     make_folder(folder)
     from pbe.editing.runner import edit_all  # imports torch, which takes seconds
 
-    edit_all(jobs, sizes, options)
+    edit_all(jobs, [each.size for each in checked], options)
+
+
+def tell_remarks(jobs: list[Job], checked: list[Checked]) -> None:
+    """Print on stderr what was decided about the masks: each kind once, with the first of its jobs."""
+    kinds: dict[str, list[tuple[Job, str]]] = {}
+    for job, found in zip(jobs, checked, strict=True):
+        for kind, remark in found.remarks.items():
+            kinds.setdefault(kind, []).append((job, remark))
+    for told in kinds.values():
+        job, remark = told[0]
+        more = f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""
+        print(f"{job.origin}{remark}{more}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,4 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 after ``error: ...`` on stderr, 130 when interrupted.
     """
-    return run_command(lambda: run(arguments))
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it then raises
+    with warnings.catch_warnings():
+        for package in NOISY:  # what their users can do nothing about; what matters here is an error
+            warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+        return run_command(lambda: run(arguments))

@@ -73,6 +73,7 @@ class Engine:
 
         Raises:
             EditTypeError, EditValueError: something given does not fit.
+            EditValueError: the latents are not finite.
         """
         images, keep = network_inputs(view.pictures, view.holes, view.size, self.model.size_multiple)
         x_T = self._start(batch, images, given)
@@ -84,7 +85,9 @@ class Engine:
         scale = max(sampling.guidance_scale, self.conventions.guidance_floor)
         predict = noise_predictor(self.model, self.schedule, conditioning, scale)
         with progress.watched(sampling, sampling.check(self.schedule)) as step:
-            return sampling.run(predict, x_T, self.schedule, given.generator, step)
+            sampled = sampling.run(predict, x_T, self.schedule, given.generator, step)
+        _require_finite(sampled, f", or too large a guidance_scale ({scale:g})")
+        return sampled
 
     def decode(self, latents: Tensor, batch: Batch, view: View) -> Tensor:
         """Return pictures ``(edits, 3, h, w)`` float32, about [-1, 1], at the working size.
@@ -101,8 +104,7 @@ class Engine:
         known = self._known(batch, view) if self.model.config.autoencoder.mask_aware_decoder else None
         painted = self.model.decode_latents(latents.to(self.model.dtype), known)
         painted = painted.float()[:, :, :height, :width]
-        if not torch.isfinite(painted).all():
-            raise EditValueError("the model gave infinite numbers: damaged weights, or float16 is too small")
+        _require_finite(painted)
         return painted
 
     def _known(self, batch: Batch, view: View) -> Tensor:
@@ -147,6 +149,17 @@ class Engine:
         return batch.spread(self.model.encode_images(hidden.to(device, dtype), noise), name)
 
 
+def _require_finite(made: Tensor, more: str = "") -> None:
+    """Refuse infinite numbers and those that are none, which would become black.
+
+    Raises:
+        EditValueError: there are some.
+    """
+    if not torch.isfinite(made).all():
+        causes = f"damaged weights, or float16 is too small{more}"
+        raise EditValueError(f"the model gave infinite numbers: {causes}")
+
+
 def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
     """Check latents that a call gives, and return them in float32.
 
@@ -158,11 +171,13 @@ def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple
 
     Raises:
         EditTypeError: no floating-point tensor.
-        EditValueError: another shape.
+        EditValueError: another shape, or values that are not finite.
     """
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise EditTypeError(f"{name}: {kind}; it must be a floating-point torch.Tensor")
     if latents.ndim != 4 or tuple(latents.shape[1:]) != shape[1:] or len(latents) not in counts:
         raise EditValueError(f"{name} have the shape {tuple(latents.shape)}; this edit needs {shape}")
+    if not torch.isfinite(latents).all():
+        raise EditValueError(f"{name}: its values must be finite numbers")
     return latents.float()

@@ -163,7 +163,7 @@ def check_embeds(embeds: Any, context_dim: int) -> Tensor:
 
     Raises:
         EditTypeError: no tensor of floating-point numbers.
-        EditValueError: another shape.
+        EditValueError: another shape, or values that are not finite.
     """
     if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
         raise EditTypeError(
@@ -173,4 +173,6 @@ def check_embeds(embeds: Any, context_dim: int) -> Tensor:
         raise EditValueError(
             f"exemplar_embeds have the shape {tuple(embeds.shape)}; they must be (b, tokens, {context_dim})"
         )
+    if not torch.isfinite(embeds).all():
+        raise EditValueError("exemplar_embeds: its values must be finite numbers")
     return embeds

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pbe.diffusion.noise import Generators
+from pbe.editing.colour import carried
 from pbe.editing.exemplars import Exemplar
-from pbe.editing.pictures import as_mask, as_picture, fit_mask
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.pictures import as_mask, as_picture, aspect_remark, fit_mask
+from pbe.editing.problems import EditTypeError, EditValueError, say_once
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Batch:
             share stands here several times.
         holes: bool ``h w`` of the pictures' size, one a picture.
         copies: edits of each picture, which follow one another.
+        carried: what goes along with the edits of each picture, see :func:`pbe.editing.colour.carried`.
     """
 
     exemplars: list[Exemplar]
     pictures: list[np.ndarray]
     holes: list[np.ndarray]
     copies: int
+    carried: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.pictures) * self.copies
@@ -81,18 +85,24 @@ def matched(
     tensors = _has_tensors(image)
     if tensors != _has_tensors(mask_image):
         raise EditTypeError("image and mask_image must both be tensors, or neither of them")
-    pictures = [_picture(each) for each in _split(image, "image", _unbatch_pictures)]
+    images = _split(image, "image", _unbatch_pictures)
+    pictures = [_picture(each) for each in images]
+    tags = [carried(each) if isinstance(each, Image.Image) else {} for each in images]
     masks = _split(mask_image, "mask_image", _unbatch_masks)
-    holes = [as_mask(_to_array(each), half_is_hole=half_is_hole) for each in masks]
+    _refuse_channels(masks, mask_image, len(pictures), len(exemplars) or conditions)
+    holes = [as_mask(_to_array(each, "mask_image"), half_is_hole=half_is_hole) for each in masks]
     count = _count(len(exemplars), len(pictures), len(holes), copies, conditions)
     size = _one_size(pictures)
     if tensors and any(hole.shape != size for hole in holes):
         raise EditValueError(
             f"tensors of image and mask_image must have one height and width; image has {size}"
         )
+    for hole in holes:
+        if remark := aspect_remark(hole.shape, size):
+            say_once(f"mask_image: {remark}")
     holes = [fit_mask(hole, size) for hole in holes]
-    pictures, holes = (items * (count // len(items)) for items in (pictures, holes))
-    return Batch(exemplars, pictures, holes, copies)
+    pictures, holes, tags = (items * (count // len(items)) for items in (pictures, holes, tags))
+    return Batch(exemplars, pictures, holes, copies, tags)
 
 
 def read_exemplars(value: Any) -> list[Exemplar]:
@@ -160,7 +170,7 @@ def _unbatch_masks(value: Any, what: str) -> list[Any]:
         return _items(value, what) if batched else [value]
     if not isinstance(value, Tensor):
         return [value]
-    if value.ndim == 4 and value.shape[1] != 1 and value.shape[3] == 1:
+    if value.ndim in (3, 4) and value.shape[-3] != 1 and value.shape[-1] == 1:
         value = value[..., 0]
     elif value.ndim == 4 and value.shape[1] == 1:
         value = value[:, 0]
@@ -168,6 +178,25 @@ def _unbatch_masks(value: Any, what: str) -> list[Any]:
         forms = "(h, w), (1, h, w), (b, h, w) or (b, 1, h, w)"
         raise EditValueError(f"{what}: a tensor of shape {tuple(value.shape)}; it must be {forms}")
     return _items(value, what) if value.ndim == 3 else [value]
+
+
+def _refuse_channels(masks: Sequence[Any], given: Any, pictures: int, exemplars: int) -> None:
+    """Refuse one mask whose colour channels come first, which would count as a batch of masks.
+
+    Three different masks for one picture are a batch; three that are the same, or of which one is empty, are
+    the channels of a single mask.
+    """
+    only = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
+    shape = tuple(getattr(only, "shape", ()))
+    if (pictures, exemplars) != (1, 1) or shape[:-2] not in ((3,), (4,)) or len(masks) != shape[0]:
+        return
+    first, second, third = (np.asarray(_to_array(each, "mask_image")) for each in masks[:3])
+    same = np.array_equal(first, second) and np.array_equal(first, third)
+    if same or not all(each.any() for each in (first, second, third)):
+        raise EditValueError(
+            f"mask_image: shape {shape} means a batch of masks, and these are the colours of one; "
+            "give it as (h, w) or (1, h, w)"
+        )
 
 
 def _items(values: np.ndarray | Tensor, what: str) -> list[Any]:
@@ -178,20 +207,30 @@ def _items(values: np.ndarray | Tensor, what: str) -> list[Any]:
 
 def _exemplar(value: Any) -> Exemplar:
     if isinstance(value, Tensor) and value.is_floating_point():
-        if not torch.isfinite(value).all():
+        if not np.isfinite(_to_array(value, "example_image")).all():
             raise EditValueError("example_image: its values must be finite numbers")
+        if value.numel() and value.min() >= 0.0 and value.max() <= 1.0:
+            say_once(
+                "example_image: a float tensor is taken as normalised for the image tower, and all values of "
+                "this one lie in [0, 1]; give plain pixels as uint8, as an array or as a PIL image"
+            )
         return value
     return as_picture(_channels_last(value, "example_image"), "example_image")
 
 
 def _picture(value: Any) -> np.ndarray:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
-        return as_picture(_channels_last(value, "image"))
-    pixels = np.ascontiguousarray(_to_array(value).transpose(1, 2, 0).astype(np.float32))
+        return as_picture(_channels_last(value, "image"), own_profile=True)
+    pixels = np.ascontiguousarray(_to_array(value, "image").transpose(1, 2, 0).astype(np.float32))
     if 0 in pixels.shape:
         raise EditValueError(f"image: a tensor of shape {tuple(value.shape)} has nothing to edit")
     if not ((pixels >= -1.0) & (pixels <= 1.0)).all():
         raise EditValueError("image: a floating-point tensor must lie in [-1, 1]")
+    if pixels.min() >= 0.0:
+        say_once(
+            "image: a float tensor is taken to lie in [-1, 1], and no value of this one is below 0; "
+            "if it lies in [0, 1], give image * 2 - 1"
+        )
     return pixels
 
 
@@ -201,14 +240,19 @@ def _channels_last(value: Any, what: str) -> Any:
         return value
     if value.dtype != torch.uint8:
         raise EditTypeError(f"{what}: a tensor of {value.dtype}; it must be floating point or uint8")
-    return _to_array(value).transpose(1, 2, 0)
+    return _to_array(value, what).transpose(1, 2, 0)
 
 
-def _to_array(value: Any) -> Any:
+def _to_array(value: Any, what: str) -> Any:
+    """Return the array of a tensor; pass everything else."""
     if not isinstance(value, Tensor):
         return value
-    value = value.detach().cpu()
-    return (value.float() if value.is_floating_point() else value).numpy()
+    try:
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, or on the meta device
+        kind = f"{value.layout} tensor of {value.dtype} on {value.device}"
+        raise EditTypeError(f"{what}: a {kind} cannot be read; give a plain one") from error
 
 
 def check_generator(generator: Generators, count: int) -> None:

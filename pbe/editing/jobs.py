@@ -1,21 +1,20 @@
-"""What a command line asks for: one edit from its arguments, or many from a file of pairs. No torch here."""
+"""What a command line asks for, edit by edit, and the checks of its files. No torch here."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pbe.editing.pictures import fit_mask, read_mask, read_picture
+from pbe.editing.pictures import aspect_remark, decision, fit_mask, read_mask, read_picture
 from pbe.editing.problems import EditValueError
 from pbe.errors import UserError
+from pbe.mask_reading import BY_LUMINANCE
 
 FILE_KEYS = ("image", "mask", "exemplar")
-PAIR_KEYS = (*FILE_KEYS, "name", "seed")
 MAX_SEED = 2**63 - 1
+LONGEST = 65535  # of sizes, margins and feathers in pixels; more is a slip of the keyboard
 MARGIN = 0.5  # around the mask when only its surroundings are edited: a share of its longer side
 PICTURE_SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
 MAX_NAME = 200  # leaves room for the seed and the ending within the 255 bytes of a file name
@@ -49,90 +48,26 @@ def single_job(image: str, mask: str, exemplar: str, name: str | None, seed: int
         UserError: a name that cannot be a file's.
     """
     job = Job(Path(image), Path(mask), Path(exemplar), name if name is not None else Path(image).stem, seed)
-    _check_name(job.name)
+    check_name(job.name)
     return [job]
 
 
-def read_pairs(path: Path, seed: int) -> list[Job]:
-    """Read jobs from a JSON-lines file.
-
-    Each line is an object with ``image``, ``mask`` and ``exemplar`` (paths, relative to the file's folder)
-    and optionally ``name`` (default: the line's number in four digits and the picture's stem) and ``seed``
-    (default: ``seed``). Blank lines are skipped.
+def check_name(name: str) -> None:
+    """Refuse a name that output files cannot have.
 
     Raises:
-        UserError: the file cannot be read or holds no pairs, or a line is malformed (its number is named).
+        EditValueError: the name, and why.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"pairs file '{path}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"pairs file '{path}' is not UTF-8 text") from error
-    jobs = []
-    for number, line in enumerate(lines, start=1):
-        origin = f"{path} line {number}: "
-        if line.strip():
-            try:
-                jobs.append(_parse_pair(line, path.parent, number, seed, origin))
-            except EditValueError as error:
-                raise UserError(f"{origin}{error}") from error
-    if not jobs:
-        raise UserError(f"pairs file '{path}' holds no pairs")
-    return jobs
-
-
-def _parse_pair(line: str, folder: Path, number: int, seed: int, origin: str) -> Job:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EditValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise EditValueError("not usable JSON: a number is too long or the nesting too deep") from error
-    if not isinstance(values, dict):
-        raise EditValueError('must be a JSON object such as {"image": ..., "mask": ..., "exemplar": ...}')
-    unknown = [key for key in values if key not in PAIR_KEYS]
-    if unknown:
-        raise EditValueError(f"unknown key '{unknown[0]}'; there are: {', '.join(PAIR_KEYS)}")
-    image, mask, exemplar = (folder / _path(values, key) for key in FILE_KEYS)
-    name = _text(values, "name") if "name" in values else f"{number:04d}_{image.stem}"
-    _check_name(name)
-    return Job(image, mask, exemplar, name, _seed(values.get("seed", seed)), origin)
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    if key not in values:
-        raise EditValueError(f"'{key}' is missing")
-    if not isinstance(values[key], str) or not values[key]:
-        raise EditValueError(f"'{key}' must be a string that is not empty")
-    return values[key]
-
-
-def _path(values: dict[str, Any], key: str) -> str:
-    text = _text(values, key)
-    try:
-        possible = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise EditValueError(f"'{key}' cannot be the path of a file: {text!a}")
-    return text
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
-        raise EditValueError(f"'seed' must be a whole number from 0 to {MAX_SEED}")
-    return value
-
-
-def _check_name(name: str) -> None:
     try:
         length = len(name.encode())
     except UnicodeEncodeError as error:
         raise EditValueError(f"name {name!a} is not Unicode text; give another name") from error
-    forbidden = name.startswith(".") or any(sign in name for sign in "/\\\0")
-    if not name or forbidden or length > MAX_NAME:
-        raise EditValueError(f"name '{name}' cannot be the name of a file")
+    shown = f"name {name[:300]!r} cannot be the name of a file"
+    if length > MAX_NAME:
+        raise EditValueError(f"{shown}: it has {length} of at most {MAX_NAME} bytes; give another")
+    if not name or name.startswith(".") or any(sign in name for sign in "/\\\0\n\r"):
+        reason = "it is empty, starts with a dot or holds a slash, a backslash or a line break"
+        raise EditValueError(f"{shown}: {reason}; give another")
 
 
 def output_stem(job: Job, index: int) -> str:
@@ -146,8 +81,8 @@ def check_outputs(jobs: list[Job], num_images: int, folder: Path) -> None:
     Raises:
         UserError: two edits of one name and seed, an output that would replace an input, or a seed too large.
     """
-    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask, job.exemplar)}
-    folder = folder.resolve()
+    inputs = {os.path.realpath(path) for job in jobs for path in (job.image, job.mask, job.exemplar)}
+    folder = Path(os.path.realpath(folder))
     taken: dict[str, Job] = {}
     for job in jobs:
         if job.seed + num_images - 1 > MAX_SEED:
@@ -157,21 +92,40 @@ def check_outputs(jobs: list[Job], num_images: int, folder: Path) -> None:
                 raise UserError(f"{job.origin}'{stem}' is already the output of another edit; name one anew")
             taken[stem] = job
             for file in (folder / f"{stem}.png", folder / f"{stem}_grid.png"):
-                if file in inputs:
+                if str(file) in inputs:
                     raise UserError(f"{job.origin}the output would replace its input '{file}'; change --out")
 
 
-def check_files(jobs: list[Job]) -> Iterator[tuple[int, int]]:
-    """Read every file of every job, and yield the height and width of each job's picture.
+@dataclass(frozen=True)
+class Checked:
+    """What checking a job's files found.
+
+    Attributes:
+        size: height and width of the image.
+        remarks: what was decided about the mask, by the kind of the remark.
+    """
+
+    size: tuple[int, int]
+    remarks: dict[str, str]
+
+
+def check_files(jobs: list[Job]) -> Iterator[Checked]:
+    """Read every file of every job, and yield what each job's files are.
 
     Raises:
         UserError: the first file that cannot be used, in one line.
     """
     for job in jobs:
         try:
-            size = read_picture(job.image).pixels.shape[:2]
-            fit_mask(read_mask(job.mask).pixels, size)
+            height, width = read_picture(job.image).pixels.shape[:2]
+            mask = read_mask(job.mask)
+            fit_mask(mask.pixels, (height, width))
             read_picture(job.exemplar, "exemplar")
         except UserError as error:
             raise UserError(f"{job.origin}{error}") from error
-        yield size
+        remarks = {}
+        if mask.read_by != BY_LUMINANCE:
+            remarks[mask.read_by] = f"mask '{job.mask}': {decision(mask.pixels, mask.read_by)}"
+        if stretched := aspect_remark(mask.pixels.shape, (height, width)):
+            remarks["aspect"] = f"mask '{job.mask}': {stretched}"
+        yield Checked((height, width), remarks)

@@ -39,10 +39,19 @@ class EditOutput:
         return self.images, self.nsfw_content_detected
 
 
-def as_output(edits: Sequence[np.ndarray], output_type: str) -> Any:
-    """Return edits, float32 ``h w 3`` in [0, 1] each, as ``pil``, ``np`` or ``pt``."""
+def as_output(edits: Sequence[np.ndarray], output_type: str, carried: Sequence[dict[str, Any]] = ()) -> Any:
+    """Return edits, float32 ``h w 3`` in [0, 1] each, as ``pil``, ``np`` or ``pt``.
+
+    Args:
+        edits: picture by picture.
+        output_type: the form.
+        carried: what goes along with PIL images, one a picture: colour profile and resolution.
+    """
     if output_type == "pil":
-        return [Image.fromarray(to_bytes(edit)) for edit in edits]
+        images = [Image.fromarray(to_bytes(edit)) for edit in edits]
+        for index, image in enumerate(images if carried else []):
+            image.info.update(carried[index * len(carried) // len(images)])
+        return images
     batch = np.stack(edits)
     if output_type == "np":
         return batch

@@ -7,19 +7,25 @@ True = repaint. No torch here: command lines check their files before they load 
 from __future__ import annotations
 
 import hashlib
-import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.colour import carried, lab_to_srgb, profile_of
+from pbe.editing.image_files import decode_image, first_line
+from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.mask_reading import BY_LUMINANCE, MASK_FROM, UnclearMaskError, read_mask_image
 
-HOLE_FROM = 128  # a grey value of 128 and above is a hole, the original's rounding of value / 255 >= 0.5
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 DEEP_STEP = 65535 // 255
+OTHER_ASPECT = 0.01  # a mask's side may differ by this share, and a pixel, from that of the image's aspect
+PAINT_WHITE = f"paint what is to be replaced white (a grey value from {MASK_FROM} to 255)"
+EXPECTED = "a PIL image, a numpy array or a torch tensor"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,10 +35,14 @@ class LoadedFile:
     Attributes:
         pixels: the picture (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
         sha256: of the file's bytes, in hexadecimal.
+        carried: of an image to edit: what goes along with the edit, see :func:`pbe.editing.colour.carried`.
+        read_by: of a mask: what decided, see :func:`pbe.mask_reading.read_mask_image`.
     """
 
     pixels: np.ndarray
     sha256: str
+    carried: dict[str, Any] = field(default_factory=dict)
+    read_by: str = ""
 
 
 def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
@@ -40,85 +50,118 @@ def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
 
     Args:
         path: the file.
-        what: how an error calls it.
+        what: how an error calls it. The colours of an ``image`` stay numbers of its own colour profile, which
+            goes along with the edit; those of anything else are brought to sRGB.
 
     Raises:
         EditValueError: the file is missing, empty, damaged or not a picture.
     """
     image, digest = _open(Path(path), what)
-    return LoadedFile(_named(picture_from_image, image, path, what), digest)
+    named = f"{what} '{path}'"
+    if what != "image":
+        return LoadedFile(_named(lambda: picture_from_image(image, named), named), digest)
+    pixels = _named(lambda: picture_from_image(image, named, own_profile=True), named)
+    return LoadedFile(pixels, digest, carried(image, named))
 
 
 def read_mask(path: str | Path) -> LoadedFile:
-    """Read a mask file: a grey value of 128 or more means repaint; see :func:`mask_from_image`.
+    """Read a mask file; see :func:`pbe.mask_reading.read_mask_image` for what a mask may look like.
 
     Raises:
-        EditValueError: the file is missing, empty, damaged, not a picture, or has no hole.
+        EditValueError: the file is missing, empty, damaged, not a picture or no mask, or has no hole.
     """
     image, digest = _open(Path(path), "mask")
-    hole = _named(mask_from_image, image, path, "mask")
-    require_hole(hole, f"mask '{path}'")
-    return LoadedFile(hole, digest)
+    named = f"mask '{path}'"
+    mask, read_by = _named(lambda: mask_from_image(image), named)
+    require_hole(mask, named)
+    return LoadedFile(mask, digest, read_by=read_by)
 
 
 def _open(path: Path, what: str) -> tuple[Image.Image, str]:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise EditValueError(f"{what} '{path}' is not a regular file, so it cannot be read twice")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise EditValueError(f"{what} '{path}' does not exist") from error
-    except OSError as error:
-        raise EditValueError(f"{what} '{path}' cannot be read: {error.strerror}") from error
-    if not content:
-        raise EditValueError(f"{what} '{path}' is an empty file")
+    except (OSError, ValueError) as error:  # ValueError: no system has such a path
+        raise EditValueError(f"{what} '{path}' cannot be read: {_reason(error)}") from error
     try:
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return ImageOps.exif_transpose(image), hashlib.sha256(content).hexdigest()
-    except UnidentifiedImageError as error:
-        raise EditValueError(f"{what} '{path}' is not a picture of a known format") from error
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise EditValueError(f"{what} '{path}' is damaged or cannot be decoded: {error}") from error
-
-
-def _named(convert: Any, image: Image.Image, path: str | Path, what: str) -> np.ndarray:
-    try:
-        return convert(image)
+        return decode_image(content), hashlib.sha256(content).hexdigest()
     except EditValueError as error:
-        raise EditValueError(f"{what} '{path}': {error}") from error
+        raise EditValueError(f"{what} '{path}' {error}") from error
 
 
-def picture_from_image(image: Image.Image) -> np.ndarray:
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+
+
+def _named(convert: Callable[[], T], named: str) -> T:
+    try:
+        return convert()
+    except EditValueError as error:
+        raise EditValueError(f"{named}: {error}") from error
+
+
+def picture_from_image(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return uint8 ``h w 3`` of a Pillow image of any mode; transparent parts are laid on white.
 
-    16-bit values are divided by 257. The EXIF orientation is left to :func:`read_picture`.
+    Greys of 16 bits are divided by 257. The EXIF orientation is left to :func:`read_picture`.
+
+    Args:
+        image: of any mode but floating point.
+        what: how a remark calls it.
+        own_profile: whether colours stay numbers of the image's own RGB profile, where it has one; else they
+            are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
 
     Raises:
-        EditValueError: the image has no pixels, or its mode has no meaning as a picture.
+        EditValueError: the image has no pixels, cannot be decoded, or its mode has no meaning as a picture.
     """
     _require_pixels(image.size)
-    image = _eight_bits(image)
+    profile = profile_of(image, what)
+    try:
+        flat = _flat(image, what)
+        if profile is None or (own_profile and profile.space == "RGB"):
+            return np.array(flat)
+        if profile.space == "CMYK":
+            return np.array(profile.to_srgb(image))
+        return np.array(profile.to_srgb(flat.getchannel(0) if profile.space == "GRAY" else flat))
+    except EditValueError:
+        raise
+    except Exception as error:  # a file that is decoded only now, or is closed, fails in any way
+        raise EditValueError(f"the image is damaged or cannot be decoded: {first_line(error)}") from error
+
+
+def _flat(image: Image.Image, what: str) -> Image.Image:
+    """Return an image in RGB, 8 bits, with transparent parts on white; colour profiles are left aside."""
+    if image.mode == "LAB":
+        return lab_to_srgb(image)
+    if image.mode in DEEP_MODES:
+        return _eight_bits(image, what).convert("RGB")
+    if image.mode == "F":
+        raise EditValueError("colour mode F is not supported; save it as 8-bit RGB")
+    if image.mode == "La":  # grey multiplied by alpha, which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    return image.convert("RGB")
 
 
-def mask_from_image(image: Image.Image) -> np.ndarray:
-    """Return bool ``h w``, True = repaint, of a Pillow image of any mode.
-
-    The alpha channel is the mask when any of it is less than opaque, the luminance otherwise.
+def mask_from_image(image: Image.Image) -> tuple[np.ndarray, str]:
+    """Return bool ``h w``, True = repaint, of a Pillow image of any mode, and what decided.
 
     Raises:
-        EditValueError: as for :func:`picture_from_image`.
+        EditValueError: it is no mask; the text says why.
     """
-    _require_pixels(image.size)
-    image = _eight_bits(image)
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if alpha.min() < 255:
-            return alpha >= HOLE_FROM
-        image = image.convert("RGB")
-    return np.asarray(image.convert("L")) >= HOLE_FROM
+    try:
+        image.load()
+        mask, read_by = read_mask_image(image)
+    except UnclearMaskError as error:
+        raise EditValueError(f"{error}; {PAINT_WHITE}") from error
+    except Exception as error:  # as in picture_from_image
+        raise EditValueError(f"the mask is damaged or cannot be decoded: {first_line(error)}") from error
+    return mask > 0, read_by
 
 
 def _require_pixels(size: tuple[int, int]) -> None:
@@ -126,22 +169,28 @@ def _require_pixels(size: tuple[int, int]) -> None:
         raise EditValueError(f"a picture of {size[0]}x{size[1]} pixels has nothing to edit")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Bring 16-bit greys to 8 bits (Pillow's own conversion would clip them) and refuse odd modes."""
-    if image.mode in DEEP_MODES:
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise EditValueError("grey values beyond 16 bits; save it with 8 or 16 bits per channel")
-        return Image.fromarray(((values + DEEP_STEP // 2) // DEEP_STEP).astype(np.uint8))
-    if image.mode in ("F", "LAB", "La"):
-        raise EditValueError(f"colour mode {image.mode} is not supported; save it as 8-bit RGB")
-    return image
+def _eight_bits(image: Image.Image, what: str) -> Image.Image:
+    """Bring greys of 16 bits to 8 bits, which Pillow's own conversion would clip."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise EditValueError("grey values beyond 16 bits; save it with 8 or 16 bits per channel")
+    clear = image.info.get("transparency", -1)
+    deep = values.max() > 255
+    if not deep and values.any():
+        say_once(f"{what}: none of its 16-bit greys is above 255; they are taken as greys of 8 bits")
+    greys = (values + DEEP_STEP // 2) // DEEP_STEP if deep else values
+    return Image.fromarray(np.where(values == clear, 255, greys).astype(np.uint8))
 
 
-def as_picture(value: Any, what: str = "image") -> np.ndarray:
+def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return ``h w 3`` of a Pillow image or of an array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
 
     An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8.
+
+    Args:
+        value: the picture.
+        what: how an error calls it.
+        own_profile: see :func:`picture_from_image`.
 
     Raises:
         EditTypeError: anything else.
@@ -152,11 +201,13 @@ def as_picture(value: Any, what: str = "image") -> np.ndarray:
             return _float_picture(_plain(value, what, channels=(1, 3, 4)), what)
         if value.dtype != np.uint8:
             raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8, or float in [0, 1]")
-        value = Image.fromarray(np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4))))
+        plain = np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4)))
+        if plain.max() == 1:
+            say_once(f"{what}: a uint8 array whose largest value is 1 is nearly black; white is 255")
+        value = Image.fromarray(plain)
     if not isinstance(value, Image.Image):
-        expected = "a PIL image, a numpy array or a torch tensor"
-        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {expected}, or a list of these")
-    return picture_from_image(value)
+        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
+    return _named(lambda: picture_from_image(value, what, own_profile=own_profile), what)
 
 
 def _float_picture(values: np.ndarray, what: str) -> np.ndarray:
@@ -172,7 +223,8 @@ def _float_picture(values: np.ndarray, what: str) -> np.ndarray:
 def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> np.ndarray:
     """Return bool ``h w``, True = repaint, of a Pillow image or an array ``h w`` or ``h w 1``.
 
-    An array is bool, uint8 (128 and above repaints) or floating point in [0, 1] (above 0.5 repaints).
+    An array is bool, uint8, which is read as an image of these greys, or floating point in [0, 1] (above 0.5
+    repaints). What else than luminance decided is told.
 
     Args:
         value: the mask.
@@ -186,17 +238,16 @@ def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> 
     if isinstance(value, np.ndarray):
         hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
     elif isinstance(value, Image.Image):
-        hole = mask_from_image(value)
+        hole = _told_mask(value, what)
     else:
-        expected = "a PIL image, a numpy array or a torch tensor"
-        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {expected}, or a list of these")
+        raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
     require_hole(hole, what)
     return hole
 
 
 def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
     if values.dtype == np.uint8:
-        return values >= HOLE_FROM
+        return _told_mask(Image.fromarray(np.ascontiguousarray(values)), what)
     if values.dtype == bool:
         return values
     if not np.issubdtype(values.dtype, np.floating):
@@ -204,6 +255,18 @@ def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point mask must lie in [0, 1]")
     return values >= 0.5 if half_is_hole else values > 0.5
+
+
+def _told_mask(image: Image.Image, what: str) -> np.ndarray:
+    mask, read_by = _named(lambda: mask_from_image(image), what)
+    if read_by != BY_LUMINANCE and mask.any():
+        say_once(f"{what}: {decision(mask, read_by)}")
+    return mask
+
+
+def decision(mask: np.ndarray, read_by: str) -> str:
+    """Return in words what decided where a mask, bool ``h w``, repaints, and how much that is."""
+    return f"read by {read_by}, it repaints {mask.mean():.1%} of the image"
 
 
 def _plain(values: np.ndarray, what: str, channels: tuple[int, ...]) -> np.ndarray:
@@ -223,8 +286,7 @@ def require_hole(hole: np.ndarray, what: str) -> None:
         EditValueError: no pixel of ``hole`` (bool ``h w``) is True.
     """
     if not hole.any():
-        advice = f"paint what is to be replaced white (a grey value from {HOLE_FROM} to 255)"
-        raise EditValueError(f"{what} has no hole: {advice}")
+        raise EditValueError(f"{what} has no hole: {PAINT_WHITE}")
 
 
 def fit_mask(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -236,9 +298,23 @@ def fit_mask(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if hole.shape == size:
         return hole
     resized = Image.fromarray(hole.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
-    fitted = np.asarray(resized) >= HOLE_FROM
+    fitted = np.asarray(resized) > 0
     require_hole(fitted, f"the mask, resized from {_by(hole.shape)} to the picture's {_by(size)} pixels,")
     return fitted
+
+
+def aspect_remark(mask: tuple[int, ...], size: tuple[int, ...]) -> str | None:
+    """Return a remark where a mask of this size is stretched to fit an image; None where the aspects agree.
+
+    Args:
+        mask: height and width of the mask.
+        size: height and width of the image.
+    """
+    expected = mask[1] * size[0] / size[1]
+    if abs(mask[0] - expected) <= 1 + OTHER_ASPECT * max(mask[0], expected):
+        return None
+    turned = "; is one of them turned?" if mask[::-1] == size else ""
+    return f"it is {_by(mask)}, the image {_by(size)}: stretched to fit{turned}"
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -321,7 +321,7 @@ class PaintByExample:
         sampling = Sampling(choice, num_inference_steps, guidance_scale, eta, callback, callback_steps)
         placement = Placement(region, height, width, margin, feather, preserve_background)
         given = Given(generator, latents, masked_image_latents, exemplar_embeds)
-        check_count("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         if output_type not in OUTPUT_TYPES:
             raise EditValueError(f"no output_type '{output_type}'; there are: {', '.join(OUTPUT_TYPES)}")
         sampling.check(self.noise_schedule)
@@ -334,7 +334,7 @@ class PaintByExample:
             output = EditOutput(sampled, None, view.size)
         else:
             edits, flags = self._finish(engine.decode(sampled, batch, view), batch, view, placement)
-            output = EditOutput(as_output(edits, output_type), flags, view.size)
+            output = EditOutput(as_output(edits, output_type, batch.carried), flags, view.size)
         return output if return_dict else output.to_tuple()
 
     def _engine(self, conventions: str | None) -> Engine:

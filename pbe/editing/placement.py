@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from pbe.editing.compositing import composite, to_unit
 from pbe.editing.inputs import Batch
+from pbe.editing.jobs import LONGEST
 from pbe.editing.output import to_pictures
 from pbe.editing.preprocess import (
     Size,
@@ -21,7 +21,7 @@ from pbe.editing.preprocess import (
     resize_picture,
     working_size,
 )
-from pbe.editing.problems import EditValueError
+from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.region import Box, paste, region_box, seam
 
 REGIONS = ("full", "mask")
@@ -38,30 +38,39 @@ class Placement:
     feather: float | None
     preserve_background: bool
 
+    def __post_init__(self) -> None:
+        """Bring numbers of numpy, and sizes that are whole floats, to Python's int and float.
+
+        Raises:
+            EditTypeError, EditValueError: a setting of the wrong kind.
+        """
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, check_count(name, getattr(self, name)))
+        for name in ("margin", "feather"):
+            if getattr(self, name) is not None or name == "margin":
+                object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        if not isinstance(self.preserve_background, bool | np.bool_):
+            kind = type(self.preserve_background).__name__
+            raise EditTypeError(f"preserve_background: {kind}; it must be True or False")
+
     def check(self) -> None:
         """Refuse what has no meaning.
 
         Raises:
-            EditTypeError, EditValueError: an unknown region, a margin or a feather that is no length.
+            EditValueError: an unknown region, a margin or a feather that is no length, too large a size.
         """
         if self.region not in REGIONS:
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(REGIONS)}")
         for name, value in (("margin", self.margin), ("feather", self.feather)):
-            if value is None:
-                continue
-            check_number(name, value)
-            if not (math.isfinite(value) and value >= 0.0):
-                raise EditValueError(f"{name} is {value}; it must be 0 or more")
+            if value is not None and not 0.0 <= value <= LONGEST:
+                raise EditValueError(f"{name} is {value}; it must lie between 0 and {LONGEST}")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None and side > LONGEST:
+                raise EditValueError(f"{name} is {side}; it must be at most {LONGEST}")
 
     def resized(self, batch: Batch) -> Batch:
-        """Return the batch at the height and width asked for; of a region they are the model's sizes instead.
-
-        Raises:
-            EditTypeError, EditValueError: a height or width that is no whole number from 1 up.
-        """
-        for name, value in (("height", self.height), ("width", self.width)):
-            if value is not None:
-                check_count(name, value)
+        """Return the batch at the height and width asked for; of a region they are the model's sizes."""
         height, width = batch.holes[0].shape
         size = (self.height or height, self.width or width)
         if self.region == "mask" or size == (height, width):

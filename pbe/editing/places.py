@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from pbe.editing.problems import EditValueError
+from pbe.files import expand_home
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -13,7 +15,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def require_place(path_or_hub_id: str | Path, option: str = "") -> Path | None:
     """Return a path that exists; None for what may be a repository's name, ``owner/name``.
 
-    A path that exists comes before a repository of the same name.
+    A path that exists comes before a repository of the same name; a leading ``~`` is the home folder.
 
     Args:
         path_or_hub_id: what was given.
@@ -22,9 +24,9 @@ def require_place(path_or_hub_id: str | Path, option: str = "") -> Path | None:
     Raises:
         EditValueError: it can be neither.
     """
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if path.exists():
-        return path
+    name = expand_home(str(path_or_hub_id))
+    if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
+        return Path(name)
     if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):
         kinds = "a model's folder, a checkpoint file or a Hub id (owner/name)"
         raise EditValueError(f"{option and option + ' '}'{name}' does not exist; give {kinds}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.models.latent_diffusion import latent_mask
 
 Size = tuple[int, int]  # height, width
+MOST = 2**31 - 1  # of any count; libraries below this one overflow beyond it
 
 
 def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
@@ -37,32 +39,43 @@ def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
     return height, width
 
 
-def check_count(name: str, value: object, kind: type[EditTypeError | EditValueError] = EditTypeError) -> None:
-    """Check that a setting is a whole number from 1 up.
+def check_count(name: str, value: object, kind: type[EditTypeError | EditValueError] = EditTypeError) -> int:
+    """Return a setting that is a whole number from 1 up, of whatever numeric type, as an int.
 
     Args:
         name: what errors call it.
-        value: the setting.
-        kind: error for anything but an int.
+        value: the setting: an int, or a float or numpy scalar without a fraction.
+        kind: error for anything that is no whole number.
 
     Raises:
-        EditTypeError: it is no int; ``kind`` in its place.
-        EditValueError: it is below 1.
+        EditTypeError: it is no whole number; ``kind`` in its place.
+        EditValueError: it is below 1, or absurdly large.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise kind(f"{name}: {type(value).__name__}; it must be an int")
-    if value < 1:
+    number = int(value) if isinstance(value, Integral) else check_number(name, value)
+    if number < 1 or not math.isfinite(number):
         raise EditValueError(f"{name} is {value}; it must be at least 1")
+    if number > MOST:
+        raise EditValueError(f"{name} is too large: {value}; it must be at most {MOST}")
+    if number != int(number):
+        raise kind(f"{name} is {value}; it must be a whole number")
+    return int(number)
 
 
-def check_number(name: str, value: object) -> None:
-    """Check that a setting is an int or a float.
+def check_number(name: str, value: object) -> float:
+    """Return a setting that is a number of any numeric type, numpy's among them, as a float.
 
     Raises:
-        EditTypeError: it is neither.
+        EditTypeError: it is none.
+        EditValueError: it is beyond the floats.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise EditTypeError(f"{name}: {type(value).__name__}; it must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise EditValueError(f"{name} is too large a number") from error
 
 
 def resize_picture(picture: np.ndarray, size: Size) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from pbe.diffusion.solvers.scheduler_config import SolverChoice, solver_from_sch
 from pbe.editing.components import DEFAULT_SOLVER, PipelineSchedule, schedule_of
 from pbe.editing.conventions import DIFFUSERS, ORIGINAL
 from pbe.editing.hub import CHECKER, Hub
-from pbe.editing.problems import EditTypeError
+from pbe.editing.problems import EditTypeError, say_once
 from pbe.editing.safety import load_safety_checker
 from pbe.editing.sampling import choose_solver
 from pbe.errors import UserError
@@ -24,7 +22,6 @@ from pbe.models import LatentDiffusion
 AUTO = "auto"
 Configuration = str | Path | ModelConfig | Config | None
 Checker = str | Path | nn.Module | None
-logger = logging.getLogger(__name__)
 
 
 def load_parts(
@@ -89,8 +86,11 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
         UserError: there is no such device here.
     """
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
@@ -112,9 +112,3 @@ def _checker(wanted: Checker, folder: Path, loaded: Loaded, hub: Hub) -> Path | 
         )
     beside = folder / CHECKER
     return loaded.safety_checker or (beside if beside.is_dir() else None)
-
-
-@cache
-def say_once(text: str) -> None:
-    """Log a warning, the first time only."""
-    logger.warning(text)

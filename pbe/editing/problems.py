@@ -1,8 +1,13 @@
-"""Errors of the editing calls: for the person at the keyboard, and of the kind that Python callers expect."""
+"""Errors and remarks of the editing calls: for the person at the keyboard, and of Python's usual kinds."""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 from pbe.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class EditValueError(UserError, ValueError):
@@ -11,3 +16,9 @@ class EditValueError(UserError, ValueError):
 
 class EditTypeError(UserError, TypeError):
     """An argument of the wrong kind."""
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a warning, the first time only: what was decided about an input, for instance."""
+    logger.warning(text)

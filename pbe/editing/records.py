@@ -65,12 +65,20 @@ def make_grid(
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture atomically, in the format of its ending: without loss, but for JPEG.
 
+    The colour profile and the resolution in the picture's ``info`` are written too, where the format holds
+    them (WebP has no place for a resolution).
+
     Raises:
         UserError: the file cannot be written.
     """
     buffer = io.BytesIO()
     kind, settings = FORMATS[path.suffix.lower()]
-    picture.save(buffer, kind, **settings)
+    carried = {key: picture.info[key] for key in ("icc_profile", "dpi") if picture.info.get(key)}
+    try:
+        picture.save(buffer, kind, **settings, **carried)
+    except (OSError, ValueError) as error:  # WebP ends at 16383 pixels, JPEG at 65535
+        size = f"{picture.width}x{picture.height}"
+        raise UserError(f"cannot write '{path}', {size}, as {kind}: {error or 'too large'}") from error
     _write(path, buffer.getvalue())
 
 
@@ -128,5 +136,10 @@ def repeat_command(options: dict[str, Any]) -> str:
     """Return the shell command with these ``--option value`` pairs; a value of True is a bare flag."""
     words = ["python", "sample.py"]
     for name, value in options.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        if value is True:
+            words.append(f"--{name}")
+        elif str(value).startswith("-"):  # a file of such a name would be taken for an option
+            words.append(f"--{name}={value}")
+        else:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from pbe.editing.pictures import LoadedFile, fit_mask, read_mask, read_picture
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.pretrained import usable_device
 from pbe.editing.records import make_grid, model_digests, repeat_command, versions, write_json, write_picture
+from pbe.errors import UserError
+
+LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
 
 
 @dataclass
@@ -43,7 +47,7 @@ def load_work(job: Job) -> Work:
         UserError: a file changed since it was checked and cannot be used any more.
     """
     image, mask = read_picture(job.image), read_mask(job.mask)
-    mask = LoadedFile(fit_mask(mask.pixels, image.pixels.shape[:2]), mask.sha256)
+    mask = replace(mask, pixels=fit_mask(mask.pixels, image.pixels.shape[:2]))
     return Work(job, image, mask, read_picture(job.exemplar, "exemplar"))
 
 
@@ -126,11 +130,29 @@ def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: arg
             bar.update(len(latents))
 
         for batch in batches(jobs, sizes, options.num_images, options.batch_size):
-            output = edit_batch(pipe, batch, options, advance)
+            with memory_told():
+                output = edit_batch(pipe, batch, options, advance)
             flags = output.nsfw_content_detected or [False] * len(batch)
             for (work, index), edit, flag in zip(batch, output.images, flags, strict=True):
                 made = {"edited_at": list(output.edited_at), "blackened": flag}
                 _finish(work, index, edit, shared | made, options)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn every way of running out of memory into one line.
+
+    Raises:
+        UserError: there was not enough.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"out of memory: {LESS_MEMORY}") from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(f"out of memory: {LESS_MEMORY}") from error
 
 
 def edit_batch(
@@ -160,6 +182,7 @@ def _finish(
 ) -> None:
     """Write the edit and its JSON, and the grid once the job has all its edits."""
     stem = output_stem(work.job, index)
+    edit.info.update(work.image.carried)
     target = Path(options.output) if options.output else Path(options.out) / f"{stem}.png"
     write_picture(target, edit)
     write_json(target.with_suffix(".json"), _record(work, index, shared, options))
@@ -167,6 +190,7 @@ def _finish(
         work.edits.append(edit)
     if len(work.edits) == options.num_images:
         grid = make_grid(work.image.pixels, work.mask.pixels, work.exemplar.pixels, work.edits)
+        grid.info.update(work.image.carried)
         write_picture(target.with_name(f"{output_stem(work.job, 0)}_grid.png"), grid)
         work.edits.clear()
     written = str(target).encode(errors="backslashreplace").decode()  # not UTF-8, perhaps
@@ -191,10 +215,11 @@ def _shared_record(
 
 def _record(work: Work, index: int, shared: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     job, seed = work.job, work.job.seed + index
-    inputs = {
+    inputs: dict[str, dict[str, Any]] = {
         key: {"path": str(getattr(job, key)), "sha256": getattr(work, key).sha256}
         for key in ("image", "mask", "exemplar")
     }
+    repaints = {"read_by": work.mask.read_by, "repaints": round(float(work.mask.pixels.mean()), 6)}
     kept = {"out": options.out, "name": job.name} if options.output is None else {"output": options.output}
     command = {
         "model": options.model,
@@ -213,6 +238,7 @@ def _record(work: Work, index: int, shared: dict[str, Any], options: argparse.Na
     }
     size = list(work.image.pixels.shape[:2])
     own = {"name": job.name, "seed": seed, "size": size}
+    inputs["mask"] |= repaints
     return inputs | own | shared | {"repeat": repeat_command(command)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,18 +36,28 @@ class Sampling:
     callback: Callback | None
     callback_steps: int
 
+    def __post_init__(self) -> None:
+        """Bring numbers of numpy, and floats that are whole, to Python's int and float.
+
+        Raises:
+            EditTypeError, EditValueError: a setting of the wrong kind.
+        """
+        numbers = {
+            "steps": check_count("num_inference_steps", self.steps),
+            "callback_steps": check_count("callback_steps", self.callback_steps, kind=EditValueError),
+            "guidance_scale": check_number("guidance_scale", self.guidance_scale),
+            "eta": check_number("eta", self.eta),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
     def check(self, schedule: NoiseSchedule) -> int:
         """Check everything, and return the number of steps that the solver will report.
 
         Raises:
             EditTypeError, EditValueError: a setting that cannot be used.
         """
-        check_count("num_inference_steps", self.steps)
-        check_count("callback_steps", self.callback_steps, kind=EditValueError)
-        if self.callback is not None and not callable(self.callback):
-            raise EditTypeError(f"callback: {type(self.callback).__name__}; it must be a function")
-        for name, value in (("guidance_scale", self.guidance_scale), ("eta", self.eta)):
-            check_number(name, value)
+        check_callback(self.callback)
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0.0):
             raise EditValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if not 0.0 <= self.eta <= 1.0:
@@ -86,6 +97,27 @@ class Sampling:
             karras=choice.karras,
             settings=choice.settings,
         )
+
+
+def check_callback(callback: Any) -> None:
+    """Check that a callback can be called with (step, timestep, latents).
+
+    Raises:
+        EditTypeError: it is no function, or one of other arguments.
+    """
+    if callback is None:
+        return
+    if not callable(callback):
+        raise EditTypeError(f"callback: {type(callback).__name__}; it must be a function")
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):  # some that are written in C do not say what they take
+        return
+    try:
+        signature.bind(0, 0.0, None)
+    except TypeError as error:
+        wanted = "it must take three arguments: step, timestep and latents"
+        raise EditTypeError(f"callback: {wanted} ({error})") from error
 
 
 def choose_solver(solver: str | SolverChoice) -> SolverChoice:

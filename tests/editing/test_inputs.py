@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pbe.editing.inputs import check_generator, matched
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.problems import EditTypeError, EditValueError, say_once
 
 H, W = 12, 10
 BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
@@ -199,6 +199,83 @@ def test_what_cannot_be_used(call: dict[str, Any], kind: type[Exception], messag
 def test_tensors_that_cannot_be_used(call: dict[str, Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
         matched(**({"example_image": PICTURE, "image": SIGNED, "mask_image": tensor_mask()} | call))
+
+
+RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            {"image": RAMP, "mask_image": tensor_mask()},
+            "image: a float tensor is taken to lie in [-1, 1], and",
+        ),
+        ({"example_image": RAMP}, "example_image: a float tensor is taken as normalised for the image tower"),
+        ({"image": (BYTES > 99).astype(np.uint8)}, "image: a uint8 array whose largest value is 1 is nearly"),
+        (
+            {"mask_image": HOLE.T},
+            "mask_image: it is 12x10, the image 10x12: stretched to fit; is one of them",
+        ),
+        (
+            {"mask_image": Image.new("L", (50, 10), 255)},
+            "mask_image: it is 50x10, the image 10x12: stretched",
+        ),
+        ({"mask_image": HOLE.astype(np.uint8)}, "mask_image: read by the values 0 and 1, it repaints 25.0%"),
+    ],
+)
+def test_what_looks_like_a_slip_is_told(call: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture):
+    say_once.cache_clear()
+    matched(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
+    assert told in caplog.text
+
+
+def test_what_is_right_needs_no_word(caplog: pytest.LogCaptureFixture):
+    say_once.cache_clear()
+    matched(PICTURE, SIGNED, tensor_mask())
+    matched(torch.randn(3, 8, 8), BYTES, HOLE)
+    matched(PICTURE, PICTURE, MASK.resize((2 * W, 2 * H)))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("kind", ["tensor", "array", "list", "red"])
+def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
+    planes = tensor_mask().expand(channels, H, W).clone()
+    if kind == "red":
+        planes[1:3] = 0.0
+    mask = planes.numpy() if kind == "array" else [planes] if kind == "list" else planes
+    image = BYTES if kind == "array" else SIGNED
+    with pytest.raises(
+        EditValueError, match=r"shape \(\d, 12, 10\) means a batch of masks, and these are the"
+    ):
+        matched(PICTURE, image, mask)
+
+
+def test_a_batch_of_masks_is_one():
+    other = torch.ones(H, W)
+    assert len(matched(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
+    same = torch.stack([tensor_mask()] * 3)
+    assert len(matched([PICTURE] * 3, SIGNED, same)) == 3
+    assert len(matched(PICTURE, SIGNED.expand(3, -1, -1, -1), same)) == 3
+    assert len(matched(PICTURE, SIGNED, list(same))) == 3
+
+
+def test_a_mask_tensor_with_its_channel_last():
+    (found,) = matched(PICTURE, SIGNED, tensor_mask()[:, :, None]).holes
+    np.testing.assert_array_equal(found, HOLE)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_without_plain_numbers_are_refused(kind: str):
+    def odd(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta") if kind == "meta" else tensor.to_sparse()
+
+    for given in ((PICTURE, odd(SIGNED), tensor_mask()), (PICTURE, SIGNED, odd(tensor_mask()))):
+        with pytest.raises(EditTypeError, match="cannot be read; give a plain one"):
+            matched(*given)
+    with pytest.raises(EditTypeError, match=r"example_image: a .* cannot be read; give a plain one"):
+        matched(odd(torch.randn(3, 8, 8)), PICTURE, MASK)
 
 
 def test_generators_are_checked():

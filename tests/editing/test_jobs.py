@@ -1,87 +1,31 @@
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pbe.editing.jobs import MAX_SEED, Job, check_outputs, read_pairs, single_job
+from pbe.editing.jobs import MAX_SEED, Job, check_files, check_name, check_outputs, single_job
 from pbe.errors import UserError
-
-PAIR = {"image": "a.png", "mask": "m.png", "exemplar": "e.png"}
-
-
-def write(folder: Path, *lines: object) -> Path:
-    path = folder / "pairs.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return path
-
-
-def test_pairs_are_relative_to_their_file(tmp_path: Path):
-    absolute = {"image": "/x/b.png", "mask": "m.png", "exemplar": "e.png", "name": "Zoë", "seed": 9}
-    jobs = read_pairs(write(tmp_path, PAIR, "", absolute), seed=4)
-    assert jobs[0].image == tmp_path / "a.png"
-    assert (jobs[0].name, jobs[0].seed) == ("0001_a", 4)
-    assert jobs[1].image == Path("/x/b.png")
-    assert (jobs[1].name, jobs[1].seed) == ("Zoë", 9)
-    assert jobs[1].origin == f"{tmp_path}/pairs.jsonl line 3: "
-
-
-def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(
-        b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n" + json.dumps(PAIR).encode() + b"\r\n"
-    )
-    assert len(read_pairs(path, 0)) == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not valid JSON"),
-        ("[1]", "line 2: must be a JSON object"),
-        ({"image": "a.png", "mask": "m.png"}, "line 2: 'exemplar' is missing"),
-        (PAIR | {"image": 3}, "line 2: 'image' must be a string"),
-        (PAIR | {"mask": ""}, "line 2: 'mask' must be a string that is not empty"),
-        (PAIR | {"masc": "x"}, "line 2: unknown key 'masc'; there are: image, mask, exemplar, name, seed"),
-        (PAIR | {"seed": "3"}, "line 2: 'seed' must be a whole number"),
-        (PAIR | {"seed": True}, "line 2: 'seed' must be a whole number"),
-        (PAIR | {"seed": -1}, "line 2: 'seed' must be a whole number"),
-        (PAIR | {"name": "../up"}, "line 2: name '../up' cannot be the name of a file"),
-        (PAIR | {"name": "x" * 300}, "line 2: name 'x+' cannot be the name of a file"),
-        (PAIR | {"name": "\ud800"}, r"line 2: name '\\ud800' is not Unicode text"),
-        (
-            PAIR | {"image": "\ud800.png", "name": "a"},
-            r"line 2: 'image' cannot be the path of a file: '\\ud800",
-        ),
-        (PAIR | {"mask": "a\0b"}, "line 2: 'mask' cannot be the path of a file"),
-        (
-            json.dumps(PAIR)[:-1] + f', "seed": {"9" * 5000}}}',
-            "line 2: not usable JSON: a number is too long",
-        ),
-        ("[" * 100_000, "line 2: not"),
-        (PAIR | {"name": None}, "line 2: 'name' must be a string"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path: Path, line: object, message: str):
-    with pytest.raises(UserError, match=message):
-        read_pairs(write(tmp_path, PAIR, line), 0)
-
-
-def test_pairs_files_that_cannot_be_read(tmp_path: Path):
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        read_pairs(tmp_path / "none.jsonl", 0)
-    with pytest.raises(UserError, match="holds no pairs"):
-        read_pairs(write(tmp_path, "", " "), 0)
-    (tmp_path / "latin").write_bytes(b'{"image": "\xe9"}')
-    with pytest.raises(UserError, match="is not UTF-8"):
-        read_pairs(tmp_path / "latin", 0)
 
 
 def test_a_single_job_takes_the_name_of_its_picture():
     assert single_job("x/a.b.jpg", "m", "e", None, 0)[0].name == "a.b"
-    with pytest.raises(UserError, match="cannot be the name"):
+    with pytest.raises(UserError, match="name '' cannot be the name of a file: it is empty"):
         single_job("a.png", "m", "e", "", 0)
+
+
+def test_a_name_that_cannot_be_used_says_why():
+    with pytest.raises(UserError, match="it has 240 of at most 200 bytes; give another"):
+        check_name("é" * 120)
+    for name in (".hidden", "a/b", "a\\b", "a\0b", "a\nb"):
+        with pytest.raises(UserError, match="starts with a dot or holds a slash") as raised:
+            check_name(name)
+        assert "\n" not in str(raised.value)
+    for name in ("a [1]", "{a,b}", "me@home 50%", "Zoë", "~a", "-x", "v1.2.final"):
+        check_name(name)
 
 
 def job(name: str, seed: int, image: str = "in.png") -> Job:
@@ -103,3 +47,23 @@ def test_seeds_stay_within_range(tmp_path: Path):
     check_outputs([job("a", MAX_SEED)], 1, tmp_path)
     with pytest.raises(UserError, match="too large for 2 images"):
         check_outputs([job("a", MAX_SEED)], 2, tmp_path)
+
+
+def test_a_link_that_leads_to_itself_is_no_traceback(tmp_path: Path):
+    os.symlink("loop.png", tmp_path / "loop.png")
+    check_outputs([job("a", 0, str(tmp_path / "loop.png"))], 1, tmp_path)
+
+
+def test_checking_the_files_tells_what_decided_about_a_mask(tmp_path: Path):
+    pixels = np.zeros((8, 6, 4), np.uint8)
+    pixels[2:4, :, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    Image.new("L", (8, 6), 255).save(tmp_path / "turned.png")
+    Image.new("RGB", (6, 8)).save(tmp_path / "i.png")
+    files = {key: tmp_path / f"{key}.png" for key in ("i", "m", "turned")}
+    strokes, turned = (Job(files["i"], files[mask], files["i"], "n", 0) for mask in ("m", "turned"))
+    first, second = check_files([strokes, turned])
+    assert first.size == (8, 6)
+    assert first.remarks == {"alpha": f"mask '{files['m']}': read by alpha, it repaints 25.0% of the image"}
+    stretched = "it is 8x6, the image 6x8: stretched to fit; is one of them turned?"
+    assert second.remarks == {"aspect": f"mask '{files['turned']}': {stretched}"}

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
-from pbe.editing.pictures import as_mask, as_picture, fit_mask, read_mask, read_picture
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.pictures import as_mask, as_picture, aspect_remark, fit_mask, read_mask, read_picture
+from pbe.editing.problems import EditTypeError, EditValueError, say_once
 from pbe.errors import UserError
 
 RAMP = np.arange(12 * 8, dtype=np.uint8).reshape(12, 8) * 2
@@ -98,6 +99,29 @@ def test_a_sixteen_bit_mask(tmp_path: Path):
     assert read_mask(path).pixels.tolist() == [[False, True]]
 
 
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_greys_of_eight_bits_in_sixteen_are_no_darkness(
+    tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+):
+    path = save(tmp_path / f"dark.{ending}", Image.fromarray(RAMP.astype(np.uint16)))
+    np.testing.assert_array_equal(read_picture(path).pixels[:, :, 0], RAMP)
+    assert f"image '{path}': none of its 16-bit greys is above 255; they are taken" in caplog.text
+    np.testing.assert_array_equal(as_picture(Image.fromarray(RAMP).convert("I"))[:, :, 0], RAMP)
+
+
+def test_a_transparent_grey_of_sixteen_bits_lies_on_white(tmp_path: Path):
+    deep = Image.fromarray(np.array([[300, 40_000]], np.uint16))
+    path = save(tmp_path / "a.png", deep, transparency=300)
+    assert read_picture(path).pixels[:, :, 0].tolist() == [[255, 156]]
+
+
+def test_lab_is_converted(tmp_path: Path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.fromarray(COLOURS), srgb, lab, outputMode="LAB")
+    pixels = read_picture(save(tmp_path / "a.tiff", image)).pixels
+    assert np.abs(pixels.astype(int) - COLOURS).mean() < 1.5, "8 bits of L*a*b* are coarse"
+
+
 def test_a_mask_with_alpha_takes_the_alpha(tmp_path: Path):
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[1, 1, 3] = 255
@@ -114,9 +138,22 @@ def test_an_opaque_mask_with_alpha_takes_the_luminance(tmp_path: Path):
     assert not hole[0].any()
 
 
+def test_a_drawing_with_one_transparent_pixel_takes_both(tmp_path: Path):
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[2:6, 2:6, :3] = 255
+    rgba[..., 3] = 255
+    rgba[0, 0, 3] = 0
+    loaded = read_mask(save(tmp_path / "m.png", Image.fromarray(rgba)))
+    assert loaded.read_by == "luminance times alpha"
+    np.testing.assert_array_equal(loaded.pixels, rgba[..., 0] == 255)
+
+
 def test_a_mask_without_hole_is_refused(tmp_path: Path):
-    path = save(tmp_path / "m.png", Image.new("L", (4, 4), 127))
+    path = save(tmp_path / "m.png", Image.new("L", (4, 4), 0))
     with pytest.raises(UserError, match=r"m\.png' has no hole"):
+        read_mask(path)
+    path = save(tmp_path / "m.png", Image.new("L", (4, 4), 127))
+    with pytest.raises(UserError, match=r"m\.png': it is not black and white: its brightest grey is 127"):
         read_mask(path)
 
 
@@ -157,7 +194,7 @@ def test_floating_point_files_are_refused(tmp_path: Path):
 def test_a_picture_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match="decompression bomb"):
+    with pytest.raises(UserError, match=r"a\.png' is too large: images of more than 20 pixels are not read"):
         read_picture(path)
 
 
@@ -173,6 +210,29 @@ def test_arrays_as_pictures():
     assert as_picture(RAMP).shape == (12, 8, 3)
     assert as_picture(RAMP[:, :, None]).shape == (12, 8, 3)
     assert as_picture(np.zeros((3, 4, 4), np.uint8)).tolist() == np.full((3, 4, 3), 255).tolist()
+
+
+def test_an_image_that_is_read_late_is_refused_in_one_line(tmp_path: Path):
+    good = save(
+        tmp_path / "a.png", Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    )
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:5000])
+    for read in (as_picture, as_mask):
+        with pytest.raises(EditValueError, match="is damaged or cannot be decoded: image file is truncated"):
+            read(Image.open(tmp_path / "cut.png"))
+    closed = Image.open(good)
+    closed.close()
+    with pytest.raises(EditValueError, match="is damaged or cannot be decoded"):
+        as_picture(closed)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png' is not a regular file"):
+        read_picture(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"cannot be read: .*null"):
+        read_picture(tmp_path / "a\0b.png")
 
 
 def test_float_arrays_as_pictures():
@@ -192,6 +252,24 @@ def test_arrays_as_masks():
     assert as_mask(np.array([[0.49, 0.5]])).tolist() == expected
     assert as_mask(np.array([[0.5, 0.51]]), half_is_hole=False).tolist() == expected
     assert as_mask(np.array([[[0.0], [1.0]]], np.float32)).tolist() == expected
+
+
+def test_what_decided_about_a_mask_is_told(caplog: pytest.LogCaptureFixture):
+    say_once.cache_clear()
+    ones = np.zeros((4, 4), np.uint8)
+    ones[:2] = 1
+    assert as_mask(ones, "told").sum() == 8
+    assert "told: read by the values 0 and 1, it repaints 50.0% of the image" in caplog.text
+    caplog.clear()
+    assert as_mask(ones * 255, "told").sum() == 8
+    assert caplog.text == "", "black and white needs no word"
+
+
+def test_a_mask_of_another_aspect_is_told():
+    assert aspect_remark((100, 200), (50, 100)) is None
+    assert aspect_remark((33, 50), (1000, 1500)) is None, "rounding of a side"
+    assert aspect_remark((100, 200), (64, 64)) == "it is 200x100, the image 64x64: stretched to fit"
+    assert "is one of them turned?" in (aspect_remark((80, 60), (60, 80)) or "")
 
 
 @pytest.mark.parametrize("value", ["a.png", Path("a.png"), None, 3, np.zeros((4, 4, 3), np.int32)])

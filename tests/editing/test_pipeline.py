@@ -266,7 +266,7 @@ def test_from_pretrained(tiny_model: LatentDiffusion, pipe: PaintByExample, scen
     [
         ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
         ({"num_inference_steps": 501}, "between 1 and 500"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps: float; it must be an int"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; it must be a whole number"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
         ({"eta": 0.5}, "plms is deterministic"),

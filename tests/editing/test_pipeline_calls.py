@@ -281,7 +281,7 @@ def test_flagged_pictures_are_blackened(tiny_model: LatentDiffusion, scene: Scen
     [
         ({"callback_steps": 0}, "callback_steps is 0"),
         ({"callback_steps": None}, "callback_steps: NoneType"),
-        ({"callback_steps": 1.0}, "callback_steps: float"),
+        ({"callback_steps": 1.5}, "callback_steps is 1.5; it must be a whole number"),
         ({"num_inference_steps": 1001, "solver": "euler"}, "it must lie between 1 and 1000"),
         ({"region": "left"}, "no region 'left'; there are: full, mask"),
         ({"conventions": "mine"}, "no conventions 'mine'; there are: original, diffusers"),
@@ -316,7 +316,7 @@ def test_values_that_cannot_be_used(
         ({"callback": 3}, "callback: int"),
         ({"guidance_scale": "5"}, "guidance_scale: str"),
         ({"eta": None}, "eta: NoneType"),
-        ({"height": 16.0}, "height: float"),
+        ({"height": 16.5}, "height is 16.5; it must be a whole number"),
         ({"margin": "wide"}, "margin: str"),
         ({"latents": torch.zeros(1, 4, 8, 10, dtype=torch.int64)}, "latents: torch.int64"),
         ({"masked_image_latents": [0.0]}, "masked_image_latents: list"),

@@ -94,7 +94,7 @@ def test_the_mask_at_latent_size():
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(0, EditValueError), (1.0, EditTypeError), (True, EditTypeError)]
+    ("value", "kind"), [(0, EditValueError), (1.5, EditTypeError), (True, EditTypeError)]
 )
 def test_counts(value: object, kind: type[Exception]):
     with pytest.raises(kind, match="steps"):

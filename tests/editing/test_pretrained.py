@@ -15,7 +15,7 @@ from pbe.checkpoints.saving import save_checkpoint
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing import PaintByExample
-from pbe.editing.pretrained import say_once
+from pbe.editing.problems import say_once
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

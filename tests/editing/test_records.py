@@ -68,3 +68,5 @@ def test_digests_and_versions(tmp_path: Path):
 def test_the_command_survives_odd_names():
     command = repeat_command({"image": "my picture's.png", "seed": 3, "preserve-background": True})
     assert shlex.split(command)[2:] == ["--image", "my picture's.png", "--seed", "3", "--preserve-background"]
+    command = repeat_command({"image": "-x.png", "out": "~"})
+    assert shlex.split(command)[2:] == ["--image=-x.png", "--out", "~"]
