@@ -58,12 +58,17 @@ class Question:
     right: str
 
 
+def readable(name: str) -> str:
+    """Return an object's name, or what its code point stands for where the archive has no name."""
+    return UNNAMED.get(name, name)
+
+
 def make_questions(world: ToyWorld, cases: Sequence[BenchmarkCase], seed: int = 0) -> list[Question]:
     """Draw three further names for each case from those of all other test objects, and an order of the four.
 
     The draw belongs to seed and object, so edits, true images and other models get the same questions.
     """
-    names = [UNNAMED.get(toy.name, toy.name) for toy in world.objects(SPLIT)]
+    names = [readable(toy.name) for toy in world.objects(SPLIT)]
     questions = []
     for number, case in enumerate(cases, 1):
         rng = generator(seed, "naming", case.index)

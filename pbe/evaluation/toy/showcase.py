@@ -20,14 +20,15 @@ from pbe.evaluation.report import Figure, Report, Table, Tile
 from pbe.evaluation.toy.benchmark import BenchmarkCase
 from pbe.evaluation.toy.charts import Line, line_chart, smooth
 from pbe.evaluation.toy.edits import BenchmarkEdits, EditSettings
+from pbe.evaluation.toy.naming import readable
 from pbe.evaluation.toy.scores import Scores, score_table
 from pbe.evaluation.toy.sheets import at_side
 from pbe.training.loggers import read_curve
 
 TITLE = "Paint by Example on the toy world"
 LEAD = (
-    "A picture, a mask and an exemplar go in; out comes the picture with the exemplar's object painted "
-    "into the hole, fitted to its new place. This page was made by one run on this machine: scenes were "
+    "An image, a mask and an exemplar go in; out comes the image with the exemplar's object painted into the "
+    "masked region, fitted to its new place. This page was made by one run on this machine: scenes were "
     "rendered and packed, a fresh model was trained on them for a short while, and the model that ships "
     "with the project edited scenes whose objects and backgrounds no training has seen."
 )
@@ -119,7 +120,10 @@ def edit_strips(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits, count: in
     strips = []
     for index, case in enumerate(cases[:count]):
         painted = [(f"guidance {scale:g}", pictures[index]) for scale, pictures in edits.own.items()]
-        ends = [("masked", case.masked), ("exemplar", case.exemplar)], [(f"hidden: {case.name}", case.image)]
+        ends = (
+            [("masked", case.masked), ("exemplar", case.exemplar)],
+            [(f"hidden: {readable(case.name)}", case.image)],
+        )
         strips.append(tiles([*ends[0], *painted, *ends[1]]))
     return strips
 

@@ -18,10 +18,10 @@ from pbe.evaluation.toy.edits import EditSettings, edit_batch
 from pbe.evaluation.toy.naming import (
     LETTERS,
     TILE,
-    UNNAMED,
     exact_share,
     make_questions,
     naming_sheets,
+    readable,
     score_answers,
     write_form,
     write_key,
@@ -31,18 +31,18 @@ from scripts.naming_test import main
 
 
 def test_each_question_has_the_right_name_and_three_of_other_test_objects(world, cases):
-    everything = {UNNAMED.get(toy.name, toy.name) for toy in world.objects("test")}
+    everything = {readable(toy.name) for toy in world.objects("test")}
     questions = make_questions(world, cases)
     assert [one.number for one in questions] == [1, 2, 3, 4, 5, 6]
     for one, case in zip(questions, cases, strict=True):
         assert one.key == case.key
         assert len(set(one.names)) == len(LETTERS) == 4
         assert set(one.names) <= everything
-        assert one.names[LETTERS.index(one.right)] == UNNAMED.get(case.name, case.name)
+        assert one.names[LETTERS.index(one.right)] == readable(case.name)
 
 
 def test_every_test_object_has_a_name_that_can_be_read(world):
-    names = [UNNAMED.get(toy.name, toy.name) for toy in world.objects("test")]
+    names = [readable(toy.name) for toy in world.objects("test")]
     assert len(set(names)) == 181
     assert not [name for name in names if name.startswith("u+")]
 

@@ -13,6 +13,7 @@ from skimage import data
 
 from pbe.errors import UserError
 from pbe.evaluation.toy.edits import BenchmarkEdits, EditSettings
+from pbe.evaluation.toy.naming import readable
 from pbe.evaluation.toy.sheets import at_side, edit_rows
 from pbe.evaluation.toy.showcase import TILE, edit_outside, edit_strips
 
@@ -34,7 +35,13 @@ def test_strips_are_the_first_cases_in_the_benchmarks_order(cases):
     strips = edit_strips(cases, made, 4)
     assert len(strips) == 4
     for place, strip in enumerate(strips):
-        captions = ["masked", "exemplar", "guidance 1", "guidance 5", f"hidden: {cases[place].name}"]
+        captions = [
+            "masked",
+            "exemplar",
+            "guidance 1",
+            "guidance 5",
+            f"hidden: {readable(cases[place].name)}",
+        ]
         assert [tile.caption for tile in strip] == captions
         assert {tile.picture.shape for tile in strip} == {(TILE, TILE, 3)}
         assert np.all(strip[3].picture == 9 * place + 1)
