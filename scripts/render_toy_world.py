@@ -56,7 +56,7 @@ def scene_config(options: argparse.Namespace) -> SceneConfig:
         raise UserError("--workers must be 0 or more")
     if not 32 <= options.size <= 1024:
         raise UserError("--size must lie in 32 to 1024 pixels")
-    long_side = options.max_long_side or options.size * 3 // 2
+    long_side = options.size * 3 // 2 if options.max_long_side is None else options.max_long_side
     if not options.size <= long_side <= 3 * options.size:
         raise UserError("--max-long-side must lie between --size and three times --size")
     if not 1 <= options.max_objects <= 3:
