@@ -203,12 +203,16 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
         examples=dict(plan["examples"]),
     )
     shards = []
-    for number in range(len(plan["shards"])):
-        path = _part_path(request, number)
-        part = read_json(path)
+    times = request.work / "times.json"
+    paths = [_part_path(request, number) for number in range(len(plan["shards"]))]
+    for path in [*paths, times] if times.is_file() else paths:
+        record = read_json(path)
         try:
-            tally.add(part["tally"])
-            shards += [part["shard"]] if part["shard"] else []
+            if path == times:
+                tally.add_seconds(record)
+                continue
+            tally.add(record["tally"])
+            shards += [record["shard"]] if record["shard"] else []
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"'{path}' is damaged; start anew with --overwrite") from error
     summary = {
@@ -221,10 +225,6 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
         "labels": plan["labels"],
         "shards": shards,
     }
-    times = request.work / "times.json"
-    if times.is_file():
-        for stage, seconds in read_json(times).items():
-            tally.spend(stage, seconds)
     return PackResult(summary, tally, plan)
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from pbe.data.index import MANIFEST_NAME
 from pbe.data.packing_index import read_json, read_summary, write_whole
-from pbe.data.packing_plan import PackSettings, Plan, save_plan
+from pbe.data.packing_plan import SUMMARY, PackSettings, Plan, save_plan
 from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
 from pbe.files import make_folder
@@ -210,4 +210,9 @@ def read_plan(request: PackRequest) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    return read_json(request.plan / "plan.json")
+    path = request.plan / "plan.json"
+    plan = read_json(path)
+    whole = all(isinstance(plan.get(name), kind) for name, kind in SUMMARY.items())
+    if not whole or not all(type(end) is int and end > 0 for end in plan["shards"]):
+        raise UserError(f"'{path}' is damaged; start anew with --overwrite")
+    return plan

@@ -62,29 +62,31 @@ def _join_files(
     known = [pl.col(name).drop_nulls().first().over("real").alias(name) for name in facts]
     unequal = [pl.col(name).drop_nulls().n_unique().over("real") > 1 for name in ("width", "height")]
     owner = pl.col("row").min().over("real").alias("owner")
-    shared = (pl.len().over("real") > 1).alias("shared")
-    table = table.with_columns(owner, shared, pl.any_horizontal(unequal).alias("unclear"), *known)
-    kept = table.filter((pl.col("row") == pl.col("owner")) & ~pl.col("unclear"))
-    unclear = table.filter((pl.col("row") == pl.col("owner")) & pl.col("unclear")).height
+    table = table.with_columns(owner, pl.any_horizontal(unequal).alias("unclear"), *known)
+    first = table.filter(pl.col("row") == pl.col("owner"))
+    kept = first.filter(~pl.col("unclear"))
     place = np.zeros(table.height, np.uint32)
     place[kept["row"].to_numpy()] = np.arange(kept.height, dtype=np.uint32)
-    place = place[table["owner"].to_numpy()]
     row = boxes["picture"].to_numpy()
-    lost = table["unclear"].to_numpy()[row]
-    marks = pl.Series("shared", table["shared"].to_numpy()[row])
-    moved = boxes.with_columns(pl.Series("picture", place[row]), marks).filter(~pl.Series(lost))
-    rows, same = _unique_boxes(moved)
-    dropped = Counter({TWO_SIZES: int(lost.sum()), SAME_BOX: same})
-    return kept.select(list(PICTURE_COLUMNS)), rows, +Counter({TWO_SIZES: unclear}), +dropped
+    unclear = table["unclear"].to_numpy()[row]
+    moved = boxes.rename({"picture": "row"}).with_columns(
+        pl.Series("picture", place[table["owner"].to_numpy()][row])
+    )
+    rows, same = _unique_boxes(moved.filter(~pl.Series(unclear)))
+    dropped = Counter({TWO_SIZES: int(unclear.sum()), SAME_BOX: same})
+    lost = Counter({TWO_SIZES: first.height - kept.height})
+    return kept.select(list(PICTURE_COLUMNS)), rows.select(boxes.columns), +lost, +dropped
 
 
 def _unique_boxes(boxes: pl.DataFrame) -> tuple[pl.DataFrame, int]:
-    """Drop boxes that stand twice in images of several sources; return the rest, sorted, and how many."""
+    """Drop boxes that an earlier source gives alike; return the rest, sorted, and how many were dropped.
+
+    Args:
+        boxes: with ``row``, the image as one of the sources has it, besides ``picture``.
+    """
     what = ["picture", "x1", "y1", "x2", "y2", "label", "mask", "relative"]
-    shared = boxes.filter(pl.col("shared"))
-    unique = shared.unique(what, keep="first", maintain_order=True)
-    rows = pl.concat([boxes.filter(~pl.col("shared")), unique]).drop("shared")
-    return rows.sort("picture", maintain_order=True), shared.height - unique.height
+    unique = boxes.filter(pl.col("row") == pl.col("row").min().over(what))
+    return unique.sort("picture", maintain_order=True), boxes.height - unique.height
 
 
 def held_out(names: Iterable[str], share: float) -> np.ndarray:

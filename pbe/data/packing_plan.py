@@ -42,9 +42,15 @@ OPTIONS = {
 }  # fmt: skip
 MAX_KEY = 80
 FRAMES = ("displayed", "stored")
-SUMMARY = (
-    "labels", "shards", "pictures_seen", "boxes_seen", "dropped_pictures", "dropped_boxes", "examples",
-)  # fmt: skip
+SUMMARY: dict[str, type] = {
+    "labels": list,
+    "shards": list,
+    "pictures_seen": int,
+    "boxes_seen": int,
+    "dropped_pictures": dict,
+    "dropped_boxes": dict,
+    "examples": dict,
+}
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,12 @@ class Tally:
         for name in (*COUNTERS, "area", "aspect", "boxes_per_picture"):
             getattr(self, name).update(other[name])
         add_examples(self.examples, other["examples"])
-        for stage, seconds in other["seconds"].items():
-            self.spend(stage, seconds)
+        self.add_seconds(other["seconds"])
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add times by stage."""
+        for stage, spent in seconds.items():
+            self.spend(stage, spent)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON has them."""
