@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,12 @@ from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_so
 from pbe.data.sources.records import FLAGS
 from pbe.errors import UserError
 
-SOURCE_OPTIONS = {"split": "open-images", "masks": "coco", "zero_based": "voc", "relative": "csv"}
+SOURCE_OPTIONS = {
+    "split": ("open-images", "yolo"),
+    "masks": ("coco",),
+    "zero_based": ("voc",),
+    "relative": ("csv",),
+}
 
 
 def _add_source_options(parser: Parser) -> None:
@@ -110,7 +116,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_source_options(parser)
     _add_filter_options(parser, default)
     _add_packing_options(parser, default)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.out = Path(os.path.expanduser(options.out))
+    options.check_against = options.check_against and Path(os.path.expanduser(options.check_against))
+    return options
 
 
 def make_settings(options: argparse.Namespace) -> PackSettings:
@@ -157,9 +166,10 @@ def check_options(options: argparse.Namespace) -> None:
         UserError: an option makes no sense, or would be ignored.
     """
     kinds = {parse_source(source)[0] for source in options.sources}
-    for name, kind in SOURCE_OPTIONS.items():
-        if getattr(options, name) and kind not in kinds:
-            raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {kind} only")
+    for name, fitting in SOURCE_OPTIONS.items():
+        if getattr(options, name) and not kinds & set(fitting):
+            one = " or ".join(fitting)
+            raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {one} only")
     if options.engine not in ENGINES:
         raise UserError(f"--engine is '{options.engine}'; it must be one of {', '.join(ENGINES)}")
     if options.workers is not None and options.workers < 0:

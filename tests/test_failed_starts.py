@@ -17,10 +17,10 @@ MISTAKES: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "more objects than there are": (make_examples.main, ["--out", "new/examples", "--count", "100000"]),
     "no weights": (
         fit_mixture.main,
-        "--pictures pictures --out new/m.safetensors --tower-weights clip=nowhere --components 2".split(),
+        ["--pictures=pictures", "--out=new/m.safetensors", "--tower-weights=clip=nowhere", "--components=2"],
     ),
     "no benchmark": (
-        human_study.main, "make --systems a=pictures b=pictures --benchmark no --out new".split(),
+        human_study.main, ["make", "--systems", "a=pictures", "b=pictures", "--benchmark=no", "--out=new"],
     ),
     "no model": (convert_checkpoint.main, ["nowhere", "new/model", "--to", "diffusers"]),
     "no ablation": (run_ablation.main, ["nowhere.yaml"]),

@@ -85,6 +85,15 @@ def test_nothing_left_says_why_and_leaves_a_report(
     assert command(source, out) == 0
 
 
+def test_a_home_folder_is_one(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    assert command(f"csv:{plain / 'boxes.csv'}", Path("~/out")) == 0
+    assert (tmp_path / "out" / "shards.json").exists()
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_decimal_commas_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise().save(tmp_path / "a.jpg")
     (tmp_path / "b.csv").write_text('file,x1,y1,x2,y2\na.jpg,"1,5","2,5","60,5","40,5"\na.jpg,1,,60,40\n')
