@@ -21,7 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pbe.cli import Parser, run_command
-from pbe.data.packing import ENGINES, PackRequest, PackResult, pack_all
+from pbe.data.packing import ENGINES, PackResult, pack_all
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_merge import SIDES
 from pbe.data.packing_plan import FRAMES, PackSettings
 from pbe.data.report import HTML_NAME, make_report, write_report

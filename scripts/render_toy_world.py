@@ -19,7 +19,6 @@ from pbe.data.toy_world import DEFAULT_WORLD, SPLITS, SceneConfig, ToyWorld
 from pbe.errors import UserError
 from pbe.files import make_folder
 
-
 RECOLOUR = 0.3
 
 

@@ -119,8 +119,8 @@ def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
 PLANNING = """
 import json, sys, time
 from pathlib import Path
-from pbe.data.packing import PackRequest, claim
-from pbe.data.packing_claim import read_plan
+from pbe.data.packing import claim
+from pbe.data.packing_claim import PackRequest, read_plan
 from pbe.data.packing_plan import PackSettings
 from pbe.data.sources.reading import SourceOptions, read_source
 source, out = sys.argv[1:]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from pbe.data.packing import PackRequest, PackResult
+from pbe.data.packing import PackResult
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_duplicates import Hashes, as_void, exact_pairs, hash_folder, matches, near_duplicates
 from pbe.data.packing_index import load_index, read_summary, write_whole
 from pbe.data.packing_tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES

@@ -26,7 +26,7 @@ from pbe.data import dataset as dataset_module, sample as sample_module
 from pbe.data.augment import ExemplarAugmentation
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import ExemplarDataset, collate
-from pbe.data.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, read_members
+from pbe.data.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.data.randomness import generator
 from pbe.data.shards import ShardPictures, ShardRecord, write_shards
 

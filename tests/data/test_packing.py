@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pbe.data.dataset import decode_picture
-from pbe.data.packing import PackRequest, pack
+from pbe.data.packing import pack
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_index import digest, load_index, read_summary
 from pbe.data.packing_plan import PackSettings, make_plan
 from pbe.data.rle import decode_rle

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.data.packing import PackRequest, PackResult
+from pbe.data.packing import PackResult
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_merge import held_out
 from pbe.data.packing_plan import PackSettings
 from pbe.data.shards import ShardPictures
