@@ -29,7 +29,7 @@ from pbe.data.report import HTML_NAME, make_report, write_report
 from pbe.data.sources.files import find_pictures
 from pbe.data.sources.open_images import SPLITS
 from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_source
-from pbe.data.sources.records import FLAGS
+from pbe.data.sources.records import FLAGS, Annotations
 from pbe.errors import UserError
 
 SOURCE_OPTIONS = {
@@ -45,7 +45,9 @@ def _add_source_options(parser: Parser) -> None:
         "sources", nargs="+", metavar="SOURCE", help=f"KIND:PATH[@PICTURES]; {', '.join(KINDS)}"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards and the report")
-    parser.add_argument("--split", help=f"of Open Images: {', '.join(SPLITS)} (train)")
+    parser.add_argument(
+        "--split", help=f"of Open Images, or of a YOLO set of splits: {', '.join(SPLITS)} (train)"
+    )
     parser.add_argument("--masks", action="store_true", help="coco: take segmentations; they give the boxes")
     parser.add_argument("--zero-based", action="store_true", help="voc: the first pixel is 0, not 1")
     parser.add_argument("--relative", action="store_true", help="csv: numbers are shares of width and height")
@@ -160,6 +162,13 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def _read(source: str, reading: SourceOptions) -> Annotations:
+    found = read_source(source, reading)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
 def check_options(options: argparse.Namespace) -> None:
     """Check what needs no source to be read.
 
@@ -193,7 +202,7 @@ def make_requests(options: argparse.Namespace) -> list[PackRequest]:
     check_options(options)
     reading = SourceOptions(options.split or "train", options.masks, options.zero_based, options.relative)
     whole = PackRequest(
-        sources=lambda: [read_source(source, reading) for source in options.sources],
+        sources=lambda: [_read(source, reading) for source in options.sources],
         description=[*options.sources, str(reading)],
         settings=make_settings(options),
         out=options.out,

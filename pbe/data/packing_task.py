@@ -169,7 +169,10 @@ class PicturePacker:
         self, row: dict[str, Any], header: PictureHeader, stored: bool, size: tuple[int, int]
     ) -> KeptBox:
         across, down = size if row["relative"] else (1, 1)
-        mask = load_mask(row["mask"], *size) if row["mask"] else None
+        loaded = load_mask(row["mask"], *size) if row["mask"] else None
+        mask = loaded.pixels if loaded else None
+        if loaded and loaded.read_by:
+            self.tally.events[f"mask read by {loaded.read_by}"] += 1
         if mask is not None:
             corners = np.array([mask_box(mask)], np.float64)
         else:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 CONTINUES, SIGN, GROUP_BITS, BASE = 0x20, 0x10, 5, 48
+MAX_SHIFT = 60  # bits of a run; no mask has more pixels
+MAX_PIXELS = 2**31
 
 
 def _text_to_runs(text: str) -> list[int]:
@@ -27,6 +29,8 @@ def _text_to_runs(text: str) -> list[int]:
         group = ord(character) - BASE
         if not 0 <= group < 64:
             raise ValueError(f"run-length text holds {character!r}")
+        if shift > MAX_SHIFT:
+            raise ValueError("a run-length text holds a run longer than any mask")
         value |= (group & 0x1F) << shift
         shift += GROUP_BITS
         if group & CONTINUES:
@@ -74,9 +78,15 @@ def decode_rle(mask: dict[str, Any]) -> np.ndarray:
         height, width = (int(side) for side in mask["size"])
         counts = mask["counts"]
         runs = _text_to_runs(counts) if isinstance(counts, str) else [int(run) for run in counts]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"no run-length mask: {error}") from error
-    if height < 0 or width < 0 or any(run < 0 for run in runs) or sum(runs) != height * width:
+    if (
+        height < 0
+        or width < 0
+        or height * width > MAX_PIXELS
+        or any(run < 0 for run in runs)
+        or sum(runs) != height * width
+    ):
         raise ValueError(f"the runs of a mask do not add up to its size, {width} x {height}")
     values = np.arange(len(runs), dtype=np.uint8) & 1
     return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)

@@ -9,21 +9,23 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.records import PICTURE_COLUMNS, first_line
+from pbe.data.sources.records import PICTURE_COLUMNS
 from pbe.errors import UserError
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 )  # what is no JPEG, PNG or WebP is encoded again when it is packed
+SYSTEM_FILES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})  # others of macOS begin with a dot
 BAD_NAME = "file name is not UTF-8"
 TWICE = "picture found twice"
+AMBIGUOUS_STEM = "different pictures of one name"
 
 
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield (name within the root, bytes) of every file below ``folder``; hidden ones are left out."""
+    """Yield (name within the root, bytes) of every file below ``folder`` that is not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in SYSTEM_FILES:
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, f"{prefix}{entry.name}/")
@@ -58,19 +60,6 @@ def need_file(path: Path, meaning: str) -> Path:
     return path
 
 
-def scan_table(path: Path) -> tuple[pl.LazyFrame, list[str]]:
-    """Return a CSV with a header, lazily and all of it text, and the names of its columns.
-
-    Raises:
-        UserError: it has no header.
-    """
-    try:
-        table = pl.scan_csv(path, infer_schema=False)
-        return table, table.collect_schema().names()
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"'{path}' is not a CSV: {first_line(error)}") from error
-
-
 def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:
     """Return (name within ``folder``, bytes) of all files, sorted, and how many names are not UTF-8.
 
@@ -100,8 +89,8 @@ def find_pictures(
 
     Args:
         folders: walked in this order.
-        stems: the key is the file's name without folders and ending, and only the first of a key is taken;
-            else it is the name within the root, ending included.
+        stems: the key is the file's name without folders and ending; of files with the same key and number of
+            bytes the first is taken, of others none. Else it is the name within the root, ending included.
         root: names are within this folder; with none, within each of ``folders``.
     """
     schema = {name: PICTURE_COLUMNS[name] for name in ("name", "bytes")}
@@ -118,8 +107,10 @@ def find_pictures(
     table = pl.concat(tables)
     stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
     table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
-    unique = table.unique("key", keep="first", maintain_order=True)
-    dropped[TWICE] += table.height - unique.height
+    copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
+    unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
+    dropped[TWICE] += copies.sum() - unique.height
+    dropped[AMBIGUOUS_STEM] += table.height - copies.sum()
     return complete(unique), +dropped
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from pbe.data.sources.texts import file_encoding, undecodable
 from pbe.errors import UserError
 
 CHUNK = 4 * 2**20
@@ -20,15 +21,24 @@ class _Reader:
         self.file = file
         self.text = ""
         self.place = 0
+        self.lines, self.column = 1, 1  # where the window starts in the file
         self.ended = False
         self.decoder = json.JSONDecoder()
 
     def more(self) -> bool:
         """Append a chunk, and forget what has been read; False at the end of the file."""
         chunk = self.file.read(max(CHUNK, len(self.text) - self.place))
+        self.lines, self.column = self.position(self.place)
         self.text, self.place = self.text[self.place :] + chunk, 0
         self.ended = not chunk
         return not self.ended
+
+    def position(self, place: int) -> tuple[int, int]:
+        """Return line and column, from 1, of a place in the window."""
+        newlines = self.text.count("\n", 0, place)
+        if not newlines:
+            return self.lines, self.column + place
+        return self.lines + newlines, place - self.text.rindex("\n", 0, place)
 
     def peek(self) -> str:
         """Return the next character that is no white space; empty at the end."""
@@ -48,7 +58,9 @@ class _Reader:
         """
         found = self.peek()
         if not found or found not in characters:
-            raise ValueError(f"{found!r} stands where one of {characters!r} belongs")
+            wanted = " or ".join(f"'{character}'" for character in characters)
+            there = f"'{found}'" if found else "the end of the file"
+            raise ValueError(f"{there} stands where {wanted} belongs")
         self.place += 1
         return found
 
@@ -62,9 +74,11 @@ class _Reader:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.place)
-            except json.JSONDecodeError:
+            except json.JSONDecodeError as error:
+                ahead = error.pos - self.place
                 if not self.more():
-                    raise
+                    self.place += ahead
+                    raise ValueError(error.msg) from error
                 continue
             # What touches the end of the window may go on behind it, as a number does.
             if end < len(self.text) or not self.more():
@@ -92,21 +106,39 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: the file cannot be read or is no such JSON; it names the file.
     """
+    encoding = file_encoding(path)
+    reader: _Reader | None = None
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding=encoding) as file:
             reader = _Reader(file)
-            reader.expect("{")
-            closing = reader.expect("}") if reader.peek() == "}" else ""
-            while not closing:
-                name = reader.value()
-                reader.expect(":")
-                if reader.peek() == "[":
-                    for element in _elements(reader):
-                        yield str(name), element
-                else:
-                    reader.value()
-                closing = reader.expect(",}").strip(",")
+            yield from _members(reader)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    except UnicodeError as error:
+        raise UserError(f"'{path}': {undecodable(path, error)}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid JSON: {error}") from error
+        line, column = reader.position(reader.place) if reader else (1, 1)
+        place = f"line {line}, column {column}"
+        raise UserError(f"'{path}' is not valid JSON ({place}): {_reason(error)}") from error
+
+
+def _members(reader: _Reader) -> Iterator[tuple[str, Any]]:
+    if reader.peek() == "[":
+        raise ValueError("it holds a list, as results of a detector do, where an object {...} belongs")
+    reader.expect("{")
+    closing = reader.expect("}") if reader.peek() == "}" else ""
+    while not closing:
+        name = reader.value()
+        reader.expect(":")
+        if reader.peek() == "[":
+            for element in _elements(reader):
+                yield str(name), element
+        else:
+            reader.value()
+        closing = reader.expect(",}").strip(",")
+    if reader.peek():
+        raise ValueError("text goes on behind the closing '}'")
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]

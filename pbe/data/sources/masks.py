@@ -1,35 +1,59 @@
 """Masks of objects: how a source names them, how they become pixels, and the folder of mask files.
 
-A source names a mask in a text, so that millions of them stay in a table: ``file:PATH`` for a mask file, or
-COCO's ``segmentation`` as JSON (polygons, or a run-length code). The mask then gives the box.
+A source names a mask in a text, so that millions of them stay in a table: ``file:PATH`` for a mask file (see
+:mod:`pbe.mask_reading`), or COCO's ``segmentation`` as JSON (polygons, or a run-length code). The mask then
+gives the box.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import unicodedata
+import warnings
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from pbe.data.rle import decode_rle
+from pbe.data.sources import scalars
 from pbe.data.sources.files import find_files, find_pictures, is_picture, need_folder
+from pbe.data.sources.names import NameMatcher
 from pbe.data.sources.records import Annotations, box_table
 from pbe.errors import UserError
+from pbe.mask_reading import BY_LUMINANCE, UnclearMaskError, read_mask_image
 
 FILE_PREFIX = "file:"
 SUBPIXEL_BITS, FINE = 4, 3
+FAR = 4  # times the picture's longest side: no polygon goes so far outside
 UNUSED_MASK = "mask without a picture"
+UNREADABLE_MASK = "unreadable mask"
+OTHER_SIZE = "mask of another size than its picture"
 
 
 class BadMaskError(Exception):
     """A mask cannot be used; the text is the reason it is counted under."""
 
 
-def load_mask(text: str, width: int, height: int) -> np.ndarray:
-    """Return the mask that a source names, uint8 ``h w`` of 0 and 1.
+@dataclass(frozen=True)
+class LoadedMask:
+    """A mask and what decided, where its file could be read in several ways.
+
+    Attributes:
+        pixels: uint8 ``h w`` of 0 and 1.
+        read_by: of :func:`~pbe.mask_reading.read_mask_image`; empty where luminance did, or for no file.
+    """
+
+    pixels: np.ndarray
+    read_by: str = ""
+
+
+def load_mask(text: str, width: int, height: int) -> LoadedMask:
+    """Return the mask that a source names.
 
     Args:
         text: see the module.
@@ -39,37 +63,59 @@ def load_mask(text: str, width: int, height: int) -> np.ndarray:
     Raises:
         BadMaskError: it is missing, damaged or of another size.
     """
-    mask = (
-        _read_file(text[len(FILE_PREFIX) :]) if text.startswith(FILE_PREFIX) else _draw(text, width, height)
-    )
-    if mask.shape != (height, width):
-        raise BadMaskError("mask of another size than its picture")
+    if text.startswith(FILE_PREFIX):
+        mask = _read_file(text[len(FILE_PREFIX) :])
+    else:
+        mask = LoadedMask(_draw(text, width, height))
+    if mask.pixels.shape != (height, width):
+        raise BadMaskError(OTHER_SIZE)
     return mask
 
 
-def _read_file(path: str) -> np.ndarray:
+def _read_file(path: str) -> LoadedMask:
     try:
-        encoded = np.fromfile(path, np.uint8)
-        mask = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-    except (OSError, cv2.error) as error:
-        raise BadMaskError("unreadable mask") from error
-    if mask is None:
-        raise BadMaskError("unreadable mask")
-    brightest = int(mask.max(initial=0))
-    if 1 < brightest < 128:  # numbers of classes or instances, which a threshold would mix up
-        raise BadMaskError("mask is not black and white")
-    return np.asarray(mask > brightest // 2, np.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large masks and odd tags are no reason to speak
+            with Image.open(path) as image:
+                pixels, decided = read_mask_image(image)
+    except UnclearMaskError as error:
+        raise BadMaskError(_reason(str(error))) from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise BadMaskError(UNREADABLE_MASK) from error
+    return LoadedMask(pixels // 255, "" if decided == BY_LUMINANCE else decided)
+
+
+def _reason(error: str) -> str:
+    """Return the reason without its numbers, so that the masks of a set are counted together."""
+    return "mask is " + error.partition(":")[0].removeprefix("it is ")
 
 
 def _draw(text: str, width: int, height: int) -> np.ndarray:
     try:
         shape: Any = json.loads(text)
         if isinstance(shape, dict):
+            if [scalars.whole(side) for side in shape["size"]] != [height, width]:
+                raise BadMaskError(OTHER_SIZE)
             return decode_rle(shape)
-        polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in shape]
-        return _fill(polygons, width, height)
-    except (TypeError, ValueError, OverflowError, cv2.error) as error:
-        raise BadMaskError("unreadable mask") from error
+        return _fill(_polygons(shape, max(width, height)), width, height)
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, cv2.error) as error:
+        raise BadMaskError(UNREADABLE_MASK) from error
+
+
+def _polygons(shape: list[Any], longest: int) -> list[np.ndarray]:
+    """Return polygons, each ``n 2``, of COCO's lists of x y in turn; a single one may lack its brackets.
+
+    Raises:
+        ValueError: a number is none or lies far outside the picture.
+    """
+    lists = shape if all(isinstance(part, list) for part in shape) else [shape]
+    polygons = []
+    for part in lists:
+        points = np.array([scalars.number(value) for value in part], np.float64).reshape(-1, 2)
+        if not (np.abs(points) <= FAR * longest).all():
+            raise ValueError("a polygon's number is none or far outside the picture")
+        polygons.append(points)
+    return polygons
 
 
 def _fill(polygons: list[np.ndarray], width: int, height: int) -> np.ndarray:
@@ -112,35 +158,63 @@ def _owner(mask: str, pictures: dict[str, int]) -> int | None:
     return None
 
 
+def _stems(names: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the rows of pictures by name without ending, and by that in lower case where it is unambiguous.
+
+    Raises:
+        UserError: two pictures differ in their ending only.
+    """
+    stems: dict[str, int] = {}
+    folded: dict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(names):
+        stem = unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+        if stem in stems:
+            raise UserError(f"two pictures are called '{stem}', so their masks cannot be told apart")
+        stems[stem] = row
+        folded[stem.casefold()].append(row)
+    return stems, {stem: rows[0] for stem, rows in folded.items() if len(rows) == 1}
+
+
 def read_mask_folder(folder: Path, images: Path | None = None) -> Annotations:
     """Read a folder of pictures and a folder of masks, ``images/`` and ``masks/``.
 
-    A mask is white (or 1) where the object is. ``dog.jpg`` may have one, ``dog.png``, or several, one an
-    object: ``dog_1.png`` and ``dog_2.png``, or ``dog/1.png`` and ``dog/2.png``.
+    ``dog.jpg`` may have one mask, ``dog.png``, or several, one an object: ``dog_1.png`` and ``dog_2.png``, or
+    ``dog/1.png`` and ``dog/2.png``. How they are read: :mod:`pbe.mask_reading`.
 
     Args:
         folder: holds ``masks/`` and, unless ``images`` is given, ``images/``; or is the folder of masks.
         images: the folder of pictures.
 
     Raises:
-        UserError: a folder is missing or two pictures differ in their ending only.
+        UserError: a folder is missing, two pictures differ in their ending only, or no mask has a picture.
     """
     masks = folder / "masks" if (folder / "masks").is_dir() else need_folder(folder, "the folder of masks")
-    pictures, dropped = find_pictures([images or need_folder(folder / "images", "the folder of pictures")])
-    stems: dict[str, int] = {}
-    for row, name in enumerate(pictures["name"].to_list()):
-        stem = str(PurePosixPath(name).with_suffix(""))
-        if stem in stems:
-            raise UserError(f"two pictures are called '{stem}', so their masks cannot be told apart")
-        stems[stem] = row
+    root = images or need_folder(folder / "images", "the folder of pictures")
+    pictures, dropped = find_pictures([root])
+    names = pictures["name"].to_list()
+    stems, folded = _stems(names)
     rows: list[tuple[Any, ...]] = []
-    dropped_boxes: Counter[str] = Counter()
+    unused: list[str] = []
     for name, _ in find_files(masks)[0]:
         if not is_picture(name):
             continue
-        owner = _owner(name, stems)
+        plain = unicodedata.normalize("NFC", name)
+        owner = _owner(plain, stems)
+        owner = _owner(plain.casefold(), folded) if owner is None else owner
         if owner is None:
-            dropped_boxes[UNUSED_MASK] += 1
-            continue
-        rows.append((owner, None, None, None, None, "", 0, f"{FILE_PREFIX}{masks / name}"))
-    return Annotations(pictures, box_table(rows), False, dropped, dropped_boxes)
+            unused.append(name)
+        else:
+            rows.append((owner, None, None, None, None, "", 0, f"{FILE_PREFIX}{masks / name}"))
+    notes = [] if not unused else [_explain(unused, masks, root, names)]
+    if unused and not rows:
+        raise UserError(f"no mask has a picture: {notes[0]}")
+    return Annotations(pictures, box_table(rows), False, dropped, +Counter({UNUSED_MASK: len(unused)}), notes)
+
+
+def _explain(unused: list[str], masks: Path, root: Path, names: list[str]) -> str:
+    nearest = NameMatcher(names, root).nearest(unused[0])
+    hint = f", and '{nearest}' is the nearest" if nearest else ""
+    return (
+        f"'{masks / unused[0]}' ({len(unused)} in all) belongs to no picture in '{root}'{hint};"
+        " the masks of dog.jpg are called dog.png, dog_1.png or dog/1.png"
+    )

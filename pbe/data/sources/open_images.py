@@ -12,13 +12,18 @@ Coordinates are shares of the picture's width and height.
 
 from __future__ import annotations
 
+import csv
+import io
 import string
 from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.files import complete, find_pictures, need_folder, scan_table
-from pbe.data.sources.records import BOX_COLUMNS, FLAG_BITS, Annotations, join_boxes
+from pbe.data.sources.files import complete, find_pictures, need_folder
+from pbe.data.sources.records import MISSING, Annotations
+from pbe.data.sources.scalars import number_column
+from pbe.data.sources.tables import Table, flag_bits, join_boxes, scan_table
+from pbe.data.sources.texts import read_text, shown
 from pbe.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -33,11 +38,23 @@ FLAG_COLUMNS = {
 }
 
 
-def _find(folder: Path, *patterns: str) -> Path | None:
-    """Return the first file that matches, in the folder itself or in ``annotations/``."""
+def _find(folder: Path, *patterns: str, alike: bool = False) -> Path | None:
+    """Return the file that matches the first pattern that fits any, in the folder or in ``annotations/``.
+
+    Args:
+        folder: see the module.
+        patterns: of file names.
+        alike: any of several files will do.
+
+    Raises:
+        UserError: several match it.
+    """
     for pattern in patterns:
         for place in (folder, folder / "annotations"):
-            found = sorted(place.glob(pattern))
+            found = sorted(path for path in place.glob(pattern) if not path.name.startswith("."))
+            if len(found) > 1 and not alike:
+                names = ", ".join(path.name for path in found)
+                raise UserError(f"'{place}' holds several files {pattern}: {names}; leave one there")
             if found:
                 return found[0]
     return None
@@ -66,59 +83,75 @@ def picture_folders(folder: Path, split: str) -> list[Path]:
     )
 
 
-def scan_boxes(path: Path) -> pl.LazyFrame:
-    """Return the boxes of an annotation CSV, lazily: ``key`` and the columns that ``join_boxes`` asks for.
+def scan_boxes(path: Path, names: dict[str, str]) -> tuple[Table, pl.LazyFrame]:
+    """Return an annotation CSV, and its boxes, lazily, as :func:`join_boxes` takes them.
 
     Columns may stand in any order, and others among them. A flag that is -1 (unknown) or has no column
     counts as not set. A coordinate that is no number is null.
 
+    Args:
+        path: of the CSV.
+        names: of classes, by code; codes without a name stay.
+
     Raises:
         UserError: a column is missing.
     """
-    table, present = scan_table(path)
-    absent = [name for name in ("ImageID", "LabelName", *COORDINATES.values()) if name not in present]
+    table = scan_table(path)
+    absent = [name for name in ("ImageID", "LabelName", *COORDINATES.values()) if name not in table.names]
     if absent:
         raise UserError(f"'{path}' lacks the columns {', '.join(absent)}; is it a CSV of Open Images boxes?")
-    flags = [
-        pl.when(pl.col(column).str.strip_chars() == "1").then(FLAG_BITS[flag]).otherwise(0)
-        for flag, column in FLAG_COLUMNS.items()
-        if column in present
-    ]
-    coordinates = [
-        pl.col(column).str.strip_chars().cast(pl.Float64, strict=False).alias(name)
-        for name, column in COORDINATES.items()
-    ]
-    return table.select(
-        pl.col("ImageID").alias("key"),
-        *coordinates,
-        pl.col("LabelName").cast(pl.Categorical).alias("label"),
-        pl.sum_horizontal([pl.lit(0), *flags]).cast(BOX_COLUMNS["flags"]).alias("flags"),
+    bits, bad_flag = flag_bits(FLAG_COLUMNS, table.names)
+    label = pl.col("LabelName").str.strip_chars().fill_null("")
+    boxes = table.rows.select(
+        pl.col("ImageID").str.strip_chars().str.replace(r"\.(?i:jpe?g|png)$", "").fill_null("").alias("key"),
+        *(number_column(column).alias(name) for name, column in COORDINATES.items()),
+        (label.replace(names) if names else label).cast(pl.Categorical).alias("label"),
+        bits.alias("flags"),
+        bad_flag.alias("bad_flag"),
     )
+    return table, boxes
 
 
 def _class_names(folder: Path) -> dict[str, str]:
-    """Return names by /m/ code; empty where there is no such file. Older files have no header."""
+    """Return names by /m/ code; empty where there is no such file. Older files have no header.
+
+    Raises:
+        UserError: a line is not ``code,name``, or a code has two names.
+    """
     path = _find(folder, "oidv*class-descriptions-boxable*.csv", "class-descriptions-boxable*.csv")
     if path is None:
         return {}
-    schema = {"code": pl.String, "name": pl.String}
-    table = pl.read_csv(path, has_header=False, schema=schema).filter(pl.col("code") != "LabelName")
-    return dict(zip(table["code"].to_list(), table["name"].to_list(), strict=True))
+    names: dict[str, str] = {}
+    lines = csv.reader(io.StringIO(read_text(path)))
+    try:
+        for line in lines:
+            if not line or line[:1] == ["LabelName"]:
+                continue
+            if len(line) != 2:
+                raise UserError(f"'{path}', line {lines.line_num}: {len(line)} fields where code,name belong")
+            code, name = line[0].strip(), line[1].strip()
+            if names.setdefault(code, name) != name:
+                raise UserError(
+                    f"'{path}', line {lines.line_num}: a second name for {shown(code)}, {shown(name)}"
+                )
+    except csv.Error as error:
+        raise UserError(f"'{path}', line {lines.line_num}: {error}") from error
+    return names
 
 
 def _with_licences(pictures: pl.DataFrame, folder: Path, split: str) -> pl.DataFrame:
-    path = _find(folder, f"*{split}-images*.csv", "image_ids_and_rotation.csv")
+    path = _find(folder, f"*{split}-images*.csv", "image_ids_and_rotation.csv", alike=True)
     if path is None:
         return complete(pictures)
-    rows, present = scan_table(path)
-    if not {"ImageID", "License", "Author"} <= set(present):
+    table = scan_table(path)
+    if not {"ImageID", "License", "Author"} <= set(table.names):
         return complete(pictures)
-    facts = rows.select(
+    facts = table.rows.select(
         pl.col("ImageID").alias("key"), pl.col("License").alias("licence"), pl.col("Author").alias("author")
     )
-    table = pictures.lazy().drop("licence", "author", strict=False)
-    joined = table.join(facts.unique("key", keep="any"), on="key", how="left", maintain_order="left")
-    return complete(joined.collect())
+    known = pictures.lazy().drop("licence", "author", strict=False)
+    joined = known.join(facts.unique("key", keep="any"), on="key", how="left", maintain_order="left")
+    return complete(table.collect(joined))
 
 
 def read_open_images(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
@@ -140,9 +173,12 @@ def read_open_images(folder: Path, images: Path | None = None, split: str = "tra
         raise UserError(f"'{folder}' holds no {split}-annotations-bbox.csv, in annotations/ or not")
     root = images or folder
     pictures, dropped = find_pictures(picture_folders(root, split), stems=True, root=root)
-    names = _class_names(folder)
-    boxes = scan_boxes(path)
-    if names:
-        label = pl.col("label").cast(pl.String).replace(names).cast(pl.Categorical)
-        boxes = boxes.with_columns(label)
-    return join_boxes(_with_licences(pictures, folder, split), boxes, True, dropped)
+    table, boxes = scan_boxes(path, _class_names(folder))
+    found = join_boxes(_with_licences(pictures, folder, split), boxes, table, True, dropped)
+    if not found.boxes.height and found.dropped_boxes[MISSING]:
+        wanted = table.collect(boxes.select(pl.col("key").first())).item()
+        raise UserError(
+            f"no picture of the boxes is there: '{path}' names {shown(wanted)}, which is not in '{root}';"
+            f" pictures there are called like {shown(pictures['key'].first())}"
+        )
+    return found

@@ -6,12 +6,14 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pbe.data.decode import JPEG_END, JPEG_START
+from pbe.data.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+STARTS = {JPEG_START: "jpg", PNG_START: "png"}
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 ORIENTATION_TAG = 0x0112
 TRANSPOSED = frozenset({5, 6, 7, 8})
@@ -58,7 +60,7 @@ def _check_whole(encoded: bytes) -> None:
     if encoded[:2] == JPEG_START:
         whole = JPEG_END in encoded[len(encoded) // 2 :]
     elif encoded[:8] == PNG_START:
-        whole = PNG_END in encoded[-1024:]
+        whole = PNG_END in encoded
     elif encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         whole = len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little")
     if not whole:
@@ -76,16 +78,48 @@ def inspect_picture(encoded: bytes) -> PictureHeader:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF blocks and large pictures are no reason to speak
             with Image.open(io.BytesIO(encoded)) as picture:
-                orientation = picture.getexif().get(ORIENTATION_TAG, 1)
-                frames = 1 if picture.format in ("JPEG", "MPO") else getattr(picture, "n_frames", 1)
+                orientation, frames = _orientation(picture), _frames(picture)
                 width, height = picture.size
                 extension = EXTENSIONS.get(picture.format or "", "")
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-        raise UnreadablePictureError(_reason(error)) from error
-    if orientation not in range(1, 9):
-        orientation = 1
+        return _by_pixels(encoded, error)
     # OpenCV, with which pictures are decoded later, turns JPEG, PNG and WebP alike, but no other format.
     return PictureHeader(extension, width, height, orientation if extension else 1, frames)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return EXIF's orientation; a block that cannot be read turns nothing, and harms no pixel."""
+    try:
+        orientation = picture.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # its parser raises whatever it stumbles over
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _frames(picture: Image.Image) -> int:
+    if picture.format in ("JPEG", "MPO"):
+        return 1
+    try:
+        return int(getattr(picture, "n_frames", 1))
+    except Exception:  # damage behind the first frame
+        return 1
+
+
+def _by_pixels(encoded: bytes, error: Exception) -> PictureHeader:
+    """Return the header of a picture that Pillow cannot open, and OpenCV decodes all the same.
+
+    Raises:
+        UnreadablePictureError: it does not either.
+    """
+    start = next((name for mark, name in STARTS.items() if encoded.startswith(mark)), "")
+    if start and not isinstance(error, Image.DecompressionBombError):
+        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            height, width = decode(encoded, flags).shape[:2]
+        except UnusablePictureError as damage:
+            raise UnreadablePictureError(_reason(error)) from damage
+        return PictureHeader(start, width, height, 1, 1)
+    raise UnreadablePictureError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -23,7 +23,7 @@ class SourceOptions:
     """How a source is read.
 
     Attributes:
-        split: of Open Images.
+        split: of Open Images, and of a YOLO set of splits.
         masks: COCO: take segmentations, which then give the boxes.
         zero_based: VOC: the first pixel is number 0.
         relative: CSV: numbers are shares of width and height.
@@ -46,10 +46,19 @@ def parse_source(text: str) -> tuple[str, Path, Path | None]:
         raise UserError(
             f"source '{text}' is not KIND:PATH or KIND:PATH@PICTURES with a kind of {', '.join(KINDS)}"
         )
-    if Path(rest).exists():
-        return kind, Path(rest), None
-    path, separator, images = rest.rpartition("@")
-    return (kind, Path(path), Path(images)) if separator and path and images else (kind, Path(rest), None)
+    whole = Path(rest).expanduser()
+    cuts = [
+        place
+        for place, character in enumerate(rest)
+        if character == "@" and rest[:place] and rest[place + 1 :]
+    ]
+    if whole.exists() or not cuts:
+        return kind, whole, None
+    parts = [(Path(rest[:cut]).expanduser(), Path(rest[cut + 1 :]).expanduser()) for cut in cuts]
+    # An @ may belong to a name: what exists decides, else the last one parts.
+    found = next(((path, images) for path, images in parts if path.exists() and images.exists()), None)
+    path, images = found or next((part for part in reversed(parts) if part[0].exists()), parts[-1])
+    return kind, path, images
 
 
 def read_source(text: str, options: SourceOptions) -> Annotations:
@@ -64,7 +73,7 @@ def read_source(text: str, options: SourceOptions) -> Annotations:
     if kind == "voc":
         return read_voc(path, images, not options.zero_based)
     if kind == "yolo":
-        return read_yolo(path, images)
+        return read_yolo(path, images, options.split)
     if kind == "masks":
         return read_mask_folder(path, images)
     need_file(path, "the annotation file")

@@ -21,7 +21,10 @@ FLAGS = ("is_group_of", "is_depiction", "is_occluded", "is_truncated", "is_insid
 FLAG_BITS = {name: 1 << position for position, name in enumerate(FLAGS)}
 MISSING = "picture missing"
 BAD_NUMBER = "not a number"
-SORT_PIECES = 16
+BAD_FLAG = "flag that is neither yes nor no"
+BAD_SIZE = "width or height that no picture has"
+AMBIGUOUS_ID = "id of several pictures"
+OTHER_SIZES = "annotated with several sizes"
 
 PICTURE_COLUMNS: dict[str, Any] = {
     "path": pl.String,
@@ -101,6 +104,7 @@ class Annotations:
         relative: coordinates are shares of width and height instead of pixels.
         dropped_pictures: what could not be used at all, by reason.
         dropped_boxes: likewise.
+        notes: lines for the user: what was decided, and the first of the names without a file.
     """
 
     pictures: pl.DataFrame
@@ -108,6 +112,7 @@ class Annotations:
     relative: bool
     dropped_pictures: Counter[str] = field(default_factory=Counter)
     dropped_boxes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     def records(self) -> Iterator[PictureRecord]:
         """Yield every picture with its boxes in pixels; sizes that are not given are read from the files.
@@ -170,11 +175,6 @@ def source_boxes(rows: pl.DataFrame, relative: bool, width: int, height: int) ->
         )
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says; those of tables go on with advice for programmers."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
@@ -188,43 +188,3 @@ def box_table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
     """Return a table of boxes from tuples in the order of :data:`BOX_COLUMNS`, sorted by picture."""
     table = pl.DataFrame(rows, schema={**BOX_COLUMNS, "label": pl.String}, orient="row")
     return table.with_columns(pl.col("label").cast(pl.Categorical)).sort("picture", maintain_order=True)
-
-
-def join_boxes(
-    pictures: pl.DataFrame, boxes: pl.LazyFrame, relative: bool, dropped: Counter[str] | None = None
-) -> Annotations:
-    """Give boxes that name their picture by ``key`` the row of that picture.
-
-    Args:
-        pictures: columns of :data:`PICTURE_COLUMNS`, keys unique.
-        boxes: columns of :data:`BOX_COLUMNS` with ``key`` (text) instead of ``picture``, and no ``mask``.
-            They are read twice, so that the text of the file and the keys are never held in memory.
-        relative: see :class:`Annotations`.
-        dropped: pictures that were dropped before, by reason.
-
-    Raises:
-        UserError: a line of the file is damaged.
-    """
-    rows = pictures.lazy().select("key", pl.int_range(pl.len(), dtype=pl.UInt32).alias("picture"))
-    missing = boxes.select("key").join(rows, on="key", how="anti")
-    counts = missing.select(pl.len().alias("boxes"), pl.col("key").n_unique().alias("pictures"))
-    wanted = [name for name in BOX_COLUMNS if name != "mask"]
-    found = boxes.join(rows, on="key", how="inner").select(wanted)
-    try:
-        lost, table = (query.collect(engine="streaming") for query in (counts, found))
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"the CSV of boxes cannot be read to its end: {first_line(error)}") from error
-    dropped_pictures = Counter(dropped or {})
-    dropped_pictures[MISSING] += int(lost["pictures"][0])
-    table = _sorted(table, pictures.height).with_columns(pl.lit(None, BOX_COLUMNS["mask"]).alias("mask"))
-    dropped_boxes = Counter({MISSING: int(lost["boxes"][0])})
-    return Annotations(pictures, table, relative, +dropped_pictures, +dropped_boxes)
-
-
-def _sorted(table: pl.DataFrame, pictures: int) -> pl.DataFrame:
-    """Sort boxes by all that they hold, piece by piece: sorting takes far more memory than its rows."""
-    step = max(-(-pictures // SORT_PIECES), 1)
-    piece = pl.col("picture") // step
-    keys = ("picture", "x1", "y1", "x2", "y2", "label")
-    parts = [table.filter(piece == number).sort(*keys, nulls_last=True) for number in range(SORT_PIECES)]
-    return pl.concat(parts, rechunk=False)

@@ -1,97 +1,260 @@
 """YOLO: ``images/`` and ``labels/``, a text a picture, a line a box: class, centre, width, height.
 
-Numbers are shares of the picture's width and height. A line with more numbers is a polygon (class, then
-x y in turn), whose bounds are the box. Class names stand in ``classes.txt``, ``obj.names`` or ``data.yaml``.
+Numbers are shares of the picture's width and height. A longer line is what ``data.yaml`` says: with
+``kpt_shape`` or ``task: pose`` a box and keypoints, which are left out, else a polygon (class, then x y in
+turn), whose bounds are the box. Class names stand in ``classes.txt``, ``obj.names`` or ``data.yaml``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import polars as pl
 
-from pbe.data.sources.files import find_files, find_pictures, need_folder
-from pbe.data.sources.records import BAD_NUMBER, MISSING, Annotations, box_table, picture_table
+from pbe.data.sources import scalars
+from pbe.data.sources.files import complete, find_files, find_pictures, need_folder
+from pbe.data.sources.names import AMBIGUOUS_NAME, NameMatcher
+from pbe.data.sources.records import BAD_NUMBER, MISSING, Annotations, box_table
+from pbe.data.sources.texts import encoding_of
+from pbe.data.sources.yolo_layout import NAME_FILES, Form, Place, class_names, find_metadata, find_places
 from pbe.errors import UserError
 
-NAME_FILES = ("classes.txt", "obj.names")
+OTHER_FORM = "line of another form than data.yaml says"
+NO_SHARE = "polygon beyond 0 to 1"
+UNCLEAR_FORM = "polygon or keypoints, which data.yaml does not say"
+BEYOND = 0.05  # of a polygon's coordinates outside the picture
+NEAR = 0.02  # of a keypoint outside its box
+POSES = 0.8  # of all lines of more than a box: so many that may be poses make all of them unclear
+
+Corners = tuple[float, float, float, float]
 
 
-def _class_names(folder: Path) -> dict[int, str]:
-    for place in (folder, folder / "labels"):
-        for name in NAME_FILES:
-            if (place / name).is_file():
-                lines = (place / name).read_text(encoding="utf-8-sig").splitlines()
-                return {number: line.strip() for number, line in enumerate(lines)}
-    path = next(iter([*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*.yml"))]), None)
-    if path is None:
-        return {}
-    try:
-        names = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8-sig")))["names"]  # type: ignore[index,call-overload]
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        return {int(number): str(name) for number, name in pairs}
-    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{path}' holds no readable list 'names' of classes") from error
+class BadLineError(Exception):
+    """A line is no box; the text is the reason it is counted under."""
 
 
-def _parse(line: str) -> tuple[int, float, float, float, float] | None:
-    """Return class and x1 y1 x2 y2, or None where the line is no box."""
+@dataclass(frozen=True)
+class Line:
+    """A line that is a box or a polygon.
+
+    Attributes:
+        label: number of the class.
+        corners: x1 y1 x2 y2, shares.
+        numbers: how many follow the class, where they may be a polygon as well as a pose; else 0.
+    """
+
+    label: int
+    corners: Corners
+    numbers: int = 0
+
+
+def parse_line(line: str, form: Form) -> Line:
+    """Read a line.
+
+    Raises:
+        BadLineError: it is no box.
+    """
     words = line.split()
-    try:
-        label = int(float(words[0]))
-        numbers = [float(word) for word in words[1:]]
-    except (ValueError, OverflowError):
-        return None
+    label = scalars.whole(words[0])
+    numbers = [scalars.number(word) for word in words[1:]]
+    if label is None or len(numbers) < 4 or not all(map(math.isfinite, numbers)):
+        raise BadLineError(BAD_NUMBER)
+    if form.task == "pose":
+        if form.keypoints and len(numbers) - 4 not in (0, form.keypoints, form.keypoints + 1):
+            raise BadLineError(OTHER_FORM)
+        return Line(label, _box(numbers))
     if len(numbers) in (4, 5):  # the fifth is a detector's confidence
-        x, y, width, height = numbers[:4]
-        return label, x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    if len(numbers) >= 6 and len(numbers) % 2 == 0:
-        return label, min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
-    return None
+        return Line(label, _box(numbers))
+    if form.task == "obb" and len(numbers) not in (8, 9):
+        raise BadLineError(OTHER_FORM)
+    points = numbers[:8] if form.task == "obb" else numbers
+    may_be_pose = not form.task and _may_be_pose(numbers)
+    if len(points) % 2 and not may_be_pose:
+        raise BadLineError(BAD_NUMBER)
+    if not may_be_pose and (min(points) < -BEYOND or max(points) > 1 + BEYOND):
+        raise BadLineError(NO_SHARE)
+    return Line(label, _bounds(points), len(points) if may_be_pose else 0)
 
 
-def read_yolo(folder: Path, images: Path | None = None) -> Annotations:
+def _box(numbers: Sequence[float]) -> Corners:
+    x, y, width, height = numbers[:4]
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _bounds(points: Sequence[float]) -> Corners:
+    return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
+
+
+def _may_be_pose(numbers: Sequence[float]) -> bool:
+    """Whether numbers can be a box inside the picture and keypoints inside the box."""
+    x1, y1, x2, y2 = _box(numbers)
+    if x1 < -NEAR or y1 < -NEAR or x2 > 1 + NEAR or y2 > 1 + NEAR or x2 <= x1 or y2 <= y1:
+        return False
+    rest = numbers[4:]
+    forms = []
+    if len(rest) % 2 == 0:
+        forms.append(list(zip(rest[::2], rest[1::2], strict=True)))
+    if len(rest) % 3 == 0 and set(rest[2::3]) <= {0.0, 1.0, 2.0}:
+        forms.append(list(zip(rest[::3], rest[1::3], strict=True)))
+    return any(
+        all(
+            (x, y) == (0, 0) or (x1 - NEAR <= x <= x2 + NEAR and y1 - NEAR <= y <= y2 + NEAR)
+            for x, y in points
+        )
+        for points in forms
+    )
+
+
+@dataclass
+class _Found:
+    """Rows of the table of boxes, and what was dropped.
+
+    Attributes:
+        names: of classes.
+        form: of lines.
+        unclear: lines that may be poses, with the row of their picture.
+        polygons: lines with more than a box that are none.
+    """
+
+    names: dict[int, str]
+    form: Form
+    boxes: list[tuple[Any, ...]] = field(default_factory=list)
+    unclear: list[tuple[int, Line]] = field(default_factory=list)
+    polygons: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, row: int, line: str) -> None:
+        """Take a line of a picture, or count why not."""
+        try:
+            found = parse_line(line, self.form)
+        except BadLineError as error:
+            self.dropped[str(error)] += 1
+            return
+        if found.numbers:
+            self.unclear.append((row, found))
+            return
+        self.polygons += len(line.split()) > 6
+        self._add(row, found)
+
+    def _add(self, row: int, line: Line) -> None:
+        name = self.names.get(line.label, str(line.label))
+        self.boxes.append((row, *line.corners, name, 0, None))
+
+    def settle(self) -> bool:
+        """Decide on lines that may be poses; True if they are left out."""
+        lengths = {line.numbers for _, line in self.unclear}
+        share = len(self.unclear) / max(len(self.unclear) + self.polygons, 1)
+        left_out = len(lengths) == 1 and share >= POSES
+        for row, line in self.unclear:
+            if left_out:
+                self.dropped[UNCLEAR_FORM] += 1
+            elif line.numbers % 2 or max(line.corners) > 1 + BEYOND:
+                self.dropped[BAD_NUMBER] += 1
+            else:
+                self._add(row, line)
+        return left_out
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Return the lines of a label; damaged bytes become signs that no number holds, and are counted so."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    text = content.decode(encoding_of(content[:4]), errors="replace")
+    return [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
+
+
+def _stray(path: Path, form: Form) -> list[str] | None:
+    """Return the lines of a text without a picture; None where it is no label but a README or the like."""
+    lines = _read_lines(path)
+    try:
+        for line in lines:
+            parse_line(line, form)
+    except BadLineError:
+        return None
+    return lines
+
+
+def _texts(labels: Path) -> dict[str, str]:
+    """Return the texts below a folder by their name without ending."""
+    names = [name for name, _ in find_files(labels)[0] if name.lower().endswith(".txt")]
+    return {name[:-4]: name for name in names if name.rpartition("/")[2] not in NAME_FILES}
+
+
+def read_yolo(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
     """Read a YOLO folder; ``images/a/b.jpg`` belongs to ``labels/a/b.txt``.
 
     A picture whose text is empty or missing has no boxes.
 
     Args:
-        folder: holds ``labels/`` (or the texts themselves, then beside the pictures) and ``images/``.
+        folder: holds ``labels/`` (or the texts themselves, then beside the pictures) and ``images/``; or
+            splits that do, of which one is read.
         images: the folder of pictures, if it is another.
+        split: of a set of splits: ``train``, ``validation`` or ``test``.
 
     Raises:
-        UserError: a folder is missing.
+        UserError: a folder is missing, ``data.yaml`` is damaged, or no text has a picture.
     """
     need_folder(folder, "the YOLO folder")
-    labels = folder / "labels" if (folder / "labels").is_dir() else folder
-    pictures, dropped = find_pictures([images or (folder / "images" if labels != folder else folder)])
-    names = _class_names(folder)
-    table: list[dict[str, Any]] = pictures.to_dicts()
-    rows: list[tuple[Any, ...]] = []
-    dropped_boxes: Counter[str] = Counter()
-    texts = {name for name, _ in find_files(labels)[0] if name.endswith(".txt")} - {*NAME_FILES}
-    for row, picture in enumerate(table):
-        picture["key"] = picture["name"].rpartition(".")[0]
-        text = f"{picture['key']}.txt"
-        if text not in texts:
-            continue
-        texts.discard(text)
-        for line in _lines(labels / text):
-            box = _parse(line)
-            if box is None:
-                dropped_boxes[BAD_NUMBER] += 1
-            else:
-                label, *corners = box
-                rows.append((row, *corners, names.get(label, str(label)), 0, None))
-    for text in texts:
-        dropped[MISSING] += 1
-        dropped_boxes[MISSING] += len(_lines(labels / text))
-    return Annotations(picture_table(table), box_table(rows), True, dropped, dropped_boxes)
+    metadata = find_metadata(folder)
+    places, note = find_places(folder, images, metadata, split)
+    found = _Found(class_names(folder, places, metadata), metadata.form())
+    found.notes += [note] if note else []
+    tables: list[pl.DataFrame] = []
+    for place in places:
+        start = sum(table.height for table in tables)
+        tables.append(_read_place(place, start, found))
+    if found.settle():
+        found.notes.append(f"'{folder}': {UNCLEAR_FORM}: write kpt_shape, or task: segment, into data.yaml")
+    pictures = complete(pl.concat(tables))
+    boxes = box_table(found.boxes)
+    if found.pictures[MISSING] and not (boxes.height or found.dropped[UNCLEAR_FORM]):
+        raise UserError(f"no picture of the labels is there: {found.notes[-1]}")
+    return Annotations(pictures, boxes, True, +found.pictures, +found.dropped, found.notes)
 
 
-def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    return [line for line in text.splitlines() if line.strip()]
+def _read_place(place: Place, start: int, found: _Found) -> pl.DataFrame:
+    """Read the texts of a folder, and return its pictures; ``start`` is the row of the first."""
+    pictures, bad = find_pictures([place.images])
+    found.pictures += bad
+    texts = _texts(place.labels)
+    stems = [name.rpartition(".")[0] for name in pictures["name"].to_list()]
+    owners = _owners(texts, stems)
+    lost = []
+    for stem, name in texts.items():
+        rows = owners.get(stem, [])
+        lines = _read_lines(place.labels / name) if rows else _stray(place.labels / name, found.form)
+        if len(rows) == 1:
+            for line in lines or ():
+                found.take(start + rows[0], line)
+        elif lines or (lines is not None and place.labels != place.images):
+            reason = AMBIGUOUS_NAME if rows else MISSING
+            found.pictures[reason] += 1
+            found.dropped[reason] += len(lines)
+            lost += [] if rows else [stem]
+    if lost:
+        found.notes.append(NameMatcher(stems, place.images).explain(lost, place.labels))
+    return pictures.with_columns(pl.Series("key", stems, pl.String))
+
+
+def _owners(texts: Iterable[str], stems: Sequence[str]) -> dict[str, list[int]]:
+    """Return the rows of the pictures that each text may belong to, in other letters only if none fits."""
+    exact: dict[str, list[int]] = defaultdict(list)
+    folded: dict[str, list[int]] = defaultdict(list)
+    for row, stem in enumerate(stems):
+        exact[stem].append(row)
+        folded[stem.casefold()].append(row)
+    owners = {stem: exact[stem] for stem in texts if stem in exact}
+    taken = {row for rows in owners.values() for row in rows}
+    for stem in texts:
+        if stem not in owners:
+            owners[stem] = [row for row in folded.get(stem.casefold(), ()) if row not in taken]
+    return owners

@@ -83,9 +83,9 @@ def test_coco(coco: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_coco_masks(coco: Path) -> None:
     found = read_coco(coco, coco.parent / "val", masks=True)
     dog = next(record for record in found.records() if record.boxes)
-    assert mask_box(load_mask(dog.boxes[0].mask, 40, 30)) == (5, 6, 15, 18)
-    assert load_mask(dog.boxes[0].mask, 40, 30).sum() == 10 * 12
-    assert load_mask(dog.boxes[1].mask, 40, 30).all()
+    assert mask_box(load_mask(dog.boxes[0].mask, 40, 30).pixels) == (5, 6, 15, 18)
+    assert load_mask(dog.boxes[0].mask, 40, 30).pixels.sum() == 10 * 12
+    assert load_mask(dog.boxes[1].mask, 40, 30).pixels.all()
     assert dog.boxes[2].mask == "", "without a mask the box stays"
     assert dog.boxes[2].x2 == 1
     with pytest.raises(BadMaskError, match="another size"):
@@ -170,7 +170,7 @@ def test_csv(tmp_path: Path, save: Save) -> None:
     (record,) = read_csv(tmp_path / "boxes.csv", tmp_path / "pictures", relative=True).records()
     assert np.allclose(corners(record), [(4, 6, 24, 21)])
     (tmp_path / "boxes.csv").write_text("file,x1\na,1\n")
-    with pytest.raises(UserError, match="needs the columns x1, y1, x2, y2"):
+    with pytest.raises(UserError, match="lacks the columns x1, y1, x2, y2"):
         read_csv(tmp_path / "boxes.csv", tmp_path / "pictures")
     (tmp_path / "boxes.csv").write_text("")
     with pytest.raises(UserError, match="is not a CSV"):
@@ -189,7 +189,7 @@ def test_mask_folder(tmp_path: Path, save: Save) -> None:
     assert [len(record.boxes) for record in found.records()] == [2, 1, 2]
     assert found.dropped_boxes == {"mask without a picture": 1}
     text = next(found.records()).boxes[0].mask
-    assert mask_box(load_mask(text, 40, 30)) == (8, 4, 20, 10)
+    assert mask_box(load_mask(text, 40, 30).pixels) == (8, 4, 20, 10)
     for values, reason in (
         (mask // 85, "not black and white"),
         (mask[:5], "another size"),
@@ -200,7 +200,7 @@ def test_mask_folder(tmp_path: Path, save: Save) -> None:
             with pytest.raises(BadMaskError, match=reason):
                 load_mask(text, 40, 30)
         else:
-            assert load_mask(text, 40, 30).sum() == 6 * 12
+            assert load_mask(text, 40, 30).pixels.sum() == 6 * 12
     (tmp_path / "masks" / "a.png").write_bytes(b"junk")
     with pytest.raises(BadMaskError, match="unreadable"):
         load_mask(text, 40, 30)

@@ -1,0 +1,226 @@
+"""Which file an annotation means by a name that may have been written on another machine, for another root.
+
+A name is first taken as it stands, then cleaned (separators, ``./``, drives, URLs, the two ways of Unicode to
+write an umlaut), and then the file is taken whose path has the longest end in common with it; upper and lower
+case count as the same only where nothing else fits. What is ambiguous is refused: two files that fit one name
+equally well, and two names that fit one file equally well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import posixpath
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from pbe.data.sources.texts import shown
+
+AMBIGUOUS_NAME = "name that fits several pictures"
+AMBIGUOUS = -1
+MAX_COMPARED = 5000  # names, for the nearest one
+
+Parts = tuple[str, ...]
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*/?")
+_DRIVE = re.compile(r"[A-Za-z]:(?=/|$)")
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A name's best file.
+
+    Attributes:
+        row: of the file.
+        common: how many parts of both paths are the same, from the end.
+        parts: of the name.
+    """
+
+    row: int
+    common: int
+    parts: Parts
+
+    @property
+    def folder(self) -> Parts:
+        """The name without its last part."""
+        return self.parts[:-1]
+
+
+def clean_name(name: str) -> str:
+    """Return a name with ``/`` between its parts, relative, without ``./``, drive, host or query, in NFC."""
+    plain = unicodedata.normalize("NFC", name).strip().replace("\\", "/")
+    bare = _URL.sub("", plain)
+    if bare != plain:
+        bare = unquote(re.split(r"[?#]", bare)[0])
+    bare = _DRIVE.sub("", bare)
+    parts = posixpath.normpath(bare).split("/") if bare else []
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _spellings(name: str) -> list[str]:
+    """Return what a name may mean, the likeliest first: a query or an escape may belong to it or not."""
+    found = [clean_name(name)]
+    if "?" in name:
+        found += [clean_name(name.partition("?")[0]), clean_name(name.rpartition("=")[2])]
+    return found + [clean_name(unquote(each)) for each in found if "%" in each]
+
+
+class NameMatcher:
+    """The files of a folder, to be found by the names that annotations give them.
+
+    Args:
+        names: of the files, relative to ``root``, with ``/`` between their parts.
+        root: the folder; its own name helps to tell files apart.
+    """
+
+    def __init__(self, names: Sequence[str], root: Path) -> None:
+        self.names, self.root = names, root
+        self._exact = {name: row for row, name in enumerate(names)}
+        above = tuple(unicodedata.normalize("NFC", part) for part in root.resolve().parts)
+        self._above = len(above)
+        self._paths = [above + tuple(unicodedata.normalize("NFC", name).split("/")) for name in names]
+        self._cleaned: dict[str, list[int]] = defaultdict(list)
+        self._ends: dict[str, list[int]] = defaultdict(list)
+        self._folded_ends: dict[str, list[int]] = defaultdict(list)
+        for row, path in enumerate(self._paths):
+            self._cleaned["/".join(path[len(above) :])].append(row)
+            self._ends[path[-1]].append(row)
+            self._folded_ends[path[-1].casefold()].append(row)
+
+    def match(self, wanted: Iterable[str]) -> dict[str, int | None]:
+        """Return the row of each name's file, None where there is none, or :data:`AMBIGUOUS`."""
+        found: dict[str, int | None] = {}
+        claims: dict[str, _Claim] = {}
+        for name in dict.fromkeys(wanted):
+            row = self._same(name)
+            claim = self._longest_end(name) if row is None else row
+            if isinstance(claim, _Claim):
+                claims[name] = claim
+            else:
+                found[name] = claim
+        same = {name: self._claim(name, row) for name, row in found.items() if row not in (None, AMBIGUOUS)}
+        sure = bool(same) or any(self._covers(claim) for claim in claims.values())
+        taken = {claim.row for claim in same.values()}
+        refused: dict[str, int | None] = {
+            name: None
+            for name, claim in claims.items()
+            if claim.row in taken or (sure and not self._covers(claim))
+        }
+        refused |= _rivals({name: claim for name, claim in claims.items() if name not in refused})
+        left = {name: claim for name, claim in claims.items() if refused.get(name, 0) is not None}
+        strange = _strange_folders(left, same, claims, self._paths)
+        refused = strange | refused
+        return found | {name: claim.row for name, claim in claims.items()} | refused
+
+    def _claim(self, name: str, row: int | None) -> _Claim:
+        parts = tuple(clean_name(name).split("/"))
+        return _Claim(row or 0, _common_end(parts, self._paths[row or 0], False), parts)
+
+    def _covers(self, claim: _Claim) -> bool:
+        """Whether all of the name, or all of the file's name within the root, is the common end."""
+        return claim.common >= min(len(claim.parts), len(self._paths[claim.row]) - self._above)
+
+    def _same(self, name: str) -> int | None:
+        """Return the row of the file that is called so, also after cleaning; AMBIGUOUS if two are."""
+        if name in self._exact:
+            return self._exact[name]
+        rows = self._cleaned.get(clean_name(name), ())
+        return None if not rows else rows[0] if len(rows) == 1 else AMBIGUOUS
+
+    def _longest_end(self, name: str) -> _Claim | int | None:
+        for folded in (False, True):
+            ends = self._folded_ends if folded else self._ends
+            for spelling in _spellings(name):
+                parts = tuple(spelling.split("/"))
+                rows = ends.get(parts[-1].casefold() if folded else parts[-1], ())
+                if not spelling or not rows:
+                    continue
+                common = [_common_end(parts, self._paths[row], folded) for row in rows]
+                best = max(common)
+                if common.count(best) > 1:
+                    return AMBIGUOUS
+                return _Claim(rows[common.index(best)], best, parts)
+        return None
+
+    def nearest(self, name: str) -> str:
+        """Return the file whose name is most like ``name``; empty if none is."""
+        cleaned = clean_name(name)
+        pool = self.names[:MAX_COMPARED]
+        found = difflib.get_close_matches(cleaned, pool, 1, 0.6)
+        if not found:
+            ends = {each.rpartition("/")[2]: each for each in pool}
+            found = [ends[end] for end in difflib.get_close_matches(cleaned.rpartition("/")[2], ends, 1, 0.6)]
+        return found[0] if found else ""
+
+    def explain(self, names: Sequence[str], source: Path | str) -> str:
+        """Return a line on names that have no file: what was looked for, where, and the nearest file."""
+        nearest = self.nearest(names[0])
+        hint = f"; the nearest file is {shown(nearest)}" if nearest else "; no file there has a name like it"
+        others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        if not self.names:
+            hint = ", which holds no pictures"
+        return f"'{source}' names {shown(names[0])}{others}, which is not in '{self.root}'{hint}"
+
+
+def _common_end(left: Parts, right: Parts, folded: bool) -> int:
+    count = 0
+    for one, other in zip(reversed(left), reversed(right), strict=False):
+        if one != other and not (folded and one.casefold() == other.casefold()):
+            break
+        count += 1
+    return count
+
+
+def _rivals(claims: dict[str, _Claim]) -> dict[str, int | None]:
+    """Refuse names that claim a file which another name fits better (None) or as well (AMBIGUOUS)."""
+    by_row: dict[int, dict[Parts, int]] = defaultdict(dict)
+    for claim in claims.values():
+        by_row[claim.row][claim.parts] = claim.common
+    refused: dict[str, int | None] = {}
+    for name, claim in claims.items():
+        rivals = by_row[claim.row]
+        best = max(rivals.values())
+        if claim.common < best:
+            refused[name] = None
+        elif list(rivals.values()).count(best) > 1:
+            refused[name] = AMBIGUOUS
+    return refused
+
+
+def _strange_folders(
+    left: dict[str, _Claim], same: dict[str, _Claim], every: dict[str, _Claim], paths: Sequence[Parts]
+) -> dict[str, int | None]:
+    """Refuse names of a folder where another folder's names fit the same folder of files better.
+
+    Cameras number their images alike: with ``camA/2.jpg`` and ``camB/1.jpg`` in the annotations and a folder
+    ``camB`` of files, ``camA/2.jpg`` is not ``camB``'s. Folders that fit equally well, as ``train`` and
+    ``val`` copied into one, are believed as long as no last part occurs in both.
+    """
+    folders: dict[Parts, dict[Parts, int]] = defaultdict(dict)
+    for claim in (*same.values(), *left.values()):
+        target = paths[claim.row][:-1]
+        folders[target][claim.folder] = _common_end(claim.folder, target, False)
+    ends: dict[Parts, set[str]] = defaultdict(set)
+    for claim in (*same.values(), *every.values()):
+        ends[claim.folder].add(claim.parts[-1])
+    refused: dict[str, int | None] = {}
+    for name, claim in left.items():
+        rivals = folders[paths[claim.row][:-1]]
+        if len(rivals) == 1:
+            continue
+        own = rivals[claim.folder]
+        others = [folder for folder in rivals if not _fits(folder, claim.folder)]
+        if any(rivals[folder] > own for folder in others):
+            refused[name] = None
+        elif any(rivals[folder] == own and ends[folder] & ends[claim.folder] for folder in others):
+            refused[name] = AMBIGUOUS
+    return refused
+
+
+def _fits(one: Parts, other: Parts) -> bool:
+    """Whether one folder is the end of the other."""
+    short = min(len(one), len(other))
+    return not short or one[-short:] == other[-short:]

@@ -1,0 +1,222 @@
+"""Where a YOLO set keeps pictures, labels and class names, and what its ``data.yaml`` says of the labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pbe.data.sources.scalars import whole
+from pbe.data.sources.texts import read_text, read_yaml, shown
+from pbe.errors import UserError
+
+NAME_FILES = ("classes.txt", "obj.names")
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+TASKS = ("detect", "segment", "pose", "obb")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of pictures and the folder of their texts, which may be the same."""
+
+    images: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the metadata say of a line of a label.
+
+    Attributes:
+        task: one of :data:`TASKS`; empty where they say nothing.
+        keypoints: numbers that follow the box of a pose; 0 where they say nothing.
+    """
+
+    task: str = ""
+    keypoints: int = 0
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A ``data.yaml``: its path and what it holds; None and nothing where there is none."""
+
+    path: Path | None
+    values: dict[str, Any]
+
+    def form(self) -> Form:
+        """Return what it says of the labels.
+
+        Raises:
+            UserError: ``task`` or ``kpt_shape`` is none.
+        """
+        task, shape = self.values.get("task", ""), self.values.get("kpt_shape")
+        if task and task not in TASKS:
+            raise UserError(f"'{self.path}': task is {shown(task)}; it must be one of {', '.join(TASKS)}")
+        if shape is None:
+            return Form(task)
+        numbers = [whole(value) for value in shape] if isinstance(shape, list) else []
+        if len(numbers) != 2 or not numbers[0] or numbers[0] < 1 or numbers[1] not in (2, 3):
+            raise UserError(
+                f"'{self.path}': kpt_shape is {shown(shape)}; it must be [keypoints, 2] or [keypoints, 3]"
+            )
+        return Form(task or "pose", numbers[0] * numbers[1])
+
+    def class_names(self) -> dict[int, str]:
+        """Return names by class number.
+
+        Raises:
+            UserError: ``names`` is missing or neither list nor mapping of names.
+        """
+        names = self.values.get("names")
+        pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names or ()))
+        if not isinstance(names, list | dict) or not pairs:
+            raise UserError(f"'{self.path}' holds no readable list 'names' of classes")
+        for number, name in pairs:
+            if whole(number) is None or not isinstance(name, str):
+                raise UserError(
+                    f"'{self.path}': 'names' holds {shown(f'{number}: {name}')}, which is no number and name"
+                )
+        return {int(whole(number) or 0): name for number, name in pairs}
+
+    def split(self, split: str) -> list[str]:
+        """Return the folders of pictures that it names for a split; none where it names none.
+
+        Raises:
+            UserError: it names something else.
+        """
+        key = next((key for key in SPLITS[split] if self.values.get(key)), None)
+        value = self.values[key] if key else []
+        paths = [value] if isinstance(value, str) else value
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise UserError(f"'{self.path}': {key} is no path and no list of paths")
+        if any(path.lower().endswith(".txt") for path in paths):
+            raise UserError(
+                f"'{self.path}': {key} is a list of pictures, {shown(paths[0])};"
+                " name their folder instead: yolo:FOLDER@PICTURES"
+            )
+        return paths
+
+
+def find_metadata(folder: Path) -> Metadata:
+    """Return the ``data.yaml`` of a set: in its folder, or above that of a split, where it names the split.
+
+    Raises:
+        UserError: it is damaged, or several files could be it.
+    """
+    for name in YAML_NAMES:
+        if (folder / name).is_file():
+            return Metadata(folder / name, read_yaml(folder / name))
+    others = [path for ending in ("yaml", "yml") for path in sorted(folder.glob(f"*.{ending}"))]
+    read = {path: read_yaml(path) for path in others if not path.name.startswith(".")}
+    named = [path for path, values in read.items() if "names" in values]
+    if len(named) > 1:
+        raise UserError(
+            f"'{folder}' holds several files with names of classes: {named[0].name}, {named[1].name}"
+        )
+    if named:
+        return Metadata(named[0], read[named[0]])
+    for above in folder.resolve().parents[:2]:
+        for name in YAML_NAMES:
+            if (above / name).is_file():
+                values = read_yaml(above / name)
+                if _names_folder(values, folder.resolve().relative_to(above)):
+                    return Metadata(above / name, values)
+    return Metadata(None, {})
+
+
+def _names_folder(values: dict[str, Any], folder: Path) -> bool:
+    """Whether a split of a ``data.yaml`` lies in a folder, whose path is within that of the file."""
+    paths = [values.get(key) for keys in SPLITS.values() for key in keys]
+    flat = [path for value in paths for path in (value if isinstance(value, list) else [value])]
+    words = [re.split(r"[/\\]", path) for path in flat if isinstance(path, str)]
+    return any(set(folder.parts) <= set(parts) for parts in words)
+
+
+def class_names(folder: Path, places: Sequence[Place], metadata: Metadata) -> dict[int, str]:
+    """Return names by class number, of ``classes.txt``, ``obj.names`` or ``data.yaml``; empty without one.
+
+    Raises:
+        UserError: the file is damaged or holds no names.
+    """
+    for place in (folder, folder / "labels", *(place.labels for place in places)):
+        for name in NAME_FILES:
+            if (place / name).is_file():
+                lines = read_text(place / name).split("\n")
+                return {number: line.strip() for number, line in enumerate(lines)}
+    return metadata.class_names() if metadata.path else {}
+
+
+def find_places(folder: Path, images: Path | None, metadata: Metadata, split: str) -> tuple[list[Place], str]:
+    """Return the folders of pictures and labels, and a note on the split where one was chosen.
+
+    ``images/`` and ``labels/`` are read whole. Of splits (``train/images``, ``train/labels``, ...) one is
+    read, found by ``data.yaml`` or by the folders' names.
+
+    Raises:
+        UserError: the folders that ``data.yaml`` names are not there, or only other splits are.
+    """
+    if images is not None:
+        return [Place(images, folder / "labels" if (folder / "labels").is_dir() else folder)], ""
+    if (folder / "labels").is_dir():
+        return [Place(folder / "images", folder / "labels")], ""
+    own = metadata.path is not None and metadata.path.parent == folder
+    named = metadata.split(split) if own and split in SPLITS else []
+    if named:
+        found = [_resolve(folder, str(metadata.values.get("path") or ""), path) for path in named]
+        lost = next((path for path, place in zip(named, found, strict=True) if place is None), None)
+        if lost is None:
+            places = [Place(path, labels_of(path)) for path in found if path is not None]
+            return places, f"'{folder}': the split {split} of {metadata.path}, {shown(', '.join(named))}"
+        if _splits(folder) or not _holds_texts(folder):
+            raise UserError(
+                f"'{metadata.path}' names {shown(lost)} for {split}, which is not there;"
+                f" name a folder with images/ and labels/: yolo:{folder}/{_example(folder)}"
+            )
+    splits = _splits(folder)
+    wanted = next((name for name in SPLITS.get(split, ()) if name in splits), None)
+    if wanted:
+        return [
+            Place(folder / wanted / "images", folder / wanted / "labels")
+        ], f"'{folder}': the split {wanted}"
+    if splits:
+        raise UserError(f"'{folder}' holds {', '.join(splits)}; name one: yolo:{folder / splits[0]}")
+    return [Place(folder, folder)], ""
+
+
+def labels_of(images: Path) -> Path:
+    """Return where the labels of a folder of pictures lie: in ``labels`` instead of ``images``, or there."""
+    parts = list(images.parts)
+    for position in range(len(parts) - 1, -1, -1):
+        if parts[position] == "images":
+            labels = Path(*parts[:position], "labels", *parts[position + 1 :])
+            return labels if labels.is_dir() else images
+    return images / "labels" if (images / "labels").is_dir() else images
+
+
+def _resolve(folder: Path, root: str, path: str) -> Path | None:
+    """Return the folder that ``data.yaml`` means: as it stands, or, written elsewhere, by its last parts."""
+    path, root = path.replace("\\", "/"), root.replace("\\", "/")
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    ends = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    for candidate in (folder / root / path, folder / path, *ends):
+        if candidate.is_dir():
+            inner = candidate / "images"
+            return inner if inner.is_dir() and (candidate / "labels").is_dir() else candidate
+    return None
+
+
+def _splits(folder: Path) -> list[str]:
+    """Return the folders below that hold ``images/`` and ``labels/``."""
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path.name for path in inner if (path / "images").is_dir() and (path / "labels").is_dir()]
+
+
+def _example(folder: Path) -> str:
+    return next(iter(_splits(folder)), "train")
+
+
+def _holds_texts(folder: Path) -> bool:
+    return next(folder.rglob("*.txt"), None) is not None
