@@ -38,7 +38,7 @@ SHORT_SIDE = "side too short"
 ASPECT = "too elongated"
 OPTIONS = {
     SMALL_AREA: "--min-area", LARGE_AREA: "--max-area", SHORT_SIDE: "--min-side", ASPECT: "--max-aspect",
-    UNWANTED_LABEL: "--label, --drop-label",
+    UNWANTED_LABEL: "--label, --drop-label", **dict.fromkeys(FLAGS, "--drop-flag"),
 }  # fmt: skip
 MAX_KEY = 80
 FRAMES = ("displayed", "stored")

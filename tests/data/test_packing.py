@@ -219,6 +219,22 @@ def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
         assert load_index(out / "shard-000000.index.npz").has_mask.tolist() == [True]
 
 
+def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
+    """A file that lies there is never called missing: it is encoded again, or called unreadable."""
+    pixels = np.asarray(noise())
+    lines = ["file,x1,y1,x2,y2"]
+    for name in ("a.bmp", "b.tga", "c.ppm", "d.tiff", "e.gif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        lines.append(f"{name},10,10,60,60")
+    (tmp_path / "f.heic").write_bytes(b"no picture that Pillow knows")
+    (tmp_path / "boxes.csv").write_text("\n".join([*lines, "f.heic,10,10,60,60"]))
+    result = run(request_of(tmp_path, tmp_path / "out"))
+    assert result.tally.dropped_pictures == {"unreadable: no picture": 1}
+    pictures = ShardPictures(tmp_path / "out")
+    for position in range(4):
+        assert np.array_equal(decode_picture(pictures.picture(position)), pixels)
+
+
 def test_smaller_copies(odd: Path, tmp_path: Path) -> None:
     result = run(request_of(odd, tmp_path / "out", max_side=50))
     assert result.tally.events["encoded again: too long"] == 5

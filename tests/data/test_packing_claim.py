@@ -94,13 +94,20 @@ def test_a_home_folder_is_one(plain: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_decimal_commas_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noise().save(tmp_path / "a.jpg")
-    (tmp_path / "b.csv").write_text('file,x1,y1,x2,y2\na.jpg,"1,5","2,5","60,5","40,5"\na.jpg,1,,60,40\n')
+    (tmp_path / "b.csv").write_text("file,x1,y1,x2,y2\na.jpg,1,two,60,40\na.jpg,1,,60,40\n")
     assert command(f"csv:{tmp_path / 'b.csv'}", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "no image is left to pack" in error
     assert "2 boxes not a number" in error
+
+
+def test_flags_name_their_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise().save(tmp_path / "a.jpg")
+    (tmp_path / "b.csv").write_text("file,x1,y1,x2,y2,is_depiction\na.jpg,1,1,60,40,1\n")
+    assert command(f"csv:{tmp_path / 'b.csv'}", tmp_path / "out", "--drop-flag", "is_depiction") == 2
+    assert "1 box is_depiction (--drop-flag)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["typo.csv", "boxes.csv"])
