@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-MARKS = {b"\xff\xd8": b"ICC_PROFILE\0", b"\x89PNG": b"iCCP", b"RIFF": b"ICCP"}
-SEARCHED = 1 << 18  # bytes in which a profile has to start
+JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+PROFILE_FLAG, ALPHA_FLAG = 0x20, 0x10  # of a WebP with extensions
 T = TypeVar("T")
 SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as sRGB
 
@@ -20,15 +20,14 @@ SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as s
 def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
     """Return a decoded picture in sRGB.
 
-    A file without a profile, or with one that means sRGB, costs a search in its first bytes and is returned
-    as it is. So is one whose profile is damaged or of another colour space than the pixels (CMYK).
+    A file without a profile costs a walk along its header, one with sRGB's a little more, and either is
+    returned as it is. So is one whose profile is damaged or of another colour space than the pixels (CMYK).
 
     Args:
         image: uint8 ``h w 3``, RGB as the file holds it.
         encoded: the file.
     """
-    mark = next((mark for start, mark in MARKS.items() if encoded.startswith(start)), None)
-    if mark is None or encoded.find(mark, 0, SEARCHED) < 0:
+    if not _has_profile(encoded):
         return image
     profile = _ask_pillow(encoded, lambda picture: picture.info.get("icc_profile"))
     return convert_profile(image, profile) if profile else image
@@ -58,12 +57,46 @@ def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.nd
     return ((image * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
 
 
+def _has_profile(encoded: bytes) -> bool:
+    if encoded.startswith(JPEG):
+        return _jpeg_has_profile(encoded)
+    if encoded.startswith(PNG):
+        return b"iCCP" in _png_chunks(encoded)
+    if encoded[:4] != b"RIFF" or len(encoded) < 25:
+        return False
+    return encoded[12:16] == b"VP8X" and bool(encoded[20] & PROFILE_FLAG)
+
+
 def _may_be_transparent(encoded: bytes) -> bool:
-    if encoded.startswith(b"\x89PNG"):
-        return encoded[25:26] in (b"\x04", b"\x06") or encoded.find(b"tRNS", 0, SEARCHED) >= 0
-    if encoded[:4] == b"RIFF" and encoded[12:16] == b"VP8X":
-        return bool(encoded[20] & 0x10)
-    return encoded[:4] == b"RIFF" and encoded[12:16] == b"VP8L" and bool(encoded[24] & 0x10)
+    if encoded.startswith(PNG):
+        return encoded[25:26] in (b"\x04", b"\x06") or b"tRNS" in _png_chunks(encoded)
+    if encoded[:4] != b"RIFF" or len(encoded) < 25:
+        return False
+    lossless = encoded[12:16] == b"VP8L" and bool(encoded[24] & 0x10)
+    return lossless or (encoded[12:16] == b"VP8X" and bool(encoded[20] & ALPHA_FLAG))
+
+
+def _jpeg_has_profile(encoded: bytes) -> bool:
+    """Walk along the segments before the first scan."""
+    place = 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
+        if encoded[place + 1] == 0xFF:  # a filling byte
+            place += 1
+            continue
+        if encoded[place + 1] == 0xE2 and encoded.startswith(b"ICC_PROFILE\0", place + 4):
+            return True
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+    return False
+
+
+def _png_chunks(encoded: bytes) -> set[bytes]:
+    """Return the kinds of the chunks before the pixels."""
+    kinds: set[bytes] = set()
+    place = len(PNG)
+    while place + 8 <= len(encoded) and encoded[place + 4 : place + 8] != b"IDAT":
+        kinds.add(encoded[place + 4 : place + 8])
+        place += 12 + int.from_bytes(encoded[place : place + 4], "big")
+    return kinds
 
 
 def _ask_pillow(encoded: bytes, question: Callable[[Image.Image], T]) -> T | None:
