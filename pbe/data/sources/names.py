@@ -164,7 +164,8 @@ class NameMatcher:
         """Return the files among which the one with the longest common end is."""
         if folded:
             return self._folded_ends.get(parts[-1].casefold(), ())
-        return (len(parts) > 1 and self._ends.get(parts[-2:])) or self._ends.get(parts[-1:], ())
+        close: Sequence[int] = self._ends.get(parts[-2:], ()) if len(parts) > 1 else ()
+        return close or self._ends.get(parts[-1:], ())
 
     def nearest(self, name: str) -> str:
         """Return the file whose name is most like ``name``; empty if none is."""
