@@ -53,9 +53,9 @@ def fit(options: argparse.Namespace) -> Mixture:
         raise UserError("--components and --batch-size must be at least 1")
     pictures = PictureFolder(options.pictures)
     check_fit(len(pictures.paths), options.components, options.seed)
-    check_file(options.out)
     device = str(usable_device(options.device, "--device"))
     tower = load_tower("clip", options.tower, weights, device)
+    check_file(options.out)
     bar = tqdm(total=len(pictures.paths), desc="features", file=sys.stderr, disable=None)
     features = []
     for batch in pictures.batches(options.batch_size):

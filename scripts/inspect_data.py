@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,12 +11,12 @@ from pbe.config import Config, load_config
 from pbe.data.contact_sheet import make_row, sheet_html
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import check_file, write_text
 from pbe.models.autoencoder import downsampling_of
 
 
-def page(config: Config, stream: str, epoch: int, start: int, count: int) -> str:
-    """Return the page of some consecutive samples.
+def page(config: Config, stream: str, epoch: int, start: int, count: int) -> tuple[str, int]:
+    """Return the page of some consecutive samples, and how many there are: an epoch's at most.
 
     Args:
         config: of the experiment.
@@ -38,7 +39,7 @@ def page(config: Config, stream: str, epoch: int, start: int, count: int) -> str
         f"image {data.image_size} px, exemplar {data.exemplar_size} px, one latent is {factor} px; "
         "on green is the mask that was drawn; white is the hole in masks, and what stays in the latent mask",
     ]
-    return sheet_html("Training samples", facts, rows)
+    return sheet_html("Training samples", facts, rows), len(rows)
 
 
 def run(arguments: list[str] | None) -> None:
@@ -59,10 +60,9 @@ def run(arguments: list[str] | None) -> None:
     if options.count < 1 or options.epoch < 0 or options.start < 0:
         raise UserError("--count must be at least 1, --epoch and --start at least 0")
     config = load_config(options.config, options.overrides)
-    text = page(config, options.stream, options.epoch, options.start, options.count)
-    make_folder(options.out.parent)
-    options.out.write_text(text)
-    print(f"{options.count} samples in {options.out}")
+    text, count = page(config, options.stream, options.epoch, options.start, options.count)
+    write_text(check_file(os.path.expanduser(options.out)), text)
+    print(f"{count} samples in {options.out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,7 +32,6 @@ def run(arguments: list[str] | None) -> None:
     options = parser.parse_args(arguments)
     if options.count < 2 or options.size < 8:
         raise UserError("--count must be at least 2, --size at least 8")
-    make_folder(options.out)
     cases = make_benchmark(
         ToyWorld(DEFAULT_WORLD),
         seed=options.seed,
@@ -40,6 +39,7 @@ def run(arguments: list[str] | None) -> None:
         exemplar_size=128,
         objects=options.count,
     )
+    make_folder(options.out)
     lines = []
     for number, case in enumerate(cases):
         other = cases[(number + 1) % len(cases)]

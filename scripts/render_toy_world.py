@@ -6,6 +6,7 @@ python scripts/render_toy_world.py --out outputs/toy/train --scenes 20000 --spli
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pbe.data.toy_render import render_records
 from pbe.data.toy_world import DEFAULT_WORLD, SPLITS, SceneConfig, ToyWorld
 from pbe.errors import UserError
 from pbe.files import make_folder
+
+RECOLOUR = 0.3
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,11 +38,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-objects", type=int, default=3, help="one to this many objects (default %(default)s)"
     )
-    parser.add_argument("--recolour", type=float, default=0.3, help="share of recoloured training objects")
+    parser.add_argument("--recolour", type=float, help=f"share of recoloured training objects ({RECOLOUR})")
     parser.add_argument("--scenes-per-shard", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2, help="processes; 0 renders in this one")
     parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.out, options.world = (Path(os.path.expanduser(path)) for path in (options.out, options.world))
+    return options
 
 
 def scene_config(options: argparse.Namespace) -> SceneConfig:
@@ -56,18 +61,21 @@ def scene_config(options: argparse.Namespace) -> SceneConfig:
         raise UserError("--workers must be 0 or more")
     if not 32 <= options.size <= 1024:
         raise UserError("--size must lie in 32 to 1024 pixels")
-    long_side = options.max_long_side or options.size * 3 // 2
+    long_side = options.size * 3 // 2 if options.max_long_side is None else options.max_long_side
     if not options.size <= long_side <= 3 * options.size:
         raise UserError("--max-long-side must lie between --size and three times --size")
     if not 1 <= options.max_objects <= 3:
         raise UserError("--max-objects must be 1, 2 or 3")
-    if not 0.0 <= options.recolour <= 1.0:
+    if options.recolour is not None and options.split != "train":
+        raise UserError("--recolour is for the training split only; leave it out")
+    recolour = RECOLOUR if options.recolour is None else options.recolour
+    if not 0.0 <= recolour <= 1.0:
         raise UserError("--recolour is a share from 0 to 1")
     return SceneConfig(
         short_side=options.size,
         max_long_side=long_side,
         max_objects=options.max_objects,
-        recolour=options.recolour,
+        recolour=recolour,
     )
 
 

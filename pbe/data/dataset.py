@@ -29,6 +29,7 @@ from pbe.data.decode import (
     SIZE_MISMATCH,
     TINY,
     UNREADABLE,
+    WITHOUT_BOXES,
     UnusablePictureError,
     check_hash,
     decode_picture,
@@ -74,6 +75,8 @@ class DatasetItem:
 
 
 def _parse_annotation(annotation: dict[str, Any]) -> tuple[int, int, list[Box]]:
+    if "boxes" not in annotation:  # as in sets of images and captions
+        raise UnusablePictureError(WITHOUT_BOXES)
     try:
         boxes = [Box(*(float(value) for value in box["xyxy"])) for box in annotation["boxes"]]
         width, height = int(annotation["width"]), int(annotation["height"])

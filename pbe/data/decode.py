@@ -7,6 +7,7 @@ import hashlib
 import cv2
 import numpy as np
 
+from pbe.data.colour import on_white, to_srgb
 from pbe.data.index import HASH_BYTES
 
 UNREADABLE = "unreadable picture"
@@ -14,12 +15,23 @@ DAMAGED = "picture of another hash"
 MISSING_SHARD = "missing shard"
 BAD_INDEX = "unreadable index"
 BAD_ANNOTATION = "unreadable annotation"
+WITHOUT_BOXES = "annotation without 'boxes'"
 TINY = "picture under 2 px"
 SIZE_MISMATCH = "picture of another size than annotated"
 NO_BOX = "no valid box"
 AREA = "no box of the wanted area"
 FAULTS = frozenset(
-    {UNREADABLE, DAMAGED, MISSING_SHARD, BAD_INDEX, BAD_ANNOTATION, TINY, SIZE_MISMATCH, NO_BOX}
+    {
+        UNREADABLE,
+        DAMAGED,
+        MISSING_SHARD,
+        BAD_INDEX,
+        BAD_ANNOTATION,
+        WITHOUT_BOXES,
+        TINY,
+        SIZE_MISMATCH,
+        NO_BOX,
+    }
 )
 # OpenCV has names for the reduced flags with BGR only; these bits beside that of RGB mean the same.
 COLOUR = {
@@ -57,8 +69,8 @@ def decode(encoded: bytes, flags: int) -> np.ndarray:
 def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None, reduction: int = 1) -> np.ndarray:
     """Decode a JPEG, PNG or WebP file to uint8 ``h w 3``, RGB, turned as its EXIF orientation says.
 
-    Grey pictures, palettes, CMYK and 16 bits become RGB of 8 bits; transparency is left out; of an animation
-    the first picture counts.
+    Grey pictures, palettes, CMYK and 16 bits become RGB of 8 bits; an ICC profile that is not sRGB's is
+    applied; transparent parts are laid on white; of an animation the first picture counts.
 
     Args:
         encoded: the file.
@@ -77,11 +89,11 @@ def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None, reducti
     size = picture.shape[1::-1]
     frame = None if frame is None else (frame[0] // reduction, frame[1] // reduction)
     if frame is None or size == frame:
-        return picture
+        return on_white(to_srgb(picture, encoded), encoded)
     if size == frame[::-1]:
         stored = decode(encoded, COLOUR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[1::-1] == frame:
-            return stored
+            return on_white(to_srgb(stored, encoded), encoded, turned=False)
     raise UnusablePictureError(SIZE_MISMATCH)
 
 

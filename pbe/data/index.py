@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import struct
-import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,19 +24,30 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pbe.data.tar_members import read_members
 from pbe.errors import UserError
 
 MANIFEST_NAME = "shards.json"
 MANIFEST_FORMAT, MANIFEST_VERSION = "pbe-shards", 1
-PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-BLOCK = tarfile.BLOCKSIZE
 HASH_BYTES = 16
 OPEN_FILES = 128  # a process may often open 1024
+MAX_COUNT = 2**40  # of a shard's pictures, boxes and bytes
 LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
-COLUMNS = (
-    "picture_offset", "picture_size", "json_offset", "json_size", "width", "height", "key_bytes", "key_end",
-    "box_end", "boxes", "picture_hash",
-)  # fmt: skip
+# Of the arrays that are read: the type, and what a row of it holds.
+COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+    "picture_offset": (np.int64, ()),
+    "picture_size": (np.int64, ()),
+    "json_offset": (np.int64, ()),
+    "json_size": (np.int64, ()),
+    "width": (np.int32, ()),
+    "height": (np.int32, ()),
+    "key_bytes": (np.uint8, ()),
+    "key_end": (np.int64, ()),
+    "box_end": (np.int64, ()),
+    "boxes": (np.float64, (4,)),
+    "picture_hash": (np.uint8, (HASH_BYTES,)),
+}
+ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
 
 
 class DamagedIndexError(Exception):
@@ -99,8 +110,11 @@ class LocalFiles:
         Raises:
             OSError: the file is missing, or shorter than that.
         """
-        data = os.pread(self._descriptor(path), size, offset)
-        if len(data) != size:
+        file = self._descriptor(path)
+        # A size that a damaged index made up would be allocated first.
+        fits = offset >= 0 and 0 <= size <= os.fstat(file).st_size - offset
+        data = os.pread(file, size, offset) if fits else b""
+        if not fits or len(data) != size:
             raise OSError(f"'{path}' was cut short while in use")
         return data
 
@@ -113,39 +127,6 @@ class Rows(Protocol):
 
     def box_ends(self) -> np.ndarray:
         """Return for each picture the number of boxes of the shard up to and with its own, int64."""
-
-
-def read_members(path: Path) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """Read a tar's headers and return, by key, the places of each picture and of its JSON.
-
-    Raises:
-        UserError: the tar is truncated or foreign, or a key is double or lacks its partner.
-    """
-    pictures: dict[str, tuple[int, int]] = {}
-    annotations: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                place = (member.offset_data, member.size)
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                key, extension = os.path.splitext(member.name)
-                picture = extension.lower() in PICTURE_EXTENSIONS
-                if not picture and extension != ".json":
-                    continue
-                found = pictures if picture else annotations
-                if key in found:
-                    raise UserError(f"'{path}' holds '{key}' twice; write the shard again with unique keys")
-                found[key] = place
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"'{path}' is not a tar or is truncated ({error}); write the shard again") from error
-    # A whole tar ends in blocks of zeros; one that was cut between two members does not.
-    if path.stat().st_size < end + BLOCK:
-        raise UserError(f"'{path}' is truncated (its end is missing); write the shard again")
-    if set(pictures) != set(annotations):
-        lonely = sorted(set(pictures) ^ set(annotations))[0]
-        raise UserError(f"'{path}': '{lonely}' lacks its picture or its .json; write the shard again")
-    return {key: (place, annotations[key]) for key, place in pictures.items()}
 
 
 class HeaderRows:
@@ -212,6 +193,27 @@ def _layout(data: bytes) -> dict[str, Place]:
     return places
 
 
+def _check_columns(data: bytes, places: dict[str, Place], pictures: int) -> None:
+    """Raise a ValueError where an array is missing, of another type or shape, or contradicts another."""
+    for name, (kind, row) in COLUMNS.items():
+        offset, dtype, shape = places[name]
+        rows = shape[0] if name in ENDS.values() and shape else pictures
+        if dtype != kind or shape != (rows, *row) or not 0 <= _bytes(dtype, shape) <= len(data) - offset:
+            raise ValueError(f"'{name}' is {dtype} of the shape {shape}")
+    values = {name: _values(data, places[name]) for name, (_, row) in COLUMNS.items() if not row}
+    for ends, of in ENDS.items():
+        steps = np.diff(values[ends], prepend=0)
+        if steps.min(initial=0) < 0 or steps.sum() != places[of][2][0]:
+            raise ValueError(f"'{ends}' does not fit '{of}'")
+    if any(values[name].min(initial=0) < 0 for name in values):
+        raise ValueError("a place or size is negative")
+
+
+def _values(data: bytes, place: Place) -> np.ndarray:
+    offset, dtype, shape = place
+    return np.frombuffer(data, dtype, math.prod(shape), offset)
+
+
 class IndexFile:
     """Rows read from an index file, a few bytes at a time.
 
@@ -232,18 +234,10 @@ class IndexFile:
             raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
         try:
             self._places = _layout(data)
-            ends = [self._places[name] for name in ("key_end", "box_end", "picture_offset")]
-            whole = all(
-                offset + _bytes(dtype, shape) <= len(data) for offset, dtype, shape in self._places.values()
-            )
-            if (
-                set(COLUMNS) - set(self._places)
-                or not whole
-                or any(shape != (pictures,) for _, _, shape in ends)
-            ):
-                raise ValueError("columns are missing or too short")
-        except (zipfile.BadZipFile, ValueError, KeyError, struct.error) as error:
-            raise DamagedIndexError(f"'{path}' is no index of {pictures} pictures ({error})") from error
+            _check_columns(data, self._places, pictures)
+        except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise DamagedIndexError(f"'{path}' is no index of {pictures} pictures ({what})") from error
         self._path, self._files, self._pictures = path, files, pictures
 
     def _read(self, name: str, start: int, end: int) -> np.ndarray:
@@ -287,7 +281,7 @@ class IndexFile:
 
 
 def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    return dtype.itemsize * math.prod(shape)
 
 
 @dataclass(frozen=True)
@@ -319,15 +313,16 @@ def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) 
             raise UserError(f"'{source}' is not the list of a data set's shards; {again}")
         if loaded["version"] != MANIFEST_VERSION:
             raise UserError(f"'{source}' is of version {loaded['version']}, not {MANIFEST_VERSION}; {again}")
-        return [
-            IndexedShard(
-                path=place(shard["name"]),
-                pictures=int(shard["pictures"]),
-                boxes=int(shard["boxes"]),
-                index=place(shard["index"]),
-                index_digest=str(shard["index_blake2b"]),
-            )
-            for shard in loaded["shards"]
-        ]
+        return [_parse_shard(shard, place) for shard in loaded["shards"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{source}' is damaged ({type(error).__name__}: {error}); {again}") from error
+
+
+def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:
+    names = [entry[key] for key in ("name", "index", "index_blake2b")]
+    counts = [entry[key] for key in ("pictures", "boxes")]
+    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        raise ValueError(f"a shard is called {names[0]!r}, its index {names[1]!r} with the hash {names[2]!r}")
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+        raise ValueError(f"'{names[0]}' has {counts[0]!r} pictures and {counts[1]!r} boxes")
+    return IndexedShard(place(names[0]), counts[0], counts[1], place(names[1]), names[2])

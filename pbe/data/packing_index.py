@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,6 +40,22 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that packing keeps for itself.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+        problem = "no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"'{path}' is damaged ({problem}); start anew with --overwrite")
 
 
 @dataclass(frozen=True)
@@ -130,8 +145,9 @@ def load_index(source: Path | bytes) -> ShardTable:
     try:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as file:
             arrays = {field.name: file[field.name] for field in fields(ShardTable)}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{name}: no whole index of a shard ({error}); pack the shards again") from error
+    except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: no whole index of a shard ({what}); pack the shards again") from error
     return ShardTable(**arrays)
 
 
@@ -188,7 +204,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         known = (summary["format"], summary["version"]) == (MANIFEST_FORMAT, MANIFEST_VERSION)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged ({error}); pack the shards again") from error
     if not known:
         raise UserError(f"'{path}' is of another version of this project; pack the shards again")

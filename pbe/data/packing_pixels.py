@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.decode import UnusablePictureError, decode
+from pbe.data.colour import convert_profile
+from pbe.data.decode import UnusablePictureError, decode, decode_picture
 from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
 
 HASH_SIDE, HASH_BITS = 32, 8
 MIN_CONTRAST = 2.0
 REDUCED = ((512, cv2.IMREAD_REDUCED_GRAYSCALE_8), (256, cv2.IMREAD_REDUCED_GRAYSCALE_4))
 CANNOT_DECODE = "cannot be decoded"
+NO_RANGE = "values beyond 16 bits, which are no colours"
 
 
 def _decode(encoded: bytes, flag: int) -> np.ndarray:
     try:
         return decode(encoded, flag)
+    except UnusablePictureError as error:
+        raise UnreadablePictureError(CANNOT_DECODE) from error
+
+
+def _decode_colours(encoded: bytes) -> np.ndarray:
+    try:
+        return decode_picture(encoded)
     except UnusablePictureError as error:
         raise UnreadablePictureError(CANNOT_DECODE) from error
 
@@ -57,17 +67,36 @@ def check_and_hash(encoded: bytes, header: PictureHeader) -> int:
 def first_frame(encoded: bytes) -> np.ndarray:
     """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
 
+    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.colour`.
+
     Raises:
-        UnreadablePictureError: it cannot be decoded.
+        UnreadablePictureError: it cannot be decoded, or its numbers have no meaning as colours.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-                deep = np.asarray(picture).astype(np.int64)
-                return cv2.cvtColor(np.clip(deep >> 8, 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-            return np.asarray(picture.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd tags and large pictures; what matters is an error
+            with Image.open(io.BytesIO(encoded)) as picture:
+                if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                    deep = np.asarray(picture).astype(np.int64)
+                    _check_range(deep)
+                    return cv2.cvtColor((deep >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+                if picture.mode == "F":
+                    raise UnreadablePictureError(NO_RANGE)
+                profile = picture.info.get("icc_profile")
+                if not picture.has_transparency_data:
+                    image = np.array(picture.convert("RGB"))
+                    return convert_profile(image, profile) if profile else image
+                white = Image.new("RGBA", picture.size, "white")
+                return np.array(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB"))
+    except UnreadablePictureError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise UnreadablePictureError(CANNOT_DECODE) from error
+
+
+def _check_range(values: np.ndarray) -> None:
+    if values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
+        raise UnreadablePictureError(NO_RANGE)
 
 
 def needs_encoding(header: PictureHeader, max_side: int) -> bool:
@@ -87,10 +116,8 @@ def encode_again(encoded: bytes, header: PictureHeader, max_side: int, quality: 
     Raises:
         UnreadablePictureError: it cannot be decoded.
     """
-    if header.extension and header.frames == 1:
-        image = _decode(encoded, cv2.IMREAD_COLOR)
-    else:
-        image = cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2BGR)
+    image = _decode_colours(encoded) if header.extension and header.frames == 1 else first_frame(encoded)
+    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     height, width = image.shape[:2]
     scale = max_side / max(width, height) if max_side else 1.0
     if scale < 1:

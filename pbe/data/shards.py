@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
 import webdataset
 
@@ -33,7 +32,6 @@ from pbe.data.index import (
     LocalFiles,
     PictureRow,
     Rows,
-    parse_manifest,
 )
 from pbe.data.remote import (
     PIPE,
@@ -42,12 +40,16 @@ from pbe.data.remote import (
     check_ranges,
     default_cache,
     is_url,
-    join,
-    read_manifest,
     spool,
 )
+from pbe.data.shard_finding import find_indexed, find_shards, remote_shards, shard_state
 from pbe.errors import UserError
 from pbe.files import make_folder
+
+__all__ = [
+    "ShardEntry", "ShardPictures", "ShardRecord", "find_shards", "parse_annotation", "shard_state",
+    "write_shards",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,12 @@ def write_shards(
         The shards written, in order.
 
     Raises:
-        UserError: for a key that WebDataset would split, or a folder that cannot be made or written to.
+        UserError: for a key that WebDataset would split; or a folder that cannot be made or written to, or
+            holds packed shards with a list of them, which would no longer be true.
     """
     folder = make_folder(folder)
+    if (folder / MANIFEST_NAME).exists():
+        raise UserError(f"'{folder}' holds shards that prepare_data.py has packed; name another folder")
     paths: list[Path] = []
     writer: _ShardWriter | None = None
     try:
@@ -160,66 +165,6 @@ def write_shards(
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths
-
-
-def find_shards(pattern: str | Path) -> list[Path]:
-    """Return the tars that a folder, a file, a glob or a brace pattern (``train-{000..007}.tar``) names.
-
-    Raises:
-        UserError: when nothing is found.
-    """
-    text = str(pattern)
-    if not text:
-        raise UserError("no shards given; set data.train_shards and data.validation_shards")
-    if Path(text).is_dir():
-        found = sorted(Path(text).glob("*.tar"))
-    else:
-        names = [name for part in braceexpand.braceexpand(text) for name in sorted(glob.glob(part))]
-        found = [Path(name) for name in dict.fromkeys(names)]
-    if not found:
-        raise UserError(f"no shards (.tar) found at '{text}'; give a folder, a glob or a brace pattern")
-    return found
-
-
-def find_indexed(pattern: str) -> list[Path | IndexedShard]:
-    """Return the local shards that a pattern names, as ``shards.json`` tells of them where there is one.
-
-    For a folder that file decides, so that a shard that vanished is noticed.
-
-    Raises:
-        UserError: when nothing is found, or a ``shards.json`` is damaged.
-    """
-    folder = Path(pattern)
-    if pattern and (folder / MANIFEST_NAME).is_file():
-        return list(_local_manifest(folder))
-    paths = find_shards(pattern)
-    parents = {path.parent for path in paths}
-    indexed = {Path(shard.path): shard for parent in parents for shard in _local_manifest(parent)}
-    return [indexed.get(path, path) for path in paths]
-
-
-def _local_manifest(folder: Path) -> list[IndexedShard]:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        return []
-    return parse_manifest(path.read_bytes(), str(path), lambda name: str(folder / name))
-
-
-def _remote_manifest(base: str) -> list[IndexedShard]:
-    url, manifest = read_manifest(base)
-    found = parse_manifest(manifest, url, lambda name: join(base, name))
-    if not found:
-        raise UserError(f"'{url}' names no shards; pack them again")
-    return found
-
-
-def shard_state(pattern: str) -> list[tuple[str, int | str]]:
-    """Return what tells one set of shards from another: names and sizes; remote ones, hashes of the index."""
-    if pattern.startswith(PIPE):
-        return [(pattern, 0)]
-    if is_url(pattern):
-        return [(shard.path, shard.index_digest) for shard in _remote_manifest(pattern)]
-    return [(path.name, path.stat().st_size) for path in find_shards(pattern)]
 
 
 @dataclass(frozen=True)
@@ -264,7 +209,7 @@ class ShardPictures(Sequence[ShardEntry]):
         if text.startswith(PIPE):
             found = spool(text, self._cache)
         else:
-            found = _remote_manifest(text) if self._remote else find_indexed(text)
+            found = remote_shards(text) if self._remote else find_indexed(text)
         if self._remote and isinstance(found[0], IndexedShard):
             check_ranges(found[0].path)
         self._files: Files = RemoteFiles() if self._remote else LocalFiles()

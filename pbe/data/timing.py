@@ -26,9 +26,10 @@ from pbe.data import dataset as dataset_module, sample as sample_module
 from pbe.data.augment import ExemplarAugmentation
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import ExemplarDataset, collate
-from pbe.data.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, read_members
+from pbe.data.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.data.randomness import generator
 from pbe.data.shards import ShardPictures, ShardRecord, write_shards
+from pbe.data.tar_members import read_members
 
 # Stage, and the function whose time it is; whatever none of them covers is "the rest".
 STAGES: tuple[tuple[str, Any, str], ...] = (

@@ -140,7 +140,7 @@ def ensure_cache(
     settings = settings_of(config, model)
     if (found := _find(config, settings)) is not None:
         return found
-    folder = make_folder(config.cache.folder)
+    folder = Path(config.cache.folder)  # made once the data are open
     data = ExemplarDataModule(config.data, config.seed)
     try:
         section = _open(config, model, settings, data, check)

@@ -87,6 +87,22 @@ def test_skipped_pictures_are_named(tmp_path):
     assert sum("skipped: unreadable picture" in row.notes for row in rows) == 3
 
 
+def test_the_count_is_that_of_the_page(config, shards, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert inspect_data.main([str(config), "--out", str(out), "--count", "1000"]) == 0
+    assert f"{len(ShardPictures(shards))} samples in" in capsys.readouterr().out
+    assert out.read_text().count('<td class="note">') == len(ShardPictures(shards))
+
+
+def test_a_failed_start_makes_no_folder(config, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    command = [str(config), "--out", str(tmp_path / "new" / "page.html"), "data.train_shards=nowhere"]
+    assert inspect_data.main(command) == 2
+    assert inspect_data.main([str(config), "--out", str(tmp_path), "--count", "1"]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "it is a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [(["--count", "0"], "--count"), (["--epoch", "-1"], "--epoch"), (["data.nothing=1"], "unknown key")],

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pbe.data.dataset import decode_picture
-from pbe.data.packing import PackRequest, pack
+from pbe.data.packing import pack
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_index import digest, load_index, read_summary
 from pbe.data.packing_plan import PackSettings, make_plan
 from pbe.data.rle import decode_rle
@@ -218,6 +219,22 @@ def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
         assert load_index(out / "shard-000000.index.npz").has_mask.tolist() == [True]
 
 
+def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
+    """A file that lies there is never called missing: it is encoded again, or called unreadable."""
+    pixels = np.asarray(noise())
+    lines = ["file,x1,y1,x2,y2"]
+    for name in ("a.bmp", "b.tga", "c.ppm", "d.tiff", "e.gif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        lines.append(f"{name},10,10,60,60")
+    (tmp_path / "f.heic").write_bytes(b"no picture that Pillow knows")
+    (tmp_path / "boxes.csv").write_text("\n".join([*lines, "f.heic,10,10,60,60"]))
+    result = run(request_of(tmp_path, tmp_path / "out"))
+    assert result.tally.dropped_pictures == {"unreadable: no picture": 1}
+    pictures = ShardPictures(tmp_path / "out")
+    for position in range(4):
+        assert np.array_equal(decode_picture(pictures.picture(position)), pixels)
+
+
 def test_smaller_copies(odd: Path, tmp_path: Path) -> None:
     result = run(request_of(odd, tmp_path / "out", max_side=50))
     assert result.tally.events["encoded again: too long"] == 5
@@ -261,9 +278,9 @@ def test_any_tar_reader_reads_the_shards(straight: dict[str, bytes]) -> None:
 
 
 def test_nothing_left(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no picture is left to pack"):
+    with pytest.raises(UserError, match="no image is left to pack"):
         pack(request_of(plain, tmp_path / "a", labels=("unicorn",)), workers=0)
-    with pytest.raises(UserError, match="no picture is left to pack"):
+    with pytest.raises(UserError, match="no image is left to pack"):
         pack(request_of(plain, tmp_path / "b", min_side=90.0), workers=0)
 
 

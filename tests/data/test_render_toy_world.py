@@ -58,8 +58,10 @@ def test_shards_hold_readable_scenes_with_boxes(tmp_path):
         (["--scenes", "0"], "at least 1"),
         (["--size", "5"], "--size must lie in"),
         (["--max-long-side", "20"], "--max-long-side"),
+        (["--max-long-side", "0"], "--max-long-side"),
         (["--max-objects", "9"], "--max-objects"),
         (["--recolour", "2"], "--recolour"),
+        (["--recolour", "0.5", "--split", "test"], "--recolour is for the training split only"),
         (["--workers", "-1"], "--workers"),
         (["--world", "nowhere.zip"], "no toy world at 'nowhere.zip'"),
     ],
@@ -70,6 +72,14 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, options, message):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_packed_shards_of_others_are_left_alone(tmp_path, capsys):
+    (tmp_path / "shards.json").write_text("{}")
+    (tmp_path / "shard-000000.tar").write_bytes(b"packed")
+    assert main(["--out", str(tmp_path), "--scenes", "1", "--workers", "0"]) == 2
+    assert "prepare_data.py has packed; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "shard-000000.tar").read_bytes() == b"packed"
 
 
 def test_runs_as_a_script(tmp_path, project_root):

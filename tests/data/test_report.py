@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.packing import PackRequest, PackResult, pack
+from pbe.data.packing import PackResult, pack
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_duplicates import as_void, exact_pairs, near_duplicates, near_pairs
 from pbe.data.packing_pixels import perceptual_hash
 from pbe.data.packing_plan import PackSettings

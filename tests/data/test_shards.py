@@ -113,7 +113,7 @@ def test_lonely_members(tmp_path):
         info = tarfile.TarInfo("x.jpg")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    with pytest.raises(UserError, match=r"'x' lacks its picture or its \.json"):
+    with pytest.raises(UserError, match=r"'x\.jpg' has no 'x\.json' with its boxes"):
         ShardPictures(path)
 
 

@@ -220,7 +220,7 @@ def _pictures(files: pl.DataFrame, found: _Collector, joined: _Joined) -> pl.Dat
     kinds = {"width": pl.Int32, "height": pl.Int32, "licence": pl.String}
     stem = pl.col("name").str.replace(r"\.[^.]*$", "")
     known = [pl.Series(name, values, kinds[name]) for name, values in columns.items()]
-    good = pl.Series(row not in joined.bad for row in range(files.height))
+    good = pl.Series((row not in joined.bad for row in range(files.height)), dtype=pl.Boolean)
     return complete(
         files.select("path", "name", "bytes").with_columns(*known, stem.alias("key")).filter(good)
     )
@@ -233,8 +233,9 @@ def _boxes(found: _Collector, joined: _Joined) -> tuple[pl.DataFrame, Counter[st
         columns[name] = pl.Series(found.boxes[position::4], dtype=pl.Float64)
     columns["category"] = pl.Series(found.category_ids, dtype=pl.Int32)
     columns["flags"] = pl.Series(found.flags, dtype=pl.UInt8)
-    columns["mask"] = pl.Series(found.shapes, dtype=pl.String) if found.masks else None
-    mask = pl.col("mask").cast(pl.String)
+    if found.masks:
+        columns["mask"] = pl.Series(found.shapes, dtype=pl.String)
+    mask = pl.col("mask") if found.masks else pl.lit(None, pl.String)
     reason = _looked_up("image", joined.reasons, pl.String)
     before = sorted(joined.bad)  # rows that the table of pictures leaves out
     rows = {number: row - bisect.bisect(before, row) for number, row in joined.rows.items()}

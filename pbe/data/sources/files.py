@@ -12,9 +12,13 @@ import polars as pl
 from pbe.data.sources.records import PICTURE_COLUMNS
 from pbe.errors import UserError
 
+# What is no JPEG, PNG or WebP is encoded again when it is packed, or counted as what Pillow cannot read.
 PICTURE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-)  # what is no JPEG, PNG or WebP is encoded again when it is packed
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+        ".avif", ".heic", ".heif", ".jp2", ".tga", ".ppm", ".pgm",
+    }
+)  # fmt: skip
 SYSTEM_FILES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})  # others of macOS begin with a dot
 BAD_NAME = "file name is not UTF-8"
 TWICE = "picture found twice"

@@ -79,28 +79,44 @@ class NameMatcher:
     def __init__(self, names: Sequence[str], root: Path) -> None:
         self.names, self.root = names, root
         self._exact = {name: row for row, name in enumerate(names)}
-        above = tuple(unicodedata.normalize("NFC", part) for part in root.resolve().parts)
-        self._above = len(above)
-        self._paths = [above + tuple(unicodedata.normalize("NFC", name).split("/")) for name in names]
+        self._paths: list[Parts] = []
+        self._above = 0
         self._cleaned: dict[str, list[int]] = defaultdict(list)
-        self._ends: dict[str, list[int]] = defaultdict(list)
+        # By the last part, and by the last two: videos number their frames alike.
+        self._ends: dict[Parts, list[int]] = defaultdict(list)
         self._folded_ends: dict[str, list[int]] = defaultdict(list)
-        for row, path in enumerate(self._paths):
+
+    def _look_closer(self) -> None:
+        """Take the names apart, which takes a while for millions and is seldom needed."""
+        if self._paths:
+            return
+        above = tuple(unicodedata.normalize("NFC", part) for part in self.root.resolve().parts)
+        self._above = len(above)
+        for row, name in enumerate(self.names):
+            path = above + tuple(unicodedata.normalize("NFC", name).split("/"))
+            self._paths.append(path)
             self._cleaned["/".join(path[len(above) :])].append(row)
-            self._ends[path[-1]].append(row)
+            self._ends[path[-1:]].append(row)
+            self._ends[path[-2:]].append(row)
             self._folded_ends[path[-1].casefold()].append(row)
 
     def match(self, wanted: Iterable[str]) -> dict[str, int | None]:
         """Return the row of each name's file, None where there is none, or :data:`AMBIGUOUS`."""
+        different = list(dict.fromkeys(wanted))
+        if all(name in self._exact for name in different):
+            return {name: self._exact[name] for name in different}
+        self._look_closer()
         found: dict[str, int | None] = {}
         claims: dict[str, _Claim] = {}
-        for name in dict.fromkeys(wanted):
+        for name in different:
             row = self._same(name)
             claim = self._longest_end(name) if row is None else row
             if isinstance(claim, _Claim):
                 claims[name] = claim
             else:
                 found[name] = claim
+        if not claims:
+            return found
         same = {name: self._claim(name, row) for name, row in found.items() if row not in (None, AMBIGUOUS)}
         sure = bool(same) or any(self._covers(claim) for claim in claims.values())
         taken = {claim.row for claim in same.values()}
@@ -132,11 +148,10 @@ class NameMatcher:
 
     def _longest_end(self, name: str) -> _Claim | int | None:
         for folded in (False, True):
-            ends = self._folded_ends if folded else self._ends
             for spelling in _spellings(name):
                 parts = tuple(spelling.split("/"))
-                rows = ends.get(parts[-1].casefold() if folded else parts[-1], ())
-                if not spelling or not rows:
+                rows = self._rows(parts, folded) if spelling else ()
+                if not rows:
                     continue
                 common = [_common_end(parts, self._paths[row], folded) for row in rows]
                 best = max(common)
@@ -144,6 +159,13 @@ class NameMatcher:
                     return AMBIGUOUS
                 return _Claim(rows[common.index(best)], best, parts)
         return None
+
+    def _rows(self, parts: Parts, folded: bool) -> Sequence[int]:
+        """Return the files among which the one with the longest common end is."""
+        if folded:
+            return self._folded_ends.get(parts[-1].casefold(), ())
+        close: Sequence[int] = self._ends.get(parts[-2:], ()) if len(parts) > 1 else ()
+        return close or self._ends.get(parts[-1:], ())
 
     def nearest(self, name: str) -> str:
         """Return the file whose name is most like ``name``; empty if none is."""

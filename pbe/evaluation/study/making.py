@@ -79,6 +79,8 @@ def make_study(
         raise UserError("a study needs at least one group")
     folders = {name: EditFolder(folder, benchmark) for name, folder in systems.items()}
     chosen = _choose(folders, benchmark, settings)
+    for position in chosen:
+        benchmark[position]  # what cannot be read is told before the folder is begun
     if any(make_folder(out).iterdir()):
         raise UserError(f"'{out}' is not empty; name a new folder")
     published = make_folder(out / PAGE)

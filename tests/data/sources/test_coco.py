@@ -120,6 +120,14 @@ def test_entries_that_are_none_are_counted(tmp_path: Path, save: Save) -> None:
     assert found.dropped_boxes == {"entry without id, file name or box": len(boxes) - 1}
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_pictures_without_any_box(tmp_path: Path, save: Save, masks: bool) -> None:
+    save("pics/a.jpg")
+    read(tmp_path, [image(1, "a.jpg")], [])
+    found = read_coco(tmp_path / "a.json", tmp_path / "pics", masks)
+    assert left_sides(found) == {"a.jpg": []}
+
+
 def test_numbers_of_boxes(tmp_path: Path, save: Save) -> None:
     save("pics/a.jpg")
     bad = [None, "x", True, float("nan"), float("inf"), 10**400, "1e400", [1]]

@@ -166,4 +166,4 @@ def test_damage_is_read_or_refused_in_one_line(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
 def test_much_damage(name: str, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    fuzz(name, tmp_path, pictures, 2000)
+    fuzz(name, tmp_path, pictures, 1000)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.study import making
 from pbe.evaluation.study.making import StudySettings, make_study
@@ -103,6 +104,24 @@ def test_what_is_published_tells_nobody_whose_an_edit_is(systems, bench_files, t
             assert times == sorted(times), "the times of files follow the opaque names, not the systems"
     assert [case for case, _ in seen[0]] == [case for case, _ in seen[1]]
     assert all(not a & b for (_, a), (_, b) in zip(*seen, strict=True)), "names are of the salt"
+
+
+def test_a_case_that_cannot_be_read_is_told_before_the_folder_is_begun(
+    systems, bench_files, tmp_path, monkeypatch
+):
+    read, seen = BenchmarkFolder.__getitem__, []
+
+    def fragile(self: BenchmarkFolder, position: int) -> object:
+        seen.append(position)
+        if len(seen) == 3:
+            raise UserError("a picture is damaged")
+        return read(self, position)
+
+    monkeypatch.setattr(BenchmarkFolder, "__getitem__", fragile)
+    assert make(systems, bench_files, tmp_path / "out", "--groups", "4") == 2
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert make(systems, bench_files, tmp_path / "out", "--groups", "4") == 0
 
 
 def test_pictures_belong_to_their_systems(study, systems, bench_files, tmp_path):
