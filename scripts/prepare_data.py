@@ -14,18 +14,23 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pbe.cli import Parser, run_command
-from pbe.data.packing import ENGINES, PackRequest, PackResult, pack
+from pbe.data.packing import ENGINES, PackRequest, PackResult, pack_all
+from pbe.data.packing_merge import SIDES
 from pbe.data.packing_plan import FRAMES, PackSettings
 from pbe.data.report import HTML_NAME, make_report, write_report
+from pbe.data.sources.files import find_pictures
 from pbe.data.sources.open_images import SPLITS
 from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_source
 from pbe.data.sources.records import FLAGS
 from pbe.errors import UserError
+
+SOURCE_OPTIONS = {"split": "open-images", "masks": "coco", "zero_based": "voc", "relative": "csv"}
 
 
 def _add_source_options(parser: Parser) -> None:
@@ -33,7 +38,7 @@ def _add_source_options(parser: Parser) -> None:
         "sources", nargs="+", metavar="SOURCE", help=f"KIND:PATH[@PICTURES]; {', '.join(KINDS)}"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards and the report")
-    parser.add_argument("--split", default="train", help=f"of Open Images: {', '.join(SPLITS)}")
+    parser.add_argument("--split", help=f"of Open Images: {', '.join(SPLITS)} (train)")
     parser.add_argument("--masks", action="store_true", help="coco: take segmentations; they give the boxes")
     parser.add_argument("--zero-based", action="store_true", help="voc: the first pixel is 0, not 1")
     parser.add_argument("--relative", action="store_true", help="csv: numbers are shares of width and height")
@@ -77,6 +82,10 @@ def _add_packing_options(parser: Parser, default: PackSettings) -> None:
         "--max-side", type=int, default=0, help="encode longer pictures again; 0: keep every file"
     )
     parser.add_argument("--quality", type=int, default=default.quality, help="of JPEGs encoded again")
+    parser.add_argument(
+        "--validation-share", type=float, metavar="SHARE",
+        help="hold this share of the images out, by a hash of the name; --out gets train/ and validation/",
+    )  # fmt: skip
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="pack in a random order")
     parser.add_argument(
         "--no-perceptual", action="store_true", help="no hashes for near duplicates, no decoding"
@@ -121,6 +130,7 @@ def make_settings(options: argparse.Namespace) -> PackSettings:
         exif_frame=options.exif_frame,
         shuffle=options.shuffle,
         perceptual=not options.no_perceptual,
+        validation_share=options.validation_share or 0.0,
     )
 
 
@@ -140,27 +150,47 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def make_request(options: argparse.Namespace) -> PackRequest:
-    """Return what is to be packed, and check every option.
+def check_options(options: argparse.Namespace) -> None:
+    """Check what needs no source to be read.
 
     Raises:
-        UserError: for an option that makes no sense.
+        UserError: an option makes no sense, or would be ignored.
     """
-    for source in options.sources:
-        parse_source(source)
+    kinds = {parse_source(source)[0] for source in options.sources}
+    for name, kind in SOURCE_OPTIONS.items():
+        if getattr(options, name) and kind not in kinds:
+            raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {kind} only")
     if options.engine not in ENGINES:
         raise UserError(f"--engine is '{options.engine}'; it must be one of {', '.join(ENGINES)}")
     if options.workers is not None and options.workers < 0:
         raise UserError("--workers must be 0 or more")
-    if options.check_against and not options.check_against.is_dir():
-        raise UserError(f"--check-against '{options.check_against}' is not a folder")
-    reading = SourceOptions(options.split, options.masks, options.zero_based, options.relative)
-    return PackRequest(
+    if options.validation_share is not None and not 0 < options.validation_share < 1:
+        raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
+    if options.check_against:
+        if not options.check_against.is_dir():
+            raise UserError(f"--check-against '{options.check_against}' is not a folder")
+        if not find_pictures([options.check_against])[0].height:
+            raise UserError(f"--check-against '{options.check_against}' holds no images")
+
+
+def make_requests(options: argparse.Namespace) -> list[PackRequest]:
+    """Return what is to be packed: one set, or the two sides of a split.
+
+    Raises:
+        UserError: for an option that makes no sense.
+    """
+    check_options(options)
+    reading = SourceOptions(options.split or "train", options.masks, options.zero_based, options.relative)
+    whole = PackRequest(
         sources=lambda: [read_source(source, reading) for source in options.sources],
         description=[*options.sources, str(reading)],
         settings=make_settings(options),
         out=options.out,
     )
+    if options.validation_share is None:
+        return [whole]
+    sides = ((side, replace(whole.settings, side=side)) for side in SIDES)
+    return [replace(whole, settings=settings, out=options.out / side) for side, settings in sides]
 
 
 @contextlib.contextmanager
@@ -169,6 +199,7 @@ def progress_bar() -> Iterator[Callable[[int], Callable[[int], object]]]:
     with contextlib.ExitStack() as stack:
 
         def start(total: int) -> Callable[[int], object]:
+            stack.close()  # the bar of the set before
             bar = stack.enter_context(tqdm(total=None if total < 0 else total, unit="picture", desc="pack"))
             return bar.update
 
@@ -177,15 +208,20 @@ def progress_bar() -> Iterator[Callable[[int], Callable[[int], object]]]:
 
 def run(options: argparse.Namespace) -> None:
     """Pack, write the report and say what came out."""
-    request = make_request(options)
+    requests = make_requests(options)
+    train = requests[0].out if len(requests) > 1 else None
+    notes: list[str] = []
 
-    def finish(result: PackResult) -> None:
-        write_report(make_report(request, result, options.check_against), request.out)
+    def finish(request: PackRequest, result: PackResult) -> None:
+        others = train if request.out != train else None
+        report = make_report(request, result, options.check_against, others)
+        write_report(report, request.out)
+        notes.extend(note_copies(report["also_in_train"]))
 
     part = parse_part(options.part)
     with progress_bar() as progress:
-        result = pack(
-            request,
+        results = pack_all(
+            requests,
             engine=options.engine,
             workers=options.workers,
             part=part,
@@ -193,7 +229,17 @@ def run(options: argparse.Namespace) -> None:
             progress=progress,
             finish=finish,
         )
-    print(outcome(request, result, part))
+    for request, result in zip(requests, results, strict=True):
+        print(outcome(request, result, part))
+    print(*notes, sep="\n", end="\n" if notes else "")
+
+
+def note_copies(shared: dict[str, int] | None) -> list[str]:
+    """Return a line where images of the validation set lie in the training set too, under other names."""
+    if not shared or not shared["exact"] + shared["near"]:
+        return []
+    same, alike = (f"{shared[kind]} images of the validation set" for kind in ("exact", "near"))
+    return [f"note: {same} are copies of training images, {alike} look like one; the report names them"]
 
 
 def outcome(request: PackRequest, result: PackResult | None, part: Sequence[int]) -> str:

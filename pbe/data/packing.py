@@ -6,9 +6,7 @@ that was killed leaves whole shards and such records; started again, it packs wh
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
@@ -18,50 +16,31 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pbe.data.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
-from pbe.data.packing_index import read_summary, write_whole
-from pbe.data.packing_plan import PackSettings, Plan, make_plan, save_plan
+from pbe.data.packing_claim import (
+    PACK_LOCK,
+    PackRequest,
+    State,
+    busy,
+    claim_folder,
+    hold_lock,
+    look,
+    read_plan,
+    remove_leavings,
+    reserved,
+)
+from pbe.data.packing_index import read_json, write_whole
+from pbe.data.packing_plan import OPTIONS, PackSettings, make_plan
 from pbe.data.packing_tally import Tally
 from pbe.data.packing_task import pack_shard
-from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
-from pbe.files import make_folder
 
-WORK = ".packing"
-Sources = Callable[[], Sequence[Annotations]]
 Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class PackRequest:
-    """What is to be packed, and where.
-
-    Attributes:
-        sources: reads the annotations; called only where there is no plan yet.
-        description: of the sources, as JSON has it; with the settings it tells one request from another.
-        settings: what is kept and how.
-        out: folder of the shards.
-    """
-
-    sources: Sources
-    description: Sequence[str]
-    settings: PackSettings
-    out: Path
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the description and the settings."""
-        request = json.dumps([list(self.description), self.settings.to_dict()], sort_keys=True)
-        return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
-
-    @property
-    def work(self) -> Path:
-        """Folder of the plan and of the records."""
-        return self.out / WORK
 
 
 @dataclass(frozen=True)
@@ -73,79 +52,60 @@ class PackResult:
     plan: dict[str, Any]
 
 
-@contextlib.contextmanager
-def _lock(folder: Path, name: str, mode: int, complaint: str) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends."""
-    with (folder / name).open("w") as file:
-        try:
-            fcntl.flock(file, mode)
-        except BlockingIOError as error:
-            raise UserError(complaint) from error
-        yield
-
-
-def _check_folder(request: PackRequest, overwrite: bool) -> bool:
-    """Return whether the folder is complete; clear it where it is to be overwritten.
-
-    Raises:
-        UserError: it holds something else.
-    """
-    summary = read_summary(request.out)
-    if summary is not None and not overwrite:
-        if summary["fingerprint"] == request.fingerprint:
-            return True
-        raise UserError(
-            f"'{request.out}' holds shards of other sources or settings; name another folder or --overwrite"
-        )
-    if overwrite:
-        _clear(request.out)
-    marker = request.work / "request.json"
-    if marker.is_file():
-        if json.loads(marker.read_bytes())["fingerprint"] != request.fingerprint:
-            raise UserError(
-                f"'{request.out}' holds a half-done packing of other sources or settings; "
-                "start it with the same ones, name another folder or use --overwrite"
-            )
-    elif any(request.out.glob("*.tar")):
-        raise UserError(f"'{request.out}' holds shards that were not packed here; name another folder")
-    request.work.mkdir(exist_ok=True)
-    write_whole(marker, json.dumps({"fingerprint": request.fingerprint}).encode())
-    return False
-
-
-def _clear(out: Path) -> None:
-    """Remove what packing wrote, the list of shards first, and nothing else."""
-    (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("shard-*.tar", "shard-*.index.npz", "report.json", "report.html"):
-        for path in out.glob(pattern):
-            path.unlink()
-    shutil.rmtree(out / WORK, ignore_errors=True)
-
-
-def _remove_leavings(request: PackRequest) -> None:
-    """Remove temporary files of runs that were killed."""
-    for folder in (request.out, request.work, request.work / "plan"):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def ensure_plan(request: PackRequest) -> dict[str, Any]:
-    """Return the summary of the plan, which is made where there is none."""
-    path = request.work / "plan" / "plan.json"
-    if not path.is_file():
-        start = time.perf_counter()
-        sources = request.sources()
-        read = time.perf_counter() - start
-        plan: Plan = make_plan(sources, request.settings)
-        del sources
-        save_plan(plan, path.parent)
-        times = {"read annotations": read, "plan": time.perf_counter() - start - read}
-        write_whole(request.work / "times.json", json.dumps(times).encode())
-    return dict(json.loads(path.read_bytes()))
+Finish = Callable[[PackRequest, PackResult], None]
 
 
 def _part_path(request: PackRequest, number: int) -> Path:
-    return request.work / "plan" / f"part-{number:06d}.json"
+    return request.plan / f"part-{number:06d}.json"
+
+
+def claim(requests: Sequence[PackRequest], *, overwrite: bool = False, finish: Finish | None = None) -> None:
+    """Plan requests over the same sources and claim their folders: all of them, or none.
+
+    Args:
+        requests: one, or the two sides of a split.
+        overwrite: remove what an earlier packing left, once there is a plan.
+        finish: writes the report where nothing is left to pack.
+
+    Raises:
+        UserError: a folder holds something else, a source cannot be read, or nothing is left to pack.
+    """
+    with ExitStack() as stack:
+        for request in requests:
+            request.settings.check()
+            stack.enter_context(reserved(request))
+        states = [look(request, overwrite) for request in requests]
+        new = [request for request, state in zip(requests, states, strict=True) if state is State.NEW]
+        start = time.perf_counter()
+        sources = new[0].sources() if new else []
+        read = time.perf_counter()
+        plans = [make_plan(sources, request.settings) for request in new]
+        del sources
+        for request, plan in zip(new, plans, strict=True):
+            if not plan.shards:
+                _nothing_left(request, collect(request, plan.summary()), finish)
+        times = {"read annotations": read - start, "plan": time.perf_counter() - read}
+        for request, plan in zip(new, plans, strict=True):
+            claim_folder(request, plan, times, overwrite)
+
+
+def _nothing_left(request: PackRequest, result: PackResult, finish: Finish | None) -> NoReturn:
+    """Say why, and leave a report, but not in the place of a finished set's."""
+    counts = [
+        ("image", "images", +result.tally.dropped_pictures),
+        ("box", "boxes", +result.tally.dropped_boxes),
+    ]
+    why = [
+        f"{count} {one if count == 1 else many} {reason}"
+        + (f" ({OPTIONS[reason]})" if reason in OPTIONS else "")
+        for one, many, reasons in counts
+        for reason, count in reasons.most_common()
+    ]
+    line = f"no image is left to pack into '{request.out}' ({'; '.join(why) or 'none was found'})"
+    if finish and not (request.out / MANIFEST_NAME).exists():
+        finish(request, result)
+        line += f"; the report with examples: '{request.out / 'report.html'}'"
+    raise UserError(line)
 
 
 Task = tuple[Path, Path, int, Sequence[str], PackSettings]
@@ -221,7 +181,7 @@ def _pack_missing(
         if _part_path(request, number).is_file():
             progress(ends[number + 1] - ends[number])
         else:
-            tasks.append((request.work / "plan", request.out, number, plan["labels"], request.settings))
+            tasks.append((request.plan, request.out, number, plan["labels"], request.settings))
     try:
         for pictures in run(tasks, workers):
             progress(pictures)
@@ -232,15 +192,25 @@ def _pack_missing(
 
 
 def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
-    """Add up the records of all shards."""
+    """Add up the records of all shards.
+
+    Raises:
+        UserError: a record is damaged.
+    """
     tally = Tally(
-        dropped_pictures=Counter(plan["dropped_pictures"]), dropped_boxes=Counter(plan["dropped_boxes"])
+        dropped_pictures=Counter(plan["dropped_pictures"]),
+        dropped_boxes=Counter(plan["dropped_boxes"]),
+        examples=dict(plan["examples"]),
     )
     shards = []
     for number in range(len(plan["shards"])):
-        part = json.loads(_part_path(request, number).read_bytes())
-        tally.add(part["tally"])
-        shards += [part["shard"]] if part["shard"] else []
+        path = _part_path(request, number)
+        part = read_json(path)
+        try:
+            tally.add(part["tally"])
+            shards += [part["shard"]] if part["shard"] else []
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"'{path}' is damaged; start anew with --overwrite") from error
     summary = {
         "format": MANIFEST_FORMAT,
         "version": MANIFEST_VERSION,
@@ -253,7 +223,7 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
     }
     times = request.work / "times.json"
     if times.is_file():
-        for stage, seconds in json.loads(times.read_bytes()).items():
+        for stage, seconds in read_json(times).items():
             tally.spend(stage, seconds)
     return PackResult(summary, tally, plan)
 
@@ -266,48 +236,70 @@ def pack(
     part: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     progress: Callable[[int], Progress] | None = None,
-    finish: Callable[[PackResult], None] | None = None,
+    finish: Finish | None = None,
 ) -> PackResult | None:
-    """Pack, or go on with packing.
+    """Pack, or go on with packing; see :func:`pack_all`."""
+    options: dict[str, Any] = {"engine": engine, "workers": workers, "part": part, "overwrite": overwrite}
+    return pack_all([request], progress=progress, finish=finish, **options)[0]
+
+
+def pack_all(
+    requests: Sequence[PackRequest],
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    progress: Callable[[int], Progress] | None = None,
+    finish: Finish | None = None,
+) -> list[PackResult | None]:
+    """Plan some requests over the same sources, then pack one after another, or go on with packing.
 
     Args:
-        request: what and where.
+        requests: what and where; one, or the two sides of a split.
         engine: ``local`` or ``ray``.
         workers: processes; None is one a core, 0 packs in this process.
         part: (i, n): pack every n-th shard from the i-th on and leave the rest to others; the list of shards
             is written by the run without a part, (0, 1), which packs what is missing.
         overwrite: remove what an earlier packing left.
         progress: called with the number of pictures; what it returns is called with pictures done.
-        finish: called with the result before the list of shards is written, to write the report.
+        finish: called with request and result before the list of shards is written, to write the report.
 
     Returns:
-        The result; None for a part, or where everything was done before.
+        The results; None for a part, or where everything was done before.
 
     Raises:
         UserError: for anything that the user can mend; what is done stays.
     """
-    request.settings.check()
-    make_folder(request.out)
     whole = part == (0, 1)
-    busy = f"another run is packing into '{request.out}'; wait for it or name another folder"
-    with _lock(request.out, ".lock-plan", fcntl.LOCK_EX, busy):
-        if _check_folder(request, overwrite):
-            return None
-        plan = ensure_plan(request)
+    if overwrite and not whole:
+        raise UserError("--overwrite goes without --part: each part would remove what the others have packed")
+    claim(requests, overwrite=overwrite, finish=finish)
     mode = fcntl.LOCK_EX if whole else fcntl.LOCK_SH
-    with _lock(request.out, ".lock", mode | fcntl.LOCK_NB, busy):
-        if whole:
-            _remove_leavings(request)
-        advance = progress(plan["shards"][-1] if whole else -1) if progress else lambda _: None
-        count = workers if workers is not None else os.cpu_count() or 1
-        _pack_missing(request, plan, part, ENGINES[engine], count, advance)
-        if not whole:
-            return None
-        result = collect(request, plan)
-        if not result.summary["shards"]:
-            raise UserError(f"no picture is left to pack: {dict(result.tally.dropped_pictures)}")
-        if finish:
-            finish(result)
-        write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
+    count = workers if workers is not None else os.cpu_count() or 1
+    results: list[PackResult | None] = []
+    for request in requests:
+        with hold_lock(request.out, PACK_LOCK, mode | fcntl.LOCK_NB, busy(request)):
+            if look(request, overwrite=False) is State.COMPLETE:
+                results.append(None)
+                continue
+            plan = read_plan(request)
+            if whole:
+                remove_leavings(request)
+            advance = progress(plan["shards"][-1] if whole else -1) if progress else lambda _: None
+            _pack_missing(request, plan, part, ENGINES[engine], count, advance)
+            results.append(_complete(request, plan, finish) if whole else None)
+    return results
+
+
+def _complete(request: PackRequest, plan: dict[str, Any], finish: Finish | None) -> PackResult:
+    """Write report and list of a set all of whose shards are packed."""
+    result = collect(request, plan)
+    if not result.summary["shards"]:
         shutil.rmtree(request.work)
-        return result
+        _nothing_left(request, result, finish)
+    if finish:
+        finish(request, result)
+    write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
+    shutil.rmtree(request.work)
+    return result

@@ -43,6 +43,22 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file that packing keeps for itself.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+        problem = "no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"'{path}' is damaged ({problem}); start anew with --overwrite")
+
+
 @dataclass(frozen=True)
 class ShardTable:
     """The pictures of one shard, ``n``, and their boxes, ``m``; ends count what lies before them too.

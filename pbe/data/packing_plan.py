@@ -21,6 +21,8 @@ import numpy as np
 import polars as pl
 
 from pbe.data.packing_index import write_whole
+from pbe.data.packing_merge import OTHER_SIDE, SIDES, held_out, merge_sources
+from pbe.data.packing_tally import EXAMPLES, add_examples, box_text
 from pbe.data.randomness import permutation
 from pbe.data.sources.records import BAD_NUMBER, FLAG_BITS, FLAGS, Annotations
 from pbe.errors import UserError
@@ -34,8 +36,15 @@ SMALL_AREA = "area too small"
 LARGE_AREA = "area too large"
 SHORT_SIDE = "side too short"
 ASPECT = "too elongated"
+OPTIONS = {
+    SMALL_AREA: "--min-area", LARGE_AREA: "--max-area", SHORT_SIDE: "--min-side", ASPECT: "--max-aspect",
+    UNWANTED_LABEL: "--label, --drop-label",
+}  # fmt: skip
 MAX_KEY = 80
 FRAMES = ("displayed", "stored")
+SUMMARY = (
+    "labels", "shards", "pictures_seen", "boxes_seen", "dropped_pictures", "dropped_boxes", "examples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class PackSettings:
             honoured, as OpenCV does) or ``stored``.
         shuffle: seed of the order of pictures; None keeps the source's.
         perceptual: make the hashes that near duplicates are found by.
+        validation_share: share of the images that is held out for validation, by a hash of the name.
+        side: ``train`` or ``validation``, where a share is held out; else empty.
     """
 
     min_area: float = 0.02
@@ -74,6 +85,8 @@ class PackSettings:
     exif_frame: str = "displayed"
     shuffle: int | None = None
     perceptual: bool = True
+    validation_share: float = 0.0
+    side: str = ""
 
     def check(self) -> None:
         """Raise a UserError for a value that makes no sense."""
@@ -90,10 +103,15 @@ class PackSettings:
             raise UserError(f"there is no flag '{unknown[0]}'; there are {', '.join(FLAGS)}")
         if self.exif_frame not in FRAMES:
             raise UserError(f"the EXIF frame is '{self.exif_frame}'; it must be displayed or stored")
+        if self.side and not (self.side in SIDES and 0 < self.validation_share < 1):
+            raise UserError("the validation share must lie between 0 and 1, as 0.05 does")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON has them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Return the settings as JSON has them; those of a split only where there is one."""
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.side:
+            del settings["validation_share"], settings["side"]
+        return settings
 
 
 @dataclass
@@ -101,14 +119,15 @@ class Plan:
     """The plan in memory.
 
     Attributes:
-        pictures: a row a picture, in order, with ``box_end`` and whether its boxes are ``relative``.
-        boxes: their boxes, ``label`` a position in ``labels``.
+        pictures: a row a picture, in order, with ``box_end``.
+        boxes: their boxes, ``label`` a position in ``labels``, each with whether it is ``relative``.
         labels: sorted.
         shards: end of each shard, in rows of ``pictures``.
         pictures_seen: files found.
         boxes_seen: boxes that the annotations hold, those of missing pictures included.
         dropped_pictures: by reason.
         dropped_boxes: by reason.
+        examples: by reason, the first images or boxes that were dropped for it.
     """
 
     pictures: pl.DataFrame
@@ -119,36 +138,37 @@ class Plan:
     boxes_seen: int
     dropped_pictures: Counter[str] = field(default_factory=Counter)
     dropped_boxes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the tables, as JSON has it."""
-        names = ("labels", "shards", "pictures_seen", "boxes_seen", "dropped_pictures", "dropped_boxes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SUMMARY}
 
 
-def _reasons(settings: PackSettings, relative: bool) -> list[tuple[pl.Expr, str]]:
+def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     """Return tests of boxes, each with the reason to drop a box for which it is the first to hold."""
     corners = [pl.col(name) for name in ("x1", "y1", "x2", "y2")]
-    masked = pl.col("mask").is_not_null()
+    drawn = pl.col("mask").is_null()
     number = pl.all_horizontal([corner.is_finite().fill_null(False) for corner in corners])
     label = pl.col("label").cast(pl.String)
-    tests: list[tuple[pl.Expr, str]] = [(~masked & ~number, BAD_NUMBER)]
+    tests: list[tuple[pl.Expr, str]] = [(drawn & ~number, BAD_NUMBER)]
     if settings.labels:
         tests.append((~label.is_in(settings.labels), UNWANTED_LABEL))
     if settings.drop_labels:
         tests.append((label.is_in(settings.drop_labels), UNWANTED_LABEL))
     tests += [((pl.col("flags") & FLAG_BITS[flag]) != 0, flag) for flag in settings.drop_flags]
-    if relative:
-        x1, y1, x2, y2 = (corner.clip(0.0, 1.0) for corner in corners)
-        width, height = x2 - x1, y2 - y1
-        hollow = (corners[2] <= corners[0]) | (corners[3] <= corners[1])
-        tests += [
-            (~masked & hollow, NO_AREA),
-            (~masked & ((width <= 0) | (height <= 0)), OUTSIDE),
-            (~masked & (width * height < settings.min_area), SMALL_AREA),
-            (~masked & (width * height > settings.max_area), LARGE_AREA),
-        ]
-    return tests
+    # Shares of a picture's sides can be measured before it is opened.
+    share = drawn & pl.col("relative")
+    x1, y1, x2, y2 = (corner.clip(0.0, 1.0) for corner in corners)
+    width, height = x2 - x1, y2 - y1
+    hollow = (corners[2] <= corners[0]) | (corners[3] <= corners[1])
+    return [
+        *tests,
+        (share & hollow, NO_AREA),
+        (share & ((width <= 0) | (height <= 0)), OUTSIDE),
+        (share & (width * height < settings.min_area), SMALL_AREA),
+        (share & (width * height > settings.max_area), LARGE_AREA),
+    ]
 
 
 def _first_reason(tests: Sequence[tuple[pl.Expr, str]]) -> pl.Expr:
@@ -159,22 +179,56 @@ def _first_reason(tests: Sequence[tuple[pl.Expr, str]]) -> pl.Expr:
     return chain
 
 
-def _filter(found: Annotations, settings: PackSettings, plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the pictures and boxes of one source that are left, and count the rest."""
-    tests = _reasons(settings, found.relative)
-    first = found.boxes.select(_first_reason(tests)).to_series()
+def _drop_boxes(pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> pl.Series:
+    """Return which boxes are left, bool, and count the others."""
+    tests = _reasons(settings)
+    first = boxes.select(_first_reason(tests)).to_series()
     counts = np.bincount(first.to_numpy(), minlength=len(tests) + 1).tolist()
-    for (_, reason), count in zip(tests, counts[1:], strict=True):
+    for number, ((_, reason), count) in enumerate(zip(tests, counts[1:], strict=True), 1):
         plan.dropped_boxes[reason] += count
-    annotated = found.boxes["picture"].n_unique()
-    boxes = found.boxes.filter(first == 0)
-    kept = boxes["picture"].unique().sort()
-    plan.dropped_pictures[WITHOUT_BOXES] += found.pictures.height - annotated
-    plan.dropped_pictures[NO_BOX_LEFT] += annotated - len(kept)
-    pictures = found.pictures[kept].with_columns(pl.lit(found.relative).alias("relative"))
-    rows = np.zeros(found.pictures.height, np.uint32)
-    rows[kept.to_numpy()] = np.arange(len(kept), dtype=np.uint32)
-    return pictures, boxes.with_columns(pl.Series("picture", rows[boxes["picture"].to_numpy()]))
+        if count:
+            shown = boxes.filter(first == number).head(EXAMPLES)
+            names = pictures["name"].gather(shown["picture"]).to_list()
+            rows = zip(names, shown.iter_rows(named=True), strict=True)
+            add_examples(plan.examples, {reason: [box_text(name, row, row["label"]) for name, row in rows]})
+    return first == 0
+
+
+def _keep_side(
+    pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the images of one side of a split with their boxes, and count the rest."""
+    if not settings.side:
+        return pictures, boxes
+    wanted = held_out(pictures["name"], settings.validation_share) == (settings.side == SIDES[1])
+    kept = boxes.filter(pl.Series(wanted[boxes["picture"].to_numpy()]))
+    plan.dropped_pictures[OTHER_SIDE[settings.side]] += int((~wanted).sum())
+    plan.dropped_boxes[OTHER_SIDE[settings.side]] += boxes.height - kept.height
+    return _take(pictures, kept, np.flatnonzero(wanted))
+
+
+def _take(pictures: pl.DataFrame, boxes: pl.DataFrame, kept: np.ndarray) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return some rows of ``pictures``, and all of ``boxes``, which belong to them, with the new numbers."""
+    rows = np.zeros(pictures.height, np.uint32)
+    rows[kept] = np.arange(len(kept), dtype=np.uint32)
+    return pictures[kept], boxes.with_columns(pl.Series("picture", rows[boxes["picture"].to_numpy()]))
+
+
+def _filter(
+    pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return the pictures and boxes that are left, and count the rest."""
+    pictures, boxes = _keep_side(pictures, boxes, settings, plan)
+    annotated = boxes["picture"].unique()
+    left = boxes.filter(_drop_boxes(pictures, boxes, settings, plan))
+    kept = left["picture"].unique().sort()
+    with_boxes, with_left = np.zeros((2, pictures.height), np.bool_)
+    with_boxes[annotated.to_numpy()], with_left[kept.to_numpy()] = True, True
+    for reason, lost in ((WITHOUT_BOXES, ~with_boxes), (NO_BOX_LEFT, with_boxes & ~with_left)):
+        plan.dropped_pictures[reason] += int(lost.sum())
+        shown = pictures["name"].gather(np.flatnonzero(lost)[:EXAMPLES])
+        add_examples(plan.examples, {reason: shown.to_list()} if len(shown) else {})
+    return _take(pictures, left, kept.to_numpy())
 
 
 def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
@@ -193,7 +247,7 @@ def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
         changed.append(f"{key[: MAX_KEY - 17]}-{suffix}")
     keys = keys.scatter(rows, pl.Series(changed, dtype=pl.String))
     if keys.n_unique() != len(keys):
-        raise UserError("a picture is named by two sources; give every folder of pictures once")
+        raise UserError("an image is listed twice by its source; remove one of its entries")
     return table.drop("plain").with_columns(keys)
 
 
@@ -237,33 +291,28 @@ def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
 def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
     """Filter, order and cut; the same sources and settings give the same plan.
 
-    Raises:
-        UserError: nothing is left to pack.
+    Where nothing is left to pack, the plan has no shards, and counts why.
     """
-    plan = Plan(pl.DataFrame(), pl.DataFrame(), [], [], 0, 0)
-    tables = []
-    offset = 0
+    pictures, boxes, lost_pictures, lost_boxes = merge_sources(sources)
+    plan = Plan(pl.DataFrame(), pl.DataFrame(), [], [], 0, 0, lost_pictures, lost_boxes)
     for found in sources:
         plan.dropped_pictures += found.dropped_pictures
         plan.dropped_boxes += found.dropped_boxes
-        plan.pictures_seen += found.pictures.height + found.dropped_pictures.total()
-        plan.boxes_seen += found.boxes.height + found.dropped_boxes.total()
-        pictures, boxes = _filter(found, settings, plan)
-        tables.append((pictures, boxes.with_columns((pl.col("picture") + offset).cast(pl.UInt32))))
-        offset += pictures.height
-    if not offset:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in (+plan.dropped_pictures).items())
-        raise UserError(f"no picture is left to pack ({reasons or 'no pictures found'})")
-    pictures = _unique_keys(pl.concat([pictures for pictures, _ in tables]))
-    boxes = pl.concat([boxes for _, boxes in tables])
+    plan.pictures_seen = pictures.height + plan.dropped_pictures.total()
+    plan.boxes_seen = boxes.height + plan.dropped_boxes.total()
+    pictures, boxes = _filter(pictures, boxes, settings, plan)
+    plan.dropped_pictures, plan.dropped_boxes = +plan.dropped_pictures, +plan.dropped_boxes
+    if not pictures.height:
+        return plan
+    pictures = _unique_keys(pictures)
     if settings.shuffle is not None:
-        pictures, boxes = _ordered(pictures, boxes, permutation(offset, settings.shuffle, "packing"))
+        order = permutation(pictures.height, settings.shuffle, "packing")
+        pictures, boxes = _ordered(pictures, boxes, order)
     plan.labels, label = _number_labels(boxes["label"])
-    counts = np.bincount(boxes["picture"].to_numpy(), minlength=offset)
+    counts = np.bincount(boxes["picture"].to_numpy(), minlength=pictures.height)
     plan.pictures = pictures.with_columns(pl.Series("box_end", np.cumsum(counts)))
     plan.boxes = boxes.with_columns(label).drop("picture")
     plan.shards = _shard_ends(pictures["bytes"].to_numpy(), settings)
-    plan.dropped_pictures, plan.dropped_boxes = +plan.dropped_pictures, +plan.dropped_boxes
     return plan
 
 
@@ -288,7 +337,14 @@ def save_plan(plan: Plan, folder: Path) -> None:
 
 
 def load_task(folder: Path, number: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the pictures and the boxes of shard ``number`` of a plan."""
+    """Return the pictures and the boxes of shard ``number`` of a plan.
+
+    Raises:
+        UserError: the plan is damaged.
+    """
     names = [folder / f"{number:06d}.{kind}.arrow" for kind in ("pictures", "boxes")]
-    pictures, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in names)
+    try:
+        pictures, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in names)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"the plan in '{folder}' is damaged; start anew with --overwrite") from error
     return pictures, boxes

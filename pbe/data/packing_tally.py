@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 AREA_EDGES = [round(0.05 * step, 2) for step in range(21)]
 ASPECT_EDGES = [2.0 ** (step / 2) for step in range(-6, 7)]
 COUNT_EDGES = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50]
+EXAMPLES = 5  # of each reason
 COUNTERS = ("dropped_pictures", "dropped_boxes", "events", "labels")
 
 
@@ -19,6 +20,18 @@ def bin_of(edges: Sequence[float], value: float) -> int:
     """Return the bin of ``value``; bin i is ``edges[i] <= value < edges[i + 1]``, the ends are open."""
     last = len(edges) - 1
     return min(max(int(np.searchsorted(edges, value, "right")) - 1, 0), last)
+
+
+def add_examples(known: dict[str, list[str]], more: Mapping[str, Sequence[str]]) -> None:
+    """Add examples by reason to those that are known, up to :data:`EXAMPLES` of each."""
+    for reason, texts in more.items():
+        known[reason] = [*known.get(reason, []), *texts][:EXAMPLES]
+
+
+def box_text(name: str, row: Mapping[str, Any], label: str | None) -> str:
+    """Return a box as an example shows it: its image, its corners as the source gives them, its label."""
+    corners = " ".join("?" if row[side] is None else f"{row[side]:g}" for side in ("x1", "y1", "x2", "y2"))
+    return f"{name}: {'mask' if row['mask'] else corners} {label or ''}".rstrip()
 
 
 @dataclass
@@ -35,6 +48,7 @@ class Tally:
         area: boxes kept by their share of the picture, bins of :data:`AREA_EDGES`.
         aspect: boxes kept by width over height, bins of :data:`ASPECT_EDGES`.
         boxes_per_picture: pictures kept by number of boxes, bins of :data:`COUNT_EDGES`.
+        examples: by reason, the first images or boxes that were dropped for it.
         seconds: by stage; the only part that differs from run to run.
     """
 
@@ -47,6 +61,7 @@ class Tally:
     area: Counter[str] = field(default_factory=Counter)
     aspect: Counter[str] = field(default_factory=Counter)
     boxes_per_picture: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def keep(self, boxes: np.ndarray, labels: Sequence[int], width: int, height: int) -> None:
@@ -59,11 +74,17 @@ class Tally:
             self.area[str(bin_of(AREA_EDGES, (x2 - x1) * (y2 - y1) / (width * height)))] += 1
             self.aspect[str(bin_of(ASPECT_EDGES, (x2 - x1) / (y2 - y1)))] += 1
 
-    def drop(self, reason: str, boxes: int) -> None:
+    def drop(self, reason: str, boxes: int, name: str) -> None:
         """Count a picture that is dropped with the boxes that it had left."""
         self.dropped_pictures[reason] += 1
+        add_examples(self.examples, {reason: [name]})
         if boxes:
             self.dropped_boxes[f"picture dropped: {reason}"] += boxes
+
+    def drop_box(self, reason: str, text: str) -> None:
+        """Count a box that is dropped."""
+        self.dropped_boxes[reason] += 1
+        add_examples(self.examples, {reason: [text]})
 
     def spend(self, stage: str, seconds: float) -> None:
         """Add to the time of a stage."""
@@ -75,6 +96,7 @@ class Tally:
         self.boxes += other["boxes"]
         for name in (*COUNTERS, "area", "aspect", "boxes_per_picture"):
             getattr(self, name).update(other[name])
+        add_examples(self.examples, other["examples"])
         for stage, seconds in other["seconds"].items():
             self.spend(stage, seconds)
 

@@ -36,7 +36,7 @@ from pbe.data.packing_plan import (
     PackSettings,
     load_task,
 )
-from pbe.data.packing_tally import Tally
+from pbe.data.packing_tally import Tally, box_text
 from pbe.data.rle import encode_rle
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
 from pbe.data.sources.pictures import (
@@ -153,22 +153,22 @@ class PicturePacker:
             self.tally.spend(stage, time.perf_counter() - start)
 
     def boxes(
-        self, rows: Sequence[dict[str, Any]], relative: bool, header: PictureHeader, stored: bool
+        self, name: str, rows: Sequence[dict[str, Any]], header: PictureHeader, stored: bool
     ) -> list[KeptBox]:
         """Return the boxes of a picture that are kept, as displayed; the others are counted."""
         frame_size = header.stored_size if stored else header.displayed_size
         kept = []
         for row in rows:
             try:
-                kept.append(self._box(row, relative, header, stored, frame_size))
+                kept.append(self._box(row, header, stored, frame_size))
             except (BadMaskError, DroppedPictureError) as error:
-                self.tally.dropped_boxes[str(error)] += 1
+                self.tally.drop_box(str(error), box_text(name, row, self.labels[row["label"]]))
         return kept
 
     def _box(
-        self, row: dict[str, Any], relative: bool, header: PictureHeader, stored: bool, size: tuple[int, int]
+        self, row: dict[str, Any], header: PictureHeader, stored: bool, size: tuple[int, int]
     ) -> KeptBox:
-        across, down = size if relative else (1, 1)
+        across, down = size if row["relative"] else (1, 1)
         mask = load_mask(row["mask"], *size) if row["mask"] else None
         if mask is not None:
             corners = np.array([mask_box(mask)], np.float64)
@@ -205,7 +205,7 @@ class PicturePacker:
         except DroppedPictureError as error:
             reason = str(error)
         lost = sum(self.tally.dropped_boxes.values()) - before
-        self.tally.drop(reason, len(boxes) - lost)
+        self.tally.drop(reason, len(boxes) - lost, row["name"])
         return None
 
     def _read(self, row: dict[str, Any]) -> tuple[bytes, PictureHeader]:
@@ -224,7 +224,7 @@ class PicturePacker:
         frame, on_trust = _frame(header, (row["width"], row["height"]), self.settings.exif_frame)
         with self._timed("boxes"):
             turned = frame == "stored" and header.orientation != 1
-            kept = self.boxes(rows, row["relative"], header, turned)
+            kept = self.boxes(row["name"], rows, header, turned)
         if not kept:
             raise DroppedPictureError(NO_BOX_LEFT)
         fingerprint = 0

@@ -119,14 +119,15 @@ def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
 PLANNING = """
 import json, sys, time
 from pathlib import Path
-from pbe.data.packing import PackRequest, ensure_plan
+from pbe.data.packing import PackRequest, claim
+from pbe.data.packing_claim import read_plan
 from pbe.data.packing_plan import PackSettings
 from pbe.data.sources.reading import SourceOptions, read_source
 source, out = sys.argv[1:]
 request = PackRequest(lambda: [read_source(source, SourceOptions())], [source], PackSettings(), Path(out))
-request.work.mkdir(parents=True)
 start, used = time.perf_counter(), time.process_time()
-plan = ensure_plan(request)
+claim([request])
+plan = read_plan(request)
 status = Path("/proc/self/status").read_text().splitlines()
 print(json.dumps({
     **json.loads((request.work / "times.json").read_bytes()), "whole": time.perf_counter() - start,

@@ -15,13 +15,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from pbe.data.packing import PackRequest, PackResult
 from pbe.data.packing_duplicates import Hashes, as_void, exact_pairs, hash_folder, matches, near_duplicates
-from pbe.data.packing_index import load_index, write_whole
+from pbe.data.packing_index import load_index, read_summary, write_whole
 from pbe.data.packing_tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
 
 TEMPLATE = "report.html.j2"
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 EXAMPLES = 200
 LABELS_SHOWN = 50
+NO_HASHES = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_hashes(out: Path, summary: dict[str, Any]) -> Hashes:
         names += [table.key(position) for position in range(len(table))]
         exact.append(as_void(table.picture_hash))
         near.append(table.perceptual_hash)
-    return Hashes(names, np.concatenate(exact), np.concatenate(near))
+    return Hashes(names, np.concatenate([as_void(b""), *exact]), np.concatenate([NO_HASHES, *near]))
 
 
 def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[float]]:
@@ -65,15 +66,24 @@ def _duplicates(hashes: Hashes) -> dict[str, Any]:
 def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
     theirs, unreadable = hash_folder(folder)
     found = matches(hashes, theirs)
-    kinds = Counter(kind for _, _, kind in found)
     return {
         "folder": str(folder),
         "pictures": len(theirs.names),
         "unreadable": unreadable,
-        "exact": kinds["exact"],
-        "near": kinds["near"],
+        **_kinds(found),
         "matches": [list(match) for match in found],
     }
+
+
+def _kinds(found: Sequence[tuple[str, str, str]]) -> dict[str, int]:
+    kinds = Counter(kind for _, _, kind in found)
+    return {"exact": kinds["exact"], "near": kinds["near"]}
+
+
+def _also_in(hashes: Hashes, train: Path) -> dict[str, Any]:
+    """Return what a validation set shares with its training set although the files have other names."""
+    found = matches(hashes, read_hashes(train, read_summary(train) or {"shards": []}))
+    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
 
 
 def _reasons(counts: Counter[str]) -> dict[str, int]:
@@ -81,7 +91,7 @@ def _reasons(counts: Counter[str]) -> dict[str, int]:
 
 
 def make_report(
-    request: PackRequest, result: PackResult, check_against: Path | None = None
+    request: PackRequest, result: PackResult, check_against: Path | None = None, train: Path | None = None
 ) -> dict[str, Any]:
     """Return the report as JSON has it; docs/data.md explains every field.
 
@@ -89,6 +99,7 @@ def make_report(
         request: of the packing.
         result: of the packing; its shards and their indexes are in place.
         check_against: a folder of benchmark pictures that training must not have seen.
+        train: for the validation side of a split, the folder of the training side's shards.
     """
     tally, plan, names = result.tally, result.plan, result.summary["labels"]
     hashes = read_hashes(request.out, result.summary)
@@ -106,6 +117,7 @@ def make_report(
             "kept": tally.boxes,
             "dropped": _reasons(tally.dropped_boxes),
         },
+        "examples": tally.examples,
         "events": _reasons(tally.events),
         "labels": _reasons(labels),
         "histograms": {
@@ -115,6 +127,7 @@ def make_report(
         },
         "duplicates": _duplicates(hashes),
         "check_against": _leaks(hashes, check_against) if check_against else None,
+        "also_in_train": _also_in(hashes, train) if train else None,
         "shards": len(result.summary["shards"]),
         "bytes": result.summary["bytes"],
         "seconds": {stage: round(seconds, 3) for stage, seconds in tally.seconds.items()},

@@ -261,9 +261,9 @@ def test_any_tar_reader_reads_the_shards(straight: dict[str, bytes]) -> None:
 
 
 def test_nothing_left(plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no picture is left to pack"):
+    with pytest.raises(UserError, match="no image is left to pack"):
         pack(request_of(plain, tmp_path / "a", labels=("unicorn",)), workers=0)
-    with pytest.raises(UserError, match="no picture is left to pack"):
+    with pytest.raises(UserError, match="no image is left to pack"):
         pack(request_of(plain, tmp_path / "b", min_side=90.0), workers=0)
 
 
