@@ -35,7 +35,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the squares, PNG")
     parser.add_argument("--size", type=int, default=512, help="side, pixels (default %(default)s)")
     parser.add_argument(
-        "--filter", choices=list(FILTERS), default="bilinear", help="of resizing (default, as the paper's: %(default)s)"
+        "--filter",
+        choices=list(FILTERS),
+        default="bilinear",
+        help="default, the paper's: %(default)s",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: one a core")
     return parser.parse_args(arguments)
@@ -59,7 +62,7 @@ def crop(options: argparse.Namespace) -> int:
         raise UserError("--out is the folder of the pictures itself; name another")
     make_square = partial(_square, size=options.size, resampling=FILTERS[options.filter])
     waiting = [path for path in paths if not _target(path, out).exists()]
-    _check_earlier([path for path in paths if path not in set(waiting)], out, make_square)
+    _check_earlier([path for path in paths if _target(path, out).exists()], out, make_square)
     make = partial(_write, out=out, make_square=make_square)
     bar = partial(tqdm, total=len(waiting), desc="squares", file=sys.stderr, disable=None)
     if options.workers == 1:

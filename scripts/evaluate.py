@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.records import write_json, write_picture
 from pbe.editing.runner import pick_device
@@ -85,7 +86,7 @@ def make_parser() -> Parser:
         help="keep every pixel outside the mask; the paper's scores are without (default: on)",
     )
     bench.add_argument(
-        "--conventions", choices=CONVENTION_NAMES, help="of preparing the inputs (default: the model's)"
+        "--conventions", choices=list(CONVENTIONS), help="of preparing the inputs (default: the model's)"
     )
     bench.add_argument("--devices", default="auto", help="how many GPUs, or processes on the CPU")
     bench.add_argument("--strategy", default="auto", help="Lightning's (default %(default)s)")
