@@ -1,7 +1,8 @@
-"""Build a benchmark in the form of COCOEE from two annotated splits or the toy world, or check one.
+"""Build a benchmark in the form of COCOEE from annotated images or the toy world, or check one.
 
 python scripts/build_benchmark.py --sources coco:val.json@val2017 --exemplars coco:train.json@train2017 \
         --cases 3500 --out data/test_bench
+python scripts/build_benchmark.py --sources coco:mine.json@images --validation-share 0.1 --out data/my_bench
 python scripts/build_benchmark.py --toy --out outputs/toy_bench
 python scripts/build_benchmark.py --check data/test_bench
 """
@@ -27,17 +28,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="list what is wrong with a benchmark")
     parser.add_argument("--toy", action="store_true", help="write the toy benchmark in this form")
     parser.add_argument("--sources", metavar="KIND:PATH[@PICTURES]", help="pictures to edit")
-    parser.add_argument("--exemplars", metavar="KIND:PATH[@PICTURES]", help="pictures to take objects from")
+    parser.add_argument(
+        "--exemplars",
+        metavar="KIND:PATH[@PICTURES]",
+        help="images to take objects from; default: the other ones of --sources",
+    )
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="of --sources, take only what prepare_data.py holds out with this share",
+    )
     parser.add_argument("--sources-split", default="validation", help="of Open Images")
     parser.add_argument("--exemplars-split", default="train", help="of Open Images")
     parser.add_argument("--out", type=Path, help="new folder for the benchmark")
-    parser.add_argument("--cases", type=int, help=f"how many; default {default.cases}, with --toy all")
+    parser.add_argument(
+        "--cases",
+        type=_cases,
+        help=f"how many, or all: as many as there are (default: {default.cases} with --exemplars, else all)",
+    )
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument(
         "--size",
         type=int,
-        help=f"sides of the pictures: with --check those they must have (default {SIZE}, 0: any), "
-        f"with --toy those they get (default {IMAGE_SIZE})",
+        help=f"sides of the images: those they get (default {SIZE}, with --toy {IMAGE_SIZE}), "
+        f"with --check those they must have (default {SIZE}, 0: any)",
     )
     parser.add_argument(
         "--world", type=Path, default=DEFAULT_WORLD, help="with --toy: the toy world's archive"
@@ -45,41 +60,56 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _cases(text: str) -> int:
+    """Read a number of cases; 0 stands for all."""
+    if text == "all":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': it must be at least 1, or all")
+    return int(text)
+
+
 def run(options: argparse.Namespace) -> None:
-    """Check, or build and check.
+    """Check, or build.
 
     Raises:
         UserError: something is missing.
     """
     if options.size is not None and options.size < 0:
         raise UserError("--size must be 0 or more")
+    if options.check and (options.sources or options.toy or options.out):
+        raise UserError("--check stands alone: leave --sources, --toy and --out out")
     if options.check:
         size = SIZE if options.size is None else options.size
         print(
             f"{len(read_benchmark(options.check, pixels=True, size=size))} cases, all whole: {options.check}"
         )
         return
-    if options.cases is not None and options.cases < 1:
-        raise UserError("--cases must be at least 1")
     if options.toy:
         _export_toy(options)
-        return
-    if not (options.sources and options.exemplars and options.out):
-        raise UserError("give --sources, --exemplars and --out; or --toy and --out; or --check FOLDER")
-    sources, exemplars = (
-        read_source(source, SourceOptions(split))
-        for source, split in (
-            (options.sources, options.sources_split),
-            (options.exemplars, options.exemplars_split),
-        )
-    )
-    settings = BuildSettings(cases=options.cases or BuildSettings().cases, seed=options.seed)
-    print(f"{build_benchmark(sources, exemplars, options.out, settings)} cases: {options.out}")
+    elif options.sources and options.out:
+        _build(options)
+    else:
+        raise UserError("give --sources and --out; or --toy and --out; or --check FOLDER")
+
+
+def _build(options: argparse.Namespace) -> None:
+    share = options.validation_share
+    if share is not None and not 0 < share < 1:
+        raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
+    cases = (BuildSettings().cases if options.exemplars else 0) if options.cases is None else options.cases
+    settings = BuildSettings(cases, options.seed, SIZE if options.size is None else options.size)
+    settings.check()
+    sources = read_source(options.sources, SourceOptions(options.sources_split))
+    exemplars = None
+    if options.exemplars:
+        exemplars = read_source(options.exemplars, SourceOptions(options.exemplars_split))
+    print(f"{build_benchmark(sources, exemplars, options.out, settings, share or 0.0)} cases: {options.out}")
 
 
 def _export_toy(options: argparse.Namespace) -> None:
-    if not options.out or options.sources or options.exemplars:
-        raise UserError("--toy needs --out, and neither --sources nor --exemplars")
+    if not options.out or options.sources or options.exemplars or options.validation_share is not None:
+        raise UserError("--toy needs --out, and neither --sources, --exemplars nor --validation-share")
     size = IMAGE_SIZE if options.size is None else options.size
     world = ToyWorld(options.world)
     count = export_toy_benchmark(

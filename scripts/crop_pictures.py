@@ -1,4 +1,4 @@
-"""Crop real pictures to squares for the paper's FID: the shorter side to 512 px, the middle cut out.
+"""Crop real images to squares for the paper's FID: the shorter side to 512 px, bilinear, the middle cut out.
 
 python scripts/crop_pictures.py --pictures downloads/test2017 --out downloads/test2017_512
 """
@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from pbe.evaluation.metrics.set_scores import PictureFolder, read_picture
 from pbe.evaluation.metrics.towers import centre_crop
 from pbe.files import make_folder
 
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
@@ -31,6 +34,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, required=True, help="folder of real pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the squares, PNG")
     parser.add_argument("--size", type=int, default=512, help="side, pixels (default %(default)s)")
+    parser.add_argument(
+        "--filter",
+        choices=list(FILTERS),
+        default="bilinear",
+        help="default, the paper's: %(default)s",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: one a core")
     return parser.parse_args(arguments)
 
@@ -39,7 +48,8 @@ def crop(options: argparse.Namespace) -> int:
     """Write the squares that are missing; return how many were made.
 
     Raises:
-        UserError: an option or a picture cannot be used, or two pictures have one name but for the ending.
+        UserError: an option or a picture cannot be used, two pictures have one name but for the ending, or
+            the folder holds squares of another size or filter.
     """
     if options.size < 1 or options.workers < 1:
         raise UserError("--size and --workers must be at least 1")
@@ -50,8 +60,10 @@ def crop(options: argparse.Namespace) -> int:
     out = make_folder(options.out)
     if out.resolve() == options.pictures.resolve():
         raise UserError("--out is the folder of the pictures itself; name another")
+    make_square = partial(_square, size=options.size, resampling=FILTERS[options.filter])
     waiting = [path for path in paths if not _target(path, out).exists()]
-    make = partial(_square, out=out, size=options.size)
+    _check_earlier([path for path in paths if _target(path, out).exists()], out, make_square)
+    make = partial(_write, out=out, make_square=make_square)
     bar = partial(tqdm, total=len(waiting), desc="squares", file=sys.stderr, disable=None)
     if options.workers == 1:
         return sum(map(make, bar(waiting)))
@@ -63,9 +75,23 @@ def _target(source: Path, out: Path) -> Path:
     return out / f"{source.stem}.png"
 
 
-def _square(source: Path, out: Path, size: int) -> int:
-    square = centre_crop(read_picture(source), size)
-    write_picture(_target(source, out), Image.fromarray(np.ascontiguousarray(square)))
+def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np.ndarray]) -> None:
+    """Make the first square that is there once more: others of the folder were made as it was."""
+    for source in done[:1]:
+        try:
+            found = read_picture(_target(source, out))
+        except UserError:
+            return  # scoring names it
+        if not np.array_equal(found, make_square(source)):
+            raise UserError(f"'{out}' holds squares of another size, filter or picture; name another folder")
+
+
+def _square(source: Path, size: int, resampling: Image.Resampling) -> np.ndarray:
+    return np.ascontiguousarray(centre_crop(read_picture(source), size, resampling))
+
+
+def _write(source: Path, out: Path, make_square: Callable[[Path], np.ndarray]) -> int:
+    write_picture(_target(source, out), Image.fromarray(make_square(source)))
     return 1
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.cli import Parser, run_command
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.records import write_json, write_picture
 from pbe.editing.runner import pick_device
@@ -39,7 +40,7 @@ from pbe.files import make_folder, write_text
 
 TOY_BATCH = 32
 # Options that only one way of evaluating reads; elsewhere they would say something that is not so.
-GENERATING = ("devices", "strategy", "num_nodes")
+GENERATING = ("preserve_background", "conventions", "devices", "strategy", "num_nodes")
 FOR_MODELS = ("guidance", "solver", "steps", "batch_size", "dtype", "threads", *GENERATING)
 SCORING = ("cases", "metrics", "reference", "tower_weights", "towers", "mixture", "rank_by", "show")
 FOR_BENCHMARKS = ("edits", *GENERATING, *SCORING)
@@ -78,6 +79,15 @@ def make_parser() -> Parser:
     )
     bench = parser.add_argument_group("with --benchmark")
     bench.add_argument("--cases", type=int, default=0, metavar="N", help="the first N only")
+    bench.add_argument(
+        "--preserve-background",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep every pixel outside the mask; the paper's scores are without (default: on)",
+    )
+    bench.add_argument(
+        "--conventions", choices=list(CONVENTIONS), help="of preparing the inputs (default: the model's)"
+    )
     bench.add_argument("--devices", default="auto", help="how many GPUs, or processes on the CPU")
     bench.add_argument("--strategy", default="auto", help="Lightning's (default %(default)s)")
     bench.add_argument("--num-nodes", type=int, default=1, help="machines, started by torchrun or SLURM")
@@ -201,6 +211,8 @@ def _generate_settings(options: argparse.Namespace) -> GenerateSettings:
         seed=options.seed,
         batch_size=GenerateSettings().batch_size if options.batch_size is None else options.batch_size,
         dtype=options.dtype,
+        preserve_background=options.preserve_background,
+        conventions=options.conventions,
         threads=options.threads or 1,
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=options.devices,

@@ -44,6 +44,27 @@ def test_the_middle_is_cut_out_and_what_is_there_stays(pictures: Path, tmp_path:
     assert (out / "wide.png").read_bytes() == b"stays"
 
 
+def test_the_filter_is_the_originals_and_others_are_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bilinear, antialiased by Pillow, as the authors make the squares that their FID compares with."""
+    source, out = tmp_path / "real", tmp_path / "squares"
+    source.mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    image.save(source / "one.png")
+    image.rotate(180).save(source / "two.png")
+    assert crop(source, out, "--workers", "1") == 0
+    # 21 of 64 columns are left of 16 rows, the middle 16 of them.
+    expected = np.asarray(image.resize((21, 16), Image.Resampling.BILINEAR))[:, 2:18]
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "one.png")), expected)
+    (out / "two.png").unlink()
+    assert crop(source, out, "--workers", "1", "--filter", "bicubic") == 2
+    assert "holds squares of another size, filter or picture" in capsys.readouterr().err
+    assert not (out / "two.png").exists()
+    assert crop(source, tmp_path / "other", "--workers", "1", "--filter", "bicubic") == 0
+    assert np.any(np.asarray(Image.open(tmp_path / "other" / "one.png")) != expected)
+
+
 def test_what_cannot_be_used_is_one_line(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

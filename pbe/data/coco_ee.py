@@ -1,14 +1,4 @@
-"""COCOEE, the paper's benchmark: its folders, a check of them, and a builder of sets of the same form.
-
-A case is three PNGs that share an id of twelve digits, listed in ``id_list.npy`` (int64)::
-
-    test_bench/GT_3500/000000000139_GT.png            source, 512 x 512
-    test_bench/Mask_bbox_3500/000000000139_mask.png   white (255) is the hole, a filled box
-    test_bench/Ref_3500/000000000139_ref.png          exemplar, any size
-    test_bench/id_list.npy
-
-The ids are file names and nothing else: many of the released ones are no ids of COCO.
-"""
+"""COCOEE, the paper's benchmark: its folders, a check of them, and a builder of sets of the same form."""
 
 from __future__ import annotations
 
@@ -21,24 +11,22 @@ from zipfile import BadZipFile
 import cv2
 import numpy as np
 
-from pbe.data.packing_index import write_whole
+from pbe.data.benchmark_files import ID_LIST, PARTS, case_path, new_benchmark, write_case, write_ids
+from pbe.data.crops import resize_area
+from pbe.data.packing_merge import held_out
 from pbe.data.randomness import generator
 from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
 from pbe.data.sources.records import Annotations, PictureRecord, SourceBox
 from pbe.errors import UserError
-from pbe.files import make_folder
 
-GT, MASK, REF = ("GT_3500", "GT"), ("Mask_bbox_3500", "mask"), ("Ref_3500", "ref")
-PARTS = (GT, MASK, REF)
-ID_LIST = "id_list.npy"
 SIZE = 512
+MIN_SIZE = 16
 MAX_SHARE = 0.5
+DRAWS = 10
 PROBLEMS_SHOWN = 20
-
-
-def case_path(folder: Path, part: tuple[str, str], number: int) -> Path:
-    """Return the path of one file of a case; ``part`` is :data:`GT`, :data:`MASK` or :data:`REF`."""
-    return folder / part[0] / f"{number:012d}_{part[1]}.png"
+DAMAGED = "images damaged, turned by EXIF or of another size than annotated"
+# Of an object to show: its file, the width and height it is annotated for, and its box.
+Exemplar = tuple[Path, int, int, SourceBox]
 
 
 @dataclass(frozen=True)
@@ -158,23 +146,34 @@ class BuildSettings:
     """What cases are made of.
 
     Attributes:
-        cases: how many.
+        cases: how many; 0 means as many as there are.
         seed: of every choice.
-        min_share: smallest share of the 512 px square that the hole covers.
+        size: sides of the images and masks, pixels.
+        min_share: smallest share of the square that the mask covers.
         max_share: largest.
         min_exemplar_side: pixels of the exemplar's shorter side.
     """
 
     cases: int = 3500
     seed: int = 0
+    size: int = SIZE
     min_share: float = 0.02
     max_share: float = MAX_SHARE
     min_exemplar_side: float = 64.0
 
+    def check(self) -> None:
+        """Raise a UserError for a value that makes no sense."""
+        if self.size < MIN_SIZE:
+            raise UserError(
+                f"images of a benchmark need sides of at least {MIN_SIZE} pixels, not {self.size}"
+            )
+        if self.cases < 0:
+            raise UserError("the number of cases must be at least 1, or 0 for as many as there are")
+
 
 @dataclass(frozen=True)
-class _Hole:
-    """A box of a source picture with the square around it: left, top and side in pixels."""
+class _Place:
+    """A box of a source image with the square around it: left, top and side in pixels."""
 
     label: str
     box: tuple[float, float, float, float]
@@ -194,15 +193,25 @@ def _usable(box: SourceBox) -> bool:
     return bool(box.label) and "is_group_of" not in box.flags and box.x2 > box.x1 and box.y2 > box.y1
 
 
-def _holes(record: PictureRecord, settings: BuildSettings, labels: set[str]) -> list[_Hole]:
+def _places(
+    record: PictureRecord, settings: BuildSettings, objects: dict[str, list[Exemplar]], lost: Counter[str]
+) -> list[_Place]:
+    """Return the boxes of an image that can be masked, and count by reason those that cannot."""
     found = []
-    for box in filter(_usable, record.boxes):
+    for box in record.boxes:
         square = _square(box, record.width, record.height)
-        if square is None or box.label not in labels:
-            continue
-        share = (box.x2 - box.x1) * (box.y2 - box.y1) / square[2] ** 2
-        if settings.min_share <= share <= settings.max_share:
-            found.append(_Hole(box.label, (box.x1, box.y1, box.x2, box.y2), square))
+        share = (box.x2 - box.x1) * (box.y2 - box.y1) / min(record.width, record.height) ** 2
+        others = (each for each in objects.get(box.label, ()) if each[0] != record.path)
+        if not _usable(box):
+            lost["empty, a group or without a label"] += 1
+        elif not settings.min_share <= share <= settings.max_share:
+            lost[f"not {settings.min_share:.0%} to {settings.max_share:.0%} of the square"] += 1
+        elif square is None:
+            lost["longer than the short side"] += 1
+        elif next(others, None) is None:
+            lost[f"no other image's object of its label, {settings.min_exemplar_side:g} px or more"] += 1
+        else:
+            found.append(_Place(box.label, (box.x1, box.y1, box.x2, box.y2), square))
     return found
 
 
@@ -219,12 +228,9 @@ def _read(path: Path, width: int, height: int) -> np.ndarray | None:
     return None if image is None else np.asarray(image)
 
 
-Exemplar = tuple[Path, int, int, SourceBox]
-
-
-def _exemplars(found: Annotations, settings: BuildSettings) -> dict[str, list[Exemplar]]:
+def _exemplars(records: Iterable[PictureRecord], settings: BuildSettings) -> dict[str, list[Exemplar]]:
     by_label: dict[str, list[Exemplar]] = {}
-    for record in found.records():
+    for record in records:
         for box in filter(_usable, record.boxes):
             corners = (max(box.x1, 0), max(box.y1, 0), min(box.x2, record.width), min(box.y2, record.height))
             if min(corners[2] - corners[0], corners[3] - corners[1]) >= settings.min_exemplar_side:
@@ -232,10 +238,20 @@ def _exemplars(found: Annotations, settings: BuildSettings) -> dict[str, list[Ex
     return by_label
 
 
-def _cut_exemplar(choices: Sequence[Exemplar], rng: np.random.Generator) -> np.ndarray | None:
-    """Return the crop of one of the exemplars; None where a few draws all hit damaged pictures."""
-    for _ in range(10):
-        path, width, height, box = choices[int(rng.integers(len(choices)))]
+def _draw_other(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> Exemplar:
+    """Return one of the objects that is not of the image itself; there is one."""
+    for _ in range(DRAWS):  # the image itself is seldom drawn: no need to go through all of them
+        choice = choices[int(rng.integers(len(choices)))]
+        if choice[0] != own:
+            return choice
+    others = [choice for choice in choices if choice[0] != own]
+    return others[int(rng.integers(len(others)))]
+
+
+def _cut_exemplar(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> np.ndarray | None:
+    """Return the crop of one of the exemplars; None where a few draws all hit damaged images."""
+    for _ in range(DRAWS):
+        path, width, height, box = _draw_other(choices, own, rng)
         image = _read(path, width, height)
         if image is not None:
             x1, y1 = max(round(box.x1), 0), max(round(box.y1), 0)
@@ -243,25 +259,24 @@ def _cut_exemplar(choices: Sequence[Exemplar], rng: np.random.Generator) -> np.n
     return None
 
 
-def _png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()
-
-
-def _render(image: np.ndarray, hole: _Hole) -> tuple[np.ndarray, np.ndarray]:
-    """Return the square source, uint8 ``512 512 3``, and its mask, uint8 ``512 512``, 255 in the hole."""
-    x, y, side = hole.square
-    filter_ = cv2.INTER_AREA if side > SIZE else cv2.INTER_CUBIC
-    square = cv2.resize(image[y : y + side, x : x + side], (SIZE, SIZE), interpolation=filter_)
+def _render(image: np.ndarray, place: _Place, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the square image, uint8 ``s s 3``, and its mask, uint8 ``s s``, 255 = repaint."""
+    x, y, side = place.square
+    part = image[y : y + side, x : x + side]
+    if side > size:
+        square = resize_area(part, size, size)
+    else:
+        square = cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
     x1, y1, x2, y2 = (
-        (value - start) * SIZE / side for value, start in zip(hole.box, (x, y, x, y), strict=True)
+        (value - start) * size / side for value, start in zip(place.box, (x, y, x, y), strict=True)
     )
-    mask = np.zeros((SIZE, SIZE), np.uint8)
+    mask = np.zeros((size, size), np.uint8)
     mask[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = 255
     return square, mask
 
 
 def _number(record: PictureRecord, taken: set[int]) -> int:
-    """Return the picture's own number where its name is one and free, else the first free one."""
+    """Return the image's own number where its name is one and free, else the first free one."""
     stem = Path(record.name).stem
     number = int(stem) if stem.isdecimal() and len(stem) <= 12 else len(taken)
     while number in taken:
@@ -270,18 +285,23 @@ def _number(record: PictureRecord, taken: set[int]) -> int:
 
 
 def build_benchmark(
-    sources: Annotations, exemplars: Annotations, folder: Path, settings: BuildSettings
+    sources: Annotations,
+    exemplars: Annotations | None,
+    folder: Path,
+    settings: BuildSettings,
+    validation_share: float = 0.0,
 ) -> int:
     """Make a benchmark in the form of COCOEE; the same arguments give the same files.
 
-    Every case is a source picture with one of its boxes as the hole, and another picture's object of the
-    same label. Pictures that are damaged, or turned by EXIF, are passed over.
+    Every case is a source image with one of its boxes as the mask, and another image's object of the same
+    label. Images that are damaged, or turned by EXIF, are passed over. The folder is there when all of it is.
 
     Args:
-        sources: pictures to edit, a validation split.
-        exemplars: pictures to take objects from, another split.
+        sources: images to edit, a validation split.
+        exemplars: images to take objects from, another split; None takes them from the sources too.
         folder: the new ``test_bench`` folder.
         settings: how many, and of what sizes.
+        validation_share: take only those of the sources that packing holds out with this share; 0: all.
 
     Returns:
         The number of cases.
@@ -289,50 +309,87 @@ def build_benchmark(
     Raises:
         UserError: the splits share files, the folder holds something, or there are too few cases.
     """
-    shared = set(sources.pictures["path"].to_list()) & set(exemplars.pictures["path"].to_list())
-    if shared:
-        raise UserError(f"sources and exemplars share {len(shared)} pictures, such as '{min(shared)}'")
-    if any(make_folder(folder).iterdir()):
-        raise UserError(f"'{folder}' is not empty; name a new folder")
-    by_label = _exemplars(exemplars, settings)
-    records = sorted(sources.records(), key=lambda record: record.name)
-    order = generator(settings.seed, "benchmark").permutation(len(records))
-    ids: list[int] = []
-    for part in PARTS:
-        make_folder(folder / part[0])
-    for position in order:
-        if len(ids) == settings.cases:
-            break
-        number = _write_case(records[int(position)], by_label, folder, settings, set(ids))
-        ids += [number] if number is not None else []
-    if len(ids) < settings.cases:
-        raise UserError(
-            f"only {len(ids)} of {settings.cases} cases could be made; take more pictures or fewer cases"
-        )
-    with (folder / ID_LIST).open("wb") as file:
-        np.save(file, np.array(sorted(ids), np.int64), allow_pickle=False)
+    settings.check()
+    records = _sorted_records(sources, validation_share)
+    objects = _exemplars(_others(sources, exemplars, records), settings)
+    lost = Counter[str]()
+    every = [(record, _places(record, settings, objects, lost)) for record in records]
+    usable = [(record, places) for record, places in every if places]
+    _require(len(usable), settings.cases, lost)
+    with new_benchmark(folder) as partial:
+        order = generator(settings.seed, "benchmark").permutation(len(records))
+        chosen = (every[int(position)] for position in order)
+        ids = _write_cases(chosen, objects, partial, settings, lost)
+        _require(len(ids), settings.cases, lost)
+        write_ids(partial, sorted(ids))
     return len(ids)
 
 
-def _write_case(
-    record: PictureRecord,
-    by_label: dict[str, list[Exemplar]],
+def _sorted_records(sources: Annotations, validation_share: float) -> list[PictureRecord]:
+    records = sorted(sources.records(), key=lambda record: record.name)
+    if not validation_share:
+        return records
+    wanted = held_out([record.name for record in records], validation_share)
+    kept = [record for record, inside in zip(records, wanted, strict=True) if inside]
+    if not kept:
+        raise UserError(
+            f"a share of {validation_share:g} holds none of {len(records)} images out; take a larger one"
+        )
+    return kept
+
+
+def _others(
+    sources: Annotations, exemplars: Annotations | None, records: list[PictureRecord]
+) -> Iterable[PictureRecord]:
+    """Return the images that objects are taken from."""
+    if exemplars is None:
+        return records
+    shared = set(sources.pictures["path"].to_list()) & set(exemplars.pictures["path"].to_list())
+    if shared:
+        raise UserError(
+            f"sources and exemplars share {len(shared)} pictures, such as '{min(shared)}'; "
+            "name one of them alone to take objects from its other images"
+        )
+    return exemplars.records()
+
+
+def _require(count: int, wanted: int, lost: Counter[str]) -> None:
+    """Refuse too few cases, with what was in the way.
+
+    Raises:
+        UserError: there are fewer than wanted, or none.
+    """
+    if count >= max(wanted, 1):
+        return
+    why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
+    raise UserError(
+        f"only {count} of {wanted or 'any number of'} cases could be made{f' ({why})' if why else ''}; "
+        "take more images or fewer cases"
+    )
+
+
+def _write_cases(
+    chosen: Iterable[tuple[PictureRecord, list[_Place]]],
+    objects: dict[str, list[Exemplar]],
     folder: Path,
     settings: BuildSettings,
-    taken: set[int],
-) -> int | None:
-    """Write the three files of a case, and return its number; None if the picture is no use."""
-    holes = _holes(record, settings, set(by_label))
-    if not holes:
-        return None
-    rng = generator(settings.seed, "benchmark", record.name)
-    hole = holes[int(rng.integers(len(holes)))]
-    image = _read(record.path, record.width, record.height)
-    exemplar = _cut_exemplar(by_label[hole.label], rng) if image is not None else None
-    if image is None or exemplar is None:
-        return None
-    number = _number(record, taken)
-    square, mask = _render(image, hole)
-    for part, picture in ((GT, square), (MASK, mask), (REF, exemplar)):
-        write_whole(case_path(folder, part, number), _png(picture))
-    return number
+    lost: Counter[str],
+) -> set[int]:
+    """Write as many cases as are wanted, an image each; return their numbers."""
+    ids: set[int] = set()
+    for record, places in chosen:
+        if settings.cases and len(ids) == settings.cases:
+            break
+        if not places:
+            continue
+        rng = generator(settings.seed, "benchmark", record.name)
+        place = places[int(rng.integers(len(places)))]
+        image = _read(record.path, record.width, record.height)
+        exemplar = None if image is None else _cut_exemplar(objects[place.label], record.path, rng)
+        if image is None or exemplar is None:
+            lost[DAMAGED] += 1
+            continue
+        number = _number(record, ids)
+        write_case(folder, number, *_render(image, place, settings.size), exemplar)
+        ids.add(number)
+    return ids

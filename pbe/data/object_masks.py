@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pbe.data.crops import Crop
+from pbe.data.crops import Crop, resize_area, window
 from pbe.data.decode import BAD_ANNOTATION, BAD_INDEX, UNREADABLE, UnusablePictureError
 from pbe.data.index import DamagedIndexError
 from pbe.data.masks import Box
@@ -69,25 +69,21 @@ def read_object_mask(
 
 def shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the share of each pixel that is not zero, float32, by area; ``size`` is width and height."""
-    return cv2.resize((mask != 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return resize_area((mask != 0).astype(np.float32), *size)
 
 
 def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     """Return the share of each pixel that the object covers, float32 ``size size``, 0 to 1.
 
-    Cropped and resized as the picture is, by area; what lies outside the picture is no object.
+    Cropped, padded and resized as the picture is, by area: where the padding is the picture's reflection, the
+    object is reflected with it.
 
     Args:
         mask: of the whole picture, uint8 ``h w``, not zero on the object.
         crop: of the picture.
         size: sides of the result, pixels.
     """
-    height, width = mask.shape
-    x1, y1 = max(crop.x, 0), max(crop.y, 0)
-    x2, y2 = min(crop.x + crop.width, width), min(crop.y + crop.height, height)
-    whole = np.zeros((crop.height, crop.width), np.uint8)
-    whole[y1 - crop.y : y2 - crop.y, x1 - crop.x : x2 - crop.x] = mask[y1:y2, x1:x2]
-    return shrink(whole, (size, size))
+    return shrink(window(mask, crop, fill=0), (size, size))
 
 
 def object_hole(cover: np.ndarray, radius: tuple[float, float]) -> np.ndarray:

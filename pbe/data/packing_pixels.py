@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.data.colour import convert_profile
+from pbe.data.crops import resize_area
 from pbe.data.decode import UnusablePictureError, decode, decode_picture
 from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
 
@@ -42,7 +43,7 @@ def perceptual_hash(grey: np.ndarray) -> int:
     Args:
         grey: uint8 ``h w``.
     """
-    small = cv2.resize(grey, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = resize_area(grey, HASH_SIDE, HASH_SIDE).astype(np.float32)
     if small.std() < MIN_CONTRAST:
         return 0
     spectrum = cv2.dct(small)[: HASH_BITS + 1, : HASH_BITS + 1]
@@ -122,7 +123,7 @@ def encode_again(encoded: bytes, header: PictureHeader, max_side: int, quality: 
     scale = max_side / max(width, height) if max_side else 1.0
     if scale < 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        image = resize_area(image, *size)
     extension = "jpg" if header.extension in ("jpg", "webp") else "png"
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
     return cv2.imencode(f".{extension}", image, options)[1].tobytes(), extension

@@ -16,12 +16,22 @@ import numpy as np
 
 from pbe.config import AugmentConfig, SampleConfig
 from pbe.data.augment import ExemplarAugmentation
-from pbe.data.crops import CropPlan, cut, padded_square, plan_original_crop, plan_square_crop, valid_mask
+from pbe.data.crops import (
+    CropPlan,
+    cut,
+    mirror_mask,
+    padded_square,
+    plan_original_crop,
+    plan_square_crop,
+    valid_mask,
+)
 from pbe.data.masks import Box, bezier_mask, extend_box, rectangle_mask
 from pbe.data.object_masks import ObjectMask, cut_mask, object_cover, object_hole
 
 REFERENCE_SIDE = 512
 MAX_TRIES = 20
+# Of what becomes of the same picture, box and draws: a cache of another version holds other samples.
+VERSION = 2
 NO_OBJECT_MASK = "no object mask"
 
 __all__ = ["Box", "TrainingSample", "choose_box", "cut_exemplar", "make_sample"]
@@ -33,11 +43,12 @@ class TrainingSample:
 
     Attributes:
         image: the crop, ``s s 3`` RGB.
-        mask: 255 = repaint, 0 = keep; ``s s``.
+        mask: 255 = repaint, 0 = keep; ``s s``. Where the padding reflects the picture, it reflects the mask.
         exemplar: the augmented object, ``e e 3`` RGB.
-        valid: 255 = counts in the loss, 0 = reflected padding; ``s s``.
+        valid: 255 = counts in the loss, 0 = padding; ``s s``.
         box: the object in pixels of ``image``.
-        extended: the extended box in whole pixels of ``image``; a rectangular mask is exactly this.
+        extended: the extended box in whole pixels of ``image``; a rectangular mask is exactly this, and its
+            mirror images in the padding.
         mask_kind: ``rectangle``, ``arbitrary`` or ``object``.
         jitter: largest shift of an arbitrary mask's points along x and y, pixels of ``image``.
         events: any of ``shrunk``, ``padded``, ``squashed``, ``redrawn``, ``fallback``, ``no object mask``.
@@ -110,7 +121,7 @@ class _Hole:
 def _draw_mask(
     plan: CropPlan,
     box: Box,
-    short_side: int,
+    frame: tuple[int, int],
     kind: _Kind,
     rng: np.random.Generator,
     config: SampleConfig,
@@ -120,19 +131,29 @@ def _draw_mask(
     inner = plan.crop.to_output(box, size).clipped(size, size)
     extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
     # Lengths belong to a picture of 512 px; the crop is then resized like everything else.
-    pixels = config.bezier_jitter * short_side / REFERENCE_SIDE
+    unit = min(frame) / REFERENCE_SIDE
+    pixels = config.bezier_jitter * unit
     sx, sy = plan.crop.scales(size)
     jitter = (pixels * sx, pixels * sy)
     if kind.shape is not None:
         cover = cut_mask(kind.shape, plan.crop, size)
-        wider = config.object_mask_dilate * short_side / REFERENCE_SIDE
+        wider = config.object_mask_dilate * unit
         mask = object_hole(cover, (wider * sx, wider * sy))
         return _Hole(plan, inner, extended, mask, jitter, object_cover(cover, mask))
     if kind.name == "rectangle":
         mask = rectangle_mask(extended, size, size)
     else:
         mask = bezier_mask(inner, extended, size, size, jitter, rng, config.min_box_cover)
-    return _Hole(plan, inner, extended, mask, jitter)
+    return _Hole(plan, inner, extended, _mirrored(mask, inner, plan, frame), jitter)
+
+
+def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]) -> np.ndarray:
+    """Return a mask that hides mirror images of itself in the padding, and of all the box."""
+    if "padded" not in plan.events:
+        return mask
+    size = len(mask)
+    hidden = mirror_mask(cv2.bitwise_or(mask, rectangle_mask(box, size, size)), plan.crop, *frame)
+    return np.where(valid_mask(plan.crop, *frame, size) > 0, mask, hidden)
 
 
 def _draw_hole(
@@ -143,20 +164,20 @@ def _draw_hole(
         plan = plan_original_crop(extended, width, height, config.shrink_fraction, rng)
     else:
         plan = plan_square_crop(box, extended, width, height, config.shrink_fraction, rng)
-    return _draw_mask(plan, box, min(width, height), kind, rng, config, size)
+    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
 
 
 def _fallback_hole(
     box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> _Hole:
-    """Return the whole picture inside a reflected border, with the box itself as the hole's bounds.
+    """Return the whole picture inside a grey border, with the box itself as the hole's bounds.
 
     The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
-    where the box is the whole picture.
+    where the box is the whole picture. A reflection in the border would be masked as the picture is.
     """
-    crop = padded_square(width, height, math.ceil(1.125 * max(width, height)) + 1)
+    crop = padded_square(width, height, math.ceil(1.125 * max(width, height)) + 1, mirrored=False)
     plan = CropPlan(crop, box, ("padded", "fallback"))
-    return _draw_mask(plan, box, min(width, height), kind, rng, config, size)
+    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
 
 
 def _find_hole(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from pbe.data.crops import resize_area
+
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
@@ -169,6 +171,6 @@ def render_sprite(
     sprite = cv2.warpAffine(layers, matrix, size, flags=cv2.INTER_LINEAR)
     if scale < 1.0:
         small = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        sprite = cv2.resize(sprite, small, interpolation=cv2.INTER_AREA)
+        sprite = resize_area(sprite, *small)
     left, top, visible_width, visible_height = cv2.boundingRect(sprite[..., 3])
     return _shade(sprite[top : top + visible_height, left : left + visible_width].copy(), pose)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pbe.config import Config, to_dict
+from pbe.data.sample import VERSION as SAMPLES
 from pbe.data.shards import shard_state
 from pbe.models import LatentDiffusion
 
@@ -17,6 +18,7 @@ from pbe.models import LatentDiffusion
 LOADING = ("batch_size", "num_workers", "max_bad_share", "verify", "remote_cache")
 # Settings that change nothing at these values: they count elsewhere only, so that older caches stay good.
 NEUTRAL: dict[str, Any] = {
+    "version of the samples": 1,
     "boxes": "one",
     "antialias_above": 1.0,
     "object_mask_share": 0.0,
@@ -37,6 +39,7 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
     """
     settings = dict(_counting(to_dict(config.data)))
     settings |= {"seed": config.seed, "encoded in": "bfloat16" if halved(config) else "float32"}
+    settings["version of the samples"] = SAMPLES
     encoder = config.model.exemplar_encoder
     for name in ("tower", "tokens", "pooled_stages", "image_size", "mean", "std"):
         settings[f"exemplar_encoder.{name}"] = getattr(encoder, name)

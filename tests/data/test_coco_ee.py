@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from pbe.data import coco_ee
 from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, find_problems, read_benchmark
+from pbe.data.packing_merge import held_out
 from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
@@ -125,8 +127,106 @@ def test_complaints_of_the_builder(splits: tuple[Annotations, Annotations], tmp_
         build_benchmark(sources, sources, tmp_path / "a", BuildSettings())
     with pytest.raises(UserError, match="only 8 of 9 cases"):
         build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=9))
+    with pytest.raises(UserError, match="take objects from its other images"):
+        build_benchmark(sources, sources, tmp_path / "a", BuildSettings())
+    with pytest.raises(UserError, match="at least 16"):
+        build_benchmark(sources, exemplars, tmp_path / "a", BuildSettings(size=8))
+    assert sorted(tmp_path.iterdir()) == [], "nothing is claimed, nothing is left"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("kept")
     with pytest.raises(UserError, match="is not empty"):
         build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=1))
+    assert [path.name for path in tmp_path.rglob("*")] == ["b", "mine.txt"]
+
+
+def test_what_is_in_the_way_is_counted(splits: tuple[Annotations, Annotations], tmp_path: Path) -> None:
+    """The sky fills the whole image in all of them; no train object of 200 px is there."""
+    sources, exemplars = splits
+    with pytest.raises(UserError) as raised:
+        build_benchmark(sources, exemplars, tmp_path / "a", BuildSettings(min_exemplar_side=200.0))
+    assert "only 0 of 3500 cases could be made (" in str(raised.value)
+    assert "not 2% to 50% of the square: 8" in str(raised.value)
+    assert "no other image's object of its label, 200 px or more: 8" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_build_leaves_nothing_and_can_be_started_again(
+    splits: tuple[Annotations, Annotations],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    out = tmp_path / "bench"
+    out.mkdir()
+    write, written = coco_ee.write_case, []
+
+    def fail(*arguments: object) -> None:
+        if len(written) == 2:
+            raise error
+        written.append(write(*arguments))  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coco_ee, "write_case", fail)
+        with pytest.raises((KeyboardInterrupt, UserError), match=r"^$|cannot be written: No space left"):
+            build_benchmark(*splits, out, BuildSettings(cases=5))
+    assert [path.name for path in tmp_path.rglob("*")] == ["bench"]
+    (tmp_path / ".bench.partial").mkdir()  # as a run leaves it that was killed
+    (tmp_path / ".bench.partial" / "stray.png").write_bytes(b"half")
+    assert build_benchmark(*splits, out, BuildSettings(cases=5)) == 5
+    assert find_problems(out) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bench"]
+
+
+def test_as_many_as_there_are_at_another_size(
+    splits: tuple[Annotations, Annotations], tmp_path: Path
+) -> None:
+    assert build_benchmark(*splits, tmp_path / "all", BuildSettings(cases=0, size=96)) == 8
+    for case in read_benchmark(tmp_path / "all", pixels=True, size=96):
+        image = cv2.imread(str(case.image))
+        mask = cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
+        # The box is 100 x 80 of a square of 300; the mask is what it touches.
+        assert cv2.boundingRect(mask)[2:] in ((32, 26), (33, 26), (33, 27), (32, 27))
+        inner = cv2.erode(mask, np.ones((5, 5), np.uint8)) > 0
+        assert np.all(image[inner] == (255 if case.number % 2 else 200))
+
+
+def test_one_annotation_file_gives_a_benchmark_of_its_own(
+    splits: tuple[Annotations, Annotations], tmp_path: Path
+) -> None:
+    """Every exemplar is an object of the same label in another image."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = ["file,x1,y1,x2,y2,label"]
+    for number in range(6):
+        image = np.full((200, 200, 3), 10, np.uint8)
+        image[50:130, 40:140] = 40 * number + 20  # its own shade
+        cv2.imwrite(str(folder / f"{number}.png"), image)
+        lines += [f"{number}.png,40,50,140,130,{'only' if number == 5 else 'thing'}"]
+    (folder / "boxes.csv").write_text("\n".join(lines))
+    found = read_csv(folder / "boxes.csv", folder)
+    assert build_benchmark(found, None, tmp_path / "bench", BuildSettings(cases=0)) == 5
+    shades = {}
+    for case in read_benchmark(tmp_path / "bench", pixels=True):
+        shades[case.number] = int(cv2.imread(str(case.exemplar))[40, 50, 0])
+    assert set(shades) == {0, 1, 2, 3, 4}, "the only one of its label has no exemplar"
+    assert all(shade != 40 * number + 20 for number, shade in shades.items())
+    assert set(shades.values()) <= {20, 60, 100, 140, 180}
+    with pytest.raises(UserError, match=r"only 5 of 6 cases .*no other image's object of its label"):
+        build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
+
+
+def test_images_that_packing_holds_out_make_a_benchmark(
+    splits: tuple[Annotations, Annotations], tmp_path: Path
+) -> None:
+    sources, _ = splits
+    names = sources.pictures["name"].to_list()
+    wanted = {int(Path(name).stem) for name, out in zip(names, held_out(names, 0.5), strict=True) if out}
+    settings = BuildSettings(cases=0, size=32)
+    build_benchmark(sources, None, tmp_path / "bench", settings, validation_share=0.5)
+    assert {case.number for case in read_benchmark(tmp_path / "bench")} <= wanted
+    with pytest.raises(UserError, match="holds none of 8 images out; take a larger one"):
+        build_benchmark(sources, None, tmp_path / "none", settings, validation_share=1e-9)
 
 
 def test_command_line(
@@ -141,3 +241,14 @@ def test_command_line(
     assert command.main(["--check", str(tmp_path)]) == 2
     assert "GT_3500 is missing" in capsys.readouterr().err
     assert command.main(["--out", "x"]) == 2
+    assert command.main([*sources, "--out", str(tmp_path / "all"), "--cases", "all", "--size", "64"]) == 0
+    assert command.main(["--check", str(tmp_path / "all"), "--size", "64"]) == 0
+    assert "8 cases, all whole" in capsys.readouterr().out
+    one = ["--sources", f"csv:{val / 'boxes.csv'}", "--out", str(tmp_path / "one")]
+    assert command.main(one) == 0
+    assert command.main(["--check", str(tmp_path / "one")]) == 0
+    for wrong in (["--size", "0"], ["--size", "8"], ["--cases", "0"], ["--validation-share", "1"]):
+        left = sorted(tmp_path.iterdir())
+        assert command.main([*sources, "--out", str(tmp_path / "new"), *wrong]) == 2
+        assert "at least" in (said := capsys.readouterr().err) or "between 0 and 1" in said
+        assert sorted(tmp_path.iterdir()) == left

@@ -6,8 +6,18 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.crops import Crop, cut, plan_original_crop, plan_square_crop, resize, valid_mask
-from pbe.data.masks import Box, extend_box
+from pbe.data.crops import (
+    GREY,
+    Crop,
+    cut,
+    mirror_mask,
+    plan_original_crop,
+    plan_square_crop,
+    resize,
+    resize_area,
+    valid_mask,
+)
+from pbe.data.masks import Box, extend_box, rectangle_mask
 from pbe.data.randomness import generator
 
 
@@ -153,3 +163,112 @@ def test_averaging_may_start_at_a_larger_factor(side, averaged):
     expected = cv2.resize(picture, (100, 100), interpolation=filters[averaged])
     np.testing.assert_array_equal(resize(picture, 100, 100, 1.5), expected)
     np.testing.assert_array_equal(cut(picture, Crop(0, 0, side, side), 100, 1.5), expected)
+
+
+def area_weights(old: int, new: int) -> np.ndarray:
+    """Each new pixel as the mean of the old ones, by how much of them it covers; ``new old``."""
+    edges = np.arange(new + 1) * old / new
+    ends = np.minimum(edges[1:, None], np.arange(1, old + 1)[None])
+    overlap = np.clip(ends - np.maximum(edges[:-1, None], np.arange(old)[None]), 0.0, None)
+    return overlap * new / old
+
+
+def linear_weights(old: int, new: int) -> np.ndarray:
+    """Each new pixel between the two old ones that are nearest to its centre; ``new old``."""
+    centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0.0, old - 1.0)
+    return np.clip(1.0 - abs(centres[:, None] - np.arange(old)[None]), 0.0, None)
+
+
+def by_axes(image: np.ndarray, width: int, height: int, *, growing: str) -> np.ndarray:
+    """Resize by matrices: area where an axis shrinks, ``growing`` where it grows."""
+    rows, columns = (
+        area_weights(old, new) if new <= old or growing == "area" else linear_weights(old, new)
+        for old, new in zip(image.shape[:2], (height, width), strict=True)
+    )
+    return np.einsum("yh,hwc,xw->yxc", rows, image.astype(np.float64), columns, optimize=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((225, 112), (224, 224)), ((112, 225), (224, 224)), ((30, 200), (64, 64)), ((301, 17), (40, 50))],
+)
+def test_one_axis_shrinks_while_the_other_grows(shape, size):
+    """Where OpenCV's own area filter takes two of many pixels."""
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = by_axes(image, *size, growing="linear")
+    # Rounded to uint8 twice, once after each axis; OpenCV's linear weights have 11 bits.
+    assert abs(resize(image, *size).astype(float) - expected).max() <= 1.25
+    mask = (image[..., 0] > 128).astype(np.float32)
+    expected = by_axes(mask[..., None], *size, growing="area")[..., 0]
+    np.testing.assert_allclose(resize_area(mask, *size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((90, 70), (31, 33)), ((20, 30), (64, 48)), ((40, 40), (40, 17))]
+)
+def test_both_axes_the_same_way_are_areas_too(shape, size):
+    image = np.random.default_rng(2).random((*shape, 3)).astype(np.float32)
+    expected = by_axes(image, *size, growing="area")
+    np.testing.assert_allclose(resize_area(image, *size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_half_of_the_rows_are_no_copies(transpose):
+    """What the fault looked like: 225 rows became 224, one side of 112 columns grew."""
+    image = np.random.default_rng(3).integers(0, 256, (450, 112, 3), dtype=np.uint8)
+    out = resize(image.transpose(1, 0, 2), 224, 224) if transpose else resize(image, 224, 224)
+    rows = out.transpose(1, 0, 2) if transpose else out
+    # Two independent values are averaged: the spread falls by the root of two.
+    nearest = image[::2].astype(float).std()
+    assert rows[:, ::2].astype(float).std() < 0.75 * nearest
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("short", "long"), [(40, 100), (30, 100), (7, 100), (2, 50)])
+def test_a_mirrored_mask_is_the_mirror_image(short, long, axis):
+    """Without resizing it is what the border's rule makes of the mask; it folds where the picture is thin."""
+    rng = np.random.default_rng(short)
+    inside = (rng.random((short, long)) < 0.1).astype(np.uint8) * 255
+    before = (long - short) // 2
+    after = long - short - before
+    drawn = cv2.copyMakeBorder(inside, before, after, 0, 0, cv2.BORDER_CONSTANT, value=0)
+    expected = cv2.copyMakeBorder(inside, before, after, 0, 0, cv2.BORDER_REFLECT_101)
+    if axis:
+        out = mirror_mask(drawn.T, Crop(-before, 0, long, long), short, long).T
+    else:
+        out = mirror_mask(drawn, Crop(0, -before, long, long), long, short)
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("size", [16, 37, 64, 100, 160, 333])
+def test_nothing_that_a_mask_hides_is_reflected_at_any_size(size):
+    """The picture is red under the mask alone; also where pixels lie across the border."""
+    for index in range(60):
+        rng = generator("mirror", size, index)
+        width, height = (int(side) for side in rng.integers(2, 120, 2))
+        side = max(width, height) + int(rng.integers(0, 5))
+        crop = Crop(int(rng.integers(width - side, 1)), int(rng.integers(height - side, 1)), side, side)
+        x1, y1 = (int(rng.integers(0, whole)) for whole in (width, height))
+        x2, y2 = int(rng.integers(x1 + 1, width + 1)), int(rng.integers(y1 + 1, height + 1))
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[y1:y2, x1:x2, 0] = 255
+        drawn = rectangle_mask(crop.to_output(Box(x1, y1, x2, y2), size), size, size)
+        mask = mirror_mask(drawn, crop, width, height)
+        red = cut(picture, crop, size)[..., 0]
+        # A pixel beside the mask takes less than half of its colour from across the edge when enlarged.
+        assert red[mask == 0].max(initial=0) <= (0 if size <= side else 127)
+        # No more is hidden than what is near; at the crop's border that may lie just outside.
+        near = cv2.dilate((red > 0).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        assert (near | (mask == 0))[2:-2, 2:-2].all()
+
+
+def test_a_grey_border_hides_nothing_and_mirrors_nothing():
+    picture = np.full((10, 20, 3), 200, np.uint8)
+    crop = Crop(-2, -7, 24, 24, mirrored=False)
+    out = cut(picture, crop, 24)
+    assert (out[7:17, 2:22] == 200).all()
+    out[7:17, 2:22] = GREY
+    assert (out == GREY).all()
+    mask = np.zeros((24, 24), np.uint8)
+    mask[8, 5] = 255
+    assert mirror_mask(mask, crop, 20, 10) is mask

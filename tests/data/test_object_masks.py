@@ -201,15 +201,36 @@ def test_a_mask_outside_its_box_is_none(tmp_path: Path) -> None:
     np.testing.assert_array_equal(half, mask.reshape(24, 2, 30, 2).max(axis=(1, 3)))
 
 
-def test_cutting_keeps_thin_things_and_ignores_the_padding() -> None:
+def test_cutting_keeps_thin_things_and_mirrors_them_as_the_picture_is() -> None:
+    mask = np.zeros((100, 200), np.uint8)
+    mask[30, 3:] = 1
+    cover = cut_mask(mask, Crop(0, -50, 200, 200), 20)
+    hole = object_hole(cover, (0, 0)) > 0
+    assert hole[8].all()
+    # Row 80 of the crop; its reflections about rows 50 and 149 are rows 20 and 218, which lies outside.
+    assert np.flatnonzero(hole.any(axis=1)).tolist() == [2, 8]
+    assert cover[8, 5] == pytest.approx(0.1)
+    assert cover.sum() == pytest.approx(2 * mask.sum() / 100)
+    plain = cut_mask(mask, Crop(0, -50, 200, 200, mirrored=False), 20)
+    assert plain.sum() == pytest.approx(mask.sum() / 100)
+
+
+@pytest.mark.parametrize(("crop", "sizes"), [(Crop(0, 0, 40, 160), 64), (Crop(0, 0, 160, 40), 64)])
+def test_a_squashed_mask_is_an_area_along_both_axes(crop: Crop, sizes: int) -> None:
+    """One axis shrinks and the other grows, as the original squashes; the object keeps its share."""
+    mask = (generator("squashed").random((crop.height, crop.width)) < 0.02).astype(np.uint8)
+    cover = cut_mask(mask, crop, sizes)
+    assert cover.mean() == pytest.approx(mask.mean(), rel=1e-4)
+    y, x = np.nonzero(mask)
+    hole = object_hole(cover, (0, 0))
+    assert (hole[y * sizes // crop.height, x * sizes // crop.width] == 255).all()
+
+
+def test_half_of_an_object_is_half_covered() -> None:
     mask = np.zeros((100, 200), np.uint8)
     mask[50, 3:] = 1
     cover = cut_mask(mask, Crop(0, -50, 200, 200), 20)
     hole = object_hole(cover, (0, 0)) > 0
-    assert hole[10].all()
-    assert hole.sum() == 20  # nothing is mirrored into the padding
-    assert cover[10, 5] == pytest.approx(0.1)
-    assert cover.sum() == pytest.approx(mask.sum() / 100)
     assert object_cover(cover, hole) == 1.0
     half = hole.copy()
     half[:, 10:] = False

@@ -134,6 +134,27 @@ def test_samples_of_reduced_pictures_show_the_same_objects(large):
         assert sample.exemplar[16, 16, 0] > 150
 
 
+def test_nothing_of_a_long_box_is_mirrored_at_a_reduced_size(tmp_path):
+    """A box longer than the short side is padded; decoded at a quarter, it is hidden there as well."""
+    boxes = [Box(32, 64, 992, 448), Box(0, 128, 800, 384), Box(160, 96, 1024, 416)]
+    images = [jpeg(scene(1024, 512, box)) for box in boxes]
+    records = [
+        ShardRecord(f"k{number}", image, "jpg", 1024, 512, [(box.x1, box.y1, box.x2, box.y2)])
+        for number, (image, box) in enumerate(zip(images, boxes, strict=True))
+    ]
+    write_shards(records, tmp_path)
+    dataset = ExemplarDataset(ShardPictures(tmp_path), CONFIG, 1)
+    assert read_picture(dataset.pictures, 0, CONFIG).image.shape[0] < 512
+    padded = 0
+    for number in range(24):
+        sample = dataset[number].sample
+        red = sample.image[..., 0].astype(int) - sample.image[..., 2] > 40  # a tenth of the way is JPEG's
+        padded += "padded" in sample.events
+        assert red.any()
+        assert not (red & (sample.mask == 0) & (sample.valid == 0)).any()
+    assert padded == 24
+
+
 def test_what_is_damaged_or_of_another_size_is_still_noticed(large):
     box = Box(48, 32, 304, 240)
     whole = jpeg(scene(512, 384, box))

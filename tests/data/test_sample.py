@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pbe.config import AugmentConfig, SampleConfig
+from pbe.data.crops import GREY
 from pbe.data.masks import Box, rectangle_mask
 from pbe.data.randomness import generator
 from pbe.data.sample import TrainingSample, choose_box, cut_exemplar, make_sample
@@ -59,7 +60,12 @@ def test_rectangles_equal_the_extended_box(samples):
     rectangles = [sample for _, _, sample in samples if sample.mask_kind == "rectangle"]
     assert len(rectangles) > 800
     for sample in rectangles:
-        np.testing.assert_array_equal(sample.mask, rectangle_mask(sample.extended, SIZE, SIZE))
+        counts = sample.valid > 0
+        expected = rectangle_mask(sample.extended, SIZE, SIZE)
+        np.testing.assert_array_equal(sample.mask[counts], expected[counts])
+        assert (sample.mask[expected > 0] > 0).all()
+        if "padded" not in sample.events:
+            np.testing.assert_array_equal(sample.mask, expected)
         corners = (sample.extended.x1, sample.extended.y1, sample.extended.x2, sample.extended.y2)
         assert all(value == int(value) for value in corners)
 
@@ -68,7 +74,7 @@ def test_arbitrary_masks_stay_within_the_extended_box_and_jitter(samples):
     for _, _, sample in samples:
         outer, (jitter_x, jitter_y) = sample.extended, sample.jitter
         limit = Box(outer.x1 - jitter_x, outer.y1 - jitter_y, outer.x2 + jitter_x, outer.y2 + jitter_y)
-        assert not sample.mask[rectangle_mask(limit, SIZE, SIZE) == 0].any()
+        assert not sample.mask[(rectangle_mask(limit, SIZE, SIZE) == 0) & (sample.valid > 0)].any()
 
 
 def test_every_mask_covers_the_box(samples):
@@ -150,6 +156,95 @@ def test_padding_reflects_and_is_left_out_of_the_loss():
     assert np.count_nonzero(sample.valid) == 40 * 120
     np.testing.assert_array_equal(sample.image[40:80], picture)
     np.testing.assert_array_equal(sample.image[39], picture[1])
+
+
+SHAPES = ("square", "wide", "tall", "tiny", "edge", "whole", "thin picture")
+
+
+def red_case(shape: str, index: int) -> tuple[np.ndarray, Box, np.random.Generator]:
+    """A picture that is red in its box alone."""
+    rng = generator("red", shape, index)
+    width, height = (int(side) for side in rng.integers(40, 200, 2))
+    if shape == "thin picture":
+        width, height = int(rng.integers(2, 9)), int(rng.integers(60, 200))
+        width, height = (height, width) if index % 2 else (width, height)
+    ranges = {
+        "square": ((0.3, 0.7), (0.3, 0.7)), "wide": ((0.7, 1.0), (0.1, 0.5)),
+        "tall": ((0.1, 0.5), (0.7, 1.0)), "tiny": ((0.02, 0.06), (0.02, 0.06)),
+        "edge": ((0.2, 0.9), (0.2, 0.9)), "whole": ((1, 1), (1, 1)),
+        "thin picture": ((0.2, 1.0), (0.2, 1.0)),
+    }  # fmt: skip
+    sides = [max(2.0, rng.uniform(*r) * side) for r, side in zip(ranges[shape], (width, height), strict=True)]
+    x, y = (rng.random() * (whole - side) for whole, side in zip((width, height), sides, strict=True))
+    if shape == "edge":
+        x, y = (0.0, y) if index % 2 else (x, height - sides[1])
+    box = Box(x, y, min(x + sides[0], float(width)), min(y + sides[1], float(height)))
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[rectangle_mask(box, width, height) > 0] = (255, 0, 0)
+    return picture, box, rng
+
+
+def visible_red(sample: TrainingSample, where: np.ndarray) -> int:
+    """How red the reddest pixel is that the network is shown there."""
+    red = sample.image[..., 0].astype(int) - sample.image[..., 2]
+    return int(red[(sample.mask == 0) & where].max(initial=0))
+
+
+@pytest.mark.parametrize("size", [48, 256])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("squash", [False, True])
+def test_nothing_of_the_box_is_visible(shape, squash, size):
+    """Neither in its place nor mirrored in the padding, whatever the mask; an arbitrary one cuts corners."""
+    events = set()
+    for kind in (0.0, 1.0):
+        config = SampleConfig(arbitrary_mask_share=kind, squash=squash, augment=AugmentConfig(enabled=False))
+        for index in range(40):
+            picture, box, rng = red_case(shape, index)
+            sample = make_sample(picture, box, rng, config, size, EXEMPLAR)
+            loose = sample.mask_kind == "arbitrary"
+            # Beside the mask an enlarged pixel takes less than half of its colour from across the edge.
+            assert visible_red(sample, sample.valid == 0 if loose else sample.valid < 256) <= 127
+            assert (sample.mask == 0).any()
+            events.update(sample.events)
+    if shape in ("wide", "tall") and not squash:
+        assert "padded" in events
+
+
+@pytest.mark.parametrize("dilate", [0.0, 12.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_of_an_object_is_visible_where_its_own_mask_is_the_hole(shape, dilate):
+    config = SampleConfig(
+        object_mask_share=1.0, object_mask_dilate=dilate, augment=AugmentConfig(enabled=False)
+    )
+    for index in range(40):
+        picture, box, rng = red_case(shape, index)
+        own = (picture[..., 0] > 0) & (rng.random(picture.shape[:2]) < rng.uniform(0.05, 1.0))
+        own[np.argwhere(picture[..., 0])[0][0], np.argwhere(picture[..., 0])[0][1]] = True
+        picture[~own] = 0
+        sample = make_sample(picture, box, rng, config, SIZE, EXEMPLAR, lambda own=own: own.astype(np.uint8))
+        assert sample.mask_kind in ("object", "rectangle")
+        assert visible_red(sample, sample.valid < 256) <= 127
+
+
+def test_padding_shows_no_more_than_the_picture_at_its_own_size():
+    """Without resizing, the masked padding is the mirror image of the masked picture."""
+    picture = np.random.default_rng(0).integers(1, 255, (40, 120, 3), dtype=np.uint8)
+    config = SampleConfig(shrink_fraction=0.0, arbitrary_mask_share=0.0, augment=AugmentConfig(enabled=False))
+    for index in range(20):
+        sample = make_sample(picture, Box(5, 12, 110, 30), generator("p", index), config, 120, 16)
+        masked = np.where(sample.mask[..., None] > 0, np.uint8(0), sample.image)
+        expected = cv2.copyMakeBorder(masked[40:80], 40, 40, 0, 0, cv2.BORDER_REFLECT_101)
+        np.testing.assert_array_equal(masked, expected)
+
+
+def test_the_border_of_the_last_resort_is_grey():
+    """A box that is the whole picture leaves nothing to reflect."""
+    picture = np.full((60, 100, 3), (255, 0, 0), np.uint8)
+    sample = make_sample(picture, Box(0, 0, 100, 60), generator(1), SampleConfig(), SIZE, EXEMPLAR)
+    assert "fallback" in sample.events
+    border = sample.image[(sample.valid == 0) & (sample.mask == 0)]
+    assert len(border) > 0.02 * SIZE**2
+    assert (border == GREY).all()
 
 
 def test_exemplar_padding_scales_and_stops_at_the_border():

@@ -90,6 +90,18 @@ def test_the_weights_count_that_encode_and_no_others(tiny):
     assert not changed_by(model.unet.conv_in.bias)
 
 
+def test_samples_that_are_made_otherwise_are_of_another_cache(tiny, monkeypatch):
+    """An older cache holds samples whose padding shows the hidden object."""
+    model, config = tiny
+    ours = settings_of(config, model)
+    monkeypatch.setattr(settings_module, "SAMPLES", 3)
+    later = settings_of(config, model)
+    assert fingerprint(ours) != fingerprint(later)
+    older = {name: value for name, value in ours.items() if name != "version of the samples"}
+    assert differences(older, ours) == ["version of the samples 1, not 2"]
+    assert fingerprint(older) != fingerprint(ours)
+
+
 def counting(section: dict[str, object]) -> dict[str, object]:
     return dict(settings_module._counting(section))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Config, to_dict
+from pbe.data.sample import VERSION as SAMPLES
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import fingerprint_of
 
@@ -66,6 +67,7 @@ def shaping_settings(config: Config) -> dict[str, Any]:
             del values["trainer"][key]
     if Path(pretrained := config.model.exemplar_encoder.pretrained).is_file():
         values["pretrained"] = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
+    values["samples"] = SAMPLES
     values["cached"] = config.cache.variants if config.cache.folder else 0
     return values
 
@@ -82,6 +84,6 @@ def cache_settings(config: Config) -> dict[str, Any]:
     halved = "bf16" in config.trainer.precision
     tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
     return tower_file | {
-        "data": data, "seed": config.seed, "variants": config.cache.variants,
+        "data": data, "samples": SAMPLES, "seed": config.seed, "variants": config.cache.variants,
         "tower": [*tower, grid, encoder.mean, encoder.std], "halved": halved,
     }  # fmt: skip

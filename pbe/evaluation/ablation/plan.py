@@ -19,7 +19,7 @@ from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
 
-FORMAT = 2  # of the stages' results; a newer one makes all of them again
+FORMAT = 3  # of the stages' results; a newer one makes all of them again
 VALIDATION_SEED = 1  # added to that of the training scenes
 
 

@@ -24,6 +24,9 @@ PNG_DEPTH = 24  # where a PNG's header has its bits a channel
 EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of pictures that become 8-bit RGB without loss
 MISSING, DAMAGED = "missing", "damaged"
 NOT_RGB, OTHER_SIZE = "not an 8-bit RGB picture", "of another size than its case"
+MODELS_OWN = "the model's"
+# What edits were made with where their note is older than the setting.
+BEFORE: dict[str, Any] = {"preserve_background": True, "conventions": MODELS_OWN}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -126,7 +129,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]
         yield "of another model"
     if found.get("benchmark") != wanted["benchmark"]:
         yield "of another benchmark"
-    before = found.get("settings", {})
+    before = BEFORE | found.get("settings", {})
     for name, value in wanted["settings"].items():
         if before.get(name) != value:
             yield f"{name} was {before.get(name)}, not {value}"

@@ -31,13 +31,14 @@ from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.compositing import to_bytes
+from pbe.editing.conventions import get_conventions
 from pbe.editing.hub import Hub
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.records import write_picture
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder, Case
-from pbe.evaluation.benchmark.edit_files import claim_folder, is_whole, model_identity
+from pbe.evaluation.benchmark.edit_files import MODELS_OWN, claim_folder, is_whole, model_identity
 
 # What Lightning says of things that are meant to be so: batches are small and read by the main process.
 NEEDLESS_ADVICE = (
@@ -63,6 +64,9 @@ class GenerateSettings:
         seed: of the noise, together with the case's id.
         batch_size: cases edited at once; part of the settings, since rounding follows it.
         dtype: of the weights: ``fp32``, ``fp16`` or ``bf16``.
+        preserve_background: keep every pixel outside the mask; off, as in the original, they pass through
+            autoencoder and diffusion.
+        conventions: of preparing the inputs, ``original`` or ``diffusers``; None is the model's.
         threads: CPU threads of each process; part of the settings for the same reason. GPUs do not care.
         accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
         devices: how many; ``auto`` is all GPUs, or as many processes as torch would use CPU threads.
@@ -80,6 +84,8 @@ class GenerateSettings:
     seed: int = 0
     batch_size: int = 8
     dtype: str = "fp32"
+    preserve_background: bool = True
+    conventions: str | None = None
     threads: int = 1
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -91,6 +97,8 @@ class GenerateSettings:
         """Refuse what cannot be used before any time is spent on it."""
         get_solver(self.solver)
         torch_dtype(self.dtype)
+        if self.conventions is not None:
+            get_conventions(self.conventions)
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise UserError(f"the guidance scale is {self.guidance_scale}; it must be a number from 0 up")
         for name in ("steps", "batch_size", "threads", "num_nodes"):
@@ -112,7 +120,8 @@ class GenerateSettings:
         """Return the settings that pictures depend on."""
         fields = asdict(self)
         where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
-        return {name: value for name, value in fields.items() if name not in where}
+        identity = {name: value for name, value in fields.items() if name not in where}
+        return identity | {"conventions": self.conventions or MODELS_OWN}
 
 
 def groups_of(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
@@ -199,6 +208,8 @@ class _EditTask(pl.LightningModule):
             guidance_scale=settings.guidance_scale,
             generator=[noise_of(settings.seed, case.id) for case in cases],
             output_type="np",
+            preserve_background=settings.preserve_background,
+            conventions=settings.conventions,
             solver=settings.solver,
         )
         assert isinstance(output, EditOutput)

@@ -1,11 +1,12 @@
 """Numbers that others published on COCOEE, each with how sure it is; none was measured here.
 
 They belong to all 3500 cases of COCOEE, to CLIP ViT-B/32 and to COCO test2017 as the real pictures. On
-another benchmark they say nothing.
+another benchmark they say nothing, and are not shown.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,10 @@ def _row(fid: float, quality: float, clip: float, *, seen: tuple[str, ...] = ())
     }
 
 
+# The released list of COCOEE's ids: how many there are, and how many lie above a number. Many are no ids of
+# COCO, whose largest is 581929, so no benchmark that is built from COCO has them.
+COCO_EE_CASES, COCO_EE_ABOVE = 3500, {581_929: 1638, 999_999: 1302}
+
 # The paper's comparison on COCOEE: lower is better for FID, higher for the others.
 TABLE: dict[str, dict[str, Published]] = {
     "Blended Diffusion (image)": _row(4.60, 67.14, 80.65),
@@ -47,10 +52,16 @@ TABLE: dict[str, dict[str, Published]] = {
 # Which column a score of the paper's family belongs to.
 COLUMN_OF = {"clip-fid": "FID", "qs": "QS", "region-clip": "CLIP score"}
 NOTE = (
-    "Published numbers belong to the 3500 cases of COCOEE, with COCO test2017 as the real pictures; beside "
-    "another benchmark they are no comparison. FID is a Fréchet distance of CLIP ViT-B/32 features, not of "
-    f"Inception's. {SEEN[0].upper()}{SEEN[1:]}. {RECALLED[0].upper()}{RECALLED[1:]}."
+    "Published numbers belong to the 3500 cases of COCOEE, with COCO test2017 as the real pictures. FID is a "
+    "Fréchet distance of CLIP ViT-B/32 features, not of Inception's. "
+    f"{SEEN[0].upper()}{SEEN[1:]}. {RECALLED[0].upper()}{RECALLED[1:]}."
 )
+
+
+def is_coco_ee(numbers: Collection[int]) -> bool:
+    """Tell by the numbers of its cases whether a benchmark is all of the released COCOEE."""
+    above = {bound: sum(number > bound for number in numbers) for bound in COCO_EE_ABOVE}
+    return len(numbers) == COCO_EE_CASES and above == COCO_EE_ABOVE
 
 
 def paper_number(score: str) -> Published | None:

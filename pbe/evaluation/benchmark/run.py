@@ -178,7 +178,10 @@ class BenchmarkRun:
         Raises:
             UserError: a file cannot be written.
         """
-        tables = score_tables(self.scored) + paired_tables(self.scored, self.settings.bootstrap)
+        coco_ee = published.is_coco_ee([int(each) for each in self.benchmark.ids])
+        tables = score_tables(self.scored, coco_ee=coco_ee) + paired_tables(
+            self.scored, self.settings.bootstrap
+        )
         write_json(self.out / "scores.json", self.to_dict())
         write_text(self.out / "scores.md", markdown(TITLE, tables, self.scored))
         page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
@@ -219,8 +222,6 @@ class BenchmarkRun:
             }
             for (label, edits), scored in zip(self.edits, self.scored, strict=True)
         ]
-        by_score = [list(each) for each in zip(*(run.scores for run in self.scored), strict=True)]
-        names = {each[0].name: str(number) for each in by_score if (number := published_number(each))}
         return {
             "format": "pbe-scores-1",
             "benchmark": {
@@ -230,7 +231,15 @@ class BenchmarkRun:
                 "ids": self.benchmark.ids,
             },
             "edits": sets,
-            "published": {"method": published.OURS, "numbers": names, "note": published.NOTE},
+            "published": self._published(),
             "seconds": self.seconds.to_dict(),
             "versions": versions(),
         }
+
+    def _published(self) -> dict[str, Any] | None:
+        """Return the paper's numbers for scores of COCOEE; None of any other benchmark."""
+        if not published.is_coco_ee([int(each) for each in self.benchmark.ids]):
+            return None
+        by_score = [list(each) for each in zip(*(run.scores for run in self.scored), strict=True)]
+        names = {each[0].name: str(number) for each in by_score if (number := published_number(each))}
+        return {"method": published.OURS, "numbers": names, "note": published.NOTE}

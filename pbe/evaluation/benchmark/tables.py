@@ -60,11 +60,13 @@ class ScoredEdits:
     scores: Sequence[Score]
 
 
-def score_tables(runs: Sequence[ScoredEdits]) -> list[ScoreTable]:
+def score_tables(runs: Sequence[ScoredEdits], *, coco_ee: bool = True) -> list[ScoreTable]:
     """Return a table for each family that has scores; the paper's family has the published numbers beside it.
 
     Args:
         runs: at least one, all with the same scores.
+        coco_ee: the scores are of all of COCOEE; published numbers are no comparison to any others, and left
+            out.
     """
     tables = []
     for family, meaning in FAMILIES.items():
@@ -73,7 +75,7 @@ def score_tables(runs: Sequence[ScoredEdits]) -> list[ScoreTable]:
             continue
         head = ["score", "better", "pictures", *(run.label for run in runs)]
         note = _why_not(runs, family)
-        if family == "paper":
+        if family == "paper" and coco_ee:
             numbers = [
                 published_number([run.scores[index] for run in runs])
                 for index, one in enumerate(runs[0].scores)
@@ -83,7 +85,7 @@ def score_tables(runs: Sequence[ScoredEdits]) -> list[ScoreTable]:
             rows = [[*row, "–" if one is None else str(one)] for row, one in zip(rows, numbers, strict=True)]
             note = "; ".join(part for part in (note, _other_towers(runs)) if part)
         tables.append(ScoreTable(f"{meaning[0].upper()}{meaning[1:]}", head, rows, note))
-        if family == "paper":
+        if family == "paper" and coco_ee:
             tables.append(published_table())
     return tables
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbe.data.crops import resize_area
 from pbe.evaluation.metrics.features import mask_bounds
 from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
@@ -50,13 +51,13 @@ def region_pyramid(picture: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarr
     """
     x1, y1, x2, y2 = mask_bounds(mask)
     part, hole = picture[y1:y2, x1:x2], (mask[y1:y2, x1:x2] > 127).astype(np.float32)
-    weights = (cv2.resize(hole, (size, size), interpolation=cv2.INTER_AREA) for size in SIZES)
+    weights = (resize_area(hole, size, size) for size in SIZES)
     return [(structure(part, size), w) for size, w in zip(SIZES, weights, strict=True)]
 
 
 def structure(picture: np.ndarray, size: int) -> np.ndarray:
     """Stretch a picture, uint8 ``h w 3``, to a square and take its shading off; float32 ``s s 3``."""
-    small = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255.0
+    small = resize_area(picture, size, size).astype(np.float32) / 255.0
     return small - cv2.GaussianBlur(small, (0, 0), SHADING * size, borderType=cv2.BORDER_REFLECT)
 
 

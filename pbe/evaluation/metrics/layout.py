@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 
+from pbe.data.crops import resize_area
 from pbe.evaluation.metrics.features import region
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Measure, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
@@ -41,7 +41,7 @@ def layout(picture: np.ndarray) -> np.ndarray:
     Args:
         picture: uint8 ``h w 3``.
     """
-    small = cv2.resize(picture, (GRID, GRID), interpolation=cv2.INTER_AREA).astype(np.float64)
+    small = resize_area(picture, GRID, GRID).astype(np.float64)
     return small - small.mean(axis=(0, 1))
 
 

@@ -152,12 +152,20 @@ def squash(picture: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def centre_crop(picture: np.ndarray, size: int) -> np.ndarray:
-    """Show a picture as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out."""
+def centre_crop(
+    picture: np.ndarray, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Show a picture as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out.
+
+    Args:
+        picture: uint8 ``h w 3``.
+        size: sides of the result, pixels.
+        resampling: Pillow's antialiased filter; bicubic is CLIP's.
+    """
     height, width = picture.shape[:2]
     short = min(height, width)
     scaled = (size * width // short, size * height // short)
-    resized = np.asarray(Image.fromarray(picture).resize(scaled, Image.Resampling.BICUBIC))
+    resized = np.asarray(Image.fromarray(picture).resize(scaled, resampling))
     top, left = round((scaled[1] - size) / 2), round((scaled[0] - size) / 2)
     return resized[top : top + size, left : left + size]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pbe.config import SampleConfig
-from pbe.data.crops import cut, plan_square_crop, resize
+from pbe.data.crops import cut, mirror_mask, plan_square_crop, resize
 from pbe.data.masks import Box, rectangle_mask
 from pbe.data.randomness import generator, permutation
 from pbe.data.sample import cut_exemplar
@@ -159,4 +159,5 @@ def _square(scene: Scene, rng: np.random.Generator, size: int) -> tuple[np.ndarr
     ).clipped(width, height)
     plan = plan_square_crop(box, enlarged, width, height, SampleConfig().shrink_fraction, rng)
     mask = rectangle_mask(plan.crop.to_output(plan.extended, size), size, size)
+    mask = mirror_mask(mask, plan.crop, width, height)
     return cut(scene.image, plan.crop, size), mask, plan.crop.to_output(box, size)

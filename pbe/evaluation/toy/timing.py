@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.data.coco_ee import GT, ID_LIST, MASK, PARTS, REF, case_path
+from pbe.data.benchmark_files import GT, ID_LIST, MASK, PARTS, REF, case_path
 from pbe.data.toy_world import ToyWorld
 from pbe.evaluation.benchmark.cases import BenchmarkFolder, case_id
 from pbe.evaluation.benchmark.edit_files import EditFolder

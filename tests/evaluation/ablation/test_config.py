@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pbe.config import Config
 from pbe.data.toy_world import ToyWorld
 from pbe.errors import UserError
+from pbe.evaluation.ablation import fingerprints
 from pbe.evaluation.ablation.config import TOY_CASES, Ablation, load_ablation
+from pbe.evaluation.ablation.fingerprints import cache_settings, shaping_settings
+from pbe.evaluation.ablation.stages import fingerprint_of
 from pbe.evaluation.toy.benchmark import check_count
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -202,3 +206,14 @@ def test_the_form_works_for_the_papers_sizes(tmp_path: Path) -> None:
     rows = [{"name": "all", "overrides": {"model.exemplar_encoder.tokens": "all"}}, {"name": "class"}]
     ablation = load_ablation(write(tmp_path, base=str(CONFIGS / "paper.yaml"), rows=rows))
     assert ablation.training_config(ablation.rows[0].overrides, "all").model.unet.model_channels == 320
+
+
+def test_trainings_and_caches_of_samples_made_otherwise_are_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Older ones learned from padding that shows the hidden object."""
+    before = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
+    assert shaping_settings(Config())["samples"] == cache_settings(Config())["samples"] == 2
+    monkeypatch.setattr(fingerprints, "SAMPLES", 3)
+    after = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
+    assert all(one != other for one, other in zip(before, after, strict=True))

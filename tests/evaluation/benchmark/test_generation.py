@@ -112,6 +112,8 @@ def test_a_pipeline_gives_the_same_pictures_as_its_files(pipe, benchmark, edited
         ({"seed": 1}, "seed was 0, not 1"),
         ({"batch_size": 3}, "batch_size was 2, not 3"),
         ({"threads": 2}, "threads was 1, not 2"),
+        ({"preserve_background": False}, "preserve_background was True, not False"),
+        ({"conventions": "diffusers"}, "conventions was the model's, not diffusers"),
     ],
 )
 def test_edits_of_other_settings_are_not_mixed(model, benchmark, edited, change, message):
@@ -139,6 +141,35 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
         with pytest.raises(UserError, match="is no note on edits made here; name another folder"):
             generate(model, benchmark, tmp_path / "damaged", SETTINGS)
         assert (tmp_path / "damaged" / "settings.json").read_text() == foreign
+
+
+def test_the_originals_protocol_lets_the_background_change(pipe, benchmark, edited, tmp_path):
+    """The same noise: what is painted is the same, and the rest is what the pipeline makes of it."""
+    settings = dataclasses.replace(SETTINGS, preserve_background=False, conventions="original")
+    free = EditFolder(generate(pipe, benchmark, tmp_path / "free", settings), benchmark)
+    kept = EditFolder(edited, benchmark)
+    for case, one, other in zip(benchmark, kept, free, strict=True):
+        hole = case.mask > 127
+        np.testing.assert_array_equal(one[hole], other[hole])
+        assert np.any(other[~hole] != case.image[~hole])
+    noted = read_settings(tmp_path / "free")["settings"]
+    assert (noted["preserve_background"], noted["conventions"]) == (False, "original")
+
+
+def test_conventions_reach_the_pipeline(pipe, benchmark, edited, tmp_path):
+    settings = dataclasses.replace(SETTINGS, conventions="diffusers")
+    found = contents(generate(pipe, benchmark, tmp_path / "diffusers", settings))
+    assert found[f"{benchmark.ids[0]}.png"] != contents(edited)[f"{benchmark.ids[0]}.png"]
+
+
+def test_edits_noted_before_a_setting_existed_are_those_of_its_default(benchmark, tmp_path):
+    model, settings = {"a": "b"}, SETTINGS.identity()
+    older = {name: settings[name] for name in settings if name not in ("preserve_background", "conventions")}
+    claim_folder(tmp_path, model, benchmark, older)
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{benchmark.ids[0]}.png")
+    claim_folder(tmp_path, model, benchmark, settings)
+    with pytest.raises(UserError, match="preserve_background was True, not False"):
+        claim_folder(tmp_path, model, benchmark, settings | {"preserve_background": False})
 
 
 def test_a_start_that_failed_does_not_bind_its_folder(benchmark, tmp_path):
@@ -174,6 +205,7 @@ def test_settings_file_tells_how_to_make_the_edits_again(benchmark, edited):
         ({"devices": "many"}, "devices is 'many'"),
         ({"devices": 0}, "devices is '0'"),
         ({"solver": "magic"}, "no solver 'magic'"),
+        ({"conventions": "magic"}, "no conventions 'magic'; there are: original, diffusers"),
     ],
 )
 def test_bad_settings(change, message, monkeypatch):

@@ -125,6 +125,8 @@ def test_edits_that_are_all_of_no_use_are_named_for_what_they_are(bench_files, t
         (["--model", "M", "--edits", "nowhere"], "no folder of edits"),
         (["--edits", "=E"], "a folder or NAME=DIR, not '=E'"),
         (["--edits", "E", "--guidance", "5", "5"], "--guidance is for models"),
+        (["--edits", "E", "--no-preserve-background"], "--preserve-background is for models"),
+        (["--edits", "E", "--conventions", "original"], "--conventions is for models"),
         (["--edits", "E", "--steps", "7"], "--steps is for models"),
         (["--model", "M", "--objects", "3"], "--objects is for the toy world"),
         (["--model", "M", "--cases", "8"], "has 7 cases; it has no first 8"),
@@ -326,6 +328,31 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     assert text.count("\n## ") == 4
     assert "- **seam**, mine. pictures: 1; left out: nothing; notes: a <note>" in text
     assert "**clip-fid**" not in text
+
+
+def test_published_numbers_stand_beside_coco_ee_alone(evaluated, bench_files, tmp_path):
+    scores = [made("qs", "paper", [60.0]), made("seam", "clean", [1.0])]
+    tables = score_tables([ScoredEdits("mine", scores)], coco_ee=False)
+    assert [table.head for table in tables] == [["score", "better", "pictures", "mine"]] * 2
+    assert "published" not in markdown("T", tables)
+    # A whole evaluation on other cases, with a score of the paper's family.
+    out, theirs = tmp_path / "out", evaluated / "edits" / "guidance_3"
+    line = ["--benchmark", bench_files, "--out", out, "--edits", theirs, "--metrics", "region-clip", "seam"]
+    assert command.main([str(word) for word in line]) == 0
+    assert read(out)["published"] is None
+    for name in ("index.html", "scores.md"):
+        text = (out / name).read_text()
+        assert "region-clip" in text
+        assert published.OURS not in text
+        assert "What the paper reports" not in text
+
+
+def test_the_released_list_is_known_by_its_ids():
+    """3500 cases, of which 1638 lie above COCO's largest id and 1302 have seven digits or more."""
+    released = [*range(1, 1863), *range(600_000, 600_336), *range(1_000_000, 1_001_302)]
+    assert published.is_coco_ee(released)
+    assert not published.is_coco_ee(released[:-1]), "the first cases alone are another benchmark"
+    assert not published.is_coco_ee(range(3500)), "so many cases of COCO are not those"
 
 
 def test_scores_of_another_tower_stand_beside_no_published_number():

@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pbe.data.toy_world import ToyWorld
+from pbe.data.randomness import generator
+from pbe.data.toy_world import Scene, ToyWorld
 from pbe.errors import UserError
+from pbe.evaluation.toy import benchmark
 from pbe.evaluation.toy.benchmark import ENLARGE, MIN_KEEP, MIN_TURN, make_benchmark, make_case
 
 
@@ -78,3 +80,14 @@ def test_masked_hides_all_of_the_hole(cases):
 def test_too_many_objects_are_refused(world):
     with pytest.raises(UserError, match="there are 181"):
         make_benchmark(world, seed=0, image_size=32, exemplar_size=32, objects=182)
+
+
+def test_an_object_longer_than_the_short_side_is_not_mirrored_into_sight():
+    """The scene is red in its box alone; its square crop is padded by reflection."""
+    for index in range(20):
+        image = np.zeros((96, 150, 3), np.uint8)
+        image[20:70, 10:140, 0] = 255
+        scene = Scene(image, boxes=[(10.0, 20.0, 140.0, 70.0)])
+        shown, mask, _ = benchmark._square(scene, generator("long", index), 64)
+        assert (mask == 0).any()
+        assert not shown[..., 0][mask == 0].any()
