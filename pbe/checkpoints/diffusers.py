@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import describe, text_to_image
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import OWN_KEY, Usage, usage_from_json
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.errors import UserError
 
@@ -78,16 +80,14 @@ def open_diffusers(folder: Path, parts: Subfolders, config: ModelConfig | None) 
     for part in PARTS:
         tensors |= open_part(parts[part], part, sizes, native)
     notes = [] if scheduler else ["no scheduler/: taken for the official noise schedule"]
-    return Opened(
-        str(folder),
-        "diffusers",
-        sizes,
-        tensors,
-        tuple(notes),
-        scheduler,
-        preprocessor,
-        _safety_checker(parts),
-    )
+    usage = replace(_noted(folder), scheduler=scheduler, preprocessor=preprocessor)
+    return Opened(str(folder), "diffusers", sizes, tensors, tuple(notes), usage, _safety_checker(parts))
+
+
+def _noted(folder: Path) -> Usage:
+    """Read what a pipeline of this project noted in ``model_index.json``."""
+    path = folder / "model_index.json"
+    return usage_from_json(read_json(path).get(OWN_KEY) if path.is_file() else None, path)
 
 
 def open_part(folder: Path, part: str, config: ModelConfig, native: Lazies) -> Lazies:

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from pbe.checkpoints.opened import Opened, build
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -35,16 +35,14 @@ class Loaded:
     Attributes:
         model: in evaluation mode, without gradients.
         layout: ``native``, ``compvis`` or ``diffusers``.
-        scheduler: the parsed ``scheduler_config.json`` of a diffusers folder, else None.
-        preprocessor: its parsed ``preprocessor_config.json``, else None.
+        usage: what the files say of how the model is to be run.
         safety_checker: the folder of a safety checker inside the model's, else None.
         notes: one line for each thing in the files that was left out or assumed.
     """
 
     model: LatentDiffusion
     layout: str
-    scheduler: dict[str, Any] | None = None
-    preprocessor: dict[str, Any] | None = None
+    usage: Usage = UNSAID
     safety_checker: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -72,9 +70,7 @@ def load_checkpoint(
     """
     opened = open_checkpoint(path, config)
     model = build(opened, dtype or torch.float32).to(device)
-    return Loaded(
-        model, opened.layout, opened.scheduler, opened.preprocessor, opened.safety_checker, opened.notes
-    )
+    return Loaded(model, opened.layout, opened.usage, opened.safety_checker, opened.notes)
 
 
 def open_checkpoint(path: str | Path, config: Config = None) -> Opened:

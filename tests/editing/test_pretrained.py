@@ -12,6 +12,7 @@ import torch
 
 from pbe.checkpoints.clip import TowerSizes
 from pbe.checkpoints.saving import save_checkpoint
+from pbe.checkpoints.usage import Usage
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing import PaintByExample
@@ -71,7 +72,7 @@ def test_the_scheduler_of_a_folder_is_the_default_and_is_kept(clip_model: Latent
         "use_karras_sigmas": True,
         "timestep_spacing": "trailing",
     }
-    save_checkpoint(tmp_path / "one", clip_model, "diffusers", scheduler=scheduler)
+    save_checkpoint(tmp_path / "one", clip_model, "diffusers", usage=Usage(scheduler=scheduler))
     pipe = PaintByExample.from_pretrained(tmp_path / "one")
     choice = pipe.components["noise_schedule"].solver
     assert (choice.name, choice.spacing, choice.karras) == ("dpmpp_2m", "trailing", True)
