@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
-from pbe.checkpoints.folders import open_folder
+from pbe.checkpoints.folders import ANY, FileChoice, open_folder
 from pbe.checkpoints.layout import Entry, to_foreign, to_native
 from pbe.checkpoints.strict import check_shapes, checked, shapes
 from pbe.checkpoints.tensors import Lazies, lazies
@@ -153,7 +153,10 @@ def _as_bytes(images: np.ndarray | Sequence[Image.Image]) -> list[np.ndarray]:
 
 
 def load_safety_checker(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    files: FileChoice = ANY,
 ) -> SafetyChecker:
     """Load a published safety checker, such as a copy of ``CompVis/stable-diffusion-safety-checker``.
 
@@ -162,13 +165,14 @@ def load_safety_checker(
             anything in it; ``preprocessor_config.json`` is used where there is one.
         device: where it runs.
         dtype: type of the weights in memory; None means float32.
+        files: which copy of the weights, where there are several.
 
     Raises:
         UserError: missing or damaged file; keys that do not fit; NaN; or no safety checker at all.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    weights = open_folder(folder)
+    weights = open_folder(folder, files)
     tensors = _plain_names(weights.tensors)
     sizes = _sizes(config, tensors, weights.source)
     preprocessor = folder / "preprocessor_config.json"

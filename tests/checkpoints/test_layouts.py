@@ -17,6 +17,7 @@ from torch import Tensor
 from pbe.checkpoints import saving
 from pbe.checkpoints.loading import Loaded, load_checkpoint, open_checkpoint
 from pbe.checkpoints.saving import LAYOUTS, layout_files, save_checkpoint
+from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -117,11 +118,8 @@ def test_loaded_models_are_ready_to_run(folders: dict[str, Path], small: LatentD
         loaded = load_checkpoint(folder)
         assert isinstance(loaded, Loaded)
         assert loaded.layout == layout
-        assert (
-            (loaded.usage.scheduler is not None)
-            == (loaded.usage.preprocessor is not None)
-            == (layout == "diffusers")
-        )
+        files = (loaded.usage.scheduler, loaded.usage.preprocessor)
+        assert [each is not None for each in files] == [layout == "diffusers"] * 2
         assert not any(module.training for module in loaded.model.modules())
         assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
         pixels = torch.randn(1, 3, 32, 32)
