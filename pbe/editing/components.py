@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pbe.checkpoints.usage import DEFAULT_SOLVER
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
@@ -15,7 +16,6 @@ from pbe.editing.conventions import ORIGINAL
 from pbe.editing.problems import EditTypeError
 from pbe.models import LatentDiffusion
 
-DEFAULT_SOLVER = "plms"
 NETWORKS = ("unet", "autoencoder", "exemplar_encoder")
 PARTS = (*NETWORKS, "noise_schedule")
 
@@ -30,6 +30,7 @@ class PipelineSchedule(NoiseSchedule):
         image_size: training resolution in pixels.
         conventions: name of the pipeline's conventions.
         solver: the pipeline's solver.
+        watermark: whether its edits get the watermark.
         preprocessor: the ``preprocessor_config.json`` that came with the model, or None.
         scheduler: its ``scheduler_config.json``, or None.
     """
@@ -39,6 +40,7 @@ class PipelineSchedule(NoiseSchedule):
     image_size: int = 512
     conventions: str = ORIGINAL.name
     solver: SolverChoice = field(default_factory=lambda: SolverChoice(DEFAULT_SOLVER))
+    watermark: bool = False
     preprocessor: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
 

@@ -121,6 +121,33 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def upload(
+    folder: Path,
+    repo_id: str,
+    message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    create_pr: bool,
+) -> str:
+    """Put a folder's files into a repository, made when missing; return the commit's address.
+
+    Raises:
+        UserError: no such name, no right to write, or the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, create_pr=create_pr
+        )
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' cannot be the name of a repository: {_first_line(error)}") from error
+    except TRANSPORT as error:
+        raise UserError(f"uploading to '{repo_id}' failed: {_first_line(error)}") from error
+    return str(commit.commit_url)
+
+
 def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> list[str]:
     """Choose what to download of a repository.
 

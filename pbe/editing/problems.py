@@ -11,3 +11,7 @@ class EditValueError(UserError, ValueError):
 
 class EditTypeError(UserError, TypeError):
     """An argument of the wrong kind."""
+
+
+class EditAttributeError(UserError, AttributeError):
+    """An attribute that a pipeline does not have, or that cannot be assigned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import torch_dtype
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.cli import build_parser
 from pbe.editing.hub import Hub
 from pbe.editing.jobs import Job, output_stem
@@ -91,14 +90,16 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[Pa
         solver=options.solver,
         conventions=options.conventions,
         safety_checker=None if options.safety_checker == "none" else options.safety_checker,
-        watermark=options.watermark,
+        watermark=options.watermark or None,
         cache_dir=options.cache_dir,
         local_files_only=options.offline,
     )
     if options.spacing or options.karras:
-        pipe.solver = SolverChoice(pipe.solver, options.spacing, options.karras)
+        choice = pipe.choice
+        spacing, karras = options.spacing or choice.spacing, options.karras or choice.karras
+        pipe.solver = replace(choice, spacing=spacing, karras=karras)
     if options.attention_slicing:
-        pipe.enable_attention_slicing(options.attention_slicing)
+        pipe.enable_attention_slicing(queries=options.attention_slicing)
     if options.cpu_offload:
         pipe.enable_cpu_offload(device)
     pipe.set_progress_bar_config(disable=True)  # the bar here counts the steps of all jobs

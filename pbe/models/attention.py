@@ -17,8 +17,8 @@ SHORT = 64 * 64
 class SlicedAttention(nn.Module):
     """What all attention layers share: the softmax over keys, for everything at once or in slices.
 
-    ``queries_at_once`` and ``heads_at_once`` are the numbers of queries, and of heads of the whole batch, that
-    are attended for together, None for all of them; the result is the same. Set them with
+    ``queries_at_once`` and ``heads_at_once`` are the numbers of queries, and of heads of the whole batch,
+    that are attended for together, None for all of them; the result is the same. Set them with
     :func:`set_attention_slicing`.
     """
 
