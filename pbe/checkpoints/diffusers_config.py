@@ -171,8 +171,8 @@ def read_encoder(settings: Settings, preprocessor: Values | None) -> ExemplarEnc
     return ExemplarEncoderConfig(
         tower=sizes.name,
         image_size=settings.number("image_size", 224),
-        mean=[float(value) for value in facts.get("image_mean", official.mean)],
-        std=[float(value) for value in facts.get("image_std", official.std)],
+        mean=[float(value) for value in settings.get("image_mean", facts.get("image_mean", official.mean))],
+        std=[float(value) for value in settings.get("image_std", facts.get("image_std", official.std))],
         # theirs always has a fifth of the tower's layers and these numbers; what differs is written beside
         mapper_layers=int(settings.values.get("mapper_layers", (layers + 1) // 5)),
         mapper_heads=settings.number("mapper_heads", 1),
@@ -250,8 +250,8 @@ def write_autoencoder(config: ModelConfig) -> Values:
     return values if autoencoder.mid_attention else values | {"mid_block_add_attention": False}
 
 
-def write_encoder(config: ModelConfig) -> Values:
-    """Return ``image_encoder/config.json``."""
+def write_encoder(config: ModelConfig, preprocessor: Values) -> Values:
+    """Return ``image_encoder/config.json``, with mean and deviation where the preprocessor has others."""
     encoder, sizes = config.exemplar_encoder, tower_sizes(config.exemplar_encoder)
     values: Values = {
         "architectures": ["PaintByExampleImageEncoder"],
@@ -272,9 +272,9 @@ def write_encoder(config: ModelConfig) -> Values:
         "torch_dtype": "float32",
     }
     usual = {"mapper_layers": (sizes.layers + 1) // 5, "mapper_heads": 1, "mapper_mlp_ratio": 4}
-    return values | {
-        key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value
-    }
+    values |= {key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value}
+    statistics = {"image_mean": list(encoder.mean), "image_std": list(encoder.std)}
+    return values | {key: value for key, value in statistics.items() if preprocessor.get(key, value) != value}
 
 
 def write_preprocessor(config: ModelConfig, preprocessor: Values | None = None) -> Values:

@@ -176,12 +176,13 @@ def write_original_yaml(path: Path, config: ModelConfig, usage: Usage | None) ->
 def _write_diffusers_json(folder: Path, config: ModelConfig, usage: Usage, checker: bool) -> None:
     scheduler = write_scheduler(config, usage.scheduler_config())
     noted = usage.to_json(layout="diffusers")
+    preprocessor = write_preprocessor(config, usage.preprocessor)
     contents = (
         write_index(scheduler, safety_checker=checker, noted=noted),
         write_unet(config),
         write_autoencoder(config),
-        write_encoder(config),
-        write_preprocessor(config, usage.preprocessor),
+        write_encoder(config, preprocessor),
+        preprocessor,
         scheduler,
     )
     for name, content in zip(DIFFUSERS_JSON, contents, strict=True):
