@@ -16,6 +16,9 @@ from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
 
+TARGETS = (str, int, torch.device, torch.dtype, torch.Tensor, type(None))
+NO_TARGET = "the pipeline cannot be moved: to() takes a device, a floating-point torch.dtype, or both"
+
 
 class MemorySettings:
     """The part of a pipeline that moves its networks and bounds what they take."""
@@ -42,14 +45,15 @@ class MemorySettings:
             )
         older = {"torch_device": "device", "torch_dtype": "dtype"}
         kwargs = {older.get(name, name): value for name, value in kwargs.items()}
+        given = [*args, *kwargs.values()]
+        if not given or len(args) > 2 or not all(isinstance(each, TARGETS) for each in given):
+            raise EditTypeError(NO_TARGET)
         checker = [self.safety_checker] if isinstance(self.safety_checker, nn.Module) else []
         try:
             for network in (self.model, *checker):
                 network.to(*args, **kwargs)
         except TypeError as error:
-            raise EditTypeError(
-                "the pipeline cannot be moved: to() takes a device, a floating-point torch.dtype, or both"
-            ) from error
+            raise EditTypeError(NO_TARGET) from error
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"the pipeline cannot be moved: {str(error).splitlines()[0]}") from error
         return self

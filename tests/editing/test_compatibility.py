@@ -18,6 +18,7 @@ from pbe.checkpoints.saving import save_checkpoint
 from pbe.editing import EditOutput, PaintByExample, PaintByExamplePipeline, StableDiffusionPipelineOutput
 from pbe.editing.compatibility import NOT_HERE
 from pbe.editing.exemplars import crop_settings
+from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene
 
@@ -65,7 +66,7 @@ def test_methods_take_their_arguments(name: str):
 def test_the_package_does_not_import_diffusers():
     script = (
         "import sys; from pbe.editing import PaintByExamplePipeline; import pbe.editing.compatibility;"
-        "assert not {'diffusers', 'transformers'} & set(sys.modules)"
+        "assert 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
@@ -245,7 +246,7 @@ def test_parts_in_place_of_the_models_own(folder: Path, pipe: PaintByExample, sc
     ids=str,
 )
 def test_arguments_of_loading_that_cannot_be_followed(folder: Path, settings: dict[str, Any], message: str):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(UserError, match=message):
         PaintByExample.from_pretrained(folder, **settings)
 
 

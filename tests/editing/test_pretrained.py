@@ -26,6 +26,7 @@ from tests.editing.conftest import Scene
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
 
 LAYOUTS = ("native", "compvis", "diffusers")
+SCALED = {"beta_schedule": "scaled_linear"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,7 @@ def clip_model() -> LatentDiffusion:
 
 
 def edit(pipe: PaintByExample, scene: Scene, **settings: object) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
     return pipe(scene.exemplar, scene.picture, scene.mask, **(call | settings)).images
 
@@ -69,14 +71,16 @@ def test_an_edit_is_the_same_after_saving_and_loading(
 ):
     """30 steps of ``uniform`` spacing are 31, which diffusers' own settings cannot say."""
     pipe = PaintByExample(clip_model, conventions=conventions)
-    for index, choice in enumerate(CHOICES.values()):
+    for index, (name, choice) in enumerate(CHOICES.items()):
+        steps = 4 if name == "Runge-Kutta" else 2
         pipe.solver = choice
         pipe.save_pretrained(tmp_path / str(index), layout)
         loaded = PaintByExample.from_pretrained(tmp_path / str(index))
         assert loaded.conventions == conventions
         assert loaded.solver == pipe.solver
         assert loaded.solver_steps(30) == pipe.solver_steps(30)
-        np.testing.assert_array_equal(edit(loaded, scene), edit(pipe, scene), err_msg=str(choice))
+        edits = [edit(each, scene, num_inference_steps=steps) for each in (loaded, pipe)]
+        np.testing.assert_array_equal(*edits, err_msg=str(choice))
         for other in ("original", "diffusers"):
             assert loaded.solver_steps(30, conventions=other) == pipe.solver_steps(30, conventions=other)
 
@@ -162,7 +166,7 @@ def test_the_scheduler_of_a_folder_is_the_default_and_is_kept(clip_model: Latent
 def test_a_scheduler_that_is_not_known_needs_another_solver(clip_model: LatentDiffusion, tmp_path: Path):
     save_checkpoint(tmp_path, clip_model, "diffusers")
     (tmp_path / "scheduler/scheduler_config.json").write_text(
-        json.dumps({"_class_name": "LCMScheduler", "beta_schedule": "scaled_linear"})
+        json.dumps({"_class_name": "LCMScheduler", "beta_start": 0.00085, "beta_end": 0.012} | SCALED)
     )
     with pytest.raises(UserError, match="'LCMScheduler' is not supported"):
         PaintByExample.from_pretrained(tmp_path)

@@ -15,6 +15,7 @@ from pbe.models import LatentDiffusion
 from tests.editing.tiny_model import make_tiny_model
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 CLASSES = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
@@ -107,7 +108,7 @@ def test_what_is_no_scheduler(pipe: PaintByExample, scheduler: Any, message: str
             SCALED | {"beta_end": 0.02},
             "beta_end is 0.02, the model's 0.012",
         ),
-        ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear"}, "beta_start is 0.0001"),
+        ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear"}, "beta_end is 0.02"),
         ("DDIMScheduler", SCALED | {"num_train_timesteps": 500}, "num_train_timesteps is 500"),
         ("DDIMScheduler", SCALED | {"prediction_type": "v_prediction"}, "prediction_type is v_prediction"),
         ("DDIMScheduler", SCALED | {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
