@@ -172,7 +172,7 @@ def test_diffusers_loads_an_export_with_its_checker(
 ):
     """What this project notes in the files does not disturb it."""
     tower = TowerSizes(width=16, layers=1, patch=8, heads=2, mlp=32)
-    checker = SafetyChecker(CheckerSizes(tower, 16, 1e-5, projection=8, concepts=2, special=1))
+    checker = SafetyChecker(CheckerSizes(tower, 16, 1e-5, projection=8, concepts=17, special=3))
     pipe = PaintByExample(pipes[0].model, safety_checker=checker.eval(), conventions="original")
     pipe.save_pretrained(tmp_path, "diffusers")
     module = importlib.import_module(THEIRS)
