@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pbe.checkpoints.diffusers_config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
 from pbe.diffusion.solvers.choice import SolverChoice
+from pbe.editing.components import OURS
 from pbe.editing.conventions import get_conventions
 from pbe.editing.hub import Hub, upload
 from pbe.editing.pretrained import read_theirs
@@ -150,7 +151,8 @@ class DiffusersNames:
         """
         if not isinstance(pipeline, DiffusersNames):
             raise EditTypeError(f"from_pipe: {type(pipeline).__name__}; it must be a PaintByExample")
-        made = cls(**(pipeline.components | parts))  # type: ignore[operator]
+        own = {OURS.get(name, name): part for name, part in parts.items()}
+        made = cls(**(pipeline.components | own))  # type: ignore[operator]
         made._name_or_path = pipeline._name_or_path
         return made
 

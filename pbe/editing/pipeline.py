@@ -20,7 +20,7 @@ from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.compatibility import DiffusersNames
-from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, schedule_of
+from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of
 from pbe.editing.compositing import to_bytes, to_unit
 from pbe.editing.conventions import get_conventions
 from pbe.editing.engine import Engine, Given
@@ -33,7 +33,7 @@ from pbe.editing.offload import Offload
 from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures
 from pbe.editing.placement import Placement, View, put_back
 from pbe.editing.preprocess import check_count
-from pbe.editing.pretrained import check_saving, load_parts, read_theirs
+from pbe.editing.pretrained import check_saving, load_parts, preprocessor_of, read_theirs
 from pbe.editing.problems import EditValueError
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
 from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
@@ -59,6 +59,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
         conventions: ``original`` or ``diffusers``; None is the schedule's.
         watermark: put the original's invisible watermark into every image; None is the schedule's.
+        theirs: parts by diffusers' names: ``vae``, ``image_encoder``, ``scheduler``, ``feature_extractor``.
 
     Attributes:
         model: the networks.
@@ -80,12 +81,16 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
         watermark: bool | None = None,
+        **theirs: Any,
     ) -> None:
-        parts = {"unet": unet, "autoencoder": autoencoder, "exemplar_encoder": exemplar_encoder}
+        networks = {"unet": unet, "autoencoder": autoencoder, "exemplar_encoder": exemplar_encoder}
+        parts = own_names(networks | {"noise_schedule": noise_schedule}, theirs)
         if model is None:
-            self.model, schedule = assemble(parts | {"noise_schedule": noise_schedule})
+            self.model, schedule = assemble(parts)
         else:
             self.model, schedule = model, schedule_of(model)
+        if theirs.get("feature_extractor") is not None:
+            schedule = replace(schedule, preprocessor=preprocessor_of(theirs["feature_extractor"]))
         self.noise_schedule = schedule
         self.safety_checker = safety_checker
         self.watermark = schedule.watermark if watermark is None else watermark
@@ -94,6 +99,8 @@ class PaintByExample(MemorySettings, DiffusersNames):
         self._crop = crop_settings(self.model.config.exemplar_encoder, schedule.preprocessor)
         self._progress = Progress()
         self._offload: Offload | None = None
+        if theirs.get("scheduler") is not None:
+            self.scheduler = theirs["scheduler"]
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,7 @@ from pbe.checkpoints.loading import Loaded, load_checkpoint
 from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.components import PipelineSchedule, schedule_of
+from pbe.editing.components import OURS, PipelineSchedule, schedule_of
 from pbe.editing.hub import CHECKER, Hub
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.safety import load_safety_checker
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "image_encoder": ExemplarEncoder}
-OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}
 # diffusers' arguments of loading that change no result, and those that cannot be followed here, and why.
 IDLE = ("disable_mmap", "low_cpu_mem_usage", "offload_state_dict", "resume_download", "trust_remote_code")
 REFUSED = {
@@ -132,7 +131,7 @@ def read_theirs(
         others.get("requires_safety_checker") is not False,
         networks,
         others.get("scheduler"),
-        _preprocessor(others.get("feature_extractor")),
+        preprocessor_of(others.get("feature_extractor")),
     )
 
 
@@ -154,8 +153,12 @@ def _place(device_map: Any) -> Any:
     return device_map
 
 
-def _preprocessor(extractor: Any) -> dict[str, Any] | None:
-    """Return the ``preprocessor_config.json`` of a feature extractor."""
+def preprocessor_of(extractor: Any) -> dict[str, Any] | None:
+    """Return the ``preprocessor_config.json`` of a feature extractor, or of its settings.
+
+    Raises:
+        EditTypeError: something else.
+    """
     if extractor is None or isinstance(extractor, Mapping):
         return None if extractor is None else dict(extractor)
     if not callable(getattr(extractor, "to_dict", None)):

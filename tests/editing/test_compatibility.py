@@ -21,6 +21,7 @@ from pbe.editing.exemplars import crop_settings
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene
+from tests.editing.tiny_model import make_tiny_model
 
 THEIRS = importlib.import_module("diffusers.pipelines.deprecated.paint_by_example").PaintByExamplePipeline
 
@@ -104,6 +105,26 @@ def test_read_only_names(folder: Path, tiny_model: LatentDiffusion):
     twin = PaintByExamplePipeline.from_pipe(pipe, watermark=True)
     assert twin.unet is pipe.unet
     assert (twin.name_or_path, twin.watermark) == (str(folder), True)
+
+
+def test_parts_by_their_names(pipe: PaintByExample):
+    parts = {"unet": pipe.unet, "vae": pipe.vae, "image_encoder": pipe.image_encoder}
+    rest = {"safety_checker": None, "feature_extractor": pipe.feature_extractor}
+    pipe.solver = "heun"
+    twin = PaintByExamplePipeline(
+        **parts,
+        **rest,
+        noise_schedule=pipe.noise_schedule,
+        scheduler=pipe.scheduler,
+        requires_safety_checker=False,
+    )
+    assert (twin.vae, twin.solver, twin.feature_extractor) == (pipe.vae, "heun", pipe.feature_extractor)
+    with pytest.raises(TypeError, match="a pipeline takes no 'tokenizer'"):
+        PaintByExample(**pipe.components, tokenizer=None)
+    with pytest.raises(TypeError, match="a pipeline takes no 'vae' beside its autoencoder"):
+        PaintByExample(**pipe.components, vae=pipe.vae)
+    other = PaintByExample(make_tiny_model(seed=1)).vae
+    assert PaintByExample.from_pipe(pipe, vae=other).autoencoder is other
 
 
 @pytest.mark.parametrize(
