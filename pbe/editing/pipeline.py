@@ -146,21 +146,11 @@ class PaintByExample(MemorySettings, DiffusersNames):
         Raises:
             UserError: nothing usable is there, in one line that says what is wrong.
         """
-        known = [*inspect.signature(cls.from_pretrained).parameters][:-1]
-        theirs = read_theirs(others, dtype, device, known)
+        theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
         hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
-        path, place = pretrained_model_name_or_path, theirs.device
-        model, schedule, checker = load_parts(
-            path, config, theirs.dtype, place, solver, safety_checker, hub, theirs
-        )
-        networks = {name: getattr(model, name) for name in NETWORKS} | theirs.networks
-        pipe = cls(
-            **networks,
-            noise_schedule=schedule,
-            safety_checker=checker,
-            conventions=conventions,
-            watermark=watermark,
-        )
+        path = pretrained_model_name_or_path
+        parts = load_parts(path, config, solver, safety_checker, hub, theirs)
+        pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
         return pipe
 

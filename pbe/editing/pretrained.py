@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,14 +19,14 @@ from pbe.checkpoints.loading import Loaded, load_checkpoint
 from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.components import OURS, PipelineSchedule, schedule_of
+from pbe.editing.components import NETWORKS, OURS, schedule_of
 from pbe.editing.hub import CHECKER, Hub
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.safety import load_safety_checker
 from pbe.editing.sampling import choose_solver
 from pbe.editing.schedulers import solver_of
 from pbe.errors import UserError
-from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
+from pbe.models import AutoencoderKL, ExemplarEncoder, UNet
 
 AUTO = "auto"
 Configuration = str | Path | ModelConfig | Config | None
@@ -90,7 +91,7 @@ def read_theirs(
     others: dict[str, Any],
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
-    known: Iterable[str] = (),
+    known: inspect.Signature | None = None,
 ) -> Theirs:
     """Read the arguments that are diffusers' alone.
 
@@ -98,7 +99,7 @@ def read_theirs(
         others: by name.
         dtype: given by its name here.
         device: likewise.
-        known: the names here, of which errors tell the nearest.
+        known: of the call, for errors, which tell the nearest name.
 
     Raises:
         EditTypeError: an argument that is not known, or of the wrong kind.
@@ -108,9 +109,9 @@ def read_theirs(
         if name in REFUSED and value not in (None, False):
             raise EditValueError(f"from_pretrained: {name} cannot be used: {REFUSED[name]}")
         if name not in (*OTHERS, *IDLE, *REFUSED):
-            raise EditTypeError(
-                f"from_pretrained has no argument '{name}'{_nearest(name, [*known, *OTHERS])}"
-            )
+            own = [] if known is None else [*known.parameters][:-1]
+            nearest = _nearest(name, [*own, *OTHERS])
+            raise EditTypeError(f"from_pretrained has no argument '{name}'{nearest}")
         if value is None and name in (*PARTS, "scheduler", "feature_extractor"):
             raise EditValueError(f"from_pretrained: {name} is None, but an edit needs it; leave it out")
     networks = {OURS.get(name, name): others[name] for name in PARTS if name in others}
@@ -187,31 +188,27 @@ def check_saving(layout: object, safe_serialization: object, variant: object, pu
 def load_parts(
     path_or_hub_id: str | Path,
     config: Configuration,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
     solver: str | SolverChoice | None,
     safety_checker: Checker,
     hub: Hub,
-    theirs: Theirs | None = None,
-) -> tuple[LatentDiffusion, PipelineSchedule, nn.Module | None]:
-    """Load a model, its sampling settings and its safety checker.
+    theirs: Theirs,
+) -> dict[str, Any]:
+    """Load a model, its sampling settings and its safety checker; returns what a pipeline is made of.
 
     Args:
         path_or_hub_id: folder, file or Hub id.
         config: sizes of the model, where its files do not say.
-        dtype: type of the weights in memory; None means float32.
-        device: None means the CPU.
-        solver: None takes the one of the model's scheduler configuration.
+        solver: None takes the one that the model's files name.
         safety_checker: ``auto``, None, a folder or Hub id, or the network.
         hub: how the Hub is asked.
-        theirs: what diffusers' arguments ask for.
+        theirs: type and device of the weights, and what else diffusers' arguments ask for.
 
     Raises:
         UserError: see ``PaintByExample.from_pretrained``.
     """
-    place = "cpu" if device is None else device
+    place, dtype = "cpu" if theirs.device is None else theirs.device, theirs.dtype
     _check_dtype(dtype)
-    folder, theirs = hub.find(path_or_hub_id), theirs or Theirs(dtype, device)
+    folder = hub.find(path_or_hub_id)
     loaded = load_checkpoint(
         folder, config=_sizes(config), device=usable_device(place), dtype=dtype, files=hub.files
     )
@@ -231,7 +228,8 @@ def load_parts(
         say_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
     elif isinstance(checker, Path):
         checker = load_safety_checker(checker, device=place, dtype=dtype, files=hub.files)
-    return loaded.model, schedule, checker
+    networks = {name: getattr(loaded.model, name) for name in NETWORKS} | theirs.networks
+    return networks | {"noise_schedule": schedule, "safety_checker": checker}
 
 
 def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
@@ -277,7 +275,7 @@ def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) ->
 
 def _checker(wanted: Checker, folder: Path, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
     """Return the checker, or the folder to load it from."""
-    if wanted is None or isinstance(wanted, nn.Module):
+    if wanted is None or callable(wanted):
         return wanted
     if wanted != AUTO:
         return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(

@@ -177,12 +177,15 @@ def _finish(
 def _shared_record(
     options: argparse.Namespace, pipe: PaintByExample, place: Path, device: torch.device
 ) -> dict[str, Any]:
-    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather", "spacing")
+    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
     return {
         "model": {"folder": options.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
         "conventions": pipe.conventions,
-        **{name: getattr(options, name) for name in (*same, "karras", "watermark")},
+        **{name: getattr(options, name) for name in same},
+        "spacing": pipe.choice.spacing,
+        "karras": pipe.choice.karras,
+        "watermark": pipe.watermark,
         "device": str(device),
         "dtype": options.dtype,
         "batch_size": options.batch_size,
