@@ -102,13 +102,13 @@ class DiffusersNames:
     @property
     def feature_extractor(self) -> ReadOnly:
         """How diffusers' conventions crop exemplars: what ``preprocessor_config.json`` holds."""
-        usage: Usage = self.usage  # type: ignore[assignment]
+        usage: Usage = self.usage
         return ReadOnly(write_preprocessor(self.model.config, usage.preprocessor))
 
     @property
     def scheduler(self) -> Scheduler:
         """The solver as diffusers' schedulers have it; assign one, and its solver and settings are taken."""
-        usage: Usage = self.usage  # type: ignore[assignment]
+        usage: Usage = self.usage
         return Scheduler(write_scheduler(self.model.config, usage.scheduler_config()))
 
     @scheduler.setter
@@ -152,7 +152,7 @@ class DiffusersNames:
         if not isinstance(pipeline, DiffusersNames):
             raise EditTypeError(f"from_pipe: {type(pipeline).__name__}; it must be a PaintByExample")
         own = {OURS.get(name, name): part for name, part in parts.items()}
-        made = cls(**(pipeline.components | own))  # type: ignore[operator]
+        made = cls(**(pipeline.components | own))
         made._name_or_path = pipeline._name_or_path
         return made
 

@@ -275,7 +275,7 @@ def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) ->
 
 def _checker(wanted: Checker, folder: Path, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
     """Return the checker, or the folder to load it from."""
-    if wanted is None or callable(wanted):
+    if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
         return wanted
     if wanted != AUTO:
         return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(

@@ -27,8 +27,8 @@ class ReadOnly(dict[str, Any]):
             "settings are read-only; pipe.solver and pipe.scheduler take others, and so do a call's arguments"
         )
 
-    __setattr__ = __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setattr__ = __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ReadOnly, (dict(self),)
@@ -87,13 +87,24 @@ def solver_of(scheduler: Any, model: LatentDiffusion) -> SolverChoice:
 
 def _check_betas(values: Mapping[str, Any], model: LatentDiffusion) -> None:
     start, end = BETAS[values["_class_name"]]
-    found = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end, "prediction_type": "epsilon"}
+    found: dict[str, Any] = {
+        "num_train_timesteps": 1000,
+        "beta_start": start,
+        "beta_end": end,
+        "prediction_type": "epsilon",
+    }
     found |= {key: values[key] for key in found if key in values}
     for key, wanted in write_scheduler(model.config, {}).items():
         value = found.get(key, wanted)
-        same = value == wanted if isinstance(wanted, str) else math.isclose(value, wanted, rel_tol=1e-6)
-        if not same:
+        if value != wanted and not _close(value, wanted):
             raise EditValueError(
                 f"the scheduler's {key} is {value}, the model's {wanted}; "
                 "make it by X.from_config(pipe.scheduler.config)"
             )
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Return whether two values are numbers that differ by rounding only."""
+    return all(isinstance(each, int | float) for each in (one, other)) and math.isclose(
+        one, other, rel_tol=1e-6
+    )

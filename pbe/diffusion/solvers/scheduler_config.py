@@ -186,7 +186,8 @@ def scheduler_from_solver(choice: SolverChoice) -> dict[str, Any]:
 
 def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
     """Return the class that is nearest to a solver, and the settings of it that are not its defaults."""
-    name, settings, found = choice.solver.name, choice.settings, {}
+    name, settings = choice.solver.name, choice.settings
+    found: dict[str, Any] = {}
     if name in ("ddim", "plms", "pndm"):
         if settings.end == "clean":
             found["set_alpha_to_one"] = True
