@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pbe.checkpoints.conversion import convert, table
+from pbe.checkpoints.conversion import FILE_SUFFIXES, convert, table
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.precision import DTYPES, torch_dtype
@@ -66,8 +66,8 @@ def run(arguments: list[str] | None) -> None:
     else:
         opened = open_checkpoint(options.paths[0], options.config)
     print(table(opened))
-    if opened.safety_checker is not None:
-        print(f"  note: the safety checker is not converted; copy '{opened.safety_checker}' yourself")
+    if opened.safety_checker is not None and target.suffix in FILE_SUFFIXES:
+        print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
     dtype = torch_dtype(options.dtype) if options.dtype else None
     convert(opened, target, options.to, dtype, verify=options.verify)
     count = sum(tensor.count for tensor in opened.tensors.values())

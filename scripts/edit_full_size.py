@@ -121,7 +121,7 @@ def _measure_attention(model: LatentDiffusion, dtype: torch.dtype, device: torch
         ("fused attention turned off, slices of 1024", 1024, True),
     ):
         if queries:
-            pipe.enable_attention_slicing(queries)
+            pipe.enable_attention_slicing(queries=queries)
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             _row(
                 f"UNet, {HALF_LARGE} px, batch 2",

@@ -16,6 +16,7 @@ from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import TEXT, describe
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import KEY, Usage, usage_from_json
 from pbe.config import ModelConfig, load_config
 from pbe.errors import UserError
 
@@ -100,7 +101,15 @@ def open_compvis(path: Path, weights: Weights, config: ModelConfig | str | Path 
         notes.append(f"{', '.join(weights.extra)} ({weights.extra_bytes / 1e6:,.1f} MB, not read)")
     if assumed:
         notes.append("no configuration beside it: taken for the official sizes")
-    return Opened(weights.source, "compvis", sizes, to_native(names, tensors), tuple(notes))
+    native_tensors, usage = to_native(names, tensors), _usage(config, path)
+    return Opened(weights.source, "compvis", sizes, native_tensors, tuple(notes), usage)
+
+
+def _usage(given: ModelConfig | str | Path | None, path: Path) -> Usage:
+    """Read what the YAML of a checkpoint says of how the model is to be run."""
+    source = Path(given) if isinstance(given, str | Path) else yaml_beside(path)
+    content: Any = None if source is None else read_yaml(source)
+    return usage_from_json(content.get(KEY) if is_original_yaml(content) else None, str(source))
 
 
 def _hint(path: Path, tensors: Lazies, assumed: bool) -> str:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from pbe.checkpoints.compvis_config import write_config
 from pbe.checkpoints.layout import PARTS, empty_model
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import part_of
 from pbe.checkpoints.opened import Opened
-from pbe.checkpoints.saving import check_layout, layout_files, write_layout, write_original
+from pbe.checkpoints.saving import (
+    CHECKER,
+    check_layout,
+    layout_files,
+    write_layout,
+    write_original,
+    write_original_yaml,
+)
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import cast
+from pbe.checkpoints.usage import Usage
 from pbe.checkpoints.writing import check_target, staged
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
 FILE_SUFFIXES = (".ckpt", ".pt", ".safetensors")
+logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # relative; tensors are equal to the bit, but where they lie in memory decides on kernels
 
 
@@ -57,8 +66,8 @@ def convert(
 
     Args:
         opened: the source.
-        target: folder; for ``compvis`` also a file ending in ``.ckpt``, ``.pt`` or ``.safetensors``, beside
-            which a YAML of the same name is written.
+        target: folder, to which a safety checker is copied too; for ``compvis`` also a file ending in
+            ``.ckpt``, ``.pt`` or ``.safetensors``, beside which a YAML of the same name is written.
         layout: ``native``, ``compvis`` or ``diffusers``.
         dtype: type of the floating-point weights; None keeps each tensor's own.
         verify: read the files again, compare every tensor, run each network on a random input with the
@@ -70,19 +79,32 @@ def convert(
     """
     target = Path(target)
     check_layout(opened.config, layout)
+    usage = _usage(opened)
     if layout == "compvis" and target.suffix in FILE_SUFFIXES:
         with staged(target.parent) as staging:
             write_original(staging / target.name, opened.config, opened.tensors, dtype)
             yaml = (staging / target.name).with_suffix(".yaml")
-            OmegaConf.save(OmegaConf.create(write_config(opened.config)), yaml)
+            write_original_yaml(yaml, opened.config, usage)
             if verify:
                 _verify(opened, open_checkpoint(staging / target.name), dtype)
         return
     check_target(target, layout_files(layout))
     with staged(target) as staging:
-        write_layout(staging, layout, opened.config, opened.tensors, dtype, opened.scheduler)
+        if opened.safety_checker is not None:
+            shutil.copytree(opened.safety_checker, staging / CHECKER)
+        checker = opened.safety_checker is not None
+        write_layout(staging, layout, opened.config, opened.tensors, dtype, usage, checker)
         if verify:
             _verify(opened, open_checkpoint(staging), dtype)
+
+
+def _usage(opened: Opened) -> Usage:
+    """Return how the source runs the model; a scheduler that is not known here is passed on as it is."""
+    try:
+        return opened.usage.complete(opened.layout)
+    except UserError as error:
+        logger.warning("%s: %s; the solver is not carried over", opened.source, error)
+        return opened.usage
 
 
 def _verify(source: Opened, written: Opened, dtype: torch.dtype | None) -> None:

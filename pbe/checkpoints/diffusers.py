@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from pbe.checkpoints.diffusers_config import (
     read_unet,
 )
 from pbe.checkpoints.diffusers_names import current_names, entries
-from pbe.checkpoints.folders import open_folder, weight_files
+from pbe.checkpoints.folders import ANY, FileChoice, open_folder, weight_files
 from pbe.checkpoints.layout import PARTS, native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import describe, text_to_image
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import OWN_KEY, Usage, usage_from_json
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.errors import UserError
 
@@ -60,7 +62,9 @@ def named(folder: Path, file: str) -> Values | None:
     return read_json(found[0]) if found else None
 
 
-def open_diffusers(folder: Path, parts: Subfolders, config: ModelConfig | None) -> Opened:
+def open_diffusers(
+    folder: Path, parts: Subfolders, config: ModelConfig | None, choice: FileChoice = ANY
+) -> Opened:
     """Translate a folder in diffusers' layout.
 
     Raises:
@@ -76,23 +80,23 @@ def open_diffusers(folder: Path, parts: Subfolders, config: ModelConfig | None) 
     native = native_shapes(sizes)
     tensors: Lazies = {}
     for part in PARTS:
-        tensors |= open_part(parts[part], part, sizes, native)
+        tensors |= open_part(parts[part], part, sizes, native, choice)
     notes = [] if scheduler else ["no scheduler/: taken for the official noise schedule"]
-    return Opened(
-        str(folder),
-        "diffusers",
-        sizes,
-        tensors,
-        tuple(notes),
-        scheduler,
-        preprocessor,
-        _safety_checker(parts),
-    )
+    usage = replace(_noted(folder), scheduler=scheduler, preprocessor=preprocessor)
+    return Opened(str(folder), "diffusers", sizes, tensors, tuple(notes), usage, _safety_checker(parts))
 
 
-def open_part(folder: Path, part: str, config: ModelConfig, native: Lazies) -> Lazies:
+def _noted(folder: Path) -> Usage:
+    """Read what a pipeline of this project noted in ``model_index.json``."""
+    path = folder / "model_index.json"
+    return usage_from_json(read_json(path).get(OWN_KEY) if path.is_file() else None, path)
+
+
+def open_part(
+    folder: Path, part: str, config: ModelConfig, native: Lazies, choice: FileChoice = ANY
+) -> Lazies:
     """Open one network's subfolder; returns its weights under their native names."""
-    found = current_names(part, open_folder(folder).tensors)
+    found = current_names(part, open_folder(folder, choice).tensors)
     names = entries(part, config.exemplar_encoder, [key for key in native if key.startswith(f"{part}.")])
     check_shapes(shapes(found), shapes(to_foreign(names, native)), str(folder), describe(found))
     return to_native(names, found)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.checkpoints.usage import OWN_KEY
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from pbe.diffusion.solvers.scheduler_config import BETAS
 from pbe.errors import UserError
 
 Values = dict[str, Any]
@@ -30,17 +32,9 @@ VAE_FIXED: Values = {
 }  # fmt: skip
 ENCODER_FIXED: Values = {"layer_norm_eps": 1e-5, "num_channels": 3}
 SCHEDULE_FIXED: Values = {"beta_schedule": "scaled_linear", "trained_betas": None}
+SCHEDULE_MISSING = {"beta_schedule": "linear"}  # what diffusers takes where nothing is said
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
-
-SCHEDULER: Values = {
-    "_class_name": "PNDMScheduler",
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-}
+CHECKER_CLASS = "StableDiffusionSafetyChecker"
 
 
 def read_json(path: Path) -> Values:
@@ -92,8 +86,8 @@ class Settings:
             self.refuse(f"'{key}' is {json.dumps(value)}; this model has one whole number for all levels")
         return int(value)
 
-    def real(self, key: str, default: float) -> float:
-        """Return a number."""
+    def real(self, key: str, default: float | None) -> float:
+        """Return a number; without a default it has to be there."""
         value = self.get(key, default)
         if not isinstance(value, (int, float)):
             self.refuse(f"'{key}' is {json.dumps(value)}, not a number")
@@ -177,8 +171,8 @@ def read_encoder(settings: Settings, preprocessor: Values | None) -> ExemplarEnc
     return ExemplarEncoderConfig(
         tower=sizes.name,
         image_size=settings.number("image_size", 224),
-        mean=[float(value) for value in facts.get("image_mean", official.mean)],
-        std=[float(value) for value in facts.get("image_std", official.std)],
+        mean=[float(value) for value in settings.get("image_mean", facts.get("image_mean", official.mean))],
+        std=[float(value) for value in settings.get("image_std", facts.get("image_std", official.std))],
         # theirs always has a fifth of the tower's layers and these numbers; what differs is written beside
         mapper_layers=int(settings.values.get("mapper_layers", (layers + 1) // 5)),
         mapper_heads=settings.number("mapper_heads", 1),
@@ -187,18 +181,21 @@ def read_encoder(settings: Settings, preprocessor: Values | None) -> ExemplarEnc
 
 
 def read_schedule(settings: Settings) -> tuple[ScheduleConfig, str]:
-    """Read ``scheduler/scheduler_config.json``: the noise schedule, and what the network predicts."""
-    settings.fixed(SCHEDULE_FIXED)
+    """Read ``scheduler/scheduler_config.json``: the noise schedule, and what the network predicts.
+
+    Betas that are missing are those of the scheduler's class, as diffusers has it.
+    """
+    Settings(SCHEDULE_MISSING | settings.values, settings.source).fixed(SCHEDULE_FIXED)
     prediction = settings.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         settings.refuse(
             f"'prediction_type' is {json.dumps(prediction)}; this model has epsilon and v_prediction"
         )
-    official = ScheduleConfig()
+    start, end = BETAS.get(str(settings.values.get("_class_name")), (None, None))
     schedule = ScheduleConfig(
-        timesteps=settings.number("num_train_timesteps", official.timesteps),
-        beta_start=settings.real("beta_start", official.beta_start),
-        beta_end=settings.real("beta_end", official.beta_end),
+        timesteps=settings.number("num_train_timesteps", 1000),
+        beta_start=settings.real("beta_start", start),
+        beta_end=settings.real("beta_end", end),
     )
     return schedule, PREDICTIONS[prediction]
 
@@ -253,8 +250,8 @@ def write_autoencoder(config: ModelConfig) -> Values:
     return values if autoencoder.mid_attention else values | {"mid_block_add_attention": False}
 
 
-def write_encoder(config: ModelConfig) -> Values:
-    """Return ``image_encoder/config.json``."""
+def write_encoder(config: ModelConfig, preprocessor: Values) -> Values:
+    """Return ``image_encoder/config.json``, with mean and deviation where the preprocessor has others."""
     encoder, sizes = config.exemplar_encoder, tower_sizes(config.exemplar_encoder)
     values: Values = {
         "architectures": ["PaintByExampleImageEncoder"],
@@ -275,13 +272,15 @@ def write_encoder(config: ModelConfig) -> Values:
         "torch_dtype": "float32",
     }
     usual = {"mapper_layers": (sizes.layers + 1) // 5, "mapper_heads": 1, "mapper_mlp_ratio": 4}
-    return values | {
-        key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value
-    }
+    values |= {key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value}
+    statistics = {"image_mean": list(encoder.mean), "image_std": list(encoder.std)}
+    return values | {key: value for key, value in statistics.items() if preprocessor.get(key, value) != value}
 
 
-def write_preprocessor(config: ModelConfig) -> Values:
-    """Return ``feature_extractor/preprocessor_config.json``: CLIP's resize and crop at the tower's size."""
+def write_preprocessor(config: ModelConfig, preprocessor: Values | None = None) -> Values:
+    """Return ``preprocessor_config.json``: the one given, or CLIP's resize and crop at the tower's size."""
+    if preprocessor:
+        return preprocessor
     encoder = config.exemplar_encoder
     return {
         "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
@@ -300,10 +299,10 @@ def write_preprocessor(config: ModelConfig) -> Values:
     }
 
 
-def write_scheduler(config: ModelConfig, scheduler: Values | None) -> Values:
-    """Return ``scheduler_config.json``: ``scheduler`` or the official folder's, with the model's schedule."""
+def write_scheduler(config: ModelConfig, scheduler: Values) -> Values:
+    """Return ``scheduler_config.json``: ``scheduler`` with the model's noise schedule and prediction."""
     names = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    return (scheduler or SCHEDULER) | {
+    return scheduler | {
         "beta_end": config.schedule.beta_end,
         "beta_schedule": "scaled_linear",
         "beta_start": config.schedule.beta_start,
@@ -312,16 +311,23 @@ def write_scheduler(config: ModelConfig, scheduler: Values | None) -> Values:
     }
 
 
-def write_index(scheduler: Values) -> Values:
-    """Return ``model_index.json``."""
-    return {
+def write_index(scheduler: Values, *, safety_checker: bool = False, noted: Values | None = None) -> Values:
+    """Return ``model_index.json``.
+
+    Args:
+        scheduler: its configuration.
+        safety_checker: whether one lies beside the networks.
+        noted: what this project notes of how the model is to be run.
+    """
+    values = {
         "_class_name": "PaintByExamplePipeline",
         "_diffusers_version": "0.10.0.dev0",
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
         "image_encoder": ["paint_by_example", "PaintByExampleImageEncoder"],
         "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        "safety_checker": ["stable_diffusion", CHECKER_CLASS] if safety_checker else [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    return values | ({OWN_KEY: noted} if noted else {})

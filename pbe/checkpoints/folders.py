@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from pbe.checkpoints.archives import Weights, open_weights
 from pbe.errors import UserError
@@ -22,6 +25,46 @@ STRANGERS = (
 )
 
 
+Name = TypeVar("Name", bound=PurePath)
+
+
+@dataclass(frozen=True)
+class FileChoice:
+    """Which of several copies of the same weights are wanted.
+
+    Attributes:
+        variant: the word between name and ending (``model.fp16.safetensors``); None prefers files without.
+        safetensors: True or False take these or pickles alone; None prefers safetensors.
+    """
+
+    variant: str | None = None
+    safetensors: bool | None = None
+
+    def narrow(self, paths: Iterable[Name], where: str) -> list[Name]:
+        """Return the files that may be taken.
+
+        Args:
+            paths: files of weights or their indices.
+            where: they lie, for errors.
+
+        Raises:
+            UserError: there are files, but none that may be.
+        """
+        listed = list(paths)
+        kept = [path for path in listed if self.variant is None or variant_of(path) == self.variant]
+        if listed and not kept:
+            there = ", ".join(sorted({variant_of(path) or "no variant" for path in listed}))
+            raise UserError(f"{where} has no weights of the variant '{self.variant}' (there is: {there})")
+        wanted = [path for path in kept if self.safetensors in (None, not is_pickle(path))]
+        if kept and not wanted:
+            kind = "safetensors" if self.safetensors else "pickles"
+            raise UserError(f"{where} holds no {kind}, which use_safetensors={self.safetensors} asks for")
+        return wanted
+
+
+ANY = FileChoice()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of weights that lie in a folder itself, by name; half-written ones are left out."""
     return sorted(
@@ -31,46 +74,49 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def open_folder(folder: Path) -> Weights:
+def open_folder(folder: Path, choice: FileChoice = ANY) -> Weights:
     """Open the weights that lie in a folder: shards with an index, shards without one, or one file.
 
     Where the same weights lie there more than once, safetensors are taken before pickles, and the plain
-    file before a variant (``model.fp16.safetensors``).
+    file before a variant (``model.fp16.safetensors``), unless the choice says otherwise.
 
     Raises:
-        UserError: no weights, several models, or as :func:`pbe.checkpoints.archives.open_weights`.
+        UserError: no weights, or none of those chosen, several models, or as
+            :func:`pbe.checkpoints.archives.open_weights`.
     """
-    indices = sorted(
-        folder.glob("*.index.json"), key=lambda path: (_variant(path), _is_pickle(path), path.name)
-    )
+    found = [*folder.glob("*.index.json"), *folder.glob("*.index.*.json"), *weight_files(folder)]
+    allowed = choice.narrow(found, f"'{folder}'")
+    indices = [path for path in allowed if path.suffix == ".json"]
+    files = [path for path in allowed if path not in indices]
     if indices:
-        return _open_shards(folder, _index(indices[0]), str(indices[0]))
-    files = weight_files(folder)
+        best = min(indices, key=lambda path: (*_rank(path), path.name))
+        return _open_shards(folder, _index(best), str(best))
     if not files:
         raise UserError(f"'{folder}' is not a model folder: it holds no weights ({', '.join(SUFFIXES)})")
     shards = [path for path in files if SHARD.search(path.stem)]
     if shards:
         return _open_numbered(folder, shards)
-    ranked = sorted(files, key=lambda path: (_variant(path), _is_pickle(path)))
-    best = [
-        path
-        for path in ranked
-        if (_variant(path), _is_pickle(path)) == (_variant(ranked[0]), _is_pickle(ranked[0]))
-    ]
-    if len(best) > 1:
+    ranked = [path for path in files if _rank(path) == min(map(_rank, files))]
+    if len(ranked) > 1:
         raise UserError(
-            f"'{folder}' holds several models ({', '.join(path.name for path in best)}); name one of them"
+            f"'{folder}' holds several models ({', '.join(path.name for path in ranked)}); name one of them"
         )
-    return open_weights(best[0])
+    return open_weights(ranked[0])
 
 
-def _variant(path: Path) -> bool:
-    names = path.name.removesuffix(".index.json").split(".")
-    return len(names) > 2
+def variant_of(path: PurePath) -> str:
+    """Return the variant that the name of a file of weights, or of its index, gives; empty without one."""
+    words = [SHARD.sub("", word) for word in path.name.removesuffix(".json").split(".")[1:]]
+    return ".".join(word for word in words if word != "index" and f".{word}" not in SUFFIXES)
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: PurePath) -> bool:
+    """Return whether a file of weights, or those that an index lists, are pickles."""
     return ".safetensors" not in path.name
+
+
+def _rank(path: PurePath) -> tuple[bool, bool]:
+    return bool(variant_of(path)), is_pickle(path)
 
 
 def _index(path: Path) -> dict[str, str]:

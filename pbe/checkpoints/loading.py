@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,13 +13,14 @@ from pbe.checkpoints.archives import Weights, open_weights
 from pbe.checkpoints.compvis import open_compvis, resolve_config
 from pbe.checkpoints.compvis_config import is_original_yaml, read_yaml
 from pbe.checkpoints.diffusers import find_parts, open_diffusers
-from pbe.checkpoints.folders import open_folder
+from pbe.checkpoints.folders import ANY, FileChoice, open_folder, weight_files
 from pbe.checkpoints.layout import native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
 from pbe.checkpoints.opened import Opened, build
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -35,16 +35,14 @@ class Loaded:
     Attributes:
         model: in evaluation mode, without gradients.
         layout: ``native``, ``compvis`` or ``diffusers``.
-        scheduler: the parsed ``scheduler_config.json`` of a diffusers folder, else None.
-        preprocessor: its parsed ``preprocessor_config.json``, else None.
+        usage: what the files say of how the model is to be run.
         safety_checker: the folder of a safety checker inside the model's, else None.
         notes: one line for each thing in the files that was left out or assumed.
     """
 
     model: LatentDiffusion
     layout: str
-    scheduler: dict[str, Any] | None = None
-    preprocessor: dict[str, Any] | None = None
+    usage: Usage = UNSAID
     safety_checker: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -55,6 +53,7 @@ def load_checkpoint(
     config: Config = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    files: FileChoice = ANY,
 ) -> Loaded:
     """Load a model of any layout, strictly.
 
@@ -65,38 +64,39 @@ def load_checkpoint(
             of the original. None takes the YAML beside a checkpoint, or the official sizes.
         device: where the model goes.
         dtype: type of the weights in memory; None means float32.
+        files: which copies of the weights, where a folder holds several.
 
     Raises:
         UserError: nothing there, damaged, not such a model (the error says what it looks like), missing,
             unexpected or misshapen keys, or weights that are not finite.
     """
-    opened = open_checkpoint(path, config)
+    opened = open_checkpoint(path, config, files)
     model = build(opened, dtype or torch.float32).to(device)
-    return Loaded(
-        model, opened.layout, opened.scheduler, opened.preprocessor, opened.safety_checker, opened.notes
-    )
+    return Loaded(model, opened.layout, opened.usage, opened.safety_checker, opened.notes)
 
 
-def open_checkpoint(path: str | Path, config: Config = None) -> Opened:
+def open_checkpoint(path: str | Path, config: Config = None, files: FileChoice = ANY) -> Opened:
     """Recognise a model of any layout and check its keys and shapes; no weight is read.
 
     Arguments and errors are those of :func:`load_checkpoint`, but for the finiteness of the weights.
     """
     path = Path(path)
     if path.is_file():
+        files.narrow([path], f"'{path}'")
         return _open_state(path, open_weights(path), config)
     if not path.is_dir():
         raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
     if _is_native(path):
+        files.narrow(weight_files(path), f"'{path}'")
         return open_native(path, _typed(config, path))
     parts = find_parts(path)
     if parts.keys() - {"safety_checker"}:  # a checker alone may lie beside any model
-        return open_diffusers(path, parts, _typed(config, path))
+        return open_diffusers(path, parts, _typed(config, path), files)
     if (path / "model_index.json").is_file():
         raise UserError(
             f"'{path}' is not a complete model: it has a model_index.json, but no network; copy it again"
         )
-    return _open_state(path, open_folder(path), config)
+    return _open_state(path, open_folder(path, files), config)
 
 
 def _typed(config: Config, path: Path) -> ModelConfig | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from pbe.checkpoints.opened import Opened, build
 from pbe.checkpoints.recognise import describe
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, cast, lazies
+from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
 from pbe.checkpoints.writing import Read, staged, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
@@ -60,9 +62,11 @@ def write_part(path: Path, state: Lazies, read: Read) -> None:
     write_safetensors(path, state, read, {"format": FORMAT})
 
 
-def write_config(folder: Path, config: ModelConfig) -> None:
-    """Write ``config.json``."""
+def write_config(folder: Path, config: ModelConfig, usage: Usage | None = None) -> None:
+    """Write ``config.json``: the model's sizes and, where it is told, how the model is to be run."""
     content = {"format": FORMAT, "model": to_dict(config)}
+    if usage is not None and (section := usage.to_json(layout="native")):
+        content[KEY] = section
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
 
 
@@ -79,7 +83,23 @@ def load_config(folder: str | Path) -> ModelConfig:
     Raises:
         UserError: no such folder, no or broken ``config.json``, or another format.
     """
-    path = Path(folder) / CONFIG_NAME
+    content, path = _read_config(Path(folder)), Path(folder) / CONFIG_NAME
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"{path}: it has no 'model' section; copy the model again")
+    return from_dict(ModelConfig, content["model"], str(path))
+
+
+def load_usage(folder: Path) -> Usage:
+    """Read how the model of a native folder is to be run; a folder that does not say holds an empty one.
+
+    Raises:
+        UserError: as :func:`load_config`, or an entry that is not known.
+    """
+    return usage_from_json(_read_config(folder).get(KEY), folder / CONFIG_NAME)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"'{folder}' is not a model folder: it has no {CONFIG_NAME}")
     try:
@@ -88,9 +108,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a model of this project (its format is not '{FORMAT}')")
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"{path}: it has no 'model' section; copy the model again")
-    return from_dict(ModelConfig, content["model"], str(path))
+    return content
 
 
 def open_native(folder: Path, config: ModelConfig | None = None) -> Opened:
@@ -110,7 +128,8 @@ def open_native(folder: Path, config: ModelConfig | None = None) -> Opened:
         found, expected = _part_file(folder, part), part_of(native, part)
         check_shapes(shapes(found), shapes(expected), str(folder / f"{part}.safetensors"), describe(found))
         tensors |= {f"{part}.{key}": found[key] for key in expected}
-    return Opened(str(folder), "native", sizes, tensors)
+    usage = load_usage(folder) if (folder / CONFIG_NAME).is_file() else UNSAID
+    return Opened(str(folder), "native", sizes, tensors, usage=usage)
 
 
 def _part_file(folder: Path, part: str) -> Lazies:

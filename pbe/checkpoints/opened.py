@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pbe.checkpoints.layout import empty_model
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig
 from pbe.models import LatentDiffusion
 
@@ -25,8 +25,7 @@ class Opened:
         config: sizes of the model.
         tensors: every weight under its native name, exactly those that the model wants.
         notes: one line for each thing that was left out or assumed.
-        scheduler: the parsed ``scheduler_config.json`` of a diffusers folder.
-        preprocessor: the parsed ``preprocessor_config.json`` of a diffusers folder.
+        usage: what the files say of how the model is to be run.
         safety_checker: the folder of a safety checker inside the model's.
     """
 
@@ -35,8 +34,7 @@ class Opened:
     config: ModelConfig
     tensors: Lazies
     notes: tuple[str, ...] = field(default=())
-    scheduler: dict[str, Any] | None = None
-    preprocessor: dict[str, Any] | None = None
+    usage: Usage = UNSAID
     safety_checker: Path | None = None
 
 

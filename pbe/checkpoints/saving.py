@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -24,6 +24,7 @@ from pbe.checkpoints.diffusers_names import entries
 from pbe.checkpoints.layout import PARTS, to_foreign
 from pbe.checkpoints.native import CONFIG_NAME, part_of, write_config as write_native_config, write_part
 from pbe.checkpoints.tensors import Lazies, lazies
+from pbe.checkpoints.usage import KEY, UNSAID, Usage
 from pbe.checkpoints.writing import check_target, converted, staged, write_checkpoint, write_safetensors
 from pbe.config import ModelConfig
 from pbe.errors import UserError
@@ -32,6 +33,7 @@ from pbe.models import LatentDiffusion
 LAYOUTS = ("native", "compvis", "diffusers")
 CHECKPOINT = "model.ckpt"
 YAML = "config.yaml"
+CHECKER = "safety_checker"
 DIFFUSERS_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "autoencoder": "vae/diffusion_pytorch_model.safetensors",
@@ -52,7 +54,8 @@ def save_checkpoint(
     model: LatentDiffusion,
     layout: str = "native",
     dtype: torch.dtype | None = None,
-    scheduler: dict[str, Any] | None = None,
+    usage: Usage | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model in one of the layouts; a failure on the way leaves what was there as it was.
 
@@ -64,7 +67,8 @@ def save_checkpoint(
         model: the weights.
         layout: of the files.
         dtype: type of the floating-point weights in the files; None keeps each tensor's own.
-        scheduler: settings for ``scheduler_config.json`` (diffusers only); None writes the official ones.
+        usage: how the model is to be run; None leaves that to the layout's default.
+        beside: writes what else belongs into the folder, such as a safety checker, into the one it is given.
 
     Raises:
         UserError: no such layout, a model that has no place in it, weights that are not finite, or a
@@ -74,7 +78,10 @@ def save_checkpoint(
     check_layout(model.config, layout)
     check_target(folder, layout_files(layout))
     with staged(folder) as staging:
-        write_layout(staging, layout, model.config, lazies(model.state_dict()), dtype, scheduler)
+        if beside is not None:
+            beside(staging)
+        checker = any((place / CHECKER / "config.json").is_file() for place in (staging, folder))
+        write_layout(staging, layout, model.config, lazies(model.state_dict()), dtype, usage, checker)
 
 
 def layout_files(layout: str) -> set[str]:
@@ -124,7 +131,8 @@ def write_layout(
     config: ModelConfig,
     native: Lazies,
     dtype: torch.dtype | None,
-    scheduler: dict[str, Any] | None = None,
+    usage: Usage | None = None,
+    checker: bool = False,
 ) -> None:
     """Write the files of a layout into an existing, empty folder.
 
@@ -134,17 +142,19 @@ def write_layout(
         config: sizes of the model.
         native: every weight under its native name.
         dtype: type of the floating-point weights; None keeps each tensor's own.
-        scheduler: as for :func:`save_checkpoint`.
+        usage: as for :func:`save_checkpoint`.
+        checker: whether a safety checker lies beside the networks.
     """
     if layout == "native":
         for part in PARTS:
             write_part(folder / f"{part}.safetensors", *converted(part_of(native, part), dtype))
-        write_native_config(folder, config)
+        write_native_config(folder, config, usage)
     elif layout == "compvis":
         write_original(folder / CHECKPOINT, config, native, dtype)
-        OmegaConf.save(OmegaConf.create(write_config(config)), folder / YAML)
+        write_original_yaml(folder / YAML, config, usage)
     else:
-        _write_diffusers(folder, config, native, dtype, scheduler)
+        _write_diffusers_json(folder, config, usage or UNSAID, checker)
+        _write_diffusers_weights(folder, config, native, dtype)
 
 
 def write_original(path: Path, config: ModelConfig, native: Lazies, dtype: torch.dtype | None) -> None:
@@ -159,31 +169,34 @@ def write_original(path: Path, config: ModelConfig, native: Lazies, dtype: torch
         write_checkpoint(path, stored, read, {"global_step": 0, "epoch": 0})
 
 
-def _write_diffusers(
-    folder: Path,
-    config: ModelConfig,
-    native: Lazies,
-    dtype: torch.dtype | None,
-    scheduler: dict[str, Any] | None,
-) -> None:
-    settings = write_scheduler(config, scheduler)
-    contents = dict(
-        zip(
-            DIFFUSERS_JSON,
-            (
-                write_index(settings),
-                write_unet(config),
-                write_autoencoder(config),
-                write_encoder(config),
-                write_preprocessor(config),
-                settings,
-            ),
-            strict=True,
-        )
+def write_original_yaml(path: Path, config: ModelConfig, usage: Usage | None) -> None:
+    """Write the original's YAML and, in a section that its code does not read, how the model is to be run."""
+    content = write_config(config)
+    if usage is not None and (section := usage.to_json(layout="compvis")):
+        content[KEY] = section
+    OmegaConf.save(OmegaConf.create(content), path)
+
+
+def _write_diffusers_json(folder: Path, config: ModelConfig, usage: Usage, checker: bool) -> None:
+    scheduler = write_scheduler(config, usage.scheduler_config())
+    noted = usage.to_json(layout="diffusers")
+    preprocessor = write_preprocessor(config, usage.preprocessor)
+    contents = (
+        write_index(scheduler, safety_checker=checker, noted=noted),
+        write_unet(config),
+        write_autoencoder(config),
+        write_encoder(config, preprocessor),
+        preprocessor,
+        scheduler,
     )
-    for name, content in contents.items():
+    for name, content in zip(DIFFUSERS_JSON, contents, strict=True):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_diffusers_weights(
+    folder: Path, config: ModelConfig, native: Lazies, dtype: torch.dtype | None
+) -> None:
     for part, name in DIFFUSERS_FILES.items():
         names = entries(part, config.exemplar_encoder, [key for key in native if key.startswith(f"{part}.")])
         write_safetensors(folder / name, *converted(to_foreign(names, native), dtype), {"format": "pt"})

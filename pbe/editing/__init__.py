@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pbe.editing.output import EditOutput
-    from pbe.editing.pipeline import PaintByExample
+    from pbe.editing.output import EditOutput, EditOutput as StableDiffusionPipelineOutput
+    from pbe.editing.pipeline import PaintByExample, PaintByExample as PaintByExamplePipeline
 
-__all__ = ["EditOutput", "PaintByExample"]
+__all__ = ["EditOutput", "PaintByExample", "PaintByExamplePipeline", "StableDiffusionPipelineOutput"]
+# What diffusers calls them.
+THEIRS = {"PaintByExamplePipeline": "PaintByExample", "StableDiffusionPipelineOutput": "EditOutput"}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +21,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     from pbe.editing import pipeline
 
-    return getattr(pipeline, name)
+    return getattr(pipeline, THEIRS.get(name, name))

@@ -6,16 +6,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
+from pbe.checkpoints.usage import DEFAULT_SOLVER
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.conventions import ORIGINAL
 from pbe.editing.problems import EditTypeError
-from pbe.models import LatentDiffusion
+from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 
-DEFAULT_SOLVER = "plms"
+OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
 NETWORKS = ("unet", "autoencoder", "exemplar_encoder")
 PARTS = (*NETWORKS, "noise_schedule")
 
@@ -30,6 +29,7 @@ class PipelineSchedule(NoiseSchedule):
         image_size: training resolution in pixels.
         conventions: name of the pipeline's conventions.
         solver: the pipeline's solver.
+        watermark: whether its edits get the watermark.
         preprocessor: the ``preprocessor_config.json`` that came with the model, or None.
         scheduler: its ``scheduler_config.json``, or None.
     """
@@ -39,6 +39,7 @@ class PipelineSchedule(NoiseSchedule):
     image_size: int = 512
     conventions: str = ORIGINAL.name
     solver: SolverChoice = field(default_factory=lambda: SolverChoice(DEFAULT_SOLVER))
+    watermark: bool = False
     preprocessor: dict[str, Any] | None = None
     scheduler: dict[str, Any] | None = None
 
@@ -65,6 +66,26 @@ def full_schedule(schedule: NoiseSchedule) -> PipelineSchedule:
     return PipelineSchedule(betas, schedule.alphas_cumprod, config=config)
 
 
+def own_names(parts: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Return parts by their names here, where some have the names that diffusers gives them.
+
+    Args:
+        parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``, or None.
+        theirs: ``vae``, ``image_encoder`` and what makes no network.
+
+    Raises:
+        EditTypeError: a name that is neither's, or two names for one part.
+    """
+    found = dict(parts)
+    for name, part in theirs.items():
+        ours = OURS.get(name)
+        if ours is not None and found[ours] is None:
+            found[ours] = part
+        elif ours is not None or name not in ("scheduler", "feature_extractor", "requires_safety_checker"):
+            raise EditTypeError(f"a pipeline takes no '{name}'{f' beside its {ours}' if ours else ''}")
+    return found
+
+
 def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
     """Return a model around parts, none of which is copied, and its schedule.
 
@@ -80,9 +101,9 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
             f"a pipeline needs a model or all of {', '.join(PARTS)}; missing: {', '.join(missing)}"
         )
     networks = {name: parts[name] for name in NETWORKS}
-    for name, part in networks.items():
-        if not isinstance(part, nn.Module):
-            raise EditTypeError(f"{name}: {type(part).__name__}; it must be a network")
+    for (name, part), kind in zip(networks.items(), (UNet, AutoencoderKL, ExemplarEncoder), strict=True):
+        if not isinstance(part, kind):
+            raise EditTypeError(f"{name}: {type(part).__name__}; it must be a network of this project")
     given = parts["noise_schedule"]
     if not isinstance(given, NoiseSchedule):
         raise EditTypeError(f"noise_schedule: {type(given).__name__}; it must be a NoiseSchedule")

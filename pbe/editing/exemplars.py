@@ -69,6 +69,26 @@ def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | 
     )
 
 
+def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
+    """Return the ``preprocessor_config.json`` that :func:`crop_settings` reads these settings from."""
+    numbers = {name: number for number, name in FILTERS.items()}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": bool(settings.shortest_edge),
+        "size": {"shortest_edge": settings.shortest_edge or settings.crop},
+        "resample": numbers[settings.resample],
+        "do_center_crop": True,
+        "crop_size": {"height": settings.crop, "width": settings.crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "do_convert_rgb": True,
+    }
+
+
 def _side(value: Any, key: str) -> int:
     """Return the length that a size of the file stands for: a number, a shortest edge, or a square."""
     if isinstance(value, dict):

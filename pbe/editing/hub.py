@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pbe.checkpoints.folders import SHARD, STRANGERS, SUFFIXES
+from pbe.checkpoints.folders import ANY, SHARD, STRANGERS, SUFFIXES, FileChoice, is_pickle, variant_of
 from pbe.editing.places import require_place
 from pbe.errors import UserError
 
@@ -39,12 +39,16 @@ class Hub:
         cache_dir: where downloads go; None is huggingface_hub's cache.
         local_files_only: take what is cached and do not connect.
         token: for private repositories; None is the one that ``hf auth login`` stored.
+        files: which copies of the weights are fetched.
+        force_download: fetch files that are cached, too.
     """
 
     revision: str | None = None
     cache_dir: str | Path | None = None
     local_files_only: bool = False
     token: str | bool | None = None
+    files: FileChoice = ANY
+    force_download: bool = False
 
     def find(self, path_or_hub_id: str | Path) -> Path:
         """Return the path of a model: the one given, or that of a download.
@@ -73,7 +77,7 @@ class Hub:
             logger.warning("%s; taking the cached copy, if there is one", problem)
             return self._cached(name, problem, error)
         try:
-            return self._snapshot(name, select_files(files, name))
+            return self._snapshot(name, select_files(files, name, self.files))
         except TRANSPORT as error:
             raise UserError(f"downloading '{name}' failed: {_first_line(error)}") from error
 
@@ -97,6 +101,7 @@ class Hub:
             revision=self.revision,
             cache_dir=self.cache_dir,
             token=self.token,
+            force_download=self.force_download,
             local_files_only=offline,
             allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in files],
         )
@@ -116,7 +121,34 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def select_files(files: Iterable[str], name: str) -> list[str]:
+def upload(
+    folder: Path,
+    repo_id: str,
+    message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    create_pr: bool,
+) -> str:
+    """Put a folder's files into a repository, made when missing; return the commit's address.
+
+    Raises:
+        UserError: no such name, no right to write, or the Hub cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, create_pr=create_pr
+        )
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' cannot be the name of a repository: {_first_line(error)}") from error
+    except TRANSPORT as error:
+        raise UserError(f"uploading to '{repo_id}' failed: {_first_line(error)}") from error
+    return str(commit.commit_url)
+
+
+def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> list[str]:
     """Choose what to download of a repository.
 
     A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories
@@ -125,9 +157,10 @@ def select_files(files: Iterable[str], name: str) -> list[str]:
     Args:
         files: paths in the repository.
         name: of the repository, for errors.
+        choice: which copies; where it leaves that open, safetensors come before pickles and variants last.
 
     Returns:
-        Settings, and the weights of every network once: safetensors before pickles, no variants.
+        Settings, and the weights of every network once.
 
     Raises:
         UserError: there are no weights, or several checkpoints.
@@ -139,17 +172,17 @@ def select_files(files: Iterable[str], name: str) -> list[str]:
             for folder in (*COMPONENTS, CHECKER)
             if any(each.startswith(f"{folder}/") for each in listed)
         ]
-        chosen = [each for folder in folders for each in _folder_files(listed, folder, name)]
+        chosen = [each for folder in folders for each in _folder_files(listed, folder, name, choice)]
         return ["model_index.json", *chosen]
-    checker = (
-        _folder_files(listed, CHECKER, name) if any(each.startswith(f"{CHECKER}/") for each in listed) else []
-    )
+    beside = any(each.startswith(f"{CHECKER}/") for each in listed)
+    checker = _folder_files(listed, CHECKER, name, choice) if beside else []
     if all(each in listed for each in NATIVE_FILES):
+        choice.narrow([PurePosixPath(each) for each in NATIVE_FILES], f"'{name}' on the Hub")
         return ["config.json", *NATIVE_FILES, *checker]
-    return [*_folder_files(listed, "", name), *checker]
+    return [*_folder_files(listed, "", name, choice), *checker]
 
 
-def _folder_files(listed: list[str], folder: str, name: str) -> list[str]:
+def _folder_files(listed: list[str], folder: str, name: str, choice: FileChoice) -> list[str]:
     """Return the settings and the best weights that lie in a folder itself."""
     inside = [PurePosixPath(each) for each in listed if str(PurePosixPath(each).parent) == (folder or ".")]
     settings = [str(path) for path in inside if path.suffix in SMALL]
@@ -158,7 +191,8 @@ def _folder_files(listed: list[str], folder: str, name: str) -> list[str]:
         if folder in ("feature_extractor", "scheduler"):
             return settings
         raise UserError(f"'{name}' on the Hub holds no weights{f' in {folder}/' if folder else ''}")
-    ranks = [(len(path.name.split(".")) > 2, path.suffix != ".safetensors") for path in weights]
+    weights = choice.narrow(weights, f"'{name}' on the Hub{f': {folder}/' if folder else ''}")
+    ranks = [(bool(variant_of(path)), is_pickle(path)) for path in weights]
     best = [path for path, rank in zip(weights, ranks, strict=True) if rank == min(ranks)]
     if len(best) > 1 and not all(SHARD.search(path.stem) for path in best):
         found = ", ".join(path.name for path in best)

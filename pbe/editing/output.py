@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,18 @@ class EditOutput:
     images: Any
     nsfw_content_detected: list[bool] | None = None
     edited_at: tuple[int, int] = (0, 0)
+
+    def keys(self) -> list[str]:
+        """Return the names of the attributes, by which ``output[name]`` gives them."""
+        return [each.name for each in fields(self)]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return an attribute by its name, or an entry of :meth:`to_tuple` by its place."""
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self.keys():
+            raise KeyError(f"no '{key}'; there are: {', '.join(self.keys())}")
+        return getattr(self, key)
 
     def to_tuple(self) -> tuple[Any, list[bool] | None]:
         """Return ``(images, nsfw_content_detected)``."""

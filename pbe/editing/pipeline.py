@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.saving import save_checkpoint
+from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, schedule_of
+from pbe.editing.compatibility import DiffusersNames
+from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of
 from pbe.editing.compositing import to_bytes, to_unit
 from pbe.editing.conventions import get_conventions
 from pbe.editing.engine import Engine, Given
 from pbe.editing.exemplars import check_embeds, crop_settings
-from pbe.editing.hub import CHECKER, Hub
+from pbe.editing.hub import Hub
 from pbe.editing.inputs import Batch, check_generator, matched, read_exemplars
 from pbe.editing.jobs import MARGIN
-from pbe.editing.offload import Offload, offload_idle_parts
+from pbe.editing.memory import MemorySettings
+from pbe.editing.offload import Offload
 from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures
 from pbe.editing.placement import Placement, View, put_back
 from pbe.editing.preprocess import check_count
-from pbe.editing.pretrained import load_parts
+from pbe.editing.pretrained import check_saving, load_parts, preprocessor_of, read_theirs
 from pbe.editing.problems import EditValueError
-from pbe.editing.safety import SafetyChecker, save_safety_checker
+from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
 from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
 from pbe.editing.watermark import add_watermark
-from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.attention import set_attention_slicing
+
+logger = logging.getLogger(__name__)
 
 
-class PaintByExample:
+class PaintByExample(MemorySettings, DiffusersNames):
     """Paints an exemplar into the hole of a picture (Yang et al., CVPR 2023).
 
     Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
@@ -52,7 +58,8 @@ class PaintByExample:
         safety_checker: looks at what was painted, or None.
         solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
         conventions: ``original`` or ``diffusers``; None is the schedule's.
-        watermark: put the original's invisible watermark into every picture.
+        watermark: put the original's invisible watermark into every image; None is the schedule's.
+        theirs: parts by diffusers' names: ``vae``, ``image_encoder``, ``scheduler``, ``feature_extractor``.
 
     Attributes:
         model: the networks.
@@ -73,26 +80,32 @@ class PaintByExample:
         safety_checker: Any = None,
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
-        watermark: bool = False,
+        watermark: bool | None = None,
+        **theirs: Any,
     ) -> None:
-        parts = {"unet": unet, "autoencoder": autoencoder, "exemplar_encoder": exemplar_encoder}
+        networks = {"unet": unet, "autoencoder": autoencoder, "exemplar_encoder": exemplar_encoder}
+        parts = own_names(networks | {"noise_schedule": noise_schedule}, theirs)
         if model is None:
-            self.model, schedule = assemble(parts | {"noise_schedule": noise_schedule})
+            self.model, schedule = assemble(parts)
         else:
             self.model, schedule = model, schedule_of(model)
+        if theirs.get("feature_extractor") is not None:
+            schedule = replace(schedule, preprocessor=preprocessor_of(theirs["feature_extractor"]))
         self.noise_schedule = schedule
         self.safety_checker = safety_checker
-        self.watermark = watermark
-        self.conventions = get_conventions(conventions or schedule.conventions).name
+        self.watermark = schedule.watermark if watermark is None else watermark
+        self.conventions = schedule.conventions if conventions is None else conventions
         self._choice = schedule.solver if solver is None else choose_solver(solver)
         self._crop = crop_settings(self.model.config.exemplar_encoder, schedule.preprocessor)
         self._progress = Progress()
         self._offload: Offload | None = None
+        if theirs.get("scheduler") is not None:
+            self.scheduler = theirs["scheduler"]
 
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        pretrained_model_name_or_path: str | Path,
         config: str | Path | ModelConfig | Config | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -100,69 +113,93 @@ class PaintByExample:
         *,
         conventions: str | None = None,
         safety_checker: str | Path | nn.Module | None = "auto",
-        watermark: bool = False,
+        watermark: bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        **others: Any,
     ) -> PaintByExample:
         """Load a model: a folder in any layout, a checkpoint file, or a repository of the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: folder, file, or ``owner/name`` on the Hub.
+            pretrained_model_name_or_path: folder, file, or ``owner/name`` on the Hub.
             config: the model's sizes, where the files do not say: a YAML file or a typed configuration. A
                 bare checkpoint without it is taken for the official sizes.
             dtype: type of the weights in memory; None means float32.
             device: where the model runs; None means the CPU.
-            solver: as in the class; None is what the model's scheduler configuration says, else ``plms``.
-            conventions: as in the class; None is ``diffusers`` for that layout, ``original`` for the others.
+            solver: as in the class; None is what the model's files say, else ``plms``.
+            conventions: as in the class; None is what the model's files say, else ``diffusers`` for that
+                layout and ``original`` for the others.
             safety_checker: ``auto`` takes the model folder's own; None turns it off; otherwise a folder or a
                 Hub id of one, or the network.
-            watermark: as in the class.
+            watermark: as in the class; None is what the model's files say.
             revision: branch, tag or commit on the Hub; None is ``main``.
             cache_dir: where downloads go; None is huggingface_hub's cache.
             local_files_only: use what is cached and stay offline.
             token: for private repositories; None is the one of ``hf auth login``.
+            others: arguments of diffusers' pipelines: ``torch_dtype``, ``device_map`` (one device),
+                ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
+                silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
+                ``image_encoder``, ``scheduler`` and ``feature_extractor``.
 
         Raises:
             UserError: nothing usable is there, in one line that says what is wrong.
         """
-        hub = Hub(revision, cache_dir, local_files_only, token)
-        model, schedule, checker = load_parts(
-            path_or_hub_id, config, dtype, device, solver, safety_checker, hub
-        )
-        networks = {name: getattr(model, name) for name in NETWORKS}
-        return cls(
-            **networks,
-            noise_schedule=schedule,
-            safety_checker=checker,
-            conventions=conventions,
-            watermark=watermark,
-        )
+        theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
+        hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
+        path = pretrained_model_name_or_path
+        parts = load_parts(path, config, solver, safety_checker, hub, theirs)
+        pipe = cls(**parts, conventions=conventions, watermark=watermark)
+        pipe._name_or_path = str(path)
+        return pipe
 
     def save_pretrained(
-        self, folder: str | Path, layout: str = "native", dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        layout: str = "native",
+        dtype: torch.dtype | None = None,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        push_to_hub: bool = False,
     ) -> None:
-        """Write the model to a folder.
+        """Write the model to a folder, with how it is run and its safety checker.
 
         Args:
             folder: made when missing.
             layout: ``native``, ``compvis`` (the original's) or ``diffusers``.
             dtype: type of the weights in the files; None keeps that in memory.
+            safe_serialization: as in diffusers, but True only.
+            variant: likewise, None only.
+            push_to_hub: likewise, False only.
 
         Raises:
+            EditValueError: an argument of diffusers that cannot be followed.
             UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
         """
-        save_checkpoint(folder, self.model, layout, dtype, self.noise_schedule.scheduler)
-        if isinstance(self.safety_checker, SafetyChecker):
-            save_safety_checker(Path(folder) / CHECKER, self.safety_checker)
+        check_saving(layout, safe_serialization, variant, push_to_hub)
+        checker = self.safety_checker
+        beside = partial(save_checker_in, checker) if isinstance(checker, SafetyChecker) else None
+        if problem := checker_problem(Path(folder), checker):
+            logger.warning(problem)
+        save_checkpoint(folder, self.model, layout, dtype, self.usage, beside)
+
+    @property
+    def usage(self) -> Usage:
+        """How the model is run by calls that do not say: what saving keeps."""
+        schedule = self.noise_schedule
+        return Usage(
+            self._choice, self.conventions, self.watermark, schedule.preprocessor, schedule.scheduler
+        )
 
     @property
     def components(self) -> dict[str, Any]:
         """What ``PaintByExample(**components)`` makes a pipeline of that shares these very networks."""
-        schedule = dataclasses.replace(self.noise_schedule, conventions=self.conventions, solver=self._choice)
+        schedule = replace(self.noise_schedule, conventions=self.conventions, solver=self._choice)
         networks = {name: getattr(self.model, name) for name in NETWORKS}
-        return networks | {"noise_schedule": schedule, "safety_checker": self.safety_checker}
+        rest = {"safety_checker": self.safety_checker, "watermark": self.watermark}
+        return networks | {"noise_schedule": schedule} | rest
 
     @property
     def unet(self) -> nn.Module:
@@ -195,6 +232,11 @@ class PaintByExample:
         return self.model.dtype
 
     @property
+    def choice(self) -> SolverChoice:
+        """The solver with how it is run; :attr:`solver` is its name."""
+        return self._choice
+
+    @property
     def solver(self) -> str:
         """Name of the solver; assign another name, or a ``SolverChoice`` with spacing or Karras sigmas."""
         return self._choice.name
@@ -223,50 +265,6 @@ class PaintByExample:
         choice = self._choice if solver is None else choose_solver(solver)
         return with_spacing(choice, self._engine(conventions).conventions)
 
-    def to(self, *args: Any, **kwargs: Any) -> PaintByExample:
-        """Move the networks in place, as ``torch.nn.Module.to`` does; return the pipeline.
-
-        Raises:
-            UserError: there is no such device, or idle parts are being offloaded.
-        """
-        if self._offload is not None:
-            raise UserError(
-                "idle parts are being offloaded; call disable_cpu_offload() before moving the pipeline"
-            )
-        networks = (
-            [self.model, self.safety_checker] if isinstance(self.safety_checker, nn.Module) else [self.model]
-        )
-        try:
-            for network in networks:
-                network.to(*args, **kwargs)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"the pipeline cannot be moved: {str(error).splitlines()[0]}") from error
-        return self
-
-    def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set tqdm's arguments for the progress bar: ``disable=True`` turns it off."""
-        self._progress.settings.update(settings)
-
-    def enable_attention_slicing(self, queries: int = 1024) -> None:
-        """Run attention on so many queries at a time: less memory, the same numbers up to rounding."""
-        check_count("queries", queries)
-        set_attention_slicing(self.model, queries)
-
-    def disable_attention_slicing(self) -> None:
-        """Run attention on all queries at once again."""
-        set_attention_slicing(self.model, None)
-
-    def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
-        """Keep parts on the CPU while they are idle, and run each on ``device``."""
-        self.disable_cpu_offload()
-        self._offload = offload_idle_parts(self.model, device)
-
-    def disable_cpu_offload(self) -> None:
-        """Undo :meth:`enable_cpu_offload`: all parts go to the device that they ran on."""
-        if self._offload is not None:
-            self._offload.remove()
-            self._offload = None
-
     @torch.no_grad()
     def encode_exemplar(self, images: Any, conventions: str | None = None) -> Tensor:
         """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``.
@@ -290,21 +288,22 @@ class PaintByExample:
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
+        negative_prompt: None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
-        masked_image_latents: Tensor | None = None,
-        exemplar_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback: Callback | None = None,
         callback_steps: int = 1,
+        *,
+        masked_image_latents: Tensor | None = None,
+        exemplar_embeds: Tensor | None = None,
         preserve_background: bool = True,
         region: str = "full",
         conventions: str | None = None,
         solver: str | SolverChoice | None = None,
-        *,
         margin: float = MARGIN,
         feather: float | None = None,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
@@ -316,6 +315,8 @@ class PaintByExample:
         Raises:
             EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
         """
+        if negative_prompt:
+            raise EditValueError("negative_prompt: there is no text here; leave it None")
         engine = self._engine(conventions)
         choice = self._chosen(solver, conventions)
         sampling = Sampling(choice, num_inference_steps, guidance_scale, eta, callback, callback_steps)
@@ -358,7 +359,7 @@ class PaintByExample:
         self, painted: Tensor, batch: Batch, view: View, placement: Placement
     ) -> tuple[list[np.ndarray], list[bool] | None]:
         """Put what was painted, ``(edits, 3, h, w)``, back into the pictures; blacken what is flagged."""
-        flags = None if self.safety_checker is None else self.safety_checker(to_pictures(painted))
+        flags = flags_of(self.safety_checker, to_pictures(painted))
         edits = []
         for index, each in enumerate(painted):
             edit = put_back(each, index // batch.copies, batch, view, placement)

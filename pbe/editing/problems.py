@@ -18,6 +18,10 @@ class EditTypeError(UserError, TypeError):
     """An argument of the wrong kind."""
 
 
+class EditAttributeError(UserError, AttributeError):
+    """An attribute that a pipeline does not have, or that cannot be assigned."""
+
+
 @cache
 def say_once(text: str) -> None:
     """Log a warning, the first time only: what was decided about an input, for instance."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import torch_dtype
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.cli import build_parser
 from pbe.editing.hub import Hub
 from pbe.editing.jobs import Job, output_stem
@@ -95,14 +94,16 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[Pa
         solver=options.solver,
         conventions=options.conventions,
         safety_checker=None if options.safety_checker == "none" else options.safety_checker,
-        watermark=options.watermark,
+        watermark=options.watermark or None,
         cache_dir=options.cache_dir,
         local_files_only=options.offline,
     )
     if options.spacing or options.karras:
-        pipe.solver = SolverChoice(pipe.solver, options.spacing, options.karras)
+        choice = pipe.choice
+        spacing, karras = options.spacing or choice.spacing, options.karras or choice.karras
+        pipe.solver = replace(choice, spacing=spacing, karras=karras)
     if options.attention_slicing:
-        pipe.enable_attention_slicing(options.attention_slicing)
+        pipe.enable_attention_slicing(queries=options.attention_slicing)
     if options.cpu_offload:
         pipe.enable_cpu_offload(device)
     pipe.set_progress_bar_config(disable=True)  # the bar here counts the steps of all jobs
@@ -200,12 +201,15 @@ def _finish(
 def _shared_record(
     options: argparse.Namespace, pipe: PaintByExample, place: Path, device: torch.device
 ) -> dict[str, Any]:
-    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather", "spacing")
+    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
     return {
         "model": {"folder": options.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
         "conventions": pipe.conventions,
-        **{name: getattr(options, name) for name in (*same, "karras", "watermark")},
+        **{name: getattr(options, name) for name in same},
+        "spacing": pipe.choice.spacing,
+        "karras": pipe.choice.karras,
+        "watermark": pipe.watermark,
         "device": str(device),
         "dtype": options.dtype,
         "batch_size": options.batch_size,

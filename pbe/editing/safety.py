@@ -6,6 +6,7 @@ further concepts call for special care: close to one of them, every threshold is
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -22,17 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
-from pbe.checkpoints.folders import open_folder
+from pbe.checkpoints.folders import ANY, FileChoice, open_folder
 from pbe.checkpoints.layout import Entry, to_foreign, to_native
 from pbe.checkpoints.strict import check_shapes, checked, shapes
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
-from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings
+from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings, preprocessor_config
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models.tower import build_tower
 
+CHECKER = "safety_checker"  # the folder inside a model's
 SPECIAL_CARE = 0.01  # what special care adds to every concept's score
 DECIMALS = 3  # scores are rounded to so many before they are compared with zero
 TOWER = "vision_model."
@@ -153,7 +155,10 @@ def _as_bytes(images: np.ndarray | Sequence[Image.Image]) -> list[np.ndarray]:
 
 
 def load_safety_checker(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    files: FileChoice = ANY,
 ) -> SafetyChecker:
     """Load a published safety checker, such as a copy of ``CompVis/stable-diffusion-safety-checker``.
 
@@ -162,13 +167,14 @@ def load_safety_checker(
             anything in it; ``preprocessor_config.json`` is used where there is one.
         device: where it runs.
         dtype: type of the weights in memory; None means float32.
+        files: which copy of the weights, where there are several.
 
     Raises:
         UserError: missing or damaged file; keys that do not fit; NaN; or no safety checker at all.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
-    weights = open_folder(folder)
+    weights = open_folder(folder, files)
     tensors = _plain_names(weights.tensors)
     sizes = _sizes(config, tensors, weights.source)
     preprocessor = folder / "preprocessor_config.json"
@@ -188,6 +194,39 @@ def load_safety_checker(
     return checker.to(device).eval().requires_grad_(False)
 
 
+def usable_checker(checker: Any) -> Any:
+    """Return a checker that a pipeline can call with images; None stands for none.
+
+    Raises:
+        EditTypeError: it cannot be called so, as diffusers' checkers cannot.
+    """
+    if checker is None or isinstance(checker, SafetyChecker):
+        return checker
+    function = checker.forward if isinstance(checker, nn.Module) else checker
+    try:
+        inspect.signature(function).bind(())
+    except (TypeError, ValueError) as error:
+        raise EditTypeError(
+            f"safety_checker: {type(checker).__name__}; it must be None (no screening), a SafetyChecker "
+            "(from_pretrained loads one: safety_checker=FOLDER), or a function from images to one bool each"
+        ) from error
+    return checker
+
+
+def flags_of(checker: Any, images: np.ndarray) -> list[bool] | None:
+    """Return what a checker says of images, float ``(b, h, w, 3)`` in [0, 1]; None without a checker.
+
+    Raises:
+        EditTypeError: it answers with anything but one bool an image.
+    """
+    if checker is None:
+        return None
+    found = checker(images)
+    if not isinstance(found, Sequence) or len(found) != len(images) or isinstance(found[0], np.ndarray):
+        raise EditTypeError("safety_checker: it must return one bool an image; None turns the screening off")
+    return [bool(each) for each in found]
+
+
 def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
     """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors.
 
@@ -200,7 +239,21 @@ def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
     published = {key.replace(TOWER, TOWER * 2, 1): tensors[key].read().contiguous() for key in tensors}
     save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(checker.sizes), indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(checker.crop), indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(checker.crop), indent=2))
+
+
+def save_checker_in(checker: SafetyChecker, folder: Path) -> None:
+    """Write a checker where a model's folder has it."""
+    save_safety_checker(folder / CHECKER, checker)
+
+
+def checker_problem(folder: Path, checker: Any) -> str | None:
+    """Return what to tell of saving a model with this checker into a folder; None where it will be kept."""
+    if checker is not None and not isinstance(checker, SafetyChecker):
+        return f"the safety checker is a {type(checker).__name__} and is not saved: the model will have none"
+    if checker is None and (folder / CHECKER).is_dir():
+        return f"'{folder / CHECKER}' stays as it is: the next load takes it, though there is none now"
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -276,22 +329,4 @@ def _config(sizes: CheckerSizes) -> dict[str, Any]:
         "model_type": "clip",
         "projection_dim": sizes.projection,
         "vision_config": vision,
-    }
-
-
-def _preprocessor(crop: CropSettings) -> dict[str, Any]:
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": bool(crop.shortest_edge),
-        "size": {"shortest_edge": crop.shortest_edge or crop.crop},
-        "resample": 3 if crop.resample == "bicubic" else 2,
-        "do_center_crop": True,
-        "crop_size": {"height": crop.crop, "width": crop.crop},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(crop.mean),
-        "image_std": list(crop.std),
-        "do_convert_rgb": True,
     }

@@ -15,16 +15,25 @@ SHORT = 64 * 64
 
 
 class SlicedAttention(nn.Module):
-    """What all attention layers share: the softmax over keys, for all queries at once or in slices.
+    """What all attention layers share: the softmax over keys, for everything at once or in slices.
 
-    ``queries_at_once`` is the number of queries that are attended for together, None for all of them; the
-    result is the same. Set it with :func:`set_attention_slicing`.
+    ``queries_at_once`` and ``heads_at_once`` are the numbers of queries, and of heads of the whole batch,
+    that are attended for together, None for all of them; the result is the same. Set them with
+    :func:`set_attention_slicing`.
     """
 
     queries_at_once: int | None = None
+    heads_at_once: int | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return ``softmax(q k^T / sqrt(d)) v`` for ``b h n d`` queries and ``b h m d`` keys and values."""
+        if self.heads_at_once is not None and q.shape[0] * q.shape[1] > self.heads_at_once:
+            rows = (rearrange(each, "b h n d -> (b h) 1 n d").split(self.heads_at_once) for each in (q, k, v))
+            slices = [self._attend(*parts) for parts in zip(*rows, strict=True)]
+            return rearrange(torch.cat(slices), "(b h) 1 n d -> b h n d", b=q.shape[0])
+        return self._attend(q, k, v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         training = torch.is_grad_enabled() and self.queries_at_once is None
         if training and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT:
             # the backward pass of PyTorch's fused CPU kernel is slow on short sequences
@@ -35,26 +44,29 @@ class SlicedAttention(nn.Module):
         return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in slices], dim=2)
 
 
-def set_attention_slicing(module: nn.Module, queries_at_once: int | None) -> None:
+def set_attention_slicing(
+    module: nn.Module, queries_at_once: int | None = None, heads_at_once: int | None = None
+) -> None:
     """Let every attention layer of the UNet and the autoencoder inside ``module`` work in slices.
 
     PyTorch's fused kernels never hold the whole matrix of attention weights, so that slices save nothing
-    where such a kernel exists. Where none does, the matrix is ``queries_at_once`` rows high instead of n.
+    where such a kernel exists. Where none does, the matrix is ``queries_at_once`` rows high instead of n, or
+    there are ``heads_at_once`` of them instead of one for every head of every sample.
 
     Args:
         module: a model or any part of one.
-        queries_at_once: 1 and above; None turns slicing off.
+        queries_at_once: 1 and above; None takes all.
+        heads_at_once: likewise.
 
     Raises:
         UserError: a number below 1.
     """
-    if queries_at_once is not None and queries_at_once < 1:
-        raise UserError(
-            f"attention slicing: {queries_at_once} queries at once; it must be 1 or more, or None"
-        )
+    for count, what in ((queries_at_once, "queries"), (heads_at_once, "heads")):
+        if count is not None and count < 1:
+            raise UserError(f"attention slicing: {count} {what} at once; it must be 1 or more, or None")
     for layer in module.modules():
         if isinstance(layer, SlicedAttention):
-            layer.queries_at_once = queries_at_once
+            layer.queries_at_once, layer.heads_at_once = queries_at_once, heads_at_once
 
 
 class Attention(SlicedAttention):

@@ -17,6 +17,7 @@ from torch import Tensor
 from pbe.checkpoints import saving
 from pbe.checkpoints.loading import Loaded, load_checkpoint, open_checkpoint
 from pbe.checkpoints.saving import LAYOUTS, layout_files, save_checkpoint
+from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -117,7 +118,8 @@ def test_loaded_models_are_ready_to_run(folders: dict[str, Path], small: LatentD
         loaded = load_checkpoint(folder)
         assert isinstance(loaded, Loaded)
         assert loaded.layout == layout
-        assert (loaded.scheduler is not None) == (loaded.preprocessor is not None) == (layout == "diffusers")
+        files = (loaded.usage.scheduler, loaded.usage.preprocessor)
+        assert [each is not None for each in files] == [layout == "diffusers"] * 2
         assert not any(module.training for module in loaded.model.modules())
         assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
         pixels = torch.randn(1, 3, 32, 32)
@@ -270,8 +272,8 @@ def test_a_safety_checker_inside_is_found(folders: dict[str, Path], small: Laten
 
 def test_the_scheduler_is_kept(small: LatentDiffusion, tmp_path: Path) -> None:
     scheduler = {"_class_name": "UniPCMultistepScheduler", "solver_order": 2, "beta_start": 7}
-    save_checkpoint(tmp_path, small, "diffusers", scheduler=scheduler)
-    found = load_checkpoint(tmp_path).scheduler
+    save_checkpoint(tmp_path, small, "diffusers", usage=Usage(scheduler=scheduler))
+    found = load_checkpoint(tmp_path).usage.scheduler
     assert found is not None
     assert found["_class_name"] == "UniPCMultistepScheduler"
     assert found["solver_order"] == 2

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from pbe.diffusion.solvers import Settings, SolverChoice, solver_from_scheduler
+from pbe.diffusion.solvers import (
+    SOLVERS,
+    SPACINGS,
+    Settings,
+    SolverChoice,
+    get_solver,
+    scheduler_from_solver,
+    solver_from_scheduler,
+)
+from pbe.diffusion.solvers.choice import solver_from_json
+from pbe.diffusion.solvers.scheduler_config import OWN
 from pbe.errors import UserError
 
 BETAS = {"beta_schedule": "scaled_linear"}
@@ -107,3 +118,72 @@ def test_a_config_without_a_class_or_betas() -> None:
         solver_from_scheduler({})
     with pytest.raises(UserError, match="beta_schedule is 'linear'"):
         solver_from_scheduler({"_class_name": "DDIMScheduler"})
+
+
+def test_settings_of_other_classes_mean_nothing() -> None:
+    foreign = {"thresholding": True, "rescale_betas_zero_snr": True, "lower_order_final": False}
+    assert choose("PNDMScheduler", **foreign) == choose("PNDMScheduler")
+    foreign = {"variance_type": "fixed_small", "clip_sample": True, "interpolation_type": "log_linear"}
+    assert choose("UniPCMultistepScheduler", **foreign) == choose("UniPCMultistepScheduler")
+
+
+CHOICES = [
+    SolverChoice(name, spacing, karras and get_solver(name).karras, settings)
+    for name in SOLVERS
+    for spacing in (None, *SPACINGS)
+    for karras, settings in (
+        (False, Settings()),
+        (True, Settings()),
+        (False, Settings(0, "first", 0.5, True, 3, predicts="noise")),
+        (False, Settings(2, "clean", order=1)),
+    )
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_what_is_written_is_read_alike(choice: SolverChoice) -> None:
+    """To the choice itself, or to one that says what it left to its solver; plain JSON in between."""
+    config = json.loads(json.dumps(scheduler_from_solver(choice)))
+    read = solver_from_scheduler(config)
+    if OWN in config:
+        assert read == choice
+        del config[OWN]
+        assert solver_from_scheduler(config) != choice
+        return
+    assert (read.name, read.karras, read.settings.offset) == (
+        choice.name,
+        choice.karras,
+        choice.settings.offset,
+    )
+    assert read.spacing == choice.spacing or choice.solver.spacing == read.spacing
+    for key in ("clip", "runge_kutta", "order", "predicts"):
+        assert getattr(read.settings, key) == getattr(choice.settings, key)
+    assert choice.settings.end in (None, read.settings.end)
+
+
+def test_a_note_does_not_outlive_a_change() -> None:
+    config = scheduler_from_solver(SolverChoice("plms", "uniform"))
+    assert solver_from_scheduler(config).name == "plms"
+    assert solver_from_scheduler(config | {"beta_end": 0.02}).name == "plms"
+    for change in ({"timestep_spacing": "trailing"}, {"steps_offset": 0}, {"skip_prk_steps": False}):
+        assert solver_from_scheduler(config | change).name == "pndm"
+    assert solver_from_scheduler(config | {"_class_name": "DDIMScheduler"}).name == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, "not a solver with a name"),
+        ({"spacing": "leading"}, "not a solver with a name"),
+        ({"name": "magic"}, "no solver 'magic'"),
+        ({"name": "ddim", "speed": 3}, "no setting 'speed'; there are: name, spacing"),
+        ({"name": "ddim", "spacing": 3}, "no timestep spacing 3"),
+        ({"name": "ddim", "karras": 1}, "karras is 1"),
+        ({"name": "ddim", "settings": [1]}, r"settings are \[1\]"),
+        ({"name": "ddim", "settings": {"offset": True}}, "offset is True"),
+        ({"name": "ddim", "settings": {"orders": 2}}, "no setting 'orders'; there are: offset"),
+    ],
+)
+def test_notes_that_cannot_be_read(values: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^here: .*{message}|^here: {message}"):
+        solver_from_json(values, "here")

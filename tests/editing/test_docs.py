@@ -28,7 +28,7 @@ def test_the_examples_run(workplace: Path, project_root: Path, capsys: pytest.Ca
     page = (project_root / "docs/pipeline.md").read_text()
     examples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     offline = [each for each in examples if "# needs the network" not in each]
-    assert len(examples) == len(offline) + 1
+    assert len(examples) == len(offline) + 2
     names: dict[str, object] = {}
     for example in offline:
         exec(compile(example, "docs/pipeline.md", "exec"), names)

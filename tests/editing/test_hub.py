@@ -10,10 +10,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
+from pbe.checkpoints.folders import FileChoice
 from pbe.checkpoints.saving import save_checkpoint
+from pbe.editing import PaintByExample
 from pbe.editing.hub import Hub, select_files
 from pbe.errors import UserError
 from tests.editing.small_hub import small_hub
@@ -177,3 +182,60 @@ def test_a_checkpoint_comes_with_its_settings():
 def test_repositories_that_hold_no_one_model(files: list[str], message: str):
     with pytest.raises(UserError, match=message):
         select_files(files, NAME)
+
+
+FILES = [
+    "model_index.json",
+    *(f"{part}/config.json" for part in ("unet", "vae", "image_encoder")),
+    *(f"{part}/model{variant}{end}" for part in ("unet", "vae", "image_encoder")
+      for variant in ("", ".fp16") for end in (".safetensors", ".bin")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        (FileChoice(), "model.safetensors"),
+        (FileChoice("fp16"), "model.fp16.safetensors"),
+        (FileChoice(safetensors=False), "model.bin"),
+    ],
+)
+def test_one_copy_is_fetched(choice: FileChoice, name: str):
+    chosen = [each for each in select_files(FILES, "owner/name", choice) if not each.endswith(".json")]
+    assert chosen == [f"{part}/{name}" for part in ("unet", "vae", "image_encoder")]
+    with pytest.raises(UserError, match="'owner/name' on the Hub: unet/ has no weights of the variant 'x'"):
+        select_files(FILES, "owner/name", FileChoice("x"))
+
+
+def test_a_pipeline_is_uploaded(monkeypatch: pytest.MonkeyPatch):
+    calls: dict[str, dict] = {}
+
+    def upload(api: HfApi, **settings: Any) -> SimpleNamespace:
+        folder = Path(settings.pop("folder_path"))
+        calls["upload"] = settings | {"files": sorted(path.name for path in folder.iterdir())}
+        return SimpleNamespace(commit_url="https://here/commit/1")
+
+    def create(api: HfApi, name: str, **settings: Any) -> SimpleNamespace:
+        calls["create"] = settings | {"name": name, "token": api.token}
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    pipe = PaintByExample(make_tiny_model())
+    assert pipe.push_to_hub("mine", "first", True, "secret") == "https://here/commit/1"
+    assert calls["create"] == {"name": "mine", "private": True, "exist_ok": True, "token": "secret"}
+    names = ["autoencoder.safetensors", "config.json", "exemplar_encoder.safetensors", "unet.safetensors"]
+    told = {"repo_id": "me/mine", "commit_message": "first", "create_pr": False, "files": names}
+    assert calls["upload"] == told
+
+
+def test_an_upload_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(UserError, match="uploading to 'me/mine' failed: no route to host"):
+        PaintByExample(make_tiny_model()).push_to_hub("me/mine")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="cannot be the name of a repository"):
+        PaintByExample(make_tiny_model()).push_to_hub("a b/c d/e")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPImageProcessor
 
+from pbe.checkpoints.clip import TowerSizes
+from pbe.checkpoints.saving import save_checkpoint
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.editing import PaintByExample
+from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene, make_scene
 
@@ -38,12 +43,7 @@ def pipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[PaintByExample, Any
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     PaintByExample(model.eval().requires_grad_(False)).save_pretrained(folder, "diffusers")
-    ours = PaintByExample.from_pretrained(folder, solver="ddim")
-    return ours, reference(folder)
-
-
-def reference(folder: Path) -> Any:
-    module = importlib.import_module(THEIRS)
+    ours = PaintByExample.from_pretrained(folder, solver="ddim", conventions="diffusers")
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -52,6 +52,11 @@ def reference(folder: Path) -> Any:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+    return ours, reference(folder, scheduler)
+
+
+def reference(folder: Path, scheduler: Any) -> Any:
+    module = importlib.import_module(THEIRS)
     pipe = module.PaintByExamplePipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"),
         image_encoder=module.PaintByExampleImageEncoder.from_pretrained(folder / "image_encoder"),
@@ -124,3 +129,59 @@ def test_tensors_are_taken_alike(pipes: tuple[PaintByExample, Any]):
         "mask_image": mask,
     }
     compare(pipes, inputs, generator=lambda: seeds(3)[0])
+
+
+SWAPS = {
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+
+
+@pytest.mark.parametrize("exported", [None, "plms", "unipc"])
+def test_an_export_swaps_schedulers_as_solvers(
+    pipes: tuple[PaintByExample, Any], exported: str | None, tmp_path: Path
+):
+    """Every class that ``from_config`` makes of an export's scheduler runs as the solver of its name."""
+    ours = PaintByExample(ours_model := pipes[0].model, conventions="diffusers")
+    if exported is None:
+        save_checkpoint(tmp_path, ours_model, "diffusers")
+    else:
+        ours.solver = exported
+        ours.save_pretrained(tmp_path, "diffusers")
+    written = json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())
+    kind = getattr(diffusers, written["_class_name"])
+    theirs = reference(tmp_path, kind.from_pretrained(tmp_path / "scheduler"))
+    scene = make_scene(32, 40)
+    latents = torch.randn(1, 4, 8, 10, generator=seeds(4)[0])
+    for name, kind in SWAPS.items():
+        theirs.scheduler = getattr(diffusers, kind).from_config(theirs.scheduler.config)
+        call = {"latents": latents, "generator": None, "num_inference_steps": 4, "output_type": "latent"}
+        expected = theirs(**single(scene), **call | {"generator": seeds(3)[0]}).images
+        found = ours(**single(scene), **call | {"generator": seeds(3)[0], "solver": name}).images
+        assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max()), name
+
+
+def test_diffusers_loads_an_export_with_its_checker(
+    pipes: tuple[PaintByExample, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What this project notes in the files does not disturb it."""
+    tower = TowerSizes(width=16, layers=1, patch=8, heads=2, mlp=32)
+    checker = SafetyChecker(CheckerSizes(tower, 16, 1e-5, projection=8, concepts=17, special=3))
+    pipe = PaintByExample(pipes[0].model, safety_checker=checker.eval(), conventions="original")
+    pipe.save_pretrained(tmp_path, "diffusers")
+    module = importlib.import_module(THEIRS)
+    # its release looks for the image encoder's module where it stood in 2022
+    monkeypatch.setattr(diffusers.pipelines, "paint_by_example", module, raising=False)
+    theirs = module.PaintByExamplePipeline.from_pretrained(tmp_path)
+    assert type(theirs.safety_checker).__name__ == "StableDiffusionSafetyChecker"
+    assert type(theirs.scheduler).__name__ == "PNDMScheduler"
+    theirs.save_pretrained(tmp_path / "again")
+    loaded = PaintByExample.from_pretrained(tmp_path / "again")
+    assert (loaded.solver, loaded.conventions) == ("plms", "diffusers")
+    assert isinstance(loaded.safety_checker, SafetyChecker)

@@ -175,3 +175,23 @@ def test_training_on_short_sequences_gives_the_same_gradients(monkeypatch: pytes
     monkeypatch.setattr("pbe.models.attention.SHORT", 80)  # one less than the 9 x 9 here
     for written_out, fused in zip(short, outcome(), strict=True):
         torch.testing.assert_close(written_out, fused)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 100])
+@torch.no_grad()
+def test_so_many_heads_at_once_change_nothing(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, counts = torch.nn.functional.scaled_dot_product_attention, []
+
+    def record(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        counts.append(q.shape[0] * q.shape[1])
+        return fused(q, *rest)
+
+    layer, x = randomised(Attention(24, num_heads=4)), torch.randn(2, 9, 24)
+    expected = layer(x)
+    monkeypatch.setattr("pbe.models.attention.F.scaled_dot_product_attention", record)
+    set_attention_slicing(layer, heads_at_once=heads)
+    torch.testing.assert_close(layer(x), expected)
+    assert max(counts) <= heads
+    assert sum(counts) == 8  # four heads of two samples
+    with pytest.raises(UserError, match="0 heads at once"):
+        set_attention_slicing(layer, heads_at_once=0)

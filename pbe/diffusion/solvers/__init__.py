@@ -7,7 +7,11 @@ from pbe.diffusion.solvers.dpm import dpmpp_2m, dpmpp_sde, unipc
 from pbe.diffusion.solvers.grid import SPACINGS, Grid, karras_sigmas, uniform_timesteps
 from pbe.diffusion.solvers.pseudo import ADAMS_BASHFORTH, ddim, plms, pndm
 from pbe.diffusion.solvers.registry import SOLVERS, Callback, Solver, get_solver, needs_noise
-from pbe.diffusion.solvers.scheduler_config import SolverChoice, solver_from_scheduler
+from pbe.diffusion.solvers.scheduler_config import (
+    SolverChoice,
+    scheduler_from_solver,
+    solver_from_scheduler,
+)
 from pbe.diffusion.solvers.settings import Settings
 from pbe.diffusion.solvers.sigma import euler, euler_ancestral, heun, lms
 
@@ -32,6 +36,7 @@ __all__ = [
     "needs_noise",
     "plms",
     "pndm",
+    "scheduler_from_solver",
     "solver_from_scheduler",
     "uniform_timesteps",
     "unipc",

@@ -1,59 +1,51 @@
-"""The solver that a diffusers folder asks for: what its ``scheduler_config.json`` means here."""
+"""Solvers as diffusers' ``scheduler_config.json`` tells them: what one means here, and one for a solver."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from pbe.diffusion.solvers.registry import Solver, get_solver
-from pbe.diffusion.solvers.settings import DEFAULTS, Settings
+from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
+from pbe.diffusion.solvers.settings import Settings
 from pbe.errors import UserError
 
-
-@dataclass(frozen=True)
-class SolverChoice:
-    """A solver and how it is to be run.
-
-    Attributes:
-        name: a name in ``SOLVERS``.
-        spacing: timestep spacing; None is the solver's own.
-        karras: Karras sigmas.
-        settings: finer settings.
-    """
-
-    name: str
-    spacing: str | None = None
-    karras: bool = False
-    settings: Settings = DEFAULTS
-
-    @property
-    def solver(self) -> Solver:
-        """The solver itself; pass it spacing, karras and settings."""
-        return get_solver(self.name)
+__all__ = ["SolverChoice", "scheduler_from_solver", "solver_from_scheduler"]
 
 
-# Settings that the solvers here have for these values only, and what it means where one is missing.
-REQUIRED: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": ("scaled_linear",),
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False, None),
-    "prediction_type": ("epsilon", "v_prediction"),
-    "thresholding": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_dynamic_shifting": (False, None),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "variance_type": (None,),
-    "lambda_min_clipped": (float("-inf"), "-Infinity"),
-    "lower_order_final": (True,),
-    "disable_corrector": ([],),
-    "solver_p": (None,),
+OWN = "_pbe_solver"  # diffusers leaves keys that begin with an underscore alone
+DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+EULER, ANCESTRAL = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+HEUN, LMS = "HeunDiscreteScheduler", "LMSDiscreteScheduler"
+# The betas that a class takes where its configuration names none; all of them are linear then.
+BETAS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("DDIMScheduler", "PNDMScheduler", DPM, UNIPC, EULER, ANCESTRAL, LMS), (0.0001, 0.02)),
+    HEUN: (0.00085, 0.012),
+}
+# Settings that the solvers here have for these values only, and the classes that read them: the
+# configuration of a class may carry settings of others along, which mean nothing to it. () is every class.
+REQUIRED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
+    "beta_schedule": (("scaled_linear",), ()),
+    "trained_betas": ((None,), ()),
+    "prediction_type": (("epsilon", "v_prediction"), ()),
+    "rescale_betas_zero_snr": ((False, None), ("DDIMScheduler", DPM, UNIPC, EULER, ANCESTRAL)),
+    "thresholding": ((False, None), ("DDIMScheduler", DPM, UNIPC)),
+    "use_exponential_sigmas": ((False, None), (DPM, UNIPC, EULER, HEUN, LMS)),
+    "use_beta_sigmas": ((False, None), (DPM, UNIPC, EULER, HEUN, LMS)),
+    "use_lu_lambdas": ((False, None), (DPM,)),
+    "use_flow_sigmas": ((False, None), (DPM, UNIPC)),
+    "use_dynamic_shifting": ((False, None), (DPM, UNIPC)),
+    "interpolation_type": (("linear",), (EULER,)),
+    "timestep_type": (("discrete",), (EULER,)),
+    "sigma_min": ((None,), (UNIPC, EULER)),
+    "sigma_max": ((None,), (UNIPC, EULER)),
+    "shift_terminal": ((None,), (UNIPC,)),
+    "variance_type": ((None,), (DPM,)),
+    "lambda_min_clipped": ((float("-inf"), "-Infinity"), (DPM,)),
+    "lower_order_final": ((True,), (DPM, UNIPC)),
+    "disable_corrector": (([],), (UNIPC,)),
+    "solver_p": ((None,), (UNIPC,)),
+    "clip_sample": ((False, None), (HEUN,)),
 }
 MISSING = {"beta_schedule": "linear"}
 # The classes that read use_karras_sigmas; to the others the key means nothing.
@@ -95,8 +87,6 @@ def _unipc(config: Mapping[str, Any]) -> SolverChoice:
 
 def _sigma_solver(name: str) -> Callable[[Mapping[str, Any]], SolverChoice]:
     def choose(config: Mapping[str, Any]) -> SolverChoice:
-        if name == "heun":
-            _require("clip_sample", config.get("clip_sample", False), (False,))
         return _choice(name, config, "linspace", end=_final(config) if name == "euler" else "clean")
 
     return choose
@@ -105,29 +95,38 @@ def _sigma_solver(name: str) -> Callable[[Mapping[str, Any]], SolverChoice]:
 CLASSES: dict[str, Callable[[Mapping[str, Any]], SolverChoice]] = {
     "DDIMScheduler": _ddim,
     "PNDMScheduler": _pndm,
-    "DPMSolverMultistepScheduler": _dpm,
-    "UniPCMultistepScheduler": _unipc,
-    "EulerDiscreteScheduler": _sigma_solver("euler"),
-    "EulerAncestralDiscreteScheduler": _sigma_solver("euler_ancestral"),
-    "HeunDiscreteScheduler": _sigma_solver("heun"),
-    "LMSDiscreteScheduler": _sigma_solver("lms"),
+    DPM: _dpm,
+    UNIPC: _unipc,
+    EULER: _sigma_solver("euler"),
+    ANCESTRAL: _sigma_solver("euler_ancestral"),
+    HEUN: _sigma_solver("heun"),
+    LMS: _sigma_solver("lms"),
 }
 
 
 def solver_from_scheduler(config: Mapping[str, Any]) -> SolverChoice:
     """Read the solver from a diffusers ``scheduler_config.json``; keys it lacks mean diffusers' defaults.
 
-    The betas are the model's (its noise schedule is built from the same file) and are not looked at, but for
-    kinds of schedules that there are none of here.
+    What :func:`scheduler_from_solver` noted for this project counts as long as the settings that diffusers
+    reads were not changed since. The betas are the model's (its noise schedule is built from the same file)
+    and are not looked at, but for kinds of schedules that there are none of here.
 
     Raises:
         UserError: an unknown scheduler class, or a setting that the solvers here do not have.
     """
+    found = _read(config)
+    if OWN not in config:
+        return found
+    noted = solver_from_json(config[OWN], f"scheduler_config.json: {OWN}")
+    return noted if _read(scheduler_from_solver(noted)) == found else found
+
+
+def _read(config: Mapping[str, Any]) -> SolverChoice:
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UserError(f"scheduler '{name}' is not supported; there are: {', '.join(CLASSES)}")
-    for key, allowed in REQUIRED.items():
-        if key in config or key in MISSING:
+    for key, (allowed, classes) in REQUIRED.items():
+        if (key in config or key in MISSING) and (not classes or name in classes):
             _require(key, config.get(key, MISSING.get(key)), allowed)
     return CLASSES[name](config)
 
@@ -153,3 +152,76 @@ def _require(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         wanted = " or ".join(repr(each) for each in allowed)
         raise UserError(f"scheduler_config.json: {key} is {value!r}, which is not supported (only {wanted})")
+
+
+# What every configuration that is written here holds, whatever its class: a swap to another one reads it. The
+# spacing is left out where it is the class's own, so that another class takes its own too.
+SHARED: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "trained_betas": None,
+}
+SPACING = {"DDIMScheduler": "leading", "PNDMScheduler": "leading"}  # of a class; linspace of all others
+
+
+def scheduler_from_solver(choice: SolverChoice) -> dict[str, Any]:
+    """Return the ``scheduler_config.json`` of a solver, but for betas and what the network predicts.
+
+    Where diffusers' settings cannot say all of the choice (``uniform`` spacing, say), the choice itself
+    stands under a key of this project, at which diffusers does not look.
+    """
+    settings = choice.settings
+    name, found = _class_of(choice)
+    spacing = choice.spacing or choice.solver.spacing
+    spacing = "leading" if spacing == "uniform" else spacing
+    if spacing != SPACING.get(name, "linspace"):
+        found["timestep_spacing"] = spacing
+    if choice.karras:
+        found["use_karras_sigmas"] = True
+    config = {"_class_name": name, **SHARED, "steps_offset": settings.offset} | found
+    return config if _says_all(config, choice) else config | {OWN: solver_to_json(choice)}
+
+
+def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
+    """Return the class that is nearest to a solver, and the settings of it that are not its defaults."""
+    name, settings = choice.solver.name, choice.settings
+    found: dict[str, Any] = {}
+    if name in ("ddim", "plms", "pndm"):
+        if settings.end == "clean":
+            found["set_alpha_to_one"] = True
+        if name == "ddim":
+            clip = {} if settings.clip is None else {"clip_sample": True, "clip_sample_range": settings.clip}
+            return "DDIMScheduler", found | clip
+        return "PNDMScheduler", found | ({"skip_prk_steps": False} if settings.runge_kutta else {})
+    if settings.end == "first" and name in ("dpmpp_2m", "dpmpp_sde", "unipc", "euler"):
+        found["final_sigmas_type"] = "sigma_min"
+    if name in ("dpmpp_2m", "dpmpp_sde", "unipc") and settings.order != 2:
+        found["solver_order"] = settings.order
+    if name == "unipc":
+        found |= {"predict_x0": False} if settings.predicts == "noise" else {}
+        return UNIPC, found | ({"solver_type": "bh1"} if settings.variant == "bh1" else {})
+    if name.startswith("dpmpp"):
+        algorithm = "sde-dpmsolver++" if name == "dpmpp_sde" else "dpmsolver"
+        if name == "dpmpp_sde" or settings.predicts == "noise":
+            found["algorithm_type"] = algorithm
+        return DPM, found | ({"solver_type": "heun"} if settings.variant == "heun" else {})
+    return {"euler": EULER, "euler_ancestral": ANCESTRAL, "heun": HEUN, "lms": LMS}[name], found
+
+
+def _says_all(config: Mapping[str, Any], choice: SolverChoice) -> bool:
+    """Return whether reading a configuration gives the choice back, but for what stands at its default."""
+    try:
+        return _read(config) == _resolved(choice)
+    except UserError:
+        return False
+
+
+def _resolved(choice: SolverChoice) -> SolverChoice:
+    """Name what the choice leaves to its solver, as :func:`solver_from_scheduler` does."""
+    name, settings = choice.solver.name, choice.settings
+    end = "first" if name in ("ddim", "plms", "pndm") else "clean"
+    usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(name)
+    settings = replace(settings, end=settings.end or end, variant=settings.variant or usual)
+    return SolverChoice(name, choice.spacing or choice.solver.spacing, choice.karras, settings)

@@ -1,0 +1,111 @@
+"""How a model is meant to be run: what stands beside the weights in every layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
+from pbe.diffusion.solvers.scheduler_config import scheduler_from_solver, solver_from_scheduler
+from pbe.errors import UserError
+
+DEFAULT_SOLVER = "plms"
+CONVENTIONS = {"diffusers": "diffusers"}  # of a layout whose files do not say; "original" of all others
+KEY = "pipeline"  # of the section in config.json and config.yaml
+OWN_KEY = "_pbe"  # of the entry in model_index.json: diffusers leaves keys with an underscore alone
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a pipeline does with a model unless a call says otherwise; None is what the files do not say.
+
+    Attributes:
+        solver: and how it is run.
+        conventions: name of the pipeline's conventions.
+        watermark: whether edits get the watermark.
+        preprocessor: a parsed ``preprocessor_config.json``.
+        scheduler: a parsed ``scheduler_config.json``, written again as it is where it means ``solver``.
+    """
+
+    solver: SolverChoice | None = None
+    conventions: str | None = None
+    watermark: bool | None = None
+    preprocessor: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+
+    def complete(self, layout: str) -> Usage:
+        """Say what the files of a layout leave open, as loading them does.
+
+        Raises:
+            UserError: the scheduler is none that can be run here, and no solver is named.
+        """
+        solver = self.solver
+        if solver is None:
+            read = None if self.scheduler is None else solver_from_scheduler(self.scheduler)
+            solver = read or SolverChoice(DEFAULT_SOLVER)
+        conventions = self.conventions or CONVENTIONS.get(layout, "original")
+        return replace(self, solver=solver, conventions=conventions)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the ``scheduler_config.json`` to write, but for the betas and what the network predicts."""
+        kept = self.scheduler is not None and (self.solver is None or means(self.scheduler, self.solver))
+        if kept and self.scheduler is not None:
+            return self.scheduler
+        return scheduler_from_solver(self.solver or SolverChoice("pndm"))
+
+    def to_json(self, *, layout: str) -> dict[str, Any]:
+        """Return what a layout has no file of its own for; empty where all is as the layout has it."""
+        found: dict[str, Any] = {}
+        if self.conventions not in (None, CONVENTIONS.get(layout, "original")):
+            found["conventions"] = self.conventions
+        if self.watermark:
+            found["watermark"] = True
+        if layout == "diffusers":
+            return found
+        if self.solver is not None and self.solver != SolverChoice(DEFAULT_SOLVER):
+            found["solver"] = solver_to_json(self.solver)
+        return found | ({"preprocessor": self.preprocessor} if self.preprocessor else {})
+
+
+UNSAID = Usage()
+
+
+def means(scheduler: Mapping[str, Any], solver: SolverChoice) -> bool:
+    """Return whether a ``scheduler_config.json`` is read as this solver."""
+    try:
+        return solver_from_scheduler(scheduler) == solver
+    except UserError:
+        return False
+
+
+def usage_from_json(values: Any, source: str | Path) -> Usage:
+    """Read what :meth:`Usage.to_json` gave.
+
+    Args:
+        values: of the section; None, where there is none, says nothing.
+        source: the file, for errors.
+
+    Raises:
+        UserError: an entry that is not known or has no such value.
+    """
+    if values is None:
+        return UNSAID
+    where = f"{source}: {KEY}"
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {json.dumps(values)}; it must be a section of settings")
+    kinds = {"solver": Mapping, "conventions": str, "watermark": bool, "preprocessor": Mapping}
+    for key, value in values.items():
+        if key not in kinds:
+            raise UserError(f"{where}: no setting '{key}'; there are: {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise UserError(f"{where}: {key} is {json.dumps(value)}, which is not possible")
+    solver = values.get("solver")
+    return Usage(
+        solver=None if solver is None else solver_from_json(solver, f"{where}: solver"),
+        conventions=values.get("conventions"),
+        watermark=values.get("watermark"),
+        preprocessor=dict(values["preprocessor"]) if "preprocessor" in values else None,
+    )

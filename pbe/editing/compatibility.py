@@ -1,0 +1,252 @@
+"""The names that a pipeline of diffusers has, for people and programs that come from there.
+
+The package itself is not used: a scheduler that is assigned is read by its configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from torch import nn
+from tqdm import tqdm
+
+from pbe.checkpoints.diffusers_config import write_index, write_preprocessor, write_scheduler
+from pbe.checkpoints.usage import Usage
+from pbe.diffusion.solvers.choice import SolverChoice
+from pbe.editing.components import OURS
+from pbe.editing.conventions import get_conventions
+from pbe.editing.hub import Hub, upload
+from pbe.editing.pretrained import read_theirs
+from pbe.editing.problems import EditAttributeError, EditTypeError, EditValueError
+from pbe.editing.safety import SafetyChecker, usable_checker
+from pbe.editing.sampling import Progress
+from pbe.editing.schedulers import ReadOnly, Scheduler, solver_of
+from pbe.models import LatentDiffusion
+
+INSIDE = "a step inside a call here; pipe.model has the networks' own methods"
+FILES = "a model's files are written by save_pretrained and read by from_pretrained"
+PARTS = "PaintByExample(**pipe.components) makes a pipeline that shares parts"
+# What diffusers' class has and a pipeline here has not, and why.
+NOT_HERE: dict[str, str] = {
+    "check_inputs": INSIDE,
+    "config_name": FILES,
+    "decode_latents": INSIDE + ", such as decode_latents",
+    "disable_freeu": "FreeU changes the UNet's skips, which are those it was trained with here",
+    "enable_freeu": "FreeU changes the UNet's skips, which are those it was trained with here",
+    "enable_group_offload": "enable_model_cpu_offload keeps idle networks on the CPU",
+    "extract_init_dict": FILES,
+    "from_config": FILES,
+    "fuse_qkv_projections": "queries, keys and values are projected separately",
+    "get_config_dict": FILES,
+    "has_compatibles": "pipe.scheduler.compatibles lists what can be assigned to pipe.scheduler",
+    "hf_device_map": "all networks lie on pipe.device",
+    "ignore_for_config": FILES,
+    "image_processor": INSIDE,
+    "load_config": FILES,
+    "maybe_free_model_hooks": "disable_cpu_offload() ends the offloading",
+    "model_cpu_offload_seq": "enable_model_cpu_offload moves each network when it is needed",
+    "numpy_to_pil": "output_type='pil' gives PIL images",
+    "parameters": "pipe.model.parameters() are the weights",
+    "prepare_extra_step_kwargs": INSIDE,
+    "prepare_latents": INSIDE,
+    "prepare_mask_latents": INSIDE,
+    "register_for_auto_class": FILES,
+    "register_modules": PARTS,
+    "register_to_config": PARTS,
+    "reset_device_map": "pipe.to(device) moves all networks",
+    "run_safety_checker": "pipe.safety_checker(images) looks at images",
+    "save_config": FILES,
+    "set_use_memory_efficient_attention_xformers": "PyTorch's own memory-efficient attention runs always",
+    "to_json_file": FILES,
+    "to_json_string": FILES,
+    "unfuse_qkv_projections": "queries, keys and values are projected separately",
+    "text_encoder": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
+    "tokenizer": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
+}
+ATTRIBUTES = ("conventions", "model", "noise_schedule", "safety_checker", "watermark")
+
+
+class DiffusersNames:
+    """The part of a pipeline that goes by diffusers' names, and says what there is in place of others."""
+
+    model: LatentDiffusion
+    safety_checker: Any
+    _choice: SolverChoice
+    _progress: Progress
+    _name_or_path = ""
+
+    usage: property  # of the pipeline
+    components: property
+    save_pretrained: Callable[..., None]
+
+    @property
+    def vae(self) -> nn.Module:
+        """The autoencoder."""
+        return self.model.autoencoder
+
+    @property
+    def image_encoder(self) -> nn.Module:
+        """The exemplar encoder."""
+        return self.model.exemplar_encoder
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position along a side."""
+        return self.model.autoencoder.downsampling
+
+    @property
+    def feature_extractor(self) -> ReadOnly:
+        """How diffusers' conventions crop exemplars: what ``preprocessor_config.json`` holds."""
+        usage: Usage = self.usage
+        return ReadOnly(write_preprocessor(self.model.config, usage.preprocessor))
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The solver as diffusers' schedulers have it; assign one, and its solver and settings are taken."""
+        usage: Usage = self.usage
+        return Scheduler(write_scheduler(self.model.config, usage.scheduler_config()))
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        """Take the solver of a scheduler for the calls that name none."""
+        self._choice = solver_of(scheduler, self.model)
+
+    @property
+    def config(self) -> ReadOnly:
+        """What ``model_index.json`` says of the pipeline in diffusers' layout."""
+        checker = isinstance(self.safety_checker, SafetyChecker)
+        index = write_index(self.scheduler.config, safety_checker=checker)
+        return ReadOnly(index | {"_name_or_path": self._name_or_path})
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model came from; empty for one that was not loaded."""
+        return self._name_or_path
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off."""
+        self._progress.settings = settings
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm[Any]:
+        """Return a bar with the settings of this pipeline's.
+
+        Raises:
+            EditValueError: neither an iterable nor a total.
+        """
+        if iterable is None and total is None:
+            raise EditValueError("progress_bar needs an iterable or a total")
+        return tqdm(iterable, total=total, **self._progress.settings)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **parts: Any) -> Self:
+        """Return a pipeline that shares the parts of another; arguments take the place of some.
+
+        Raises:
+            EditTypeError: no pipeline of this project, or a part that there is none of.
+        """
+        if not isinstance(pipeline, DiffusersNames):
+            raise EditTypeError(f"from_pipe: {type(pipeline).__name__}; it must be a PaintByExample")
+        own = {OURS.get(name, name): part for name, part in parts.items()}
+        made = cls(**(pipeline.components | own))
+        made._name_or_path = pipeline._name_or_path
+        return made
+
+    @classmethod
+    def download(
+        cls,
+        pretrained_model_name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **others: Any,
+    ) -> Path:
+        """Fetch what :meth:`from_pretrained` would, and return the folder.
+
+        Args:
+            pretrained_model_name: as there; a path that exists is returned as it is.
+            revision: as there, and so are all others.
+            cache_dir: likewise.
+            local_files_only: likewise.
+            token: likewise.
+            others: ``variant``, ``use_safetensors``, ``force_download``.
+
+        Raises:
+            UserError: no such model, or an argument that has no meaning here.
+        """
+        theirs = read_theirs(others)
+        hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
+        return hub.find(pretrained_model_name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        **saving: Any,
+    ) -> str:
+        """Save the model and upload it to a repository of the Hugging Face Hub, which is made when missing.
+
+        Args:
+            repo_id: ``owner/name``.
+            commit_message: of the commit.
+            private: for a repository that is made; None is the account's default.
+            token: with the right to write; None is the one of ``hf auth login``.
+            create_pr: open a pull request instead of writing to ``main``.
+            saving: arguments of :meth:`save_pretrained`, such as ``layout``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the model cannot be saved so, or the Hub does not take it.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **saving)
+            message = commit_message or "Upload PaintByExample"
+            return upload(Path(folder), repo_id, message, private=private, token=token, create_pr=create_pr)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise EditAttributeError(f"a pipeline has no '{name}'{self._instead(name)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        found = inspect.getattr_static(type(self), name, None)
+        if isinstance(found, property) and found.fset is None:
+            raise EditAttributeError(f"'{name}' cannot be assigned; {PARTS} and takes others in their place")
+        if name in ("model", "noise_schedule") and name in vars(self):
+            raise EditAttributeError(f"'{name}' cannot be assigned; make another PaintByExample of it")
+        if callable(found) and name not in ATTRIBUTES:
+            raise EditAttributeError(f"'{name}' is a method and cannot be assigned; call it")
+        if found is None and name not in ATTRIBUTES and not name.startswith("_"):
+            raise EditAttributeError(f"a pipeline has no '{name}' to assign{self._instead(name)}")
+        object.__setattr__(self, name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return the value of an attribute as it is kept."""
+        if name == "conventions":
+            return get_conventions(value).name
+        if name == "safety_checker":
+            return usable_checker(value)
+        if name == "watermark" and not isinstance(value, bool):
+            raise EditTypeError(f"watermark: {type(value).__name__}; it must be True or False")
+        return value
+
+    def _instead(self, name: str) -> str:
+        """Return the end of an error: what there is in place of a name that a pipeline does not have."""
+        if name in NOT_HERE:
+            return f": {NOT_HERE[name]}"
+        if name in inspect.signature(type(self).__call__).parameters:
+            return f": it is an argument of the call, pipe(..., {name}=...)"
+        known = [*ATTRIBUTES, *(each for each in dir(type(self)) if not each.startswith("_"))]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(ATTRIBUTES)}, solver"
