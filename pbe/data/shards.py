@@ -171,14 +171,31 @@ def find_shards(pattern: str | Path) -> list[Path]:
     text = str(pattern)
     if not text:
         raise UserError("no shards given; set data.train_shards and data.validation_shards")
-    if Path(text).is_dir():
-        found = sorted(Path(text).glob("*.tar"))
+    folder, rest = _existing(Path(text))
+    if not rest:
+        found = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder]
     else:
-        names = [name for part in braceexpand.braceexpand(text) for name in sorted(glob.glob(part))]
-        found = [Path(name) for name in dict.fromkeys(names)]
+        found = [folder / name for name in dict.fromkeys(_matches(folder, rest))]
     if not found:
         raise UserError(f"no shards (.tar) found at '{text}'; give a folder, a glob or a brace pattern")
     return found
+
+
+def _existing(pattern: Path) -> tuple[Path, str]:
+    """Split a pattern into what exists by that very name, brackets and braces included, and the rest."""
+    folder, parts = Path(), list(pattern.parts)
+    while parts and (folder / parts[0]).exists():
+        folder /= parts.pop(0)
+    return folder, "/".join(parts)
+
+
+def _matches(folder: Path, pattern: str) -> list[str]:
+    """Return the names inside a folder that a glob or brace pattern gives."""
+    try:
+        parts = list(braceexpand.braceexpand(pattern))
+    except braceexpand.UnbalancedBracesError:
+        parts = [pattern]
+    return [name for part in parts for name in sorted(glob.glob(part, root_dir=folder))]
 
 
 def find_indexed(pattern: str) -> list[Path | IndexedShard]:
