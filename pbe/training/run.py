@@ -31,17 +31,18 @@ from pbe.training.loggers import CsvLog, close_loggers
 from pbe.training.speed import make_fast
 from pbe.training.start import build_model, find_autoencoder, make_task
 from pbe.training.stopping import StopSignals, TrainingStopped
-from pbe.training.trainer import make_trainer, set_length
+from pbe.training.trainer import check_machine, make_trainer, set_length
 
 LOG = logging.getLogger(__name__)
-# What Lightning says of things that are meant to be so: few workers for small pictures, a frozen tower,
-# a place in the data that the data module restores, and a library's own housekeeping.
+# What Lightning says of things that are meant to be so: few workers for small images, a frozen tower, no
+# validation, a place in the data that the data module restores, and a library's own housekeeping.
 NEEDLESS_ADVICE = (
     "does not have many workers",
     r"module\(s\) in eval mode",
     "You have overridden `transfer_batch_to_device`",
     "your dataloader is not resumable",
     "is smaller than the logging interval",
+    r"Total length of .* across ranks is zero",  # a run without validation shards
     "It is recommended to use `self.log",
     r"`isinstance\(treespec, LeafSpec\)`",
 )
@@ -79,6 +80,7 @@ def train(config: Config) -> TrainResult:
     """
     started = time.monotonic()
     prepare_process(config)
+    check_machine(config.trainer)  # before anything is read or made
     folder, stop = Path(config.output_dir), StopSignals()
     checkpoint = find_checkpoint(config)
     begun = step_of(checkpoint)

@@ -68,6 +68,11 @@ def find_autoencoder(config: Config) -> tuple[Path, AutoencoderConfig]:
 
 def _warm(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with all weights of ``init_from``."""
+    if not Path(config.start).exists():
+        raise UserError(
+            f"init_from: '{config.start}' is not a model folder, nor a checkpoint: it does not exist; "
+            "init_from=none trains from random weights"
+        )
     # a folder says its sizes, a bare checkpoint is taken for this run's
     sizes = None if Path(config.start).is_dir() else config.model
     opened = open_checkpoint(config.start, sizes)

@@ -143,6 +143,11 @@ def check_machine(options: TrainerConfig) -> None:
         raise UserError(
             f"trainer.strategy is '{options.strategy}'; the nearest is '{nearest}', of {', '.join(strategies)}"
         )
+    if options.strategy in STRATEGY_NAMES and options.precision == "16-mixed":
+        raise UserError(
+            f"trainer.strategy={options.strategy} cannot scale the gradients of trainer.precision=16-mixed; "
+            "use bf16-mixed"
+        )
 
 
 def _is_there(accelerator: str, there: list[str]) -> bool:
