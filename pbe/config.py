@@ -237,6 +237,8 @@ def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> Us
 
 def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
     check_kinds(base, addition, source)
+    if missing := sorted(OmegaConf.missing_keys(addition)):  # OmegaConf would keep the default
+        raise UserError(f"{source}: '{missing[0]}' has no value")
     try:
         merged = OmegaConf.merge(base, addition)
     except OmegaConfBaseException as error:
@@ -249,8 +251,6 @@ def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
 
 def _finish(config: DictConfig, cls: type[T], source: str) -> T:
     try:
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise UserError(f"{source}: '{missing[0]}' has no value")
         for name, allowed in CHOICES.items():
             key = name if cls is Config else name.removeprefix("model.")
             if (value := OmegaConf.select(config, key)) is not None and value not in allowed:

@@ -43,7 +43,7 @@ FILES = {
     "a key twice": ("seed: 1\nseed: 2\n", "not valid YAML"),
     "a key twice inside": ("trainer: {max_steps: 1, max_steps: 2}\n", "not valid YAML"),
     "Python": ("seed: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
-    "itself": ("trainer: &t\n  max_steps: *t\n", "a part refers to itself (line 2)"),
+    "itself": ("trainer: &t\n  max_steps: *t\n", "a part refers to itself (line 1)"),
     "billion laughs": (LAUGHS, "its references stand for more than 100,000 values"),
     "depth": ("seed: " + "[" * 5000 + "\n", "not valid YAML"),
     "a list": ("- seed\n", "a mapping of keys to values"),

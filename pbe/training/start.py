@@ -41,8 +41,6 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     if config.task == "autoencoder":
         torch.manual_seed(config.seed)
         return LatentDiffusion(config.model), config
-    if not config.init_from:
-        say("init_from is empty: the UNet starts from random weights (init_from=none says that it shall)")
     if not config.autoencoder_from:
         raise UserError("autoencoder_from is empty: name the model folder that holds the trained autoencoder")
     source, trained = find_autoencoder(config)
@@ -50,6 +48,8 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     torch.manual_seed(config.seed)
     model = LatentDiffusion(config.model)
     load_part(source, "autoencoder", model.autoencoder)
+    if not config.init_from:
+        print("init_from is empty: the UNet starts from random weights (init_from=none says that it shall)")
     print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
     return model, config
 
