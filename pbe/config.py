@@ -237,8 +237,6 @@ def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> Us
 
 def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
     check_kinds(base, addition, source)
-    if missing := sorted(OmegaConf.missing_keys(addition)):  # OmegaConf would keep the default
-        raise UserError(f"{source}: '{missing[0]}' has no value")
     try:
         merged = OmegaConf.merge(base, addition)
     except OmegaConfBaseException as error:
@@ -336,6 +334,8 @@ def _chain(path: str) -> list[tuple[Path, DictConfig]]:
         parent = current.parent / expanded(base, "base")
         if parent.resolve() in [file.resolve() for file, _ in files]:
             raise UserError(f"{path}: '{parent}' is its own base")
+        if not parent.is_file():
+            raise UserError(f"{current}: no configuration file at its base '{parent}'")
         current = parent
 
 

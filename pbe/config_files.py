@@ -126,6 +126,8 @@ def check_kinds(base: DictConfig, addition: DictConfig, source: str, prefix: str
         name = f"{prefix}{key!s}"
         if not isinstance(key, str) or key not in base or OmegaConf.is_interpolation(addition, key):
             continue
+        if OmegaConf.is_missing(addition, key):  # OmegaConf would keep the default without a word
+            raise UserError(f"{source}: '{name}' has no value")
         wanted, given = base._get_node(key), addition._get_node(key)
         if isinstance(wanted, DictConfig) and isinstance(given, DictConfig):
             check_kinds(wanted, given, source, f"{name}.")
