@@ -22,7 +22,7 @@ def run_command(body: Callable[[], object]) -> int:
     """Run a command line, parsing of its arguments included.
 
     Returns:
-        Exit status: 0, 2 after ``error: ...`` on stderr (also where a package is missing), 130 when interrupted.
+        Exit status: 0, 2 after ``error: ...`` on stderr (a missing package is one too), 130 when interrupted.
     """
     try:
         body()

@@ -101,8 +101,8 @@ class OptimizerConfig:
 class TrainerConfig:
     """Lightning's trainer.
 
-    A run is ``max_steps`` optimizer steps long, or ``max_epochs`` epochs where ``max_steps`` is 0: as many steps
-    as follow from the data and the global batch.
+    A run is ``max_steps`` optimizer steps long, or ``max_epochs`` epochs where ``max_steps`` is 0: as many
+    steps as follow from the data and the global batch.
     ``resume``: ``auto`` continues the newest checkpoint of ``output_dir``, ``never`` refuses to touch
     an existing run, anything else is the path of a checkpoint. ``threads`` 0 leaves torch's choice.
     A checkpoint is written every ``checkpoint_every`` steps and, where ``checkpoint_minutes`` is not 0,
@@ -160,8 +160,8 @@ class LoggingConfig:
 class Config:
     """One reproducible experiment. ``task`` is ``diffusion`` or ``autoencoder``.
 
-    ``autoencoder_from`` (diffusion) is the folder that holds the trained autoencoder; ``init_from`` is a model
-    whose weights start the training, ``none`` asks for random ones by name.
+    ``autoencoder_from`` (diffusion) is the folder that holds the trained autoencoder; ``init_from`` is a
+    model whose weights start the training, ``none`` asks for random ones by name.
     """
 
     task: str = "diffusion"
@@ -304,7 +304,7 @@ def _layer(config: DictConfig, parts: list[tuple[str, DictConfig]]) -> DictConfi
         lengths = {name: value for name, value in lengths.items() if value}
         if len(lengths) == len(LENGTHS):
             raise UserError(
-                f"{source}: both 'trainer.max_steps' and 'trainer.max_epochs' are given; leave one of them out"
+                f"{source}: both 'trainer.max_steps' and 'trainer.max_epochs' are given; leave one out"
             )
     for name in LENGTHS:
         if lengths and name not in lengths:

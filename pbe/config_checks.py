@@ -158,7 +158,8 @@ def _check_length(config: DictConfig, source: str) -> None:
         )
     if steps and epochs:
         raise UserError(
-            f"{source}: 'trainer.max_steps' is {steps} and 'trainer.max_epochs' is {epochs}; one of them must be 0"
+            f"{source}: 'trainer.max_steps' is {steps} and 'trainer.max_epochs' is {epochs}; "
+            "one of them must be 0"
         )
 
 

@@ -55,9 +55,7 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last: Tensor, elements: int = 1
-) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor, elements: int = 1) -> Tensor:
     """Return the factor that gives two losses gradients of one size at a layer (Esser et al. 2021, eq. 7).
 
     The original's reconstruction is a sum over an image, and its factor at most 1e4. Where it is a mean, the

@@ -143,7 +143,7 @@ class TrainingData(ExemplarDataModule):
 
 
 def steps_of_run(config: Config, data: TrainingData, world_size: int) -> int:
-    """Return the optimizer steps of a whole run, as ``trainer.max_steps`` or ``trainer.max_epochs`` gives them.
+    """Return the optimizer steps of a whole run, as ``max_steps`` or ``max_epochs`` gives them.
 
     Args:
         config: the experiment.

@@ -1,4 +1,4 @@
-"""How numbers are kept in training: Lightning's precisions, made to fit this project's batches and networks."""
+"""How numbers are kept in training: Lightning's precisions, made to fit this project's batches."""
 
 from __future__ import annotations
 

@@ -134,7 +134,9 @@ def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
         export(task, task.config, folder, writes=trainer.is_global_zero)
     except (OSError, UserError) as error:
         reason = getattr(error, "strerror", None) or error
-        LOG.error("could not write the model to '%s': %s; make room: the same command goes on", folder, reason)
+        LOG.error(
+            "could not write the model to '%s': %s; make room: the same command goes on", folder, reason
+        )
 
 
 def _fit(

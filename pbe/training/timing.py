@@ -25,8 +25,8 @@ from pbe.training.data import TrainingData
 from pbe.training.latent_cache import CachedDataModule
 from pbe.training.loggers import read_curve
 from pbe.training.run import prepare_process
-from pbe.training.start import build_model, make_task
 from pbe.training.speed import make_fast
+from pbe.training.start import build_model, make_task
 from pbe.training.stopping import StopSignals
 from pbe.training.trainer import make_trainer
 
@@ -63,7 +63,9 @@ class StepClock(pl.Callback):
 
 def quiet(config: Config, steps: int) -> Config:
     """Return the configuration of a short run that writes nothing and does not validate."""
-    short = replace(config.trainer, max_steps=steps, max_epochs=0, progress=False, profiler="", resume="never")
+    short = replace(
+        config.trainer, max_steps=steps, max_epochs=0, progress=False, profiler="", resume="never"
+    )
     logging = replace(config.logging, loggers=[], grid_every=0)
     return replace(config, trainer=short, logging=logging)
 

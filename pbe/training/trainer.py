@@ -36,7 +36,15 @@ OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write chec
 LEFT_OUT = ("spawn", "fork", "notebook", "xla", "tpu", "single_device")
 DEVICES = re.compile(r"auto|-1|[0-9]+|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
 # What Lightning raises where settings and machine do not fit.
-UNFIT = (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError, KeyError, AssertionError)
+UNFIT = (
+    MisconfigurationException,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    AssertionError,
+)
 
 
 def make_trainer(
@@ -126,7 +134,9 @@ def check_machine(options: TrainerConfig) -> None:
     there = [name for name in AcceleratorRegistry if AcceleratorRegistry[name]["accelerator"].is_available()]
     known = ["auto", "gpu", *AcceleratorRegistry]
     if options.accelerator not in known:
-        raise UserError(f"trainer.accelerator is '{options.accelerator}'; it must be one of {', '.join(known)}")
+        raise UserError(
+            f"trainer.accelerator is '{options.accelerator}'; it must be one of {', '.join(known)}"
+        )
     if options.accelerator != "auto" and not _is_there(options.accelerator, there):
         raise UserError(
             f"trainer.accelerator is '{options.accelerator}', but this machine has none that torch can use; "
@@ -141,7 +151,8 @@ def check_machine(options: TrainerConfig) -> None:
     if options.strategy not in strategies:
         (nearest,) = difflib.get_close_matches(options.strategy, strategies, n=1, cutoff=0.0)
         raise UserError(
-            f"trainer.strategy is '{options.strategy}'; the nearest is '{nearest}', of {', '.join(strategies)}"
+            f"trainer.strategy is '{options.strategy}'; the nearest is '{nearest}', "
+            f"of {', '.join(strategies)}"
         )
     if options.strategy in STRATEGY_NAMES and options.precision == "16-mixed":
         raise UserError(
@@ -157,9 +168,7 @@ def _is_there(accelerator: str, there: list[str]) -> bool:
 def strategy_names() -> list[str]:
     """Return the values of ``trainer.strategy``."""
     lightnings = [
-        name
-        for name in StrategyRegistry.available_strategies()
-        if not any(part in name for part in LEFT_OUT)
+        name for name in StrategyRegistry.available_strategies() if not any(part in name for part in LEFT_OUT)
     ]
     return ["auto", *lightnings, *STRATEGY_NAMES]
 

@@ -13,7 +13,7 @@ from tests.training.tiny import checkpoint, logged, run, tiny_config, weights
 
 KINDS = {
     "online": ("logging.grid_every=3", "trainer.gradient_checkpointing=true"),
-    "cached": ("cache.folder={folder}/cache", "cache.variants=1", "trainer.accumulate=2", "data.batch_size=1"),
+    "cached": ("cache.variants=1", "trainer.accumulate=2", "data.batch_size=1"),
     "autoencoder": (
         "task=autoencoder", "model.autoencoder.mask_aware_decoder=true", "logging.grid_every=3",
         "autoencoder_loss.adversarial_weight=0.5", "autoencoder_loss.adversarial_start=1",

@@ -13,7 +13,7 @@ from tests.training.tiny import logged, tiny_config, weights, write_config
 
 LIMIT = 400  # seconds
 # One script for both ranks, so that each of them starts once for everything.
-SCRIPT = '''
+SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def config(name, *more):
 
 
 train(config("straight"))
-# a stop in the middle of a row, with the discriminator there since the last step, told to the second rank alone
+# a stop in the middle of a row, the discriminator there since the last step, told to the second rank
 callbacks = module._callbacks
 module._callbacks = lambda *args: [Stop(), *callbacks(*args)]
 first = train(config("stopped"))
@@ -65,7 +65,7 @@ for precision in ("16-mixed", "bf16-mixed"):
             print(precision, choice, "made", result.steps, flush=True)
         except UserError as error:
             print(precision, choice, error, flush=True)
-'''
+"""
 SETTINGS = (
     "task=autoencoder", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=6", "logging.every=6",
     "autoencoder_loss.adversarial_weight=0.1", "autoencoder_loss.adversarial_start=2",
@@ -75,7 +75,9 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def said(shards: Path, tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> tuple[Path, list[str]]:
+def said(
+    shards: Path, tmp_path_factory: pytest.TempPathFactory, project_root: Path
+) -> tuple[Path, list[str]]:
     """The folder of the runs and what each rank said."""
     folder = tmp_path_factory.mktemp("ranks")
     write_config(folder / "tiny.yaml", tiny_config(shards, folder / "run", *SETTINGS))

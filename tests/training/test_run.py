@@ -73,7 +73,9 @@ def test_steps_count_optimizer_steps_not_micro_batches(shards, autoencoder, tmp_
 
 def test_a_length_in_epochs_is_whole_steps_of_the_data(shards, autoencoder, tmp_path):
     settings = [autoencoder, "trainer.max_steps=0", "trainer.max_epochs=2", "data.batch_size=3"]
-    result = run(tiny_config(shards, tmp_path, *settings, "optimizer.decay=cosine", "optimizer.warmup_steps=0"))
+    result = run(
+        tiny_config(shards, tmp_path, *settings, "optimizer.decay=cosine", "optimizer.warmup_steps=0")
+    )
     assert result.steps == 2 * (8 // 3)
     rates = [float(value) for _, _, value in logged(tmp_path, "train/learning_rate")]
     assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
