@@ -228,7 +228,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> UserError:
-    key = error.full_key or str(error.key or "")
+    key = " ".join((error.full_key or str(error.key or "")).split())
     if isinstance(error, ConfigKeyError):
         return UserError(f"{source}: unknown key '{key}'; the nearest valid one is '{_nearest(key, known)}'")
     reason = str(error.msg or error).splitlines()[0]
@@ -252,7 +252,8 @@ def _finish(config: DictConfig, cls: type[T], source: str) -> T:
         for name, allowed in CHOICES.items():
             key = name if cls is Config else name.removeprefix("model.")
             if (value := OmegaConf.select(config, key)) is not None and value not in allowed:
-                raise UserError(f"{source}: '{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+                given = " ".join(str(value).split())
+                raise UserError(f"{source}: '{key}' is '{given}'; it must be one of {', '.join(allowed)}")
         if cls is Config:
             for name in PATHS:
                 if (text := str(OmegaConf.select(config, name))).startswith("~"):
@@ -284,7 +285,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     texts = {name for name in _leaf_keys(config) if isinstance(OmegaConf.select(config, name), str)}
     for source, loaded in _chain(expanded(str(path), "the configuration")):
         config = _layer(config, [(str(source), loaded)])
-    config = _layer(config, [(f"override '{text}'", read_override(text, texts)) for text in overrides or []])
+    typed = [(f"override '{' '.join(text.split())}'", read_override(text, texts)) for text in overrides or []]
+    config = _layer(config, typed)
     return _finish(config, Config, str(path))
 
 
@@ -346,7 +348,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration") -> T:
     """Build a configuration dataclass of type ``cls`` from a dictionary; strict like :func:`load_config`."""
-    return _finish(_merge(OmegaConf.structured(cls), OmegaConf.create(values), source), cls, source)
+    try:
+        given = OmegaConf.create(values)
+    except Exception as error:  # half a reference, or a value that no configuration holds
+        raise UserError(f"{source}: {one_line(error)}") from error
+    return _finish(_merge(OmegaConf.structured(cls), given, source), cls, source)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:

@@ -85,8 +85,9 @@ def read_override(override: str, texts: Collection[str]) -> DictConfig:
         UserError: it has no equals sign, no key, or a value that is not YAML.
     """
     key, sign, value = override.partition("=")
+    shown = " ".join(override.split())
     if not sign or not key.strip():
-        raise UserError(f"override '{override}' is not of the form key=value")
+        raise UserError(f"override '{shown}' is not of the form key=value")
     try:
         # shells eat the quotes of key="": nothing after the sign is an empty text, not a null
         if key in texts and not value.startswith(("'", '"')) and value != "null":
@@ -96,9 +97,9 @@ def read_override(override: str, texts: Collection[str]) -> DictConfig:
         _check_size(yaml.compose(value, Loader=yaml.SafeLoader))
         return OmegaConf.from_dotlist([override])
     except UserError as error:
-        raise UserError(f"override '{override}': {error}") from error
+        raise UserError(f"override '{shown}': {error}") from error
     except Exception as error:  # of the YAML parser, as above
-        raise UserError(f"override '{override}': its value is not valid YAML") from error
+        raise UserError(f"override '{shown}': its value is not valid YAML") from error
 
 
 def _nested(key: str, value: str) -> DictConfig:
