@@ -199,16 +199,15 @@ def _wandb(config: Config, folder: Path) -> WandbLogger:
     """Return a logger that says nothing where nothing is sent; an account is asked for by ``online`` only."""
     options = config.logging
     try:
-        import wandb
+        return WandbLogger(
+            project=options.wandb_project,
+            name=options.run_name or folder.name,
+            id=_run_id(folder) or None,
+            resume="allow",
+            save_dir=folder,
+            mode=options.wandb_mode,
+            config=to_dict(config),
+            settings={"silent": options.wandb_mode != "online"},
+        )
     except ModuleNotFoundError as error:
         raise UserError("logging.loggers has 'wandb', which needs: pip install wandb") from error
-    return WandbLogger(
-        settings=wandb.Settings(silent=options.wandb_mode != "online"),
-        project=options.wandb_project,
-        name=options.run_name or folder.name,
-        id=_run_id(folder) or None,
-        resume="allow",
-        save_dir=folder,
-        mode=options.wandb_mode,
-        config=to_dict(config),
-    )

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import (
+from pytorch_lightning.accelerators import AcceleratorRegistry
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from pytorch_lightning.accelerators import AcceleratorRegistry
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
