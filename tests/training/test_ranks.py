@@ -92,7 +92,11 @@ def said(
         )
         for rank in range(2)
     ]  # fmt: skip
-    outcome = [rank.communicate(timeout=LIMIT) for rank in ranks]
+    try:
+        outcome = [rank.communicate(timeout=LIMIT) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], outcome
     return folder, [text for text, _ in outcome]
 
