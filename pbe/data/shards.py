@@ -193,7 +193,7 @@ def _matches(folder: Path, pattern: str) -> list[str]:
     """Return the names inside a folder that a glob or brace pattern gives."""
     try:
         parts = list(braceexpand.braceexpand(pattern))
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:  # a brace that nothing closes
         parts = [pattern]
     return [name for part in parts for name in sorted(glob.glob(part, root_dir=folder))]
 

@@ -198,6 +198,8 @@ def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
 def _wandb(config: Config, folder: Path) -> WandbLogger:
     """Return a logger that says nothing where nothing is sent; an account is asked for by ``online`` only."""
     options = config.logging
+    if options.wandb_mode != "online":
+        os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for what it says first
     try:
         return WandbLogger(
             project=options.wandb_project,
@@ -207,7 +209,6 @@ def _wandb(config: Config, folder: Path) -> WandbLogger:
             save_dir=folder,
             mode=options.wandb_mode,
             config=to_dict(config),
-            settings={"silent": options.wandb_mode != "online"},
         )
     except ModuleNotFoundError as error:
         raise UserError("logging.loggers has 'wandb', which needs: pip install wandb") from error
