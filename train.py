@@ -9,12 +9,12 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from pbe.cli import Parser, run_command
-from pbe.config import load_config
+from pbe.cli import Parser, run_command  # without packages that might be missing
 
 EPILOG = """\
 overrides: trainer.max_steps=100 data.batch_size=8 ...; an unknown key is an error naming the nearest.
-The same command continues a run that was stopped (trainer.resume=auto); Ctrl-C and SIGTERM save a checkpoint.
+The same command continues a run that was stopped (trainer.resume=auto); Ctrl-C and SIGTERM save a checkpoint
+and the weights so far.
 """
 
 
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_intermixed_args(argv)  # overrides may stand after options
         if arguments.memory_limit and not arguments.find_batch_size:
             parser.error("--memory-limit goes with --find-batch-size")
+        from pbe.config import load_config
+
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
             from pbe.training.plan import make_plan
@@ -66,8 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     if result.rank:  # the first process speaks for all
         return 128 + result.stopped_by if result.stopped_by else 0
     if result.stopped_by:
+        there = (result.model_dir / "config.json").is_file()
         print(
             f"stopped at step {result.steps}; the same command continues from {result.output_dir}/checkpoints"
+            + (f"; weights so far in {result.model_dir}" if there else "")
         )
         return 128 + result.stopped_by
     print(f"{result.steps} steps, {result.seconds:.0f} s; weights in {result.model_dir}")

@@ -22,12 +22,22 @@ def run_command(body: Callable[[], object]) -> int:
     """Run a command line, parsing of its arguments included.
 
     Returns:
-        Exit status: 0, 2 after ``error: ...`` on stderr, 130 when interrupted.
+        Exit status: 0, 2 after ``error: ...`` on stderr (a missing package is one too), 130 when interrupted.
     """
     try:
         body()
     except UserError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        name = str(error.name).split(".")[0]
+        if name == "pbe":
+            raise
+        print(
+            f"error: the Python package '{name}' is not installed for {sys.executable}; use the python that "
+            "the project was set up with (make setup makes .venv)",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from pbe.config_checks import check_numbers
 from pbe.config_data import (
@@ -21,6 +21,7 @@ from pbe.config_data import (
     DataConfig as DataConfig,
     SampleConfig as SampleConfig,
 )
+from pbe.config_files import check_kinds, expanded, one_line, read_override, read_yaml
 from pbe.config_model import (
     AutoencoderConfig as AutoencoderConfig,
     ExemplarEncoderConfig as ExemplarEncoderConfig,
@@ -106,6 +107,8 @@ class OptimizerConfig:
 class TrainerConfig:
     """Lightning's trainer.
 
+    A run is ``max_steps`` optimizer steps long, or ``max_epochs`` epochs where ``max_steps`` is 0: as many
+    steps as follow from the data and the global batch.
     ``resume``: ``auto`` continues the newest checkpoint of ``output_dir``, ``never`` refuses to touch
     an existing run, anything else is the path of a checkpoint. ``threads`` 0 leaves torch's choice.
     A checkpoint is written every ``checkpoint_every`` steps and, where ``checkpoint_minutes`` is not 0,
@@ -118,6 +121,7 @@ class TrainerConfig:
     """
 
     max_steps: int = 1000
+    max_epochs: int = 0
     accelerator: str = "auto"
     devices: str = "auto"
     num_nodes: int = 1
@@ -162,8 +166,8 @@ class LoggingConfig:
 class Config:
     """One reproducible experiment. ``task`` is ``diffusion`` or ``autoencoder``.
 
-    ``autoencoder_from`` (diffusion) is the folder or checkpoint that holds the trained autoencoder;
-    ``init_from`` is a model folder whose weights start the training.
+    ``autoencoder_from`` (diffusion) is the folder that holds the trained autoencoder; ``init_from`` is a
+    model whose weights start the training, ``none`` asks for random ones by name.
     """
 
     task: str = "diffusion"
@@ -180,6 +184,11 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def start(self) -> str:
+        """The model whose weights start the training, empty where they are random."""
+        return "" if self.init_from == NONE else self.init_from
+
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("diffusion", "autoencoder"),
@@ -192,11 +201,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.unet.norm": ("group", "channel"),
     "autoencoder_loss.perceptual_on": ("vgg", "tower"),
     "optimizer.decay": ("constant", "cosine"),
-    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true"),
     "trainer.on_nan": ("stop", "skip"),
     "trainer.profiler": ("", "simple", "advanced", "pytorch"),
     "logging.wandb_mode": ("offline", "online", "disabled"),
 }
+
+NONE = "none"  # value of init_from: random weights, and meant to be
+LENGTHS = ("max_steps", "max_epochs")  # of the trainer, of which one is 0
+PATHS = (
+    "output_dir", "autoencoder_from", "init_from", "trainer.resume", "cache.folder",
+    "data.train_shards", "data.validation_shards", "data.remote_cache",
+    "model.exemplar_encoder.pretrained",
+    "autoencoder_loss.perceptual_vgg", "autoencoder_loss.perceptual_linear",
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -218,7 +236,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> UserError:
-    key = error.full_key or str(error.key or "")
+    key = " ".join((error.full_key or str(error.key or "")).split())
     if isinstance(error, ConfigKeyError):
         return UserError(f"{source}: unknown key '{key}'; the nearest valid one is '{_nearest(key, known)}'")
     reason = str(error.msg or error).splitlines()[0]
@@ -226,33 +244,15 @@ def _explain(error: OmegaConfBaseException, source: str, known: list[str]) -> Us
 
 
 def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
+    check_kinds(base, addition, source)
     try:
         merged = OmegaConf.merge(base, addition)
-    except (ConfigKeyError, ValidationError) as error:
+    except OmegaConfBaseException as error:
         raise _explain(error, source, _leaf_keys(base)) from error
+    except (TypeError, ValueError, RecursionError) as error:  # OmegaConf's own, where kinds do not fit
+        raise UserError(f"{source}: {one_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"no configuration file at '{path}'; configs/ holds those that ship with the project")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:  # the YAML parser's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path}: a configuration is a mapping of keys to values")
-    return loaded
-
-
-def _read_override(override: str) -> DictConfig:
-    if "=" not in override:
-        raise UserError(f"override '{override}' is not of the form key=value")
-    try:  # shells eat the quotes of key="": nothing after the sign is an empty text, not a null
-        return OmegaConf.from_dotlist([override + "''" if override.endswith("=") else override])
-    except Exception as error:  # of the YAML parser, as above
-        raise UserError(f"override '{override}': its value is not valid YAML") from error
 
 
 def _finish(config: DictConfig, cls: type[T], source: str) -> T:
@@ -260,11 +260,15 @@ def _finish(config: DictConfig, cls: type[T], source: str) -> T:
         for name, allowed in CHOICES.items():
             key = name if cls is Config else name.removeprefix("model.")
             if (value := OmegaConf.select(config, key)) is not None and value not in allowed:
-                raise UserError(f"{source}: '{key}' is '{value}'; it must be one of {', '.join(allowed)}")
+                given = " ".join(str(value).split())
+                raise UserError(f"{source}: '{key}' is '{given}'; it must be one of {', '.join(allowed)}")
         if cls is Config:
+            for name in PATHS:
+                if (text := str(OmegaConf.select(config, name))).startswith("~"):
+                    OmegaConf.update(config, name, expanded(text, name))
             check_numbers(config, source)
         result = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except (OmegaConfBaseException, RecursionError) as error:  # an interpolation that leads nowhere
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, cls)
     return result
@@ -273,7 +277,9 @@ def _finish(config: DictConfig, cls: type[T], source: str) -> T:
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply ``key=value`` overrides and return the typed, checked configuration.
 
-    A file may name another one under ``base:`` (a path relative to itself), which is read first.
+    A file may name another one under ``base:`` (a path relative to itself), which is read first. Of
+    ``trainer.max_steps`` and ``trainer.max_epochs`` the one that is named last holds. ``~`` at the start of a
+    path is the home folder.
 
     Args:
         path: YAML file.
@@ -281,26 +287,66 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises:
         UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong type,
-            choice or number.
+            choice or number; both lengths named in one place, or the start that a file names taken away.
     """
     config: DictConfig = OmegaConf.structured(Config)
-    for source in _chain(Path(path)):
-        loaded = _read_yaml(source)
-        loaded.pop("base", None)
-        config = _merge(config, loaded, str(source))
-    for override in overrides or []:
-        config = _merge(config, _read_override(override), f"override '{override}'")
+    texts = {name for name in _leaf_keys(config) if isinstance(OmegaConf.select(config, name), str)}
+    for source, loaded in _chain(expanded(str(path), "the configuration")):
+        config = _layer(config, [(str(source), loaded)])
+    typed = [(f"override '{' '.join(text.split())}'", read_override(text, texts)) for text in overrides or []]
+    config = _layer(config, typed)
     return _finish(config, Config, str(path))
 
 
-def _chain(path: Path) -> list[Path]:
-    files = [path]
-    while base := _read_yaml(files[0]).get("base"):
-        parent = files[0].parent / str(base)
-        if parent.resolve() in [file.resolve() for file in files]:
+def _layer(config: DictConfig, parts: list[tuple[str, DictConfig]]) -> DictConfig:
+    """Merge what stands in one place: a file, or all overrides."""
+    lengths: dict[str, Any] = {}
+    for source, part in parts:
+        start = _raw(config)["init_from"]
+        config = _merge(config, part, source)
+        if start not in ("", NONE) and _raw(config)["init_from"] == "":
+            raise UserError(
+                f"{source}: 'init_from' is empty, and was '{start}'; name a model to start from, or "
+                f"init_from={NONE} for random weights"
+            )
+        named, merged = _raw(part).get("trainer") or {}, _raw(config)["trainer"]
+        lengths |= {name: merged[name] for name in LENGTHS if name in named}
+        lengths = {name: value for name, value in lengths.items() if value}
+        if len(lengths) == len(LENGTHS):
+            raise UserError(
+                f"{source}: both 'trainer.max_steps' and 'trainer.max_epochs' are given; leave one out"
+            )
+    for name in LENGTHS:
+        if lengths and name not in lengths:
+            config.trainer[name] = 0
+    return config
+
+
+def _raw(config: DictConfig) -> dict[str, Any]:
+    """Return values as they stand, references among them."""
+    content = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(content, dict)
+    return content  # type: ignore[return-value]
+
+
+def _chain(path: str) -> list[tuple[Path, DictConfig]]:
+    """Return the files that a configuration is made of, the one that is read first first."""
+    files: list[tuple[Path, DictConfig]] = []
+    current = Path(path)
+    while True:
+        loaded = read_yaml(current)
+        files.insert(0, (current, loaded))
+        base = None if OmegaConf.is_interpolation(loaded, "base") else loaded.pop("base", None)
+        if not base:
+            return files
+        if not isinstance(base, str):
+            raise UserError(f"{current}: 'base' is the path of a configuration, not '{base}'")
+        parent = current.parent / expanded(base, "base")
+        if parent.resolve() in [file.resolve() for file, _ in files]:
             raise UserError(f"{path}: '{parent}' is its own base")
-        files.insert(0, parent)
-    return files
+        if not parent.is_file():
+            raise UserError(f"{current}: no configuration file at its base '{parent}'")
+        current = parent
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -310,9 +356,25 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration") -> T:
     """Build a configuration dataclass of type ``cls`` from a dictionary; strict like :func:`load_config`."""
-    return _finish(_merge(OmegaConf.structured(cls), OmegaConf.create(values), source), cls, source)
+    try:
+        given = OmegaConf.create(values)
+    except Exception as error:  # half a reference, or a value that no configuration holds
+        raise UserError(f"{source}: {one_line(error)}") from error
+    return _finish(_merge(OmegaConf.structured(cls), given, source), cls, source)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:
-    """Write the complete configuration as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write the complete configuration as YAML, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error

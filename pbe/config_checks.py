@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pbe.errors import UserError
 
 POSITIVE = (1, math.inf)
 SHARE = (0, 1)
+LARGEST = 2**53  # whole numbers up to here are numbers of their own in floating point too
 
 RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # NumPy's
     "model.image_size": POSITIVE,
+    "model.schedule.timesteps": POSITIVE,
+    "model.schedule.beta_start": SHARE,
+    "model.schedule.beta_end": SHARE,
+    "model.unet.model_channels": POSITIVE,
+    "model.unet.num_heads": POSITIVE,
+    "model.unet.context_dim": POSITIVE,
+    "model.unet.time_embed_mult": POSITIVE,
+    "model.unet.norm_groups": POSITIVE,
+    "model.autoencoder.channels": POSITIVE,
+    "model.autoencoder.norm_groups": POSITIVE,
+    "model.autoencoder.scale_factor": (0, math.inf),
     "model.unet.num_res_blocks": POSITIVE,
     "model.autoencoder.num_res_blocks": POSITIVE,
     "model.autoencoder.latent_channels": POSITIVE,
@@ -22,7 +35,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.exemplar_encoder.token_grid": (0, math.inf),
     "model.exemplar_encoder.layout_grid": (0, 64),
     "model.exemplar_encoder.layout_width": POSITIVE,
+    "model.exemplar_encoder.mapper_layers": (0, math.inf),
+    "model.exemplar_encoder.mapper_heads": POSITIVE,
+    "model.exemplar_encoder.mapper_mlp_ratio": POSITIVE,
+    "objective.min_snr_gamma": (0, math.inf),
     "objective.drop_probability": SHARE,
+    "autoencoder_loss.l1_weight": (0, math.inf),
+    "autoencoder_loss.l2_weight": (0, math.inf),
+    "autoencoder_loss.gradient_weight": (0, math.inf),
+    "autoencoder_loss.kl_weight": (0, math.inf),
     "autoencoder_loss.masked_share": SHARE,
     "autoencoder_loss.hole_weight": (0.001, math.inf),
     "autoencoder_loss.perceptual_weight": (0, math.inf),
@@ -35,6 +56,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.min_box_area": SHARE,
     "data.max_box_area": SHARE,
     "data.max_bad_share": SHARE,
+    "data.sample.bezier_jitter": (0, math.inf),
+    "data.sample.exemplar_padding": (0, math.inf),
+    "data.sample.augment.flip": SHARE,
+    "data.sample.augment.rotate": SHARE,
+    "data.sample.augment.rotate_limit": (0, 360),
+    "data.sample.augment.blur": SHARE,
+    "data.sample.augment.affine": SHARE,
+    "data.sample.augment.affine_jitter": (0, math.inf),
     "data.sample.arbitrary_mask_share": SHARE,
     "data.sample.extend_fraction": SHARE,
     "data.sample.shrink_fraction": SHARE,
@@ -46,12 +75,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "cache.variants": POSITIVE,
     "cache.batch_size": POSITIVE,
     "cache.shard_samples": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.eps": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
     "optimizer.cooldown_steps": (0, math.inf),
     "optimizer.ema_decay": (0, 0.999999),
     "optimizer.gradient_clip": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
-    "trainer.max_steps": POSITIVE,
+    "trainer.max_steps": (0, math.inf),
+    "trainer.max_epochs": (0, math.inf),
     "trainer.num_nodes": POSITIVE,
     "trainer.accumulate": POSITIVE,
     "trainer.threads": (0, math.inf),
@@ -85,11 +117,14 @@ def check_numbers(config: DictConfig, source: str) -> None:
     Raises:
         UserError: the first number that is out of its range or does not fit another.
     """
+    _check_finite(config, source)
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(config, key)
         if not low <= value <= high:
             limit = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
             raise UserError(f"{source}: '{key}' is {value}; it must be {limit}")
+    _check_length(config, source)
+    _check_lists(config, source)
     betas = list(config.optimizer.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"{source}: 'optimizer.betas' is {betas}; it must be two numbers from 0 to below 1")
@@ -107,11 +142,51 @@ def check_numbers(config: DictConfig, source: str) -> None:
         _check_autoencoder(config, source)
 
 
+def _check_finite(config: DictConfig, source: str, prefix: str = "") -> None:
+    """Refuse infinities, what is no number, and whole numbers that no counter holds."""
+    for key in config:
+        value, name = config[key], f"{prefix}{key!s}"
+        if isinstance(value, DictConfig):
+            _check_finite(value, source, f"{name}.")
+            continue
+        for number in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= LARGEST:
+                raise UserError(f"{source}: '{name}' is {number}; it must be a number of a sensible size")
+
+
+def _check_length(config: DictConfig, source: str) -> None:
+    steps, epochs = config.trainer.max_steps, config.trainer.max_epochs
+    if not steps and not epochs:
+        raise UserError(
+            f"{source}: 'trainer.max_steps' and 'trainer.max_epochs' are 0; one of them must be at least 1"
+        )
+    if steps and epochs:
+        raise UserError(
+            f"{source}: 'trainer.max_steps' is {steps} and 'trainer.max_epochs' is {epochs}; "
+            "one of them must be 0"
+        )
+
+
+def _check_lists(config: DictConfig, source: str) -> None:
+    """Check lists of sizes, and those with one number a channel."""
+    for key in ("model.unet.channel_mult", "model.unet.attention_factors", "model.autoencoder.channel_mult"):
+        numbers = list(OmegaConf.select(config, key))
+        if min(numbers, default=0 if key.endswith("mult") else 1) < 1:
+            raise UserError(f"{source}: '{key}' is {numbers}; it must be a list of numbers from 1 on")
+    for key, low in (("mean", -math.inf), ("std", 0.0)):
+        numbers = list(config.model.exemplar_encoder[key])
+        if len(numbers) != 3 or min(numbers) <= low:
+            raise UserError(
+                f"{source}: 'model.exemplar_encoder.{key}' is {numbers}; it must be three numbers"
+                + (" above 0" if low == 0.0 else "")
+            )
+
+
 def _check_autoencoder(config: DictConfig, source: str) -> None:
     weights, size = config.autoencoder_loss, config.model.image_size
-    if weights.train == "decoder" and not config.init_from:
+    if weights.train == "decoder" and config.init_from in ("", "none"):
         raise UserError(
-            f"{source}: 'autoencoder_loss.train' is 'decoder', but 'init_from' is empty; "
+            f"{source}: 'autoencoder_loss.train' is 'decoder', but 'init_from' is empty or none; "
             "name the model whose decoder is to be trained"
         )
     if weights.discriminator_channels % 16:

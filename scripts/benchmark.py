@@ -328,6 +328,7 @@ def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     ]  # fmt: skip
     # the shipped autoencoder for the toy world, random weights for the paper's model
     settings.append(f"autoencoder_from={'' if options.paper else ROOT / 'data/toy/model'}")
+    settings.append("init_from=none")
     if options.paper and options.step:  # what makes it fit into little memory
         settings += ["trainer.gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
     name = "paper" if options.paper else "toy"

@@ -15,7 +15,7 @@ render() { # split, folder, scenes, seed; the mark is made last, so that a stopp
 
 render train train 24000 0
 render test validation 256 1
-# a model folder gets its config.json last
-[ -f outputs/toy/autoencoder/model/config.json ] || "$PYTHON" train.py configs/toy_autoencoder.yaml
-[ -f outputs/toy/diffusion/model/config.json ] || "$PYTHON" train.py configs/toy.yaml
+# one that is finished is passed over in seconds; a model folder is there after a stop too
+"$PYTHON" train.py configs/toy_autoencoder.yaml
+"$PYTHON" train.py configs/toy.yaml
 "$PYTHON" scripts/convert_checkpoint.py outputs/toy/diffusion/model data/toy/model --to native --dtype fp16

@@ -177,7 +177,7 @@ def test_override_without_equals_sign(empty: Path, override: str) -> None:
     assert "not of the form key=value" in refused(empty, override)
 
 
-@pytest.mark.parametrize("override", ["seed=[1", "output_dir={a", 'output_dir="a'])
+@pytest.mark.parametrize("override", ["seed=[1", "seed={a", 'output_dir="a'])
 def test_override_whose_value_is_no_yaml(empty: Path, override: str) -> None:
     assert "not valid YAML" in refused(empty, override)
 

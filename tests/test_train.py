@@ -67,10 +67,21 @@ def test_overrides_change_the_configuration(config_file: Path, capsys: pytest.Ca
         ("trainer.resume=nowhere.ckpt", "trainer.resume: no checkpoint at 'nowhere.ckpt'"),
         ("init_from=nowhere", "'nowhere' is not a model folder"),
         ("logging.loggers=[paper]", "logging.loggers has 'paper'"),
+        ("logging.loggers=csv", "'logging.loggers': it is a list, such as logging.loggers=[...], not 'csv'"),
+        ("trainer.devices=zwei", "trainer.devices is 'zwei'"),
+        ("trainer.precision=16-true", "must be one of 32-true, bf16-mixed, 16-mixed, bf16-true"),
+        ("trainer.accelerator=tpu", "this machine has none"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(config_file, capsys, override: str, message: str):
     assert message in refused(capsys, config_file, override)
+
+
+def test_a_python_without_the_packages_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pbe.config", None)  # stands for a package that is missing
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    monkeypatch.delitem(sys.modules, "pbe.config")
+    assert "the Python package 'omegaconf' is not installed for" in refused(capsys, "some.yaml")
 
 
 def test_a_missing_configuration_is_one_line(tmp_path, capsys):
@@ -105,15 +116,17 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(config_file: Path, capsys: p
         assert "is damaged or no checkpoint of this project" in refused(capsys, config_file)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_signals_save_and_say_how_to_go_on(config_file, capsys, monkeypatch, number: int, code: int):
     with monkeypatch.context() as patch:
         watched(patch, Watch(2, send(number)))
         assert train.main([str(config_file)]) == code
-    assert "stopped at step 2; the same command continues" in capsys.readouterr().out
     run = config_file.parent / "run"
+    told = capsys.readouterr().out
+    assert "stopped at step 2; the same command continues" in told
+    assert f"weights so far in {run / 'model'}" in told
     assert checkpoint(run)["global_step"] == 2
-    assert not (run / "model").exists()
+    assert (run / "model" / "unet.safetensors").is_file()
     assert train.main([str(config_file)]) == 0
     assert [step for step, _, _ in logged(run, "train/loss_simple")] == [1, 2, 3]
 

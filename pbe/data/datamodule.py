@@ -196,7 +196,9 @@ def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     # Signals to the whole process group are the main process's business: it saves, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # everywhere but on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()

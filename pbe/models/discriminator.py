@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUP = 16  # channels that a norm takes together
+# Of the adaptive weight, in the original's units: a reconstruction loss that is a sum over an image.
+LARGEST, EPSILON = 1e4, 1e-4
 
 
 class PatchDiscriminator(nn.Module):
@@ -53,17 +55,21 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last: Tensor, elements: int = 1) -> Tensor:
     """Return the factor that gives two losses gradients of one size at a layer (Esser et al. 2021, eq. 7).
+
+    The original's reconstruction is a sum over an image, and its factor at most 1e4. Where it is a mean, the
+    same factor is as many times smaller as an image has elements, and so is its limit.
 
     Args:
         reconstruction: loss, with its graph.
-        adversarial: likewise.
+        adversarial: likewise; a mean over patches, here as there.
         last: weights of the decoder's last layer.
+        elements: of an image that ``reconstruction`` is a mean over; 1 for a sum.
 
     Returns:
-        A number from 0 to 1e4, without a graph.
+        A number from 0 to 1e4 / ``elements``, without a graph.
     """
     (wanted,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
     (found,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-    return (wanted.norm() / (found.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+    return (wanted.norm() / (found.norm() + EPSILON)).clamp(0.0, LARGEST / elements).detach()

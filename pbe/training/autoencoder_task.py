@@ -75,7 +75,7 @@ class AutoencoderTask(BaseTask):
 
     def _encode(self, pictures: Tensor) -> Posterior:
         with torch.no_grad() if self.decoder_only else nullcontext():
-            posterior = self.model.autoencoder.encode(pictures)
+            posterior = self.model.autoencoder.encode(pictures.to(self.model.dtype))
         return Posterior(posterior.mean.float(), posterior.std.float())
 
     def batch_loss(self, batch: dict[str, Any]) -> Tensor:
@@ -83,7 +83,8 @@ class AutoencoderTask(BaseTask):
         pictures = self.pictures(batch)
         posterior = self._encode(pictures)
         latents = posterior.sample(self._posterior_noise(batch, posterior))
-        decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
+        known = known_of(self.model, batch)
+        decoded = self.model.autoencoder.decode(latents.to(self.model.dtype), known).float()
         terms = self._pixel_terms(decoded, pictures, batch) | {"kl": posterior.kl().mean()}
         weights = self.config.autoencoder_loss
         loss = (
@@ -125,13 +126,13 @@ class AutoencoderTask(BaseTask):
             nothing = torch.stack([0.0 * p.sum() for p in judge.parameters()]).sum()
             return loss, loss + nothing
         fixed = {name: p.detach() for name, p in judge.named_parameters()}
-        adversarial = -functional_call(judge, fixed, (decoded,)).float().mean()
+        real, fake = pictures.to(self.model.dtype), decoded.to(self.model.dtype)
+        adversarial = -functional_call(judge, fixed, (fake,)).float().mean()
         factor = torch.full((), weights.adversarial_weight, device=loss.device)
         if weights.adversarial_adaptive and torch.is_grad_enabled():
-            factor = factor * adaptive_weight(
-                loss, adversarial, self.model.autoencoder.decoder.conv_out.weight
-            )
-        own = hinge_loss(judge(pictures).float(), judge(decoded.detach()).float())
+            last = self.model.autoencoder.decoder.conv_out.weight
+            factor = factor * adaptive_weight(loss, adversarial, last, pictures[0].numel())
+        own = hinge_loss(judge(real).float(), judge(fake.detach()).float())
         terms |= {"adversarial": adversarial, "adversarial_weight": factor, "discriminator": own}
         loss = loss + factor * adversarial
         return loss, loss + own
@@ -166,7 +167,7 @@ class AutoencoderTask(BaseTask):
         pictures = to_pixels(batch["image"])
         counted = self.validated(batch_idx, len(pictures))
         with self.averaged_weights():
-            latents = self.model.autoencoder.encode(pictures).mean
+            latents = self.model.autoencoder.encode(pictures.to(self.model.dtype)).mean
             decoded = self.model.autoencoder.decode(latents, known_of(self.model, batch)).float()
         by_picture = [_quality(*pair) for pair in zip(decoded.split(1), pictures.split(1), strict=True)]
         for name in by_picture[0]:
@@ -219,7 +220,8 @@ def measure_scale_factor(model: LatentDiffusion, batches: list[dict[str, Any]]) 
     """
     total, squares, count = 0.0, 0.0, 0
     for batch in batches:
-        posterior = model.autoencoder.encode(to_pixels(batch["image"]).to(model.unet.conv_in.weight.device))
+        pictures = to_pixels(batch["image"]).to(model.unet.conv_in.weight)
+        posterior = model.autoencoder.encode(pictures)
         mean, std = posterior.mean.double(), posterior.std.double()
         total += float(mean.sum())
         squares += float((mean**2 + std**2).sum())

@@ -89,7 +89,7 @@ class BaseTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule, stepped every optimizer step."""
-        optimizer, scheduler = make_optimizer(self, self.config.optimizer, self.config.trainer.max_steps)
+        optimizer, scheduler = make_optimizer(self, self.config.optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -127,7 +127,8 @@ class BaseTask(pl.LightningModule):
         self.sums.add("train/gradient_norm", norm.view(1))
         # the layer is looked for by one rank alone, which cannot use sharded weights
         again = None if self.sharded else self._loss_again
-        self.step_made = self.guard.allows(norm, self.global_step, self.model, again)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.step_made = self.guard.allows(norm, self.global_step, self.model, again, scaled=scaled)
         if not self.step_made:  # an optimizer passes over parameters without a gradient
             optimizer.zero_grad(set_to_none=True)
 

@@ -13,9 +13,11 @@ from pbe.config import Config
 from pbe.errors import UserError
 from pbe.training.batch_size import MemoryExceededError, Trial, end_above, on_gpu, peak_of_process
 from pbe.training.plan import Stopwatch, find_data
-from pbe.training.run import build_model, make_task, make_trainer, prepare_process
+from pbe.training.run import prepare_process
 from pbe.training.speed import make_fast
+from pbe.training.start import build_model, make_task
 from pbe.training.stopping import StopSignals
+from pbe.training.trainer import make_trainer
 
 # AdamW's moments are there after the first step, and a second one holds everything at once.
 WARM_UP, MEASURED = 2, 3
@@ -29,6 +31,7 @@ def trial_config(config: Config, size: int) -> Config:
     trainer = replace(
         config.trainer,
         max_steps=WARM_UP + MEASURED,
+        max_epochs=0,
         accumulate=min(config.trainer.accumulate, 2),
         devices="1",
         num_nodes=1,

@@ -37,13 +37,16 @@ class Checkpoints(pl.callbacks.Checkpoint):
         options: ``checkpoint_every`` steps or ``checkpoint_minutes``; how many stay.
         stop: says whether a signal came.
         writer: writes them.
+
+    Attributes:
+        tried: optimizer step of the last checkpoint, written or not for want of room; -1 before any.
     """
 
     def __init__(
         self, folder: Path, options: TrainerConfig, stop: StopSignals, writer: SafeCheckpointIO
     ) -> None:
         self.folder, self.options, self.stop, self.writer = folder, options, stop, writer
-        self._saved = self._tried = -1
+        self._saved = self.tried = -1
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,7 +61,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End training when a signal came and the last step is done with."""
-        if self._tried == trainer.global_step:
+        if self.tried == trainer.global_step:
             self.stop.check()
 
     def on_train_batch_end(
@@ -92,7 +95,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
     def _save(self, trainer: pl.Trainer, step: int, periodic: bool) -> None:
         last = self.folder / LAST_NAME
         trainer.save_checkpoint(last, weights_only=False)
-        self._tried, self._clock = step, time.monotonic()
+        self.tried, self._clock = step, time.monotonic()
         if self.writer.error is not None:
             self._complain(step, self.writer.error)
             return

@@ -271,13 +271,15 @@ def newest_whole(folder: Path) -> Path | None:
 
 def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
     """Return ``key old -> new`` of every setting that differs from those a checkpoint was made with."""
-    old, new = _flat(stored), _flat(to_dict(config))
+    # a setting that is newer than the checkpoint had its default then
+    old, new = flat(to_dict(Config())) | flat(stored), flat(to_dict(config))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(UNTOLD)]
     return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -94,6 +94,24 @@ class TrainingData(ExemplarDataModule):
         """Return the samples of a stream by global counter."""
         return self.dataset(stream)
 
+    @property
+    def length(self) -> int:
+        """Samples of an epoch."""
+        return len(self.samples("train"))  # type: ignore[arg-type]
+
+    def steps_of_epochs(self, epochs: int, world_size: int) -> int:
+        """Return the optimizer steps of so many epochs, each of which has whole steps only.
+
+        Args:
+            epochs: how many.
+            world_size: number of processes.
+        """
+        options, dataset = self.options, self.samples("train")
+        sampler = StepSampler(
+            dataset, self.config.batch_size, 0, world_size, options.accumulate, options.overfit_batches
+        )
+        return epochs * max(sampler.batches // options.accumulate, 1)
+
     def workers(self) -> int:
         """Return the number of processes that load."""
         return self.config.num_workers
@@ -122,3 +140,15 @@ class TrainingData(ExemplarDataModule):
             if loader._iterator is not None:
                 loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
                 loader._iterator = None
+
+
+def steps_of_run(config: Config, data: TrainingData, world_size: int) -> int:
+    """Return the optimizer steps of a whole run, as ``max_steps`` or ``max_epochs`` gives them.
+
+    Args:
+        config: the experiment.
+        data: of it; an epoch is counted in the batches of today, whatever a run was begun with.
+        world_size: number of processes.
+    """
+    options = config.trainer
+    return data.steps_of_epochs(options.max_epochs, world_size) if options.max_epochs else options.max_steps

@@ -62,11 +62,13 @@ class DiffusionTask(BaseTask):
         noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
         latents = batch.image.sample(draws.image_noise.to(device)) * scale
         masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
-        condition = self.model.exemplar_encoder.condition(batch.features)
+        dtype = self.model.dtype  # of the weights: half of float32 with trainer.precision=bf16-true
+        condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
         null = self.model.null_condition(len(noise), condition.shape[1])
         condition = drop_condition(condition, null, drop.to(device))
         x_t = self.schedule.add_noise(latents, noise, timesteps)
-        output = self.model.predict(x_t, timesteps, condition, masked, batch.keep_mask)
+        inputs = (x_t.to(dtype), timesteps, condition, masked.to(dtype), batch.keep_mask.to(dtype))
+        output = self.model.predict(*inputs)
         prediction = self.config.model.prediction
         target = training_target(prediction, latents, noise, timesteps, self.schedule)
         objective = self.config.objective

@@ -64,7 +64,7 @@ def known_of(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor | None:
     """
     if not model.config.autoencoder.mask_aware_decoder:
         return None
-    return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"]))
+    return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"])).to(model.dtype)
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
         batch: ``image``, ``mask``, ``valid`` and ``exemplar`` (uint8) and ``sample_index``.
     """
     images, keep = to_pixels(batch["image"]), to_keep_mask(batch["mask"])
-    both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]))
+    both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]).to(model.dtype))
     means, stds = both.mean.float().chunk(2), both.std.float().chunk(2)
     size = (means[0].shape[2], means[0].shape[3])
     return EncodedBatch(

@@ -79,15 +79,15 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     encoded, model = encode_batch(task.model, batch), task.model
     shape = tuple(encoded.image.mean.shape[1:])
     draws = draw(config.seed, batch["sample_index"].cpu(), shape, task.schedule.timesteps, "grid")  # type: ignore[arg-type]
-    noise = draws.noise.to(encoded.keep_mask)
-    masked = encoded.masked.mean * config.model.autoencoder.scale_factor
-    condition = model.exemplar_encoder.condition(encoded.features)
-    conditioning = Conditioning(condition, masked, encoded.keep_mask)
+    noise = draws.noise.to(task.device, model.dtype)
+    masked = (encoded.masked.mean * config.model.autoencoder.scale_factor).to(model.dtype)
+    condition = model.exemplar_encoder.condition(encoded.features.to(model.dtype))
+    conditioning = Conditioning(condition, masked, encoded.keep_mask.to(model.dtype))
     edits = []
     for scale in config.logging.grid_guidance:
         predict = noise_predictor(model, task.schedule, conditioning, scale)
         latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
-        edits.append(model.decode_latents(latents, known_of(model, batch)))
+        edits.append(model.decode_latents(latents.to(model.dtype), known_of(model, batch)))
     return edits
 
 
@@ -101,7 +101,8 @@ def autoencoder_grid(config: Config) -> GridSource:
         images = to_pixels(batch["image"].to(task.device))
         with task.averaged_weights():
             known = known_of(task.model, {key: batch[key].to(task.device) for key in ("image", "mask")})
-            decoded = task.model.autoencoder.decode(task.model.autoencoder.encode(images).mean, known)
+            latents = task.model.autoencoder.encode(images.to(task.model.dtype)).mean
+            decoded = task.model.autoencoder.decode(latents, known)
         return tile([to_uint8(images), to_uint8(decoded)])
 
     return make

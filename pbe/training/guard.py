@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
 from pbe.training.sharding import local, whole
+from pbe.training.sums import told_by_all
 
 LOG = logging.getLogger(__name__)
 
@@ -66,10 +68,17 @@ def first_bad_output(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+@rank_zero_only
+def warn(message: str) -> None:
+    """Warn in one line, once for all ranks."""
+    LOG.warning("%s", message)
+
+
 class Guard:
     """Looks at every optimizer step before it is made.
 
-    All ranks see the same gradients, so all of them decide the same.
+    All ranks see the same gradients, but each only its own losses: what these were they tell each other, so
+    that all of them decide the same.
 
     Args:
         options: ``on_nan`` (``stop`` or ``skip``) and ``max_skipped`` steps in a row.
@@ -87,14 +96,17 @@ class Guard:
         """Remember a micro-batch of the coming step and its loss."""
         self._micro.append((batch, loss.detach()))
 
-    def allows(self, norm: Tensor, step: int, module: nn.Module, again: Again) -> bool:
-        """Say whether the step may be made; the micro-batches are forgotten.
+    def allows(
+        self, norm: Tensor, step: int, module: nn.Module, again: Again, *, scaled: bool = False
+    ) -> bool:
+        """Say whether the step may be made, the same on all ranks; the micro-batches are forgotten.
 
         Args:
             norm: of all gradients.
             step: optimizer steps made before.
             module: whose layers and parameters are named.
             again: computes the loss of a batch once more, to find the layer; None where that cannot be.
+            scaled: a gradient scaler leaves out by itself the steps for which its scale was too large.
 
         Raises:
             UserError: the numbers are none and ``on_nan`` is ``stop``, or too many steps were skipped.
@@ -104,13 +116,15 @@ class Guard:
             self.skipped = 0
             return True
         faulty = [(batch, float(loss)) for batch, loss in micro if not torch.isfinite(loss)]
-        if not faulty and self.options.precision == "16-mixed":
+        found = told_by_all(bool(faulty))
+        if scaled and not any(found):
             return True  # the gradient scaler is looking for its scale, and leaves the step out by itself
-        message = self._describe(faulty, micro, step, module, again)
+        messages = told_by_all(self._describe(faulty, micro, step, module, again))
+        message = next((text for text, bad in zip(messages, found, strict=True) if bad), messages[0])
         self.skipped += 1
         if self.options.on_nan == "stop" or self.skipped > self.options.max_skipped:
             raise UserError(f"{message}; lower optimizer.learning_rate, or use trainer.precision=32-true")
-        LOG.warning("%s; the step is left out", message)
+        warn(f"{message}; the step is left out")
         return False
 
     def _describe(
@@ -128,7 +142,7 @@ class Guard:
                 if p.grad is not None and not torch.isfinite(local(p.grad)).all()
             ]
             names = "; ".join(sample_names(batch) for batch, _ in micro)
-            where = f"parameters: {_listed(bad)}" if bad else "on another rank"
+            where = f"parameters: {_listed(bad)}" if bad else "in another rank's share of the parameters"
             return f"gradients are not finite at step {step} (samples {names}; {where})"
         batch, loss = faulty[0]
         if again is None:

@@ -158,7 +158,7 @@ def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
         UserError: an unknown name, or TensorBoard where it is not installed.
     """
     made: list[Logger] = []
-    for name in config.logging.loggers:
+    for name in dict.fromkeys(config.logging.loggers):
         if name == "csv":
             made.append(CsvLog(folder))
         elif name == "wandb":
@@ -196,13 +196,19 @@ def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
 
 
 def _wandb(config: Config, folder: Path) -> WandbLogger:
+    """Return a logger that says nothing where nothing is sent; an account is asked for by ``online`` only."""
     options = config.logging
-    return WandbLogger(
-        project=options.wandb_project,
-        name=options.run_name or folder.name,
-        id=_run_id(folder) or None,
-        resume="allow",
-        save_dir=folder,
-        mode=options.wandb_mode,
-        config=to_dict(config),
-    )
+    if options.wandb_mode != "online":
+        os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for what it says first
+    try:
+        return WandbLogger(
+            project=options.wandb_project,
+            name=options.run_name or folder.name,
+            id=_run_id(folder) or None,
+            resume="allow",
+            save_dir=folder,
+            mode=options.wandb_mode,
+            config=to_dict(config),
+        )
+    except ModuleNotFoundError as error:
+        raise UserError("logging.loggers has 'wandb', which needs: pip install wandb") from error

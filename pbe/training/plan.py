@@ -21,14 +21,17 @@ from pbe.training.batch_size import available_memory, on_gpu
 from pbe.training.cache_builder import find_cache
 from pbe.training.cache_size import size_on_disk
 from pbe.training.callbacks import peak_memory
-from pbe.training.data import StepSampler, TrainingData
+from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.latent_cache import CachedDataModule
-from pbe.training.run import build_model, make_task, make_trainer, prepare_process
+from pbe.training.run import prepare_process
+from pbe.training.start import build_model, make_task
 from pbe.training.stopping import StopSignals
+from pbe.training.trainer import make_trainer
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
-# Paper by Yang et al. 2022, section 4.1: Open Images, 1.9 million pictures, 40 epochs.
-PAPER_EPOCHS, PAPER_PICTURES = 40, 1_900_000
+# Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
+# its training images have boxes, and no other one can be trained on.
+PAPER_EPOCHS, PAPER_PICTURES = 40, 1_700_000
 DAY, GIB = 86_400.0, 2.0**30
 
 
@@ -137,7 +140,9 @@ def make_plan(config: Config) -> Iterator[str]:
     yield from (f"note: {note}" for note in notes)
     if data is None:
         yield "no data, so nothing is measured"
-    elif lacking := _memory_lacking(config, task):
+        return
+    yield from _length(config, data)
+    if lacking := _memory_lacking(config, task):
         yield f"not measured: {lacking}"
     else:
         yield from _duration(config, task, data)
@@ -187,29 +192,41 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         return None
 
 
-def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
-    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, progress=False, profiler="")
+def _short_trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, max_epochs=0, progress=False, profiler="")
     quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
+    return make_trainer(quiet, folder, StopSignals(), callbacks=callbacks)
+
+
+def _length(config: Config, data: TrainingData) -> list[str]:
+    """Count samples, steps and epochs: what ``trainer.max_steps`` or ``max_epochs`` comes to."""
+    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
+        world = _short_trainer(config, Path(folder), []).world_size
+    step = config.data.batch_size * world * config.trainer.accumulate
+    epoch, steps = data.steps_of_epochs(1, world), steps_of_run(config, data, world)
+    return [
+        f"samples: {data.length:,} an epoch, {step} a step; {epoch:,} steps an epoch",
+        f"length: {steps:,} steps, {steps / epoch:,.2f} epochs",
+    ]
+
+
+def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
     watch = Stopwatch()
     with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
-        trainer = make_trainer(quiet, Path(folder), StopSignals(), callbacks=[watch])
+        trainer = _short_trainer(config, Path(folder), [watch])
         trainer.limit_val_batches = 0
         try:
             trainer.fit(task, datamodule=data)
         finally:
             data.close()
-    sampler = data.train_dataloader().counter
-    assert isinstance(sampler, StepSampler)
     step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
-    steps = max(sampler.batches // config.trainer.accumulate, 1)
+    steps, samples = steps_of_run(config, data, trainer.world_size), data.length
     speed = MEASURED * step / watch.seconds
-    run = config.trainer.max_steps * step / speed
     return [
-        f"samples: {sampler.length:,} an epoch, {step} a step; {steps:,} steps an epoch",
         f"speed: {speed:.2f} samples a second over {MEASURED} steps on {trainer.world_size} device(s), "
         f"peak memory {peak_memory() / GIB:.2f} GiB",
-        f"this run: {config.trainer.max_steps:,} steps, {run / 3600:.1f} hours",
-        f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * sampler.length / speed / DAY:.2f} days",
-        f"{PAPER_EPOCHS} epochs of the paper's {PAPER_PICTURES / 1e6:.1f} million pictures: "
+        f"this run: {steps:,} steps, {steps * step / speed / 3600:.1f} hours",
+        f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * samples / speed / DAY:.2f} days",
+        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_PICTURES / 1e6:.1f} million images with boxes: "
         f"{PAPER_EPOCHS * PAPER_PICTURES / speed / DAY:.1f} days",
     ]

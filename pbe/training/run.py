@@ -6,64 +6,43 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from pbe.checkpoints.layout import empty_model
-from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.native import (
-    check_keys,
-    load_config as load_model_config,
-    load_part,
-    save_model,
-)
-from pbe.checkpoints.opened import build
-from pbe.checkpoints.tower_files import load_tower_weights
-from pbe.config import Config, ModelConfig, save_yaml
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.checkpoints.native import check_keys
+from pbe.config import Config, save_yaml
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
-from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
 from pbe.training.cache_builder import ensure_cache
 from pbe.training.cache_listing import describe_folder
 from pbe.training.cache_size import CacheSize, size_on_disk
-from pbe.training.callbacks import GridCallback, StepLog
 from pbe.training.checkpoint_callback import Checkpoints
-from pbe.training.checkpointing import (
-    FOLDER_NAME,
-    SafeCheckpointIO,
-    changed_settings,
-    find_checkpoint,
-    read_checkpoint,
-    say,
-    step_of,
-)
-from pbe.training.data import TrainingData
+from pbe.training.checkpointing import changed_settings, find_checkpoint, read_checkpoint, say, step_of
+from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.diffusion_task import DiffusionTask
-from pbe.training.grids import autoencoder_grid, diffusion_grid
+from pbe.training.export import export
 from pbe.training.latent_cache import CachedDataModule
-from pbe.training.loggers import CsvLog, close_loggers, make_loggers
-from pbe.training.sharding import STRATEGY_NAMES, ShardedStrategy, on_the_cpu
+from pbe.training.loggers import CsvLog, close_loggers
 from pbe.training.speed import make_fast
+from pbe.training.start import build_model, find_autoencoder, make_task
 from pbe.training.stopping import StopSignals, TrainingStopped
+from pbe.training.trainer import check_machine, make_trainer, set_length
 
-SCALE_BATCHES = 8
-OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write checkpoints of their own
-# What Lightning says of things that are meant to be so: few workers for small pictures, a frozen tower,
-# a place in the data that the data module restores, and a library's own housekeeping.
+LOG = logging.getLogger(__name__)
+# What Lightning says of things that are meant to be so: few workers for small images, a frozen tower, no
+# validation, a place in the data that the data module restores, and a library's own housekeeping.
 NEEDLESS_ADVICE = (
     "does not have many workers",
     r"module\(s\) in eval mode",
     "You have overridden `transfer_batch_to_device`",
     "your dataloader is not resumable",
     "is smaller than the logging interval",
+    r"Total length of .* across ranks is zero",  # a run without validation shards
     "It is recommended to use `self.log",
     r"`isinstance\(treespec, LeafSpec\)`",
 )
@@ -75,7 +54,7 @@ class TrainResult:
 
     Attributes:
         output_dir: of the run: ``config.yaml``, ``metrics.csv``, ``checkpoints/``, ``grids/``, ``model/``.
-        model_dir: averaged weights in the native layout; they exist when the run reached its last step.
+        model_dir: averaged weights in the native layout, of the last step or of a stop by a signal.
         steps: optimizer steps made since the very start.
         seconds: wall time of this call.
         stopped_by: number of the signal that ended it early, or 0.
@@ -101,6 +80,7 @@ def train(config: Config) -> TrainResult:
     """
     started = time.monotonic()
     prepare_process(config)
+    check_machine(config.trainer)  # before anything is read or made
     folder, stop = Path(config.output_dir), StopSignals()
     checkpoint = find_checkpoint(config)
     begun = step_of(checkpoint)
@@ -124,20 +104,39 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
     folder = Path(config.output_dir)
     try:
         data = _data(config, task, trainer, stop)
+        set_length(trainer, steps_of_run(config, data, trainer.world_size))
         if trainer.is_global_zero:
             save_yaml(config, folder / "config.yaml")
         _fit(trainer, task, data, checkpoint, stop)
-        if stop.received:
-            return False
-        _validate(trainer, task, data)
-        _export(task, config, folder / "model", writes=trainer.is_global_zero)
-        return True
+        if not stop.received:
+            _validate(trainer, task, data)
+            export(task, config, folder / "model", writes=trainer.is_global_zero)
+            return True
     except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
-        return False
+        pass
     finally:
         close_loggers(trainer.loggers)
         if data is not None:
             data.close()
+    _export_early(trainer, task, folder / "model")
+    return False
+
+
+def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
+    """Write the model of a run that a signal ended, after its checkpoint, if it has come to one.
+
+    A model that finds no room, or no time before the process is killed, is made by the run that goes on.
+    """
+    tried = [callback.tried for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
+    if tried != [trainer.global_step]:
+        return
+    try:
+        export(task, task.config, folder, writes=trainer.is_global_zero)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        LOG.error(
+            "could not write the model to '%s': %s; make room: the same command goes on", folder, reason
+        )
 
 
 def _fit(
@@ -152,11 +151,6 @@ def _fit(
         _validate(trainer, task, data, checkpoint)
     stop.check()
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-
-
-def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
-    """Return the task that a configuration names, over a model."""
-    return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
 
 
 def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
@@ -181,8 +175,8 @@ def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
 def cache_size(config: Config) -> CacheSize:
     """Return what the latent cache of a configuration takes when it is built; no weights are needed."""
     trained = Path(config.autoencoder_from)
-    if config.autoencoder_from and trained.is_dir() and not config.init_from:
-        autoencoder = load_model_config(trained).autoencoder
+    if config.autoencoder_from and trained.is_dir() and not config.start:
+        _, autoencoder = find_autoencoder(config)
         config = replace(config, model=replace(config.model, autoencoder=autoencoder))
     with torch.device("meta"):
         model = LatentDiffusion(config.model)
@@ -229,70 +223,12 @@ def prepare_process(config: Config) -> None:
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("pbe").setLevel(logging.INFO)
     for message in NEEDLESS_ADVICE:
         warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
-    """Build the model with the weights that its training starts from.
-
-    ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the
-    autoencoder and its scale factor come from ``autoencoder_from``.
-
-    Returns:
-        The model, and the configuration with the autoencoder's section as it was trained.
-    """
-    if config.init_from:
-        # a folder says its sizes, a bare checkpoint is taken for this run's
-        sizes = None if Path(config.init_from).is_dir() else config.model
-        opened = open_checkpoint(config.init_from, sizes)
-        # how many tokens the tower gives shapes no weight, so that a bottleneck can be opened or closed
-        wanted = config.model.exemplar_encoder
-        encoder = replace(opened.config.exemplar_encoder, tokens=wanted.tokens, token_grid=wanted.token_grid)
-        opened = replace(opened, config=replace(opened.config, exemplar_encoder=encoder))
-        model = build(opened, torch.float32).requires_grad_(True)
-        _add_branch(config, model)
-        _check_same_model(config, model.config)
-        return model, replace(config, model=model.config)
-    if config.task == "autoencoder":
-        torch.manual_seed(config.seed)
-        model = LatentDiffusion(config.model)
-        weights = config.autoencoder_loss
-        if weights.perceptual_weight and weights.perceptual_on == "tower":
-            print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
-        return model, config
-    if not config.autoencoder_from:
-        raise UserError("autoencoder_from is empty: name the model folder that holds the trained autoencoder")
-    source = Path(config.autoencoder_from)
-    trained = load_model_config(source).autoencoder
-    config = replace(config, model=replace(config.model, autoencoder=trained))
-    torch.manual_seed(config.seed)
-    model = LatentDiffusion(config.model)
-    load_part(source, "autoencoder", model.autoencoder)
-    print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
-    return model, config
-
-
-def _add_branch(config: Config, model: LatentDiffusion) -> None:
-    """Make a decoder mask-aware that was not, where the configuration wants it to be."""
-    if config.model.autoencoder.mask_aware_decoder and not model.config.autoencoder.mask_aware_decoder:
-        torch.manual_seed(config.seed)
-        model.autoencoder.make_mask_aware()
-        model.config = replace(model.config, autoencoder=model.autoencoder.config)
-
-
-def _check_same_model(config: Config, stored: ModelConfig) -> None:
-    """Refuse ``init_from`` a model of another shape; the stored scale factor and tower weights win."""
-    autoencoder = replace(config.model.autoencoder, scale_factor=stored.autoencoder.scale_factor)
-    encoder = replace(config.model.exemplar_encoder, pretrained=stored.exemplar_encoder.pretrained)
-    if replace(config.model, autoencoder=autoencoder, exemplar_encoder=encoder) != stored:
-        raise UserError(
-            f"the model section of the configuration differs from that of init_from '{config.init_from}'; "
-            "make them equal"
-        )
 
 
 def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
@@ -302,90 +238,3 @@ def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals
     task.model.to(trainer.strategy.root_device)
     section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
     return CachedDataModule(config, section)
-
-
-def make_trainer(
-    config: Config,
-    folder: Path,
-    stop: StopSignals,
-    step: int = -1,
-    callbacks: list[Callback] | None = None,
-) -> pl.Trainer:
-    """Build Lightning's trainer with this project's callbacks and loggers.
-
-    Args:
-        config: the experiment.
-        folder: of the run.
-        stop: says whether a signal came.
-        step: optimizer step that the run goes on from, -1 for a start.
-        callbacks: others than a run's, which writes nothing then.
-    """
-    options, writer = config.trainer, SafeCheckpointIO()
-    sharded = options.strategy in STRATEGY_NAMES
-    trainer = pl.Trainer(
-        max_steps=options.max_steps,
-        max_epochs=-1,
-        accelerator=options.accelerator,
-        devices=int(options.devices) if options.devices.isdigit() else options.devices,
-        num_nodes=options.num_nodes,
-        strategy=ShardedStrategy() if sharded else options.strategy,
-        profiler=options.profiler or None,
-        precision=options.precision,  # type: ignore[arg-type]
-        accumulate_grad_batches=options.accumulate,
-        gradient_clip_val=config.optimizer.gradient_clip or None,
-        val_check_interval=options.validate_every * options.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=make_loggers(config, folder, step),
-        callbacks=_callbacks(config, folder, stop, writer) if callbacks is None else callbacks,
-        enable_checkpointing=callbacks is None,
-        plugins=[] if not sharded and options.strategy.startswith(OTHER_FILES) else [writer],
-        enable_progress_bar=options.progress,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
-    global_batch = config.data.batch_size * trainer.world_size
-    trainer.limit_val_batches = -(-options.validation_samples // global_batch)
-    return trainer
-
-
-def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeCheckpointIO) -> list[Callback]:
-    options = config.trainer
-    made: list[Callback] = [
-        StepLog(config.logging.every),
-        Checkpoints(folder / FOLDER_NAME, options, stop, writer),
-    ]
-    if options.progress:
-        made.append(TQDMProgressBar(refresh_rate=10))
-    if config.logging.grid_every:
-        source = diffusion_grid(config) if config.task == "diffusion" else autoencoder_grid(config)
-        made.append(GridCallback(source, folder, config.logging.grid_every))
-    return made
-
-
-def _export(task: BaseTask, config: Config, folder: Path, *, writes: bool) -> None:
-    """Write the averaged weights, once; an autoencoder whose latents are new gets its measured scale factor.
-
-    Args:
-        task: after training; all ranks have to come here where its weights are sharded.
-        config: of the run.
-        folder: for the model.
-        writes: this process does.
-    """
-    if not writes and not task.sharded:
-        return
-    model = task.model
-    assert isinstance(model, LatentDiffusion)
-    with task.averaged_weights():
-        if isinstance(task, AutoencoderTask) and not task.decoder_only:
-            # a stream of its own, so that a run that was stopped on the way measures the same samples
-            loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
-            batches = list(islice(loader, SCALE_BATCHES))
-            config.model.autoencoder.scale_factor = measure_scale_factor(model.eval(), batches)
-        if task.sharded:
-            weights = on_the_cpu(model.state_dict())
-            model = empty_model(config.model)
-            model.load_state_dict(weights, assign=True)
-        if writes:
-            save_model(folder, model)

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is what many a scheduler's script asks for, some minutes before the end; Windows has none.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class TrainingStopped(Exception):  # noqa: N818 - a way out, not an error
@@ -16,7 +19,7 @@ class TrainingStopped(Exception):  # noqa: N818 - a way out, not an error
 
 
 class StopSignals:
-    """Remembers that Ctrl-C or SIGTERM came; a second signal interrupts at once.
+    """Remembers that Ctrl-C, SIGTERM or SIGUSR1 came; a second signal interrupts at once.
 
     Attributes:
         received: number of the signal, or 0.

@@ -24,9 +24,11 @@ from pbe.training.callbacks import peak_memory
 from pbe.training.data import TrainingData
 from pbe.training.latent_cache import CachedDataModule
 from pbe.training.loggers import read_curve
-from pbe.training.run import build_model, make_task, make_trainer, prepare_process
+from pbe.training.run import prepare_process
 from pbe.training.speed import make_fast
+from pbe.training.start import build_model, make_task
 from pbe.training.stopping import StopSignals
+from pbe.training.trainer import make_trainer
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class StepClock(pl.Callback):
 
 def quiet(config: Config, steps: int) -> Config:
     """Return the configuration of a short run that writes nothing and does not validate."""
-    short = replace(config.trainer, max_steps=steps, progress=False, profiler="", resume="never")
+    short = replace(
+        config.trainer, max_steps=steps, max_epochs=0, progress=False, profiler="", resume="never"
+    )
     logging = replace(config.logging, loggers=[], grid_every=0)
     return replace(config, trainer=short, logging=logging)
 
@@ -69,7 +73,7 @@ def quiet(config: Config, steps: int) -> Config:
 def random_or_built(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model as training does where its weights are named, else with random ones."""
     prepare_process(config)
-    if config.autoencoder_from or config.init_from:
+    if config.autoencoder_from or config.start:
         return build_model(config)
     return LatentDiffusion(config.model), config
 

@@ -151,3 +151,18 @@ def test_a_shard_cut_while_in_use_is_an_os_error(tmp_path):
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(OSError, match="cut short"):
         pictures.picture(2)
+
+
+def test_what_exists_by_its_name_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "my data [v2] {a,b} (1)" / "{open"
+    folder.mkdir(parents=True)
+    files = [folder / f"shard-{number}.tar" for number in range(3)]
+    for file in (*files, folder / "one [x].tar"):
+        file.touch()
+    assert find_shards(folder / "one [x].tar") == [folder / "one [x].tar"]
+    assert find_shards(folder / "shard-*.tar") == files
+    assert find_shards(f"{folder}/shard-{{2,0}}.tar") == [files[2], files[0]]
+    assert find_shards(f"{tmp_path}/my*/*/shard-[01].tar") == files[:2]
+    assert len(find_shards(folder)) == 4
+    with pytest.raises(UserError, match="no shards"):
+        find_shards(f"{folder}/{{none")

@@ -50,3 +50,26 @@ def test_the_weight_makes_both_gradients_equally_long():
     assert last.grad is None
     (reconstruction + weight * adversarial).backward()  # the graphs are still there
     assert float(adaptive_weight(1e9 * last.sum(), (0.0 * last).sum(), last)) == 1e4
+
+
+@pytest.mark.parametrize("adversarial_scale", [1.0, 1e-3, 1e-7])
+def test_a_mean_has_the_weight_of_the_sum_divided_by_its_elements(adversarial_scale: float) -> None:
+    """The original's loss sums over an image: all of it divided by the elements is the same training."""
+    torch.manual_seed(0)
+    last = torch.randn(3, 4, requires_grad=True)
+    image = torch.randn(2, 5, 4)
+    elements = 5 * 3  # of an image that the layer gives
+    summed = (image @ last.T).abs().sum(dim=(1, 2)).mean()
+    adversarial = -adversarial_scale * (image @ last.T).mean()
+    original = adaptive_weight(summed, adversarial, last)
+    here = adaptive_weight(summed / elements, adversarial, last, elements)
+    assert float(here) * elements == pytest.approx(float(original), rel=1e-5)
+    if adversarial_scale == 1e-7:  # the limit of the original, 1e4, in units of a mean
+        assert float(original) == 1e4
+        assert float(here) == pytest.approx(1e4 / elements)
+
+
+def test_the_limit_of_a_published_image_is_a_196608th() -> None:
+    last = torch.ones(2, requires_grad=True)
+    weight = adaptive_weight(1e9 * last.sum(), (0.0 * last).sum(), last, 3 * 256 * 256)
+    assert float(weight) == pytest.approx(1e4 / 196_608)

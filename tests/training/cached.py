@@ -16,7 +16,7 @@ from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate
 from pbe.models import LatentDiffusion
 from pbe.training.encoding import EncodedBatch, encode_batch
-from pbe.training.run import build_model
+from pbe.training.start import build_model
 from tests.training.tiny import tiny_config
 
 # 8 pictures by 5: two shards of one batch each for each of three variants, and two of the validation

@@ -241,13 +241,14 @@ def test_minutes_are_a_reason_to_save(shards, autoencoder, tmp_path):
 
 def test_changed_settings_are_named():
     old, new = Config(output_dir="a"), Config(output_dir="b", optimizer=OptimizerConfig(learning_rate=2e-5))
-    new.trainer.resume, new.data.sample.squash = "never", True
+    new.trainer.resume, new.data.sample.squash, new.trainer.keep_best = "never", True, True
     stored = to_dict(old)
-    stored["trainer"].pop("keep_best")
+    stored["trainer"].pop("keep_best")  # a checkpoint of before there was such a setting
+    stored["trainer"].pop("keep_every")
     assert changed_settings(stored, new) == [
         "data.sample.squash False -> True",
         "optimizer.learning_rate 1e-05 -> 2e-05",
-        "trainer.keep_best None -> False",
+        "trainer.keep_best False -> True",
     ]
     assert changed_settings(to_dict(old), old) == []
 

@@ -51,7 +51,7 @@ def test_there_are_configurations():
 def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, vgg: Path, tmp_path: Path):
     cached = bool(load_config(CONFIGS / name).cache.folder)
     places = [
-        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2", "init_from=''",
+        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2", "init_from=none",
         f"data.train_shards={shards / 'train'}", f"data.validation_shards={shards / 'validation'}",
         "cache.folder=" + (str(tmp_path / "cache") if cached else "''"), "cache.variants=1",
         f"autoencoder_loss.perceptual_vgg={vgg}", "autoencoder_loss.perceptual_linear=''",

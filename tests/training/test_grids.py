@@ -10,7 +10,7 @@ from PIL import Image
 from pbe.errors import UserError
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.grids import diffusion_grid, fixed_samples, tile, to_uint8
-from pbe.training.run import build_model
+from pbe.training.start import build_model
 from tests.training.tiny import run, tiny_config
 
 

@@ -21,7 +21,7 @@ from pbe.models import LatentDiffusion
 from pbe.training.diffusion_task import VALIDATION_TIMESTEPS, DiffusionTask
 from pbe.training.draws import Draws, draw
 from pbe.training.encoding import encode_batch
-from pbe.training.run import build_model
+from pbe.training.start import build_model
 from tests.training.tiny import OBJECTS, run, tiny_config
 
 GUIDANCE, STEPS = 3.0, 20

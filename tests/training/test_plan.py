@@ -9,7 +9,7 @@ import pytest
 from pbe.models import LatentDiffusion
 from pbe.training import plan
 from pbe.training.plan import count_parameters, make_plan, state_bytes
-from pbe.training.run import make_task
+from pbe.training.start import make_task
 from tests.training.tiny import run, tiny_config
 
 NOWHERE = Path("nowhere")
@@ -50,10 +50,19 @@ def test_a_plan_measures_and_leaves_nothing(shards, autoencoder, tmp_path):
     text = "\n".join(make_plan(tiny_config(shards, tmp_path / "run", autoencoder, *settings)))
     assert "samples: 8 an epoch, 4 a step; 2 steps an epoch" in text
     assert "samples a second over 10 steps on 1 device(s), peak memory" in text
+    assert "length: 100 steps, 50.00 epochs" in text
     assert "this run: 100 steps, " in text
-    assert "40 epochs of the paper's 1.9 million pictures: " in text
+    assert "40 epochs of Open Images' 1.7 million images with boxes: " in text
     assert "note: the latent cache is not built yet (0.00 GiB); measured without it" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_counts_the_steps_of_epochs_before_it_measures(shards, autoencoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_duration", lambda *_: [])
+    settings = ["trainer.max_steps=0", "trainer.max_epochs=3", "data.batch_size=3"]
+    lines = list(make_plan(tiny_config(shards, tmp_path / "run", autoencoder, *settings)))
+    assert "samples: 8 an epoch, 3 a step; 2 steps an epoch" in lines
+    assert "length: 6 steps, 3.00 epochs" in lines
 
 
 def test_a_plan_without_data_and_autoencoder_says_what_is_missing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from pbe.checkpoints.native import load_model
 from pbe.config import load_config
 from pbe.errors import UserError
 from pbe.training.checkpointing import find_checkpoint
-from pbe.training.run import build_model
+from pbe.training.start import build_model
 from tests.training.tiny import Watch, checkpoint, differing, logged, run, send, tiny_config, weights
 
 VALIDATION = ["val/loss", *(f"val/loss_t{t}" for t in (100, 300, 500, 700, 900)), "val/loss_band"]
@@ -68,6 +69,19 @@ def test_steps_count_optimizer_steps_not_micro_batches(shards, autoencoder, tmp_
     run(tiny_config(shards, tmp_path, autoencoder, *settings))
     assert [step for step, _, _ in logged(tmp_path, "val/loss_t100")] == [0, 2, 4]
     assert [step for step, _, _ in logged(tmp_path, "train/loss_simple")] == [1, 2, 3, 4]
+
+
+def test_a_length_in_epochs_is_whole_steps_of_the_data(shards, autoencoder, tmp_path):
+    settings = [autoencoder, "trainer.max_steps=0", "trainer.max_epochs=2", "data.batch_size=3"]
+    result = run(
+        tiny_config(shards, tmp_path, *settings, "optimizer.decay=cosine", "optimizer.warmup_steps=0")
+    )
+    assert result.steps == 2 * (8 // 3)
+    rates = [float(value) for _, _, value in logged(tmp_path, "train/learning_rate")]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
+    assert load_config(tmp_path / "config.yaml").trainer.max_epochs == 2
+    longer = run(tiny_config(shards, tmp_path, *settings, "trainer.max_epochs=3"))
+    assert longer.steps == 6
 
 
 def test_the_logged_learning_rate_is_that_of_the_step(shards, autoencoder, tmp_path):

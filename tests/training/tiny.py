@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import pbe.training.run as run_module
+import pbe.training.trainer as trainer_module
 from pbe.config import Config
 from pbe.data.shards import ShardRecord, write_shards
 from pbe.data.toy_world import DEFAULT_WORLD, SceneConfig, ToyWorld, perspective_view
@@ -167,8 +167,8 @@ class Watch(pl.Callback):
 
 def watched(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> None:
     """Add a callback to every training of this test."""
-    original = run_module._callbacks
-    monkeypatch.setattr(run_module, "_callbacks", lambda *args: [watch, *original(*args)])
+    original = trainer_module._callbacks
+    monkeypatch.setattr(trainer_module, "_callbacks", lambda *args: [watch, *original(*args)])
 
 
 def run(config: Config, watch: Watch | None = None) -> TrainResult | None:

@@ -21,7 +21,7 @@ ASIDE = {
     ),
 }  # fmt: skip
 # Batches are those of one process: how many there are shapes a training where a configuration says it.
-SHARED_OUT = {"devices": "auto", "num_nodes": 1, "strategy": "auto"}
+SHARED_OUT = {"devices": "auto", "num_nodes": 1, "strategy": "auto", "max_epochs": 0}
 
 
 class FileHashes:
