@@ -105,8 +105,9 @@ class PaintByExample:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        raw_weights: bool = False,
     ) -> PaintByExample:
-        """Load a model: a folder in any layout, a checkpoint file, or a repository of the Hugging Face Hub.
+        """Load a model: a folder in any layout or of a run, a checkpoint, or a repository of the Hub.
 
         Args:
             path_or_hub_id: folder, file, or ``owner/name`` on the Hub.
@@ -123,13 +124,14 @@ class PaintByExample:
             cache_dir: where downloads go; None is huggingface_hub's cache.
             local_files_only: use what is cached and stay offline.
             token: for private repositories; None is the one of ``hf auth login``.
+            raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
 
         Raises:
             UserError: nothing usable is there, in one line that says what is wrong.
         """
         hub = Hub(revision, cache_dir, local_files_only, token)
         model, schedule, checker = load_parts(
-            path_or_hub_id, config, dtype, device, solver, safety_checker, hub
+            path_or_hub_id, config, dtype, device, solver, safety_checker, hub, raw_weights=raw_weights
         )
         networks = {name: getattr(model, name) for name in NETWORKS}
         return cls(

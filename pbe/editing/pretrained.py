@@ -35,6 +35,8 @@ def load_parts(
     solver: str | SolverChoice | None,
     safety_checker: Checker,
     hub: Hub,
+    *,
+    raw_weights: bool = False,
 ) -> tuple[LatentDiffusion, PipelineSchedule, nn.Module | None]:
     """Load a model, its sampling settings and its safety checker.
 
@@ -46,13 +48,16 @@ def load_parts(
         solver: None takes the one of the model's scheduler configuration.
         safety_checker: ``auto``, None, a folder or Hub id, or the network.
         hub: how the Hub is asked.
+        raw_weights: take a training checkpoint's plain weights instead of the averaged ones.
 
     Raises:
         UserError: see ``PaintByExample.from_pretrained``.
     """
     place = "cpu" if device is None else device
     folder = hub.find(path_or_hub_id)
-    loaded = load_checkpoint(folder, config=_sizes(config), device=usable_device(place), dtype=dtype)
+    loaded = load_checkpoint(
+        folder, config=_sizes(config), device=usable_device(place), dtype=dtype, raw_weights=raw_weights
+    )
     schedule = schedule_of(
         loaded.model,
         conventions=(DIFFUSERS if loaded.layout == "diffusers" else ORIGINAL).name,

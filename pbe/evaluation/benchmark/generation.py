@@ -63,6 +63,7 @@ class GenerateSettings:
         seed: of the noise, together with the case's id.
         batch_size: cases edited at once; part of the settings, since rounding follows it.
         dtype: of the weights: ``fp32``, ``fp16`` or ``bf16``.
+        raw_weights: the plain weights of a training instead of the averaged ones.
         threads: CPU threads of each process; part of the settings for the same reason. GPUs do not care.
         accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
         devices: how many; ``auto`` is all GPUs, or as many processes as torch would use CPU threads.
@@ -80,6 +81,7 @@ class GenerateSettings:
     seed: int = 0
     batch_size: int = 8
     dtype: str = "fp32"
+    raw_weights: bool = False
     threads: int = 1
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -172,7 +174,11 @@ class _EditTask(pl.LightningModule):
         else:
             dtype = torch_dtype(self.settings.dtype)
             self.pipe = PaintByExample.from_pretrained(
-                self.source, dtype=dtype, device=self.device, safety_checker=None
+                self.source,
+                dtype=dtype,
+                device=self.device,
+                safety_checker=None,
+                raw_weights=self.settings.raw_weights,
             )
         self.pipe.set_progress_bar_config(disable=True)
 
