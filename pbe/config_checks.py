@@ -16,7 +16,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.unet.num_res_blocks": POSITIVE,
     "model.autoencoder.num_res_blocks": POSITIVE,
     "model.autoencoder.latent_channels": POSITIVE,
-    "model.exemplar_encoder.image_size": POSITIVE,
+    "model.exemplar_encoder.image_size": (0, math.inf),
     "model.exemplar_encoder.mapper_width": (0, math.inf),
     "model.exemplar_encoder.token_grid": (0, math.inf),
     "objective.drop_probability": SHARE,
@@ -91,7 +91,7 @@ def check_numbers(config: DictConfig, source: str) -> None:
         raise UserError(f"{source}: 'optimizer.betas' is {betas}; it must be two numbers from 0 to below 1")
     for key, other in SAME:
         value, wanted = OmegaConf.select(config, key), OmegaConf.select(config, other)
-        if value != wanted:
+        if 0 not in (value, wanted) and value != wanted:  # 0 follows the other
             raise UserError(f"{source}: '{key}' is {value}, but '{other}' is {wanted}; they must be equal")
     if config.optimizer.fused and config.trainer.precision == "16-mixed" and config.optimizer.gradient_clip:
         raise UserError(

@@ -124,7 +124,8 @@ def choose(
         return found.plain, ["plain weights taken; its averaged (EMA) ones are left out"]
     _check_whole(averages.keys(), expected, source)
     taken = {key: found.average[name] for key, name in averages.items()}
-    return found.plain | taken, [f"averaged (EMA) weights taken, {len(taken)} tensors; {ADVICE}"]
+    advice = ADVICE if any(key in found.plain for key in taken) else "it holds no plain ones"
+    return found.plain | taken, [f"averaged (EMA) weights taken, {len(taken)} tensors; {advice}"]
 
 
 def _names(key: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ from pbe.data.datamodule import ExemplarDataModule
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
+from pbe.models.tower_facts import follow_sizes
 from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
 from pbe.training.base_task import BaseTask
 from pbe.training.cache_builder import ensure_cache
@@ -225,7 +226,8 @@ def _validate(
 
 
 def prepare_process(config: Config) -> None:
-    """Set threads, seeds and what is said on stderr."""
+    """Set threads, seeds and what is said on stderr, and fill in what follows the tower."""
+    follow_sizes(config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)
