@@ -11,6 +11,7 @@ from pbe.errors import UserError
 
 CHECKPOINTS, LAST, MODEL, MODEL_CONFIG = "checkpoints", "last.ckpt", "model", "config.json"
 MINUTE = 60.0  # seconds; files of one run that was copied differ by less
+OPEN = {f"exemplar_encoder.{name}" for name in ("mean", "std", "image_size")}  # empty: the tower's own
 SHOWN = 3  # settings that an error or a note lists
 
 

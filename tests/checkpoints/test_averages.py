@@ -97,9 +97,12 @@ def dotless(state: State) -> State:
     } | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(3)}
 
 
+def blank(state: State) -> State:
+    return {key: torch.zeros_like(v) if key.startswith("model.diff") else v for key, v in state.items()}
+
+
 def with_original(state: State) -> dict[str, Any]:
-    plain = {key: torch.zeros_like(v) if key.startswith("model.diff") else v for key, v in state.items()}
-    return {"state_dict": plain | dotless(state)}
+    return {"state_dict": blank(state) | dotless(state)}
 
 
 FILES = {  # of a file's content, made of the averaged weights; the plain ones are zeros where they differ
@@ -135,7 +138,7 @@ FILES = {  # of a file's content, made of the averaged weights; the plain ones a
     "of the UNet alone": (
         "compvis",
         lambda state: {
-            "state_dict": {k: torch.zeros_like(v) if k.startswith("model.diff") else v for k, v in state.items()},
+            "state_dict": blank(state),
             "ema": {
                 key.removeprefix("model.diffusion_model."): value
                 for key, value in state.items()
@@ -196,7 +199,7 @@ def test_an_incomplete_average_is_one_line(small: LatentDiffusion, tmp_path: Pat
 
 
 def test_frozen_weights_have_no_average(small: LatentDiffusion, tmp_path: Path) -> None:
-    """With one condition token the method leaves queries, keys and their norm as they are, and so the tower."""
+    """With one condition token the method leaves queries, keys and their norm as they are; and the tower."""
     frozen = (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.", "autoencoder.", "exemplar_encoder.tower.")
     state = native(small)
     average = {key: value for key, value in state.items() if not any(part in key for part in frozen)}
