@@ -67,9 +67,8 @@ def told(weights: Weights, given: ModelConfig) -> list[str]:
     if weights.config.get("task") == "autoencoder":
         notes.append("of an autoencoder's training: its UNet is untrained, its scale factor not yet measured")
     stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
-    differing = [
-        f"{key} {stored[key]} -> {used[key]}" for key in used if stored.get(key, used[key]) != used[key]
-    ]
+    both = [key for key in used if key in stored and (stored[key] or key not in OPEN)]
+    differing = [f"{key} {stored[key]} -> {used[key]}" for key in both if stored[key] != used[key]]
     if differing:
         listed = "; ".join(differing[:SHOWN])
         notes.append(f"the configuration given is used, which is not the one it carries: {listed}")
