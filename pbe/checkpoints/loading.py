@@ -27,6 +27,7 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
 Config = ModelConfig | str | Path | None
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 PART_NAMES = {f"{part}.": part.replace("_", " ") for part in PARTS}
 
 
@@ -92,7 +93,13 @@ def open_checkpoint(path: str | Path, config: Config = None, *, raw_weights: boo
     if not path.exists():
         raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
     place, notes = of_run(path, raw_weights=raw_weights) if path.is_dir() else (path, [])
-    opened = _open(place, config, raw_weights)
+    try:
+        opened = _open(place, config, raw_weights)
+    except MALFORMED as error:  # of a setting that has another type, or another form, than it should
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"'{place}': a setting in its files cannot be read ({why}); copy the model again"
+        ) from error
     return replace(opened, tensors=numbers(opened), notes=(*notes, *opened.notes))
 
 

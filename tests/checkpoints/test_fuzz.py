@@ -123,7 +123,7 @@ def tensors_changed(path: Path, draw: random.Random) -> str:
         state = whole = load_file(path)
     else:
         whole = torch.load(path, weights_only=True)
-        state = whole.get(draw.choice(["state_dict", "ema"]), whole)
+        state = whole.get(draw.choice(["state_dict", "ema"])) or whole.get("state_dict", whole)
     key = draw.choice(list(state))
     kind = draw.choice(["type", "shape", "value", "name", "number"])
     if kind == "type":
