@@ -6,7 +6,7 @@ import logging
 import re
 from importlib import util as importlib_util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -170,10 +170,9 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         tower.trunk.load_state_dict(lite_state(path, drop_head=True))  # type: ignore[union-attr]
         return f"{config.tower}: ImageNet weights of {path.name}{contradictions(config)}"
     if config.tower.startswith(TIMM) and config.pretrained in timm_tags(timm_name(config)[0]):
-        trunk = tower.trunk
-        trunk.load_state_dict(
-            {k: v for k, v in timm_state(config, trunk, None).items() if k in trunk.state_dict()}
-        )
+        trunk = cast(nn.Module, tower.trunk)
+        found, wanted = timm_state(config, trunk, None), trunk.state_dict()
+        trunk.load_state_dict({key: value for key, value in found.items() if key in wanted})
         return f"{config.tower}: timm's weights {config.pretrained}{contradictions(config)}"
     if config.pretrained not in open_clip.list_pretrained_tags_by_model(config.tower):
         raise UserError(

@@ -60,8 +60,7 @@ def tower_facts(config: ExemplarEncoderConfig) -> TowerFacts:
     if config.tower.startswith(TIMM):
         facts = _timm_facts(config)
         if config.pretrained == "pypi":
-            mean, std = ((value,) * 3 for value in PACKAGED)
-            return replace(facts or clip, mean=mean, std=std)
+            return replace(facts or clip, mean=(PACKAGED[0],) * 3, std=(PACKAGED[1],) * 3)
         return facts or clip
     known = open_clip.get_model_config(config.tower)
     if known is None:
