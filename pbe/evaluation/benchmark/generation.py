@@ -114,6 +114,8 @@ class GenerateSettings:
         """Return the settings that pictures depend on."""
         fields = asdict(self)
         where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
+        if not self.raw_weights:  # folders that were begun before there was a choice go on
+            del fields["raw_weights"]
         return {name: value for name, value in fields.items() if name not in where}
 
 
