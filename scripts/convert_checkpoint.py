@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,11 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--verify", action="store_true", help="compare tensors and outputs; keep OUT only if equal"
     )
+    parser.add_argument(
+        "--raw-weights",
+        action="store_true",
+        help="the plain weights of a training, not the average",
+    )
     parser.add_argument("--config", metavar="YAML", help="sizes, for a checkpoint that does not give its own")
     parser.add_argument(
         "--from-sd",
@@ -62,9 +68,9 @@ def run(arguments: list[str] | None) -> None:
         raise UserError("--tower goes with --from-sd only")
     target = Path(options.paths[-1])
     if options.from_sd:
-        opened = _start(options.from_sd, options.config, options.tower, options.seed)
+        opened = _start(options)
     else:
-        opened = open_checkpoint(options.paths[0], options.config)
+        opened = open_checkpoint(options.paths[0], options.config, raw_weights=options.raw_weights)
     print(table(opened))
     if opened.safety_checker is not None and target.suffix in FILE_SUFFIXES:
         print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
@@ -75,10 +81,11 @@ def run(arguments: list[str] | None) -> None:
     print(f"{count:,} parameters as {kind} in {target}{', verified' if options.verify else ''}")
 
 
-def _start(source: str, config: str | None, tower: str, seed: int) -> Opened:
-    sizes = load_config(config).model if config else ModelConfig()
-    encoder = replace(sizes.exemplar_encoder, pretrained=tower or sizes.exemplar_encoder.pretrained)
-    return open_stable_diffusion(source, replace(sizes, exemplar_encoder=encoder), seed)
+def _start(options: argparse.Namespace) -> Opened:
+    sizes = load_config(options.config).model if options.config else ModelConfig()
+    encoder = replace(sizes.exemplar_encoder, pretrained=options.tower or sizes.exemplar_encoder.pretrained)
+    sizes = replace(sizes, exemplar_encoder=encoder)
+    return open_stable_diffusion(options.from_sd, sizes, options.seed, raw_weights=options.raw_weights)
 
 
 def main(arguments: list[str] | None = None) -> int:

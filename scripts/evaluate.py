@@ -41,7 +41,7 @@ from pbe.files import make_folder, write_text
 TOY_BATCH = 32
 # Options that only one way of evaluating reads; elsewhere they would say something that is not so.
 GENERATING = ("preserve_background", "conventions", "devices", "strategy", "num_nodes")
-FOR_MODELS = ("guidance", "solver", "steps", "batch_size", "dtype", "threads", *GENERATING)
+FOR_MODELS = ("raw_weights", "guidance", "solver", "steps", "batch_size", "dtype", "threads", *GENERATING)
 SCORING = ("cases", "metrics", "reference", "tower_weights", "towers", "mixture", "rank_by", "show")
 FOR_BENCHMARKS = ("edits", *GENERATING, *SCORING)
 FOR_TOYS = ("objects", "sheet", "world")
@@ -52,6 +52,9 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is scored")
     what.add_argument("--model", metavar="PATH", help="model in any layout, whose edits are generated")
+    what.add_argument(
+        "--raw-weights", action="store_true", help="the plain weights of a training, not the average"
+    )
     what.add_argument("--benchmark", type=Path, metavar="DIR", help="folder in COCOEE's layout")
     what.add_argument(
         "--edits",
@@ -213,6 +216,7 @@ def _generate_settings(options: argparse.Namespace) -> GenerateSettings:
         dtype=options.dtype,
         preserve_background=options.preserve_background,
         conventions=options.conventions,
+        raw_weights=options.raw_weights,
         threads=options.threads or 1,
         accelerator={"cuda": "gpu"}.get(device, device),
         devices=options.devices,
@@ -239,7 +243,9 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
         TOY_BATCH if options.batch_size is None else options.batch_size,
     )
     device = pick_device(options.device or "cpu")
-    pipe = PaintByExample.from_pretrained(options.model, device=device, dtype=torch_dtype(options.dtype))
+    pipe = PaintByExample.from_pretrained(
+        options.model, device=device, dtype=torch_dtype(options.dtype), raw_weights=options.raw_weights
+    )
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     make_folder(options.out)
     features = LiteFeatures()

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pbe.checkpoints.pickles import Placeholder, Record, ScriptModule, StorageRef, read_pickle
-from pbe.checkpoints.tensors import Lazies, LazyTensor, WeightFile
+from pbe.checkpoints.contents import Weights as Weights, state_of
+from pbe.checkpoints.pickles import Record, StorageRef, read_pickle
+from pbe.checkpoints.tensors import Lazies, LazyTensor, WeightFile, widened
 from pbe.errors import UserError
 
 SAFETENSORS_TYPES = {
@@ -31,26 +31,17 @@ SAFETENSORS_TYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
-WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
-MAX_MODULES = 10_000  # of a program; a crafted one may hold itself
+SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The state dict of a file or of several shards, and what else lay beside it.
-
-    ``extra`` names the other things in a checkpoint, ``extra_bytes`` is the size of their tensors
-    (optimizer moments, mostly), none of which is read.
-    """
-
-    source: str
-    tensors: Lazies
-    extra: tuple[str, ...] = field(default=())
-    extra_bytes: int = 0
 
 
 def open_weights(path: Path) -> Weights:
@@ -65,10 +56,26 @@ def open_weights(path: Path) -> Weights:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     start = file.bytes_at(0, 64)
     if start.startswith(b"PK\x03\x04"):
-        return _open_zip(file)
+        return _lifted(_open_zip(file))
     if len(start) > 8 and start[8:9] == b"{":
-        return Weights(str(path), _safetensors(file))
+        return _lifted(Weights(str(path), _safetensors(file)))
     raise UserError(f"{path}: {_what_it_is(start)}")
+
+
+def _lifted(weights: Weights) -> Weights:
+    """Bring 8-bit floats to float16, without loss; refuse them where scales of their own belong to them."""
+    eighths = [key for key, value in weights.tensors.items() if widened(value) is not value]
+    scales = [key for key in weights.tensors if key.endswith(SCALES)]
+    if eighths and scales:
+        raise UserError(
+            f"{weights.source}: fp8 weights with scales beside them ('{scales[0]}'), which are not "
+            "supported; take the fp16 file"
+        )
+    if not eighths:
+        return weights
+    tensors = {key: widened(value) for key, value in weights.tensors.items()}
+    notes = (f"{len(eighths)} tensors in fp8: read as fp16, with the precision that fp8 left",)
+    return replace(weights, tensors=tensors, notes=notes)
 
 
 def _what_it_is(start: bytes) -> str:
@@ -76,6 +83,8 @@ def _what_it_is(start: bytes) -> str:
         return "damaged: the file is empty; copy it again"
     if start.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the weights themselves; fetch them with `git lfs pull`"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file of quantised weights, which is not supported; take the fp16 file"
     if start.startswith(LEGACY_MAGIC):
         return "written by torch before 1.6; load it with torch and save it again"
     if start.lstrip().startswith((b"<", b"{")):
@@ -116,6 +125,13 @@ class _ZipRecord(Record):
         if reference.count * reference.dtype.itemsize > entry.file_size:
             raise UserError(f"{file.path}: damaged, record '{entry.filename}' is too short; copy it again")
         self._file, self._entry, self._reference = file, entry, reference
+
+    def typed(self, dtype: torch.dtype) -> _ZipRecord:
+        """Return the same bytes as numbers of another type."""
+        size = self._reference.count * self._reference.dtype.itemsize
+        return _ZipRecord(
+            self._file, self._entry, StorageRef(self._reference.key, dtype, size // dtype.itemsize)
+        )
 
     def _start(self) -> int:
         header = self._file.bytes_at(self._entry.header_offset, LOCAL_HEADER)
@@ -167,64 +183,4 @@ def _open_zip(file: WeightFile) -> Weights:
             raise UserError(f"{path}: damaged, record 'data/{reference.key}' is missing; copy it again")
         return _ZipRecord(file, entries[f"data/{reference.key}"], reference)
 
-    return _state_dict(str(path), read_pickle(table, locate, str(path)))
-
-
-def _state_dict(source: str, content: object) -> Weights:
-    """Find the state dict in what a pickle holds: the content itself, or wrapped once or more."""
-    extra: list[str] = []
-    extra_bytes = 0
-    while (inner := _wrapped(content)) is not None:
-        assert isinstance(content, dict)
-        others = {key: value for key, value in content.items() if value is not inner}
-        extra += [str(key) for key in others]
-        extra_bytes += sum(tensor.nbytes for tensor in _tensors_in(list(others.values())))
-        content = inner
-    if isinstance(content, ScriptModule):
-        content = _attributes(content, source)
-    if isinstance(content, Placeholder):
-        raise UserError(f"{source}: no weights where they should be but an object of '{content.origin}'")
-    if not isinstance(content, dict) or not any(isinstance(value, LazyTensor) for value in content.values()):
-        raise UserError(f"{source}: a checkpoint of torch, but there is no state dict in it")
-    strangers = [
-        f"{key} ({_kind(value)})" for key, value in content.items() if not isinstance(value, LazyTensor)
-    ]
-    if strangers:
-        listed = ", ".join(strangers[:3])
-        raise UserError(f"{source}: in its state dict, {len(strangers)} entries are no tensors: {listed}")
-    return Weights(source, {str(key): value for key, value in content.items()}, tuple(extra), extra_bytes)
-
-
-def _attributes(program: ScriptModule, source: str) -> dict[str, LazyTensor]:
-    """Return the tensors of a program and of all modules in it, by the paths of their attributes."""
-    found: dict[str, LazyTensor] = {}
-    waiting = [("", program)]
-    for _ in range(MAX_MODULES):
-        if not waiting:
-            return found
-        prefix, module = waiting.pop()
-        for name, value in module.attributes.items():
-            if isinstance(value, LazyTensor):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, ScriptModule):
-                waiting.append((f"{prefix}{name}.", value))
-    raise UserError(f"{source}: damaged, a program of more than {MAX_MODULES:,} modules")
-
-
-def _wrapped(content: object) -> object | None:
-    if not isinstance(content, dict) or any(isinstance(value, LazyTensor) for value in content.values()):
-        return None
-    return next((content[name] for name in WRAPPERS if name in content), None)
-
-
-def _kind(value: object) -> str:
-    return value.origin if isinstance(value, Placeholder) else type(value).__name__
-
-
-def _tensors_in(content: object, depth: int = 20) -> Iterator[LazyTensor]:
-    """Find tensors in nested containers, to a depth, since a crafted pickle may hold itself."""
-    if isinstance(content, LazyTensor):
-        yield content
-    elif depth and isinstance(content, (dict, list, tuple)):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _tensors_in(value, depth - 1)
+    return state_of(read_pickle(table, locate, str(path)), str(path))

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pbe.checkpoints.archives import Weights
+from pbe.checkpoints.averages import Sorted, choose, left_out
 from pbe.checkpoints.clip import POSITION_IDS
 from pbe.checkpoints.compvis_buffers import BUFFERS, check_schedule, derived
 from pbe.checkpoints.compvis_config import is_original_yaml, read_config, read_yaml
-from pbe.checkpoints.compvis_names import CONDITION, TOWER, entries
+from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, TOWER, UNET, entries
+from pbe.checkpoints.contents import Weights
 from pbe.checkpoints.layout import native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import TEXT, describe
@@ -20,26 +21,30 @@ from pbe.checkpoints.usage import KEY, Usage, usage_from_json
 from pbe.config import ModelConfig, load_config
 from pbe.errors import UserError
 
-# Left out without loss: what follows from the configuration, the loss's own network, averaged copies.
+LESSER_BUFFERS = ("lvlb_weights", "logvar", "scale_factor")
+PARTS = {UNET: "UNet", AUTOENCODER: "autoencoder", CONDITION: "exemplar encoder"}
+# Left out without loss: what follows from the configuration, and the loss's own network.
 DROPPED = (
-    ("schedule buffers", re.compile("|".join((*BUFFERS, "lvlb_weights", "logvar", "scale_factor")))),
+    ("schedule buffers", re.compile(rf"(?:.*\.)?(?:{'|'.join((*BUFFERS, *LESSER_BUFFERS))})")),
     ("position indices", re.compile(rf"{re.escape(CONDITION)}.*{re.escape(POSITION_IDS)}")),
     ("weights of the training loss", re.compile(r"first_stage_model\.loss\..*")),
-    ("averaged (EMA) copies; the plain weights are taken", re.compile(r"model_ema\..*")),
 )
 
 
-def clean(tensors: Lazies) -> tuple[Lazies, list[str]]:
+def clean(found: Sorted) -> tuple[Sorted, list[str]]:
     """Leave out what is no weight and bring the tower's names to those of 2022; returns what was left out."""
     kept: Lazies = {}
+    strangers: Lazies = {}
     counts: dict[str, int] = {}
-    for key, tensor in tensors.items():
-        reason = next((reason for reason, pattern in DROPPED if pattern.fullmatch(key)), None)
-        if reason is None:
-            kept[_tower_of_2022(key)] = tensor
-        else:
-            counts[reason] = counts.get(reason, 0) + 1
-    return kept, [f"{count} {reason}" for reason, count in counts.items()]
+    for table, names in ((kept, found.plain), (strangers, found.strangers)):
+        for key, tensor in names.items():
+            reason = next((reason for reason, pattern in DROPPED if pattern.fullmatch(key)), None)
+            if reason is None:
+                table[_tower_of_2022(key)] = tensor
+            else:
+                counts[reason] = counts.get(reason, 0) + 1
+    notes = [f"{count} {reason}" for reason, count in counts.items()]
+    return Sorted(kept, found.average, strangers), [*notes, *left_out(strangers)]
 
 
 def _tower_of_2022(key: str) -> str:
@@ -50,11 +55,14 @@ def _tower_of_2022(key: str) -> str:
 
 
 def yaml_beside(path: Path) -> Path | None:
-    """Return the YAML of a checkpoint: the only one of its folder, or that with the file's stem."""
+    """Return the YAML of a checkpoint: the only one of its folder, one with the file's stem, or its run's."""
     if path.is_dir():
         found = [*path.glob("*.yaml"), *path.glob("*.yml")]
         return found[0] if len(found) == 1 else None
-    return next((p for p in (path.with_suffix(".yaml"), path.with_suffix(".yml")) if p.is_file()), None)
+    places = [path.with_suffix(".yaml"), path.with_suffix(".yml")]
+    if path.parent.name == "checkpoints":
+        places.append(path.parent.parent / "config.yaml")
+    return next((place for place in places if place.is_file()), None)
 
 
 def resolve_config(
@@ -81,26 +89,40 @@ def resolve_config(
     return read_config(content, str(source), tensors), False
 
 
-def open_compvis(path: Path, weights: Weights, config: ModelConfig | str | Path | None) -> Opened:
+def open_compvis(
+    path: Path,
+    weights: Weights,
+    found: Sorted,
+    config: ModelConfig | str | Path | None,
+    *,
+    raw_weights: bool = False,
+) -> Opened:
     """Translate an original checkpoint.
 
+    Args:
+        path: the file or folder of weights.
+        weights: what it holds.
+        found: its state dict, sorted.
+        config: as :func:`resolve_config` takes it.
+        raw_weights: take the plain weights where there are averaged ones.
+
     Raises:
-        UserError: missing, unexpected or misshapen keys, or a noise schedule that is not the configuration's.
+        UserError: missing, unexpected or misshapen keys, an incomplete average, or a noise schedule that is
+            not the configuration's.
     """
-    tensors, notes = clean(weights.tensors)
-    sizes, assumed = resolve_config(config, path, tensors)
+    whole = found.plain | found.strangers
+    found, notes = clean(found)
+    sizes, assumed = resolve_config(config, path, found.plain)
     names = entries(sizes, list(native := native_shapes(sizes)))
-    check_shapes(
-        shapes(tensors),
-        shapes(to_foreign(names, native)),
-        weights.source,
-        _hint(path, weights.tensors, assumed),
-    )
-    check_schedule(weights.tensors, sizes.schedule, weights.source)
+    expected = shapes(to_foreign(names, native))
+    tensors, said = choose(found, expected, weights.source, raw_weights=raw_weights)
+    check_shapes(shapes(tensors), expected, weights.source, _hint(path, whole, assumed), PARTS)
+    check_schedule(whole, sizes.schedule, weights.source)
     if weights.extra:
         notes.append(f"{', '.join(weights.extra)} ({weights.extra_bytes / 1e6:,.1f} MB, not read)")
     if assumed:
         notes.append("no configuration beside it: taken for the official sizes")
+    notes = [*said, *weights.notes, *notes]
     native_tensors, usage = to_native(names, tensors), _usage(config, path)
     return Opened(weights.source, "compvis", sizes, native_tensors, tuple(notes), usage)
 

@@ -13,6 +13,7 @@ from pbe.checkpoints.diffusers_config import Settings, Values
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from pbe.errors import UserError
+from pbe.models.tower_facts import follow_tower
 
 UNET_FIXED: Values = {
     "conv_resample": True, "dims": 2, "dropout": 0, "legacy": False, "num_classes": None, "n_embed": None,
@@ -124,12 +125,11 @@ def _read_encoder(settings: Settings, tensors: Lazies) -> ExemplarEncoderConfig:
     heads = settings.number("num_attention_heads") if "num_attention_heads" in values else None
     sizes, image_size = sizes_in_file(tensors, TOWER, heads=heads, quick_gelu=quick_gelu)
     fc, width = tensors[f"{CONDITION}mapper.resblocks.0.mlp.c_fc.weight"].shape
-    official = ExemplarEncoderConfig()
     return ExemplarEncoderConfig(
         tower=sizes.name,
         image_size=image_size,
-        mean=list(settings.get("mean", official.mean)),
-        std=list(settings.get("std", official.std)),
+        mean=list(settings.get("mean", [])),  # the tower's own, which are CLIP's
+        std=list(settings.get("std", [])),
         mapper_layers=len({key.split(".")[3] for key in mapper}),
         mapper_heads=settings.number("mapper_heads", 1),
         mapper_mlp_ratio=fc // width,
@@ -224,6 +224,7 @@ def _write_autoencoder(config: AutoencoderConfig) -> Values:
 
 def _write_encoder(config: ExemplarEncoderConfig) -> Values:
     sizes, official = tower_sizes(config), ExemplarEncoderConfig()
+    follow_tower(official)
     heads = max(4, sizes.width // 64)
     return _departures(
         {

@@ -48,7 +48,7 @@ def find_parts(folder: Path) -> Subfolders:
     for path in sorted(folder.glob("*/config.json")):
         try:
             values = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
         role = next((role for role, fits in ROLES.items() if isinstance(values, dict) and fits(values)), None)
         if role is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from pbe.checkpoints.tensors import Lazies, LazyTensor, fuse_heads, lazies, reshaped, split_heads
-from pbe.config import ModelConfig
+from pbe.config import ModelConfig, ScheduleConfig
+from pbe.errors import UserError
 from pbe.models import ExemplarEncoder, LatentDiffusion
 
+LARGEST, MOST_LAYERS, MOST_LEVELS = 1 << 20, 256, 32  # of a width, of layers, and of what a list counts
 PARTS = ("unet", "autoencoder", "exemplar_encoder")
 
 # The same numbers; a 1x1 convolution that is a linear layer there; one fused projection that is three there.
@@ -59,13 +63,56 @@ def to_native(entries: Iterable[Entry], foreign: Lazies) -> Lazies:
 
 
 def empty_model(config: ModelConfig) -> LatentDiffusion:
-    """Build the model without memory for its weights, on the meta device."""
-    with torch.device("meta"):
-        model = LatentDiffusion(config)
-    if dict(model.named_buffers()).keys() - model.state_dict().keys():
-        # such a tower computes buffers that no file holds (position tables), so it has to be built for real
-        model.exemplar_encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
+    """Build the model without memory for its weights, on the meta device.
+
+    Raises:
+        UserError: sizes of which no model can be made.
+    """
+    check_sizes(config)
+    try:
+        with torch.device("meta"):
+            model = LatentDiffusion(config)
+        if dict(model.named_buffers()).keys() - model.state_dict().keys():
+            # such a tower computes buffers that no file holds (position tables): it has to be built for real
+            model.exemplar_encoder = ExemplarEncoder(config.exemplar_encoder, config.unet.context_dim)
+    except UserError:
+        raise
+    except Exception as error:  # torch and timm raise all kinds for sizes that do not go together
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"no model can be made of the sizes in its configuration: {why}") from error
     return model
+
+
+def check_sizes(config: Any, section: str = "model") -> None:
+    """Refuse numbers that no model has, before they take memory or time.
+
+    Args:
+        config: the section of a configuration.
+        section: its name, for errors.
+
+    Raises:
+        UserError: names the number.
+    """
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{section}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_sizes(value, name)
+            continue
+        values = value if isinstance(value, list) else [value]
+        limit = MOST_LAYERS if field.name in ("num_res_blocks", "mapper_layers") else LARGEST
+        if len(values) > MOST_LEVELS or not all(_usable(each, limit) for each in values):
+            raise UserError(f"{name} is {str(value)[:60]}; no model has that")
+    if isinstance(config, ScheduleConfig) and not 0 < config.beta_start <= config.beta_end < 1:
+        raise UserError(
+            f"{section}: beta_start {config.beta_start} and beta_end {config.beta_end} must lie from 0 to "
+            "1, the first no larger"
+        )
+
+
+def _usable(value: Any, limit: int) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or 0 <= value <= limit
 
 
 def native_shapes(config: ModelConfig) -> Lazies:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from pbe.checkpoints.archives import Weights, open_weights
+from pbe.checkpoints.archives import open_weights
+from pbe.checkpoints.averages import choose, left_out, sort_out
 from pbe.checkpoints.compvis import open_compvis, resolve_config
 from pbe.checkpoints.compvis_config import is_original_yaml, read_yaml
+from pbe.checkpoints.contents import Weights
 from pbe.checkpoints.diffusers import find_parts, open_diffusers
 from pbe.checkpoints.folders import ANY, FileChoice, open_folder, weight_files
-from pbe.checkpoints.layout import native_shapes
+from pbe.checkpoints.layout import PARTS, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
-from pbe.checkpoints.opened import Opened, build
+from pbe.checkpoints.opened import Opened, build, numbers
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
+from pbe.checkpoints.runs import carried_config, of_run, told
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
 from pbe.checkpoints.usage import UNSAID, Usage
@@ -26,6 +28,8 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
 Config = ModelConfig | str | Path | None
+MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+PART_NAMES = {f"{part}.": part.replace("_", " ") for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -54,49 +58,72 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     files: FileChoice = ANY,
+    raw_weights: bool = False,
 ) -> Loaded:
     """Load a model of any layout, strictly.
 
     Args:
         path: native folder; folder in diffusers' layout; folder or file with a checkpoint of the original
-            (Lightning's or a bare state dict, torch's or safetensors, whole or in shards).
+            (Lightning's or a bare state dict, torch's or safetensors, whole or in shards); folder of a run,
+            whose model or newest checkpoint is meant.
         config: sizes, for files that do not give their own: a configuration, or a YAML of this project or
-            of the original. None takes the YAML beside a checkpoint, or the official sizes.
+            of the original. None takes what a training checkpoint carries, the YAML beside a checkpoint, or
+            the official sizes.
         device: where the model goes.
         dtype: type of the weights in memory; None means float32.
         files: which copies of the weights, where a folder holds several.
+        raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
 
     Raises:
         UserError: nothing there, damaged, not such a model (the error says what it looks like), missing,
-            unexpected or misshapen keys, or weights that are not finite.
+            unexpected or misshapen keys, an incomplete average, or weights that are not finite.
     """
-    opened = open_checkpoint(path, config, files)
+    opened = open_checkpoint(path, config, files, raw_weights=raw_weights)
     model = build(opened, dtype or torch.float32).to(device)
     return Loaded(model, opened.layout, opened.usage, opened.safety_checker, opened.notes)
 
 
-def open_checkpoint(path: str | Path, config: Config = None, files: FileChoice = ANY) -> Opened:
+def open_checkpoint(
+    path: str | Path, config: Config = None, files: FileChoice = ANY, *, raw_weights: bool = False
+) -> Opened:
     """Recognise a model of any layout and check its keys and shapes; no weight is read.
 
     Arguments and errors are those of :func:`load_checkpoint`, but for the finiteness of the weights.
     """
     path = Path(path)
-    if path.is_file():
-        files.narrow([path], f"'{path}'")
-        return _open_state(path, open_weights(path), config)
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
-    if _is_native(path):
+    place, notes = of_run(path, raw_weights=raw_weights) if path.is_dir() else (path, [])
+    try:
+        opened = _open(place, config, files, raw_weights)
+    except MALFORMED as error:  # of a setting that has another type, or another form, than it should
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"'{place}': a setting in its files cannot be read ({why}); copy the model again"
+        ) from error
+    return replace(opened, tensors=numbers(opened), notes=(*notes, *opened.notes))
+
+
+def _open(path: Path, config: Config, files: FileChoice, raw_weights: bool) -> Opened:
+    if not path.is_dir():
+        files.narrow([path], f"'{path}'")
+        return _open_state(path, open_weights(path), config, raw_weights)
+    native, parts = _is_native(path), find_parts(path)
+    finished = native or bool(parts.keys() - {"safety_checker"})  # a checker alone may lie beside any model
+    if finished and raw_weights:
+        raise UserError(
+            f"'{path}' holds one set of weights only; --raw-weights is for a training's checkpoints and runs"
+        )
+    if native:
         files.narrow(weight_files(path), f"'{path}'")
         return open_native(path, _typed(config, path))
-    parts = find_parts(path)
-    if parts.keys() - {"safety_checker"}:  # a checker alone may lie beside any model
+    if finished:
         return open_diffusers(path, parts, _typed(config, path), files)
     if (path / "model_index.json").is_file():
         raise UserError(
             f"'{path}' is not a complete model: it has a model_index.json, but no network; copy it again"
         )
-    return _open_state(path, open_folder(path, files), config)
+    return _open_state(path, open_folder(path, files), config, raw_weights)
 
 
 def _typed(config: Config, path: Path) -> ModelConfig | None:
@@ -118,23 +145,21 @@ def _is_native(folder: Path) -> bool:
     return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rpartition("-")[0])
 
 
-def _open_state(path: Path, weights: Weights, config: Config) -> Opened:
+def _open_state(path: Path, weights: Weights, config: Config, raw_weights: bool) -> Opened:
     """Open the state dict of a whole model."""
-    tensors = _without_wrapper(weights.tensors)
-    layout = layout_of(tensors)
+    found = sort_out(weights)
+    config = carried_config(weights) if config is None else config
+    layout = layout_of(found)
     if layout == COMPVIS:
-        return open_compvis(path, weights, config)
+        return open_compvis(path, weights, found, config, raw_weights=raw_weights)
+    whole = found.plain | found.strangers
     if layout is None:
-        raise UserError(f"{weights.source} is not a whole model. {describe(tensors)}")
-    sizes, assumed = resolve_config(config, path, tensors)
+        raise UserError(f"{weights.source} is not a whole model. {describe(whole)}")
+    sizes, assumed = resolve_config(config, path, found.plain)
     expected = native_shapes(sizes)
-    check_shapes(shapes(tensors), shapes(expected), weights.source, describe(tensors))
-    notes = ("no configuration beside it: taken for the official sizes",) if assumed else ()
-    return Opened(weights.source, NATIVE, sizes, {key: tensors[key] for key in expected}, notes)
-
-
-def _without_wrapper(tensors: Lazies) -> Lazies:
-    """Take off the name of the attribute that holds the model in a training task's state dict."""
-    if not any(key.startswith("model.unet.") for key in tensors):
-        return tensors
-    return {re.sub(r"^model\.", "", key): value for key, value in tensors.items() if key.startswith("model.")}
+    tensors, notes = choose(found, expected, weights.source, raw_weights=raw_weights)
+    check_shapes(shapes(tensors), shapes(expected), weights.source, describe(whole), PART_NAMES)
+    notes += [*weights.notes, *told(weights, sizes), *left_out(found.strangers)]
+    if assumed:
+        notes.append("no configuration beside it: taken for the official sizes")
+    return Opened(weights.source, NATIVE, sizes, {key: tensors[key] for key in expected}, tuple(notes))

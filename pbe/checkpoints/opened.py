@@ -9,10 +9,13 @@ import torch
 
 from pbe.checkpoints.layout import empty_model
 from pbe.checkpoints.strict import checked
-from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.tensors import Lazies, whole
 from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig
+from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+
+WHOLE = ("num_batches_tracked", "position_ids", "_index")  # names that end so are of counters and indices
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,26 @@ class Opened:
     notes: tuple[str, ...] = field(default=())
     usage: Usage = UNSAID
     safety_checker: Path | None = None
+
+
+def numbers(opened: Opened) -> Lazies:
+    """Return the tensors of a model with counters and indices as whole numbers, whatever the files hold.
+
+    Raises:
+        UserError: weights that are no floating-point numbers.
+    """
+    wrong = [
+        key
+        for key, tensor in opened.tensors.items()
+        if not tensor.dtype.is_floating_point and not key.endswith(WHOLE)
+    ]
+    if wrong:
+        kind = str(opened.tensors[wrong[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{opened.source}: {len(wrong)} weights are no floating-point numbers, such as '{wrong[0]}' "
+            f"({kind}); quantised files are not supported, take the fp16 one"
+        )
+    return {key: whole(tensor) if key.endswith(WHOLE) else tensor for key, tensor in opened.tensors.items()}
 
 
 def build(opened: Opened, dtype: torch.dtype | None) -> LatentDiffusion:

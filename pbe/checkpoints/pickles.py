@@ -33,6 +33,10 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+# Types without a storage of their own are written as bytes, with their type beside them.
+BARE_TYPES = (
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "uint16", "uint32", "uint64",
+)  # fmt: skip
 BUILTINS = ("builtins", "__builtin__", "io", "_io")
 HARMFUL_BUILTINS = (
     "eval", "exec", "execfile", "compile", "open", "open_code", "file", "FileIO", "input", "__import__",
@@ -63,6 +67,10 @@ class Record:
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> LazyTensor:
         """Describe a tensor in the storage; ``offset`` and ``stride`` count elements."""
+        raise NotImplementedError
+
+    def typed(self, dtype: torch.dtype) -> Record:
+        """Return the same bytes as numbers of another type."""
         raise NotImplementedError
 
 
@@ -99,6 +107,13 @@ class ScriptModule(Placeholder):
             self.attributes = state
 
 
+def _rebuild(record: Any, offset: int, size: Any, stride: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return a tensor of a storage; of a kind of storage that is not known here, what stands for it."""
+    if isinstance(record, Placeholder):
+        return record
+    return (record if dtype is None else record.typed(dtype)).tensor(offset, tuple(size), tuple(stride))
+
+
 def script_module(origin: str) -> type[ScriptModule]:
     """Make the class that stands for the program's class ``origin``."""
     return type("ScriptModule", (ScriptModule,), {"origin": origin})
@@ -121,9 +136,16 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._known: dict[tuple[str, str], object] = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): lambda size=(): tuple(size),
-            ("torch._utils", "_rebuild_tensor_v2"): lambda record, offset, size, stride, *rest: record.tensor(
-                offset, tuple(size), tuple(stride)
+            ("torch._utils", "_rebuild_tensor_v2"): lambda record, offset, size, stride, *rest: _rebuild(
+                record, offset, size, stride
             ),
+            (
+                "torch._utils",
+                "_rebuild_tensor_v3",
+            ): lambda record, offset, size, stride, grad, hooks, kind, *rest: _rebuild(
+                record, offset, size, stride, kind
+            ),
+            ("torch.storage", "UntypedStorage"): torch.uint8,
             ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
             ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *rest: data,
         }
@@ -134,6 +156,8 @@ class RestrictedUnpickler(pickle.Unpickler):
             return self._known[module, name]
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module == "torch" and name in BARE_TYPES:
+            return getattr(torch, name)
         if module.partition(".")[0] == "__torch__":  # where TorchScript puts a program's classes
             return script_module(f"{module}.{name}")
         harmful = module in BUILTINS and name in HARMFUL_BUILTINS
@@ -147,6 +171,8 @@ class RestrictedUnpickler(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> Any:
         """Return the record that a tensor's reference to its storage means."""
         kind, dtype, key, _, count = reference
+        if kind == "storage" and isinstance(dtype, type) and issubclass(dtype, Placeholder):
+            return dtype()  # complex or quantised numbers, which no weight here is made of
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"an unknown kind of storage ({kind!r})")
         return self._locate(StorageRef(str(key), dtype, int(count)))

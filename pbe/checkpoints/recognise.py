@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pbe.checkpoints.averages import Sorted
 from pbe.checkpoints.tensors import Lazies
 
 NATIVE = "native"
@@ -32,17 +33,22 @@ SIGNS = (
     ("input_blocks.", "a UNet alone in the original's layout, not a whole model"),
     ("down.", "the UNet alone of a native folder; give the whole folder"),
 )
+# Of the networks' names; two of them make most of a model.
+WHOLE = {
+    COMPVIS: ("first_stage_model.", "cond_stage_model."),
+    NATIVE: ("unet.", "autoencoder.", "exemplar_encoder."),
+}
 TEXT = "cond_stage_model.transformer.text_model."
 
 
-def layout_of(tensors: Lazies) -> str | None:
-    """Return ``compvis`` or ``native`` for the state dict of a whole model; None for anything else."""
-    if any(key.startswith("model.diffusion_model.") for key in tensors):
+def layout_of(found: Sorted) -> str | None:
+    """Return ``compvis`` or ``native`` for the state dict of a whole model, or of most of it; else None."""
+    names = [*found.plain, *found.average]
+    if any(key.startswith(("model.diffusion_model.", "diffusion_model")) for key in names):
         return COMPVIS
-    if any(key.startswith("unet.") for key in tensors) and any(
-        key.startswith("autoencoder.") for key in tensors
-    ):
-        return NATIVE
+    for layout, prefixes in WHOLE.items():
+        if sum(any(key.startswith(prefix) for key in names) for prefix in prefixes) > 1:
+            return layout
     return None
 
 
@@ -50,16 +56,19 @@ def describe(tensors: Lazies) -> str:
     """Return a sentence on what the file looks like and, where that helps, what to do."""
     if any(key.startswith(TEXT) for key in tensors):
         return text_to_image(_inputs(tensors))
+    if any(".lora" in key for key in tensors):
+        return "It looks like a LoRA, not a whole model."
     for prefix, what in SIGNS:
         if any(key.startswith(prefix) for key in tensors):
             return f"It looks like {what}."
-    if layout_of(tensors) == COMPVIS:
+    layout = layout_of(Sorted(tensors, {}, {}))
+    if layout == COMPVIS:
         if not any(key.startswith("cond_stage_model.") for key in tensors):
             return f"It looks like the original's layout without an exemplar encoder ({_channels(tensors)})."
         return (
             f"It looks like the original's layout ({_channels(tensors)}); is the configuration the right one?"
         )
-    if layout_of(tensors) == NATIVE:
+    if layout == NATIVE:
         return f"It looks like the native layout ({_channels(tensors)}); is the configuration the right one?"
     return "It looks like none of the layouts known here (native, the original's, diffusers')."
 

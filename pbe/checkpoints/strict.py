@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from pbe.checkpoints.tensors import Lazies, LazyTensor, cast, lazy
@@ -16,7 +18,9 @@ def shapes(tensors: Lazies) -> Shapes:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def check_shapes(found: Shapes, expected: Shapes, source: str, hint: str = "") -> None:
+def check_shapes(
+    found: Shapes, expected: Shapes, source: str, hint: str = "", parts: Mapping[str, str] | None = None
+) -> None:
     """Compare keys and shapes.
 
     Args:
@@ -24,17 +28,30 @@ def check_shapes(found: Shapes, expected: Shapes, source: str, hint: str = "") -
         expected: what the model wants.
         source: named in the error.
         hint: what the file looks like, said at the end of the error.
+        parts: names of networks by the prefix of their keys, to be told that a whole one is missing.
 
     Raises:
         UserError: lists missing, unexpected and misshapen keys, the first ten of each and their number.
     """
+    absent = {
+        prefix: name
+        for prefix, name in (parts or {}).items()
+        if not any(key.startswith(prefix) for key in found)
+    }
     both = sorted(expected.keys() & found.keys())
+    missing = [key for key in sorted(expected.keys() - found.keys()) if not key.startswith(tuple(absent))]
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
+        "missing": missing,
         "unexpected": sorted(found.keys() - expected.keys()),
         "misshapen": [key for key in both if found[key] != expected[key]],
     }
     lines = [
+        f"no {name} (all {sum(key.startswith(prefix) for key in expected)} tensors of {prefix}*)"
+        for prefix, name in absent.items()
+    ]
+    if absent and not any(problems.values()):
+        hint = "Take a file that holds the whole model"
+    lines += [
         f"{len(keys)} {kind}: {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}"
         for kind, keys in problems.items()
         if keys

@@ -58,6 +58,20 @@ def cast(source: LazyTensor, dtype: torch.dtype | None) -> LazyTensor:
     return LazyTensor(source.shape, dtype, lambda: source.read().to(dtype))
 
 
+def whole(source: LazyTensor) -> LazyTensor:
+    """Return floating-point numbers that stand for whole ones as int64."""
+    if not source.dtype.is_floating_point:
+        return source
+    return LazyTensor(source.shape, torch.int64, lambda: source.read().float().nan_to_num().round().long())
+
+
+def widened(source: LazyTensor) -> LazyTensor:
+    """Return a tensor of 8-bit floats as float16, which holds each of their numbers exactly; others as is."""
+    if source.dtype.is_floating_point and source.dtype.itemsize == 1:
+        return LazyTensor(source.shape, torch.float16, lambda: source.read().to(torch.float16))
+    return source
+
+
 def reshaped(source: LazyTensor, shape: Sequence[int]) -> LazyTensor:
     """Return ``source`` in another shape of as many elements."""
     return LazyTensor(tuple(shape), source.dtype, lambda: source.read().reshape(tuple(shape)))

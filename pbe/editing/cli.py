@@ -85,6 +85,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="YAML with the sizes of a checkpoint that says none",
     )
+    group.add_argument(
+        "--raw-weights", action="store_true", help="the plain weights of a training, not the average"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
     group.add_argument(
         "--cache-dir", type=expand_home, metavar="FOLDER", help="where models of the Hub are kept"

@@ -118,9 +118,10 @@ class PaintByExample(MemorySettings, DiffusersNames):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        raw_weights: bool = False,
         **others: Any,
     ) -> PaintByExample:
-        """Load a model: a folder in any layout, a checkpoint file, or a repository of the Hugging Face Hub.
+        """Load a model: a folder in any layout or of a run, a checkpoint, or a repository of the Hub.
 
         Args:
             pretrained_model_name_or_path: folder, file, or ``owner/name`` on the Hub.
@@ -138,6 +139,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
             cache_dir: where downloads go; None is huggingface_hub's cache.
             local_files_only: use what is cached and stay offline.
             token: for private repositories; None is the one of ``hf auth login``.
+            raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
             others: arguments of diffusers' pipelines: ``torch_dtype``, ``device_map`` (one device),
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
@@ -149,7 +151,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
         hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
         path = pretrained_model_name_or_path
-        parts = load_parts(path, config, solver, safety_checker, hub, theirs)
+        parts = load_parts(path, config, solver, safety_checker, hub, theirs, raw_weights=raw_weights)
         pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
         return pipe

@@ -189,6 +189,8 @@ def load_parts(
     safety_checker: Checker,
     hub: Hub,
     theirs: Theirs,
+    *,
+    raw_weights: bool = False,
 ) -> dict[str, Any]:
     """Load a model, its sampling settings and its safety checker; returns what a pipeline is made of.
 
@@ -199,6 +201,7 @@ def load_parts(
         safety_checker: ``auto``, None, a folder or Hub id, or the network.
         hub: how the Hub is asked.
         theirs: type and device of the weights, and what else diffusers' arguments ask for.
+        raw_weights: take a training checkpoint's plain weights instead of the averaged ones.
 
     Raises:
         UserError: see ``PaintByExample.from_pretrained``.
@@ -207,7 +210,12 @@ def load_parts(
     _check_dtype(dtype)
     folder = hub.find(path_or_hub_id)
     loaded = load_checkpoint(
-        folder, config=_sizes(config), device=usable_device(place), dtype=dtype, files=hub.files
+        folder,
+        config=_sizes(config),
+        device=usable_device(place),
+        dtype=dtype,
+        files=hub.files,
+        raw_weights=raw_weights,
     )
     usage = _usage(loaded, solver, theirs)
     schedule = schedule_of(

@@ -97,6 +97,7 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[Pa
         watermark=options.watermark or None,
         cache_dir=options.cache_dir,
         local_files_only=options.offline,
+        raw_weights=options.raw_weights,
     )
     if options.spacing or options.karras:
         choice = pipe.choice

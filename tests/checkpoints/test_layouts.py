@@ -219,18 +219,6 @@ def test_a_tower_as_transformers_5_names_it_in_a_checkpoint(small: LatentDiffusi
     assert same_weights(load_checkpoint(tmp_path / "model.ckpt", config=small_config()).model, small)
 
 
-def test_averaged_copies_and_loss_are_left_out_and_said(small: LatentDiffusion, tmp_path: Path) -> None:
-    state = original_state(small) | {
-        "model_ema.decay": torch.tensor(0.9999),
-        "model_ema.diffusion_modelout2bias": torch.ones(4),
-        "first_stage_model.loss.logvar": torch.zeros(1),
-    }
-    torch.save(state, tmp_path / "model.ckpt")
-    loaded = load_checkpoint(tmp_path / "model.ckpt", config=small_config())
-    assert same_weights(loaded.model, small)
-    assert any(note.startswith("2 averaged (EMA) copies") for note in loaded.notes)
-
-
 def test_full_precision_is_taken_before_a_variant(folders: dict[str, Path], small: LatentDiffusion) -> None:
     part = folders["diffusers"] / "unet"
     (path,) = part.glob("*.safetensors")

@@ -75,10 +75,7 @@ def test_a_crafted_payload_does_not_run(tmp_path: Path, kind: str, place: str) -
     ("content", "match"),
     [
         ({"state_dict": Payload(harmless_looking, "x")}, "no weights where they should be but an object of"),
-        (
-            {"state_dict": {"w": torch.ones(1), "v": Payload(harmless_looking, "x")}},
-            "1 entries are no tensors: v",
-        ),
+        ({"state_dict": {"v": Payload(harmless_looking, "x")}}, "no state dict"),
         ({"state_dict": {}}, "no state dict"),
         ([torch.ones(2)], "no state dict"),
         (Payload(harmless_looking, "x"), "an object of"),

@@ -67,6 +67,7 @@ class GenerateSettings:
         preserve_background: keep every pixel outside the mask; off, as in the original, they pass through
             autoencoder and diffusion.
         conventions: of preparing the inputs, ``original`` or ``diffusers``; None is the model's.
+        raw_weights: the plain weights of a training instead of the averaged ones.
         threads: CPU threads of each process; part of the settings for the same reason. GPUs do not care.
         accelerator: Lightning's: ``auto``, ``cpu``, ``gpu``, ...
         devices: how many; ``auto`` is all GPUs, or as many processes as torch would use CPU threads.
@@ -86,6 +87,7 @@ class GenerateSettings:
     dtype: str = "fp32"
     preserve_background: bool = True
     conventions: str | None = None
+    raw_weights: bool = False
     threads: int = 1
     accelerator: str = "auto"
     devices: int | str = "auto"
@@ -121,6 +123,8 @@ class GenerateSettings:
         fields = asdict(self)
         where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
         identity = {name: value for name, value in fields.items() if name not in where}
+        if not self.raw_weights:  # folders that were begun before there was a choice go on
+            del identity["raw_weights"]
         return identity | {"conventions": self.conventions or MODELS_OWN}
 
 
@@ -181,7 +185,11 @@ class _EditTask(pl.LightningModule):
         else:
             dtype = torch_dtype(self.settings.dtype)
             self.pipe = PaintByExample.from_pretrained(
-                self.source, dtype=dtype, device=self.device, safety_checker=None
+                self.source,
+                dtype=dtype,
+                device=self.device,
+                safety_checker=None,
+                raw_weights=self.settings.raw_weights,
             )
         self.pipe.set_progress_bar_config(disable=True)
 
