@@ -113,8 +113,9 @@ def find_pictures(
     table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
     copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
     unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
-    dropped[TWICE] += copies.sum() - unique.height
-    dropped[AMBIGUOUS_STEM] += table.height - copies.sum()
+    alike = int(copies.sum())
+    dropped[TWICE] += alike - unique.height
+    dropped[AMBIGUOUS_STEM] += table.height - alike
     return complete(unique), +dropped
 
 

@@ -159,14 +159,14 @@ def _owners(documents: Sequence[_Document], names: list[str], root: Path) -> lis
     taken = {rows[0] for rows in own if len(rows) == 1}
     owners: list[int | str] = []
     for document, rows in zip(documents, own, strict=True):
-        row = named.get(document.filename)
+        match = named.get(document.filename)
         if len(rows) == 1:
-            other = row is not None and row != AMBIGUOUS and row != rows[0] and row not in taken
+            other = match not in (None, AMBIGUOUS, rows[0]) and match not in taken
             owners.append(CONTRADICTORY if other else rows[0])
-        elif row == AMBIGUOUS or (rows and row not in rows):
+        elif match == AMBIGUOUS or (rows and match not in rows):
             owners.append(AMBIGUOUS_NAME)
         else:
-            owners.append(MISSING if row is None or (row in taken and not rows) else row)
+            owners.append(MISSING if match is None or (match in taken and not rows) else match)
     return owners
 
 
