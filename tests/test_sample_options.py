@@ -168,7 +168,7 @@ def test_a_file_of_damaged_metadata_is_edited_without_a_word(project_root: Path,
 def test_an_output_too_large_for_its_format(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
     call = arguments(model, files, "--height", "20000")
     del call[call.index("--out") : call.index("--out") + 2]
-    message = "the edit has 40x20000 pixels, and a .webp file at most 16383 a side"
+    message = "the edit has 40x20000 pixels, a .webp file at most 16383 a side"
     assert message in complaint(capsys, [*call, "--output", f"{files}/new.webp"])
 
 
