@@ -17,6 +17,7 @@ from pbe.editing.problems import EditTypeError, say_once
 from pbe.editing.safety import load_safety_checker
 from pbe.editing.sampling import choose_solver
 from pbe.errors import UserError
+from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 
 AUTO = "auto"
@@ -70,7 +71,9 @@ def load_parts(
 def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
     if isinstance(config, Config):
         return config.model
-    if config is None or isinstance(config, str | Path | ModelConfig):
+    if isinstance(config, str | Path):
+        return expand_home(str(config))
+    if config is None or isinstance(config, ModelConfig):
         return config
     raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
 
