@@ -56,11 +56,16 @@ def decode_image(content: bytes) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says; without a readable one it stays as it is."""
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # any damage of the metadata, which Pillow reports in as many ways
-        return image
+    turn = needed_turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def needed_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image upright by its EXIF orientation; None where it is or says nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # any damage of the metadata, which Pillow reports in as many ways
+        return None
 
 
 def first_line(error: object) -> str:
