@@ -63,6 +63,7 @@ def upright(image: Image.Image) -> Image.Image:
 def needed_turn(image: Image.Image) -> Image.Transpose | None:
     """Return what turns an image upright by its EXIF orientation; None where it is or says nothing."""
     try:
+        image.load()  # Pillow turns a TIFF by itself here
         return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # any damage of the metadata, which Pillow reports in as many ways
         return None
