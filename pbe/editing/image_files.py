@@ -14,7 +14,7 @@ from pbe.editing.problems import EditValueError
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 ORIENTATION = 0x0112
-TURNS = {
+TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
