@@ -229,7 +229,7 @@ def check_format(target: Path, size: tuple[int, int], options: argparse.Namespac
     longest = LONGEST_SIDE.get(target.suffix.lower())
     if longest is not None and max(size) > longest:
         raise UserError(
-            f"--output '{target}': the edit has {size[1]}x{size[0]} pixels, and a {target.suffix} file at most "
+            f"--output '{target}': the edit has {size[1]}x{size[0]} pixels, a {target.suffix} file at most "
             f"{longest} a side; take another ending"
         )
 

@@ -15,7 +15,6 @@ from pbe.editing.problems import say_once
 
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 LEAST_DPI, MOST_DPI = 2, 65535  # a TIFF without a unit says 1; a JPEG can say no more
-SRGB, LAB = "sRGB", "LAB"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def profile_of(image: Image.Image, what: str = "image") -> Profile | None:
         what: how the remark calls it.
     """
     content = image.info.get("icc_profile")
-    if not content or image.mode == LAB:  # L*a*b* needs none
+    if not content or image.mode == "LAB":  # L*a*b* needs none
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(content))
@@ -56,7 +55,9 @@ def profile_of(image: Image.Image, what: str = "image") -> Profile | None:
         if space not in _spaces(image.mode):
             say_once(f"{what}: its colour profile, of {space} colours, does not fit and is left out")
             return None
-        ImageCms.buildTransform(source, ImageCms.createProfile(SRGB), {"GRAY": "L"}.get(space, space), "RGB")
+        ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), {"GRAY": "L"}.get(space, space), "RGB"
+        )
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         say_once(f"{what}: its colour profile is damaged and left out ({first_line(error)})")
         return None
@@ -72,11 +73,11 @@ def _spaces(mode: str) -> tuple[str, ...]:
 
 def lab_to_srgb(image: Image.Image) -> Image.Image:
     """Convert an image of mode LAB (CIE L*a*b*, D50) to RGB in sRGB."""
-    return _to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile(LAB)))
+    return _to_srgb(image, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
 
 
 def _to_srgb(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Image:
-    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile(SRGB), outputMode="RGB")
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     assert converted is not None  # it is None only where the image is changed in place
     return converted
 

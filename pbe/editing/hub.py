@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from pbe.checkpoints.folders import ANY, SHARD, STRANGERS, SUFFIXES, FileChoice, is_pickle, variant_of
 from pbe.editing.places import require_place
 from pbe.errors import UserError
+from pbe.files import expand_home
 
 NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
 COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
@@ -99,7 +100,7 @@ class Hub:
         folder = snapshot_download(
             name,
             revision=self.revision,
-            cache_dir=self.cache_dir,
+            cache_dir=None if self.cache_dir is None else expand_home(str(self.cache_dir)),
             token=self.token,
             force_download=self.force_download,
             local_files_only=offline,

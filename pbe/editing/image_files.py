@@ -14,7 +14,7 @@ from pbe.editing.problems import EditValueError
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 ORIENTATION = 0x0112
-TURNS = {
+TURNS: dict[int | None, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,11 +56,17 @@ def decode_image(content: bytes) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says; without a readable one it stays as it is."""
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # any damage of the metadata, which Pillow reports in as many ways
-        return image
+    turn = needed_turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def needed_turn(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image upright by its EXIF orientation; None where it is or says nothing."""
+    try:
+        image.load()  # Pillow turns a TIFF by itself here
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # any damage of the metadata, which Pillow reports in as many ways
+        return None
 
 
 def first_line(error: object) -> str:

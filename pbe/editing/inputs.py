@@ -101,8 +101,8 @@ def matched(
         if remark := aspect_remark(hole.shape, size):
             say_once(f"mask_image: {remark}")
     holes = [fit_mask(hole, size) for hole in holes]
-    pictures, holes, tags = (items * (count // len(items)) for items in (pictures, holes, tags))
-    return Batch(exemplars, pictures, holes, copies, tags)
+    pictures, holes = (items * (count // len(items)) for items in (pictures, holes))
+    return Batch(exemplars, pictures, holes, copies, tags * (count // len(tags)))
 
 
 def read_exemplars(value: Any) -> list[Exemplar]:

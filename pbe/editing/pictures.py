@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.editing.colour import carried, lab_to_srgb, profile_of
-from pbe.editing.image_files import decode_image, first_line
+from pbe.editing.image_files import decode_image, first_line, needed_turn
 from pbe.editing.problems import EditTypeError, EditValueError, say_once
 from pbe.mask_reading import BY_LUMINANCE, MASK_FROM, UnclearMaskError, read_mask_image
 
@@ -207,6 +207,7 @@ def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) ->
         value = Image.fromarray(plain)
     if not isinstance(value, Image.Image):
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
+    _tell_turn(value, what)
     return _named(lambda: picture_from_image(value, what, own_profile=own_profile), what)
 
 
@@ -238,6 +239,7 @@ def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> 
     if isinstance(value, np.ndarray):
         hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
     elif isinstance(value, Image.Image):
+        _tell_turn(value, what)
         hole = _told_mask(value, what)
     else:
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
@@ -255,6 +257,11 @@ def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point mask must lie in [0, 1]")
     return values >= 0.5 if half_is_hole else values > 0.5
+
+
+def _tell_turn(image: Image.Image, what: str) -> None:
+    if needed_turn(image) is not None:
+        say_once(f"{what}: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns it upright")
 
 
 def _told_mask(image: Image.Image, what: str) -> np.ndarray:

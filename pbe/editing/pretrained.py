@@ -24,6 +24,7 @@ from pbe.editing.safety import load_safety_checker
 from pbe.editing.sampling import choose_solver
 from pbe.editing.schedulers import solver_of
 from pbe.errors import UserError
+from pbe.files import expand_home
 from pbe.models import AutoencoderKL, ExemplarEncoder, UNet
 
 AUTO = "auto"
@@ -240,7 +241,9 @@ def load_parts(
 def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
     if isinstance(config, Config):
         return config.model
-    if config is None or isinstance(config, str | Path | ModelConfig):
+    if isinstance(config, str | Path):
+        return expand_home(str(config))
+    if config is None or isinstance(config, ModelConfig):
         return config
     raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
 

@@ -78,7 +78,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
         picture.save(buffer, kind, **settings, **carried)
     except (OSError, ValueError) as error:  # WebP ends at 16383 pixels, JPEG at 65535
         size = f"{picture.width}x{picture.height}"
-        raise UserError(f"cannot write '{path}', {size}, as {kind}: {error or 'too large'}") from error
+        raise UserError(f"cannot write '{path}', {size}, as {kind}: {str(error) or 'too large'}") from error
     _write(path, buffer.getvalue())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pbe.editing.image_files import ORIENTATION, PNG_START, decode_image, upright
+from pbe.editing.image_files import ORIENTATION, PNG_START, decode_image, needed_turn, upright
 from pbe.editing.problems import EditValueError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
@@ -40,6 +40,13 @@ def test_orientations_are_those_of_pillow(orientation: int):
     image = Image.open(io.BytesIO(encoded("PNG", orientation)))
     expected = np.asarray(ImageOps.exif_transpose(image))
     np.testing.assert_array_equal(np.asarray(decode_image(encoded("PNG", orientation))), expected)
+
+
+def test_a_tiff_that_pillow_turns_by_itself_is_turned_once():
+    content = encoded("TIFF", 6)
+    np.testing.assert_array_equal(np.asarray(decode_image(content)), np.rot90(PIXELS, -1))
+    assert needed_turn(Image.open(io.BytesIO(content))) is None
+    assert needed_turn(Image.open(io.BytesIO(encoded("PNG", 6)))) is not None
 
 
 DAMAGED = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from pbe.editing.pictures import as_mask, as_picture, aspect_remark, fit_mask, read_mask, read_picture
 from pbe.editing.problems import EditTypeError, EditValueError, say_once
@@ -263,6 +263,18 @@ def test_what_decided_about_a_mask_is_told(caplog: pytest.LogCaptureFixture):
     caplog.clear()
     assert as_mask(ones * 255, "told").sum() == 8
     assert caplog.text == "", "black and white needs no word"
+
+
+def test_a_pil_image_that_lies_on_its_side_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    say_once.cache_clear()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.jpg", Image.fromarray(COLOURS), exif=exif)
+    assert as_picture(Image.open(path), "x").shape[:2] == (12, 8)
+    assert caplog.text.count("x: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns") == 1
+    caplog.clear()
+    as_picture(ImageOps.exif_transpose(Image.open(path)), "upright")
+    assert caplog.text == ""
 
 
 def test_a_mask_of_another_aspect_is_told():

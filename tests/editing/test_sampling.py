@@ -98,15 +98,13 @@ class Method:
 def named(more: int, step: int, timestep: float, latents: torch.Tensor, again: int = 0) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "callback", [None, print, Method().watch, Method(), partial(named, 1), lambda *_: 3, dict.fromkeys]
-)
+@pytest.mark.parametrize("callback", [None, print, Method().watch, Method(), partial(named, 1), lambda *_: 3])
 def test_callbacks_of_every_form(callback: Any):
     check_callback(callback)
 
 
 @pytest.mark.parametrize(
-    "callback", [3, "print", lambda: None, lambda step, latents: None, named, partial(named, 1, 2)]
+    "callback", [3, "print", lambda: None, lambda step, latents: None, named, partial(named, 1, 2, 3)]
 )
 def test_callbacks_that_cannot_be_called(callback: Any):
     with pytest.raises(EditTypeError, match=r"^callback: ") as raised:
