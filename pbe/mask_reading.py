@@ -120,7 +120,7 @@ def _spread(colours: np.ndarray) -> np.ndarray:
 
 
 def _is_drawing(colours: np.ndarray) -> bool:
-    """Whether pixels, uint8 ``n 3``, are a drawing in black and white: both occur, and a quarter of them is either."""
+    """Whether pixels, uint8 ``n 3``, draw in black and white: both occur, and they are a quarter at least."""
     if (_spread(colours) > COLOURED).any():
         return False
     grey = _luminance(colours)

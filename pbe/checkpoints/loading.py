@@ -21,7 +21,6 @@ from pbe.checkpoints.opened import Opened, build, numbers
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
 from pbe.checkpoints.runs import carried_config, of_run, told
 from pbe.checkpoints.strict import check_shapes, shapes
-from pbe.checkpoints.tensors import Lazies
 from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig
 from pbe.errors import UserError

@@ -9,8 +9,7 @@ from torch import nn
 
 from pbe.editing.offload import Offload, offload_idle_parts
 from pbe.editing.preprocess import check_count
-from pbe.editing.pretrained import say_once
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.problems import EditTypeError, EditValueError, say_once
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing

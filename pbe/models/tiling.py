@@ -89,8 +89,10 @@ def _bands(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 def _residual(block: ResBlock, x: Tensor) -> Tensor:
     """Run a residual block without time embedding, with no map but ``x`` and its result in memory."""
-    h = _convolve(block.conv1, x, _norm_silu(block.norm1, x))
-    prepare, above = _norm_silu(block.norm2, h), None
+    # the autoencoder's norms are group norms: those over channels alone are the UNet's
+    first, second = cast(nn.GroupNorm, block.norm1), cast(nn.GroupNorm, block.norm2)
+    h = _convolve(block.conv1, x, _norm_silu(first, x))
+    prepare, above = _norm_silu(second, h), None
     for start, stop in _bands(*h.shape[2:]):
         # the result takes the place of its input, of which the next band still needs the last row
         last = h[:, :, stop - 1 : stop].clone()

@@ -22,7 +22,7 @@ class WholeHalf(HalfPrecision):
         super().__init__("bf16-true")
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+    def forward_context(self) -> Iterator[None]:
         """Leave torch's default type as it is."""
         yield
 

@@ -128,7 +128,7 @@ def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
 
     A model that finds no room, or no time before the process is killed, is made by the run that goes on.
     """
-    tried = [callback.tried for callback in trainer.callbacks if isinstance(callback, Checkpoints)]
+    tried = [callback.tried for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
     if tried != [trainer.global_step]:
         return
     try:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from pbe.editing.compositing import grey_out
-from pbe.editing.jobs import read_pairs
 from pbe.editing.output import EditOutput
+from pbe.editing.pairs import read_pairs
 from pbe.editing.pictures import read_mask, read_picture
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
