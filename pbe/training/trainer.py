@@ -6,15 +6,14 @@ import difflib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
@@ -71,7 +70,9 @@ def make_trainer(
     check_machine(options)
     own = options.strategy in STRATEGY_NAMES or not options.strategy.startswith(OTHER_FILES)
     precision = precision_plugin(options, cpu=on_cpu(options))
-    plugins = [plugin for plugin in (writer if own else None, precision, cluster()) if plugin is not None]
+    plugins: list[Any] = [
+        plugin for plugin in (writer if own else None, precision, cluster()) if plugin is not None
+    ]
     loggers = make_loggers(config, folder, step)
     made = _callbacks(config, folder, stop, writer) if callbacks is None else callbacks
     try:
