@@ -52,7 +52,7 @@ format: $(DEV_READY) ## mend what ruff can mend, and format
 	$(BIN)/ruff format .
 
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
-	PATH="$(abspath $(BIN)):$$PATH" bash scripts/train_toy_model.sh
+	$(BIN)/python scripts/train_toy_model.py
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.native import check_keys
@@ -70,11 +72,12 @@ class TrainResult:
     rank: int = 0
 
 
-def train(config: Config) -> TrainResult:
+def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
     """Train as configured, from the newest checkpoint when ``trainer.resume`` says so.
 
     Args:
         config: the experiment; see ``configs/``.
+        extra: callbacks beside the run's own.
 
     Raises:
         UserError: bad paths, a cache of other settings, unusable data, or a run that would be overwritten.
@@ -89,6 +92,7 @@ def train(config: Config) -> TrainResult:
     with stop.listening():
         model, config = build_model(config)
         trainer = make_trainer(config, folder, stop, begun)
+        trainer.callbacks[:0] = extra  # type: ignore[attr-defined] # before the checkpoint, which ends a step
         make_fast(model, config.trainer)
         task = make_task(config, model)
         if checkpoint is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from pbe.config import ModelConfig
@@ -16,6 +18,7 @@ from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.evaluation.toy.edits import EditSettings, edit_cases
 from pbe.evaluation.toy.scores import Row, Scorer
 from pbe.models import LatentDiffusion
+from pbe.training.diffusion_task import DiffusionTask
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,36 @@ def quick_values(row: Row) -> dict[str, float]:
         "similarity": row.similarity,
     }
     return {name: estimate.value for name, estimate in named.items() if estimate is not None}
+
+
+class ScoreCallback(pl.Callback):
+    """Scores the averaged weights of a training of the toy model on its way; rows ``toy/...`` of its log.
+
+    Args:
+        every: optimizer steps between scores.
+        settings: how edits are made.
+    """
+
+    def __init__(self, every: int, settings: QuickSettings | None = None) -> None:
+        self.every, self.settings = every, settings
+        self.scorer: QuickScorer | None = None
+        self.scored = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Score after every so many optimizer steps, on the first process."""
+        step = trainer.global_step
+        if step % self.every or step == self.scored or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, DiffusionTask)
+        self.scored = step  # accumulation ends several batches at one step
+        self.scorer = self.scorer or QuickScorer(pl_module.config.model, self.settings)
+        with pl_module.averaged_weights():
+            row = self.scorer.score(pl_module.model)
+        values = {f"toy/{name}": value for name, value in quick_values(row).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
 
 
 def score_checkpoint(model: LatentDiffusion, settings: QuickSettings | None = None) -> Row:
