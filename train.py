@@ -13,8 +13,7 @@ from pbe.cli import Parser, run_command  # without packages that might be missin
 
 EPILOG = """\
 overrides: trainer.max_steps=100 data.batch_size=8 ...; an unknown key is an error naming the nearest.
-The same command continues a run that was stopped (trainer.resume=auto); Ctrl-C and SIGTERM save a checkpoint
-and the weights so far.
+The same command continues a stopped run; Ctrl-C and SIGTERM save a checkpoint and the weights so far.
 """
 
 
@@ -65,17 +64,13 @@ def main(argv: list[str] | None = None) -> int:
     if not results:
         return 0
     (result,) = results
-    if result.rank:  # the first process speaks for all
-        return 128 + result.stopped_by if result.stopped_by else 0
-    if result.stopped_by:
+    if result.rank == 0:  # the first process speaks for all
         there = (result.model_dir / "config.json").is_file()
-        print(
-            f"stopped at step {result.steps}; the same command continues from {result.output_dir}/checkpoints"
-            + (f"; weights so far in {result.model_dir}" if there else "")
-        )
-        return 128 + result.stopped_by
-    print(f"{result.steps} steps, {result.seconds:.0f} s; weights in {result.model_dir}")
-    return 0
+        weights = f"; weights so far in {result.model_dir}" if there else ""
+        said = f"the same command continues from {result.output_dir}/checkpoints{weights}"
+        done = f"{result.steps} steps, {result.seconds:.0f} s; weights in {result.model_dir}"
+        print(f"stopped at step {result.steps}; {said}" if result.stopped_by else done)
+    return 128 + result.stopped_by if result.stopped_by else 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,15 @@ def make_parser() -> Parser:
     edit.add_argument(
         "--threads", type=int, default=0, help="CPU threads (default 1 a process; without --benchmark all)"
     )
-    bench = parser.add_argument_group("with --benchmark")
+    _add_benchmark(parser.add_argument_group("with --benchmark"))
+    toy = parser.add_argument_group("without --benchmark: the toy world")
+    toy.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
+    toy.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
+    toy.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
+    return parser
+
+
+def _add_benchmark(bench: argparse._ArgumentGroup) -> None:
     bench.add_argument("--cases", type=int, default=0, metavar="N", help="the first N only")
     bench.add_argument(
         "--preserve-background",
@@ -105,11 +113,6 @@ def make_parser() -> Parser:
     bench.add_argument("--mixture", type=Path, metavar="FILE", help="of QS, from scripts/fit_mixture.py")
     bench.add_argument("--rank-by", default="", metavar="SCORE", help="what best and worst edits are by")
     bench.add_argument("--show", type=int, default=8, help="best, worst and random edits on the page, each")
-    toy = parser.add_argument_group("without --benchmark: the toy world")
-    toy.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
-    toy.add_argument("--sheet", type=int, default=48, help="cases on the picture sheet, the first ones")
-    toy.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
-    return parser
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

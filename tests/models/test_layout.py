@@ -74,10 +74,10 @@ def test_pooling_is_a_map_of_each_position_and_one_of_all() -> None:
 
 def test_a_layout_knows_where_things_are_and_global_averages_do_not() -> None:
     """The condition of an exemplar whose maps are turned upside down changes with a layout only."""
-    with_layout, without = encoder_of(CONV_TOWER, pooled_stages=True), encoder_of(CONV_TOWER)
+    with_layout = encoder_of(CONV_TOWER, pooled_stages=True)
     without = randomised(ExemplarEncoder(replace(with_layout.config, layout_grid=0), 24))
     randomised(with_layout)
-    features = with_layout.features(torch.randn(1, 3, 64, 64))
+    features = torch.randn_like(with_layout.features(torch.randn(1, 3, 64, 64)))
     split = [with_layout.tower_width, features.shape[2] - with_layout.tower_width]
     averages, layout = features.split(split, dim=2)
     turned = torch.cat([averages, layout.view(1, 4, -1).flip(1).reshape(1, 1, -1)], dim=2)
