@@ -123,6 +123,8 @@ def check_kinds(base: DictConfig, addition: DictConfig, source: str, prefix: str
     Raises:
         UserError: the first key whose value is of another kind.
     """
+    if base._is_none():  # a mapping of any keys that was not given
+        return
     for key in addition:
         name = f"{prefix}{key!s}"
         if not isinstance(key, str) or key not in base or OmegaConf.is_interpolation(addition, key):
@@ -134,7 +136,7 @@ def check_kinds(base: DictConfig, addition: DictConfig, source: str, prefix: str
             check_kinds(wanted, given, source, f"{name}.")
             continue
         for kind, words in ((DictConfig, "a section of keys"), (ListConfig, f"a list, such as {name}=[...]")):
-            if isinstance(wanted, kind) and not isinstance(given, kind):
+            if isinstance(wanted, kind) and not isinstance(given, kind) and not wanted._is_none():
                 raise UserError(f"{source}: wrong value for '{name}': it is {words}, not {_shown(given)}")
         if isinstance(given, DictConfig | ListConfig) and not isinstance(wanted, DictConfig | ListConfig):
             raise UserError(f"{source}: wrong value for '{name}': it is a single value, not {_shown(given)}")

@@ -44,15 +44,21 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
 
 
-def check_file(path: str | Path) -> Path:
-    """Check that a file of outputs can be written, making its folder where that is missing, and return it.
+def check_file(path: str | Path, *, make: bool = True) -> Path:
+    """Check that a file of outputs can be written, and return its path.
+
+    Args:
+        path: of the file.
+        make: make its folder where that is missing; without it, the nearest folder that exists is tried.
 
     Raises:
         UserError: it is a folder, or nothing can be written there.
     """
     path = Path(path)
-    make_folder(path.parent)
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    if make:
+        make_folder(path.parent)
+    there = next((folder for folder in path.parents if folder.is_dir()), Path())
+    probe = there / f".{path.name}.{os.getpid()}"
     try:
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")

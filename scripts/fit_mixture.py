@@ -54,6 +54,7 @@ def fit(options: argparse.Namespace) -> Mixture:
     pictures = PictureFolder(options.pictures)
     check_fit(len(pictures.paths), options.components, options.seed)
     device = str(usable_device(options.device, "--device"))
+    check_file(options.out, make=False)
     tower = load_tower("clip", options.tower, weights, device)
     check_file(options.out)
     bar = tqdm(total=len(pictures.paths), desc="features", file=sys.stderr, disable=None)

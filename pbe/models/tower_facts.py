@@ -71,7 +71,7 @@ def tower_facts(config: ExemplarEncoderConfig) -> TowerFacts:
     means = {(tuple(each.get("mean", clip.mean)), tuple(each.get("std", clip.std))) for each in weights}
     mean, std = next(iter(means)) if len(means) == 1 else (clip.mean, clip.std)
     vision = known["vision_cfg"]
-    size = vision["image_size"]
+    size = vision.get("image_size", 0)
     fixed = "patch_size" in vision or "vit" in vision.get("timm_model_name", "")
     return TowerFacts(mean, std, int(size[0] if isinstance(size, (list, tuple)) else size), fixed)
 
