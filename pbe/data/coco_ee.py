@@ -344,13 +344,18 @@ def _others(
     """Return the images that objects are taken from."""
     if exemplars is None:
         return records
-    shared = set(sources.pictures["path"].to_list()) & set(exemplars.pictures["path"].to_list())
+    shared = _annotated(sources) & _annotated(exemplars)
     if shared:
         raise UserError(
             f"sources and exemplars share {len(shared)} pictures, such as '{min(shared)}'; "
             "name one of them alone to take objects from its other images"
         )
     return exemplars.records()
+
+
+def _annotated(found: Annotations) -> set[str]:
+    """Return the paths of the images that have boxes: two files of annotations may divide one folder."""
+    return set(found.pictures["path"].gather(found.boxes["picture"].unique()).to_list())
 
 
 def _require(count: int, wanted: int, lost: Counter[str]) -> None:
@@ -362,10 +367,9 @@ def _require(count: int, wanted: int, lost: Counter[str]) -> None:
     if count >= max(wanted, 1):
         return
     why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
-    raise UserError(
-        f"only {count} of {wanted or 'any number of'} cases could be made{f' ({why})' if why else ''}; "
-        "take more images or fewer cases"
-    )
+    made = f"only {count} of {wanted} cases" if wanted else "no case"
+    advice = "take more images or fewer cases" if wanted else "take more images"
+    raise UserError(f"{made} could be made{f' ({why})' if why else ''}; {advice}")
 
 
 def _write_cases(
