@@ -150,6 +150,14 @@ def test_what_is_in_the_way_is_counted(splits: tuple[Annotations, Annotations], 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_image_of_unknown_size_is_passed_over(tmp_path: Path) -> None:
+    found = split(tmp_path / "all", 0, 6)
+    (tmp_path / f"all/{2:012d}.png").write_bytes(b"junk")
+    assert build_benchmark(found, None, tmp_path / "bench", BuildSettings(cases=0)) == 5
+    with pytest.raises(UserError, match=r"only 5 of 6 cases could be made \(.*damaged.*: 1"):
+        build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
+
+
 def test_two_files_of_boxes_over_one_folder(tmp_path: Path) -> None:
     split(tmp_path / "all", 0, 8)
     header, *lines = (tmp_path / "all/boxes.csv").read_text().split("\n")

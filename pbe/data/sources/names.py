@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from pbe.data.sources.texts import shown
 
-AMBIGUOUS_NAME = "ambiguous image name"
+AMBIGUOUS_NAME = "ambiguous name"
 AMBIGUOUS = -1
 MAX_COMPARED = 5000  # names, for the nearest one
 

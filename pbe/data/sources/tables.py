@@ -51,7 +51,8 @@ class Table:
 
     def lacks(self, wanted: str) -> UserError:
         """Return the error that columns are missing."""
-        return UserError(f"'{self.path}' lacks {wanted}; it has the columns {shown(', '.join(self.names))}")
+        present = ", ".join(_REPEATED.sub("", name) for name in self.names)
+        return UserError(f"'{self.path}' lacks {wanted}; it has the columns {shown(present)}")
 
     def count(self, query: pl.LazyFrame) -> int:
         """Return the number of rows of a query on the rows."""

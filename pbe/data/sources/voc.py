@@ -171,9 +171,7 @@ def _owners(documents: Sequence[_Document], names: list[str], root: Path) -> lis
         elif match == AMBIGUOUS or (rows and match not in rows):
             owners.append(AMBIGUOUS_NAME)
         else:
-            owners.append(
-                MISSING if match is None else AMBIGUOUS_NAME if not rows and match in taken else match
-            )
+            owners.append(MISSING if match is None or (match in taken and not rows) else match)
     return owners
 
 
@@ -206,7 +204,8 @@ def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -
     for document, owner in zip(documents, owners, strict=True):
         found.take(document, owner)
     lost = [document for document, owner in zip(documents, owners, strict=True) if owner == MISSING]
-    missing = [document.filename or f"{document.stem}.jpg" for document in lost]
+    present = {"", *names}  # a stale <filename> may name the image of another XML
+    missing = [f"{one.stem}.jpg" if one.filename in present else one.filename for one in lost]
     if missing:
         found.notes.append(NameMatcher(names, root).explain(missing, place))
         if not any(isinstance(owner, int) for owner in owners):

@@ -68,7 +68,7 @@ def test_the_same_name_in_two_folders(tmp_path: Path, save: Save) -> None:
     assert left_sides(found) == {"camA/1.jpg": [], "camB/1.jpg": []}, "id 1 has two names"
     found = read(tmp_path, [image(7, "1.jpg"), image(8, "camB/1.jpg")], [box(7, 9), box(8, 8)])
     assert left_sides(found) == {"camA/1.jpg": [], "camB/1.jpg": [8]}
-    assert found.dropped_boxes == {"ambiguous image name": 1}
+    assert found.dropped_boxes == {"ambiguous name": 1}
 
 
 def test_a_name_of_the_folder_above(tmp_path: Path, save: Save) -> None:
@@ -78,7 +78,7 @@ def test_a_name_of_the_folder_above(tmp_path: Path, save: Save) -> None:
     images = [image(1, "1.jpg"), image(2, "camB/1.jpg"), image(3, "camB/2.jpg")]
     found = read(tmp_path, images, [box(1, 1), box(2, 2), box(3, 3)], "pics/camB")
     assert left_sides(found) == {"1.jpg": [], "2.jpg": [3]}
-    assert found.dropped_boxes == found.dropped_pictures == {"ambiguous image name": 2}
+    assert found.dropped_boxes == found.dropped_pictures == {"ambiguous name": 2}
 
 
 @pytest.mark.parametrize(("own", "named"), [("img_a", "img_a"), (1, "1"), ("1", 1.0), (2**70, str(2**70))])

@@ -49,7 +49,7 @@ def test_spreadsheets(tmp_path: Path, save: Save, content: bytes) -> None:
         (b"file,left,top,right,bottom\na.jpg,1,2,3,4\n", "lacks the columns x1, y1, x2, y2, or x, y"),
         (b"file,x1,X1,y1,x2,y2\na.jpg,1,1,2,3,4\n", "two columns 'x1'"),
         (b"file,x1,y1,x2,y2,x1\na.jpg,1,2,3,4,5\n", "two columns 'x1'"),
-        (b"a.jpg,20,20,70,60\n", "lacks the column 'file'"),
+        (b"a.jpg,20,20,70,60\n", "lacks the column 'file'.* has the columns 'a.jpg, 20, 20, 70, 60'"),
         (b"file,x1,y1,x2,y2\nb.jpg,1,2,3,4\n", "'b.jpg', which is not in .* the nearest file is 'a.jpg'"),
         (b"\x1f\x8b\x08", "compressed"),
         (b"", "not a CSV"),
@@ -77,8 +77,8 @@ def test_lines_are_counted_by_what_is_wrong_with_them(tmp_path: Path, save: Save
     assert [len(box.flags) for box in record.boxes] in ([1, 0], [0, 1])
     assert found.dropped_boxes == {
         "flag that is neither yes nor no": 1,
-        "ambiguous image name": 1,
+        "ambiguous name": 1,
         "picture missing": 1,
     }
-    assert found.dropped_pictures == {"ambiguous image name": 1, "picture missing": 1}
+    assert found.dropped_pictures == {"ambiguous name": 1, "picture missing": 1}
     assert "'gone.jpg', which is not in" in found.notes[0]

@@ -199,7 +199,7 @@ def test_texts_and_pictures_that_do_not_fit(tmp_path: Path, save: Save) -> None:
     found = read_yolo(tmp_path)
     assert [len(record.boxes) for record in found.records()] == [1, 1, 0, 0]
     assert found.dropped_boxes == found.dropped_pictures
-    assert found.dropped_boxes == {"ambiguous image name": 1, "picture missing": 1}
+    assert found.dropped_boxes == {"ambiguous name": 1, "picture missing": 1}
     assert "'gone', which is not in" in found.notes[0]
     for name in ("a", "b", "c"):
         (tmp_path / f"labels/{name}.txt").unlink()
