@@ -30,6 +30,7 @@ BRIGHT_COLOUR, OTHER_HUES = (
     0.02,
 )  # how bright one colour on black has to be, and how many pixels may differ
 AREA_SHARE = 0.002  # of the pixels: an even area of this size is no noise
+LOSSY = frozenset({"AVIF", "JPEG", "MPO", "WEBP"})
 SOFT_LEVELS = 8  # a soft edge passes through more greys than this
 
 
@@ -60,13 +61,14 @@ def read_mask_image(image: Image.Image) -> tuple[np.ndarray, str]:
         colours, alpha = _channels(image)
     except (ValueError, OSError) as error:
         raise UnclearMaskError(f"its colour mode {image.mode} has no meaning as a mask") from error
+    lossy = image.format in LOSSY
     if alpha is None:
-        return _from_colours(colours)
+        return _from_colours(colours, lossy)
     top = int(alpha.max())
     if top < OPAQUE_FROM:
         raise UnclearMaskError("it is transparent everywhere")
     if 2 * int(alpha.min()) >= top:
-        return _from_colours(colours)
+        return _from_colours(colours, lossy)
     visible = 2 * alpha.astype(np.int32) >= top
     if not _is_drawing(colours[visible]):
         return _binary(visible), BY_ALPHA
@@ -128,10 +130,10 @@ def _is_drawing(colours: np.ndarray) -> bool:
     return black > 0 and white > 0 and 4 * (black + white) >= grey.size
 
 
-def _from_colours(colours: np.ndarray) -> tuple[np.ndarray, str]:
+def _from_colours(colours: np.ndarray, lossy: bool) -> tuple[np.ndarray, str]:
     coloured = _spread(colours) > COLOURED
     if not coloured.any():
-        return _from_grey(_luminance(colours))
+        return _from_grey(_luminance(colours), lossy)
     value = colours.max(axis=2)
     bright = value >= BRIGHT_COLOUR // 2  # darker ones lie on soft edges, and their hue says little
     hues = colours[bright] * (255.0 / value[bright])[:, None]
@@ -145,23 +147,28 @@ def _share_of_other_hues(hues: np.ndarray) -> float:
     return float((differences > COLOURED).any(axis=1).mean())
 
 
-def _from_grey(grey: np.ndarray) -> tuple[np.ndarray, str]:
+def _from_grey(grey: np.ndarray, lossy: bool = False) -> tuple[np.ndarray, str]:
     top = int(grey.max())
     if top <= 1:
         return _binary(grey == 1), BY_ONES if top else BY_LUMINANCE
     if top < MASK_FROM:
         raise UnclearMaskError(_dark(f"{top} of 255"))
-    if _numbers_classes(grey):
+    if _numbers_classes(grey, lossy):
         raise UnclearMaskError("it is not black and white: its dark greys number classes or instances")
     return _binary(grey >= MASK_FROM), BY_LUMINANCE
 
 
-def _numbers_classes(grey: np.ndarray) -> bool:
+def _numbers_classes(grey: np.ndarray, lossy: bool) -> bool:
     """Whether several dark greys fill even areas, without the many greys in between that soft edges have."""
     even = np.ones(grey.shape, bool)
     even[:, 1:] &= grey[:, 1:] == grey[:, :-1]
     even[1:] &= grey[1:] == grey[:-1]
     even[1:, 1:] &= grey[1:, 1:] == grey[:-1, :-1]
     areas = np.bincount(grey[even], minlength=256)[:COLOURED]
-    between = np.bincount(grey.ravel(), minlength=256)[COLOURED:240]
-    return bool((areas > AREA_SHARE * grey.size).sum() > 1 and np.count_nonzero(between) < SOFT_LEVELS)
+    levels = np.bincount(grey.ravel(), minlength=256)
+    filled = np.flatnonzero(areas > AREA_SHARE * grey.size)
+    if len(filled) < 2 or np.count_nonzero(levels[COLOURED:240]) >= SOFT_LEVELS:
+        return False
+    # A lossy file makes even areas of 1 and 2 out of black, and mostly some 254 out of white as well.
+    lossy = lossy or bool(levels[255 - END : int(grey.max())].any())
+    return not (lossy and filled[-1] <= END)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pbe.cli import Parser, run_command
 from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmark
 from pbe.data.sources.reading import SourceOptions, read_source
+from pbe.data.sources.records import Annotations
 from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.toy.export import IMAGE_SIZE, export_toy_benchmark
@@ -100,11 +101,16 @@ def _build(options: argparse.Namespace) -> None:
     cases = (BuildSettings().cases if options.exemplars else 0) if options.cases is None else options.cases
     settings = BuildSettings(cases, options.seed, SIZE if options.size is None else options.size)
     settings.check()
-    sources = read_source(options.sources, SourceOptions(options.sources_split))
-    exemplars = None
-    if options.exemplars:
-        exemplars = read_source(options.exemplars, SourceOptions(options.exemplars_split))
+    sources = _read(options.sources, options.sources_split)
+    exemplars = _read(options.exemplars, options.exemplars_split) if options.exemplars else None
     print(f"{build_benchmark(sources, exemplars, options.out, settings, share or 0.0)} cases: {options.out}")
+
+
+def _read(source: str, split: str) -> Annotations:
+    found = read_source(source, SourceOptions(split))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found
 
 
 def _export_toy(options: argparse.Namespace) -> None:

@@ -133,6 +133,15 @@ def test_jpeg_noise_is_no_number_of_a_class(tmp_path: Path) -> None:
         assert ((read_mask_image(Image.open(tmp_path / "mask.jpg"))[0] == 255) == DRAWN).mean() > 0.99
 
 
+@pytest.mark.parametrize("quality", [10, 30, 50, 80, 95])
+def test_webp_noise_is_no_number_of_a_class(tmp_path: Path, quality: int) -> None:
+    """WebP fills even areas of nearly black, which JPEG does not."""
+    rows, columns = np.mgrid[:80, :100]
+    for drawn in ((rows - 40) ** 2 + (columns - 50) ** 2 < 625, (rows // 20 % 3 > 0) & (columns // 35 == 1)):
+        Image.fromarray(np.uint8(255) * drawn).convert("RGB").save(tmp_path / "mask.webp", quality=quality)
+        assert ((read_mask_image(Image.open(tmp_path / "mask.webp"))[0] == 255) == drawn).mean() > 0.98
+
+
 CLASSES = np.zeros((64, 64), np.uint8)
 CLASSES[4:20, 4:20], CLASSES[30:60, 30:60] = 1, 15
 BORDERED = CLASSES.copy()

@@ -310,9 +310,10 @@ def build_benchmark(
         UserError: the splits share files, the folder holds something, or there are too few cases.
     """
     settings.check()
-    records = _sorted_records(sources, validation_share)
+    damaged: list[Path] = []
+    records = _sorted_records(sources, validation_share, damaged)
     objects = _exemplars(_others(sources, exemplars, records), settings)
-    lost = Counter[str]()
+    lost = Counter({DAMAGED: len(damaged)}) if damaged else Counter[str]()
     every = [(record, _places(record, settings, objects, lost)) for record in records]
     usable = [(record, places) for record, places in every if places]
     _require(len(usable), settings.cases, lost)
@@ -325,8 +326,8 @@ def build_benchmark(
     return len(ids)
 
 
-def _sorted_records(sources: Annotations, validation_share: float) -> list[PictureRecord]:
-    records = sorted(sources.records(), key=lambda record: record.name)
+def _sorted_records(sources: Annotations, validation_share: float, bad: list[Path]) -> list[PictureRecord]:
+    records = sorted(sources.records(bad), key=lambda record: record.name)
     if not validation_share:
         return records
     wanted = held_out([record.name for record in records], validation_share)
@@ -344,13 +345,18 @@ def _others(
     """Return the images that objects are taken from."""
     if exemplars is None:
         return records
-    shared = set(sources.pictures["path"].to_list()) & set(exemplars.pictures["path"].to_list())
+    shared = _annotated(sources) & _annotated(exemplars)
     if shared:
         raise UserError(
             f"sources and exemplars share {len(shared)} pictures, such as '{min(shared)}'; "
             "name one of them alone to take objects from its other images"
         )
-    return exemplars.records()
+    return exemplars.records([])
+
+
+def _annotated(found: Annotations) -> set[str]:
+    """Return the paths of the images that have boxes: two files of annotations may divide one folder."""
+    return set(found.pictures["path"].gather(found.boxes["picture"].unique()).to_list())
 
 
 def _require(count: int, wanted: int, lost: Counter[str]) -> None:
@@ -362,10 +368,8 @@ def _require(count: int, wanted: int, lost: Counter[str]) -> None:
     if count >= max(wanted, 1):
         return
     why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
-    raise UserError(
-        f"only {count} of {wanted or 'any number of'} cases could be made{f' ({why})' if why else ''}; "
-        "take more images or fewer cases"
-    )
+    made, fewer = (f"only {count} of {wanted} cases", " or fewer cases") if wanted else ("no case", "")
+    raise UserError(f"{made} could be made{f' ({why})' if why else ''}; take more images{fewer}")
 
 
 def _write_cases(

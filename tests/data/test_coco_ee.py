@@ -150,6 +150,26 @@ def test_what_is_in_the_way_is_counted(splits: tuple[Annotations, Annotations], 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_image_of_unknown_size_is_passed_over(tmp_path: Path) -> None:
+    found = split(tmp_path / "all", 0, 6)
+    (tmp_path / f"all/{2:012d}.png").write_bytes(b"junk")
+    assert build_benchmark(found, None, tmp_path / "bench", BuildSettings(cases=0)) == 5
+    with pytest.raises(UserError, match=r"only 5 of 6 cases could be made \(.*damaged.*: 1"):
+        build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
+
+
+def test_two_files_of_boxes_over_one_folder(tmp_path: Path) -> None:
+    split(tmp_path / "all", 0, 8)
+    header, *lines = (tmp_path / "all/boxes.csv").read_text().split("\n")
+    parts = []
+    for name, part in (("one", lines[:8]), ("two", lines[8:]), ("both", lines[6:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *part]))
+        parts.append(read_csv(tmp_path / f"{name}.csv", tmp_path / "all"))
+    assert build_benchmark(parts[0], parts[1], tmp_path / "bench", BuildSettings(cases=4)) == 4
+    with pytest.raises(UserError, match="share 1 pictures"):
+        build_benchmark(parts[0], parts[2], tmp_path / "other", BuildSettings(cases=4))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_build_leaves_nothing_and_can_be_started_again(
     splits: tuple[Annotations, Annotations],

@@ -164,5 +164,5 @@ def test_what_exists_by_its_name_is_no_pattern(tmp_path: Path) -> None:
     assert find_shards(f"{folder}/shard-{{2,0}}.tar") == [files[2], files[0]]
     assert find_shards(f"{tmp_path}/my*/*/shard-[01].tar") == files[:2]
     assert len(find_shards(folder)) == 4
-    with pytest.raises(UserError, match="no shards"):
+    with pytest.raises(UserError, match="Unbalanced braces"):
         find_shards(f"{folder}/{{none")

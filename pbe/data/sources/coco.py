@@ -99,7 +99,8 @@ class _Collector:
             raise BadEntryError(BAD_ENTRY)
         number = self.number("image", entry.get("id"))
         licence = entry.get("license")
-        found = _Image(name, _size(entry), -1 if licence is None else self.number("license", licence))
+        size, problem = _size(entry)
+        found = _Image(name, size, -1 if licence is None else self.number("license", licence), problem)
         known = self.images.get(number)
         if known is not None and known.name != name:
             known.problem = AMBIGUOUS_ID
@@ -153,13 +154,13 @@ class _Collector:
                     self.dropped_boxes[str(error)] += 1
 
 
-def _size(entry: dict[str, Any]) -> Size:
-    """Return width and height, or twice None: half a size says nothing of how the picture was turned."""
+def _size(entry: dict[str, Any]) -> tuple[Size, str]:
+    """Return the size, and what is wrong with it; half a size says nothing of how the picture was turned."""
     try:
         width, height = scalars.side(entry.get("width")), scalars.side(entry.get("height"))
-    except ValueError as error:
-        raise BadEntryError(BAD_SIZE) from error
-    return (width, height) if width and height else (None, None)
+    except ValueError:
+        return (None, None), BAD_SIZE
+    return ((width, height) if width and height else (None, None)), ""
 
 
 def _merged(known: _Image | None, found: _Image) -> _Image:
@@ -191,11 +192,10 @@ class _Joined:
 
 def _join(found: _Collector, matcher: NameMatcher) -> _Joined:
     """Give every id of ``images`` its picture; ``rows`` are those of all files."""
-    usable = {number: image for number, image in found.images.items() if not image.problem}
+    unclear = {number for number, image in found.images.items() if image.problem == AMBIGUOUS_ID}
+    usable = {number: image for number, image in found.images.items() if number not in unclear}
     matched = matcher.match(image.name for image in usable.values())
-    joined = _Joined(
-        reasons={number: image.problem for number, image in found.images.items() if image.problem}
-    )
+    joined = _Joined(reasons=dict.fromkeys(unclear, AMBIGUOUS_ID))
     for number, image in usable.items():
         row = matched[image.name]
         if row is None or row == AMBIGUOUS:

@@ -111,6 +111,10 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open(encoding=encoding) as file:
             reader = _Reader(file)
+            if reader.peek() == "[":
+                raise UserError(
+                    f"'{path}' holds a list, as results of a detector do, where an object {{...}} belongs"
+                )
             yield from _members(reader)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
@@ -123,8 +127,6 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _members(reader: _Reader) -> Iterator[tuple[str, Any]]:
-    if reader.peek() == "[":
-        raise ValueError("it holds a list, as results of a detector do, where an object {...} belongs")
     reader.expect("{")
     closing = reader.expect("}") if reader.peek() == "}" else ""
     while not closing:

@@ -8,6 +8,7 @@ gives the box.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -87,7 +88,8 @@ def _read_file(path: str) -> LoadedMask:
 
 def _reason(error: str) -> str:
     """Return the reason without its numbers, so that the masks of a set are counted together."""
-    return "mask is " + error.partition(":")[0].removeprefix("it is ")
+    reason = re.split("[:;]", error)[0]
+    return f"mask {reason.removeprefix('it ')}" if reason.startswith("it ") else f"mask: {reason}"
 
 
 def _draw(text: str, width: int, height: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from pbe.data.sources.texts import shown
 
-AMBIGUOUS_NAME = "name that fits several pictures"
+AMBIGUOUS_NAME = "ambiguous name"
 AMBIGUOUS = -1
 MAX_COMPARED = 5000  # names, for the nearest one
 
@@ -120,6 +120,7 @@ class NameMatcher:
         same = {name: self._claim(name, row) for name, row in found.items() if row not in (None, AMBIGUOUS)}
         sure = bool(same) or any(self._covers(claim) for claim in claims.values())
         taken = {claim.row for claim in same.values()}
+        unclear = self._doubly_named(same, claims)
         refused: dict[str, int | None] = {
             name: None
             for name, claim in claims.items()
@@ -129,7 +130,20 @@ class NameMatcher:
         left = {name: claim for name, claim in claims.items() if refused.get(name, 0) is not None}
         strange = _strange_folders(left, same, claims, self._paths)
         refused = strange | refused
-        return found | {name: claim.row for name, claim in claims.items()} | refused
+        return found | {name: claim.row for name, claim in claims.items()} | refused | unclear
+
+    def _doubly_named(self, same: dict[str, _Claim], claims: dict[str, _Claim]) -> dict[str, int | None]:
+        """Refuse a file's own name and a longer one that starts above the root, if both are there.
+
+        ``1.jpg`` and ``camA/1.jpg`` are two images of one set, and the folder ``camA`` holds the second.
+        """
+        owners = {claim.row: name for name, claim in same.items()}
+        refused: dict[str, int | None] = {}
+        for name, claim in claims.items():
+            inside = len(self._paths[claim.row]) - self._above
+            if claim.row in owners and claim.common == len(claim.parts) > inside:
+                refused |= {name: AMBIGUOUS, owners[claim.row]: AMBIGUOUS}
+        return refused
 
     def _claim(self, name: str, row: int | None) -> _Claim:
         parts = tuple(clean_name(name).split("/"))
@@ -170,6 +184,10 @@ class NameMatcher:
     def nearest(self, name: str) -> str:
         """Return the file whose name is most like ``name``; empty if none is."""
         cleaned = clean_name(name)
+        end = "/" + cleaned.rpartition("/")[2]
+        same = next((each for each in self.names if f"/{each}".endswith(end)), "")
+        if same:
+            return same
         pool = self.names[:MAX_COMPARED]
         found = difflib.get_close_matches(cleaned, pool, 1, 0.6)
         if not found:

@@ -114,19 +114,29 @@ class Annotations:
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
-    def records(self) -> Iterator[PictureRecord]:
+    def records(self, unreadable: list[Path] | None = None) -> Iterator[PictureRecord]:
         """Yield every picture with its boxes in pixels; sizes that are not given are read from the files.
 
+        Args:
+            unreadable: takes pictures of unknown size that cannot be opened, and are passed over.
+
         Raises:
-            UserError: a picture of unknown size cannot be opened.
+            UserError: there is such a picture, and ``unreadable`` is None.
         """
         ends = box_ends(self.boxes, self.pictures.height)
         start = 0
         for row, end in zip(self.pictures.iter_rows(named=True), ends, strict=True):
             width, height = row["width"], row["height"]
+            first, start = start, end
             if width is None or height is None:
-                width, height = _size_of(Path(row["path"]))
-            boxes = source_boxes(self.boxes.slice(start, end - start), self.relative, width, height)
+                try:
+                    width, height = _size_of(Path(row["path"]))
+                except UserError:
+                    if unreadable is None:
+                        raise
+                    unreadable.append(Path(row["path"]))
+                    continue
+            boxes = source_boxes(self.boxes.slice(first, end - first), self.relative, width, height)
             yield PictureRecord(
                 path=Path(row["path"]),
                 name=row["name"],
@@ -136,7 +146,6 @@ class Annotations:
                 licence=row["licence"] or "",
                 author=row["author"] or "",
             )
-            start = end
 
 
 def _size_of(path: Path) -> tuple[int, int]:

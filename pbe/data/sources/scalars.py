@@ -62,7 +62,8 @@ def identity(value: Any) -> int | str:
     Raises:
         ValueError: it is neither number nor text, or is empty.
     """
-    found = whole(value)
+    # A text with an exponent is a name: Open Images' ids are hexadecimal, and many read like 0e12.
+    found = None if isinstance(value, str) and "e" in value.lower() else whole(value)
     if found is not None:
         return found
     if not isinstance(value, str) or not value.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pbe.errors import UserError
 
 SEPARATORS = ",;\t|"
 SORT_PIECES = 16
+_REPEATED = re.compile(r"_duplicated_\d+$")  # how polars tells columns of one name apart
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Table:
 
     def lacks(self, wanted: str) -> UserError:
         """Return the error that columns are missing."""
-        return UserError(f"'{self.path}' lacks {wanted}; it has the columns {shown(', '.join(self.names))}")
+        present = ", ".join(_REPEATED.sub("", name) for name in self.names)
+        return UserError(f"'{self.path}' lacks {wanted}; it has the columns {shown(present)}")
 
     def count(self, query: pl.LazyFrame) -> int:
         """Return the number of rows of a query on the rows."""
@@ -70,23 +73,29 @@ def scan_table(path: Path, wanted: str = "") -> Table:
     """
     separator = _separator(path, wanted) if wanted else ","
     wide = file_encoding(path).startswith("utf-16") or file_encoding(path) == "utf-32"
-    source = io.BytesIO(read_text(path).encode()) if wide else path
+    source = io.BytesIO(read_text(path).encode()) if wide or _header(path).endswith("\r") else path
     try:
         rows = pl.scan_csv(source, infer_schema=False, separator=separator, glob=False)
         present = rows.collect_schema().names()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"'{path}' is not a CSV with a header: {_reason(path, error, separator)}") from error
     names = [name.strip().lower() if wanted else name.strip() for name in present]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    plain = [_REPEATED.sub("", name) for name in names]
+    twice = next((name for name in plain if name and plain.count(name) > 1), None)
+    if twice is not None and (not wanted or wanted in names):
         raise UserError(f"'{path}' has two columns {shown(twice)}")
     rows = rows.rename(dict(zip(present, names, strict=True)))
     return Table(path, rows.filter(~pl.all_horizontal(pl.all().is_null())), names, separator)
 
 
-def _separator(path: Path, wanted: str) -> str:
+def _header(path: Path) -> str:
+    """Return the first line, with its end: a lone CR parts the lines of a file that old tools wrote."""
     with path.open(encoding=file_encoding(path), errors="replace", newline="") as file:
-        header = file.readline(2**16)
+        return file.readline(2**16)
+
+
+def _separator(path: Path, wanted: str) -> str:
+    header = _header(path)
     for separator in SEPARATORS:
         if wanted in (name.strip(' \r\n"').lower() for name in header.split(separator)):
             return separator

@@ -110,7 +110,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"'{path}'{place}: {_one_line(error.problem or error.context)}") from error
+        problem = error.problem or error.context
+        if error.problem and error.context and error.problem.startswith("but "):
+            problem = f"{error.context} {error.problem}"
+        raise UserError(f"'{path}'{place}: {_one_line(problem)}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"'{path}' is not valid YAML: {_one_line(error)}") from error
     if found in (None, ""):

@@ -95,10 +95,12 @@ class _Found:
 
     Attributes:
         sizes: width and height by picture, where they are given.
+        bad: pictures that are counted as dropped already.
     """
 
     boxes: list[tuple[Any, ...]] = field(default_factory=list)
     sizes: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
+    bad: set[int] = field(default_factory=set)
     pictures: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
@@ -109,6 +111,8 @@ class _Found:
         if reason:
             self.pictures[reason] += 1
             self.dropped[reason] += len(document.boxes)
+            if isinstance(owner, int):
+                self.bad.add(owner)
             return
         width, height = document.size
         if width and height:
@@ -119,13 +123,14 @@ class _Found:
             else:
                 self.boxes.append((owner, *box))
 
-    def contradictory(self) -> set[int]:
-        """Return the pictures that several documents give different sizes, and count their boxes as lost."""
-        rows = {row for row, sizes in self.sizes.items() if len(sizes) > 1}
-        lost = sum(box[0] in rows for box in self.boxes)
-        self.boxes = [box for box in self.boxes if box[0] not in rows]
+    def left_out(self) -> set[int]:
+        """Return the pictures whose size is none or contradicts itself, and count their boxes as lost."""
+        rows = {row for row, sizes in self.sizes.items() if len(sizes) > 1} - self.bad
         self.pictures[OTHER_SIZES] += len(rows)
-        self.dropped[OTHER_SIZES] += lost
+        for reason, wrong in ((OTHER_SIZES, rows), (BAD_SIZE, self.bad)):
+            self.dropped[reason] += sum(box[0] in wrong for box in self.boxes)
+        rows |= self.bad
+        self.boxes = [box for box in self.boxes if box[0] not in rows]
         return rows
 
 
@@ -199,12 +204,13 @@ def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -
     for document, owner in zip(documents, owners, strict=True):
         found.take(document, owner)
     lost = [document for document, owner in zip(documents, owners, strict=True) if owner == MISSING]
-    missing = [document.filename or f"{document.stem}.jpg" for document in lost]
+    present = {"", *names}  # a stale <filename> may name the image of another XML
+    missing = [f"{one.stem}.jpg" if one.filename in present else one.filename for one in lost]
     if missing:
         found.notes.append(NameMatcher(names, root).explain(missing, place))
         if not any(isinstance(owner, int) for owner in owners):
             raise UserError(f"no picture of the annotations is there: {found.notes[-1]}")
-    bad = found.contradictory()
+    bad = found.left_out()
     table: list[dict[str, Any]] = pictures.to_dicts()
     for row, entry in enumerate(table):
         entry["key"] = entry["name"].rpartition(".")[0]

@@ -25,6 +25,7 @@ from pbe.data.sources.yolo_layout import NAME_FILES, Form, Place, class_names, f
 from pbe.errors import UserError
 
 OTHER_FORM = "line of another form than data.yaml says"
+ODD = "polygon with an odd number of coordinates"
 NO_SHARE = "polygon beyond 0 to 1"
 UNCLEAR_FORM = "polygon or keypoints, which data.yaml does not say"
 BEYOND = 0.05  # of a polygon's coordinates outside the picture
@@ -75,7 +76,7 @@ def parse_line(line: str, form: Form) -> Line:
     points = numbers[:8] if form.task == "obb" else numbers
     may_be_pose = not form.task and _may_be_pose(numbers)
     if len(points) % 2 and not may_be_pose:
-        raise BadLineError(BAD_NUMBER)
+        raise BadLineError(ODD)
     if not may_be_pose and (min(points) < -BEYOND or max(points) > 1 + BEYOND):
         raise BadLineError(NO_SHARE)
     return Line(label, _bounds(points), len(points) if may_be_pose else 0)
@@ -156,7 +157,7 @@ class _Found:
             if left_out:
                 self.dropped[UNCLEAR_FORM] += 1
             elif line.numbers % 2 or max(line.corners) > 1 + BEYOND:
-                self.dropped[BAD_NUMBER] += 1
+                self.dropped[ODD if line.numbers % 2 else NO_SHARE] += 1
             else:
                 self._add(row, line)
         return left_out

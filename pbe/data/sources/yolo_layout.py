@@ -15,6 +15,7 @@ from pbe.errors import UserError
 NAME_FILES = ("classes.txt", "obj.names")
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+NOTHING = ("", "~", "null")  # YAML's ways to write that there is no value
 TASKS = ("detect", "segment", "pose", "obb")
 
 
@@ -53,9 +54,10 @@ class Metadata:
             UserError: ``task`` or ``kpt_shape`` is none.
         """
         task, shape = self.values.get("task", ""), self.values.get("kpt_shape")
+        task = "" if task in NOTHING else task
         if task and task not in TASKS:
             raise UserError(f"'{self.path}': task is {shown(task)}; it must be one of {', '.join(TASKS)}")
-        if shape is None:
+        if shape in (None, *NOTHING):
             return Form(task)
         numbers = [whole(value) for value in shape] if isinstance(shape, list) else []
         if len(numbers) != 2 or not numbers[0] or numbers[0] < 1 or numbers[1] not in (2, 3):
@@ -132,37 +134,47 @@ def _names_folder(values: dict[str, Any], folder: Path) -> bool:
     paths = [values.get(key) for keys in SPLITS.values() for key in keys]
     flat = [path for value in paths for path in (value if isinstance(value, list) else [value])]
     words = [re.split(r"[/\\]", path) for path in flat if isinstance(path, str)]
-    return any(set(folder.parts) <= set(parts) for parts in words)
+    own = set(folder.parts) - {"images", "labels"}
+    return any(own <= set(parts) for parts in words)
 
 
 def class_names(folder: Path, places: Sequence[Place], metadata: Metadata) -> dict[int, str]:
     """Return names by class number, of ``classes.txt``, ``obj.names`` or ``data.yaml``; empty without one.
 
     Raises:
-        UserError: the file is damaged or holds no names.
+        UserError: a file is damaged or holds no names, or two files give a class different names.
     """
-    for place in (folder, folder / "labels", *(place.labels for place in places)):
-        for name in NAME_FILES:
-            if (place / name).is_file():
-                lines = read_text(place / name).split("\n")
-                return {number: line.strip() for number, line in enumerate(lines)}
-    return metadata.class_names() if metadata.path else {}
+    folders = dict.fromkeys((folder, folder / "labels", *(place.labels for place in places)))
+    paths = [place / name for place in folders for name in NAME_FILES if (place / name).is_file()]
+    found = {path: dict(enumerate(line.strip() for line in read_text(path).split("\n"))) for path in paths}
+    if metadata.path and (not found or "names" in metadata.values):
+        found[metadata.path] = metadata.class_names()
+    names: dict[int, tuple[str, Path]] = {}
+    for path, numbered in found.items():
+        for number, name in numbered.items():
+            known, source = names.setdefault(number, (name, path)) if name else ("", path)
+            if known != name:
+                raise UserError(
+                    f"class {number} is {shown(known)} in '{source}' and {shown(name)} in '{path}';"
+                    " make them agree, or leave one of the files there"
+                )
+    return {number: name for number, (name, _) in names.items()}
 
 
 def find_places(folder: Path, images: Path | None, metadata: Metadata, split: str) -> tuple[list[Place], str]:
     """Return the folders of pictures and labels, and a note on the split where one was chosen.
 
-    ``images/`` and ``labels/`` are read whole. Of splits (``train/images``, ``train/labels``, ...) one is
-    read, found by ``data.yaml`` or by the folders' names.
+    Of splits one is read: of those that ``data.yaml`` names (``images/train``, or ``train/images``), or of
+    folders that hold ``images/`` and ``labels/``. Without any, ``images/`` and ``labels/`` are read whole.
 
     Raises:
         UserError: the folders that ``data.yaml`` names are not there, or only other splits are.
     """
     if images is not None:
         return [Place(images, folder / "labels" if (folder / "labels").is_dir() else folder)], ""
-    if (folder / "labels").is_dir():
-        return [Place(folder / "images", folder / "labels")], ""
     own = metadata.path is not None and metadata.path.parent == folder
+    if (folder / "labels").is_dir():
+        return _inner_places(folder, metadata if own else Metadata(None, {}), split)
     named = metadata.split(split) if own and split in SPLITS else []
     if named:
         found = [_resolve(folder, str(metadata.values.get("path") or ""), path) for path in named]
@@ -184,6 +196,21 @@ def find_places(folder: Path, images: Path | None, metadata: Metadata, split: st
     if splits:
         raise UserError(f"'{folder}' holds {', '.join(splits)}; name one: yolo:{folder / splits[0]}")
     return [Place(folder, folder)], ""
+
+
+def _inner_places(folder: Path, metadata: Metadata, split: str) -> tuple[list[Place], str]:
+    """Return the folders of a split within ``images/`` and ``labels/``, or the two themselves."""
+    values = [metadata.values.get(key) for key in SPLITS.get(split, ())]
+    named = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
+    root, images = str(metadata.values.get("path") or ""), (folder / "images").resolve()
+    found = [_resolve(folder, root, path) for path in named if isinstance(path, str)]
+    ends = [path.resolve().relative_to(images) for path in found if path and images in path.resolve().parents]
+    if ends and len(ends) == len(named):
+        places = [Place(folder / "images" / end, folder / "labels" / end) for end in ends]
+        return places, f"'{folder}': the split {split} of {metadata.path}, {shown(', '.join(named))}"
+    lists = any(isinstance(path, str) and path.lower().endswith(".txt") for path in named)
+    note = f"'{folder}': all of images/ is read, not a split {split}" if lists or split != "train" else ""
+    return [Place(folder / "images", folder / "labels")], note
 
 
 def labels_of(images: Path) -> Path:

@@ -68,7 +68,17 @@ def test_the_same_name_in_two_folders(tmp_path: Path, save: Save) -> None:
     assert left_sides(found) == {"camA/1.jpg": [], "camB/1.jpg": []}, "id 1 has two names"
     found = read(tmp_path, [image(7, "1.jpg"), image(8, "camB/1.jpg")], [box(7, 9), box(8, 8)])
     assert left_sides(found) == {"camA/1.jpg": [], "camB/1.jpg": [8]}
-    assert found.dropped_boxes == {"name that fits several pictures": 1}
+    assert found.dropped_boxes == {"ambiguous name": 1}
+
+
+def test_a_name_of_the_folder_above(tmp_path: Path, save: Save) -> None:
+    """``1.jpg`` beside ``camB/1.jpg`` is an image of another folder, or the same: it is not guessed."""
+    save("pics/camB/1.jpg")
+    save("pics/camB/2.jpg")
+    images = [image(1, "1.jpg"), image(2, "camB/1.jpg"), image(3, "camB/2.jpg")]
+    found = read(tmp_path, images, [box(1, 1), box(2, 2), box(3, 3)], "pics/camB")
+    assert left_sides(found) == {"1.jpg": [], "2.jpg": [3]}
+    assert found.dropped_boxes == found.dropped_pictures == {"ambiguous name": 2}
 
 
 @pytest.mark.parametrize(("own", "named"), [("img_a", "img_a"), (1, "1"), ("1", 1.0), (2**70, str(2**70))])
@@ -79,6 +89,14 @@ def test_ids_of_every_type(tmp_path: Path, save: Save, own: Any, named: Any) -> 
     found = read(tmp_path, [image(own, "a.jpg")], entries, categories=kinds)
     (record,) = found.records()
     assert [entry.label for entry in record.boxes] == ["dog", "cat", ""]
+
+
+def test_hexadecimal_ids_are_no_numbers(tmp_path: Path, save: Save) -> None:
+    names = ["00000000000e5000", "0000000000e10000", "1234567890123e45", "1234567890123e46"]
+    for name in names:
+        save(f"pics/{name}.jpg")
+    found = read(tmp_path, [image(name, f"{name}.jpg") for name in names], [box(name) for name in names])
+    assert left_sides(found) == {f"{name}.jpg": [5] for name in names}
 
 
 def test_flags_of_every_type(tmp_path: Path, save: Save) -> None:
@@ -102,6 +120,8 @@ def test_sizes_of_every_type(tmp_path: Path, save: Save) -> None:
     known = dict(found.pictures.select("name", pl_size()).rows())
     assert [known[name] for name in names[: len(sizes)]] == [True, True, True, False, False, False, False]
     assert found.dropped_pictures == {"width or height that no picture has": len(bad)}
+    assert found.dropped_boxes == found.dropped_pictures, "their boxes are not said to lack a picture"
+    assert found.pictures.height == len(sizes), "what is dropped is not counted without boxes as well"
 
 
 def pl_size() -> Any:
@@ -152,8 +172,8 @@ def test_nothing_that_fits_says_what_was_looked_for_and_where(tmp_path: Path, sa
         read(tmp_path, [image(1, "set/photo-1.jpg")], [box(1)])
     assert "'set/photo-1.jpg', which is not in" in str(error.value)
     assert "the nearest file is 'photo_1.jpg'" in str(error.value)
-    with pytest.raises(UserError, match=r"no entry of 'images' in .* can be used: 1 width or height"):
-        read(tmp_path, [image(1, "photo_1.jpg", width=-1)], [box(1)])
+    with pytest.raises(UserError, match=r"no entry of 'images' in .* can be used: 1 entry without id"):
+        read(tmp_path, [image(None, "photo_1.jpg")], [box(1)])
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,7 @@ def test_nothing_that_fits_says_what_was_looked_for_and_where(tmp_path: Path, sa
         ('{"images": [\n {"id": 1,}]}', r"line 2, column 1[01]\)"),
         ('{"images": [1 2]}', r"line 1, column 15\): '2' stands where ',' or '\]' belongs"),
         ('{"images": []} {}', "text goes on behind"),
-        ("[]", "it holds a list"),
+        ("[]", "a.json' holds a list"),
         ("", "the end of the file stands where"),
         ('{"images": ' + "[" * 100_000, "nested too deeply"),
     ],

@@ -24,6 +24,8 @@ Save = Callable[..., Path]
         b"label|file|x|y|width|height\ndog|A.JPG|1.5|2|28.5|18\n",
         b'"file","x1","y1","x2","y2","label"\n"a.jpg","1,5","2","30","20","dog"\n',
         b",file,x1,y1,x2,y2,label\n0,a.jpg,1.5,2,30,20,dog\n\n",
+        b"file,x1,y1,x2,y2,label\ra.jpg,1.5,2,30,20,dog\r",
+        b"file,x1,y1,x2,y2,label,,\na.jpg,1.5,2,30,20,dog,,\n",
         "file\tx1\ty1\tx2\ty2\tlabel\r\na.jpg\t1,5\t2\t30\t20\tdog\r\n".encode("utf-16"),
     ],
 )
@@ -46,6 +48,8 @@ def test_spreadsheets(tmp_path: Path, save: Save, content: bytes) -> None:
         (b"name,x1,y1,x2,y2\na.jpg,1,2,3,4\n", "lacks the column 'file'.* has the columns 'name, x1"),
         (b"file,left,top,right,bottom\na.jpg,1,2,3,4\n", "lacks the columns x1, y1, x2, y2, or x, y"),
         (b"file,x1,X1,y1,x2,y2\na.jpg,1,1,2,3,4\n", "two columns 'x1'"),
+        (b"file,x1,y1,x2,y2,x1\na.jpg,1,2,3,4,5\n", "two columns 'x1'"),
+        (b"a.jpg,20,20,70,60\n", "lacks the column 'file'.* has the columns 'a.jpg, 20, 20, 70, 60'"),
         (b"file,x1,y1,x2,y2\nb.jpg,1,2,3,4\n", "'b.jpg', which is not in .* the nearest file is 'a.jpg'"),
         (b"\x1f\x8b\x08", "compressed"),
         (b"", "not a CSV"),
@@ -73,8 +77,8 @@ def test_lines_are_counted_by_what_is_wrong_with_them(tmp_path: Path, save: Save
     assert [len(box.flags) for box in record.boxes] in ([1, 0], [0, 1])
     assert found.dropped_boxes == {
         "flag that is neither yes nor no": 1,
-        "name that fits several pictures": 1,
+        "ambiguous name": 1,
         "picture missing": 1,
     }
-    assert found.dropped_pictures == {"name that fits several pictures": 1, "picture missing": 1}
+    assert found.dropped_pictures == {"ambiguous name": 1, "picture missing": 1}
     assert "'gone.jpg', which is not in" in found.notes[0]

@@ -44,6 +44,12 @@ def test_classes_are_counted_under_one_reason(tmp_path: Path) -> None:
             load_mask(f"file:{tmp_path / 'a.png'}", 40, 30)
 
 
+def test_reasons_read_well(tmp_path: Path) -> None:
+    Image.fromarray(DRAWN.astype(np.int32) - 1).save(tmp_path / "a.tif")
+    with pytest.raises(BadMaskError, match=r"^mask: its grey values lie outside 0 to 65535$"):
+        load_mask(f"file:{tmp_path / 'a.tif'}", 40, 30)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

@@ -46,7 +46,7 @@ def test_two_pictures_of_one_stem(tmp_path: Path, save: Save) -> None:
     write(tmp_path / "Annotations/a.xml", "a.png")
     assert left_sides(tmp_path) == {"a.jpg": [], "a.png": [1]}
     write(tmp_path / "Annotations/a.xml", "")
-    assert read_voc(tmp_path).dropped_boxes == {"name that fits several pictures": 1}
+    assert read_voc(tmp_path).dropped_boxes == {"ambiguous name": 1}
 
 
 def test_xmls_beside_their_pictures(tmp_path: Path, save: Save) -> None:
@@ -71,6 +71,12 @@ def test_values_of_every_form(tmp_path: Path, save: Save) -> None:
         "flag that is neither yes nor no": 1,
         "width or height that no picture has": 1,
     }
+    assert "3.jpg" not in records, "what is dropped is not counted without boxes as well"
+    write(tmp_path / "Annotations/x.xml", "3.jpg")
+    assert "names 'x.jpg', which is not in" in read_voc(tmp_path).notes[0], "3.jpg has its own XML"
+    (tmp_path / "Annotations/3.xml").rename(tmp_path / "Annotations/y.xml")
+    write(tmp_path / "Annotations/y.xml", "3.jpg", width=-3)
+    assert read_voc(tmp_path).dropped_boxes["width or height that no picture has"] == 2
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, save: Save) -> None:

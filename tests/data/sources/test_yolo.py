@@ -51,6 +51,7 @@ def folder(tmp_path: Path, save: Save) -> Path:
         ("task: segment", "0 0.2 0.25 0.2 0.25 0.7 0.75 0.4 0.5"),
         ("task: segment\nkpt_shape: [2, 2]", RECTANGLE),
         ("task: detect", RECTANGLE),
+        ("task: null\nkpt_shape:", RECTANGLE),
     ],
 )
 def test_what_data_yaml_says_decides(folder: Path, metadata: str, line: str) -> None:
@@ -68,7 +69,7 @@ def test_what_data_yaml_says_decides(folder: Path, metadata: str, line: str) -> 
         ("kpt_shape: [3, 2]", RECTANGLE, "line of another form than data.yaml says"),
         ("task: obb", f"{RECTANGLE} 0.5 0.5", "line of another form than data.yaml says"),
         ("", "0 20 25 70 25 70 75", "polygon beyond 0 to 1"),
-        ("", "0 0.2 0.25 0.7 0.25 0.7 0.75 0.2", "not a number"),
+        ("", "0 0.2 0.25 0.7 0.25 0.7 0.75 0.2", "polygon with an odd number of coordinates"),
         ("", "0.5 0.45 0.5 0.5 0.5", "not a number"),
         ("", "dog 0.45 0.5 0.5 0.5", "not a number"),
         ("", "0 nan 0.5 0.5 0.5", "not a number"),
@@ -118,6 +119,9 @@ def test_class_names_are_texts_as_written(folder: Path) -> None:
     write(folder / "data.yaml", "# 🚀\nnames:\n  0: no\n  '1': ${x}\n")
     assert sorted(read_yolo(folder).boxes["label"].to_list()) == ["${x}", "7", "no"]
     write(folder / "classes.txt", "Hund\r\nKätzchen\r\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"class 0 is 'Hund' in '.*classes.txt' and 'no' in '.*data.yaml'"):
+        read_yolo(folder)
+    write(folder / "data.yaml", "names: [Hund]\n")
     assert sorted(read_yolo(folder).boxes["label"].to_list()) == ["7", "Hund", "Kätzchen"]
     write(folder / "classes.txt", "Kätzchen".encode("latin-1"))
     with pytest.raises(UserError, match=r"classes.txt': line 1 is not UTF-8"):
@@ -144,6 +148,26 @@ def test_splits(tmp_path: Path, save: Save, train: str) -> None:
     assert read_yolo(tmp_path).pictures["name"].to_list() == ["train.jpg"]
     with pytest.raises(UserError, match="holds train, valid; name one: yolo:"):
         read_yolo(tmp_path, split="test")
+
+
+def test_splits_within_images_and_labels(tmp_path: Path, save: Save) -> None:
+    for split in ("train", "val"):
+        save(f"images/{split}/{split}.jpg")
+        write(tmp_path / "labels" / split / f"{split}.txt", LINE)
+    assert len(boxes(read_yolo(tmp_path))) == 2, "nothing names a split"
+    metadata = "path: ../datasets/x\ntrain: images/train\nval: images/val\nnames: [dog]\n"
+    write(tmp_path / "data.yaml", metadata)
+    found = read_yolo(tmp_path)
+    assert (found.pictures["name"].to_list(), found.boxes["label"].to_list()) == (["train.jpg"], ["dog"])
+    assert "the split train of" in found.notes[0]
+    assert read_yolo(tmp_path, split="validation").pictures["name"].to_list() == ["val.jpg"]
+    assert "all of images/ is read, not a split test" in read_yolo(tmp_path, split="test").notes[0]
+    found = read_yolo(tmp_path / "labels/train", tmp_path / "images/train")
+    assert found.boxes["label"].to_list() == ["dog"], "data.yaml is above the folder of labels"
+    write(tmp_path / "data.yaml", "train: train.txt\nnames: [dog]\n")
+    found = read_yolo(tmp_path)
+    assert len(boxes(found)) == 2
+    assert "all of images/ is read" in found.notes[0]
 
 
 def test_a_split_that_is_not_there(tmp_path: Path, save: Save) -> None:
@@ -175,7 +199,7 @@ def test_texts_and_pictures_that_do_not_fit(tmp_path: Path, save: Save) -> None:
     found = read_yolo(tmp_path)
     assert [len(record.boxes) for record in found.records()] == [1, 1, 0, 0]
     assert found.dropped_boxes == found.dropped_pictures
-    assert found.dropped_boxes == {"name that fits several pictures": 1, "picture missing": 1}
+    assert found.dropped_boxes == {"ambiguous name": 1, "picture missing": 1}
     assert "'gone', which is not in" in found.notes[0]
     for name in ("a", "b", "c"):
         (tmp_path / f"labels/{name}.txt").unlink()
