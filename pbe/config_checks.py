@@ -175,7 +175,7 @@ def _check_lists(config: DictConfig, source: str) -> None:
             raise UserError(f"{source}: '{key}' is {numbers}; it must be a list of numbers from 1 on")
     for key, low in (("mean", -math.inf), ("std", 0.0)):
         numbers = list(config.model.exemplar_encoder[key])
-        if len(numbers) != 3 or min(numbers) <= low:
+        if numbers and (len(numbers) != 3 or min(numbers) <= low):  # empty: the tower's own
             raise UserError(
                 f"{source}: 'model.exemplar_encoder.{key}' is {numbers}; it must be three numbers"
                 + (" above 0" if low == 0.0 else "")

@@ -106,8 +106,10 @@ def test_the_output_is_read_as_theirs(pipe: PaintByExample, scene: Scene):
     assert out[:1] == (out.images,)
     assert list(out.keys())[:2] == ["images", "nsfw_content_detected"]
     assert dict(out.items()) == dict(zip(out.keys(), out.values(), strict=True)) == dict(out)
-    assert "images" in out and "latents" not in out
-    assert out.get("images") is out.images and out.get("latents", 0) == 0
+    assert "images" in out
+    assert "latents" not in out
+    assert out.get("images") is out.images
+    assert out.get("latents", 0) == 0
     with pytest.raises(KeyError, match="no 'image'; there are: images"):
         out["image"]
 

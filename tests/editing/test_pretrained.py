@@ -212,7 +212,8 @@ def test_the_home_folder_in_a_path(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     PaintByExample(clip_model).save_pretrained("~/model")
-    assert (tmp_path / "home/model/config.json").is_file() and not (tmp_path / "~").exists()
+    assert (tmp_path / "home/model/config.json").is_file()
+    assert not (tmp_path / "~").exists()
     PaintByExample.from_pretrained("~/model", safety_checker=None)
 
 
