@@ -295,7 +295,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         config = _layer(config, [(str(source), loaded)])
     typed = [(f"override '{' '.join(text.split())}'", read_override(text, texts)) for text in overrides or []]
     config = _layer(config, typed)
-    return _finish(config, Config, str(path))
+    return _finish(config, Config, f"{path} with overrides" if typed else str(path))
 
 
 def _layer(config: DictConfig, parts: list[tuple[str, DictConfig]]) -> DictConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -67,6 +67,15 @@ NOT_HERE: dict[str, str] = {
     "unfuse_qkv_projections": "queries, keys and values are projected separately",
     "text_encoder": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
     "tokenizer": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
+}
+TEXT = "the exemplar is the condition; there is no text"
+# Arguments of other pipelines' calls, and why they have no place here.
+NOT_IN_A_CALL = {
+    "callback_on_step_end": "callback=f gets the step, the timestep and the latents, every callback_steps",
+    "prompt": TEXT,
+    "prompt_embeds": TEXT + ", and exemplar_embeds is the condition itself",
+    "negative_prompt_embeds": TEXT,
+    "strength": "the masked region always starts from noise",
 }
 ATTRIBUTES = ("conventions", "model", "noise_schedule", "safety_checker", "watermark")
 
@@ -240,6 +249,15 @@ class DiffusersNames:
         if name == "watermark" and not isinstance(value, bool):
             raise EditTypeError(f"watermark: {type(value).__name__}; it must be True or False")
         return value
+
+    def _refuse_arguments(self, others: Iterable[str]) -> None:
+        """Refuse arguments that the call does not have, such as those of diffusers' other pipelines."""
+        known = [*inspect.signature(type(self).__call__).parameters][1:-1]
+        for name in others:
+            near = difflib.get_close_matches(name, known, n=1)
+            instead = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(known)}"
+            reason = f": {NOT_IN_A_CALL[name]}" if name in NOT_IN_A_CALL else instead
+            raise EditTypeError(f"the call has no argument '{name}'{reason}")
 
     def _instead(self, name: str) -> str:
         """Return the end of an error: what there is in place of a name that a pipeline does not have."""

@@ -49,6 +49,10 @@ class MemorySettings:
             raise EditTypeError(NO_TARGET)
         checker = [self.safety_checker] if isinstance(self.safety_checker, nn.Module) else []
         try:
+            if any(
+                isinstance(each, str | torch.device) and torch.device(each).type == "meta" for each in given
+            ):
+                raise NotImplementedError("'meta' holds no numbers")  # all weights would be lost
             for network in (self.model, *checker):
                 network.to(*args, **kwargs)
         except TypeError as error:

@@ -38,6 +38,22 @@ class EditOutput:
         """Return the names of the attributes, by which ``output[name]`` gives them."""
         return [each.name for each in fields(self)]
 
+    def values(self) -> list[Any]:
+        """Return the attributes in the order of :meth:`keys`."""
+        return [getattr(self, key) for key in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Return the attributes with their names."""
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an attribute by its name, or the default where there is none of that name."""
+        return getattr(self, key) if key in self else default
+
+    def __contains__(self, key: object) -> bool:
+        """Say whether there is an attribute of that name."""
+        return key in self.keys()
+
     def __getitem__(self, key: Any) -> Any:
         """Return an attribute by its name, or an entry of :meth:`to_tuple` by its place."""
         if not isinstance(key, str):

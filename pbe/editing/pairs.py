@@ -29,17 +29,17 @@ def read_pairs(path: Path, seed: int) -> list[Job]:
 
     The file holds JSON objects, one a line or in an array, or is a CSV with a row of names on top. Each has
     ``image``, ``mask`` and ``exemplar`` (paths, relative to the file's folder) and optionally ``name``
-    (default: the line's number in four digits and the image's stem) and ``seed`` (default: ``seed``); null
-    and empty cells stand for what is left out. Blank lines are skipped.
+    (default: the line's number in four digits, in an array the entry's, and the image's stem) and ``seed``
+    (default: ``seed``); null and empty cells stand for what is left out. Blank lines are skipped.
 
     Raises:
         UserError: the file cannot be read or holds no pairs, or a line is malformed (its number is named).
     """
     jobs = []
     try:
-        for number, values in _entries(_read(path)):
+        for number, place, values in _entries(_read(path)):
             try:
-                jobs.append(_job(values, path.parent, number, seed, f"{path} line {number}: "))
+                jobs.append(_job(values, path.parent, place, seed, f"{path} line {number}: "))
             except EditValueError as error:
                 raise LineError(number, str(error)) from error
     except LineError as error:
@@ -70,17 +70,16 @@ def _read(path: Path) -> str:
         raise UserError(f"pairs file '{path}' is not {encoding[:6].upper()} text") from error
 
 
-def _entries(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield number of the line and values of each entry."""
+def _entries(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield number of the line, number in the name and values of each entry."""
     start = text.lstrip()[:1]
-    if start == "[":
-        return _json_values(text, text.index("[") + 1, in_array=True)
-    if start != "{":
-        return _rows(text)
     lines = text.split("\n")
-    if all(line.lstrip()[:1] in ("", "{") for line in lines):
-        return _json_lines(lines)
-    return _json_values(text, 0, in_array=False)
+    if start == "{" and all(line.lstrip()[:1] in ("", "{") for line in lines):
+        return ((number, number, values) for number, values in _json_lines(lines))
+    if start not in ("[", "{"):
+        return ((number, number, values) for number, values in _rows(text))
+    inside = _json_values(text, text.index("[") + 1 if start == "[" else 0, in_array=start == "[")
+    return ((number, place, values) for place, (number, values) in enumerate(inside, start=1))
 
 
 def _json_lines(lines: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -175,13 +174,13 @@ def _columns(row: list[str], number: int) -> list[str]:
     return names
 
 
-def _job(values: dict[str, Any], folder: Path, number: int, seed: int, origin: str) -> Job:
+def _job(values: dict[str, Any], folder: Path, place: int, seed: int, origin: str) -> Job:
     values = {key: value for key, value in values.items() if value is not None}
     unknown = [key for key in values if key not in PAIR_KEYS]
     if unknown:
         raise EditValueError(f"unknown key '{unknown[0]}'; there are: {', '.join(PAIR_KEYS)}")
     image, mask, exemplar = (_file(values, key, folder) for key in FILE_KEYS)
-    name = _text(values, "name") if "name" in values else f"{number:04d}_{image.stem}"
+    name = _text(values, "name") if "name" in values else f"{place:04d}_{image.stem}"
     check_name(name)
     return Job(image, mask, exemplar, name, _seed(values.get("seed", seed)), origin)
 

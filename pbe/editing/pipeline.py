@@ -38,6 +38,7 @@ from pbe.editing.problems import EditValueError
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
 from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
 from pbe.editing.watermark import add_watermark
+from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
             UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
         """
         check_saving(layout, safe_serialization, variant, push_to_hub)
-        checker = self.safety_checker
+        folder, checker = expand_home(str(folder)), self.safety_checker
         beside = partial(save_checker_in, checker) if isinstance(checker, SafetyChecker) else None
         if problem := checker_problem(Path(folder), checker):
             logger.warning(problem)
@@ -308,6 +309,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         margin: float = MARGIN,
         feather: float | None = None,
+        **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
         """Paint the exemplar into the masked part of the picture; docs/pipeline.md explains every argument.
 
@@ -317,6 +319,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         Raises:
             EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
         """
+        self._refuse_arguments(others)
         if negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         engine = self._engine(conventions)

@@ -34,6 +34,7 @@ OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write chec
 # What starts processes by itself hands the trained model back to none of them, or takes other devices.
 LEFT_OUT = ("spawn", "fork", "notebook", "xla", "tpu", "single_device")
 DEVICES = re.compile(r"auto|-1|[0-9]+|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
+PROCESSES = 4  # at most, on the CPU, for each of its cores
 # What Lightning raises where settings and machine do not fit.
 UNFIT = (
     MisconfigurationException,
@@ -143,11 +144,12 @@ def check_machine(options: TrainerConfig) -> None:
             f"trainer.accelerator is '{options.accelerator}', but this machine has none that torch can use; "
             f"there is: {', '.join(there)}"
         )
-    if not DEVICES.fullmatch(options.devices) or options.devices in ("0", "[]"):
+    if not DEVICES.fullmatch(options.devices) or _devices(options.devices) == 0:
         raise UserError(
             f"trainer.devices is '{options.devices}'; it must be auto, a number from 1, or a list of GPUs "
             "such as 0,1"
         )
+    _check_processes(options)
     strategies = strategy_names()
     if options.strategy not in strategies:
         (nearest,) = difflib.get_close_matches(options.strategy, strategies, n=1, cutoff=0.0)
@@ -159,6 +161,16 @@ def check_machine(options: TrainerConfig) -> None:
         raise UserError(
             f"trainer.strategy={options.strategy} cannot scale the gradients of trainer.precision=16-mixed; "
             "use bf16-mixed"
+        )
+
+
+def _check_processes(options: TrainerConfig) -> None:
+    """Refuse numbers of processes on the CPU that there cannot be, or that would bring the machine down."""
+    devices, most = _devices(options.devices), PROCESSES * (os.cpu_count() or 1)
+    if on_cpu(options) and devices != "auto" and not (isinstance(devices, int) and 1 <= devices <= most):
+        raise UserError(
+            f"trainer.devices is '{options.devices}'; on the CPU it is a number of processes, "
+            f"here from 1 to {most}"
         )
 
 

@@ -52,7 +52,9 @@ def test_the_call_has_their_order():
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
-    assert all(each.kind is each.KEYWORD_ONLY for each in list(ours.values())[len(theirs) :])
+    *own, others = list(ours.values())[len(theirs) :]
+    assert all(each.kind is each.KEYWORD_ONLY for each in own)
+    assert others.kind is others.VAR_KEYWORD  # only to be refused in words of ours
 
 
 @pytest.mark.parametrize("name", ["enable_model_cpu_offload", "progress_bar", "enable_attention_slicing"])
@@ -80,6 +82,21 @@ def test_a_negative_prompt_is_none(pipe: PaintByExample, scene: Scene):
         pipe(*call, "blurry")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompt", "the call has no argument 'prompt': the exemplar is the condition; there is no text"),
+        ("callback_on_step_end", "'callback_on_step_end': callback=f gets the step"),
+        ("strength", "'strength': the masked region always starts from noise"),
+        ("num_inference_step", "'num_inference_step'; did you mean 'num_inference_steps'"),
+        ("clip_skip", "'clip_skip'; there are: example_image, image, mask_image"),
+    ],
+)
+def test_arguments_that_the_call_does_not_have(pipe: PaintByExample, scene: Scene, name: str, message: str):
+    with pytest.raises(TypeError, match=message):
+        pipe(scene.exemplar, scene.picture, scene.mask, **{name: None})
+
+
 def test_the_output_is_read_as_theirs(pipe: PaintByExample, scene: Scene):
     assert PaintByExamplePipeline is PaintByExample
     assert StableDiffusionPipelineOutput is EditOutput
@@ -88,6 +105,11 @@ def test_the_output_is_read_as_theirs(pipe: PaintByExample, scene: Scene):
     assert out[1] is out["nsfw_content_detected"] is None
     assert out[:1] == (out.images,)
     assert list(out.keys())[:2] == ["images", "nsfw_content_detected"]
+    assert dict(out.items()) == dict(zip(out.keys(), out.values(), strict=True)) == dict(out)
+    assert "images" in out
+    assert "latents" not in out
+    assert out.get("images") is out.images
+    assert out.get("latents", 0) == 0
     with pytest.raises(KeyError, match="no 'image'; there are: images"):
         out["image"]
 

@@ -36,6 +36,10 @@ def test_moving_a_pipeline(pipe: PaintByExample):
     )
     with pytest.raises(UserError, match="cannot be moved"):
         pipe.to("abacus")
+    for nowhere in ("meta", torch.device("meta")):  # would drop all weights without a word
+        with pytest.raises(UserError, match="cannot be moved: 'meta' holds no numbers"):
+            pipe.to(nowhere)
+    assert pipe.device == torch.device("cpu")
     for wrong in ((torch.int32,), (3.5,), ("cpu", "cpu", "cpu")):
         with pytest.raises(TypeError, match="takes a device, a floating-point"):
             pipe.to(*wrong)
@@ -81,7 +85,7 @@ def test_attention_on_so_many_queries_at_a_time(pipe: PaintByExample, scene: Sce
         ({"slice_size": 3}, "slice_size is 3, but the UNet has 2 heads"),
         ({"slice_size": "some"}, "it must be auto, max or a number"),
         ({"slice_size": True}, "slice_size: bool"),
-        ({"slice_size": 1.5}, "slice_size: float"),
+        ({"slice_size": 1.5}, "slice_size is 1.5; it must be a whole number"),
     ],
 )
 def test_slices_that_are_none(pipe: PaintByExample, settings: dict, message: str):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pbe.editing.jobs import check_outputs
 from pbe.editing.pairs import read_pairs
 from pbe.errors import UserError
 
@@ -112,6 +113,14 @@ FORMS = {
     "semicolon": as_csv(";"),
     "tabulator": as_csv("\t"),
 }
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_entries_of_an_array_are_named_by_their_place(tmp_path: Path, indent: int | None):
+    (tmp_path / "pairs").write_text(json.dumps([PAIR, PAIR, PAIR], indent=indent))
+    jobs = read_pairs(tmp_path / "pairs", 0)
+    assert [job.name for job in jobs] == ["0001_a", "0002_a", "0003_a"]
+    check_outputs(jobs, 1, tmp_path / "out")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

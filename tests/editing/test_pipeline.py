@@ -257,8 +257,9 @@ def test_from_pretrained(tiny_model: LatentDiffusion, pipe: PaintByExample, scen
     assert edits[0] == edits[1]
     half = PaintByExample.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is not a model folder"):
-        PaintByExample.from_pretrained(tmp_path)
+        PaintByExample.from_pretrained(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,17 @@ def test_what_cannot_be_loaded(
         PaintByExample.from_pretrained(path, **settings)
 
 
+def test_the_home_folder_in_a_path(
+    clip_model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    PaintByExample(clip_model).save_pretrained("~/model")
+    assert (tmp_path / "home/model/config.json").is_file()
+    assert not (tmp_path / "~").exists()
+    PaintByExample.from_pretrained("~/model", safety_checker=None)
+
+
 def test_a_missing_checker_is_said_once(
     clip_model: LatentDiffusion, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

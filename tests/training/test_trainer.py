@@ -27,6 +27,14 @@ OPTIONS = TrainerConfig(accelerator="cpu", devices="1")
         ({"devices": "-2"}, "trainer.devices is '-2'"),
         ({"devices": "1.5"}, "trainer.devices is '1.5'"),
         ({"devices": "²"}, "trainer.devices is '²'"),
+        ({"devices": "00"}, "trainer.devices is '00'"),
+        (
+            {"devices": "-1"},
+            "trainer.devices is '-1'; on the CPU it is a number of processes, here from 1 to",
+        ),
+        ({"devices": "[0, 1]"}, "trainer.devices is '[0, 1]'; on the CPU"),
+        ({"devices": "3,"}, "trainer.devices is '3,'; on the CPU"),
+        ({"devices": "99999999"}, "trainer.devices is '99999999'; on the CPU"),  # would start that many
         ({"strategy": "dpp"}, "the nearest is 'ddp'"),
         ({"strategy": ""}, "trainer.strategy is ''"),
         ({"strategy": "ddp_spawn"}, "trainer.strategy is 'ddp_spawn'"),
@@ -40,8 +48,8 @@ def test_what_is_not_there_is_named(change: dict[str, str], words: str):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("devices", ["auto", "1", "2", "-1", "0,1", "[0, 1]", "3,"])
-def test_devices_are_all_some_or_a_list(devices: str):
+@pytest.mark.parametrize("devices", ["auto", "1", "2", "4"])
+def test_devices_are_all_or_some(devices: str):
     check_machine(replace(OPTIONS, devices=devices))
 
 
@@ -57,10 +65,8 @@ def test_strategies_of_this_project_are_among_the_names(strategy: str):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("trainer.devices=0,1",),
         ("trainer.strategy=fsdp",),
         ("trainer.strategy=deepspeed",),
-        ("trainer.devices=-1",),
     ],
 )
 def test_what_does_not_go_together_is_one_line(tmp_path, overrides: tuple[str, ...]):
