@@ -37,15 +37,15 @@ def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[i
 
     Linear warm-up from 1e-6 to 1 over ``warmup_steps`` (the original's), then constant, or a half
     cosine that reaches zero at ``max_steps``. A constant rate falls linearly to zero over the last
-    ``cooldown_steps``.
+    ``cooldown_steps``, or over the whole of a shorter run.
     """
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return PAPER_WARMUP_START + (1.0 - PAPER_WARMUP_START) * step / config.warmup_steps
         if config.decay == "constant":
-            left = max(max_steps - step, 0)
-            return min(left / config.cooldown_steps, 1.0) if config.cooldown_steps else 1.0
+            last = min(config.cooldown_steps, max_steps)
+            return min(max(max_steps - step, 0) / last, 1.0) if last else 1.0
         share = (step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
         return 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
 

@@ -60,6 +60,8 @@ def test_warm_up_has_the_values_of_the_original(project_root):
 def test_constant_rate_cools_down_over_the_last_steps():
     factor = learning_rate_factor(OptimizerConfig(warmup_steps=10, cooldown_steps=20), 100)
     assert [factor(step) for step in (10, 50, 80)] == [1.0, 1.0, 1.0]
+    short = learning_rate_factor(OptimizerConfig(warmup_steps=0, cooldown_steps=500), 100)
+    assert [short(step) for step in (0, 50, 100)] == [1.0, 0.5, 0.0]
     assert [factor(step) for step in (85, 90, 99, 100, 120)] == pytest.approx([0.75, 0.5, 0.05, 0.0, 0.0])
 
 
