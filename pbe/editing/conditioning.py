@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
+from pbe.diffusion.guidance import PredictNoise, combine, guided, noise_from_v
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.models import LatentDiffusion
 
@@ -54,4 +54,35 @@ def noise_predictor(
 
     null = model.null_condition(*conditioning.condition.shape[:2])
     predict = guided(network, conditioning.condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
+
+
+def prepared_predictor(
+    model: LatentDiffusion,
+    schedule: NoiseSchedule,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    timesteps: Tensor,
+) -> PredictNoise:
+    """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
+
+    Weights must stay as they are while it is used, and lie whole in memory.
+
+    Args:
+        model: the networks.
+        schedule: noise schedule of the model.
+        conditioning: of b edits.
+        guidance_scale: 1 turns guidance off.
+        timesteps: ``(n,)`` all that the solver will ask for.
+    """
+    condition, dtype = conditioning.condition, model.dtype
+    if guidance_scale != 1.0:
+        condition = torch.cat([model.null_condition(*condition.shape[:2]), condition])
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    prepared = model.prepare(condition, *fixed, timesteps.to(model.device))
+
+    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        output = model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
+        return output if guidance_scale == 1.0 else combine(output, guidance_scale)
+
     return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
