@@ -33,15 +33,10 @@ def guided(
 
     def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
         output = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
-        return combine(output, guidance_scale)
+        null, conditional = output.chunk(2)
+        return null + guidance_scale * (conditional - null)
 
     return predict
-
-
-def combine(output: Tensor, guidance_scale: float) -> Tensor:
-    """Return ``e_null + s (e_cond - e_null)`` of an output whose first half is that of the null condition."""
-    null, conditional = output.chunk(2)
-    return null + guidance_scale * (conditional - null)
 
 
 def noise_from_v(predict_v: PredictNoise, schedule: NoiseSchedule) -> PredictNoise:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbe.diffusion.guidance import PredictNoise, combine, guided, noise_from_v
+from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.models import LatentDiffusion
 
@@ -76,13 +76,13 @@ def prepared_predictor(
         timesteps: ``(n,)`` all that the solver will ask for.
     """
     condition, dtype = conditioning.condition, model.dtype
-    if guidance_scale != 1.0:
-        condition = torch.cat([model.null_condition(*condition.shape[:2]), condition])
+    null = model.null_condition(*condition.shape[:2])
+    both = condition if guidance_scale == 1.0 else torch.cat([null, condition])  # in the order of `guided`
     fixed = (conditioning.masked_latents, conditioning.keep_mask)
-    prepared = model.prepare(condition, *fixed, timesteps.to(model.device))
+    prepared = model.prepare(both, *fixed, timesteps.to(model.device))
 
-    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
-        output = model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
-        return output if guidance_scale == 1.0 else combine(output, guidance_scale)
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
 
+    predict = guided(network, condition, null, guidance_scale)
     return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict

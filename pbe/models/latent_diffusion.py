@@ -143,7 +143,7 @@ class LatentDiffusion(nn.Module):
         return self.unet.prepare(condition, masked_latents, keep_mask, timesteps)
 
     def predict_prepared(self, x_t: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
-        """Do what :meth:`predict` does, for every condition that was prepared: ``(k b, z, h, w)``."""
+        """Do what :meth:`predict` does with ``(k b, z, h, w)``, k times the same, for k conditions."""
         self._use("unet")
         return self.unet(x_t, timesteps, prepared)
 

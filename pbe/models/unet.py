@@ -179,20 +179,21 @@ class UNet(nn.Module):
 
         Args:
             x: ``(b, 2z + 1, h, w)`` of any size; with a prepared context only the noisy latents
-                ``(b, z, h, w)``.
+                ``(k b, z, h, w)``, k times the same.
             timesteps: ``(b,)`` in 0..999; with a prepared context all the same.
-            context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made.
+            context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
+                for each sample.
 
         Returns:
-            ``(b, z, h, w)``; ``(k b, z, h, w)`` if k conditions of each sample were prepared.
+            ``(b, z, h, w)``, or ``(k b, z, h, w)``.
         """
         if isinstance(context, Prepared):
             x = self._first_convolution(x, context)
-            return self._after_input(x, context.time(timesteps), context.condition)
-        time = self._embed_time(timesteps)
+            return self.after_input(x, context.time(timesteps), context.condition)
+        time = self.embed_time(timesteps)
         if self.context_embed is not None:
             time = time + self.context_embed(context.mean(dim=1))
-        return self._after_input(self.conv_in(x), time, context)
+        return self.after_input(self.conv_in(x), time, context)
 
     def prepare(
         self, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor, timesteps: Tensor
@@ -213,7 +214,7 @@ class UNet(nn.Module):
         layers = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
         known = {layer: layer.prepare(condition) for layer in layers}
         timesteps = timesteps.unique()
-        time = self._embed_time(timesteps)[:, None]
+        time = self.embed_time(timesteps)[:, None]
         if self.context_embed is not None:
             time = time + self.context_embed(condition.mean(dim=1))
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
@@ -223,17 +224,18 @@ class UNet(nn.Module):
         return Prepared(constant, PreparedCondition(condition.shape, known), timesteps, table, widths)
 
     def _first_convolution(self, x_t: Tensor, prepared: Prepared) -> Tensor:
-        conv = self.conv_in
+        conv, x_t = self.conv_in, x_t[: len(prepared.constant)]  # the rest is the same again
         x = F.conv2d(x_t, conv.weight[:, : x_t.shape[1]], padding=conv.padding) + prepared.constant
         if self.context_embed is None:
             return x
         return repeat_to(x, prepared.condition.shape[0])  # already the first block sees the condition
 
-    def _embed_time(self, timesteps: Tensor) -> Tensor:
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return time embeddings ``(n, time_dim)`` of timesteps ``(n,)``."""
         embedding = timestep_embedding(timesteps, self.config.model_channels)
         return self.time_embed(embedding.to(self.conv_in.weight.dtype))
 
-    def _after_input(self, x: Tensor, time: Time, context: Context) -> Tensor:
+    def after_input(self, x: Tensor, time: Time, context: Context) -> Tensor:
         """Run everything behind the first convolution, whose output is ``x``."""
         skips = [x]
         for level in self.down:

@@ -189,7 +189,7 @@ def test_prepared_calls_give_what_plain_calls_give(variant: str, tokens: int, dt
         for timestep in (2.5, 981.0):
             whole = torch.cat([x, masked, keep], dim=1).repeat(conditions, 1, 1, 1)
             expected = unet(whole, torch.full((len(whole),), timestep), condition)
-            actual = unet(x, torch.full((samples,), timestep), prepared)
+            actual = unet(x.repeat(conditions, 1, 1, 1), torch.full((len(whole),), timestep), prepared)
             assert relative(actual, expected) < TOLERANCES[dtype]
 
 
@@ -205,7 +205,7 @@ def test_what_comes_before_the_condition_runs_once_for_both_halves(unet: UNet) -
     prepared = unet.prepare(torch.randn(6, 1, 24), *torch.randn(3, 5, 8, 8).split([4, 1], 1), torch.arange(9))
     assert seen == {"time": 9}
     del seen["time"]
-    unet(torch.randn(3, 4, 8, 8), torch.tensor([5, 5, 5]), prepared)
+    unet(torch.randn(3, 4, 8, 8).repeat(2, 1, 1, 1), torch.full((6,), 5), prepared)
     assert seen == {"block": 3, "attention": 3, "feed-forward": 6}
     for handle in handles:
         handle.remove()
@@ -227,5 +227,5 @@ def test_prepared_calls_in_bfloat16_are_as_close_to_float32_as_plain_ones(unet: 
     expected = unet(whole, timesteps.repeat(2), condition)
     plain = half(whole.bfloat16(), timesteps.repeat(2), condition.bfloat16())
     prepared = half.prepare(*(part.bfloat16() for part in (condition, masked, keep)), timesteps)
-    actual = half(x.bfloat16(), timesteps, prepared)
+    actual = half(x.bfloat16().repeat(2, 1, 1, 1), timesteps.repeat(2), prepared)
     assert (actual - expected).std() < 1.2 * (plain - expected).std()
