@@ -212,14 +212,16 @@ class UNet(nn.Module):
         fixed, conv = torch.cat([masked_latents, keep_mask], dim=1), self.conv_in
         constant = F.conv2d(fixed, conv.weight[:, -fixed.shape[1] :], conv.bias, padding=conv.padding)
         layers = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
-        known = {layer: layer.prepare(condition) for layer in layers}
+        known: dict[nn.Module, tuple[Tensor, ...]] = {layer: layer.prepare(condition) for layer in layers}
         timesteps = timesteps.unique()
         time = self.embed_time(timesteps)[:, None]
         if self.context_embed is not None:
             time = time + self.context_embed(condition.mean(dim=1))
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         embedded = [block.embed(time.flatten(0, 1))[:, :, 0, 0] for block in blocks]
-        widths = {block: part.shape[1] for block, part in zip(blocks, embedded, strict=True)}
+        widths: dict[nn.Module, int] = {
+            block: part.shape[1] for block, part in zip(blocks, embedded, strict=True)
+        }
         table = torch.cat(embedded, dim=1).unflatten(0, time.shape[:2])
         return Prepared(constant, PreparedCondition(condition.shape, known), timesteps, table, widths)
 

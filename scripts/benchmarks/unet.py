@@ -75,7 +75,7 @@ def make_forms(unet: UNet, theirs: nn.Module | None, inputs: dict[str, Tensor]) 
     twice, steps = tuple(torch.cat([part] * 2) for part in fixed), torch.arange(1, 1000, 1000 // STEPS)
     timesteps = steps[STEPS // 2].expand(len(x_t))
     prepared = unet.prepare(condition, *fixed, steps)
-    unshared = unet.prepare(condition, *twice, steps)
+    unshared = unet.prepare(condition, twice[0], twice[1], steps)
     halves = [unet.prepare(half, *fixed, steps) for half in condition.chunk(2)]
 
     def whole() -> Tensor:
