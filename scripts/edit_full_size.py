@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,27 +29,33 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
+Module = TypeVar("Module", bound=nn.Module)
 GIB = 2**30
 LARGE = 2048  # pixels of the pictures that the autoencoder is measured with
 HALF_LARGE = 1024  # and of those that the UNet is measured with
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> LatentDiffusion:
-    """Build a model whose weights are drawn in ``dtype``: no float32 copy ever exists.
+    """Build a model whose weights are drawn in ``dtype``: no float32 copy ever exists."""
+    with torch.device("meta"):
+        model = LatentDiffusion(config)
+    return drawn(model, dtype, device)
+
+
+def drawn(module: Module, dtype: torch.dtype, device: str | torch.device) -> Module:
+    """Give a module on the meta device random weights, and switch it to evaluation.
 
     Norms start as the identity, everything else is normal with a variance of one over its inputs, so that
     numbers stay finite through all layers.
     """
-    with torch.device("meta"):
-        model = LatentDiffusion(config)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
         else:
             nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-    return model
+    return module
 
 
 def peak_memory(device: torch.device) -> str:

@@ -55,3 +55,34 @@ def noise_predictor(
     null = model.null_condition(*conditioning.condition.shape[:2])
     predict = guided(network, conditioning.condition, null, guidance_scale)
     return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
+
+
+def prepared_predictor(
+    model: LatentDiffusion,
+    schedule: NoiseSchedule,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    timesteps: Tensor,
+) -> PredictNoise:
+    """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
+
+    Weights must stay as they are while it is used, and lie whole in memory.
+
+    Args:
+        model: the networks.
+        schedule: noise schedule of the model.
+        conditioning: of b edits.
+        guidance_scale: 1 turns guidance off.
+        timesteps: ``(n,)`` all that the solver will ask for.
+    """
+    condition, dtype = conditioning.condition, model.dtype
+    null = model.null_condition(*condition.shape[:2])
+    both = condition if guidance_scale == 1.0 else torch.cat([null, condition])  # in the order of `guided`
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    prepared = model.prepare(both, *fixed, timesteps.to(model.device))
+
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
+
+    predict = guided(network, condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict

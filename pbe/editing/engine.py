@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pbe.diffusion.noise import Generators, draw_noise
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.editing.conditioning import Conditioning, noise_predictor
+from pbe.editing.conditioning import Conditioning, prepared_predictor
 from pbe.editing.conventions import Conventions
 from pbe.editing.exemplars import CropSettings, Exemplar, exemplar_pixels
 from pbe.editing.inputs import Batch
@@ -83,8 +83,9 @@ class Engine:
             self._keep_mask(batch, keep, x_T),
         )
         scale = max(sampling.guidance_scale, self.conventions.guidance_floor)
-        predict = noise_predictor(self.model, self.schedule, conditioning, scale)
-        with progress.watched(sampling, sampling.check(self.schedule)) as step:
+        steps, timesteps = sampling.check(self.schedule), sampling.timesteps(self.schedule)
+        predict = prepared_predictor(self.model, self.schedule, conditioning, scale, timesteps)
+        with progress.watched(sampling, steps) as step:
             sampled = sampling.run(predict, x_T, self.schedule, given.generator, step)
         _require_finite(sampled, f", or too large a guidance_scale ({scale:g})")
         return sampled

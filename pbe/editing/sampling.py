@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -97,6 +98,17 @@ class Sampling:
             karras=choice.karras,
             settings=choice.settings,
         )
+
+    def timesteps(self, schedule: NoiseSchedule) -> Tensor:
+        """Run the solver on a single number, to learn the timesteps ``(n,)`` of its calls of the network."""
+        asked: list[Tensor] = []
+
+        def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            asked.append(timesteps)
+            return torch.zeros_like(x_t)
+
+        self.run(predict, torch.zeros(1, 1, 1, 1), schedule, torch.Generator(), lambda *_: None)
+        return torch.cat(asked)
 
 
 def check_callback(callback: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,6 +14,12 @@ from pbe.models.layers import make_norm, zero_init
 
 SHORT = 64 * 64
 """Queries times keys up to which training on the CPU is faster with attention written out."""
+
+SCORES_AT_ONCE = 2**19
+"""Scores that are held at once where attention is written out in slices: one core's cache in bfloat16."""
+
+FEW = 64
+"""Queries or keys up to which slices bring nothing."""
 
 
 class SlicedAttention(nn.Module):
@@ -38,10 +46,33 @@ class SlicedAttention(nn.Module):
         if training and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT:
             # the backward pass of PyTorch's fused CPU kernel is slow on short sequences
             return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
-        if self.queries_at_once is None or q.shape[2] <= self.queries_at_once:
-            return F.scaled_dot_product_attention(q, k, v)
-        slices = q.split(self.queries_at_once, dim=2)
-        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in slices], dim=2)
+        slices = q.split(self.queries_at_once or q.shape[2], dim=2)
+        outputs = [_kernel(part, k, v) for part in slices]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    if slow and min(q.shape[2], k.shape[2]) > FEW:
+        return _written_out(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend slice by slice: in bfloat16 on the CPU matrix products outrun PyTorch's fused kernel."""
+    batch, (queries, keys) = q.shape[0], (q.shape[2], k.shape[2])
+    q, k, v = (rearrange(each, "b h n d -> (b h) n d") for each in (q, k, v))
+    rows = min(max(SCORES_AT_ONCE // keys, 1), queries)
+    heads = max(SCORES_AT_ONCE // (rows * keys), 1)
+    output, nothing = torch.empty_like(q), q.new_empty(())
+    for some in (slice(start, start + heads) for start in range(0, len(q), heads)):
+        for part in (slice(start, start + rows) for start in range(0, queries, rows)):
+            # baddbmm scales in float32, before scores are rounded; with beta 0 it reads nothing of `nothing`
+            scores = torch.baddbmm(
+                nothing, q[some, part], k[some].transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5
+            )
+            output[some, part] = scores.softmax(dim=-1) @ v[some]
+    return rearrange(output, "(b h) n d -> b h n d", b=batch)
 
 
 def set_attention_slicing(
@@ -69,6 +100,24 @@ def set_attention_slicing(
             layer.queries_at_once, layer.heads_at_once = queries_at_once, heads_at_once
 
 
+@dataclass(frozen=True)
+class PreparedCondition:
+    """A condition as all cross-attentions need it, computed once for many calls of the UNet.
+
+    Attributes:
+        shape: of the condition, ``(b, tokens, context_dim)``.
+        known: what :meth:`Attention.prepare` made of it, for each layer.
+    """
+
+    shape: torch.Size
+    known: dict[nn.Module, tuple[Tensor, ...]]
+
+
+def repeat_to(x: Tensor, batch: int) -> Tensor:
+    """Repeat ``x`` along the batch: both halves of guidance share it until they meet their conditions."""
+    return x if batch <= len(x) else torch.cat([x] * (batch // len(x)))
+
+
 class Attention(SlicedAttention):
     """Multi-head attention from ``x`` to ``context`` (to ``x`` itself when there is none).
 
@@ -86,24 +135,35 @@ class Attention(SlicedAttention):
         self.to_v = nn.Linear(source, channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+
+    def prepare(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Return what does not depend on the queries: keys and values, or for one token all of the output."""
+        if context.shape[1] == 1:
+            return (self.to_out(self.to_v(context)),)
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, context: Tensor | PreparedCondition | None = None) -> Tensor:
         """Attend.
 
         Args:
             x: ``(b, n, channels)`` queries.
-            context: ``(b, m, context_dim)``, or None for self-attention.
+            context: ``(b, m, context_dim)``, or prepared, or None for self-attention.
 
         Returns:
             ``(b, n, channels)``; ``(b, 1, channels)``, to be broadcast over n, when ``m`` is 1.
         """
-        source = x if context is None else context
-        if context is not None and context.shape[1] == 1:
-            return self.to_out(self.to_v(context))
-        q, k, v = (
-            rearrange(t, "b n (h d) -> b h n d", h=self.num_heads)
-            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        return self.to_out(rearrange(self.attend(q, k, v), "b h n d -> b n (h d)"))
+        if isinstance(context, PreparedCondition):
+            known = context.known[self]
+        elif context is not None:
+            known = self.prepare(context)
+        else:
+            known = self._split(self.to_k(x)), self._split(self.to_v(x))
+        if len(known) == 1:
+            return known[0]
+        output = self.attend(self._split(self.to_q(x)), *known)
+        return self.to_out(rearrange(output, "b h n d -> b n (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -132,9 +192,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Map ``(b, n, channels)`` to the same shape, given a context ``(b, m, context_dim)``."""
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tensor, context: Tensor | PreparedCondition) -> Tensor:
+        """Map ``(b, n, channels)`` to the same shape, given a context ``(b, m, context_dim)``.
+
+        With contexts of several conditions for each sample ``x`` is repeated when it meets them.
+        """
+        x = repeat_to(x + self.attn1(self.norm1(x)), context.shape[0])
         # the one-token path ignores the query, so its norm is not worth computing
         query = x if context.shape[1] == 1 else self.norm2(x)
         x = x + self.attn2(query, context)
@@ -151,9 +214,10 @@ class SpatialTransformer(nn.Module):
         self.block = TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | PreparedCondition) -> Tensor:
         """Map ``(b, c, h, w)`` to the same shape, given a context ``(b, m, context_dim)``."""
         height = x.shape[2]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         tokens = self.block(tokens, context)
-        return x + self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous())
+        output = self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous())
+        return repeat_to(x, len(output)) + output

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pbe.config import ModelConfig
 from pbe.models.autoencoder import AutoencoderKL
 from pbe.models.exemplar_encoder import ExemplarEncoder
-from pbe.models.unet import UNet
+from pbe.models.unet import Prepared, UNet
 
 
 class LatentDiffusion(nn.Module):
@@ -134,6 +134,18 @@ class LatentDiffusion(nn.Module):
         """
         self._use("unet")
         return self.unet(torch.cat([x_t, masked_latents, keep_mask], dim=1), timesteps, condition)
+
+    def prepare(
+        self, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor, timesteps: Tensor
+    ) -> Prepared:
+        """Compute once what is the same in all calls of an edit; arguments as :meth:`UNet.prepare`."""
+        self._use("unet")
+        return self.unet.prepare(condition, masked_latents, keep_mask, timesteps)
+
+    def predict_prepared(self, x_t: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
+        """Do what :meth:`predict` does with ``(k b, z, h, w)``, k times the same, for k conditions."""
+        self._use("unet")
+        return self.unet(x_t, timesteps, prepared)
 
 
 def masked_image(images: Tensor, keep_mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +83,24 @@ class ResBlock(nn.Module):
             zero_init(self.conv2)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """Map ``(b, in, h, w)`` to ``(b, out, h, w)``; ``time`` is ``(b, time_dim)``."""
+    def embed(self, time: Tensor) -> Tensor:
+        """Map time embeddings ``(n, time_dim)`` to what this block adds, or scales and shifts with."""
+        assert self.time_proj is not None
+        return self.time_proj(F.silu(time))[:, :, None, None]
+
+    def forward(self, x: Tensor, time: Tensor | Mapping[nn.Module, Tensor] | None = None) -> Tensor:
+        """Map ``(b, in, h, w)`` to ``(b, out, h, w)``.
+
+        Args:
+            x: the map.
+            time: ``(b, time_dim)``, or what :meth:`embed` made of it, for each block.
+        """
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_proj is None:
             h = self.norm2(h)
         else:
             assert time is not None
-            embedding = self.time_proj(F.silu(time))[:, :, None, None]
+            embedding = self.embed(time) if isinstance(time, Tensor) else time[self]
             if self.modulation:
                 scale, shift = embedding.chunk(2, dim=1)
                 h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.config import UNetConfig
-from pbe.models.attention import SpatialTransformer
+from pbe.models.attention import PreparedCondition, SpatialTransformer, TransformerBlock, repeat_to
 from pbe.models.layers import Downsample, ResBlock, Upsample, make_norm, timestep_embedding, zero_init
+
+Time = Tensor | Mapping[nn.Module, Tensor]
+"""Time embeddings ``(b, time_dim)``, or what each residual block makes of them."""
+Context = Tensor | PreparedCondition
+"""A condition ``(b, tokens, context_dim)``, or what the cross-attentions make of it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is the same in all calls of an edit, computed once by :meth:`UNet.prepare`.
+
+    Attributes:
+        constant: ``(b, model_channels, h, w)``, what masked-image latents and mask add to the first
+            convolution's output, its bias included.
+        condition: of ``b`` samples, or of ``k b`` for k conditions of each sample.
+        timesteps: ``(n,)`` distinct ones.
+        table: ``(n, rows, c)`` what all residual blocks make of each timestep, side by side. One row serves
+            all samples, unless the condition enters the time embedding.
+        blocks: the residual blocks, and each one's share of c.
+    """
+
+    constant: Tensor
+    condition: PreparedCondition
+    timesteps: Tensor
+    table: Tensor
+    blocks: dict[nn.Module, int]
+
+    def time(self, timesteps: Tensor) -> dict[nn.Module, Tensor]:
+        """Look up what each block makes of timesteps ``(b,)`` that are all the same.
+
+        One that was not prepared gives NaN: to look whether it is there, the host would wait for the device.
+        """
+        place = (self.timesteps - timesteps[0]).abs().argmin().view(1)
+        known = self.timesteps.index_select(0, place) == timesteps[0]
+        row = torch.where(known, self.table.index_select(0, place)[0], torch.nan)
+        parts = row[:, :, None, None].split(list(self.blocks.values()), dim=1)
+        return dict(zip(self.blocks, parts, strict=True))
 
 
 class Level(nn.Module):
@@ -25,7 +65,7 @@ class Level(nn.Module):
             _transformer(config, out_channels) for _ in (in_channels if attention else [])
         )
 
-    def step(self, index: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+    def step(self, index: int, x: Tensor, time: Time, context: Context) -> Tensor:
         """Run block ``index`` and, where there is one, its transformer."""
         x = self.blocks[index](x, time)
         return self.attentions[index](x, context) if len(self.attentions) else x
@@ -36,7 +76,7 @@ class DownLevel(Level):
 
     downsample: Downsample | None
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Time, context: Context) -> tuple[Tensor, list[Tensor]]:
         """Return the output and what the decoder half will want of this level."""
         skips = []
         for index in range(len(self.blocks)):
@@ -53,10 +93,10 @@ class UpLevel(Level):
 
     upsample: Upsample | None
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, context: Context) -> Tensor:
         """Return the output; takes this level's share off the end of ``skips``."""
         for index in range(len(self.blocks)):
-            x = self.step(index, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = self.step(index, torch.cat([x, repeat_to(skips.pop(), len(x))], dim=1), time, context)
         if self.upsample is None:
             return x
         height, width = skips[-1].shape[-2:]  # odd sizes were rounded up on the way down
@@ -134,22 +174,71 @@ class UNet(nn.Module):
             levels.append(level)
         return levels
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | Prepared) -> Tensor:
         """Predict the noise (or v).
 
         Args:
-            x: ``(b, 2z + 1, h, w)`` of any size.
-            timesteps: ``(b,)`` in 0..999.
-            context: ``(b, tokens, context_dim)`` the condition.
+            x: ``(b, 2z + 1, h, w)`` of any size; with a prepared context only the noisy latents
+                ``(k b, z, h, w)``, k times the same.
+            timesteps: ``(b,)`` in 0..999; with a prepared context all the same.
+            context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
+                for each sample.
 
         Returns:
-            ``(b, z, h, w)``.
+            ``(b, z, h, w)``, or ``(k b, z, h, w)``.
         """
-        embedding = timestep_embedding(timesteps, self.config.model_channels)
-        time = self.time_embed(embedding.to(self.conv_in.weight.dtype))
+        if isinstance(context, Prepared):
+            x = self._first_convolution(x, context)
+            return self.after_input(x, context.time(timesteps), context.condition)
+        time = self.embed_time(timesteps)
         if self.context_embed is not None:
             time = time + self.context_embed(context.mean(dim=1))
-        x = self.conv_in(x)
+        return self.after_input(self.conv_in(x), time, context)
+
+    def prepare(
+        self, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor, timesteps: Tensor
+    ) -> Prepared:
+        """Compute once what is the same in all calls of an edit; give it to the UNet as its context.
+
+        The numbers are those of the plain call up to rounding. With k conditions of each sample, as for
+        guidance, what comes before the first cross-attention runs once for all of them.
+
+        Args:
+            condition: ``(k b, tokens, context_dim)``, all samples' first conditions first.
+            masked_latents: ``(b, z, h, w)``.
+            keep_mask: ``(b, 1, h, w)``, 1 = keep.
+            timesteps: ``(n,)`` all that will be asked for.
+        """
+        fixed, conv = torch.cat([masked_latents, keep_mask], dim=1), self.conv_in
+        constant = F.conv2d(fixed, conv.weight[:, -fixed.shape[1] :], conv.bias, padding=conv.padding)
+        layers = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
+        known: dict[nn.Module, tuple[Tensor, ...]] = {layer: layer.prepare(condition) for layer in layers}
+        timesteps = timesteps.unique()
+        time = self.embed_time(timesteps)[:, None]
+        if self.context_embed is not None:
+            time = time + self.context_embed(condition.mean(dim=1))
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        embedded = [block.embed(time.flatten(0, 1))[:, :, 0, 0] for block in blocks]
+        widths: dict[nn.Module, int] = {
+            block: part.shape[1] for block, part in zip(blocks, embedded, strict=True)
+        }
+        table = torch.cat(embedded, dim=1).unflatten(0, time.shape[:2])
+        return Prepared(constant, PreparedCondition(condition.shape, known), timesteps, table, widths)
+
+    def _first_convolution(self, x_t: Tensor, prepared: Prepared) -> Tensor:
+        conv, x_t = self.conv_in, x_t[: len(prepared.constant)]  # the rest is the same again
+        x = F.conv2d(x_t, conv.weight[:, : x_t.shape[1]], padding=conv.padding) + prepared.constant
+        if self.context_embed is None:
+            return x
+        return repeat_to(x, prepared.condition.shape[0])  # already the first block sees the condition
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """Return time embeddings ``(n, time_dim)`` of timesteps ``(n,)``."""
+        embedding = timestep_embedding(timesteps, self.config.model_channels)
+        return self.time_embed(embedding.to(self.conv_in.weight.dtype))
+
+    def after_input(self, x: Tensor, time: Time, context: Context) -> Tensor:
+        """Run everything behind the first convolution, whose output is ``x``."""
         skips = [x]
         for level in self.down:
             x, produced = level(x, time, context)

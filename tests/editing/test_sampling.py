@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from pbe.config import ScheduleConfig
+from pbe.diffusion.schedule import make_schedule
+from pbe.diffusion.solvers import SOLVERS
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.placement import Placement
 from pbe.editing.preprocess import check_count, check_number
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.sampling import Sampling, check_callback
+from pbe.errors import UserError
 from tests.editing.conftest import Scene
 
 
@@ -154,3 +158,25 @@ def test_numbers_that_grow_beyond_all_bounds_name_the_guidance(
             guidance_scale=1e39,
             output_type=output_type,
         )
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_timesteps_of_all_calls_are_known_beforehand(solver: str, steps: int):
+    """Latents with values that matter ask for what the single zero asked for, down to the last bit."""
+    schedule = make_schedule(ScheduleConfig())
+    sampling = Sampling(SolverChoice(solver), steps, 5.0, 0.0, None, 1)
+    asked: list[torch.Tensor] = []
+
+    def predict(x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        asked.append(timesteps[0])
+        return torch.tanh(x_t)
+
+    try:
+        known = sampling.timesteps(schedule)
+    except UserError:  # some need more steps
+        known = torch.zeros(0)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        sampling.run(predict, torch.randn(2, 4, 3, 3), schedule, generator, lambda *_: None)
+    assert known.tolist() == [float(timestep) for timestep in asked]

@@ -10,9 +10,11 @@ from pbe.models import LatentDiffusion
 from pbe.models.attention import (
     Attention,
     FeedForward,
+    PreparedCondition,
     SlicedAttention,
     SpatialTransformer,
     TransformerBlock,
+    _written_out,
     set_attention_slicing,
 )
 from pbe.models.autoencoder import SpatialAttention
@@ -195,3 +197,58 @@ def test_so_many_heads_at_once_change_nothing(heads: int, monkeypatch: pytest.Mo
     assert sum(counts) == 8  # four heads of two samples
     with pytest.raises(UserError, match="0 heads at once"):
         set_attention_slicing(layer, heads_at_once=0)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(65, 65), (70, 300), (300, 70)])
+@pytest.mark.parametrize("at_once", [1, 100, 1000, 2**30])
+@torch.no_grad()
+def test_attention_written_out_in_slices_is_the_same(
+    queries: int, keys: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbe.models.attention.SCORES_AT_ONCE", at_once)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (queries, keys, keys))
+    weights = (q @ k.transpose(-1, -2) / 2.0).softmax(dim=-1)
+    torch.testing.assert_close(_written_out(q, k, v), weights @ v, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "gradients", "written_out"),
+    [
+        (torch.bfloat16, 65, False, True),
+        (torch.bfloat16, 64, False, False),
+        (torch.bfloat16, 65, True, False),
+        (torch.float32, 65, False, False),
+        (torch.float16, 65, False, False),
+    ],
+)
+def test_fused_kernel_is_left_only_where_it_is_slow(
+    dtype: torch.dtype, keys: int, gradients: bool, written_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("pbe.models.attention._written_out", lambda q, k, v: calls.append(q) or q)
+    q, kv = torch.randn(1, 2, 80, 4, dtype=dtype), torch.randn(1, 2, keys, 4, dtype=dtype)
+    with torch.set_grad_enabled(gradients):
+        SlicedAttention().attend(q, kv, kv)
+    assert bool(calls) == written_out
+
+
+@torch.no_grad()
+def test_written_out_attention_in_bfloat16_stays_close_to_float32() -> None:
+    """Scores and weights are rounded to 8 bits, in the fused kernel the weights alone: within twofold."""
+    q, k, v = torch.randn(3, 2, 4, 256, 16).unbind(0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    rounded = [each.bfloat16() for each in (q, k, v)]
+    fused = torch.nn.functional.scaled_dot_product_attention(*rounded)
+    distances = [float((made - expected).square().mean().sqrt()) for made in (_written_out(*rounded), fused)]
+    assert distances[0] < 2.0 * distances[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@torch.no_grad()
+def test_prepared_condition_is_the_condition(tokens: int) -> None:
+    layer = randomised(SpatialTransformer(16, num_heads=2, context_dim=12, groups=4)).double()
+    x, condition = torch.randn(2, 16, 3, 5).double(), torch.randn(4, tokens, 12).double()
+    attention = layer.block.attn2
+    prepared = PreparedCondition(condition.shape, {attention: attention.prepare(condition)})
+    expected = layer(x.repeat(2, 1, 1, 1), condition)
+    torch.testing.assert_close(layer(x, prepared), expected, rtol=0.0, atol=1e-12)

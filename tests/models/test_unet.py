@@ -163,3 +163,69 @@ def test_modulation_brings_the_condition_to_blocks_without_attention() -> None:
     with torch.no_grad():
         plain.mid_attention.proj_out.weight.zero_()
     assert torch.equal(plain(x, timesteps, context + 1.0), plain(x, timesteps, context))
+
+
+VARIANTS = {
+    "plain": {},
+    "channel norm": {"norm": "channel"},
+    "modulation": {"modulation": True},
+    "first attention late": {"attention_factors": [2]},
+    "toy": {"attention_factors": [2], "norm": "channel", "modulation": True},
+}
+# float32 differs by the rounding of the first convolution, which is split, through all layers
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@torch.no_grad()
+def test_prepared_calls_give_what_plain_calls_give(variant: str, tokens: int, dtype: torch.dtype) -> None:
+    unet = randomised(UNet(replace(tiny_unet_config(), **VARIANTS[variant]))).to(dtype)
+    for samples, conditions in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        x, masked, keep = (torch.randn(samples, channels, 7, 6, dtype=dtype) for channels in (4, 4, 1))
+        condition = torch.randn(samples * conditions, tokens, 24, dtype=dtype)
+        prepared = unet.prepare(condition, masked, keep, torch.tensor([981.0, 2.5, 981.0]))
+        for timestep in (2.5, 981.0):
+            whole = torch.cat([x, masked, keep], dim=1).repeat(conditions, 1, 1, 1)
+            expected = unet(whole, torch.full((len(whole),), timestep), condition)
+            actual = unet(x.repeat(conditions, 1, 1, 1), torch.full((len(whole),), timestep), prepared)
+            assert relative(actual, expected) < TOLERANCES[dtype]
+
+
+@torch.no_grad()
+def test_what_comes_before_the_condition_runs_once_for_both_halves(unet: UNet) -> None:
+    seen = {}
+    watched = {"block": unet.down[0].blocks[0], "attention": unet.down[0].attentions[0].block.attn1}
+    watched |= {"feed-forward": unet.down[0].attentions[0].block.ff, "time": unet.time_embed}
+    handles = [
+        module.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: len(inputs[0])}))
+        for name, module in watched.items()
+    ]
+    prepared = unet.prepare(torch.randn(6, 1, 24), *torch.randn(3, 5, 8, 8).split([4, 1], 1), torch.arange(9))
+    assert seen == {"time": 9}
+    del seen["time"]
+    unet(torch.randn(3, 4, 8, 8).repeat(2, 1, 1, 1), torch.full((6,), 5), prepared)
+    assert seen == {"block": 3, "attention": 3, "feed-forward": 6}
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_a_timestep_that_was_not_prepared_gives_no_number(unet: UNet) -> None:
+    prepared = unet.prepare(torch.randn(1, 1, 24), *torch.randn(1, 5, 4, 4).split([4, 1], 1), torch.arange(9))
+    assert bool(unet(torch.randn(1, 4, 4, 4), torch.tensor([9]), prepared).isnan().all())
+
+
+@torch.no_grad()
+def test_prepared_calls_in_bfloat16_are_as_close_to_float32_as_plain_ones(unet: UNet) -> None:
+    half = UNet(tiny_unet_config()).eval().to(torch.bfloat16)
+    half.load_state_dict(unet.state_dict())
+    x, masked, keep = (torch.randn(2, channels, 16, 16) for channels in (4, 4, 1))
+    condition, timesteps = torch.randn(4, 1, 24), torch.tensor([300, 300])
+    whole = torch.cat([x, masked, keep], dim=1).repeat(2, 1, 1, 1)
+    expected = unet(whole, timesteps.repeat(2), condition)
+    plain = half(whole.bfloat16(), timesteps.repeat(2), condition.bfloat16())
+    prepared = half.prepare(*(part.bfloat16() for part in (condition, masked, keep)), timesteps)
+    actual = half(x.bfloat16().repeat(2, 1, 1, 1), timesteps.repeat(2), prepared)
+    assert (actual - expected).std() < 1.2 * (plain - expected).std()

@@ -1,0 +1,28 @@
+"""The benchmark of the UNet, on a small one: all forms give the same numbers, and the table names them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmarks import unet
+
+
+def test_all_forms_take_turns_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "times.json"
+    options = f"--channels 32 --size 64 --repeats 2 --dtypes float32 --clock cpu --json {path}"
+    assert unet.main(options.split()) == 0
+    numbers = json.loads(path.read_text())["times"]["float32"]
+    assert {unet.OURS, unet.THEIRS, "plain", "two calls", "no slices"} < set(numbers)
+    assert all(len(form["seconds"]) == 2 for form in numbers.values())
+    assert all(form["distance"] < 1e-4 for form in numbers.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[3:]] == list(numbers)
+
+
+@pytest.mark.parametrize("options", [["--channels", "40"], ["--size", "8"], ["--repeats", "0"]])
+def test_what_cannot_be_measured(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert unet.main(options) == 2
+    assert capsys.readouterr().err.startswith("error: ")
