@@ -7,6 +7,8 @@ transparent layer, or the object itself cut out. :func:`read_mask_image` decides
   and says nothing.
 - Where alpha speaks and the visible pixels are a black-and-white drawing, the mask is luminance times alpha;
   where they are anything else (an object in its colours, strokes of one colour), it is alpha.
+- An image in its colours that is whole along its border, with a part inside erased, is no cut-out: the mask is
+  that part.
 - Where alpha says nothing, luminance decides; a drawing of one colour on black counts as white on black.
 - Numbers of classes or instances are refused, since a threshold would mix them up.
 """
@@ -18,6 +20,7 @@ from PIL import Image
 
 MASK_FROM = 128  # of 255: this and above is the masked region, the original's rounding of value / 255 >= 0.5
 BY_LUMINANCE, BY_ALPHA, BY_BOTH = "luminance", "alpha", "luminance times alpha"
+BY_ERASED = "the erased part"
 BY_COLOUR, BY_ONES = "one colour on black", "the values 0 and 1"
 
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
@@ -47,8 +50,8 @@ def read_mask_image(image: Image.Image) -> tuple[np.ndarray, str]:
 
     Returns:
         uint8 ``h w``, 255 in the masked region and 0 elsewhere (which may be all of it), and a few words to
-        tell: ``luminance``, ``alpha``, ``luminance times alpha``, ``one colour on black`` or
-        ``the values 0 and 1``.
+        tell: ``luminance``, ``alpha``, ``luminance times alpha``, ``the erased part``, ``one colour on black``
+        or ``the values 0 and 1``.
 
     Raises:
         UnclearMaskError: the image has no pixels, its colours are no mask, or its values have no meaning.
@@ -71,6 +74,9 @@ def read_mask_image(image: Image.Image) -> tuple[np.ndarray, str]:
         return _from_colours(colours, lossy)
     visible = 2 * alpha.astype(np.int32) >= top
     if not _is_drawing(colours[visible]):
+        border = (visible[0], visible[-1], visible[:, 0], visible[:, -1])
+        if all(line.all() for line in border):  # no object reaches all round an image
+            return _binary(~visible), BY_ERASED
         return _binary(visible), BY_ALPHA
     return _binary(_luminance(colours) * (alpha / top) >= MASK_FROM), BY_BOTH
 

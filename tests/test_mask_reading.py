@@ -82,6 +82,8 @@ MASKS = {
     "strokes at half opacity": (layer(255, ON * 120), "alpha"),
     "cut-out of a photograph": (layer(NOISE[:, :, :3], ON * 255), "alpha"),
     "cut-out of a grey photograph": (layer(NOISE[:, :, 0], ON * 255), "alpha"),
+    "photograph with a part erased": (layer(NOISE[:, :, :3], 255 - ON * 255), "the erased part"),
+    "white layer with a part erased": (layer(255, 255 - ON * 255), "the erased part"),
     "grey and alpha": (Image.fromarray(np.stack([ON * 255, ON * 255], 2)), "alpha"),
     "grey and alpha, touched": (Image.fromarray(np.stack([ON * 255, touched()], 2)), "luminance times alpha"),
 }
