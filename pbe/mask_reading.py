@@ -7,8 +7,8 @@ transparent layer, or the object itself cut out. :func:`read_mask_image` decides
   and says nothing.
 - Where alpha speaks and the visible pixels are a black-and-white drawing, the mask is luminance times alpha;
   where they are anything else (an object in its colours, strokes of one colour), it is alpha.
-- An image in its colours that is whole along its border, with a part inside erased, is no cut-out: the mask is
-  that part.
+- An image in its colours that is whole along its border, with a part inside erased, is no cut-out: the mask
+  is that part.
 - Where alpha says nothing, luminance decides; a drawing of one colour on black counts as white on black.
 - Numbers of classes or instances are refused, since a threshold would mix them up.
 """
@@ -50,8 +50,8 @@ def read_mask_image(image: Image.Image) -> tuple[np.ndarray, str]:
 
     Returns:
         uint8 ``h w``, 255 in the masked region and 0 elsewhere (which may be all of it), and a few words to
-        tell: ``luminance``, ``alpha``, ``luminance times alpha``, ``the erased part``, ``one colour on black``
-        or ``the values 0 and 1``.
+        tell: ``luminance``, ``alpha``, ``luminance times alpha``, ``the erased part``,
+        ``one colour on black`` or ``the values 0 and 1``.
 
     Raises:
         UnclearMaskError: the image has no pixels, its colours are no mask, or its values have no meaning.
