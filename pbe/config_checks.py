@@ -125,6 +125,8 @@ def check_numbers(config: DictConfig, source: str) -> None:
             raise UserError(f"{source}: '{key}' is {value}; it must be {limit}")
     _check_length(config, source)
     _check_lists(config, source)
+    if not config.output_dir.strip():
+        raise UserError(f"{source}: 'output_dir' is empty; name the folder of the run")
     betas = list(config.optimizer.betas)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"{source}: 'optimizer.betas' is {betas}; it must be two numbers from 0 to below 1")

@@ -46,6 +46,10 @@ def test_two_betas_are_wanted() -> None:
     assert "two numbers" in message("optimizer.betas=[0.9, 1.0]")
 
 
+def test_a_run_needs_a_folder() -> None:
+    assert "'output_dir' is empty" in message("output_dir=")
+
+
 def test_data_and_model_must_agree_on_sizes() -> None:
     assert "must be equal" in message("data.image_size=128")
     assert "must be equal" in message("data.exemplar_size=64")

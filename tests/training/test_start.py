@@ -50,6 +50,12 @@ def test_every_key_that_differs_is_named(config):
     )
 
 
+def test_an_autoencoder_that_is_not_there(tmp_path):
+    config = tiny_config(tmp_path, tmp_path / "run", f"autoencoder_from={tmp_path / 'nowhere'}")
+    with pytest.raises(UserError, match=r"autoencoder_from is '.*nowhere', which does not exist; name"):
+        find_autoencoder(config)
+
+
 def test_a_run_leads_to_its_autoencoder(workshop, tmp_path):
     named = f"autoencoder_from={workshop / 'autoencoder'}"
     folder, sizes = find_autoencoder(tiny_config(tmp_path, tmp_path / "run", named))
