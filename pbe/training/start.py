@@ -67,8 +67,8 @@ def find_autoencoder(config: Config) -> tuple[Path, AutoencoderConfig]:
     source = Path(config.autoencoder_from)
     if not source.exists():
         raise UserError(
-            f"autoencoder_from is '{source}', which does not exist; name the folder of a trained autoencoder, "
-            "such as data/toy/model"
+            f"autoencoder_from is '{source}', which does not exist; name the folder of a trained "
+            "autoencoder, such as data/toy/model"
         )
     if not (source / CONFIG_NAME).is_file() and (source / "model" / CONFIG_NAME).is_file():
         source = source / "model"
