@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import resize_picture
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.errors import UserError
+from pbe.models.tower_facts import follow_tower
 
 Exemplar = np.ndarray | Tensor  # a picture, or pixels normalised for the tower
 BICUBIC = 3
@@ -51,7 +52,9 @@ def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | 
     Raises:
         UserError: a setting that is not supported, or a crop of another size than the tower's.
     """
-    found, size = preprocessor or {}, config.image_size
+    found, config = preprocessor or {}, replace(config)
+    follow_tower(config)  # what it leaves open is the tower's own
+    size = config.image_size
     filter_number = found.get("resample", BICUBIC)
     if filter_number not in FILTERS:
         raise UserError(

@@ -309,11 +309,11 @@ def test_models_that_other_layouts_cannot_hold(tmp_path: Path, layout: str) -> N
     toy, shortcut, tokens = tiny_model_config(), small_config(), small_config()
     shortcut.autoencoder.patch_shortcut = True
     tokens.exemplar_encoder.tokens = "all"
-    folded, channel, modulated, layout = (small_config() for _ in range(4))
+    folded, channel, modulated, positions = (small_config() for _ in range(4))
     folded.autoencoder.patch = 2
     channel.unet.norm = "channel"
     modulated.unet.modulation = True
-    layout.exemplar_encoder.layout_grid = 2
+    positions.exemplar_encoder.layout_grid = 2
     for config, match in (
         (toy, "the tower 'timm/"),
         (shortcut, "patch shortcut"),
@@ -321,7 +321,7 @@ def test_models_that_other_layouts_cannot_hold(tmp_path: Path, layout: str) -> N
         (folded, "folds patches"),
         (channel, "norms over channels"),
         (modulated, "modulation"),
-        (layout, "token of the layout"),
+        (positions, "token of the layout"),
     ):
         with pytest.raises(
             UserError, match=f"the {layout} layout has no place for .*{match}.*keep the native layout"

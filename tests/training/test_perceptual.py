@@ -131,7 +131,7 @@ def test_distance_on_a_tower_is_the_sum_over_its_maps(tower, stages, pictures):
         else:
             maps.append(encoder.tower.forward_intermediates(pixels)["image_intermediates"])
     count = len(maps[0])
-    chosen = [count // 4 * k - 1 for k in (1, 2, 3)] if tower == TRANSFORMER_TOWER else list(range(count - 1))
+    chosen = [k * count // 4 - 1 for k in (1, 2, 3)] if tower == TRANSFORMER_TOWER else list(range(count - 1))
     assert len(chosen) == len(distance.stages)
     expected = sum(
         (1.0 - F.cosine_similarity(maps[0][i], maps[1][i], dim=1)).mul(2.0).mean(dim=(1, 2)) for i in chosen
