@@ -118,6 +118,7 @@ def check_numbers(config: DictConfig, source: str) -> None:
         UserError: the first number that is out of its range or does not fit another.
     """
     _check_finite(config, source)
+    _check_flat(config, source)
     for key, (low, high) in RANGES.items():
         value = OmegaConf.select(config, key)
         if not low <= value <= high:
@@ -167,6 +168,16 @@ def _check_length(config: DictConfig, source: str) -> None:
             f"{source}: 'trainer.max_steps' is {steps} and 'trainer.max_epochs' is {epochs}; "
             "one of them must be 0"
         )
+
+
+def _check_flat(section: DictConfig, source: str, prefix: str = "") -> None:
+    """Refuse lists and sections inside of lists, which OmegaConf lets pass where numbers and texts belong."""
+    for key in section:
+        node = section._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            _check_flat(node, source, f"{prefix}{key!s}.")
+        elif isinstance(node, ListConfig) and any(isinstance(item, ListConfig | DictConfig) for item in node):
+            raise UserError(f"{source}: '{prefix}{key!s}' is {list(node)}; it must be a plain list of values")
 
 
 def _check_lists(config: DictConfig, source: str) -> None:

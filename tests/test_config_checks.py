@@ -46,6 +46,14 @@ def test_two_betas_are_wanted() -> None:
     assert "two numbers" in message("optimizer.betas=[0.9, 1.0]")
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["model.unet.channel_mult=[[1]]", "optimizer.betas=[[0.9],0.9]", "logging.loggers=[{a: b}]"],
+)
+def test_a_list_holds_values_not_lists(override: str) -> None:
+    assert f"'{override.split('=')[0]}' is" in message(override)
+
+
 def test_a_run_needs_a_folder() -> None:
     assert "'output_dir' is empty" in message("output_dir=")
 
