@@ -228,21 +228,6 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
     return PackResult(summary, tally, plan)
 
 
-def pack(
-    request: PackRequest,
-    *,
-    engine: str = "local",
-    workers: int | None = None,
-    part: tuple[int, int] = (0, 1),
-    overwrite: bool = False,
-    progress: Callable[[int], Progress] | None = None,
-    finish: Finish | None = None,
-) -> PackResult | None:
-    """Pack, or go on with packing; see :func:`pack_all`."""
-    options: dict[str, Any] = {"engine": engine, "workers": workers, "part": part, "overwrite": overwrite}
-    return pack_all([request], progress=progress, finish=finish, **options)[0]
-
-
 def pack_all(
     requests: Sequence[PackRequest],
     *,

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.packing import PackResult, pack
+from pbe.data.packing import PackResult, pack_all
 from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_plan import PackSettings
 from pbe.data.sources.csv_table import read_csv
@@ -27,8 +27,13 @@ def request_of(folder: Path, out: Path, **settings: object) -> PackRequest:
     return PackRequest(sources, [str(folder)], PackSettings(**settings), out)  # type: ignore[arg-type]
 
 
+def pack(request: PackRequest, **options: object) -> PackResult | None:
+    """Pack one request; None for a part, or where everything was done before."""
+    return pack_all([request], **options)[0]  # type: ignore[arg-type]
+
+
 def run(request: PackRequest, **options: object) -> PackResult:
-    result = pack(request, workers=0, **options)  # type: ignore[arg-type]
+    result = pack(request, workers=0, **options)
     assert result is not None
     return result
 

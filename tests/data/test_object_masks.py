@@ -19,7 +19,7 @@ from pbe.data.dataset import BAD_ANNOTATION, ExemplarDataset
 from pbe.data.index import read_members
 from pbe.data.masks import Box, rectangle_mask
 from pbe.data.object_masks import cut_mask, object_cover, object_hole, read_object_mask
-from pbe.data.packing import PackRequest, pack
+from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_plan import PackSettings
 from pbe.data.properties import check_sample
 from pbe.data.randomness import generator
@@ -27,6 +27,7 @@ from pbe.data.rle import encode_rle
 from pbe.data.sample import NO_OBJECT_MASK, make_sample
 from pbe.data.shards import ShardPictures, ShardRecord, write_shards
 from pbe.data.sources.masks import read_mask_folder
+from tests.data.packing_support import pack
 from tests.data.test_properties import cases, settings_of_samples
 
 SIZE, EXEMPLAR = 64, 32

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from pbe.data.dataset import decode_picture
-from pbe.data.packing import pack
 from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_index import digest, load_index, read_summary
 from pbe.data.packing_plan import PackSettings, make_plan
@@ -25,7 +24,7 @@ from pbe.data.sources.masks import read_mask_folder
 from pbe.data.sources.pictures import turn_boxes, turn_image
 from pbe.errors import UserError
 from scripts import prepare_data
-from tests.data.packing_support import make_plain, noise, pack_straight, request_of, run
+from tests.data.packing_support import make_plain, noise, pack, pack_straight, request_of, run
 
 ODD_BOXES = """\
 file,x1,y1,x2,y2,label,is_group_of

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from pbe.data import packing_claim
-from pbe.data.packing import pack
 from pbe.errors import UserError
 from scripts import prepare_data
-from tests.data.packing_support import contents, make_plain, noise, request_of, run
+from tests.data.packing_support import contents, make_plain, noise, pack, request_of, run
 
 
 @pytest.fixture(scope="module")

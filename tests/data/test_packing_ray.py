@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from pbe.data.packing import pack
 from pbe.errors import UserError
-from tests.data.packing_support import contents, make_plain, pack_straight, request_of
+from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of
 
 
 class RemoteTask:

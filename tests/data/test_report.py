@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.packing import PackResult, pack
+from pbe.data.packing import PackResult
 from pbe.data.packing_claim import PackRequest
 from pbe.data.packing_duplicates import as_void, exact_pairs, near_duplicates, near_pairs
 from pbe.data.packing_pixels import perceptual_hash
@@ -18,6 +18,7 @@ from pbe.data.packing_plan import PackSettings
 from pbe.data.packing_tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
 from pbe.data.report import make_report, write_report
 from pbe.data.sources.csv_table import read_csv
+from tests.data.packing_support import pack
 
 
 def scene(seed: int) -> np.ndarray:
