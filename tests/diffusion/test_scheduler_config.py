@@ -120,6 +120,35 @@ def test_a_config_without_a_class_or_betas() -> None:
         solver_from_scheduler({"_class_name": "DDIMScheduler"})
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("steps_offset", [-3, 2.5, "1", None, True, []]),
+        ("clip_sample_range", ["x", -1.0, 0, []]),
+        ("clip_sample", ["no", 3, []]),
+        ("use_karras_sigmas", ["false", 2, {}]),
+        ("timestep_spacing", ["uniform", None, []]),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_their_name(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"scheduler_config.json: {key} is "):
+            choose("DDIMScheduler", **{key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [("solver_order", 4), ("solver_order", "2"), ("solver_type", 3)])
+def test_orders_and_types_that_there_are_none_of(key: str, value: Any) -> None:
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        with pytest.raises(UserError, match=f"scheduler_config.json: {key} is {value!r}"):
+            choose(name, **{key: value})
+
+
+@pytest.mark.parametrize("name", [[], {}, None, 3])
+def test_a_class_that_is_no_name(name: Any) -> None:
+    with pytest.raises(UserError, match="is not supported; there are: DDIMScheduler"):
+        solver_from_scheduler(BETAS | {"_class_name": name})
+
+
 def test_settings_of_other_classes_mean_nothing() -> None:
     foreign = {"thresholding": True, "rescale_betas_zero_snr": True, "lower_order_final": False}
     assert choose("PNDMScheduler", **foreign) == choose("PNDMScheduler")

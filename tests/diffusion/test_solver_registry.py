@@ -190,8 +190,6 @@ def test_no_karras_sigmas_on_whole_strides(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("dpmpp_2m", Settings(order=4), "order is 4"),
-        ("unipc", Settings(order=0), "order is 0"),
         ("dpmpp_2m", Settings(variant="bh1"), "'bh1'.*midpoint, heun"),
         ("unipc", Settings(variant="heun"), "'heun'.*bh2, bh1"),
         ("dpmpp_2m", Settings(predicts="noise"), "cannot be carried to clean data"),
@@ -203,6 +201,24 @@ def test_no_karras_sigmas_on_whole_strides(name: str) -> None:
 def test_settings_that_cannot_be(name: str, settings: Settings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SOLVERS[name].grid(SCHEDULE, 10, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("offset", [-1, 0.5, True, "1", None]),
+        ("end", ["last", 0, []]),
+        ("clip", [0, -1.0, float("nan"), float("inf"), True, "1"]),
+        ("runge_kutta", [1, None, "no"]),
+        ("order", [0, 4, 2.0, True, None]),
+        ("variant", ["bh3", 1, {}]),
+        ("predicts", ["v", None, []]),
+    ],
+)
+def test_settings_without_a_meaning(setting: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"^{setting} is .*, which is not possible$"):
+            Settings(**{setting: value})
 
 
 def test_runge_kutta_needs_four_steps() -> None:

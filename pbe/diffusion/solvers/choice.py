@@ -12,17 +12,6 @@ from pbe.diffusion.solvers.registry import Solver, get_solver
 from pbe.diffusion.solvers.settings import DEFAULTS, Settings
 from pbe.errors import UserError
 
-# The types of the finer settings in a file; bool is no number here.
-KINDS: dict[str, tuple[type, ...]] = {
-    "offset": (int,),
-    "end": (str, type(None)),
-    "clip": (int, float, type(None)),
-    "runge_kutta": (bool,),
-    "order": (int,),
-    "variant": (str, type(None)),
-    "predicts": (str,),
-}
-
 
 @dataclass(frozen=True)
 class SolverChoice:
@@ -86,12 +75,11 @@ def solver_from_json(values: Any, source: str) -> SolverChoice:
 def _settings(values: Any, source: str) -> Settings:
     if not isinstance(values, Mapping):
         raise UserError(f"{source} are {values!r}; they must be names with values")
-    _check_keys(values, tuple(KINDS), source)
-    for key, value in values.items():
-        kinds = KINDS[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"{source}: {key} is {value!r}, which is not possible")
-    return Settings(**values)
+    _check_keys(values, tuple(vars(DEFAULTS)), source)
+    try:
+        return Settings(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], source: str) -> None:

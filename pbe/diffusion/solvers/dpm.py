@@ -84,8 +84,6 @@ def _grid_for(*variants: str, stochastic: bool = False) -> Callable[[Request], G
     def lay_out(request: Request) -> Grid:
         """Refuse settings that this solver does not have, then lay out its grid."""
         settings = request.settings
-        if settings.order not in (1, 2, 3):
-            raise UserError(f"solver order is {settings.order}; it must be 1, 2 or 3")
         if settings.variant not in (None, *variants):
             raise UserError(f"no solver variant '{settings.variant}'; there are: {', '.join(variants)}")
         if stochastic and (settings.predicts == "noise" or settings.order > 2):

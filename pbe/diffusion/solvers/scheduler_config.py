@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
-from pbe.diffusion.solvers.settings import Settings
+from pbe.diffusion.solvers.settings import Settings, check_settings
 from pbe.errors import UserError
 
 __all__ = ["SolverChoice", "scheduler_from_solver", "solver_from_scheduler"]
@@ -45,9 +45,16 @@ REQUIRED: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "lower_order_final": ((True,), (DPM, UNIPC)),
     "disable_corrector": (([],), (UNIPC,)),
     "solver_p": ((None,), (UNIPC,)),
+    # for those of the other class either takes its default
+    "solver_type": (("midpoint", "heun", "logrho", "bh1", "bh2"), (DPM, UNIPC)),
     "clip_sample": ((False, None), (HEUN,)),
 }
 MISSING = {"beta_schedule": "linear"}
+SWITCHES = (
+    *("clip_sample", "euler_at_final", "predict_x0"),
+    *("set_alpha_to_one", "skip_prk_steps", "use_karras_sigmas"),
+)
+NAMES = {"offset": "steps_offset", "clip": "clip_sample_range", "order": "solver_order"}
 # The classes that read use_karras_sigmas; to the others the key means nothing.
 KARRAS = ("dpmpp_2m", "dpmpp_sde", "unipc", "euler", "heun", "lms")
 
@@ -123,18 +130,25 @@ def solver_from_scheduler(config: Mapping[str, Any]) -> SolverChoice:
 
 def _read(config: Mapping[str, Any]) -> SolverChoice:
     name = config.get("_class_name")
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise UserError(f"scheduler '{name}' is not supported; there are: {', '.join(CLASSES)}")
     for key, (allowed, classes) in REQUIRED.items():
         if (key in config or key in MISSING) and (not classes or name in classes):
             _require(key, config.get(key, MISSING.get(key)), allowed)
+    for key in SWITCHES:
+        _require(key, config.get(key), (True, False, None))
     return CLASSES[name](config)
 
 
 def _choice(name: str, config: Mapping[str, Any], spacing: str, **settings: Any) -> SolverChoice:
     spacing = config.get("timestep_spacing", spacing)
     _require("timestep_spacing", spacing, ("leading", "linspace", "trailing"))
-    found = Settings(offset=config.get("steps_offset", 0), **settings)
+    values = {"offset": config.get("steps_offset", 0), **settings}
+    try:
+        check_settings(values, NAMES)
+    except UserError as error:
+        raise UserError(f"scheduler_config.json: {error}") from error
+    found = Settings(**values)
     karras = name in KARRAS and bool(config.get("use_karras_sigmas", False))
     if karras and found.end == "first":
         raise UserError("scheduler_config.json: Karras sigmas need final_sigmas_type 'zero'")

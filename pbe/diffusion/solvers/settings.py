@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from pbe.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,9 @@ class Settings:
             B(h)) for UniPC. None: ``midpoint`` and ``bh2``.
         predicts: DPM-Solver and UniPC interpolate the predicted ``data`` (DPM-Solver++) or ``noise``
             (DPM-Solver); ``noise`` cannot end ``clean``.
+
+    Raises:
+        UserError: a setting without a meaning; the line names it.
     """
 
     offset: int = 1
@@ -30,5 +38,43 @@ class Settings:
     variant: str | None = None
     predicts: str = "data"
 
+    def __post_init__(self) -> None:
+        check_settings(vars(self))
+
+
+def check_settings(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Check the finer settings, which files may hold anything for.
+
+    Args:
+        values: some of them, by their names.
+        names: what errors call them, where that is something else.
+
+    Raises:
+        UserError: a setting without a meaning; the line names it.
+    """
+    for key, value in values.items():
+        if not _has_meaning(key, value):
+            raise UserError(f"{(names or {}).get(key, key)} is {value!r}, which is not possible")
+
+
+def _has_meaning(key: str, value: Any) -> bool:
+    if key in CHOICES:
+        return value in CHOICES[key] and isinstance(value, str | None)
+    if key == "runge_kutta":
+        return isinstance(value, bool)
+    if key == "clip":
+        return value is None or (_is_number(value, (int, float)) and math.isfinite(value) and value > 0)
+    return _is_number(value, (int,)) and (value >= 0 if key == "offset" else 1 <= value <= 3)
+
+
+def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "end": (None, "first", "clean"),
+    "variant": (None, "midpoint", "heun", "bh1", "bh2"),
+    "predicts": ("data", "noise"),
+}
 
 DEFAULTS = Settings()
