@@ -12,6 +12,18 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.models import LatentDiffusion
 from tests.editing.tiny_model import make_tiny_model
 
+# Solvers, and the classes of diffusers that do the same.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+}
+
 
 @dataclass
 class Scene:

@@ -20,7 +20,7 @@ from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UN
 from pbe.editing import PaintByExample
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.models import LatentDiffusion
-from tests.editing.conftest import Scene, make_scene
+from tests.editing.conftest import SCHEDULERS, Scene, make_scene
 
 THEIRS = "diffusers.pipelines.deprecated.paint_by_example"
 CALL: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
@@ -131,18 +131,6 @@ def test_tensors_are_taken_alike(pipes: tuple[PaintByExample, Any]):
     compare(pipes, inputs, generator=lambda: seeds(3)[0])
 
 
-SWAPS = {
-    "ddim": "DDIMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}
-
-
 @pytest.mark.parametrize("exported", [None, "plms", "unipc"])
 def test_an_export_swaps_schedulers_as_solvers(
     pipes: tuple[PaintByExample, Any], exported: str | None, tmp_path: Path
@@ -159,7 +147,7 @@ def test_an_export_swaps_schedulers_as_solvers(
     theirs = reference(tmp_path, kind.from_pretrained(tmp_path / "scheduler"))
     scene = make_scene(32, 40)
     latents = torch.randn(1, 4, 8, 10, generator=seeds(4)[0])
-    for name, kind in SWAPS.items():
+    for name, kind in SCHEDULERS.items():
         theirs.scheduler = getattr(diffusers, kind).from_config(theirs.scheduler.config)
         call = {"latents": latents, "generator": None, "num_inference_steps": 4, "output_type": "latent"}
         expected = theirs(**single(scene), **call | {"generator": seeds(3)[0]}).images

@@ -12,20 +12,11 @@ from pbe.diffusion.solvers import SOLVERS, Settings, SolverChoice
 from pbe.editing import PaintByExample
 from pbe.editing.schedulers import ReadOnly, Scheduler
 from pbe.models import LatentDiffusion
+from tests.editing.conftest import SCHEDULERS
 from tests.editing.tiny_model import make_tiny_model
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-CLASSES = {
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lms": "LMSDiscreteScheduler",
-}
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -37,7 +28,7 @@ def pipe(tiny_model: LatentDiffusion) -> PaintByExample:
 @pytest.mark.parametrize("start", SOLVERS)
 def test_swapping_schedulers_swaps_solvers(pipe: PaintByExample, start: str):
     pipe.solver = start
-    for name, kind in CLASSES.items():
+    for name, kind in SCHEDULERS.items():
         pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
         assert (pipe.solver, pipe.choice.karras) == (name, False)
         assert pipe.choice.settings.offset == 1
@@ -74,7 +65,7 @@ def test_what_is_read_can_be_assigned(pipe: PaintByExample, name: str):
     assert pipe.choice == SolverChoice(name, "uniform")
 
 
-@pytest.mark.parametrize("kind", CLASSES.values())
+@pytest.mark.parametrize("kind", SCHEDULERS.values())
 def test_the_config_is_that_of_the_class(pipe: PaintByExample, kind: str):
     made = getattr(diffusers, kind)(**SCALED, steps_offset=1)
     pipe.scheduler = made
