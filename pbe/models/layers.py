@@ -86,21 +86,22 @@ class ResBlock(nn.Module):
     def embed(self, time: Tensor) -> Tensor:
         """Map time embeddings ``(n, time_dim)`` to what this block adds, or scales and shifts with."""
         assert self.time_proj is not None
-        return self.time_proj(F.silu(time))[:, :, None, None]
+        return self.time_proj(F.silu(time))
 
     def forward(self, x: Tensor, time: Tensor | Mapping[nn.Module, Tensor] | None = None) -> Tensor:
         """Map ``(b, in, h, w)`` to ``(b, out, h, w)``.
 
         Args:
             x: the map.
-            time: ``(b, time_dim)``, or what :meth:`embed` made of it, for each block.
+            time: ``(b, time_dim)``, or what :meth:`embed` made of it, for each block; one row may serve all
+                samples.
         """
         h = self.conv1(F.silu(self.norm1(x)))
         if self.time_proj is None:
             h = self.norm2(h)
         else:
             assert time is not None
-            embedding = self.embed(time) if isinstance(time, Tensor) else time[self]
+            embedding = (self.embed(time) if isinstance(time, Tensor) else time[self])[:, :, None, None]
             if self.modulation:
                 scale, shift = embedding.chunk(2, dim=1)
                 h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)

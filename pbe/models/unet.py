@@ -43,11 +43,12 @@ class Prepared:
         """Look up what each block makes of timesteps ``(b,)`` that are all the same.
 
         One that was not prepared gives NaN: to look whether it is there, the host would wait for the device.
+        Whoever uses the result checks once, at the end, that it is finite.
         """
         place = (self.timesteps - timesteps[0]).abs().argmin().view(1)
         known = self.timesteps.index_select(0, place) == timesteps[0]
         row = torch.where(known, self.table.index_select(0, place)[0], torch.nan)
-        parts = row[:, :, None, None].split(list(self.blocks.values()), dim=1)
+        parts = row.split(list(self.blocks.values()), dim=1)
         return dict(zip(self.blocks, parts, strict=True))
 
 
@@ -180,7 +181,8 @@ class UNet(nn.Module):
         Args:
             x: ``(b, 2z + 1, h, w)`` of any size; with a prepared context only the noisy latents
                 ``(k b, z, h, w)``, k times the same.
-            timesteps: ``(b,)`` in 0..999; with a prepared context all the same.
+            timesteps: ``(b,)`` in 0..999; with a prepared context all the same, and one of those that were
+                prepared, or the output is NaN.
             context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
                 for each sample.
 
@@ -207,7 +209,8 @@ class UNet(nn.Module):
             condition: ``(k b, tokens, context_dim)``, all samples' first conditions first.
             masked_latents: ``(b, z, h, w)``.
             keep_mask: ``(b, 1, h, w)``, 1 = keep.
-            timesteps: ``(n,)`` all that will be asked for.
+            timesteps: ``(n,)`` all that will be asked for. Memory grows with them: Stable Diffusion's sizes
+                take 20160 numbers for each.
         """
         fixed, conv = torch.cat([masked_latents, keep_mask], dim=1), self.conv_in
         constant = F.conv2d(fixed, conv.weight[:, -fixed.shape[1] :], conv.bias, padding=conv.padding)
@@ -218,7 +221,7 @@ class UNet(nn.Module):
         if self.context_embed is not None:
             time = time + self.context_embed(condition.mean(dim=1))
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
-        embedded = [block.embed(time.flatten(0, 1))[:, :, 0, 0] for block in blocks]
+        embedded = [block.embed(time.flatten(0, 1)) for block in blocks]
         widths: dict[nn.Module, int] = {
             block: part.shape[1] for block, part in zip(blocks, embedded, strict=True)
         }
