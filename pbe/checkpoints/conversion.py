@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.layout import PARTS, empty_model
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import part_of
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.saving import (
-    CHECKER,
     check_layout,
     layout_files,
     write_layout,
@@ -81,6 +81,8 @@ def convert(
     check_layout(opened.config, layout)
     usage = _usage(opened)
     if layout == "compvis" and target.suffix in FILE_SUFFIXES:
+        if opened.safety_checker is not None:
+            logger.warning("'%s' is a single file: the safety checker is not carried over", target)
         with staged(target.parent) as staging:
             write_original(staging / target.name, opened.config, opened.tensors, dtype)
             yaml = (staging / target.name).with_suffix(".yaml")

@@ -13,6 +13,7 @@ from pbe.checkpoints.archives import Weights, open_weights
 from pbe.errors import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+CHECKER = "safety_checker"  # the folder of one inside a model's
 SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 # Files that lie beside weights under the same suffixes without being the model's.
 STRANGERS = (

@@ -14,7 +14,7 @@ from pbe.checkpoints.compvis import open_compvis, resolve_config
 from pbe.checkpoints.compvis_config import is_original_yaml, read_yaml
 from pbe.checkpoints.contents import Weights
 from pbe.checkpoints.diffusers import find_parts, open_diffusers
-from pbe.checkpoints.folders import ANY, FileChoice, open_folder, weight_files
+from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
 from pbe.checkpoints.layout import PARTS, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
 from pbe.checkpoints.opened import Opened, build, numbers
@@ -100,7 +100,10 @@ def open_checkpoint(
         raise UserError(
             f"'{place}': a setting in its files cannot be read ({why}); copy the model again"
         ) from error
-    return replace(opened, tensors=numbers(opened), notes=(*notes, *opened.notes))
+    checker = opened.safety_checker
+    if checker is None and (place / CHECKER).is_dir():
+        checker = place / CHECKER
+    return replace(opened, tensors=numbers(opened), notes=(*notes, *opened.notes), safety_checker=checker)
 
 
 def _open(path: Path, config: Config, files: FileChoice, raw_weights: bool) -> Opened:

@@ -21,6 +21,7 @@ from pbe.checkpoints.diffusers_config import (
     write_unet,
 )
 from pbe.checkpoints.diffusers_names import entries
+from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.layout import PARTS, to_foreign
 from pbe.checkpoints.native import CONFIG_NAME, part_of, write_config as write_native_config, write_part
 from pbe.checkpoints.tensors import Lazies, lazies
@@ -33,7 +34,6 @@ from pbe.models import LatentDiffusion
 LAYOUTS = ("native", "compvis", "diffusers")
 CHECKPOINT = "model.ckpt"
 YAML = "config.yaml"
-CHECKER = "safety_checker"
 DIFFUSERS_FILES = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "autoencoder": "vae/diffusion_pytorch_model.safetensors",

@@ -138,7 +138,17 @@ class DiffusersNames:
         return self._name_or_path
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off."""
+        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off.
+
+        Raises:
+            EditTypeError: tqdm has no such argument.
+        """
+        known = [*inspect.signature(tqdm.__init__).parameters][1:-1]  # neither self nor **kwargs
+        for name in settings:
+            if name not in known:
+                raise EditTypeError(
+                    f"the progress bar has no setting '{name}'; there are: {', '.join(known)}"
+                )
         self._progress.settings = settings
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm[Any]:

@@ -11,7 +11,7 @@ from pbe.config import ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.conventions import ORIGINAL
-from pbe.editing.problems import EditTypeError
+from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 
 OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
@@ -94,6 +94,7 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
 
     Raises:
         EditTypeError: a part is missing or no part.
+        EditValueError: the parts do not fit together.
     """
     missing = [name for name in PARTS if parts[name] is None]
     if missing:
@@ -104,6 +105,7 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
     for (name, part), kind in zip(networks.items(), (UNet, AutoencoderKL, ExemplarEncoder), strict=True):
         if not isinstance(part, kind):
             raise EditTypeError(f"{name}: {type(part).__name__}; it must be a network of this project")
+    _check_fit(**networks)
     given = parts["noise_schedule"]
     if not isinstance(given, NoiseSchedule):
         raise EditTypeError(f"noise_schedule: {type(given).__name__}; it must be a NoiseSchedule")
@@ -115,3 +117,23 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
         **{name: part.config for name, part in networks.items()},
     )
     return LatentDiffusion(config, **networks), schedule
+
+
+def _check_fit(unet: UNet, autoencoder: AutoencoderKL, exemplar_encoder: ExemplarEncoder) -> None:
+    condition = exemplar_encoder.null_condition.shape[-1]
+    if unet.config.context_dim != condition:
+        raise EditValueError(
+            f"the unet takes conditions of {unet.config.context_dim} numbers, and the exemplar encoder gives "
+            f"{condition}; take both from models of one kind"
+        )
+    channels = autoencoder.config.latent_channels
+    if unet.conv_in.in_channels != 2 * channels + 1:
+        raise EditValueError(
+            f"the unet takes {unet.conv_in.in_channels} channels, and latents of {channels} channels make "
+            f"{2 * channels + 1}; take unet and autoencoder from models of one kind"
+        )
+    parts = {"unet": unet, "autoencoder": autoencoder, "exemplar encoder": exemplar_encoder}
+    weights = {name: next(part.parameters()) for name, part in parts.items()}
+    if len({(weight.dtype, weight.device) for weight in weights.values()}) > 1:
+        told = ", ".join(f"the {name} is {each.dtype} on {each.device}" for name, each in weights.items())
+        raise EditValueError(f"{told}; bring them to one type and device with to()")

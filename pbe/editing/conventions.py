@@ -63,6 +63,6 @@ def get_conventions(name: str) -> Conventions:
     Raises:
         EditValueError: there are none.
     """
-    if name not in CONVENTIONS:
+    if name not in tuple(CONVENTIONS):
         raise EditValueError(f"no conventions '{name}'; there are: {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]

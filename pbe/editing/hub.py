@@ -17,14 +17,22 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pbe.checkpoints.folders import ANY, SHARD, STRANGERS, SUFFIXES, FileChoice, is_pickle, variant_of
+from pbe.checkpoints.folders import (
+    ANY,
+    CHECKER,
+    SHARD,
+    STRANGERS,
+    SUFFIXES,
+    FileChoice,
+    is_pickle,
+    variant_of,
+)
 from pbe.editing.places import require_place
 from pbe.errors import UserError
 from pbe.files import expand_home
 
 NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
 COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
-CHECKER = "safety_checker"
 SMALL = (".json", ".yaml", ".yml")
 # Whatever goes wrong on the way to the Hub: errors of the system, and those of the HTTP library underneath.
 TRANSPORT: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)

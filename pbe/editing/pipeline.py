@@ -181,7 +181,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
             EditValueError: an argument of diffusers that cannot be followed.
             UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
         """
-        check_saving(layout, safe_serialization, variant, push_to_hub)
+        check_saving(layout, dtype, safe_serialization, variant, push_to_hub)
         folder, checker = expand_home(str(folder)), self.safety_checker
         beside = partial(save_checker_in, checker) if isinstance(checker, SafetyChecker) else None
         if problem := checker_problem(Path(folder), checker):
@@ -320,7 +320,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
             EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
         """
         self._refuse_arguments(others)
-        if negative_prompt:
+        if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         engine = self._engine(conventions)
         choice = self._chosen(solver, conventions)

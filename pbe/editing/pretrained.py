@@ -18,7 +18,7 @@ from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.components import NETWORKS, OURS, schedule_of
-from pbe.editing.hub import CHECKER, Hub
+from pbe.editing.hub import Hub
 from pbe.editing.problems import EditTypeError, EditValueError, say_once
 from pbe.editing.safety import load_safety_checker
 from pbe.editing.sampling import choose_solver
@@ -141,7 +141,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _one(name: str, ours: Any, other: str, theirs: Any) -> Any:
     """Return the one of two names for a setting that is given."""
-    if ours is not None and theirs is not None and ours != theirs:
+    if ours is not None and theirs is not None and str(ours) != str(theirs):
         raise EditValueError(f"{name} is {ours} and {other} {theirs}; give one of them")
     return theirs if ours is None else ours
 
@@ -167,14 +167,17 @@ def preprocessor_of(extractor: Any) -> dict[str, Any] | None:
     return dict(extractor.to_dict())
 
 
-def check_saving(layout: object, safe_serialization: object, variant: object, push_to_hub: object) -> None:
-    """Check the arguments of saving that diffusers has.
+def check_saving(
+    layout: object, dtype: object, safe_serialization: object, variant: object, push_to_hub: object
+) -> None:
+    """Check the arguments of saving, those that diffusers has among them.
 
     Raises:
         EditTypeError, EditValueError: one that cannot be followed; the line says what to do.
     """
     if not isinstance(layout, str):
         raise EditTypeError(f"layout: {type(layout).__name__}; it must be a name, such as diffusers")
+    _check_dtype(dtype)
     if not safe_serialization:
         raise EditValueError("safe_serialization is False; folders hold safetensors, never pickles")
     if variant is not None:
@@ -229,7 +232,7 @@ def load_parts(
     )
     for note in loaded.notes:
         say_once(f"'{path_or_hub_id}': {note}")
-    checker = _checker(safety_checker, folder, loaded, hub)
+    checker = _checker(safety_checker, loaded, hub)
     if checker is None and theirs.screened:
         say_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
     elif isinstance(checker, Path):
@@ -268,7 +271,7 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
 
 
 def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise EditTypeError(f"dtype: {dtype!r}; it must be a floating-point torch.dtype, as torch.float16")
 
 
@@ -284,7 +287,7 @@ def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) ->
     return replace(usage, preprocessor=theirs.preprocessor or usage.preprocessor).complete(loaded.layout)
 
 
-def _checker(wanted: Checker, folder: Path, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
+def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
     """Return the checker, or the folder to load it from."""
     if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
         return wanted
@@ -292,5 +295,4 @@ def _checker(wanted: Checker, folder: Path, loaded: Loaded, hub: Hub) -> Path | 
         return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(
             wanted
         )
-    beside = folder / CHECKER
-    return loaded.safety_checker or (beside if beside.is_dir() else None)
+    return loaded.safety_checker

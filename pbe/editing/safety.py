@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
-from pbe.checkpoints.folders import ANY, FileChoice, open_folder
+from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
 from pbe.checkpoints.layout import Entry, to_foreign, to_native
 from pbe.checkpoints.strict import check_shapes, checked, shapes
 from pbe.checkpoints.tensors import Lazies, lazies
@@ -34,7 +34,6 @@ from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.models.tower import build_tower
 
-CHECKER = "safety_checker"  # the folder inside a model's
 SPECIAL_CARE = 0.01  # what special care adds to every concept's score
 DECIMALS = 3  # scores are rounded to so many before they are compared with zero
 TOWER = "vision_model."

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ def with_spacing(choice: SolverChoice, conventions: Conventions) -> SolverChoice
     """Return the choice with the conventions' timestep spacing where it has none of its own."""
     if choice.spacing is not None or choice.name not in conventions.leading:
         return choice
-    return SolverChoice(choice.name, "leading", choice.karras, choice.settings)
+    return replace(choice, spacing="leading")
 
 
 @dataclass

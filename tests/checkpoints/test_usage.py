@@ -55,9 +55,12 @@ def test_files_without_it_say_nothing(small: LatentDiffusion, layout: str, tmp_p
     assert found.solver.name == ("pndm" if theirs else "plms")
 
 
+@pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_safety_checker_goes_along(small: LatentDiffusion, layout: str, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "in", small, "diffusers")
+def test_the_safety_checker_goes_along(
+    small: LatentDiffusion, source: str, layout: str, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "in", small, source)
     checker = tmp_path / "in/safety_checker"
     checker.mkdir()
     (checker / "config.json").write_text('{"architectures": ["StableDiffusionSafetyChecker"]}')
@@ -67,6 +70,15 @@ def test_the_safety_checker_goes_along(small: LatentDiffusion, layout: str, tmp_
     if layout == "diffusers":
         index = json.loads((tmp_path / "out/model_index.json").read_text())
         assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
+
+
+def test_a_file_without_the_safety_checker_is_told(
+    small: LatentDiffusion, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path / "in", small)
+    (tmp_path / "in/safety_checker").mkdir()
+    convert(open_checkpoint(tmp_path / "in"), tmp_path / "out.ckpt", "compvis")
+    assert f"'{tmp_path}/out.ckpt' is a single file: the safety checker is not carried over" in caplog.text
 
 
 def test_a_scheduler_that_is_not_known_is_told(

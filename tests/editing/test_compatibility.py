@@ -78,8 +78,9 @@ def test_a_negative_prompt_is_none(pipe: PaintByExample, scene: Scene):
     call = (scene.exemplar, scene.picture, scene.mask, None, None, 1, 5.0)
     assert len(pipe(*call, None, 2).images) == 2
     assert len(pipe(*call, "", 1, 0.0, None, None, "pil", True, None, 1).images) == 1
-    with pytest.raises(ValueError, match="negative_prompt: there is no text here"):
-        pipe(*call, "blurry")
+    for prompt in ("blurry", ["blurry"], np.zeros(2), 3):
+        with pytest.raises(ValueError, match="negative_prompt: there is no text here"):
+            pipe(*call, prompt)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,7 @@ def test_what_cannot_be_assigned(pipe: PaintByExample, name: str, message: str):
     ("name", "value", "message"),
     [
         ("conventions", "mine", "no conventions 'mine'"),
+        ("conventions", ["original"], "no conventions"),
         ("watermark", "yes", "watermark: str; it must be True or False"),
         ("safety_checker", 3, "safety_checker: int; it must be None"),
         ("safety_checker", lambda images, clip_input: (images, [False]), "it must be None"),
@@ -221,12 +223,17 @@ def test_the_progress_bar(pipe: PaintByExample, capsys: pytest.CaptureFixture[st
     assert not capsys.readouterr().err
     with pytest.raises(ValueError, match="an iterable or a total"):
         pipe.progress_bar()
+    with pytest.raises(
+        TypeError, match="the progress bar has no setting 'colours'; there are: iterable, desc"
+    ):
+        pipe.set_progress_bar_config(colours="red")
 
 
 def test_arguments_of_loading(folder: Path, pipe: PaintByExample, caplog: pytest.LogCaptureFixture):
     loaded = PaintByExamplePipeline.from_pretrained(
         pretrained_model_name_or_path=folder,
         torch_dtype=torch.float16,
+        device=torch.device("cpu"),
         device_map="cpu",
         variant=None,
         use_safetensors=True,
@@ -297,6 +304,8 @@ def test_arguments_of_loading_that_cannot_be_followed(folder: Path, settings: di
     ("settings", "message"),
     [
         ({"layout": True}, "layout: bool; it must be a name"),
+        ({"dtype": "half"}, "dtype: 'half'; it must be a floating-point torch.dtype"),
+        ({"dtype": torch.float8_e5m2}, "dtype: torch.float8_e5m2"),
         ({"safe_serialization": False}, "never pickles"),
         ({"variant": "fp16"}, "dtype=torch.float16 writes them in half precision"),
         ({"push_to_hub": True}, r"call pipe.push_to_hub\(repo_id\)"),

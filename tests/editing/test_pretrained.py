@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -21,7 +22,7 @@ from pbe.editing import PaintByExample
 from pbe.editing.problems import say_once
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.errors import UserError
-from pbe.models import LatentDiffusion
+from pbe.models import AutoencoderKL, LatentDiffusion, UNet
 from tests.editing.conftest import Scene
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
 
@@ -296,3 +297,19 @@ def test_a_bare_schedule_will_do(clip_model: LatentDiffusion):
 def test_parts_that_make_no_pipeline(clip_model: LatentDiffusion, change: dict, message: str):
     with pytest.raises(TypeError, match=message):
         PaintByExample(**(PaintByExample(clip_model).components | change))
+
+
+def test_parts_that_do_not_fit_together(clip_model: LatentDiffusion):
+    parts, config = PaintByExample(clip_model).components, copy.deepcopy(clip_model.config)
+    config.unet.context_dim, config.autoencoder.latent_channels = 8, 3
+    changes = {
+        "the unet takes conditions of 8 numbers, and the exemplar encoder gives 16": UNet(config.unet),
+        "the unet takes 9 channels, and latents of 3 channels make 7": AutoencoderKL(config.autoencoder),
+        "the unet is torch.float16 on cpu, the autoencoder is torch.float32": copy.deepcopy(
+            clip_model.unet
+        ).half(),
+    }
+    for message, part in changes.items():
+        name = "unet" if isinstance(part, UNet) else "autoencoder"
+        with pytest.raises(ValueError, match=message):
+            PaintByExample(**(parts | {name: part}))
