@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,9 @@ from pbe.models.tower_facts import follow_tower
 Exemplar = np.ndarray | Tensor  # a picture, or pixels normalised for the tower
 BICUBIC = 3
 FILTERS = {2: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+SOURCE = "preprocessor_config.json"
+RESCALE = 1 / 255  # of a byte
+ALWAYS = ("do_center_crop", "do_rescale", "do_normalize")  # steps that cannot be left out here
 
 
 @dataclass(frozen=True)
@@ -50,26 +54,44 @@ def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | 
         preprocessor: the parsed file, of any age; None takes everything from the tower.
 
     Raises:
-        UserError: a setting that is not supported, or a crop of another size than the tower's.
+        UserError: a setting that is not supported or has no meaning, or a crop of another size than the
+            tower's.
     """
     found, config = preprocessor or {}, replace(config)
     follow_tower(config)  # what it leaves open is the tower's own
     size = config.image_size
     filter_number = found.get("resample", BICUBIC)
-    if filter_number not in FILTERS:
-        raise UserError(
-            f"preprocessor_config.json: resample {filter_number} is not supported; it must be 2 or 3"
-        )
+    if filter_number not in tuple(FILTERS):
+        raise UserError(f"{SOURCE}: resample {filter_number} is not supported; it must be 2 or 3")
+    for key in ALWAYS:
+        if not found.get(key, True):
+            raise UserError(f"{SOURCE}: {key} is {found[key]!r}, which is not supported (only true)")
+    factor = found.get("rescale_factor", RESCALE)
+    if not _is_real(factor) or not math.isclose(factor, RESCALE, rel_tol=1e-5):
+        raise UserError(f"{SOURCE}: rescale_factor is {factor!r}, which is not supported (only 1/255)")
     crop = _side(found.get("crop_size", size), "crop_size")
     if crop != size:
-        raise UserError(f"preprocessor_config.json: crop_size is {crop}, but the image tower takes {size} px")
+        raise UserError(f"{SOURCE}: crop_size is {crop}, but the image tower takes {size} px")
     return CropSettings(
         shortest_edge=_side(found.get("size", size), "size") if found.get("do_resize", True) else 0,
         crop=crop,
         resample=FILTERS[filter_number],
-        mean=tuple(found.get("image_mean", config.mean)),
-        std=tuple(found.get("image_std", config.std)),
+        mean=_by_channel(found.get("image_mean", config.mean), "image_mean"),
+        std=_by_channel(found.get("image_std", config.std), "image_std", above=0.0),
     )
+
+
+def _by_channel(value: Any, key: str, above: float = -math.inf) -> tuple[float, ...]:
+    """Return a number for each of three channels, all of them larger than ``above``."""
+    numbers = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(numbers) != 3 or not all(_is_real(each) and above < each < math.inf for each in numbers):
+        kind = "numbers above 0" if above == 0.0 else "numbers"
+        raise UserError(f"{SOURCE}: {key} is {value!r}; it must be three {kind}")
+    return numbers
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
@@ -84,7 +106,7 @@ def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": {"height": settings.crop, "width": settings.crop},
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": RESCALE,
         "do_normalize": True,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
@@ -95,10 +117,10 @@ def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
 def _side(value: Any, key: str) -> int:
     """Return the length that a size of the file stands for: a number, a shortest edge, or a square."""
     if isinstance(value, dict):
-        sides = set(value.values())
-        value = next(iter(sides)) if len(sides) == 1 else None
+        first, *others = [*value.values()] or [None]
+        value = first if all(side == first for side in others) else None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"preprocessor_config.json: {key} must be one length in pixels")
+        raise UserError(f"{SOURCE}: {key} must be one length in pixels")
     return value
 
 

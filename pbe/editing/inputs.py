@@ -183,20 +183,26 @@ def _unbatch_masks(value: Any, what: str) -> list[Any]:
 def _refuse_channels(masks: Sequence[Any], given: Any, pictures: int, exemplars: int) -> None:
     """Refuse one mask whose colour channels come first, which would count as a batch of masks.
 
-    Three different masks for one picture are a batch; three that are the same, or of which one is empty, are
-    the channels of a single mask.
+    Three different masks for one picture are a batch, and that is told; three that are the same once cut at
+    half of the largest value, or of which one is empty then, are the channels of a single mask.
     """
     only = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
     shape = tuple(getattr(only, "shape", ()))
     if (pictures, exemplars) != (1, 1) or shape[:-2] not in ((3,), (4,)) or len(masks) != shape[0]:
         return
-    first, second, third = (np.asarray(_to_array(each, "mask_image")) for each in masks[:3])
+    planes = np.stack([_to_array(each, "mask_image") for each in masks[:3]])
+    if planes.dtype.kind not in "buif" or planes.size == 0 or not np.isfinite(planes).all():
+        return  # no mask at all, as will be said
+    first, second, third = planes > planes.max() / 2
     same = np.array_equal(first, second) and np.array_equal(first, third)
     if same or not all(each.any() for each in (first, second, third)):
         raise EditValueError(
             f"mask_image: shape {shape} means a batch of masks, and these are the colours of one; "
             "give it as (h, w) or (1, h, w)"
         )
+    say_once(
+        f"mask_image: shape {shape} is taken as {len(masks)} masks of one image, which give as many edits"
+    )
 
 
 def _items(values: np.ndarray | Tensor, what: str) -> list[Any]:

@@ -239,11 +239,13 @@ def test_what_is_right_needs_no_word(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-@pytest.mark.parametrize("kind", ["tensor", "array", "list", "red"])
+@pytest.mark.parametrize("kind", ["tensor", "array", "list", "red", "noisy", "noisy red"])
 def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
     planes = tensor_mask().expand(channels, H, W).clone()
-    if kind == "red":
+    if kind.endswith("red"):
         planes[1:3] = 0.0
+    if kind.startswith("noisy"):  # as a lossy file makes them
+        planes = planes * 0.9 + torch.rand(planes.shape, generator=torch.Generator().manual_seed(0)) * 0.1
     mask = planes.numpy() if kind == "array" else [planes] if kind == "list" else planes
     image = BYTES if kind == "array" else SIGNED
     with pytest.raises(
@@ -252,9 +254,11 @@ def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
         matched(PICTURE, image, mask)
 
 
-def test_a_batch_of_masks_is_one():
+def test_a_batch_of_masks_is_one(caplog: pytest.LogCaptureFixture):
+    say_once.cache_clear()
     other = torch.ones(H, W)
     assert len(matched(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
+    assert "shape (3, 12, 10) is taken as 3 masks of one image, which give as many edits" in caplog.text
     same = torch.stack([tensor_mask()] * 3)
     assert len(matched([PICTURE] * 3, SIGNED, same)) == 3
     assert len(matched(PICTURE, SIGNED.expand(3, -1, -1, -1), same)) == 3
