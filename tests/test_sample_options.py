@@ -7,15 +7,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
+from pbe.config import Config, to_dict
 from pbe.editing.cli import main
 from pbe.editing.runner import memory_told
 from pbe.errors import UserError
+from tests.editing.tiny_model import make_tiny_model
 from tests.sample_calls import arguments, complaint, pixels, write_files, write_model
 
 
@@ -70,6 +74,36 @@ def test_the_settings_reach_the_pipeline_and_the_repeat_command(model: Path, fil
     plain = arguments(model, files, "--name", "plain")
     assert main(plain) == 0
     assert np.abs(pixels(files / "out/plain_0.png") - pixels(files / "out/a_0.png")).max() > 10
+
+
+def write_run(folder: Path) -> Path:
+    """A run with a checkpoint whose average is another model than its plain weights."""
+    plain, average = make_tiny_model(seed=1), make_tiny_model()
+    states = {"state_dict": plain.state_dict(), "ema": average.state_dict()}
+    content = {
+        name: {f"model.{key}": value for key, value in state.items()} for name, state in states.items()
+    }
+    (folder / "checkpoints").mkdir(parents=True)
+    config = to_dict(replace(Config(), model=plain.config))
+    torch.save(content | {"config": config, "global_step": 1}, folder / "checkpoints/last.ckpt")
+    (folder / "metrics.json").write_text("[]")
+    return folder
+
+
+def test_a_run_is_repeated_with_the_weights_that_were_taken(files: Path):
+    run = write_run(files / "run")
+    edits = {}
+    for name, more in {"average": [], "plain": ["--raw-weights"]}.items():
+        assert main(arguments(run, files, "--name", name, "--quiet", *more)) == 0
+        record = json.loads((files / f"out/{name}_0.json").read_text())
+        assert list(record["model"]["sha256"]) == ["last.ckpt"]
+        again = shlex.split(record["repeat"])[2:]
+        assert ("--raw-weights" in again) == bool(more)
+        again[again.index("--out") + 1] = f"{files}/again"
+        assert main(again) == 0
+        edits[name] = pixels(files / f"out/{name}_0.png")
+        assert np.abs(pixels(files / f"again/{name}_0.png") - edits[name]).max() <= 1
+    assert np.abs(edits["plain"] - edits["average"]).max() > 10
 
 
 ODD = "my data [v2] {a,b} (1) 50% me@home é ~x"

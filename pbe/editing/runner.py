@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import torch_dtype
+from pbe.checkpoints.runs import of_run
 from pbe.editing.cli import build_parser
 from pbe.editing.hub import Hub
 from pbe.editing.jobs import Job, output_stem
@@ -203,6 +204,8 @@ def _shared_record(
     options: argparse.Namespace, pipe: PaintByExample, place: Path, device: torch.device
 ) -> dict[str, Any]:
     same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
+    if place.is_dir():  # of a run, of which the files that were loaded count
+        place, _ = of_run(place, raw_weights=options.raw_weights)
     return {
         "model": {"folder": options.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
@@ -249,8 +252,8 @@ def _record(work: Work, index: int, shared: dict[str, Any], options: argparse.Na
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """Return what else of the command line shapes an edit, where it was given."""
-    names = ("config", "revision", "cache_dir", "offline", "safety_checker", "watermark", "spacing", "karras")
-    more = ("solver", "margin", "feather", "height", "width")
+    names = ("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark")
+    more = ("solver", "spacing", "karras", "margin", "feather", "height", "width")
     defaults = build_parser()
     values = {name: getattr(options, name) for name in (*names, *more)}
     return {
