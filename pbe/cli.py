@@ -1,17 +1,26 @@
-"""What the project's command lines share: complaints in one line, and exit statuses."""
+"""What the project's command lines share: complaints in one line, paths, and exit statuses."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from pbe.errors import UserError
+from pbe.files import expand_home
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are a :class:`UserError`, one line like every other."""
+    """A parser whose complaints are a :class:`UserError`, one line like every other.
+
+    In options of ``type=Path`` a leading ``~`` is the home folder: shells leave it alone in ``--out=~/x``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(expand_home(text)))
 
     def error(self, message: str) -> NoReturn:
         """Raise the complaint."""

@@ -21,6 +21,14 @@ from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.toy.export import IMAGE_SIZE, export_toy_benchmark
 
+MAKING = frozenset({"out", "cases", "seed", "size"})
+# Which options go with each of the three things to do.
+OPTIONS = {
+    "check": {"size"},
+    "toy": MAKING | {"world"},
+    "sources": MAKING | {"exemplars", "validation_share", "sources_split", "exemplars_split"},
+}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
@@ -40,24 +48,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SHARE",
         help="of --sources, take only what prepare_data.py holds out with this share",
     )
-    parser.add_argument("--sources-split", default="validation", help="of Open Images")
-    parser.add_argument("--exemplars-split", default="train", help="of Open Images")
+    parser.add_argument("--sources-split", help="of Open Images, or of a YOLO set of splits (validation)")
+    parser.add_argument("--exemplars-split", help="the same of --exemplars (train)")
     parser.add_argument("--out", type=Path, help="new folder for the benchmark")
     parser.add_argument(
         "--cases",
         type=_cases,
         help=f"how many, or all: as many as there are (default: {default.cases} with --exemplars, else all)",
     )
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--seed", type=int, help=f"of every choice ({default.seed})")
     parser.add_argument(
         "--size",
         type=int,
         help=f"sides of the images: those they get (default {SIZE}, with --toy {IMAGE_SIZE}), "
         f"with --check those they must have (default {SIZE}, 0: any)",
     )
-    parser.add_argument(
-        "--world", type=Path, default=DEFAULT_WORLD, help="with --toy: the toy world's archive"
-    )
+    parser.add_argument("--world", type=Path, help="with --toy: the toy world's archive")
     return parser.parse_args(arguments)
 
 
@@ -76,22 +82,22 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: something is missing.
     """
+    given = {name for name, value in vars(options).items() if value is not None and value is not False}
+    what = next((name for name in OPTIONS if name in given), None)
+    if what is None or (what != "check" and not options.out):
+        raise UserError("give --sources and --out; or --toy and --out; or --check FOLDER")
+    strange = sorted(given - OPTIONS[what] - {what})
+    if strange:
+        raise UserError(f"--{strange[0].replace('_', '-')} does not go with --{what}; leave it out")
     if options.size is not None and options.size < 0:
         raise UserError("--size must be 0 or more")
-    if options.check and (options.sources or options.toy or options.out):
-        raise UserError("--check stands alone: leave --sources, --toy and --out out")
-    if options.check:
-        size = SIZE if options.size is None else options.size
-        print(
-            f"{len(read_benchmark(options.check, pixels=True, size=size))} cases, all whole: {options.check}"
-        )
-        return
-    if options.toy:
-        _export_toy(options)
-    elif options.sources and options.out:
-        _build(options)
-    else:
-        raise UserError("give --sources and --out; or --toy and --out; or --check FOLDER")
+    {"check": _check, "toy": _export_toy, "sources": _build}[what](options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    size = SIZE if options.size is None else options.size
+    count = len(read_benchmark(options.check, pixels=True, size=size))
+    print(f"{count} cases, all whole: {options.check}")
 
 
 def _build(options: argparse.Namespace) -> None:
@@ -99,10 +105,12 @@ def _build(options: argparse.Namespace) -> None:
     if share is not None and not 0 < share < 1:
         raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
     cases = (BuildSettings().cases if options.exemplars else 0) if options.cases is None else options.cases
-    settings = BuildSettings(cases, options.seed, SIZE if options.size is None else options.size)
+    if options.exemplars_split and not options.exemplars:
+        raise UserError("--exemplars-split goes with --exemplars only")
+    settings = BuildSettings(cases, options.seed or 0, SIZE if options.size is None else options.size)
     settings.check()
-    sources = _read(options.sources, options.sources_split)
-    exemplars = _read(options.exemplars, options.exemplars_split) if options.exemplars else None
+    sources = _read(options.sources, options.sources_split or "validation")
+    exemplars = _read(options.exemplars, options.exemplars_split or "train") if options.exemplars else None
     print(f"{build_benchmark(sources, exemplars, options.out, settings, share or 0.0)} cases: {options.out}")
 
 
@@ -114,12 +122,10 @@ def _read(source: str, split: str) -> Annotations:
 
 
 def _export_toy(options: argparse.Namespace) -> None:
-    if not options.out or options.sources or options.exemplars or options.validation_share is not None:
-        raise UserError("--toy needs --out, and neither --sources, --exemplars nor --validation-share")
     size = IMAGE_SIZE if options.size is None else options.size
-    world = ToyWorld(options.world)
+    world = ToyWorld(options.world or DEFAULT_WORLD)
     count = export_toy_benchmark(
-        world, options.out, options.seed, image_size=size, objects=options.cases or 0
+        world, options.out, options.seed or 0, image_size=size, objects=options.cases or 0
     )
     print(f"{count} cases: {options.out}")
 

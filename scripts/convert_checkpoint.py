@@ -16,6 +16,7 @@ from pbe.checkpoints.warm_start import open_stable_diffusion
 from pbe.cli import Parser, run_command
 from pbe.config import ModelConfig, load_config
 from pbe.errors import UserError
+from pbe.files import expand_home
 
 
 def make_parser() -> Parser:
@@ -25,7 +26,11 @@ def make_parser() -> Parser:
         usage="%(prog)s IN OUT --to LAYOUT [options]\n       %(prog)s --from-sd SD OUT [options]",
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="IN OUT", help="model to read (any layout), and what to write"
+        "paths",
+        nargs="+",
+        type=expand_home,
+        metavar="IN OUT",
+        help="model to read (any layout), and what to write",
     )
     parser.add_argument("--to", choices=LAYOUTS, default="native", help="layout of OUT (native)")
     parser.add_argument(
@@ -39,14 +44,21 @@ def make_parser() -> Parser:
         action="store_true",
         help="the plain weights of a training, not the average",
     )
-    parser.add_argument("--config", metavar="YAML", help="sizes, for a checkpoint that does not give its own")
+    parser.add_argument(
+        "--config",
+        type=expand_home,
+        metavar="YAML",
+        help="sizes, for a checkpoint that does not give its own",
+    )
     parser.add_argument(
         "--from-sd",
+        type=expand_home,
         metavar="SD",
         help="make the start of a training from Stable Diffusion v1 (file or folder)",
     )
     parser.add_argument(
         "--tower",
+        type=expand_home,
         default="",
         metavar="NAME",
         help="with --from-sd: the tower's weights (open_clip tag or file)",

@@ -36,7 +36,7 @@ from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.evaluation.toy.edits import GUIDANCE, EditSettings, make_edits
 from pbe.evaluation.toy.scores import markdown_table, score_edits
 from pbe.evaluation.toy.sheets import benchmark_rows, sheet
-from pbe.files import make_folder, write_text
+from pbe.files import expand_home, make_folder, write_text
 
 TOY_BATCH = 32
 # Options that only one way of evaluating reads; elsewhere they would say something that is not so.
@@ -51,7 +51,9 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is scored")
-    what.add_argument("--model", metavar="PATH", help="model in any layout, whose edits are generated")
+    what.add_argument(
+        "--model", type=expand_home, metavar="PATH", help="model in any layout, whose edits are generated"
+    )
     what.add_argument(
         "--raw-weights", action="store_true", help="the plain weights of a training, not the average"
     )
@@ -203,7 +205,7 @@ def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
             raise UserError(f"{flag} takes tower=value, such as clip=openai, not '{text}'")
         if tower in pairs:
             raise UserError(f"{flag} names '{tower}' twice")
-        pairs[tower] = value
+        pairs[tower] = expand_home(value)
     return pairs
 
 

@@ -19,7 +19,7 @@ from pbe.errors import UserError
 from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, check_fit, fit_mixture
 from pbe.evaluation.metrics.set_scores import PictureFolder
 from pbe.evaluation.metrics.towers import load_tower
-from pbe.files import check_file
+from pbe.files import check_file, expand_home
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def fit(options: argparse.Namespace) -> Mixture:
     check_fit(len(pictures.paths), options.components, options.seed)
     device = str(usable_device(options.device, "--device"))
     check_file(options.out, make=False)
-    tower = load_tower("clip", options.tower, weights, device)
+    tower = load_tower("clip", options.tower, expand_home(weights), device)
     check_file(options.out)
     bar = tqdm(total=len(pictures.paths), desc="features", file=sys.stderr, disable=None)
     features = []

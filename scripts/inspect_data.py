@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def run(arguments: list[str] | None) -> None:
         raise UserError("--count must be at least 1, --epoch and --start at least 0")
     config = load_config(options.config, options.overrides)
     text, count = page(config, options.stream, options.epoch, options.start, options.count)
-    write_text(check_file(os.path.expanduser(options.out)), text)
+    write_text(check_file(options.out), text)
     print(f"{count} samples in {options.out}")
 
 

@@ -36,7 +36,7 @@ from pbe.evaluation.toy.naming import (
     write_form,
     write_key,
 )
-from pbe.files import make_folder
+from pbe.files import expand_home, make_folder
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("make", help="write sheets, answer form and key")
     what = make.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="PATH", help="whose edits are shown")
+    what.add_argument("--model", type=expand_home, metavar="PATH", help="whose edits are shown")
     what.add_argument("--true", action="store_true", help="show the true images instead")
     make.add_argument("--out", type=Path, required=True, help="new folder for sheets/ and the key")
     make.add_argument("--objects", type=int, default=OBJECTS, help="the first so many (default %(default)s)")

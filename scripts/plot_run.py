@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from pbe.cli import Parser, run_command
 from pbe.errors import UserError
 from pbe.training.loggers import read_curve
 
@@ -20,17 +20,16 @@ COLOURS = {"train/loss": "0.75", "val/loss": "tab:blue"}
 
 def main(argv: list[str] | None = None) -> int:
     """Draw training and validation loss of a run into one picture. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run, with metrics.csv")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .svg or .pdf)")
-    options = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
+        parser = Parser(description=(__doc__ or "").splitlines()[0])
+        parser.add_argument("run", type=Path, help="folder of a run, with metrics.csv")
+        parser.add_argument("--out", type=Path, required=True, help="picture to write (.png, .svg or .pdf)")
+        options = parser.parse_args(argv)
         plot(options.run, options.out)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.out)
-    return 0
+        print(options.out)
+
+    return run_command(body)
 
 
 def plot(run: Path, out: Path) -> None:

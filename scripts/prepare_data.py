@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -119,10 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_source_options(parser)
     _add_filter_options(parser, default)
     _add_packing_options(parser, default)
-    options = parser.parse_args(arguments)
-    options.out = Path(os.path.expanduser(options.out))
-    options.check_against = options.check_against and Path(os.path.expanduser(options.check_against))
-    return options
+    return parser.parse_args(arguments)
 
 
 def make_settings(options: argparse.Namespace) -> PackSettings:

@@ -6,7 +6,6 @@ python scripts/render_toy_world.py --out outputs/toy/train --scenes 20000 --spli
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -42,9 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scenes-per-shard", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=2, help="processes; 0 renders in this one")
     parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
-    options = parser.parse_args(arguments)
-    options.out, options.world = (Path(os.path.expanduser(path)) for path in (options.out, options.world))
-    return options
+    return parser.parse_args(arguments)
 
 
 def scene_config(options: argparse.Namespace) -> SceneConfig:

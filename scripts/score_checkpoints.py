@@ -19,14 +19,16 @@ from pbe.cli import Parser, run_command
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.toy.quick import QuickScorer, QuickSettings, quick_values
-from pbe.files import make_folder
+from pbe.files import expand_home, make_folder
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
     quick = QuickSettings()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="models in any layout, of one size")
+    parser.add_argument(
+        "models", nargs="+", type=expand_home, metavar="MODEL", help="models in any layout, of one size"
+    )
     parser.add_argument("--objects", type=int, default=quick.objects, help="(default %(default)s)")
     parser.add_argument("--guidance", type=float, default=quick.guidance, help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=quick.steps, help="(default %(default)s)")

@@ -13,6 +13,7 @@ import numpy as np
 
 from pbe.data.benchmark_files import ID_LIST, PARTS, case_path, new_benchmark, write_case, write_ids
 from pbe.data.crops import resize_area
+from pbe.data.decode import UnusablePictureError, decode_picture
 from pbe.data.packing_merge import held_out
 from pbe.data.randomness import generator
 from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
@@ -216,16 +217,15 @@ def _places(
 
 
 def _read(path: Path, width: int, height: int) -> np.ndarray | None:
-    """Return a picture, uint8 ``h w 3`` BGR, or None if it is damaged, turned or of another size."""
+    """Return an image as training sees it, uint8 ``h w 3`` BGR; None if damaged, turned or of other size."""
     try:
         encoded = path.read_bytes()
         header = inspect_picture(encoded)
-    except (OSError, UnreadablePictureError):
+        if header.orientation != 1 or header.stored_size != (width, height):
+            return None
+        return cv2.cvtColor(decode_picture(encoded), cv2.COLOR_RGB2BGR)
+    except (OSError, UnreadablePictureError, UnusablePictureError):
         return None
-    if header.orientation != 1 or header.stored_size != (width, height):
-        return None
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-    return None if image is None else np.asarray(image)
 
 
 def _exemplars(records: Iterable[PictureRecord], settings: BuildSettings) -> dict[str, list[Exemplar]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from pbe.data import coco_ee
 from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, find_problems, read_benchmark
@@ -15,6 +16,7 @@ from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
 from scripts import build_benchmark as command
+from tests.data.test_colour import in_srgb, wide_gamut
 
 
 def split(folder: Path, start: int, count: int) -> Annotations:
@@ -249,6 +251,21 @@ def test_images_that_packing_holds_out_make_a_benchmark(
         build_benchmark(sources, None, tmp_path / "none", settings, validation_share=1e-9)
 
 
+def test_colours_are_those_that_training_sees(tmp_path: Path) -> None:
+    """The images of a benchmark carry no profile, so that one of a source has to be applied."""
+    folder, flat = tmp_path / "mine", np.full((64, 64, 3), (200, 100, 50), np.uint8)
+    folder.mkdir()
+    for number in range(2):
+        Image.fromarray(flat).save(folder / f"{number}.png", icc_profile=wide_gamut())
+    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2,label\n0.png,8,8,40,40,a\n1.png,8,8,40,40,a")
+    settings = BuildSettings(cases=0, size=32, min_exemplar_side=16)
+    assert build_benchmark(read_csv(folder / "boxes.csv", folder), None, tmp_path / "bench", settings) == 2
+    for case in read_benchmark(tmp_path / "bench"):
+        for path in (case.image, case.exemplar):
+            pixels = np.asarray(Image.open(path))
+            assert abs(pixels - in_srgb(flat)[: len(pixels), : len(pixels)]).max() < 2
+
+
 def test_command_line(
     splits: tuple[Annotations, Annotations], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,3 +289,23 @@ def test_command_line(
         assert command.main([*sources, "--out", str(tmp_path / "new"), *wrong]) == 2
         assert "at least" in (said := capsys.readouterr().err) or "between 0 and 1" in said
         assert sorted(tmp_path.iterdir()) == left
+
+
+WORLD = ("--world", "w.npz")
+
+
+@pytest.mark.parametrize(
+    ("what", "option"),
+    [
+        (("--check", "a"), ("--cases", "all")), (("--check", "a"), ("--toy",)), (("--check", "a"), WORLD),
+        (("--check", "a"), ("--exemplars", "csv:b")), (("--toy", "--out", "a"), ("--sources", "csv:b")),
+        (("--toy", "--out", "a"), ("--sources-split", "train")),
+        (("--sources", "csv:b", "--out", "a"), WORLD),
+        (("--sources", "csv:b", "--out", "a"), ("--exemplars-split", "train")),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(
+    what: tuple[str, ...], option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*what, *option]) == 2
+    assert f"error: {option[0]} " in capsys.readouterr().err

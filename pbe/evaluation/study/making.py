@@ -25,7 +25,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder
 from pbe.evaluation.report import data_uri, page_environment, write_html
-from pbe.files import make_folder
+from pbe.files import expand_home, make_folder
 
 TEMPLATE = "study/page.html.j2"
 KEY = "key.json"
@@ -182,5 +182,5 @@ def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"'{text}' is no system; write name=folder")
         if name.strip() in systems:
             raise UserError(f"the system '{name.strip()}' is named twice")
-        systems[name.strip()] = Path(folder)
+        systems[name.strip()] = Path(expand_home(folder))
     return systems
