@@ -291,7 +291,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
-        negative_prompt: None = None,
+        negative_prompt: object = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,

@@ -254,6 +254,12 @@ def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
         matched(PICTURE, image, mask)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_of_masks_without_numbers_is_told_as_such(value: float):
+    with pytest.raises(EditValueError, match=r"a floating-point mask must lie in \[0, 1\]"):
+        matched(PICTURE, SIGNED, torch.full((3, H, W), value))
+
+
 def test_a_batch_of_masks_is_one(caplog: pytest.LogCaptureFixture):
     say_once.cache_clear()
     other = torch.ones(H, W)
