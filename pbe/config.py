@@ -84,8 +84,8 @@ class AutoencoderLossConfig:
 class OptimizerConfig:
     """AdamW and its warm-up. ``decay`` is ``constant`` or ``cosine`` (to zero at ``trainer.max_steps``).
 
-    ``name`` is ``adamw`` or ``muon``: then matrices and kernels move by orthogonalised momentum, with updates as
-    large as AdamW's at the same rate, and vectors by NAdamW.
+    ``name`` is ``adamw`` or ``muon``: then matrices and kernels move by orthogonalised momentum, with
+    updates as large as AdamW's at the same rate, and vectors by NAdamW.
     A constant rate falls to zero over the last ``cooldown_steps``, so that a run whose length is not known
     yet can be ended well at any time (0: it does not fall).
     ``decay_groups`` keeps norms, biases and the null condition out of weight decay. ``fused`` updates all

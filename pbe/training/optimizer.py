@@ -58,8 +58,8 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Build the optimizer of the module's trainable parameters and its per-step schedule.
 
-    Muon (Jordan et al. 2024) takes the nearest orthogonal matrix of each matrix's momentum, scaled to the size of
-    AdamW's updates (Liu et al. 2025); a kernel is a matrix of outputs by all its inputs.
+    Muon (Jordan et al. 2024) takes the nearest orthogonal matrix of each matrix's momentum, scaled to the
+    size of AdamW's updates (Liu et al. 2025); a kernel is a matrix of outputs by all its inputs.
     """
     groups = parameter_groups(module.named_parameters(), config)
     betas = (config.betas[0], config.betas[1])
