@@ -84,12 +84,15 @@ class AutoencoderLossConfig:
 class OptimizerConfig:
     """AdamW and its warm-up. ``decay`` is ``constant`` or ``cosine`` (to zero at ``trainer.max_steps``).
 
+    ``name`` is ``adamw`` or ``muon``: then matrices and kernels move by orthogonalised momentum, with
+    updates as large as AdamW's at the same rate, and vectors by NAdamW.
     A constant rate falls to zero over the last ``cooldown_steps``, so that a run whose length is not known
     yet can be ended well at any time (0: it does not fall).
     ``decay_groups`` keeps norms, biases and the null condition out of weight decay. ``fused`` updates all
     weights in one kernel.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1.0e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1.0e-8
@@ -200,6 +203,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.drop_mode": ("per_sample", "per_batch"),
     "model.unet.norm": ("group", "channel"),
     "autoencoder_loss.perceptual_on": ("vgg", "tower"),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.decay": ("constant", "cosine"),
     "trainer.precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true"),
     "trainer.on_nan": ("stop", "skip"),

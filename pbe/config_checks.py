@@ -135,6 +135,8 @@ def check_numbers(config: DictConfig, source: str) -> None:
         value, wanted = OmegaConf.select(config, key), OmegaConf.select(config, other)
         if 0 not in (value, wanted) and value != wanted:  # 0 follows the other
             raise UserError(f"{source}: '{key}' is {value}, but '{other}' is {wanted}; they must be equal")
+    if config.optimizer.fused and config.optimizer.name == "muon":
+        raise UserError(f"{source}: 'optimizer.fused' is for adamw; set optimizer.fused=false with muon")
     if config.optimizer.fused and config.trainer.precision == "16-mixed" and config.optimizer.gradient_clip:
         raise UserError(
             f"{source}: 'optimizer.fused' with 'trainer.precision' 16-mixed cannot clip gradients; "

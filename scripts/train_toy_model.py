@@ -37,7 +37,7 @@ RECOLOUR, WORKERS = 0.3, 2
 # Folder, split, scenes, seed, objects a scene: several for the autoencoder, one large one for the UNet.
 SCENES = (
     ("train", "train", 100_000, 0, 3),
-    ("single", "train", 56_000, 2, 1),
+    ("single", "train", 120_000, 2, 1),
     ("validation", "test", 256, 1, 3),
     ("validation_single", "test", 256, 3, 1),
 )

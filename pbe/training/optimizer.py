@@ -1,4 +1,4 @@
-"""AdamW, its decay groups and its learning-rate schedule."""
+"""AdamW or Muon, decay groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from timm.optim import Muon
 from torch import nn
 
 from pbe.config import OptimizerConfig
@@ -54,14 +55,27 @@ def learning_rate_factor(config: OptimizerConfig, max_steps: int) -> Callable[[i
 
 def make_optimizer(
     module: nn.Module, config: OptimizerConfig, max_steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """Build AdamW over the module's trainable parameters and its per-step schedule."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module.named_parameters(), config),
-        lr=config.learning_rate,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=config.fused or None,
-    )
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Build the optimizer of the module's trainable parameters and its per-step schedule.
+
+    Muon (Jordan et al. 2024) takes the nearest orthogonal matrix of each matrix's momentum, scaled to the
+    size of AdamW's updates (Liu et al. 2025); a kernel is a matrix of outputs by all its inputs.
+    """
+    groups = parameter_groups(module.named_parameters(), config)
+    betas = (config.betas[0], config.betas[1])
+    optimizer: torch.optim.Optimizer
+    if config.name == "muon":
+        optimizer = Muon(
+            groups,
+            lr=config.learning_rate,
+            nesterov=True,
+            ns_coefficients="original",
+            betas=betas,
+            eps=config.eps,
+        )
+    else:
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=config.fused or None
+        )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, max_steps))
     return optimizer, scheduler

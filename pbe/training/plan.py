@@ -81,14 +81,14 @@ def _count(parameters: list[nn.Parameter], dead: int, apart: set[int]) -> Count:
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
-    """Return the bytes that weights, gradients, AdamW's moments and the moving average take on a device."""
+    """Return the bytes on a device of weights, gradients, the optimizer's moments and the moving average."""
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in task.model.parameters()]
     trained = sum(count for count, _, learns in sizes if learns)
     gradients = sum(count * size for count, size, learns in sizes if learns)
     return {
         "weights": sum(count * size for count, size, _ in sizes),
         "gradients": gradients,
-        "AdamW": 2 * gradients,
+        "moments": (1 if task.config.optimizer.name == "muon" else 2) * gradients,
         "moving average": 4 * trained if task.ema is not None else 0,
     }
 

@@ -39,13 +39,13 @@ def train_with_two(project_root: Path, folder: Path, strategy: str, *arguments: 
     return done.stdout
 
 
-def same_curves(folder: Path, least: int) -> None:
-    """Check that the runs ``one`` and ``two`` of a folder have logged the same, to 1e-5."""
+def same_curves(folder: Path, least: int, tolerance: float = 1e-5) -> None:
+    """Check that the runs ``one`` and ``two`` of a folder have logged the same, relative to it."""
     for name in NAMES:
         one, two = (read_curve(folder / kind / "metrics.csv", name) for kind in ("one", "two"))
         assert [step for step, _ in two] == [step for step, _ in one], name
         assert len(one) >= least
-        assert dict(two) == pytest.approx(dict(one), rel=1e-5), name
+        assert dict(two) == pytest.approx(dict(one), rel=tolerance), name
 
 
 def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -67,11 +67,13 @@ def test_two_processes_are_one_with_the_same_global_batch(shards, autoencoder, t
     assert furthest(weights(straight.model_dir), weights(again.model_dir)) < 1e-5
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
-    shards, autoencoder, tmp_path, project_root
+    shards, autoencoder, tmp_path, project_root, optimizer: str
 ):
     """FSDP2: an unsharded run, continued sharded and with micro-batches, continued unsharded."""
     settings = [autoencoder, *SETTINGS, "logging.grid_every=4", "objective.drop_mode=per_batch"]
+    settings.append(f"optimizer.name={optimizer}")
     one = [*settings, "data.batch_size=4"]
     straight = run(tiny_config(shards, tmp_path / "one", *one, "trainer.max_steps=6"))
     run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=2"))
@@ -84,8 +86,9 @@ def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
     middle, sizes = weights(tmp_path / "two" / "model"), weights(straight.model_dir)
     assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in sizes.items()}, "all of it"
     again = run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=6"))
-    same_curves(tmp_path, least=4)
-    assert furthest(sizes, weights(again.model_dir)) < 1e-5
+    tolerance = 1e-5 if optimizer == "adamw" else 1e-3  # Muon orthogonalises in bfloat16
+    same_curves(tmp_path, 4, tolerance)
+    assert furthest(sizes, weights(again.model_dir)) < tolerance
     grids = [cv2.imread(str(tmp_path / kind / "grids" / "step0000004.png")) for kind in ("one", "two")]
     assert int(cv2.absdiff(*grids).max()) <= 2
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pbe.config import OptimizerConfig, load_config
+from pbe.errors import UserError
 from pbe.training.optimizer import learning_rate_factor, make_optimizer, parameter_groups
 
 
@@ -91,3 +92,32 @@ def test_the_optimizer_has_the_papers_settings(project_root):
     assert group["lr"] == pytest.approx(1e-5 * (1e-6 + 0.999999e-4))
     assert config.ema_decay == 0.0
     assert config.gradient_clip == 0.0
+
+
+def test_muon_moves_matrices_along_orthogonal_ones_and_vectors_by_nadamw():
+    torch.manual_seed(0)
+    module, rate = nn.ModuleList([nn.Linear(12, 6), nn.Conv2d(3, 8, 3)]), 0.01
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    config = OptimizerConfig(name="muon", learning_rate=rate, warmup_steps=0, weight_decay=0.0)
+    optimizer, _ = make_optimizer(module, config, 10)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        moved = (before[name] - parameter.detach()).flatten(1) if parameter.ndim > 1 else None
+        if moved is None:
+            assert set(optimizer.state[parameter]) >= {"exp_avg", "exp_avg_sq"}
+            continue
+        assert set(optimizer.state[parameter]) == {"use_muon", "momentum_buffer"}
+        assert parameter.grad is not None
+        u, _, v = torch.linalg.svd(parameter.grad.flatten(1), full_matrices=False)
+        nearest = u @ v * (rate * 0.2 * max(moved.shape) ** 0.5)  # AdamW's updates have a mean square of 0.2²
+        # five Newton-Schulz steps bring every singular value to between 0.7 and 1.2
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), nearest.flatten(), dim=0) > 0.97
+        values = torch.linalg.svdvals(moved) / (rate * 0.2 * max(moved.shape) ** 0.5)
+        assert 0.6 < values.min() <= values.max() < 1.25
+
+
+def test_muon_has_no_fused_form(project_root):
+    with pytest.raises(UserError, match=r"'optimizer\.fused' is for adamw"):
+        load_config(project_root / "configs/toy.yaml", ["optimizer.name=muon", "optimizer.fused=true"])

@@ -41,8 +41,10 @@ def test_the_autoencoder_stage_trains_the_autoencoder_only():
     assert [counts[name].trained for name in ("UNet", "bottleneck", "image tower")] == [0, 0, 0]
     everything = sum(p.numel() for p in task.model.parameters())
     assert state_bytes(task) == {
-        "weights": 4 * everything, "gradients": 4 * total, "AdamW": 8 * total, "moving average": 4 * total,
+        "weights": 4 * everything, "gradients": 4 * total, "moments": 8 * total, "moving average": 4 * total,
     }  # fmt: skip
+    config.optimizer.name = "muon"  # whose matrices have one moment
+    assert state_bytes(task)["moments"] == 4 * total
 
 
 def test_a_plan_measures_and_leaves_nothing(shards, autoencoder, tmp_path):

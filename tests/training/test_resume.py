@@ -32,6 +32,7 @@ KINDS = {
     "cached": ("cache.folder={folder}", "cache.variants=1"),
     "accumulating": ("trainer.accumulate=2", "data.batch_size=1"),
     "autoencoder": ("task=autoencoder",),
+    "muon": ("optimizer.name=muon",),
 }
 # What happens one after the other, until the last start, which is left alone.
 MISHAPS = [
