@@ -110,7 +110,7 @@ class TrainingData(ExemplarDataModule):
         return len(self.samples("train"))  # type: ignore[arg-type]
 
     def steps_of_epochs(self, epochs: int, world_size: int) -> int:
-        """Return the optimizer steps of so many epochs, each of which has whole steps only.
+        """Return the optimizer steps of so many epochs.
 
         Args:
             epochs: how many.
