@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pbe.errors import UserError
@@ -30,6 +32,25 @@ def make_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder '{path}' cannot be written to")
     return path
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Make a folder of outputs, and take it away again where the ``with`` block fails with nothing in it.
+
+    Raises:
+        UserError: as :func:`make_folder`.
+    """
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # something lies in it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -86,7 +86,6 @@ def run(options: argparse.Namespace) -> None:
         exemplar_size=pipe.model.config.exemplar_encoder.image_size if pipe else EXEMPLAR_SIZE,
         objects=options.objects,
     )
-    sheets = make_folder(options.out / "sheets")
     if pipe is None:
         images, shown = np.stack([case.image for case in cases]), "true images"
     else:
@@ -94,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     if options.grey:
         images, shown = np.stack([to_grey(image) for image in images]), f"{shown}, grey"
     questions = make_questions(world, cases, options.seed)
+    sheets = make_folder(options.out / "sheets")  # not before there is something to put into it
     for number, sheet in enumerate(naming_sheets(questions, images), 1):
         write_picture(sheets / f"sheet_{number}.png", sheet)
     write_form(sheets / ANSWERS, questions)

@@ -85,6 +85,8 @@ def add_row(path: Path, row: dict[str, str]) -> None:
             writer.writerow(row)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' is no table to add to ({error}); name another file") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pbe.checkpoints.native import save_model
 from pbe.data.shards import write_shards
 from pbe.errors import UserError
 from pbe.evaluation.toy import demo as stages
-from pbe.files import check_file, make_folder
+from pbe.files import check_file, make_folder, new_folder
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model
 
@@ -23,6 +24,24 @@ def test_output_folders(tmp_path: Path):
     for place in ("file", "file/below"):
         with pytest.raises(UserError, match="cannot make the folder"):
             make_folder(tmp_path / place)
+
+
+def test_a_folder_of_a_failed_start_is_taken_away_where_it_is_empty(tmp_path: Path):
+    def fail(folder: Path, name: str = "") -> None:
+        with suppress(KeyboardInterrupt), new_folder(folder):
+            if name:
+                (folder / name).touch()
+            raise KeyboardInterrupt
+
+    fail(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    fail(tmp_path)
+    assert tmp_path.is_dir(), "it was there before"
+    fail(tmp_path / "a" / "b", "file")
+    assert (tmp_path / "a" / "b" / "file").is_file()
+    with new_folder(tmp_path / "c"):
+        pass
+    assert (tmp_path / "c").is_dir()
 
 
 def test_output_files(tmp_path: Path):

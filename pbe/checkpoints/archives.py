@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ SAFETENSORS_TYPES = {
     "C64": torch.complex64,
 }
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
+LOCAL_HEADER, LOCAL_MAGIC = 30, b"PK\x03\x04"  # bytes of a zip entry's header before its name, and the first
+# What zipfile raises for damaged archives: a name that is no text, a packing that is not known, and so on.
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError)
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -55,7 +58,7 @@ def open_weights(path: Path) -> Weights:
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
     start = file.bytes_at(0, 64)
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(LOCAL_MAGIC):
         return _lifted(_open_zip(file))
     if len(start) > 8 and start[8:9] == b"{":
         return _lifted(Weights(str(path), _safetensors(file)))
@@ -64,8 +67,9 @@ def open_weights(path: Path) -> Weights:
 
 def _lifted(weights: Weights) -> Weights:
     """Bring 8-bit floats to float16, without loss; refuse them where scales of their own belong to them."""
-    eighths = [key for key, value in weights.tensors.items() if widened(value) is not value]
-    scales = [key for key in weights.tensors if key.endswith(SCALES)]
+    tables = weights.tensors, weights.average
+    eighths = [key for table in tables for key, value in table.items() if widened(value) is not value]
+    scales = [key for table in tables for key in table if key.endswith(SCALES)]
     if eighths and scales:
         raise UserError(
             f"{weights.source}: fp8 weights with scales beside them ('{scales[0]}'), which are not "
@@ -73,9 +77,9 @@ def _lifted(weights: Weights) -> Weights:
         )
     if not eighths:
         return weights
-    tensors = {key: widened(value) for key, value in weights.tensors.items()}
+    tensors, average = ({key: widened(value) for key, value in table.items()} for table in tables)
     notes = (f"{len(eighths)} tensors in fp8: read as fp16, with the precision that fp8 left",)
-    return replace(weights, tensors=tensors, notes=notes)
+    return replace(weights, tensors=tensors, average=average, notes=notes)
 
 
 def _what_it_is(start: bytes) -> str:
@@ -101,7 +105,7 @@ def _safetensors(file: WeightFile) -> Lazies:
         header = json.loads(file.bytes_at(8, length))
         header.pop("__metadata__", None)
         return {key: _entry(file, 8 + length, key, entry) for key, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{damaged} ({error}); copy it again") from error
 
 
@@ -135,8 +139,15 @@ class _ZipRecord(Record):
 
     def _start(self) -> int:
         header = self._file.bytes_at(self._entry.header_offset, LOCAL_HEADER)
-        name, extra = struct.unpack("<HH", header[26:30])
-        return self._entry.header_offset + LOCAL_HEADER + int(name) + int(extra)
+        whole = len(header) == LOCAL_HEADER and header.startswith(LOCAL_MAGIC)
+        name, extra = struct.unpack("<HH", header[26:30]) if whole else (0, 0)
+        start = self._entry.header_offset + LOCAL_HEADER + int(name) + int(extra)
+        if not whole or start + self._entry.file_size > self._file.size:
+            raise UserError(
+                f"{self._file.path}: damaged, record '{self._entry.filename}' is not where it should be; "
+                "copy it again"
+            )
+        return start
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> LazyTensor:
         """Describe a tensor of this storage."""
@@ -159,7 +170,7 @@ def is_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except BROKEN_ZIP:
         return False
 
 
@@ -175,7 +186,7 @@ def _open_zip(file: WeightFile) -> Weights:
         if "byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine, which is not supported")
         table = archive.read(tables[0])
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except BROKEN_ZIP as error:
         raise UserError(f"{path}: damaged or cut short ({error}); copy it again") from error
 
     def locate(reference: StorageRef) -> Record:

@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pbe import config_files
 from pbe.checkpoints.clip import sizes_in_file, tower_sizes
 from pbe.checkpoints.compvis_names import CONDITION, TOWER
-from pbe.checkpoints.diffusers_config import Settings, Values
+from pbe.checkpoints.settings import Settings, Values, reading
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from pbe.errors import UserError
@@ -33,22 +34,14 @@ PREDICTIONS = ("eps", "v")
 
 def is_original_yaml(content: Any) -> bool:
     """Tell whether the content of a YAML file has the original's structure."""
-    params = content.get("model", {}).get("params", {}) if isinstance(content, dict) else {}
+    model = content.get("model") if isinstance(content, dict) else None
+    params = model.get("params") if isinstance(model, dict) else None
     return isinstance(params, dict) and "unet_config" in params
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain containers.
-
-    Raises:
-        UserError: missing, or not valid YAML.
-    """
-    if not path.is_file():
-        raise UserError(f"no configuration file at '{path}'")
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except Exception as error:  # the YAML parser's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    """Read a YAML file as plain containers; errors as in :func:`pbe.config_files.read_yaml`."""
+    return OmegaConf.to_container(config_files.read_yaml(path), resolve=False)
 
 
 def read_config(content: Values, source: str, tensors: Lazies) -> ModelConfig:
@@ -62,7 +55,11 @@ def read_config(content: Values, source: str, tensors: Lazies) -> ModelConfig:
     Raises:
         UserError: a setting that this model does not have, or no tower in the checkpoint.
     """
-    params = content["model"]["params"]
+    with reading(source):
+        return _read_model(content["model"]["params"], source, tensors)
+
+
+def _read_model(params: Values, source: str, tensors: Lazies) -> ModelConfig:
     official = ScheduleConfig()
     root = Settings(params, source)
     unet = Settings(params["unet_config"].get("params", {}), f"{source}: unet_config")

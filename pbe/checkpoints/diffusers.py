@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pbe.checkpoints.diffusers_config import (
-    Settings,
-    Values,
-    read_autoencoder,
-    read_encoder,
-    read_json,
-    read_schedule,
-    read_unet,
-)
+from pbe.checkpoints.diffusers_config import read_autoencoder, read_encoder, read_schedule, read_unet
 from pbe.checkpoints.diffusers_names import current_names, entries
 from pbe.checkpoints.folders import ANY, FileChoice, open_folder, weight_files
 from pbe.checkpoints.layout import PARTS, native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import describe, text_to_image
+from pbe.checkpoints.settings import Settings, Values, read_json, reading
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies
 from pbe.checkpoints.usage import OWN_KEY, Usage, usage_from_json
@@ -43,14 +35,16 @@ ROLES: dict[str, Callable[[Values], bool]] = {
 
 
 def find_parts(folder: Path) -> Subfolders:
-    """Return the subfolders that hold a network, by what their ``config.json`` says that it is."""
+    """Return the subfolders that hold a network, by what their ``config.json`` says that it is.
+
+    Raises:
+        UserError: a ``config.json`` that cannot be read.
+    """
     parts: Subfolders = {}
     for path in sorted(folder.glob("*/config.json")):
-        try:
-            values = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
-        role = next((role for role, fits in ROLES.items() if isinstance(values, dict) and fits(values)), None)
+        values = read_json(path)
+        with reading(path):
+            role = next((role for role, fits in ROLES.items() if fits(values)), None)
         if role is not None:
             parts.setdefault(role, path.parent)
     return parts
@@ -123,6 +117,11 @@ def read_config(parts: Subfolders, scheduler: Values | None, preprocessor: Value
     Raises:
         UserError: a setting that this model does not have, or parts that do not fit each other.
     """
+    with reading(parts["unet"].parent):
+        return _read_config(parts, scheduler, preprocessor)
+
+
+def _read_config(parts: Subfolders, scheduler: Values | None, preprocessor: Values | None) -> ModelConfig:
     unet, autoencoder, encoder = (
         Settings(read_json(parts[part] / "config.json"), str(parts[part] / "config.json")) for part in PARTS
     )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.checkpoints.settings import Settings, Values
 from pbe.checkpoints.usage import OWN_KEY
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from pbe.diffusion.solvers.scheduler_config import BETAS
-from pbe.errors import UserError
-
-Values = dict[str, Any]
 
 # Where a setting has one value only that this model can take: anything else would compute something else.
 UNET_FIXED: Values = {
@@ -35,76 +31,6 @@ SCHEDULE_FIXED: Values = {"beta_schedule": "scaled_linear", "trained_betas": Non
 SCHEDULE_MISSING = {"beta_schedule": "linear"}  # what diffusers takes where nothing is said
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
 CHECKER_CLASS = "StableDiffusionSafetyChecker"
-
-
-def read_json(path: Path) -> Values:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        UserError: missing, not valid JSON, or something else than an object.
-    """
-    if not path.is_file():
-        raise UserError(f"'{path.parent}' has no {path.name}; copy the model again")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not an object of settings; copy the model again")
-    return content
-
-
-class Settings:
-    """Settings of one JSON file, by which errors name them."""
-
-    def __init__(self, values: Values, source: str) -> None:
-        self.values, self.source = values, source
-
-    def fixed(self, wanted: Values) -> None:
-        """Check settings that have one value only here; those that are absent have it."""
-        for key, value in wanted.items():
-            if self.values.get(key, value) != value:
-                self.refuse(
-                    f"'{key}' is {json.dumps(self.values[key])}; this model has {json.dumps(value)} only"
-                )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return a setting; without a default it has to be there."""
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            self.refuse(f"'{key}' is missing")
-        return value
-
-    def number(self, key: str, default: int | None = None) -> int:
-        """Return a whole number above zero, given once or alike for every level."""
-        value = self.get(key, default)
-        if isinstance(value, list) and len(set(map(str, value))) == 1:
-            value = value[0]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(f"'{key}' is {json.dumps(value)}; this model has one whole number for all levels")
-        return int(value)
-
-    def real(self, key: str, default: float | None) -> float:
-        """Return a number; without a default it has to be there."""
-        value = self.get(key, default)
-        if not isinstance(value, (int, float)):
-            self.refuse(f"'{key}' is {json.dumps(value)}, not a number")
-        return float(value)
-
-    def channels(self) -> tuple[int, list[int]]:
-        """Return the width of the finest level, and every level's as a multiple of it."""
-        widths = self.get("block_out_channels")
-        if not isinstance(widths, list) or any(
-            not isinstance(w, int) or w < 1 or w % widths[0] for w in widths
-        ):
-            self.refuse(f"'block_out_channels' is {json.dumps(widths)}; each must be a multiple of the first")
-        return widths[0], [width // widths[0] for width in widths]
-
-    def refuse(self, reason: str) -> None:
-        """Raise the error that names this file."""
-        raise UserError(f"{self.source}: {reason}")
 
 
 def read_unet(settings: Settings) -> UNetConfig:

@@ -124,7 +124,7 @@ def _index(path: Path) -> dict[str, str]:
     try:
         names = json.loads(path.read_text())["weight_map"]
         return {str(key): str(name) for key, name in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not an index of shards ({error}); copy it again") from error
 
 

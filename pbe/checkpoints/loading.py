@@ -27,7 +27,6 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
 Config = ModelConfig | str | Path | None
-MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 PART_NAMES = {f"{part}.": part.replace("_", " ") for part in PARTS}
 
 
@@ -93,13 +92,7 @@ def open_checkpoint(
     if not path.exists():
         raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
     place, notes = of_run(path, raw_weights=raw_weights) if path.is_dir() else (path, [])
-    try:
-        opened = _open(place, config, files, raw_weights)
-    except MALFORMED as error:  # of a setting that has another type, or another form, than it should
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"'{place}': a setting in its files cannot be read ({why}); copy the model again"
-        ) from error
+    opened = _open(place, config, files, raw_weights)
     checker = opened.safety_checker
     if checker is None and (place / CHECKER).is_dir():
         checker = place / CHECKER
@@ -142,7 +135,7 @@ def _typed(config: Config, path: Path) -> ModelConfig | None:
 def _is_native(folder: Path) -> bool:
     try:
         content = json.loads((folder / CONFIG_NAME).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return (folder / "unet.safetensors").is_file()  # damaged; the loader of such folders says how
     return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rpartition("-")[0])
 

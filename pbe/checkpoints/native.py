@@ -14,6 +14,7 @@ from pbe.checkpoints.archives import open_weights
 from pbe.checkpoints.layout import PARTS, native_shapes
 from pbe.checkpoints.opened import Opened, build
 from pbe.checkpoints.recognise import describe
+from pbe.checkpoints.settings import read_json
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
@@ -102,11 +103,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"'{folder}' is not a model folder: it has no {CONFIG_NAME}")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the model again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = read_json(path)
+    if content.get("format") != FORMAT:
         raise UserError(f"{path}: not a model of this project (its format is not '{FORMAT}')")
     return content
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pbe.checkpoints.contents import Weights
+from pbe.checkpoints.settings import reading
 from pbe.config import ModelConfig, from_dict, to_dict
-from pbe.errors import UserError
 
 CHECKPOINTS, LAST, MODEL, MODEL_CONFIG = "checkpoints", "last.ckpt", "model", "config.json"
 MINUTE = 60.0  # seconds; files of one run that was copied differ by less
@@ -50,13 +50,8 @@ def carried_config(weights: Weights) -> ModelConfig | None:
     if weights.config is None:
         return None
     source = f"{weights.source}: the configuration in it"
-    try:
+    with reading(source):  # a crafted or damaged pickle may hold anything there
         return from_dict(ModelConfig, weights.config["model"], source)
-    except UserError:
-        raise
-    except Exception as error:  # a crafted or damaged pickle may hold anything there
-        why = " ".join(str(error).split())
-        raise UserError(f"{source} cannot be read ({why}); give the run's config.yaml") from error
 
 
 def told(weights: Weights, given: ModelConfig) -> list[str]:
@@ -66,7 +61,8 @@ def told(weights: Weights, given: ModelConfig) -> list[str]:
     notes = []
     if weights.config.get("task") == "autoencoder":
         notes.append("of an autoencoder's training: its UNet is untrained, its scale factor not yet measured")
-    stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
+    with reading(weights.source):
+        stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
     both = [key for key in used if key in stored and (stored[key] or key not in OPEN)]
     differing = [f"{key} {stored[key]} -> {used[key]}" for key in both if stored[key] != used[key]]
     if differing:

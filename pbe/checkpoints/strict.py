@@ -10,6 +10,11 @@ from pbe.checkpoints.tensors import Lazies, LazyTensor, cast, lazy
 from pbe.errors import UserError
 
 LISTED = 10
+# What a tensor of a model may be made of: weights of floating-point numbers, counters of whole ones.
+NUMBERS = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -64,11 +69,16 @@ def check_shapes(
 
 
 def check_finite(key: str, value: torch.Tensor, source: str) -> None:
-    """Refuse a tensor with NaN or infinity in it.
+    """Refuse a tensor with NaN or infinity in it, and one of a kind in which no weights come.
 
     Raises:
         UserError: names the tensor.
     """
+    if value.dtype not in NUMBERS or value.layout != torch.strided or value.is_meta:
+        kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
+        raise UserError(
+            f"{source}: '{key}' is a tensor of a kind that is not supported ({kind}); take the fp16 file"
+        )
     if value.is_floating_point() and value.numel():
         low, high = torch.aminmax(value)  # NaN spreads to both
         if not bool(torch.isfinite(low) & torch.isfinite(high)):

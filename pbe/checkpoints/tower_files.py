@@ -133,7 +133,7 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, arch
     """Load a state dict that has all tensors of a network, in its shapes, and no other.
 
     Raises:
-        UserError: it has others; the message counts them.
+        UserError: it has others, which the message counts, or whole numbers for weights.
     """
     wanted = network.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -144,4 +144,11 @@ def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, arch
             f"'{path}' holds no weights of {architecture}: {len(missing)} tensors missing, {len(extra)} "
             f"unknown, {len(shaped)} of another shape, such as '{first}'"
         )
+    for key, value in wanted.items():
+        if value.is_floating_point() and not state[key].is_floating_point():
+            kind = str(state[key].dtype).removeprefix("torch.")
+            raise UserError(
+                f"'{path}': '{key}' holds no floating-point numbers ({kind}); quantised files are not "
+                "supported, take the fp16 one"
+            )
     network.load_state_dict(state)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pbe.checkpoints.settings import reading
 from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
 from pbe.diffusion.solvers.scheduler_config import scheduler_from_solver, solver_from_scheduler
 from pbe.errors import UserError
@@ -93,7 +94,11 @@ def usage_from_json(values: Any, source: str | Path) -> Usage:
     """
     if values is None:
         return UNSAID
-    where = f"{source}: {KEY}"
+    with reading(source):
+        return _read_usage(values, f"{source}: {KEY}")
+
+
+def _read_usage(values: Any, where: str) -> Usage:
     if not isinstance(values, Mapping):
         raise UserError(f"{where} is {json.dumps(values)}; it must be a section of settings")
     kinds = {"solver": Mapping, "conventions": str, "watermark": bool, "preprocessor": Mapping}

@@ -18,12 +18,13 @@ from pbe.checkpoints.averages import choose, sort_out
 from pbe.checkpoints.compvis import clean
 from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
 from pbe.checkpoints.diffusers import find_parts, named
-from pbe.checkpoints.diffusers_config import Settings, read_autoencoder, read_json, read_schedule, read_unet
+from pbe.checkpoints.diffusers_config import read_autoencoder, read_schedule, read_unet
 from pbe.checkpoints.diffusers_names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
 from pbe.checkpoints.layout import Entry, native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.recognise import describe, text_to_image
+from pbe.checkpoints.settings import Settings, read_json, reading
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
 from pbe.checkpoints.tower_files import load_tower_weights
@@ -71,10 +72,12 @@ def _from_folder(
     unet, autoencoder = (
         Settings(read_json(file), str(file)) for file in (parts[part] / "config.json" for part in TAKEN)
     )
-    config = replace(config, unet=read_unet(unet), autoencoder=read_autoencoder(autoencoder))
-    if (scheduler := named(path, "scheduler_config.json")) is not None:
-        schedule, prediction = read_schedule(Settings(scheduler, str(path / "scheduler")))
-        config = replace(config, schedule=schedule, prediction=prediction)
+    scheduler = named(path, "scheduler_config.json")
+    with reading(path):
+        config = replace(config, unet=read_unet(unet), autoencoder=read_autoencoder(autoencoder))
+        if scheduler is not None:
+            schedule, prediction = read_schedule(Settings(scheduler, str(path / "scheduler")))
+            config = replace(config, schedule=schedule, prediction=prediction)
     native = native_shapes(config)
     tensors: Lazies = {}
     for part in TAKEN:

@@ -22,7 +22,7 @@ from pbe.checkpoints.pickles import STORAGES
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import Lazies, LazyTensor
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import make_folder, new_folder
 
 ALIGNMENT = 64  # bytes; where torch starts the records of an archive
 NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
@@ -41,19 +41,12 @@ def staged(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made or written to.
     """
-    made = not folder.exists()
-    folder = make_folder(folder)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
-            yield Path(staging)
-            for path in sorted(p for p in Path(staging).rglob("*") if p.is_file()):
-                target = folder / path.relative_to(staging)
-                make_folder(target.parent)
-                os.replace(path, target)
-    except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+        yield Path(staging)
+        for path in sorted(p for p in Path(staging).rglob("*") if p.is_file()):
+            target = folder / path.relative_to(staging)
+            make_folder(target.parent)
+            os.replace(path, target)
 
 
 def converted(tensors: Lazies, dtype: torch.dtype | None) -> tuple[Lazies, Read]:

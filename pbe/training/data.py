@@ -94,13 +94,23 @@ class TrainingData(ExemplarDataModule):
         """Return the samples of a stream by global counter."""
         return self.dataset(stream)
 
+    def open(self) -> None:
+        """Open all streams, so that shards which cannot be used are told of before anything is written.
+
+        Raises:
+            UserError: there are such shards.
+        """
+        self.samples("train")
+        if self.config.validation_shards:
+            self.samples("validation")
+
     @property
     def length(self) -> int:
         """Samples of an epoch."""
         return len(self.samples("train"))  # type: ignore[arg-type]
 
     def steps_of_epochs(self, epochs: int, world_size: int) -> int:
-        """Return the optimizer steps of so many epochs, each of which has whole steps only.
+        """Return the optimizer steps of so many epochs.
 
         Args:
             epochs: how many.
@@ -110,7 +120,7 @@ class TrainingData(ExemplarDataModule):
         sampler = StepSampler(
             dataset, self.config.batch_size, 0, world_size, options.accumulate, options.overfit_batches
         )
-        return epochs * max(sampler.batches // options.accumulate, 1)
+        return epochs * -(-sampler.batches // options.accumulate)  # the last step of an epoch may be short
 
     def workers(self) -> int:
         """Return the number of processes that load."""

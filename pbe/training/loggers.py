@@ -24,6 +24,7 @@ from pbe.errors import UserError
 LOG = logging.getLogger(__name__)
 
 ID_NAME = "wandb_id"
+LOGGERS = ("csv", "wandb", "tensorboard")
 HEADER = ("step", "seconds", "name", "value")
 
 
@@ -158,33 +159,38 @@ def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
         UserError: an unknown name, or TensorBoard where it is not installed.
     """
     made: list[Logger] = []
+    if unknown := [name for name in config.logging.loggers if name not in LOGGERS]:
+        raise UserError(f"logging.loggers has '{unknown[0]}'; there are: {', '.join(LOGGERS)}")
     for name in dict.fromkeys(config.logging.loggers):
         if name == "csv":
             made.append(CsvLog(folder))
         elif name == "wandb":
             made.append(_wandb(config, folder))
-        elif name == "tensorboard":
-            made.append(_tensorboard(folder, step))
         else:
-            raise UserError(f"logging.loggers has '{name}'; there are: csv, wandb, tensorboard")
+            made.append(_tensorboard(folder, step))
     return made
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:
     """End W&B's run; the next training of this process would go on writing into it otherwise."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:  # asking would begin one
             logger.experiment.finish()
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id of the run, made once and kept in its folder: a restart goes on with the same W&B run."""
+    """Return the id of the W&B run that the folder knows, or a new one."""
     path = folder / ID_NAME
     if getattr(rank_zero_only, "rank", 0):  # only the first process talks to W&B
         return ""
-    if not path.is_file() or not path.read_text().strip():
-        path.write_text(f"{secrets.token_hex(4)}\n")
-    return path.read_text().strip()
+    return (path.read_text().strip() if path.is_file() else "") or secrets.token_hex(4)
+
+
+def keep_run_id(folder: Path, loggers: Iterable[Logger]) -> None:
+    """Note the id of the W&B run, so that a restart in the same folder goes on with it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            (folder / ID_NAME).write_text(f"{logger.version}\n")
 
 
 def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
@@ -201,7 +207,7 @@ def _wandb(config: Config, folder: Path) -> WandbLogger:
     if options.wandb_mode != "online":
         os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for what it says first
     try:
-        return WandbLogger(
+        logger = WandbLogger(
             project=options.wandb_project,
             name=options.run_name or folder.name,
             id=_run_id(folder) or None,
@@ -212,3 +218,5 @@ def _wandb(config: Config, folder: Path) -> WandbLogger:
         )
     except ModuleNotFoundError as error:
         raise UserError("logging.loggers has 'wandb', which needs: pip install wandb") from error
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns whatever it is
+    return logger

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pbe.checkpoints.native import check_keys
 from pbe.config import Config, save_yaml
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import new_folder
 from pbe.models import LatentDiffusion
 from pbe.models.tower_facts import follow_sizes
 from pbe.training.base_task import BaseTask
@@ -30,7 +30,7 @@ from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.export import export
 from pbe.training.latent_cache import CachedDataModule
-from pbe.training.loggers import CsvLog, close_loggers
+from pbe.training.loggers import CsvLog, close_loggers, keep_run_id
 from pbe.training.speed import make_fast
 from pbe.training.start import build_model, find_autoencoder, make_task
 from pbe.training.stopping import StopSignals, TrainingStopped
@@ -88,8 +88,7 @@ def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
     folder, stop = Path(config.output_dir), StopSignals()
     checkpoint = find_checkpoint(config)
     begun = step_of(checkpoint)
-    make_folder(folder)
-    with stop.listening():
+    with stop.listening(), new_folder(folder):
         model, config = build_model(config)
         trainer = make_trainer(config, folder, stop, begun)
         trainer.callbacks[:0] = extra  # type: ignore[attr-defined] # before the checkpoint, which ends a step
@@ -112,6 +111,7 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
         set_length(trainer, steps_of_run(config, data, trainer.world_size))
         if trainer.is_global_zero:
             save_yaml(config, folder / "config.yaml")
+            keep_run_id(folder, trainer.loggers)
         _fit(trainer, task, data, checkpoint, stop)
         if not stop.received:
             _validate(trainer, task, data)
@@ -240,7 +240,9 @@ def prepare_process(config: Config) -> None:
 def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
     """Return the data module; where there is to be a cache, all processes build what is missing of it."""
     if not isinstance(task, DiffusionTask) or not config.cache.folder:
-        return TrainingData(config)
+        data = TrainingData(config)
+        data.open()
+        return data
     task.model.to(trainer.strategy.root_device)
     section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
     return CachedDataModule(config, section)

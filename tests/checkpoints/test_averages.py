@@ -243,6 +243,18 @@ def test_eight_bit_floats_are_read_as_they_are(small: LatentDiffusion, tmp_path:
     assert "fp8 weights with scales beside them" in refused(tmp_path / "a.safetensors")
 
 
+def test_eight_bit_floats_of_an_average(small: LatentDiffusion, tmp_path: Path) -> None:
+    state = {f"model.{key}": value for key, value in small.state_dict().items()}
+    weights = [key for key, value in state.items() if value.is_floating_point() and value.ndim > 1]
+    eighths = {key: state[key].to(torch.float8_e5m2) for key in weights}
+    torch.save({"state_dict": state, "ema": state | eighths}, tmp_path / "a.ckpt")
+    exact = {key: value.float() for key, value in eighths.items()}
+    torch.save({"state_dict": state, "ema": state | exact}, tmp_path / "wanted.ckpt")
+    loaded = load(tmp_path / "a.ckpt")
+    assert same_weights(loaded.model, load(tmp_path / "wanted.ckpt").model)
+    assert any(note.startswith(f"{len(weights)} tensors in fp8") for note in loaded.notes)
+
+
 def test_quantised_weights_and_strangers(small: LatentDiffusion, tmp_path: Path) -> None:
     state = original_state(small)
     extra = {"embedding_manager.x": torch.ones(2), "denoiser.sigmas": torch.ones(3)}

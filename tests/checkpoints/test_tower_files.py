@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pbe.checkpoints import contents
 from pbe.checkpoints.archives import is_program, open_weights
 from pbe.checkpoints.loading import load_checkpoint
+from pbe.checkpoints.strict import check_finite
 from pbe.checkpoints.tower_files import load_tower_weights, read_state
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
@@ -138,6 +139,36 @@ def test_all_of_clip_gives_its_image_tower_without_projection(
     else:
         torch.save(whole, config.pretrained)
     assert same(loaded(config), state)
+
+
+KINDS = {
+    "float8_e5m2": lambda value: value.to(torch.float8_e5m2),
+    "float8_e8m0fnu": lambda value: value.to(torch.float8_e8m0fnu),
+    "complex64": lambda value: value.to(torch.complex64),
+    "sparse_coo": lambda value: value.to_sparse(),
+    "meta": lambda value: value.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_of_a_kind_in_which_no_weights_come_is_named(kind: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"a file: 'a' is a tensor of .*\b{kind}\b.*; take the fp16"
+    ) as caught:
+        check_finite("a", KINDS[kind](torch.ones(2)), "a file")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "zipped"), [("int8", True), ("int8", False), ("complex64", False)])
+def test_a_tower_of_other_numbers_than_floats_is_refused(
+    config: ExemplarEncoderConfig, kind: str, zipped: bool
+) -> None:
+    """In torch's old format too, whose files torch itself reads, whatever they hold."""
+    state = tower_state(config)
+    state["ln_post.weight"] = state["ln_post.weight"].to(getattr(torch, kind))
+    torch.save(state, config.pretrained, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=rf"'ln_post\.weight' .*\b{kind}\b.*take the fp16"):
+        loaded(config)
 
 
 def test_weights_of_another_tower_are_one_line(config: ExemplarEncoderConfig) -> None:

@@ -13,7 +13,7 @@ import pytest
 import pbe.training.loggers as loggers_module
 from pbe.config import Config, LoggingConfig
 from pbe.errors import UserError
-from pbe.training.loggers import CsvLog, _run_id, make_loggers, read_curve, read_rows
+from pbe.training.loggers import CsvLog, keep_run_id, make_loggers, read_curve, read_rows
 from tests.training.tiny import logged, run, tiny_config
 
 
@@ -99,11 +99,14 @@ def test_an_unknown_logger_is_one_clear_line(tmp_path: Path):
 
 def test_the_id_of_a_run_stays_with_its_folder(tmp_path: Path):
     folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    first = [_run_id(folder) for folder in folders]
-    assert first[0] != first[1]
-    assert [_run_id(folder) for folder in folders] == first
+    ids = []
+    for folder in [*folders, *folders]:
+        folder.mkdir(exist_ok=True)
+        (logger,) = made = make_loggers(Config(logging=LoggingConfig(loggers=["wandb"])), folder)
+        keep_run_id(folder, made)
+        ids.append(logger.version)
+    assert ids[0] != ids[1]
+    assert ids[2:] == ids[:2]
 
 
 def test_a_missing_tensorboard_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

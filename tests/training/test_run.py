@@ -84,6 +84,22 @@ def test_a_length_in_epochs_is_whole_steps_of_the_data(shards, autoencoder, tmp_
     assert longer.steps == 6
 
 
+def test_few_batches_that_fill_no_whole_step_end_an_epoch_with_a_short_one(shards, autoencoder, tmp_path):
+    settings = ["trainer.max_steps=0", "trainer.max_epochs=2", "trainer.accumulate=2", "data.batch_size=1"]
+    watch = Watch()
+    config = tiny_config(shards, tmp_path, autoencoder, *settings, "trainer.overfit_batches=3")
+    assert run(config, watch).steps == 4
+    assert len(watch.losses) == 6
+
+
+def test_shards_that_cannot_be_read_leave_no_folder(shards, autoencoder, tmp_path):
+    for stream in ("train", "validation"):
+        config = tiny_config(shards, tmp_path / "run", autoencoder, f"data.{stream}_shards={tmp_path}")
+        with pytest.raises(UserError, match=r"no shards \(\.tar\) found"):
+            run(config)
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_logged_learning_rate_is_that_of_the_step(shards, autoencoder, tmp_path):
     settings = ["optimizer.learning_rate=1.0", "optimizer.warmup_steps=2", "optimizer.gradient_clip=1e-9"]
     run(tiny_config(shards, tmp_path, autoencoder, *settings))

@@ -26,7 +26,7 @@ MISSING, DAMAGED = "missing", "damaged"
 NOT_RGB, OTHER_SIZE = "not an 8-bit RGB picture", "of another size than its case"
 MODELS_OWN = "the model's"
 # What edits were made with where their note is older than the setting.
-BEFORE: dict[str, Any] = {"preserve_background": True, "conventions": MODELS_OWN}
+BEFORE: dict[str, Any] = {"preserve_background": True, "conventions": MODELS_OWN, "raw_weights": False}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 

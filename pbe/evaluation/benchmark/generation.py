@@ -123,8 +123,6 @@ class GenerateSettings:
         fields = asdict(self)
         where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
         identity = {name: value for name, value in fields.items() if name not in where}
-        if not self.raw_weights:  # folders that were begun before there was a choice go on
-            del identity["raw_weights"]
         return identity | {"conventions": self.conventions or MODELS_OWN}
 
 

@@ -178,10 +178,8 @@ class BenchmarkRun:
         Raises:
             UserError: a file cannot be written.
         """
-        coco_ee = published.is_coco_ee([int(each) for each in self.benchmark.ids])
-        tables = score_tables(self.scored, coco_ee=coco_ee) + paired_tables(
-            self.scored, self.settings.bootstrap
-        )
+        tables = score_tables(self.scored, coco_ee=self._coco_ee())
+        tables += paired_tables(self.scored, self.settings.bootstrap)
         write_json(self.out / "scores.json", self.to_dict())
         write_text(self.out / "scores.md", markdown(TITLE, tables, self.scored))
         page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
@@ -236,9 +234,12 @@ class BenchmarkRun:
             "versions": versions(),
         }
 
+    def _coco_ee(self) -> bool:
+        return published.is_coco_ee([int(each) for each in self.benchmark.ids])
+
     def _published(self) -> dict[str, Any] | None:
         """Return the paper's numbers for scores of COCOEE; None of any other benchmark."""
-        if not published.is_coco_ee([int(each) for each in self.benchmark.ids]):
+        if not self._coco_ee():
             return None
         by_score = [list(each) for each in zip(*(run.scores for run in self.scored), strict=True)]
         names = {each[0].name: str(number) for each in by_score if (number := published_number(each))}

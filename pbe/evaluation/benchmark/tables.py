@@ -60,7 +60,7 @@ class ScoredEdits:
     scores: Sequence[Score]
 
 
-def score_tables(runs: Sequence[ScoredEdits], *, coco_ee: bool = True) -> list[ScoreTable]:
+def score_tables(runs: Sequence[ScoredEdits], *, coco_ee: bool) -> list[ScoreTable]:
     """Return a table for each family that has scores; the paper's family has the published numbers beside it.
 
     Args:

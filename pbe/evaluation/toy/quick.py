@@ -12,12 +12,14 @@ import torch
 from pbe.config import ModelConfig
 from pbe.data.toy_world import ToyWorld
 from pbe.editing.pipeline import PaintByExample
+from pbe.errors import UserError
 from pbe.evaluation.estimates import CHOICE, derangement
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.evaluation.toy.edits import EditSettings, edit_cases
 from pbe.evaluation.toy.scores import Row, Scorer
 from pbe.models import LatentDiffusion
+from pbe.training.checkpoint_callback import ends_step
 from pbe.training.diffusion_task import DiffusionTask
 
 
@@ -66,12 +68,13 @@ class QuickScorer:
         self.edit_settings = EditSettings(
             (settings.guidance,), settings.solver, settings.steps, settings.seed, settings.batch_size
         )
+        self.sizes = image_size, exemplar_size = _sizes(config)
         self.partner = derangement(settings.objects, settings.seed, "partner")
         self.cases = make_benchmark(
             world or ToyWorld(),
             seed=settings.seed,
-            image_size=config.image_size,
-            exemplar_size=config.exemplar_encoder.image_size,
+            image_size=image_size,
+            exemplar_size=exemplar_size,
             objects=settings.objects,
         )
         self.scorer = Scorer(self.cases, LiteFeatures(), settings.seed)
@@ -81,7 +84,15 @@ class QuickScorer:
 
         Args:
             model: on any device, in any type and mode.
+
+        Raises:
+            UserError: its images or exemplars are of another size than the cases.
         """
+        if _sizes(model.config) != self.sizes:
+            raise UserError(
+                f"images and exemplars of {_sizes(model.config)} px, not {self.sizes} as the cases have: "
+                "score models of different sizes by calls of their own"
+            )
         pipe = PaintByExample(copy.deepcopy(model).to(dtype=self.settings.dtype).eval())
         pipe.set_progress_bar_config(disable=True)
         scale, exemplars = self.settings.guidance, [case.exemplar for case in self.cases]
@@ -90,6 +101,10 @@ class QuickScorer:
             for shown in (exemplars, [exemplars[place] for place in self.partner])
         )
         return self.scorer.row(own, self.scorer.similarity(shuffled))
+
+
+def _sizes(config: ModelConfig) -> tuple[int, int]:
+    return config.image_size, config.exemplar_encoder.image_size
 
 
 def quick_values(row: Row) -> dict[str, float]:
@@ -115,25 +130,21 @@ class ScoreCallback(pl.Callback):
     def __init__(self, every: int, settings: QuickSettings | None = None) -> None:
         self.every, self.settings = every, settings
         self.scorer: QuickScorer | None = None
-        self.scored = -1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Score after every so many optimizer steps, on the first process."""
-        step = trainer.global_step
-        if step % self.every or step == self.scored or not trainer.is_global_zero:
+        if (
+            not ends_step(trainer, batch_idx)
+            or trainer.global_step % self.every
+            or not trainer.is_global_zero
+        ):
             return
         assert isinstance(pl_module, DiffusionTask)
-        self.scored = step  # accumulation ends several batches at one step
         self.scorer = self.scorer or QuickScorer(pl_module.config.model, self.settings)
         with pl_module.averaged_weights():
             row = self.scorer.score(pl_module.model)
         values = {f"toy/{name}": value for name, value in quick_values(row).items()}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
-
-
-def score_checkpoint(model: LatentDiffusion, settings: QuickSettings | None = None) -> Row:
-    """Score one model; :class:`QuickScorer` keeps the cases for more than one."""
-    return QuickScorer(model.config, settings).score(model)
+            logger.log_metrics(values, step=trainer.global_step)

@@ -120,11 +120,8 @@ def edit_strips(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits, count: in
     strips = []
     for index, case in enumerate(cases[:count]):
         painted = [(f"guidance {scale:g}", pictures[index]) for scale, pictures in edits.own.items()]
-        ends = (
-            [("masked", case.masked), ("exemplar", case.exemplar)],
-            [(f"hidden: {readable(case.name)}", case.image)],
-        )
-        strips.append(tiles([*ends[0], *painted, *ends[1]]))
+        shown = [("masked", case.masked), ("exemplar", case.exemplar), *painted]
+        strips.append(tiles([*shown, (f"hidden: {readable(case.name)}", case.image)]))
     return strips
 
 

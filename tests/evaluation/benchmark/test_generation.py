@@ -114,6 +114,7 @@ def test_a_pipeline_gives_the_same_pictures_as_its_files(pipe, benchmark, edited
         ({"threads": 2}, "threads was 1, not 2"),
         ({"preserve_background": False}, "preserve_background was True, not False"),
         ({"conventions": "diffusers"}, "conventions was the model's, not diffusers"),
+        ({"raw_weights": True}, "raw_weights was False, not True"),
     ],
 )
 def test_edits_of_other_settings_are_not_mixed(model, benchmark, edited, change, message):
@@ -164,12 +165,21 @@ def test_conventions_reach_the_pipeline(pipe, benchmark, edited, tmp_path):
 
 def test_edits_noted_before_a_setting_existed_are_those_of_its_default(benchmark, tmp_path):
     model, settings = {"a": "b"}, SETTINGS.identity()
-    older = {name: settings[name] for name in settings if name not in ("preserve_background", "conventions")}
-    claim_folder(tmp_path, model, benchmark, older)
+    later = ("preserve_background", "conventions", "raw_weights")
+    claim_folder(tmp_path, model, benchmark, {name: settings[name] for name in settings if name not in later})
     Image.new("RGB", (32, 32)).save(tmp_path / f"{benchmark.ids[0]}.png")
     claim_folder(tmp_path, model, benchmark, settings)
     with pytest.raises(UserError, match="preserve_background was True, not False"):
         claim_folder(tmp_path, model, benchmark, settings | {"preserve_background": False})
+
+
+def test_averaged_edits_are_not_added_to_those_of_plain_weights(benchmark, tmp_path):
+    """Both come from one checkpoint, whose file is the same."""
+    plain = dataclasses.replace(SETTINGS, raw_weights=True).identity()
+    claim_folder(tmp_path, {"a": "b"}, benchmark, plain)
+    Image.new("RGB", (32, 32)).save(tmp_path / f"{benchmark.ids[0]}.png")
+    with pytest.raises(UserError, match="raw_weights was True, not False"):
+        claim_folder(tmp_path, {"a": "b"}, benchmark, SETTINGS.identity())
 
 
 def test_a_start_that_failed_does_not_bind_its_folder(benchmark, tmp_path):

@@ -309,7 +309,7 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
         not_run("clip-fid", "paper", "lower", "needs weights"),
         made("seam", "clean", [1.0]),
     ]
-    tables = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", scores)])
+    tables = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", scores)], coco_ee=True)
     assert [len(table.rows) for table in tables] == [2, 5, 1]
     paper, reported, clean = tables
     assert paper.head == ["score", "better", "pictures", "mine", "theirs", published.OURS]
@@ -318,7 +318,7 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     assert "needs weights" in paper.note
     assert clean.head == ["score", "better", "pictures", "mine", "theirs"]
     fewer = [*scores[:2], made("seam", "clean", [1.0, 2.0])]
-    clean = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", fewer)])[2]
+    clean = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", fewer)], coco_ee=True)[2]
     assert clean.rows[0][2] == "1 / 2"
     ours = reported.rows[-1]
     assert ours == [published.OURS, "3.18 (published)", "77.80 (published)", "84.97 (unverified)"]
@@ -359,7 +359,8 @@ def test_scores_of_another_tower_stand_beside_no_published_number():
     theirs = made("clip-fid", "paper", [1.0], "lower")
     for tower, cell in (("ViT-B-32-quickgelu", "3.18 (published)"), ("ViT-L-14", "–")):
         card = dataclasses.replace(theirs.card, feature_model=tower)
-        paper = score_tables([ScoredEdits("mine", [dataclasses.replace(theirs, card=card)])])[0]
+        run = ScoredEdits("mine", [dataclasses.replace(theirs, card=card)])
+        paper = score_tables([run], coco_ee=True)[0]
         assert paper.rows[0][-1] == cell
         assert ("clip-fid by ViT-L-14: not the paper's ViT-B-32-quickgelu" in paper.note) == (cell == "–")
 

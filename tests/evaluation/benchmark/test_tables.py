@@ -18,7 +18,7 @@ def test_a_table_names_what_left_a_score_without_cases():
     cases = [replace(case, mask=np.full_like(case.mask, 255)) for case in cases]
     scores = score(cases, [None, *edits[1:]], SETTINGS)
     run = ScoredEdits("mine", scores)
-    text = markdown("T", score_tables([run]), [run])
+    text = markdown("T", score_tables([run], coco_ee=False), [run])
     assert "psnr-outside not run: no case is left to score (1 missing, 3 not a finite number)" in text
 
 
@@ -27,8 +27,8 @@ def test_a_score_that_one_set_alone_lacks_is_explained():
     full = [replace(case, mask=np.full_like(case.mask, 255)) for case in cases]
     whole, lacking = score(cases, edits, SETTINGS), score(full, edits, SETTINGS)
     runs = [ScoredEdits("mine", whole), ScoredEdits("theirs", lacking)]
-    (table,) = score_tables(runs)
+    (table,) = score_tables(runs, coco_ee=False)
     assert table.rows[0][-1] == "not run"
     assert table.note == ("psnr-outside of theirs not run: no case is left to score (3 not a finite number)")
-    (table,) = score_tables(runs[:1])
+    (table,) = score_tables(runs[:1], coco_ee=False)
     assert table.note == ""

@@ -149,6 +149,8 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
     model, out = tmp_path / "model", tmp_path / "naming"
     save_model(model, pipe.model, torch.float32)
     line = ["make", "--model", str(model), "--out", str(out), "--objects", "2", "--steps", "1"]
+    assert main([*line, "--solver", "magic"]) == 2
+    assert not out.exists(), "a failed start leaves no folder that the right command would refuse"
     assert main([*line, "--solver", "ddim", "--guidance", "2"]) == 0
     sheets = out / "sheets"
     assert sorted(path.name for path in sheets.iterdir()) == ["answers.csv", "sheet_1.png"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from pbe.errors import UserError
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.evaluation.toy.benchmark import make_benchmark
 from pbe.evaluation.toy.edits import EditSettings, make_edits
-from pbe.evaluation.toy.quick import QuickScorer, QuickSettings, quick_values, score_checkpoint
+from pbe.evaluation.toy.quick import QuickScorer, QuickSettings, ScoreCallback, quick_values
 from pbe.evaluation.toy.scores import score_edits
+from pbe.training.diffusion_task import DiffusionTask
 from scripts.score_checkpoints import main
 
 SETTINGS = QuickSettings(objects=20, guidance=3.0, steps=1, batch_size=16, dtype=torch.float32)
@@ -55,8 +58,10 @@ def test_a_model_in_training_is_left_as_it_is(pipe):
 
 def test_bfloat16_moves_the_scores_little(pipe):
     few = dataclasses.replace(SETTINGS, objects=4)
-    exact = quick_values(score_checkpoint(pipe.model, few))
-    rough = quick_values(score_checkpoint(pipe.model, dataclasses.replace(few, dtype=torch.bfloat16)))
+    exact, rough = (
+        quick_values(QuickScorer(pipe.model.config, settings).score(pipe.model))
+        for settings in (few, dataclasses.replace(few, dtype=torch.bfloat16))
+    )
     assert rough["similarity"] == pytest.approx(exact["similarity"], abs=0.01)
 
 
@@ -86,10 +91,55 @@ def test_the_command_adds_a_line_a_model(pipe, tmp_path: Path, capsys: pytest.Ca
     assert len(rows) == 3
     assert len({row["auc"] for row in rows}) == 1
     assert np.isfinite(float(rows[0]["seconds"]))
+    for damaged in (b"\xff\xfe\x00\x81", b"a\x00,b\n"):
+        table.write_bytes(damaged)
+        assert main(line) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert table.read_bytes() == damaged
     table.write_text("other,columns\n")
     assert main(line) == 2
     assert "has other columns than model, auc" in capsys.readouterr().err
     assert table.read_text() == "other,columns\n"
+
+
+def test_models_of_other_sizes_are_not_scored_on_the_first_ones_cases(pipe, scorer):
+    other = copy.deepcopy(pipe.model)
+    other.config = dataclasses.replace(other.config, image_size=64)
+    with pytest.raises(UserError, match=r"of \(64, 48\) px, not \(32, 48\)"):
+        scorer.score(other)
+
+
+def test_a_training_is_scored_on_its_way_with_the_averaged_weights(pipe):
+    """Once a step that is due, however many micro-batches a step has; what it logs is the average's."""
+    average, model = pipe.model, copy.deepcopy(pipe.model)
+    with torch.no_grad():
+        for weight in model.unet.parameters():
+            weight.mul_(1.2)
+    task, log = mock.create_autospec(DiffusionTask, instance=True), mock.Mock()
+    task.configure_mock(model=model, config=mock.Mock(model=model.config))
+
+    @contextmanager
+    def averaged():
+        task.model = average
+        yield
+        task.model = model
+
+    task.averaged_weights = averaged
+    few = dataclasses.replace(SETTINGS, objects=2)
+    callback = ScoreCallback(2, few)
+    trainer = mock.Mock(accumulate_grad_batches=2, is_last_batch=False, is_global_zero=True, loggers=[log])
+    for batch in range(8):
+        trainer.global_step = (batch + 1) // 2
+        callback.on_train_batch_end(trainer, task, None, None, batch)
+    row = QuickScorer(model.config, few).score(average)
+    values = {f"toy/{name}": value for name, value in quick_values(row).items()}
+    assert values != {
+        f"toy/{name}": value for name, value in quick_values(callback.scorer.score(model)).items()
+    }
+    assert log.log_metrics.call_args_list == [mock.call(values, step=2), mock.call(values, step=4)]
+    trainer.is_global_zero = False
+    callback.on_train_batch_end(trainer, task, None, None, 7)
+    assert log.log_metrics.call_count == 2
 
 
 @pytest.mark.parametrize(
