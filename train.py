@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from pbe.cli import Parser, run_command  # without packages that might be missing
+from pbe.cli.parser import Parser, run_command  # without packages that might be missing
 
 EPILOG = """\
 overrides: trainer.max_steps=100 data.batch_size=8 ...; an unknown key is an error naming the nearest.
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
 
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from pbe.training.plan import make_plan
+            from pbe.training.planning.plan import make_plan
 
             for line in make_plan(config):
                 print(line, flush=True)  # counts stand there while the rest is measured
             return
         if arguments.find_batch_size:
-            from pbe.training.batch_size import find_batch_size
+            from pbe.training.planning.batch_size import find_batch_size
 
             find_batch_size(config, arguments.memory_limit)
             return

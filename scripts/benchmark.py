@@ -25,9 +25,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import Config, DataConfig, SampleConfig, load_config
-from pbe.data.packing_timing import (
+from pbe.errors import UserError
+from scripts import render_toy_world
+from scripts.benchmarks.loading import (
+    measure_opening,
+    measure_stages,
+    measure_workers,
+    synthetic_index,
+    synthetic_shards,
+)
+from scripts.benchmarks.packing import (
     OPEN_IMAGES_PICTURES,
     OPEN_IMAGES_ROWS,
     KillResult,
@@ -38,16 +47,7 @@ from pbe.data.packing_timing import (
     synthetic_open_images,
     synthetic_source,
 )
-from pbe.data.timing import (
-    measure_opening,
-    measure_stages,
-    measure_workers,
-    synthetic_index,
-    synthetic_shards,
-)
-from pbe.errors import UserError
-from pbe.evaluation.toy.timing import measure_scoring, synthetic_edits
-from scripts import render_toy_world
+from scripts.benchmarks.scoring import measure_scoring, synthetic_edits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -280,7 +280,7 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option makes no sense.
     """
-    from pbe.training import timing  # slow to import
+    from scripts.benchmarks import training as timing  # slow to import
 
     for name, (toy, paper) in TRAIN_DEFAULTS.items():
         if getattr(options, name) is None:

@@ -13,13 +13,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from pbe.cli import Parser, run_command
-from pbe.data.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmark
+from pbe.cli.parser import Parser, run_command
 from pbe.data.sources.reading import SourceOptions, read_source
 from pbe.data.sources.records import Annotations
-from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.toy.export import IMAGE_SIZE, export_toy_benchmark
+from pbe.evaluation.benchmark.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmark
+from pbe.evaluation.benchmark.toy_export import IMAGE_SIZE, export_toy_benchmark
 
 MAKING = frozenset({"out", "cases", "seed", "size"})
 # Which options go with each of the three things to do.

@@ -9,7 +9,7 @@ import sys
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import load_config
 from pbe.errors import UserError
 
@@ -36,7 +36,7 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def print_size(config_folder: str, size: object) -> None:
     """Print what a cache will take."""
-    from pbe.training.cache_size import CacheSize
+    from pbe.training.latent_cache.size import CacheSize
 
     assert isinstance(size, CacheSize)
     parts = ", ".join(f"{name} {count:,}" for name, count in size.parts.items())

@@ -14,14 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.data.randomness import generator
-from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
-from pbe.evaluation.estimates import auc
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
+from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
+from pbe.evaluation.metrics.bootstrap import auc
 from pbe.evaluation.metrics.copy_paste import explained_shares
 from pbe.evaluation.metrics.features import mask_bounds, region
 from pbe.evaluation.metrics.layout import layout_copy, layout_true
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
 
 BRIGHTER = 1.1
 KINDS = ("pasted", "true", "inpainted", "grey")

@@ -8,18 +8,21 @@ import os
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pbe.cli.parser import Parser, run_command
 from pbe.config import SampleConfig
-from pbe.data.masks import Box
-from pbe.data.properties import box_cover, check_sample
 from pbe.data.randomness import generator
-from pbe.data.sample import make_sample
+from pbe.data.samples.masks import Box
+from pbe.data.samples.sample import make_sample
 from pbe.errors import UserError
+from scripts.sample_properties import box_cover, check_sample
 
 A_TASK = 250  # samples
 LONG_EVERY = 10  # one picture of so many is only a few pixels wide or high

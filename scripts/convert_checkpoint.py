@@ -13,7 +13,7 @@ from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.checkpoints.saving import LAYOUTS
 from pbe.checkpoints.warm_start import open_stable_diffusion
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig, load_config
 from pbe.errors import UserError
 from pbe.files import expand_home

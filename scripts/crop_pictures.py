@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
-from pbe.editing.records import write_picture
+from pbe.cli.parser import Parser, run_command
+from pbe.editing.batch.records import write_picture
 from pbe.errors import UserError
 from pbe.evaluation.metrics.set_scores import PictureFolder, read_picture
 from pbe.evaluation.metrics.towers import centre_crop

@@ -13,8 +13,8 @@ from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from pbe.cli import Parser, run_command
-from pbe.evaluation.toy.demo import StageError, run
+from pbe.cli.parser import Parser, run_command
+from pbe.evaluation.demo.stages import StageError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 

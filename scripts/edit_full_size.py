@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbe.checkpoints.native import save_model
 from pbe.checkpoints.precision import DTYPES, torch_dtype
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError

@@ -19,23 +19,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import DTYPES, torch_dtype
-from pbe.cli import Parser, run_command
-from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.cli.parser import Parser, run_command
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
+from pbe.editing.batch.records import write_json, write_picture
+from pbe.editing.batch.runner import pick_device
 from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.records import write_json, write_picture
-from pbe.editing.runner import pick_device
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
+from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
+from pbe.evaluation.benchmark.toy import make_benchmark
+from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
+from pbe.evaluation.benchmark.toy_scores import markdown_table, score_edits
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings
-from pbe.evaluation.toy.benchmark import make_benchmark
-from pbe.evaluation.toy.edits import GUIDANCE, EditSettings, make_edits
-from pbe.evaluation.toy.scores import markdown_table, score_edits
-from pbe.evaluation.toy.sheets import benchmark_rows, sheet
 from pbe.files import expand_home, make_folder, write_text
 
 TOY_BATCH = 32

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.editing.pretrained import usable_device
 from pbe.errors import UserError
 from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, check_fit, fit_mixture

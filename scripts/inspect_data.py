@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import Config, load_config
-from pbe.data.contact_sheet import make_row, sheet_html
 from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.preview import make_row, sheet_html
 from pbe.errors import UserError
 from pbe.files import check_file, write_text
 from pbe.models.autoencoder import downsampling_of

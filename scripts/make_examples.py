@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pbe.cli import Parser, run_command
-from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
+from pbe.cli.parser import Parser, run_command
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.toy.benchmark import make_benchmark
+from pbe.evaluation.benchmark.toy import make_benchmark
 from pbe.files import make_folder
 
 

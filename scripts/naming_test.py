@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
-from pbe.data.toy_world import ToyWorld
+from pbe.cli.parser import Parser, run_command
+from pbe.data.toy.scenes import ToyWorld
+from pbe.editing.batch.records import write_picture
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.records import write_picture
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
+from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_cases
+from pbe.evaluation.benchmark.toy_export import EXEMPLAR_SIZE, IMAGE_SIZE
 from pbe.evaluation.metrics.features import to_grey
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
-from pbe.evaluation.toy.edits import EditSettings, edit_cases
-from pbe.evaluation.toy.export import EXEMPLAR_SIZE, IMAGE_SIZE
-from pbe.evaluation.toy.naming import (
+from pbe.evaluation.study.naming import (
     ANSWERS,
     KEY,
     OBJECTS,

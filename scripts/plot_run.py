@@ -10,9 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.errors import UserError
-from pbe.training.loggers import read_curve
+from pbe.training.monitoring.loggers import read_curve
 
 CURVES = {"train/loss": "training loss, each logged step", "val/loss": "loss on the fixed validation grid"}
 COLOURS = {"train/loss": "0.75", "val/loss": "tab:blue"}

@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pbe.checkpoints.native import load_model
-from pbe.cli import Parser, run_command
-from pbe.data.toy_world import DEFAULT_WORLD, ToyWorld
-from pbe.diffusion.convergence import Candidate, distance
+from pbe.cli.parser import Parser, run_command
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.toy.solver_study import (
+from scripts.benchmarks.convergence import Candidate, distance
+from scripts.benchmarks.solvers import (
     CANDIDATES,
     FLOW,
     FLOW_CHECK,

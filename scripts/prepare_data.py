@@ -19,12 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
-from pbe.data.packing import ENGINES, PackResult, pack_all
-from pbe.data.packing_claim import PackRequest
-from pbe.data.packing_merge import SIDES
-from pbe.data.packing_plan import FRAMES, PackSettings
-from pbe.data.report import HTML_NAME, make_report, write_report
+from pbe.cli.parser import Parser, run_command
+from pbe.data.packing.claim import PackRequest
+from pbe.data.packing.merge import SIDES
+from pbe.data.packing.pack import ENGINES, PackResult, pack_all
+from pbe.data.packing.plan import FRAMES, PackSettings
+from pbe.data.packing.report import HTML_NAME, make_report, write_report
 from pbe.data.sources.files import find_pictures
 from pbe.data.sources.open_images import SPLITS
 from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_source

@@ -29,9 +29,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import torch
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.errors import UserError
-from pbe.training.loggers import read_rows
+from pbe.training.monitoring.loggers import read_rows
 from scripts.benchmark import print_table
 from scripts.render_toy_world import main as render
 

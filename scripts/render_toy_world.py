@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pbe.cli import Parser, run_command
-from pbe.data.shards import write_shards
-from pbe.data.toy_render import render_records
-from pbe.data.toy_world import DEFAULT_WORLD, SPLITS, SceneConfig, ToyWorld
+from pbe.cli.parser import Parser, run_command
+from pbe.data.shards.archive import write_shards
+from pbe.data.toy.render import render_records
+from pbe.data.toy.scenes import DEFAULT_WORLD, SPLITS, SceneConfig, ToyWorld
 from pbe.errors import UserError
 from pbe.files import make_folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.evaluation.ablation.config import load_ablation
 from pbe.evaluation.ablation.plan import make_plan
 from pbe.evaluation.ablation.runner import Runner, only_one

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from pbe.checkpoints.precision import DTYPES, torch_dtype
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.toy.quick import QuickScorer, QuickSettings, quick_values
+from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, quick_values
 from pbe.files import expand_home, make_folder
 
 

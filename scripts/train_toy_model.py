@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.cli import Parser, run_command
+from pbe.cli.parser import Parser, run_command
 from pbe.config import Config, load_config
-from pbe.data.shards import write_shards
-from pbe.data.toy_render import render_records
-from pbe.data.toy_world import DEFAULT_WORLD, SceneConfig
+from pbe.data.shards.archive import write_shards
+from pbe.data.toy.render import render_records
+from pbe.data.toy.scenes import DEFAULT_WORLD, SceneConfig
 from pbe.errors import UserError
-from pbe.evaluation.toy.quick import ScoreCallback
+from pbe.evaluation.benchmark.quick import ScoreCallback
 from pbe.files import make_folder
 from pbe.training.run import train
 

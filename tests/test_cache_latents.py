@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import pbe.training.cache_builder as builder_module
-from pbe.training.encoding import encode_batch
+import pbe.training.latent_cache.builder as builder_module
+from pbe.training.tasks.encoding import encode_batch
 from scripts import cache_latents
 from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
 from tests.training.tiny import run, send, tiny_config, write_config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.cli import Parser
+from pbe.cli.parser import Parser
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from pbe.checkpoints.native import save_model
 from pbe.config import load_config
-from pbe.evaluation.toy import demo as stages
-from pbe.evaluation.toy.sheets import BAND_GAP, GAP
+from pbe.evaluation.benchmark.sheets import BAND_GAP, GAP
+from pbe.evaluation.demo import stages
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from scripts import demo, evaluate

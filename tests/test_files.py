@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pbe.checkpoints.native import save_model
-from pbe.data.shards import write_shards
+from pbe.data.shards.archive import write_shards
 from pbe.errors import UserError
-from pbe.evaluation.toy import demo as stages
+from pbe.evaluation.demo import stages
 from pbe.files import check_file, make_folder, new_folder
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model

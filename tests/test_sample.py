@@ -19,12 +19,13 @@ from PIL import Image
 
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.diffusion.solvers import SOLVERS, SPACINGS
-from pbe.editing import cli, runner
+from pbe.editing import cli
+from pbe.editing.batch import runner
+from pbe.editing.batch.jobs import PICTURE_SUFFIXES
+from pbe.editing.batch.records import FORMATS
 from pbe.editing.cli import main
 from pbe.editing.conventions import CONVENTIONS
-from pbe.editing.jobs import PICTURE_SUFFIXES
 from pbe.editing.placement import REGIONS
-from pbe.editing.records import FORMATS
 from tests.sample_calls import arguments, complaint, pixels, write_files, write_model, written
 
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageCms
 
 from pbe.config import Config, to_dict
+from pbe.editing.batch.runner import memory_told
 from pbe.editing.cli import main
-from pbe.editing.runner import memory_told
 from pbe.errors import UserError
 from tests.editing.tiny_model import make_tiny_model
 from tests.sample_calls import arguments, complaint, pixels, write_files, write_model

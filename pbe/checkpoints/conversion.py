@@ -25,7 +25,7 @@ from pbe.checkpoints.saving import (
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import cast
 from pbe.checkpoints.usage import Usage
-from pbe.checkpoints.writing import check_target, staged
+from pbe.checkpoints.writers import check_target, staged
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

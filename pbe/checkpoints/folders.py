@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from pbe.checkpoints.archives import Weights, open_weights
+from pbe.checkpoints.readers import Weights, open_weights
 from pbe.errors import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -83,7 +83,7 @@ def open_folder(folder: Path, choice: FileChoice = ANY) -> Weights:
 
     Raises:
         UserError: no weights, or none of those chosen, several models, or as
-            :func:`pbe.checkpoints.archives.open_weights`.
+            :func:`pbe.checkpoints.readers.open_weights`.
     """
     found = [*folder.glob("*.index.json"), *folder.glob("*.index.*.json"), *weight_files(folder)]
     allowed = choice.narrow(found, f"'{folder}'")

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from pbe.checkpoints.archives import open_weights
 from pbe.checkpoints.averages import choose, left_out, sort_out
-from pbe.checkpoints.compvis import open_compvis, resolve_config
-from pbe.checkpoints.compvis_config import is_original_yaml, read_yaml
+from pbe.checkpoints.compvis.config import is_original_yaml, read_yaml
+from pbe.checkpoints.compvis.format import open_compvis, resolve_config
 from pbe.checkpoints.contents import Weights
-from pbe.checkpoints.diffusers import find_parts, open_diffusers
+from pbe.checkpoints.diffusers.format import find_parts, open_diffusers
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
 from pbe.checkpoints.layout import PARTS, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
 from pbe.checkpoints.opened import Opened, build, numbers
+from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
 from pbe.checkpoints.runs import carried_config, of_run, told
 from pbe.checkpoints.strict import check_shapes, shapes

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.archives import open_weights
 from pbe.checkpoints.layout import PARTS, native_shapes
 from pbe.checkpoints.opened import Opened, build
+from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import describe
 from pbe.checkpoints.settings import read_json
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
-from pbe.checkpoints.writing import Read, staged, write_safetensors
+from pbe.checkpoints.writers import Read, staged, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -10,9 +10,9 @@ import torch
 from omegaconf import OmegaConf
 
 from pbe.checkpoints.clip import tower_sizes
-from pbe.checkpoints.compvis import derived_buffers, original_weights
-from pbe.checkpoints.compvis_config import write_config
-from pbe.checkpoints.diffusers_config import (
+from pbe.checkpoints.compvis.config import write_config
+from pbe.checkpoints.compvis.format import derived_buffers, original_weights
+from pbe.checkpoints.diffusers.config import (
     write_autoencoder,
     write_encoder,
     write_index,
@@ -20,13 +20,13 @@ from pbe.checkpoints.diffusers_config import (
     write_scheduler,
     write_unet,
 )
-from pbe.checkpoints.diffusers_names import entries
+from pbe.checkpoints.diffusers.names import entries
 from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.layout import PARTS, to_foreign
 from pbe.checkpoints.native import CONFIG_NAME, part_of, write_config as write_native_config, write_part
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage
-from pbe.checkpoints.writing import check_target, converted, staged, write_checkpoint, write_safetensors
+from pbe.checkpoints.writers import check_target, converted, staged, write_checkpoint, write_safetensors
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

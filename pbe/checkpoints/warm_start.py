@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.archives import open_weights
 from pbe.checkpoints.averages import choose, sort_out
-from pbe.checkpoints.compvis import clean
-from pbe.checkpoints.compvis_names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
-from pbe.checkpoints.diffusers import find_parts, named
-from pbe.checkpoints.diffusers_config import read_autoencoder, read_schedule, read_unet
-from pbe.checkpoints.diffusers_names import current_names, entries as diffusers_entries
+from pbe.checkpoints.compvis.format import clean
+from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
+from pbe.checkpoints.diffusers.config import read_autoencoder, read_schedule, read_unet
+from pbe.checkpoints.diffusers.format import find_parts, named
+from pbe.checkpoints.diffusers.names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
 from pbe.checkpoints.layout import Entry, native_shapes, to_foreign, to_native
 from pbe.checkpoints.opened import Opened
+from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import describe, text_to_image
 from pbe.checkpoints.settings import Settings, read_json, reading
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
-from pbe.checkpoints.tower_files import load_tower_weights
+from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import ExemplarEncoder

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pbe.config import DataConfig
 from pbe.data.dataset import FAULTS, ExemplarDataset, collate, describe
-from pbe.data.shards import ShardPictures
+from pbe.data.shards.archive import ShardPictures
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
 

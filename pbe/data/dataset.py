@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import Dataset
 
 from pbe.config import DataConfig
-from pbe.data.decode import (
+from pbe.data.randomness import generator, permutation, shuffled
+from pbe.data.samples.decode import (
     AREA,
     BAD_ANNOTATION,
     BAD_INDEX,
@@ -34,13 +35,12 @@ from pbe.data.decode import (
     check_hash,
     decode_picture,
 )
-from pbe.data.index import DamagedIndexError, PictureRow
-from pbe.data.masks import Box
-from pbe.data.object_masks import ObjectMask, read_object_mask
-from pbe.data.randomness import generator, permutation, shuffled
-from pbe.data.reduction import choose_reduction, reduced_box
-from pbe.data.sample import TrainingSample, choose_box, make_sample
-from pbe.data.shards import ShardPictures, parse_annotation
+from pbe.data.samples.masks import Box
+from pbe.data.samples.object_masks import ObjectMask, read_object_mask
+from pbe.data.samples.reduction import choose_reduction, reduced_box
+from pbe.data.samples.sample import TrainingSample, choose_box, make_sample
+from pbe.data.shards.archive import ShardPictures, parse_annotation
+from pbe.data.shards.index import DamagedIndexError, PictureRow
 from pbe.data.transport import Allocator, allocate
 
 MIN_BOX_SIDE = 2.0

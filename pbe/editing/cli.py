@@ -15,8 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pbe.checkpoints.precision import DTYPES
-from pbe.cli import Parser, run_command
-from pbe.editing.jobs import (
+from pbe.cli.parser import Parser, run_command
+from pbe.editing.batch.jobs import (
     FILE_KEYS,
     LONGEST,
     MARGIN,
@@ -28,7 +28,7 @@ from pbe.editing.jobs import (
     check_outputs,
     single_job,
 )
-from pbe.editing.pairs import read_pairs
+from pbe.editing.batch.pairs import read_pairs
 from pbe.editing.places import require_place
 from pbe.errors import UserError
 from pbe.files import expand_home, make_folder
@@ -269,7 +269,7 @@ def run(arguments: Sequence[str] | None) -> None:
     if options.output is not None:
         check_format(Path(options.output), checked[0].size, options)
     make_folder(folder)
-    from pbe.editing.runner import edit_all  # imports torch, which takes seconds
+    from pbe.editing.batch.runner import edit_all  # imports torch, which takes seconds
 
     edit_all(jobs, [each.size for each in checked], options)
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 from torch import nn
 from tqdm import tqdm
 
-from pbe.checkpoints.diffusers_config import write_index, write_preprocessor, write_scheduler
+from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
 from pbe.diffusion.solvers.choice import SolverChoice
 from pbe.editing.components import OURS

@@ -14,7 +14,7 @@ from torch import Tensor
 from pbe.diffusion.noise import Generators
 from pbe.editing.colour import carried
 from pbe.editing.exemplars import Exemplar
-from pbe.editing.pictures import as_mask, as_picture, aspect_remark, fit_mask
+from pbe.editing.images import as_mask, as_picture, aspect_remark, fit_mask
 from pbe.editing.problems import EditTypeError, EditValueError, say_once
 
 
@@ -65,7 +65,7 @@ def matched(
     """Pair exemplars, pictures and masks: each comes once, or once for each picture of the batch.
 
     Args:
-        example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.pictures.as_picture` takes them,
+        example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.images.as_picture` takes them,
             uint8 tensors, or float tensors ``(3, s, s)`` normalised for the image tower; single, in lists or
             batched.
         image: picture(s): PIL images, arrays, or tensors ``(3, h, w)`` or ``(b, 3, h, w)``, uint8 or floating

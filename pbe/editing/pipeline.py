@@ -19,6 +19,7 @@ from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.batch.jobs import MARGIN
 from pbe.editing.compatibility import DiffusersNames
 from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of
 from pbe.editing.compositing import to_bytes, to_unit
@@ -27,7 +28,6 @@ from pbe.editing.engine import Engine, Given
 from pbe.editing.exemplars import check_embeds, crop_settings
 from pbe.editing.hub import Hub
 from pbe.editing.inputs import Batch, check_generator, matched, read_exemplars
-from pbe.editing.jobs import MARGIN
 from pbe.editing.memory import MemorySettings
 from pbe.editing.offload import Offload
 from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures

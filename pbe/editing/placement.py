@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from pbe.editing.batch.jobs import LONGEST
 from pbe.editing.compositing import composite, to_unit
 from pbe.editing.inputs import Batch
-from pbe.editing.jobs import LONGEST
 from pbe.editing.output import to_pictures
 from pbe.editing.preprocess import (
     Size,

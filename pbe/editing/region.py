@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pbe.editing.jobs import MARGIN
+from pbe.editing.batch.jobs import MARGIN
 from pbe.editing.preprocess import Size, pad
 
 LEAST_SHARE = 0.25  # the margin may shrink to this share of itself before a region leaves the picture

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from pbe.checkpoints.diffusers_config import write_scheduler
+from pbe.checkpoints.diffusers.config import write_scheduler
 from pbe.diffusion.solvers.choice import SolverChoice
 from pbe.diffusion.solvers.scheduler_config import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.editing.problems import EditTypeError, EditValueError

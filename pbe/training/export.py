@@ -14,9 +14,9 @@ from pbe.checkpoints.native import save_model
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.models import LatentDiffusion
-from pbe.training.autoencoder_task import AutoencoderTask, measure_scale_factor
-from pbe.training.base_task import BaseTask
-from pbe.training.sharding import on_the_cpu
+from pbe.training.optimization.sharding import on_the_cpu
+from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
+from pbe.training.tasks.base import BaseTask
 
 SCALE_BATCHES = 8
 

@@ -20,20 +20,20 @@ from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
 from pbe.models.tower_facts import follow_sizes
-from pbe.training.base_task import BaseTask
-from pbe.training.cache_builder import ensure_cache
-from pbe.training.cache_listing import describe_folder
-from pbe.training.cache_size import CacheSize, size_on_disk
-from pbe.training.checkpoint_callback import Checkpoints
-from pbe.training.checkpointing import changed_settings, find_checkpoint, read_checkpoint, say, step_of
 from pbe.training.data import TrainingData, steps_of_run
-from pbe.training.diffusion_task import DiffusionTask
 from pbe.training.export import export
-from pbe.training.latent_cache import CachedDataModule
-from pbe.training.loggers import CsvLog, close_loggers, keep_run_id
-from pbe.training.speed import make_fast
-from pbe.training.start import build_model, find_autoencoder, make_task
-from pbe.training.stopping import StopSignals, TrainingStopped
+from pbe.training.latent_cache.builder import ensure_cache
+from pbe.training.latent_cache.dataset import CachedDataModule
+from pbe.training.latent_cache.listing import describe_folder
+from pbe.training.latent_cache.size import CacheSize, size_on_disk
+from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
+from pbe.training.optimization.performance import make_fast
+from pbe.training.resume.callback import Checkpoints
+from pbe.training.resume.files import changed_settings, find_checkpoint, read_checkpoint, say, step_of
+from pbe.training.resume.signals import StopSignals, TrainingStopped
+from pbe.training.setup import build_model, find_autoencoder, make_task
+from pbe.training.tasks.base import BaseTask
+from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.trainer import check_machine, make_trainer, set_length
 
 LOG = logging.getLogger(__name__)

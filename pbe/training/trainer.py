@@ -21,14 +21,14 @@ from pytorch_lightning.strategies import StrategyRegistry
 
 from pbe.config import Config, TrainerConfig
 from pbe.errors import UserError
-from pbe.training.callbacks import GridCallback, StepLog
-from pbe.training.checkpoint_callback import Checkpoints
-from pbe.training.checkpointing import FOLDER_NAME, SafeCheckpointIO
-from pbe.training.grids import autoencoder_grid, diffusion_grid
-from pbe.training.loggers import make_loggers
-from pbe.training.precision import precision_plugin
-from pbe.training.sharding import STRATEGY_NAMES, ShardedStrategy
-from pbe.training.stopping import StopSignals
+from pbe.training.monitoring.loggers import make_loggers
+from pbe.training.monitoring.sample_grids import autoencoder_grid, diffusion_grid
+from pbe.training.monitoring.step_log import GridCallback, StepLog
+from pbe.training.optimization.precision import precision_plugin
+from pbe.training.optimization.sharding import STRATEGY_NAMES, ShardedStrategy
+from pbe.training.resume.callback import Checkpoints
+from pbe.training.resume.files import FOLDER_NAME, SafeCheckpointIO
+from pbe.training.resume.signals import StopSignals
 
 OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write checkpoints of their own
 # What starts processes by itself hands the trained model back to none of them, or takes other devices.

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.checkpoints.diffusers_config import write_unet
-from pbe.checkpoints.diffusers_names import unet_name
-from pbe.cli import Parser, run_command
+from pbe.checkpoints.diffusers.config import write_unet
+from pbe.checkpoints.diffusers.names import unet_name
+from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import UNet, attention

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.compvis import derived_buffers, original_weights
+from pbe.checkpoints.compvis.format import derived_buffers, original_weights
 from pbe.checkpoints.tensors import lazies
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.models import LatentDiffusion

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.saving import save_checkpoint
-from pbe.checkpoints.tower_files import load_tower_weights
+from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import Config, ExemplarEncoderConfig, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pbe.checkpoints import compvis_names, diffusers_names
-from pbe.checkpoints.compvis import derived_buffers, original_weights
+from pbe.checkpoints.compvis import names as compvis_names
+from pbe.checkpoints.compvis.format import derived_buffers, original_weights
+from pbe.checkpoints.diffusers import names as diffusers_names
 from pbe.checkpoints.layout import PARTS, Entry, native_shapes, to_foreign, to_native
 from pbe.checkpoints.strict import shapes
 from pbe.checkpoints.tensors import Lazies

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pbe.data.randomness import generator
-from pbe.data.shards import ShardRecord, write_shards
-from pbe.data.toy_world import Scene, ToyWorld, render_scene
+from pbe.data.shards.archive import ShardRecord, write_shards
+from pbe.data.toy.scenes import Scene, ToyWorld, render_scene
 
 
 def encode(image: np.ndarray, extension: str = "jpg") -> bytes:

@@ -18,8 +18,8 @@ import pytest
 
 from pbe.config import DataConfig
 from pbe.data.dataset import UnusablePictureError, read_picture
-from pbe.data.packing_index import load_index, read_summary
-from pbe.data.shards import ShardPictures
+from pbe.data.packing.index import load_index, read_summary
+from pbe.data.shards.archive import ShardPictures
 from pbe.errors import UserError
 from tests.data.indexed import index_bytes, shard_columns
 from tests.data.packing_support import noise, pack, request_of, run

@@ -16,8 +16,8 @@ from pbe.config import AugmentConfig, DataConfig, SampleConfig
 from pbe.data import dataset as reasons
 from pbe.data.datamodule import CounterSampler, ExemplarDataModule
 from pbe.data.dataset import ExemplarDataset, UnusablePictureError, usable_boxes
-from pbe.data.masks import Box
-from pbe.data.shards import ShardPictures, ShardRecord, write_shards
+from pbe.data.samples.masks import Box
+from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.errors import UserError
 
 

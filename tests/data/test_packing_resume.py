@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data import packing_task
+from pbe.data.packing import worker as packing_task
 from pbe.errors import UserError
 from scripts import prepare_data
 from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of, run

@@ -1,8 +1,9 @@
 """The order of samples, every draw and every pixel of existing runs: a hash that must not change.
 
 Trained models, caches and resumed runs depend on them. A change that moves these hashes needs a switch whose
-default leaves them alone, or, where the samples were wrong, a new ``VERSION`` of ``pbe.data.sample``. Version
-2 hides mirror images of the object in padding, and antialiases where one axis shrinks and the other grows.
+default leaves them alone, or, where the samples were wrong, a new ``VERSION`` of
+``pbe.data.samples.sample``. Version 2 hides mirror images of the object in padding, and antialiases where one
+axis shrinks and the other grows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 from pbe.config import DataConfig, SampleConfig
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.randomness import generator
-from pbe.data.shards import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 
 PICTURES, SAMPLES = 14, 42
 

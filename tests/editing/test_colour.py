@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from pbe.editing.colour import carried, profile_of
+from pbe.editing.images import as_picture, read_picture
 from pbe.editing.inputs import matched
 from pbe.editing.output import as_output
-from pbe.editing.pictures import as_picture, read_picture
 from pbe.editing.problems import say_once
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

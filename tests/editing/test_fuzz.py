@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from pbe.editing import cli
+from pbe.editing.batch.jobs import MAX_SEED, check_name
+from pbe.editing.batch.pairs import read_pairs
+from pbe.editing.images import read_mask, read_picture
 from pbe.editing.inputs import matched
-from pbe.editing.jobs import MAX_SEED, check_name
-from pbe.editing.pairs import read_pairs
-from pbe.editing.pictures import read_mask, read_picture
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 
@@ -265,7 +265,7 @@ def test_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     seeds: range,
 ):
-    from pbe.editing import runner
+    from pbe.editing.batch import runner
 
     monkeypatch.setattr(runner, "edit_all", lambda *_: None)
     monkeypatch.chdir(tmp_path)

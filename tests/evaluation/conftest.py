@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
-from pbe.data.toy_world import ToyWorld
+from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
+from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
+from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
 from pbe.evaluation.metrics.features import LiteFeatures
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_benchmark
-from pbe.evaluation.toy.export import export_toy_benchmark
 from pbe.models import LatentDiffusion
 
 SIZE, EXEMPLAR = 32, 48

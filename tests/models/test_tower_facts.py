@@ -12,7 +12,7 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pbe.checkpoints.tower_files import load_tower_weights
+from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.models.tower import build_tower

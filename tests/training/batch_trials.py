@@ -8,7 +8,7 @@ import time
 
 from pbe.config import Config
 from pbe.errors import UserError
-from pbe.training.batch_size import MemoryExceededError, Trial, end_above, peak_of_process
+from pbe.training.planning.batch_size import MemoryExceededError, Trial, end_above, peak_of_process
 
 EACH = 40_000_000  # bytes a sample takes
 

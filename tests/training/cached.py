@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-import pbe.training.cache_builder as builder_module
+import pbe.training.latent_cache.builder as builder_module
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate
 from pbe.models import LatentDiffusion
-from pbe.training.encoding import EncodedBatch, encode_batch
-from pbe.training.start import build_model
+from pbe.training.setup import build_model
+from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 from tests.training.tiny import tiny_config
 
 # 8 pictures by 5: two shards of one batch each for each of three variants, and two of the validation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pbe.training.loggers import read_curve
+from pbe.training.monitoring.loggers import read_curve
 from tests.training.test_distributed import train_with_two
 from tests.training.tiny import run, tiny_config, weights, write_config
 

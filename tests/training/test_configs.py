@@ -10,7 +10,7 @@ import torch
 from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.config import Config, load_config
-from pbe.training.loggers import read_curve
+from pbe.training.monitoring.loggers import read_curve
 from tests.training.tiny import TINY, run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

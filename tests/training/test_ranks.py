@@ -22,7 +22,7 @@ import torch
 import pbe.training.trainer as module
 from pbe.config import load_config
 from pbe.errors import UserError
-from pbe.training.autoencoder_task import AutoencoderTask
+from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.run import train
 
 folder, rank = Path(sys.argv[1]), int(os.environ["LOCAL_RANK"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pbe.config import Config, TrainerConfig
-from pbe.training.checkpoint_callback import Checkpoints, ends_step
-from pbe.training.checkpointing import SafeCheckpointIO
-from pbe.training.loggers import read_curve
-from pbe.training.stopping import StopSignals
+from pbe.training.monitoring.loggers import read_curve
+from pbe.training.resume.callback import Checkpoints, ends_step
+from pbe.training.resume.files import SafeCheckpointIO
+from pbe.training.resume.signals import StopSignals
 from tests.training.tiny import (
     Watch,
     checkpoint,

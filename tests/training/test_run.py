@@ -15,8 +15,8 @@ import wandb
 from pbe.checkpoints.native import load_model
 from pbe.config import load_config
 from pbe.errors import UserError
-from pbe.training.checkpointing import find_checkpoint
-from pbe.training.start import build_model
+from pbe.training.resume.files import find_checkpoint
+from pbe.training.setup import build_model
 from tests.training.tiny import Watch, checkpoint, differing, logged, run, send, tiny_config, weights
 
 VALIDATION = ["val/loss", *(f"val/loss_t{t}" for t in (100, 300, 500, 700, 900)), "val/loss_band"]

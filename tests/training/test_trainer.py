@@ -9,7 +9,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEn
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
-from pbe.training.stopping import StopSignals
+from pbe.training.resume.signals import StopSignals
 from pbe.training.trainer import _devices, check_machine, cluster, make_trainer, strategy_names
 from tests.training.tiny import tiny_config
 

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.rle import decode_rle
+from pbe.data.samples.rle import decode_rle
 from pbe.data.sources import scalars
 from pbe.data.sources.files import find_files, find_pictures, is_picture, need_folder
 from pbe.data.sources.names import NameMatcher

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pbe.data.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
+from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 STARTS = {JPEG_START: "jpg", PNG_START: "png"}

@@ -15,8 +15,8 @@ from pbe.evaluation.ablation.results import Results
 from pbe.evaluation.ablation.scoring import EditFolder
 from pbe.evaluation.ablation.stages import Stage
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.estimates import Estimate
-from pbe.evaluation.toy.sheets import sheet
+from pbe.evaluation.benchmark.sheets import sheet
+from pbe.evaluation.metrics.bootstrap import Estimate
 
 
 def plot(results: Results) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Config, to_dict
-from pbe.data.sample import VERSION as SAMPLES
+from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import fingerprint_of
 

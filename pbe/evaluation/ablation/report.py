@@ -16,7 +16,7 @@ from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.statistics import Difference
 from pbe.evaluation.ablation.tables import changes, difference_table, latex, markdown, score_table
 from pbe.evaluation.metrics.results import FAMILIES
-from pbe.evaluation.report import Table, page_environment
+from pbe.evaluation.report.html import Table, page_environment
 from pbe.files import make_folder
 
 TEMPLATE = "ablation/page.html.j2"

@@ -22,7 +22,7 @@ from pbe.evaluation.ablation.statistics import (
     widened,
 )
 from pbe.evaluation.ablation.tables import changes, settings_of
-from pbe.evaluation.estimates import Estimate
+from pbe.evaluation.metrics.bootstrap import Estimate
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pbe.errors import UserError
 from pbe.evaluation.ablation.schedule import Schedule, span
 from pbe.evaluation.ablation.stages import Stage, write_json
 from pbe.files import make_folder
-from pbe.training.stopping import StopSignals
+from pbe.training.resume.signals import StopSignals
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 60.0

@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 from PIL import Image
 
-from pbe.editing.runner import pick_device
+from pbe.editing.batch.runner import pick_device
 from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import exemplar_auc
 from pbe.evaluation.ablation.config import EvaluationConfig

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from pbe.errors import UserError
-from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate, resample_counts
+from pbe.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Estimate, resample_counts
 
 UNDECIDED = "undecided"
 

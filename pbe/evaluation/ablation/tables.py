@@ -11,8 +11,8 @@ from pbe.config import to_dict
 from pbe.evaluation.ablation.fingerprints import ASIDE
 from pbe.evaluation.ablation.plan import Cell
 from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
-from pbe.evaluation.estimates import Estimate
-from pbe.evaluation.report import Table
+from pbe.evaluation.metrics.bootstrap import Estimate
+from pbe.evaluation.report.html import Table
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 LATEX = {

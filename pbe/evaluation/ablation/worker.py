@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pbe.cli import run_command
+from pbe.cli.parser import run_command
 from pbe.evaluation.ablation.stages import Stage
 
 PR_SET_PDEATHSIG = 1
@@ -47,9 +47,9 @@ def leaving_on_sigterm() -> Iterator[None]:
 
 def make_scenes(job: dict[str, Any], folder: Path) -> int:
     """Render toy scenes into ``shards``, from the start if a rendering was stopped."""
-    from pbe.data.shards import write_shards
-    from pbe.data.toy_render import render_records
-    from pbe.data.toy_world import DEFAULT_WORLD, SceneConfig
+    from pbe.data.shards.archive import write_shards
+    from pbe.data.toy.render import render_records
+    from pbe.data.toy.scenes import DEFAULT_WORLD, SceneConfig
 
     partial, config = folder / "partial", SceneConfig(recolour=job["recolour"])
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,8 +61,8 @@ def make_scenes(job: dict[str, Any], folder: Path) -> int:
 
 def make_benchmark(job: dict[str, Any], folder: Path) -> int:
     """Write the toy benchmark into ``cases``."""
-    from pbe.data.toy_world import ToyWorld
-    from pbe.evaluation.toy.export import export_toy_benchmark
+    from pbe.data.toy.scenes import ToyWorld
+    from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
 
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -12,8 +12,8 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
-from pbe.data import coco_ee
 from pbe.errors import UserError
+from pbe.evaluation.benchmark import coco_ee
 
 HALF = 127  # a mask's pixels above this are the hole
 # What Pillow raises for files that are no picture, are damaged, or claim to be too large to be opened.
@@ -56,7 +56,7 @@ def read_pixels(path: Path, mode: str) -> np.ndarray:
 
 
 class BenchmarkFolder(Sequence[Case]):
-    """The cases of a folder in COCOEE's layout (:mod:`pbe.data.coco_ee`), of any size of picture.
+    """The cases of a folder in COCOEE's layout (:mod:`pbe.evaluation.benchmark.coco_ee`), of any image size.
 
     Args:
         folder: with ``GT_3500``, ``Mask_bbox_3500``, ``Ref_3500`` and ``id_list.npy``.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pbe.editing.batch.records import model_digests, write_json
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.records import model_digests, write_json
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import UNREADABLE, BenchmarkFolder, read_pixels
 from pbe.files import make_folder

@@ -30,12 +30,12 @@ from pbe.checkpoints.precision import torch_dtype
 from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
+from pbe.editing.batch.records import write_picture
 from pbe.editing.compositing import to_bytes
 from pbe.editing.conventions import get_conventions
 from pbe.editing.hub import Hub
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.records import write_picture
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder, Case
 from pbe.evaluation.benchmark.edit_files import MODELS_OWN, claim_folder, is_whole, model_identity

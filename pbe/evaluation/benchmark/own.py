@@ -6,9 +6,9 @@ from pathlib import Path
 
 import cv2
 
-from pbe.data.benchmark_files import new_benchmark, write_case, write_ids
-from pbe.data.crops import resize
+from pbe.data.samples.crops import resize
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.files import new_benchmark, write_case, write_ids
 from pbe.evaluation.metrics.features import region
 
 

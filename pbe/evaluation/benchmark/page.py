@@ -15,7 +15,7 @@ from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder
 from pbe.evaluation.benchmark.tables import ScoredEdits, ScoreTable, card_facts
 from pbe.evaluation.metrics.results import Score
-from pbe.evaluation.report import Tile, page_environment
+from pbe.evaluation.report.html import Tile, page_environment
 
 TEMPLATE = "benchmark/page.html.j2"
 TILE = 256  # longest side of a picture on the page

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pbe.editing.records import versions, write_json
+from pbe.editing.batch.records import versions, write_json
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import published
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
@@ -36,7 +36,7 @@ from pbe.evaluation.benchmark.tables import (
 )
 from pbe.evaluation.benchmark.times import read_times, timed
 from pbe.evaluation.metrics.scoring import ScoreSettings, check_tools, score
-from pbe.evaluation.report import write_html
+from pbe.evaluation.report.html import write_html
 from pbe.files import make_folder, write_text
 
 TITLE = "Evaluation of edits"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pbe.editing.records import write_json
+from pbe.editing.batch.records import write_json
 
 TIMES = "seconds.json"
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbe.data.crops import resize_area
+from pbe.data.samples.crops import resize_area
 from pbe.evaluation.metrics.features import mask_bounds
 from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard, case_score

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pbe.evaluation.estimates import CHOICE, first_of
+from pbe.evaluation.metrics.bootstrap import CHOICE, first_of
 from pbe.evaluation.metrics.features import region, to_grey
 from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
 from pbe.evaluation.metrics.region_similarity import CORRECT_RULE

@@ -11,7 +11,7 @@ import numpy as np
 
 from pbe.data.randomness import generator
 from pbe.errors import UserError
-from pbe.evaluation.estimates import resample_counts
+from pbe.evaluation.metrics.bootstrap import resample_counts
 from pbe.evaluation.metrics.results import Bootstrap
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pbe.data.crops import resize_area
+from pbe.data.samples.crops import resize_area
 from pbe.evaluation.metrics.features import region
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Measure, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard, case_score

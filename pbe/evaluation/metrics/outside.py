@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.tower_files import read_state
+from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, NotRunError, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pbe.errors import UserError
-from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate, mean_interval
+from pbe.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Estimate, mean_interval
 
 Family = Literal["paper", "clean", "toy"]
 Better = Literal["higher", "lower"]

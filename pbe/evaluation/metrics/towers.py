@@ -22,8 +22,8 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public buil
 from PIL import Image
 from torch import Tensor, nn
 
-from pbe.checkpoints.archives import is_program
-from pbe.checkpoints.tower_files import image_tower, load_strictly, read_state
+from pbe.checkpoints.readers import is_program
+from pbe.checkpoints.tower_weights import image_tower, load_strictly, read_state
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.evaluation.metrics.features import (

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from pbe.data.randomness import permutation
+from pbe.editing.batch.records import write_json, write_picture
 from pbe.editing.compositing import grey_out
-from pbe.editing.records import write_json, write_picture
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder
-from pbe.evaluation.report import data_uri, page_environment, write_html
+from pbe.evaluation.report.html import data_uri, page_environment, write_html
 from pbe.files import expand_home, make_folder
 
 TEMPLATE = "study/page.html.j2"

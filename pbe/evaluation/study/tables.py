@@ -12,7 +12,7 @@ import numpy as np
 
 from pbe.data.randomness import generator
 from pbe.errors import UserError
-from pbe.evaluation.estimates import LEVEL, RESAMPLES, Estimate
+from pbe.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Estimate
 from pbe.evaluation.study.making import KEY_FORMAT
 
 FORMAT = "pbe-rankings-1"

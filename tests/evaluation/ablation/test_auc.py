@@ -7,8 +7,8 @@ import pytest
 
 from pbe.evaluation.ablation.auc import exemplar_auc, own_share
 from pbe.evaluation.benchmark.cases import Case
+from pbe.evaluation.benchmark.toy import BenchmarkCase
 from pbe.evaluation.metrics.results import Bootstrap
-from pbe.evaluation.toy.benchmark import BenchmarkCase
 
 
 def test_the_share_of_exemplars_that_are_further() -> None:

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from pbe.config import Config, load_config
-from pbe.data.toy_world import ToyWorld
+from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.ablation import fingerprints
 from pbe.evaluation.ablation.config import TOY_CASES, Ablation, load_ablation
 from pbe.evaluation.ablation.fingerprints import cache_settings, shaping_settings
 from pbe.evaluation.ablation.stages import fingerprint_of
-from pbe.evaluation.toy.benchmark import check_count
+from pbe.evaluation.benchmark.toy import check_count
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MASKS = "data.sample.arbitrary_mask_share"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pbe.evaluation.ablation.pose import NAMES, pose_scores
+from pbe.evaluation.benchmark.toy import BenchmarkCase
 from pbe.evaluation.metrics.results import Bootstrap
-from pbe.evaluation.toy.benchmark import BenchmarkCase
 
 FEW = Bootstrap(resamples=200)
 

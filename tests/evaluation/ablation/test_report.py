@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pbe.data.toy_world import ToyWorld
+from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.ablation import scoring
 from pbe.evaluation.ablation.config import STAGE_FOLDERS, Ablation, load_ablation
@@ -24,10 +24,10 @@ from pbe.evaluation.ablation.results import compare, estimate_of, gather
 from pbe.evaluation.ablation.scoring import GIVEN, Measured
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
-from pbe.evaluation.estimates import Estimate
+from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
+from pbe.evaluation.metrics.bootstrap import Estimate
 from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
-from pbe.evaluation.report import Table
-from pbe.evaluation.toy.export import export_toy_benchmark
+from pbe.evaluation.report.html import Table
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CASES = 6

@@ -17,7 +17,7 @@ from pbe.evaluation.ablation.statistics import (
     seed_margin,
     set_difference,
 )
-from pbe.evaluation.estimates import Estimate, mean_interval
+from pbe.evaluation.metrics.bootstrap import Estimate, mean_interval
 
 ROWS = ("a", "b")
 

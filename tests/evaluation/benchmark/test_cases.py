@@ -14,8 +14,8 @@ from PIL import Image
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import is_whole
-from pbe.evaluation.toy.benchmark import make_case
-from pbe.evaluation.toy.export import export_toy_benchmark
+from pbe.evaluation.benchmark.toy import make_case
+from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
 from scripts import build_benchmark as command
 
 

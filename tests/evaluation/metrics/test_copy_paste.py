@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.data.toy_world import ToyWorld
-from pbe.evaluation.estimates import auc
+from pbe.data.toy.scenes import ToyWorld
+from pbe.evaluation.benchmark.toy import BenchmarkCase, make_case
+from pbe.evaluation.metrics.bootstrap import auc
 from pbe.evaluation.metrics.copy_paste import NAMES, explained_shares
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.warps import MAX_STRETCH, allowed, explained, refine, sample, warp_grid
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_case
 from scripts.check_copy_paste import main, paste, shares_by_kind
 from tests.evaluation.metrics.test_scoring import Made
 

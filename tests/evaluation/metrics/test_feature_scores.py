@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pbe.checkpoints.tower_files import read_state
+from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.frechet import frechet_distance, kernel_distance
 from pbe.evaluation.metrics.mixture import load_mixture, quality
@@ -34,7 +34,7 @@ from pbe.evaluation.metrics.towers import (
     load_tower,
 )
 from scripts import fit_mixture
-from tests.checkpoints.test_tower_files import save_program
+from tests.checkpoints.test_tower_weights import save_program
 from tests.evaluation.metrics.test_scoring import by_name, make
 
 SMALL = "vit/32x2-patch56-heads2-mlp64-quickgelu"

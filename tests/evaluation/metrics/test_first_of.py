@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pbe.evaluation.benchmark.toy_scores import Scorer
 from pbe.evaluation.metrics.first_of import NAMES
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from pbe.evaluation.toy.scores import Scorer
 from tests.evaluation.metrics.test_scoring import Made, by_name, make
 
 SETTINGS = ScoreSettings(("toy-first-of-20",), batch_size=8)

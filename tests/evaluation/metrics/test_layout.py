@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.toy_world import ToyWorld
+from pbe.data.toy.scenes import ToyWorld
+from pbe.evaluation.benchmark.toy import BenchmarkCase, make_case
 from pbe.evaluation.metrics.layout import GRID, NAMES, agreement, layout, layout_copy, layout_true
 from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from pbe.evaluation.toy.benchmark import BenchmarkCase, make_case
 from tests.evaluation.metrics.test_scoring import Made
 
 COUNT = 16

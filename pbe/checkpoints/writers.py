@@ -1,0 +1,203 @@
+"""Weights to files, one tensor after the other, so that no more than one is in memory at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pbe.checkpoints.pickles import STORAGES
+from pbe.checkpoints.readers import SAFETENSORS_TYPES
+from pbe.checkpoints.strict import checked
+from pbe.checkpoints.tensors import Lazies, LazyTensor
+from pbe.errors import UserError
+from pbe.files import make_folder, new_folder
+
+ALIGNMENT = 64  # bytes; where torch starts the records of an archive
+NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+
+# Reads a tensor (key and tensor) in the end; checks and conversions go in here.
+Read = Callable[[str, LazyTensor], Tensor]
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files take their places in ``folder`` when all went well.
+
+    A failure on the way leaves what was there before as it was.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+        yield Path(staging)
+        for path in sorted(p for p in Path(staging).rglob("*") if p.is_file()):
+            target = folder / path.relative_to(staging)
+            make_folder(target.parent)
+            os.replace(path, target)
+
+
+def converted(tensors: Lazies, dtype: torch.dtype | None) -> tuple[Lazies, Read]:
+    """Return the tensors as they will stand in a file, and what reads one of them.
+
+    Args:
+        tensors: what to write.
+        dtype: for the floating-point ones; None keeps each tensor's own.
+
+    Returns:
+        Both for :func:`write_safetensors` and :func:`write_checkpoint`; the reading refuses numbers that are
+        not finite or do not fit ``dtype``.
+    """
+
+    def read(key: str, tensor: LazyTensor) -> Tensor:
+        return checked(key, tensors[key], tensor.dtype, "the model")
+
+    def stored(tensor: LazyTensor) -> LazyTensor:
+        kept = dtype is None or not tensor.dtype.is_floating_point
+        return tensor if kept else LazyTensor(tensor.shape, dtype, tensor.read)  # type: ignore[arg-type]
+
+    return {key: stored(tensor) for key, tensor in tensors.items()}, read
+
+
+def _raw(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: of the file.
+        tensors: their shapes and types are those written.
+        read: gives the numbers of each.
+        metadata: texts for the file's header.
+    """
+    # the widest types first keeps every tensor aligned
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, str(tensors[key].dtype), key))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for key in order:
+        end = offset + tensors[key].nbytes
+        header[key] = {
+            "dtype": NAMES[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(_raw(read(key, tensors[key])))
+        _settle(file)
+
+
+def _settle(file: BinaryIO) -> None:
+    """Make sure that the bytes are on the disk before the file takes an older one's place."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class _Storage:
+    """Stands for the numbers of one tensor while the table of tensors is pickled."""
+
+    def __init__(self, key: str, dtype: torch.dtype, count: int) -> None:
+        self.reference = ("storage", getattr(torch, STORAGE_NAMES[dtype]), key, "cpu", count)
+
+
+class _Tensor:
+    """Pickles as torch's own tensors do."""
+
+    def __init__(self, key: str, tensor: LazyTensor) -> None:
+        self.storage = _Storage(key, tensor.dtype, tensor.count)
+        self.shape = tensor.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = torch.empty(self.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, strides, False, {})
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> object:
+        return obj.reference if isinstance(obj, _Storage) else None
+
+
+def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, Any]) -> None:
+    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}``.
+
+    Args:
+        path: of the file.
+        tensors: their shapes and types are those written.
+        read: gives the numbers of each.
+        rest: plain values that lie beside the state dict.
+    """
+    state = {key: _Tensor(str(index), tensor) for index, (key, tensor) in enumerate(tensors.items())}
+    table = io.BytesIO()
+    _Pickler(table, protocol=2).dump({"state_dict": state, **rest})
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.writestr(_entry("data.pkl"), table.getvalue())
+            archive.writestr(_entry("byteorder"), b"little")
+            for index, (key, tensor) in enumerate(tensors.items()):
+                entry = _entry(f"data/{index}", tensor.nbytes, at=file.tell())
+                with archive.open(entry, "w") as record:
+                    record.write(_raw(read(key, tensor)))
+            archive.writestr(_entry("version"), b"3\n")
+        _settle(file)
+
+
+def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
+    """Describe a record; ``at`` is where it begins, to have its numbers start at a multiple of 64."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    entry.file_size = size
+    if at is not None:
+        zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0
+        start = at + 30 + len(entry.filename) + zip64 + 4
+        padding = -start % ALIGNMENT
+        entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    return entry
+
+
+def check_target(folder: Path, files: set[str]) -> None:
+    """Refuse to write a model between files that would be taken for parts of it.
+
+    Args:
+        folder: to write into; it need not exist.
+        files: paths in it that will be written, which may be there already.
+
+    Raises:
+        UserError: other weights or configurations are there.
+    """
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file; name a folder to write the model to")
+    suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json", ".yaml")
+    names = ("config.json", "model_index.json")
+    places = [
+        path
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+        if path.is_file() and path.parent.name != "safety_checker"  # a network of its own, not the model's
+    ]
+    others = [
+        str(path.relative_to(folder))
+        for path in sorted(places)
+        if (path.name.endswith(suffixes) or path.name in names) and str(path.relative_to(folder)) not in files
+    ]
+    if others:
+        raise UserError(
+            f"'{folder}' holds other files of a model ({', '.join(others[:3])}); name an empty folder"
+        )

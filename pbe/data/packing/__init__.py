@@ -1,0 +1,1 @@
+"""Packing annotated images into shards."""

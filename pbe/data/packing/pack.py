@@ -1,0 +1,290 @@
+"""Packing annotated pictures into shards: on all cores or a cluster, resumable, the same bytes always.
+
+While it goes on, the folder holds ``.packing/``: the plan, and a record of every shard that is done. A run
+that was killed leaves whole shards and such records; started again, it packs what is not done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pbe.data.packing.claim import (
+    PACK_LOCK,
+    PackRequest,
+    State,
+    busy,
+    claim_folder,
+    hold_lock,
+    look,
+    read_plan,
+    remove_leavings,
+    reserved,
+)
+from pbe.data.packing.index import read_json, write_whole
+from pbe.data.packing.plan import OPTIONS, PackSettings, make_plan
+from pbe.data.packing.tally import Tally
+from pbe.data.packing.worker import pack_shard
+from pbe.data.shards.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.errors import UserError
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What was packed: the summary in ``shards.json``, the counts of all shards, and of the plan."""
+
+    summary: dict[str, Any]
+    tally: Tally
+    plan: dict[str, Any]
+
+
+Finish = Callable[[PackRequest, PackResult], None]
+
+
+def _part_path(request: PackRequest, number: int) -> Path:
+    return request.plan / f"part-{number:06d}.json"
+
+
+def claim(requests: Sequence[PackRequest], *, overwrite: bool = False, finish: Finish | None = None) -> None:
+    """Plan requests over the same sources and claim their folders: all of them, or none.
+
+    Args:
+        requests: one, or the two sides of a split.
+        overwrite: remove what an earlier packing left, once there is a plan.
+        finish: writes the report where nothing is left to pack.
+
+    Raises:
+        UserError: a folder holds something else, a source cannot be read, or nothing is left to pack.
+    """
+    with ExitStack() as stack:
+        for request in requests:
+            request.settings.check()
+            stack.enter_context(reserved(request))
+        states = [look(request, overwrite) for request in requests]
+        new = [request for request, state in zip(requests, states, strict=True) if state is State.NEW]
+        start = time.perf_counter()
+        sources = new[0].sources() if new else []
+        read = time.perf_counter()
+        plans = [make_plan(sources, request.settings) for request in new]
+        del sources
+        for request, plan in zip(new, plans, strict=True):
+            if not plan.shards:
+                _nothing_left(request, collect(request, plan.summary()), finish)
+        times = {"read annotations": read - start, "plan": time.perf_counter() - read}
+        for request, plan in zip(new, plans, strict=True):
+            claim_folder(request, plan, times, overwrite)
+
+
+def _nothing_left(request: PackRequest, result: PackResult, finish: Finish | None) -> NoReturn:
+    """Say why, and leave a report, but not in the place of a finished set's."""
+    counts = [
+        ("image", "images", +result.tally.dropped_pictures),
+        ("box", "boxes", +result.tally.dropped_boxes),
+    ]
+    why = [
+        f"{count} {one if count == 1 else many} {reason}"
+        + (f" ({OPTIONS[reason]})" if reason in OPTIONS else "")
+        for one, many, reasons in counts
+        for reason, count in reasons.most_common()
+    ]
+    line = f"no image is left to pack into '{request.out}' ({'; '.join(why) or 'none was found'})"
+    if finish and not (request.out / MANIFEST_NAME).exists():
+        finish(request, result)
+        line += f"; the report with examples: '{request.out / 'report.html'}'"
+    raise UserError(line)
+
+
+Task = tuple[Path, Path, int, Sequence[str], PackSettings]
+Engine = Callable[[Sequence[Task], int], Iterable[int]]
+
+
+def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """Pack shards in ``workers`` processes of this machine (0: in this one); yields pictures done, by shard.
+
+    Raises:
+        UserError: a process was killed from outside.
+    """
+    if workers == 0 or len(tasks) <= 1:
+        yield from (pack_shard(*task) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), context) as pool:
+        futures = [pool.submit(pack_shard, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a packing process was killed (out of memory?); go on with fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
+    """Pack shards on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine.
+
+    Every node has to see the pictures and the folder of shards under the same paths.
+
+    Args:
+        tasks: of :func:`~pbe.data.packing.worker.pack_shard`.
+        workers: most tasks at a time; 0 leaves that to Ray.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install ray") from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    remote = ray.remote(max_retries=3)(pack_shard)
+    waiting = list(reversed(tasks))
+    pending: list[Any] = []
+    while waiting or pending:
+        while waiting and len(pending) < (workers or len(tasks)):
+            pending.append(remote.remote(*waiting.pop()))
+        done, pending = ray.wait(pending)
+        yield from ray.get(done)
+
+
+ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}
+
+
+def _pack_missing(
+    request: PackRequest,
+    plan: dict[str, Any],
+    part: tuple[int, int],
+    run: Engine,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Pack the shards of this part that are not done yet."""
+    ends = [0, *plan["shards"]]
+    tasks: list[Task] = []
+    for number in range(part[0], len(plan["shards"]), part[1]):
+        if _part_path(request, number).is_file():
+            progress(ends[number + 1] - ends[number])
+        else:
+            tasks.append((request.plan, request.out, number, plan["labels"], request.settings))
+    try:
+        for pictures in run(tasks, workers):
+            progress(pictures)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to '{request.out}': {error.strerror or error}; afterwards the same command goes on"
+        ) from error
+
+
+def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
+    """Add up the records of all shards.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    tally = Tally(
+        dropped_pictures=Counter(plan["dropped_pictures"]),
+        dropped_boxes=Counter(plan["dropped_boxes"]),
+        examples=dict(plan["examples"]),
+    )
+    shards = []
+    times = request.work / "times.json"
+    paths = [_part_path(request, number) for number in range(len(plan["shards"]))]
+    for path in [*paths, times] if times.is_file() else paths:
+        record = read_json(path)
+        try:
+            if path == times:
+                tally.add_seconds(record)
+                continue
+            tally.add(record["tally"])
+            shards += [record["shard"]] if record["shard"] else []
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"'{path}' is damaged; start anew with --overwrite") from error
+    summary = {
+        "format": MANIFEST_FORMAT,
+        "version": MANIFEST_VERSION,
+        "fingerprint": request.fingerprint,
+        "pictures": tally.pictures,
+        "boxes": tally.boxes,
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "labels": plan["labels"],
+        "shards": shards,
+    }
+    return PackResult(summary, tally, plan)
+
+
+def pack_all(
+    requests: Sequence[PackRequest],
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    overwrite: bool = False,
+    progress: Callable[[int], Progress] | None = None,
+    finish: Finish | None = None,
+) -> list[PackResult | None]:
+    """Plan some requests over the same sources, then pack one after another, or go on with packing.
+
+    Args:
+        requests: what and where; one, or the two sides of a split.
+        engine: ``local`` or ``ray``.
+        workers: processes; None is one a core, 0 packs in this process.
+        part: (i, n): pack every n-th shard from the i-th on and leave the rest to others; the list of shards
+            is written by the run without a part, (0, 1), which packs what is missing.
+        overwrite: remove what an earlier packing left.
+        progress: called with the number of pictures; what it returns is called with pictures done.
+        finish: called with request and result before the list of shards is written, to write the report.
+
+    Returns:
+        The results; None for a part, or where everything was done before.
+
+    Raises:
+        UserError: for anything that the user can mend; what is done stays.
+    """
+    whole = part == (0, 1)
+    if overwrite and not whole:
+        raise UserError("--overwrite goes without --part: each part would remove what the others have packed")
+    claim(requests, overwrite=overwrite, finish=finish)
+    mode = fcntl.LOCK_EX if whole else fcntl.LOCK_SH
+    count = workers if workers is not None else os.cpu_count() or 1
+    results: list[PackResult | None] = []
+    for request in requests:
+        with hold_lock(request.out, PACK_LOCK, mode | fcntl.LOCK_NB, busy(request)):
+            if look(request, overwrite=False) is State.COMPLETE:
+                results.append(None)
+                continue
+            plan = read_plan(request)
+            if whole:
+                remove_leavings(request)
+            advance = progress(plan["shards"][-1] if whole else -1) if progress else lambda _: None
+            _pack_missing(request, plan, part, ENGINES[engine], count, advance)
+            results.append(_complete(request, plan, finish) if whole else None)
+    return results
+
+
+def _complete(request: PackRequest, plan: dict[str, Any], finish: Finish | None) -> PackResult:
+    """Write report and list of a set all of whose shards are packed."""
+    result = collect(request, plan)
+    if not result.summary["shards"]:
+        shutil.rmtree(request.work)
+        _nothing_left(request, result, finish)
+    if finish:
+        finish(request, result)
+    write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
+    shutil.rmtree(request.work)
+    return result

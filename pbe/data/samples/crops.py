@@ -1,0 +1,283 @@
+"""The square crop: it keeps the extended box inside and never squashes the picture.
+
+Paint by Example crops a square of the short side around the object, then shrinks it symmetrically. Where no
+such square exists the original squashes the whole picture; here the extended box is shrunk towards the box,
+and where the box itself is too long the picture is padded to a square by reflection. A mask is reflected with
+its image (:func:`mirror_mask`): otherwise the padding would show what the mask hides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from pbe.data.samples.masks import Box
+
+GREY = 127  # of padding that is no reflection: what the network reads as 0
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of whole pixels in the picture's coordinates.
+
+    ``width`` and ``height`` are equal but for the original's squashed pictures. What lies outside the picture
+    is its reflection, or mid-grey where ``mirrored`` is off.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    mirrored: bool = True
+
+    def scales(self, size: int) -> tuple[float, float]:
+        """Return the factors along x and y that bring the crop to ``size`` x ``size`` pixels."""
+        return size / self.width, size / self.height
+
+    def to_output(self, box: Box, size: int) -> Box:
+        """Return a box of the picture in the pixels of the crop resized to ``size`` x ``size``."""
+        sx, sy = self.scales(size)
+        return Box(
+            (box.x1 - self.x) * sx, (box.y1 - self.y) * sy, (box.x2 - self.x) * sx, (box.y2 - self.y) * sy
+        )
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """A crop, the extended box that fits into it, and the events: ``shrunk``, ``padded``, ``squashed``."""
+
+    crop: Crop
+    extended: Box
+    events: tuple[str, ...] = ()
+
+
+def _fit_length(
+    low: float, high: float, inner_low: float, inner_high: float, limit: float
+) -> tuple[float, float]:
+    """Shrink the interval low..high to ``limit`` by moving both ends towards the inner interval.
+
+    Each end gives up the same share of its distance, to whole pixels; the inner interval is not longer
+    than ``limit``.
+    """
+    excess = (high - low) - limit
+    if excess <= 0:
+        return low, high
+    slack_low, slack_high = inner_low - low, high - inner_high
+    taken = min(max(round(excess * slack_low / (slack_low + slack_high)), excess - slack_high), slack_low)
+    return low + taken, high - (excess - taken)
+
+
+def _shrink_margin(crop: Crop, extended: Box, fraction: float, rng: np.random.Generator) -> Crop:
+    """Move all four sides inwards by as many whole pixels, at most ``fraction`` of the least margin."""
+    margin = min(
+        extended.x1 - crop.x,
+        extended.y1 - crop.y,
+        crop.x + crop.width - extended.x2,
+        crop.y + crop.height - extended.y2,
+    )
+    inset = int(rng.integers(0, max(int(fraction * margin), 0) + 1))
+    return Crop(crop.x + inset, crop.y + inset, crop.width - 2 * inset, crop.height - 2 * inset)
+
+
+def padded_square(width: int, height: int, side: int, *, mirrored: bool = True) -> Crop:
+    """Return the square of ``side`` pixels around a picture's middle; it may reach beyond the picture."""
+    return Crop((width - side) // 2, (height - side) // 2, side, side, mirrored)
+
+
+def _offset_range(low: float, high: float, length: int, side: int) -> tuple[int, int]:
+    """Return the first and last start of a window of ``side`` that holds low..high inside 0..length."""
+    return max(0, int(high) - side), min(length - side, int(low))
+
+
+def plan_square_crop(
+    box: Box, extended: Box, width: int, height: int, shrink_fraction: float, rng: np.random.Generator
+) -> CropPlan:
+    """Choose a square crop that contains the extended box.
+
+    Args:
+        box: the object, inside the picture, of whole pixels.
+        extended: contains the box, of whole pixels.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        shrink_fraction: share of the least margin by which the square may shrink on all sides.
+        rng: generator that is advanced.
+
+    Returns:
+        The crop; the extended box, smaller where it was longer than the short side (event ``shrunk``);
+        or a crop that reaches beyond the picture where the box itself was longer (event ``padded``).
+    """
+    side = min(width, height)
+    if max(box.width, box.height) > side:
+        crop = padded_square(width, height, max(width, height))
+        return CropPlan(_shrink_margin(crop, extended, shrink_fraction, rng), extended, ("padded",))
+    x1, x2 = _fit_length(extended.x1, extended.x2, box.x1, box.x2, side)
+    y1, y2 = _fit_length(extended.y1, extended.y2, box.y1, box.y2, side)
+    fitted = Box(x1, y1, x2, y2)
+    low_x, high_x = _offset_range(x1, x2, width, side)
+    low_y, high_y = _offset_range(y1, y2, height, side)
+    crop = Crop(int(rng.integers(low_x, high_x + 1)), int(rng.integers(low_y, high_y + 1)), side, side)
+    events = ("shrunk",) if fitted != extended else ()
+    return CropPlan(_shrink_margin(crop, fitted, shrink_fraction, rng), fitted, events)
+
+
+def plan_original_crop(
+    extended: Box, width: int, height: int, shrink_fraction: float, rng: np.random.Generator
+) -> CropPlan:
+    """Choose a crop as the original code does: where fewer than two positions exist, squash the picture.
+
+    Square pictures are neither cropped nor shrunk. The event ``squashed`` marks a changed aspect ratio.
+    """
+    side = min(width, height)
+    low, high = (
+        _offset_range(extended.x1, extended.x2, width, side)
+        if width > height
+        else _offset_range(extended.y1, extended.y2, height, side)
+    )
+    start = int(rng.integers(low, high + 1)) if low < high else 0
+    if width == height or low >= high:
+        return CropPlan(Crop(0, 0, width, height), extended, () if width == height else ("squashed",))
+    crop = Crop(start, 0, side, side) if width > height else Crop(0, start, side, side)
+    return CropPlan(_shrink_margin(crop, extended, shrink_fraction, rng), extended)
+
+
+def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2.INTER_AREA) -> np.ndarray:
+    """Resize ``h w ...`` by area: each pixel is the mean of what it covers, along both axes.
+
+    OpenCV's ``INTER_AREA`` averages only where neither axis grows; where one shrinks and the other grows it
+    looks at two pixels of the shrinking one, however many there are. So the axes are then done one by one.
+
+    Args:
+        image: uint8 or float32.
+        width: of the result, pixels.
+        height: of the result, pixels.
+        enlarging: OpenCV's filter along an axis that grows while the other shrinks.
+    """
+    rows, columns = image.shape[:2]
+    if (width < columns and height > rows) or (width > columns and height < rows):
+        between = min(width, columns), min(height, rows)
+        image = cv2.resize(image, between, interpolation=cv2.INTER_AREA)
+        return cv2.resize(image, (width, height), interpolation=enlarging)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def resize(picture: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Resize a uint8 picture ``h w c`` or ``h w``, in uint8.
+
+    Args:
+        picture: what to resize.
+        width: of the result, pixels.
+        height: of the result, pixels.
+        antialias_above: where a side shrinks by more than this factor, sides that shrink are averaged by
+            area (antialiased) before those that grow are interpolated; below it both are interpolated
+            bilinearly (``INTER_LINEAR``).
+    """
+    factor = max(picture.shape[1] / width, picture.shape[0] / height)
+    if factor > antialias_above:
+        return resize_area(picture, width, height, enlarging=cv2.INTER_LINEAR)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def window(picture: np.ndarray, crop: Crop, fill: int = GREY) -> np.ndarray:
+    """Cut a crop out of a picture, uint8 ``h w ...``, at its own size; padded as the crop says.
+
+    Args:
+        picture: what to cut; a view of it is returned where nothing is padded.
+        crop: in its pixels.
+        fill: value of what lies outside the picture where that is not its reflection.
+    """
+    height, width = picture.shape[:2]
+    left, top = max(-crop.x, 0), max(-crop.y, 0)
+    right, bottom = max(crop.x + crop.width - width, 0), max(crop.y + crop.height - height, 0)
+    if left or top or right or bottom:
+        border = cv2.BORDER_REFLECT_101 if crop.mirrored else cv2.BORDER_CONSTANT
+        picture = cv2.copyMakeBorder(picture, top, bottom, left, right, border, value=[fill] * 3)
+    x, y = crop.x + left, crop.y + top
+    return picture[y : y + crop.height, x : x + crop.width]
+
+
+def cut(picture: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Cut a crop out of a picture (uint8 ``h w 3``), padded as the crop says, at ``size`` x ``size``.
+
+    It is cropped first and then resized; ``antialias_above`` as in :func:`resize`.
+    """
+    return resize(window(picture, crop), size, size, antialias_above)
+
+
+def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pixels of a resized crop each of its pixels shows along one axis: the first and the last.
+
+    That is itself inside the picture. Beyond it, the picture is read to and fro between the centres of its
+    first and last pixels, as ``BORDER_REFLECT_101`` does.
+
+    Args:
+        start: of the crop, pixels of the picture.
+        length: of the crop, pixels of the picture.
+        side: of the picture, at least 2.
+        size: of the resized crop, pixels.
+    """
+    scale, span, own = length / size, side - 1, np.arange(size)
+    edges = start + np.arange(size + 1) * scale
+    turns = np.floor((edges - 0.5) / span)
+    places = edges - 0.5 - turns * span
+    places = np.where(turns % 2 == 0, places, span - places)
+    first, last = np.minimum(places[:-1], places[1:]), np.maximum(places[:-1], places[1:])
+    # Where reading turns round within a pixel, that shows the picture's first or last one too.
+    passed, at_first = np.diff(turns), turns[1:] % 2 == 0
+    first = np.where((passed > 1) | ((passed == 1) & at_first), 0.0, first)
+    last = np.where((passed > 1) | ((passed == 1) & ~at_first), float(span), last)
+    low = np.floor((first + 0.5 - start) / scale + 1e-6).clip(0, size - 1).astype(int)
+    high = np.ceil((last + 0.5 - start) / scale - 1e-6).clip(1, size).astype(int) - 1
+    inside = (edges[:-1] > -1e-6) & (edges[1:] < side + 1e-6)
+    return np.where(inside, own, low), np.where(inside, own, np.maximum(low, high))
+
+
+def _any_between(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return for each pair of rows whether a mask is set in them or between; bool, column by column."""
+    sums = np.zeros((len(mask) + 1, mask.shape[1]), np.int32)
+    np.cumsum(mask > 0, axis=0, out=sums[1:])
+    return sums[last + 1] > sums[first]
+
+
+def mirror_mask(mask: np.ndarray, crop: Crop, width: int, height: int) -> np.ndarray:
+    """Hide in a crop's padding the reflection of everything that a mask hides in the picture.
+
+    Args:
+        mask: drawn on the resized crop, uint8 ``s s``, 0 or 255.
+        crop: of the picture.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+
+    Returns:
+        The mask with its mirror images, uint8 ``s s``; itself where nothing is reflected.
+    """
+    size = len(mask)
+    padded = crop.x < 0 or crop.y < 0 or crop.x + crop.width > width or crop.y + crop.height > height
+    if not (padded and crop.mirrored):
+        return mask
+    shown = _any_between(mask, *_shown_pixels(crop.y, crop.height, height, size))
+    shown = _any_between(shown.T, *_shown_pixels(crop.x, crop.width, width, size)).T
+    return np.where(shown, np.uint8(255), mask)
+
+
+def _pixels_inside(low: float, high: float, size: int) -> slice:
+    """Return the pixels of 0..size that lie wholly in low..high; where none does, the one at its middle."""
+    low, high = max(low, 0.0), min(high, float(size))
+    first, last = math.ceil(low - 1e-6), math.floor(high + 1e-6)
+    if first >= last:
+        first = min(int((low + high) / 2), size - 1)
+        last = first + 1
+    return slice(first, last)
+
+
+def valid_mask(crop: Crop, width: int, height: int, size: int) -> np.ndarray:
+    """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the picture, else 0.
+
+    A picture that became too thin to hold a whole pixel has the row or column along its middle.
+    """
+    inside = crop.to_output(Box(0.0, 0.0, float(width), float(height)), size)
+    mask = np.zeros((size, size), np.uint8)
+    mask[_pixels_inside(inside.y1, inside.y2, size), _pixels_inside(inside.x1, inside.x2, size)] = 255
+    return mask

@@ -1,0 +1,107 @@
+"""From encoded bytes to uint8 RGB, once; what cannot be used is told apart by reason."""
+
+from __future__ import annotations
+
+import hashlib
+
+import cv2
+import numpy as np
+
+from pbe.data.samples.colour import on_white, to_srgb
+from pbe.data.shards.index import HASH_BYTES
+
+UNREADABLE = "unreadable picture"
+DAMAGED = "picture of another hash"
+MISSING_SHARD = "missing shard"
+BAD_INDEX = "unreadable index"
+BAD_ANNOTATION = "unreadable annotation"
+WITHOUT_BOXES = "annotation without 'boxes'"
+TINY = "picture under 2 px"
+SIZE_MISMATCH = "picture of another size than annotated"
+NO_BOX = "no valid box"
+AREA = "no box of the wanted area"
+FAULTS = frozenset(
+    {
+        UNREADABLE,
+        DAMAGED,
+        MISSING_SHARD,
+        BAD_INDEX,
+        BAD_ANNOTATION,
+        WITHOUT_BOXES,
+        TINY,
+        SIZE_MISMATCH,
+        NO_BOX,
+    }
+)
+# OpenCV has names for the reduced flags with BGR only; these bits beside that of RGB mean the same.
+COLOUR = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+
+
+class UnusablePictureError(Exception):
+    """A picture is no use; ``reason`` is one of this module's constants."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode(encoded: bytes, flags: int) -> np.ndarray:
+    """Decode a picture as OpenCV's ``flags`` say.
+
+    Raises:
+        UnusablePictureError: it cannot be decoded.
+    """
+    try:
+        decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error as error:
+        raise UnusablePictureError(UNREADABLE) from error
+    if decoded is None:
+        raise UnusablePictureError(UNREADABLE)
+    return decoded
+
+
+def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None, reduction: int = 1) -> np.ndarray:
+    """Decode a JPEG, PNG or WebP file to uint8 ``h w 3``, RGB, turned as its EXIF orientation says.
+
+    Grey pictures, palettes, CMYK and 16 bits become RGB of 8 bits; an ICC profile that is not sRGB's is
+    applied; transparent parts are laid on white; of an animation the first picture counts.
+
+    Args:
+        encoded: the file.
+        frame: width and height that the boxes were annotated in. Where only the stored picture has them, not
+            the turned one, the boxes were drawn without regard to the orientation, and it is left out.
+        reduction: 1, 2, 4 or 8: decode only so small a part of a frame whose sides it divides. Each pixel is
+            about the mean of those it stands for (a JPEG's blocks are transformed back at the smaller size).
+
+    Raises:
+        UnusablePictureError: where it is damaged, or of neither size. A JPEG that was cut short counts as
+            damaged too; OpenCV would fill it up with grey.
+    """
+    if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
+        raise UnusablePictureError(UNREADABLE)
+    picture = decode(encoded, COLOUR[reduction])
+    size = picture.shape[1::-1]
+    frame = None if frame is None else (frame[0] // reduction, frame[1] // reduction)
+    if frame is None or size == frame:
+        return on_white(to_srgb(picture, encoded), encoded)
+    if size == frame[::-1]:
+        stored = decode(encoded, COLOUR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
+        if stored.shape[1::-1] == frame:
+            return on_white(to_srgb(stored, encoded), encoded, turned=False)
+    raise UnusablePictureError(SIZE_MISMATCH)
+
+
+def check_hash(encoded: bytes, digest: bytes) -> None:
+    """Compare an encoded picture with the hash of it that the index holds.
+
+    Raises:
+        UnusablePictureError: where they differ. Damaged pictures often still decode.
+    """
+    if hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest() != digest:
+        raise UnusablePictureError(DAMAGED)

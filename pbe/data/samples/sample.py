@@ -1,0 +1,249 @@
+"""From a picture and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
+
+The object inside the box becomes the exemplar; the place around it becomes the hole that is to be painted.
+Everything is a pure function of the arguments, the state of the generator among them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from pbe.config import AugmentConfig, SampleConfig
+from pbe.data.samples.augment import ExemplarAugmentation
+from pbe.data.samples.crops import (
+    CropPlan,
+    cut,
+    mirror_mask,
+    padded_square,
+    plan_original_crop,
+    plan_square_crop,
+    valid_mask,
+)
+from pbe.data.samples.masks import Box, bezier_mask, extend_box, rectangle_mask
+from pbe.data.samples.object_masks import ObjectMask, cut_mask, object_cover, object_hole
+
+REFERENCE_SIDE = 512
+MAX_TRIES = 20
+# Of what becomes of the same picture, box and draws: a cache of another version holds other samples.
+VERSION = 2
+NO_OBJECT_MASK = "no object mask"
+
+__all__ = ["Box", "TrainingSample", "choose_box", "cut_exemplar", "make_sample"]
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """What the network learns from; all pictures are uint8, ``s`` is the image size, ``e`` the exemplar's.
+
+    Attributes:
+        image: the crop, ``s s 3`` RGB.
+        mask: 255 = repaint, 0 = keep; ``s s``. Where the padding reflects the picture, it reflects the mask.
+        exemplar: the augmented object, ``e e 3`` RGB.
+        valid: 255 = counts in the loss, 0 = padding; ``s s``.
+        box: the object in pixels of ``image``.
+        extended: the extended box in whole pixels of ``image``; a rectangular mask is exactly this, and its
+            mirror images in the padding.
+        mask_kind: ``rectangle``, ``arbitrary`` or ``object``.
+        jitter: largest shift of an arbitrary mask's points along x and y, pixels of ``image``.
+        events: any of ``shrunk``, ``padded``, ``squashed``, ``redrawn``, ``fallback``, ``no object mask``.
+        object_cover: share of the object that a mask of kind ``object`` covers; None for other kinds.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    exemplar: np.ndarray
+    valid: np.ndarray
+    box: Box
+    extended: Box
+    mask_kind: str
+    jitter: tuple[float, float]
+    events: tuple[str, ...]
+    object_cover: float | None = None
+
+
+def choose_box(boxes: Sequence[Box], rng: np.random.Generator) -> Box:
+    """Return one of the boxes, each as likely as the others; advances ``rng`` by one draw."""
+    return boxes[int(rng.integers(len(boxes)))]
+
+
+@functools.lru_cache(maxsize=8)
+def _augmentation(
+    settings: tuple[tuple[str, float], ...], size: int, antialias_above: float
+) -> ExemplarAugmentation:
+    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size, antialias_above)  # type: ignore[arg-type]
+
+
+def cut_exemplar(picture: np.ndarray, box: Box, padding: int) -> np.ndarray:
+    """Return the object with some of its surroundings, a view of ``picture``.
+
+    Args:
+        picture: uint8 ``h w 3``.
+        box: inside the picture.
+        padding: pixels on each side at a short side of 512, scaled with the picture, at least one pixel
+            unless zero, and never beyond the picture.
+    """
+    height, width = picture.shape[:2]
+    pad = max(1, round(padding * min(width, height) / REFERENCE_SIDE)) if padding else 0
+    x1, y1 = max(math.floor(box.x1) - pad, 0), max(math.floor(box.y1) - pad, 0)
+    x2, y2 = min(math.ceil(box.x2) + pad, width), min(math.ceil(box.y2) + pad, height)
+    return picture[y1:y2, x1:x2]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Which mask is to be drawn; ``shape`` is the object's, of the whole picture, for the kind ``object``."""
+
+    name: str
+    shape: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """A crop with its mask at the output's resolution."""
+
+    plan: CropPlan
+    box: Box
+    extended: Box
+    mask: np.ndarray
+    jitter: tuple[float, float]
+    object_cover: float | None = None
+
+    def keep_share(self) -> float:
+        return 1.0 - cv2.countNonZero(self.mask) / self.mask.size
+
+
+def _draw_mask(
+    plan: CropPlan,
+    box: Box,
+    frame: tuple[int, int],
+    kind: _Kind,
+    rng: np.random.Generator,
+    config: SampleConfig,
+    size: int,
+) -> _Hole:
+    """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
+    inner = plan.crop.to_output(box, size).clipped(size, size)
+    extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
+    # Lengths belong to a picture of 512 px; the crop is then resized like everything else.
+    unit = min(frame) / REFERENCE_SIDE
+    pixels = config.bezier_jitter * unit
+    sx, sy = plan.crop.scales(size)
+    jitter = (pixels * sx, pixels * sy)
+    if kind.shape is not None:
+        cover = cut_mask(kind.shape, plan.crop, size)
+        wider = config.object_mask_dilate * unit
+        mask = object_hole(cover, (wider * sx, wider * sy))
+        return _Hole(plan, inner, extended, mask, jitter, object_cover(cover, mask))
+    if kind.name == "rectangle":
+        mask = rectangle_mask(extended, size, size)
+    else:
+        mask = bezier_mask(inner, extended, size, size, jitter, rng, config.min_box_cover)
+    return _Hole(plan, inner, extended, _mirrored(mask, inner, plan, frame), jitter)
+
+
+def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]) -> np.ndarray:
+    """Return a mask that hides mirror images of itself in the padding, and of all the box."""
+    if "padded" not in plan.events:
+        return mask
+    size = len(mask)
+    hidden = mirror_mask(cv2.bitwise_or(mask, rectangle_mask(box, size, size)), plan.crop, *frame)
+    return np.where(valid_mask(plan.crop, *frame, size) > 0, mask, hidden)
+
+
+def _draw_hole(
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
+) -> _Hole:
+    extended = extend_box(box, width, height, config.extend_fraction, rng)
+    if config.squash:
+        plan = plan_original_crop(extended, width, height, config.shrink_fraction, rng)
+    else:
+        plan = plan_square_crop(box, extended, width, height, config.shrink_fraction, rng)
+    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
+
+
+def _fallback_hole(
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
+) -> _Hole:
+    """Return the whole picture inside a grey border, with the box itself as the hole's bounds.
+
+    The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
+    where the box is the whole picture. A reflection in the border would be masked as the picture is.
+    """
+    crop = padded_square(width, height, math.ceil(1.125 * max(width, height)) + 1, mirrored=False)
+    plan = CropPlan(crop, box, ("padded", "fallback"))
+    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
+
+
+def _find_hole(
+    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
+) -> tuple[_Hole, tuple[str, ...]]:
+    """Draw crops and masks until enough of the picture stays; return the hole and its events."""
+    for attempt in range(MAX_TRIES):
+        hole = _draw_hole(box, width, height, kind, rng, config, size)
+        if hole.keep_share() >= config.min_keep_share:
+            return hole, hole.plan.events + (("redrawn",) if attempt else ())
+    hole = _fallback_hole(box, width, height, _Kind("rectangle"), rng, config, size)
+    return hole, (*hole.plan.events, "redrawn")
+
+
+def _choose_kind(
+    rng: np.random.Generator, config: SampleConfig, object_mask: ObjectMask | None
+) -> tuple[_Kind, tuple[str, ...]]:
+    """Draw the kind of mask; the object's is read where it is drawn, and costs no draw where it never is."""
+    own = config.object_mask_share > 0 and rng.random() < config.object_mask_share
+    usual = "arbitrary" if rng.random() < config.arbitrary_mask_share else "rectangle"
+    if not own:
+        return _Kind(usual), ()
+    shape = object_mask() if object_mask is not None else None
+    return (_Kind(usual), (NO_OBJECT_MASK,)) if shape is None else (_Kind("object", shape), ())
+
+
+def make_sample(
+    picture: np.ndarray,
+    box: Box,
+    rng: np.random.Generator,
+    config: SampleConfig,
+    image_size: int,
+    exemplar_size: int,
+    object_mask: ObjectMask | None = None,
+) -> TrainingSample:
+    """Make a training sample; the same arguments and generator state give the same bytes.
+
+    Args:
+        picture: uint8 ``h w 3`` RGB, both sides at least 2 pixels.
+        box: around an object, inside the picture, at least a pixel a side.
+        rng: generator that is advanced.
+        config: shares and ranges.
+        image_size: sides of the image and mask, pixels.
+        exemplar_size: sides of the exemplar, pixels.
+        object_mask: reads the object's mask, uint8 ``h w``, not zero on the object, at least somewhere in the
+            box; or gives None. Called only where ``config.object_mask_share`` draws it.
+    """
+    height, width = picture.shape[:2]
+    settings = tuple(vars(config.augment).items())
+    augment = _augmentation(settings, exemplar_size, config.antialias_above)
+    exemplar = augment(cut_exemplar(picture, box, config.exemplar_padding), rng)
+    # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
+    box = box.rounded_out(width, height)
+    # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
+    kind, missing = _choose_kind(rng, config, object_mask)
+    hole, events = _find_hole(box, width, height, kind, rng, config, image_size)
+    crop = hole.plan.crop
+    return TrainingSample(
+        image=cut(picture, crop, image_size, config.antialias_above),
+        mask=hole.mask,
+        exemplar=exemplar,
+        valid=valid_mask(crop, width, height, image_size),
+        box=hole.box,
+        extended=hole.extended,
+        mask_kind="rectangle" if "fallback" in events else kind.name,
+        jitter=hole.jitter,
+        events=(*events, *missing),
+        object_cover=hole.object_cover,
+    )

@@ -1,0 +1,1 @@
+"""Shards of images: index, reading, writing, remote files."""

@@ -1,0 +1,331 @@
+"""Shards: WebDataset tars of pictures and their boxes, written atomically and read at random.
+
+A picture is two neighbouring members that share a key: the picture's own bytes (``.jpg``, ``.png`` or
+``.webp``) and a ``.json`` with its boxes in pixels, x2 and y2 exclusive::
+
+    {"width": 144, "height": 96, "boxes": [{"xyxy": [x1, y1, x2, y2], "label": "teapot"}]}
+
+Any WebDataset reader streams them; this module also finds the picture at any position, from the index beside
+the shards, or else from one that is made by reading the tars' headers (see :mod:`pbe.data.shards.index`).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from pbe.data.shards.finding import find_indexed, find_shards, remote_shards, shard_state
+from pbe.data.shards.index import (
+    MANIFEST_NAME,
+    DamagedIndexError,
+    Files,
+    HeaderRows,
+    IndexedShard,
+    IndexFile,
+    LocalFiles,
+    PictureRow,
+    Rows,
+)
+from pbe.data.shards.remote import (
+    PIPE,
+    RemoteFiles,
+    cached_copy,
+    check_ranges,
+    default_cache,
+    is_url,
+    spool,
+)
+from pbe.errors import UserError
+from pbe.files import make_folder
+
+__all__ = [
+    "ShardEntry", "ShardPictures", "ShardRecord", "find_shards", "parse_annotation", "shard_state",
+    "write_shards",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One picture on its way into a shard.
+
+    Attributes:
+        key: unique name; dots and slashes are not allowed (WebDataset splits names at the first dot).
+        picture: the encoded file.
+        extension: of the file: ``jpg``, ``png`` or ``webp``.
+        width: pixels.
+        height: pixels.
+        boxes: ``(x1, y1, x2, y2)`` in pixels.
+        labels: one a box, or none at all.
+    """
+
+    key: str
+    picture: bytes
+    extension: str
+    width: int
+    height: int
+    boxes: Sequence[Sequence[float]]
+    labels: Sequence[str] = field(default_factory=tuple)
+
+    def annotation(self) -> dict[str, Any]:
+        """Return what the ``.json`` member holds."""
+        labels = self.labels or [""] * len(self.boxes)
+        boxes = [
+            {"xyxy": [float(value) for value in box], "label": label}
+            for box, label in zip(self.boxes, labels, strict=True)
+        ]
+        return {"width": self.width, "height": self.height, "boxes": boxes}
+
+
+class _ShardWriter:
+    """Writes one tar under a temporary name and gives it its own name when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.bytes = 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb")
+        # Fixed owner and time, so that the same pictures give the same bytes.
+        self._tar = webdataset.TarWriter(
+            self._file, user="pbe", group="pbe", mode=0o644, mtime=0, encoder=False
+        )
+
+    def write(self, record: ShardRecord) -> None:
+        annotation = json.dumps(record.annotation(), separators=(",", ":")).encode()
+        members = {"__key__": record.key, record.extension: record.picture, "json": annotation}
+        self.bytes += self._tar.write(members)
+        self.count += 1
+
+    def finish(self) -> Path:
+        self._tar.close()
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        return self.path
+
+    def abandon(self) -> None:
+        self._tar.close()
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_shards(
+    records: Iterable[ShardRecord],
+    folder: str | Path,
+    *,
+    max_count: int = 2000,
+    max_bytes: int = 256 * 2**20,
+    prefix: str = "shard",
+) -> list[Path]:
+    """Write pictures into ``folder/prefix-000000.tar`` and so on; a shard appears only when it is complete.
+
+    Shards of the same prefix that an earlier, longer run left behind are removed at the end.
+
+    Args:
+        records: the pictures, in order.
+        folder: created where missing; shards of the same name are replaced.
+        max_count: pictures a shard.
+        max_bytes: bytes of members after which a shard is closed.
+        prefix: of the files' names.
+
+    Returns:
+        The shards written, in order.
+
+    Raises:
+        UserError: for a key that WebDataset would split; or a folder that cannot be made or written to, or
+            holds packed shards with a list of them, which would no longer be true.
+    """
+    folder = make_folder(folder)
+    if (folder / MANIFEST_NAME).exists():
+        raise UserError(f"'{folder}' holds shards that prepare_data.py has packed; name another folder")
+    paths: list[Path] = []
+    writer: _ShardWriter | None = None
+    try:
+        for record in records:
+            if "." in record.key or "/" in record.key:
+                raise UserError(f"shard key '{record.key}' holds a dot or a slash; use a plain name")
+            writer = writer or _ShardWriter(folder / f"{prefix}-{len(paths):06d}.tar")
+            writer.write(record)
+            if writer.count >= max_count or writer.bytes >= max_bytes:
+                paths.append(writer.finish())
+                writer = None
+        if writer is not None:
+            paths.append(writer.finish())
+            writer = None
+    finally:
+        if writer is not None:
+            writer.abandon()
+    for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
+        stale.unlink()
+    return paths
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """Where one picture lies: shard number, then offset and size in bytes of the picture and of its JSON."""
+
+    key: str
+    shard: int
+    picture: tuple[int, int]
+    annotation: tuple[int, int]
+
+
+class ShardPictures(Sequence[ShardEntry]):
+    """The pictures of some shards, by position.
+
+    Where the shards have an index, opening reads the list of the shards only; otherwise the headers of the
+    tars. Shards are opened when first read from, in each process anew, so the object may be sent to workers.
+
+    Args:
+        pattern: see :func:`find_shards`; or the URL of a folder with an index, or ``pipe:COMMAND`` (see
+            :mod:`pbe.data.shards.remote`).
+        count_boxes: boxes are to be found by number (:meth:`owner`); shards without an index are read
+            through for this.
+        verify: check each index against the hash in ``shards.json`` when it is first used.
+        cache: folder for copies of what is remote; empty for the user's cache.
+
+    Attributes:
+        paths: of the shards.
+        box_count: boxes of all pictures; 0 unless they were counted.
+
+    Raises:
+        UserError: when nothing is found or a shard without an index is no whole tar.
+    """
+
+    def __init__(
+        self, pattern: str | Path, *, count_boxes: bool = False, verify: bool = False, cache: str = ""
+    ) -> None:
+        text = str(pattern)
+        self._remote = is_url(text)
+        self._verify, self._cache = verify, Path(cache) if cache else default_cache()
+        found: Sequence[Path | IndexedShard]
+        if text.startswith(PIPE):
+            found = spool(text, self._cache)
+        else:
+            found = remote_shards(text) if self._remote else find_indexed(text)
+        if self._remote and isinstance(found[0], IndexedShard):
+            check_ranges(found[0].path)
+        self._files: Files = RemoteFiles() if self._remote else LocalFiles()
+        self._index_files = LocalFiles()
+        self.paths = [shard.path if isinstance(shard, IndexedShard) else str(shard) for shard in found]
+        self._shards = [
+            shard if isinstance(shard, IndexedShard) else HeaderRows(shard, count_boxes=count_boxes)
+            for shard in found
+        ]
+        self._indexes: dict[int, IndexFile] = {}
+        self._starts = np.cumsum([0, *(_pictures(shard) for shard in self._shards)])
+        self._box_starts = np.cumsum([0, *(_boxes(shard) if count_boxes else 0 for shard in self._shards)])
+        self.box_count = int(self._box_starts[-1])
+        if not len(self):
+            raise UserError(f"the shards at '{pattern}' hold no pictures")
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, position: Any) -> Any:
+        """Return the entry, or the list of entries of a slice, at ``position``."""
+        if isinstance(position, slice):
+            return [self[number] for number in range(*position.indices(len(self)))]
+        row = self.row(position)
+        return ShardEntry(row.key, self._locate(position)[0], row.picture, row.annotation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was read of the indexes behind when sent to another process."""
+        return {**self.__dict__, "_indexes": {}}
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the shard of a picture and its number therein."""
+        position = int(position)
+        position += len(self) if position < 0 else 0
+        if not 0 <= position < len(self):
+            raise IndexError(f"picture {position} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return shard, position - int(self._starts[shard])
+
+    def _rows(self, number: int) -> Rows:
+        shard = self._shards[number]
+        if isinstance(shard, HeaderRows):
+            return shard
+        if number not in self._indexes:
+            path, digest = shard.index, shard.index_digest if self._verify else None
+            if self._remote:  # a copy is checked when it is made
+                path, digest = cached_copy(shard.index, shard.index_digest, self._cache), None
+            self._indexes[number] = IndexFile(path, shard.pictures, self._index_files, digest)
+        return self._indexes[number]
+
+    def row(self, position: int) -> PictureRow:
+        """Return what the index knows of the picture at ``position``.
+
+        Raises:
+            DamagedIndexError: the shard's index is not what it should be.
+            OSError: it can no longer be read.
+        """
+        shard, number = self._locate(position)
+        return self._rows(shard).row(number)
+
+    def owner(self, box: int) -> tuple[int, int]:
+        """Return the position of the picture that a box belongs to, and the box's number in the picture.
+
+        Args:
+            box: 0 to ``box_count`` - 1, in the order of the pictures.
+
+        Raises:
+            DamagedIndexError: the shard's index is not what it should be.
+            OSError: it can no longer be read.
+        """
+        shard = int(np.searchsorted(self._box_starts, box, side="right")) - 1
+        inside = box - int(self._box_starts[shard])
+        ends = self._rows(shard).box_ends()
+        if inside >= ends[-1]:
+            raise DamagedIndexError(f"the index of '{self.paths[shard]}' lacks boxes; pack the shards again")
+        picture = int(np.searchsorted(ends, inside, side="right"))
+        return int(self._starts[shard]) + picture, inside - (int(ends[picture - 1]) if picture else 0)
+
+    def picture(self, position: int) -> bytes:
+        """Return the encoded picture at ``position``; OSError when the shard can no longer be read."""
+        shard, number = self._locate(position)
+        return self._files.read(self.paths[shard], *self._rows(shard).row(number).picture)
+
+    def read(self, position: int, place: tuple[int, int]) -> bytes:
+        """Return a piece (offset and size) of the shard that holds the picture at ``position``.
+
+        Raises:
+            OSError: when the shard can no longer be read.
+        """
+        return self._files.read(self.paths[self._locate(position)[0]], *place)
+
+    def annotation(self, position: int) -> dict[str, Any]:
+        """Return the parsed JSON at ``position``.
+
+        Raises:
+            ValueError: when it is no JSON object.
+            OSError: when the shard can no longer be read.
+        """
+        return parse_annotation(self.read(position, self.row(position).annotation))
+
+
+def parse_annotation(text: bytes) -> dict[str, Any]:
+    """Return the JSON object of a picture; ValueError when it is none."""
+    parsed = json.loads(text)
+    if not isinstance(parsed, dict):
+        raise ValueError("the annotation is not a JSON object")
+    return parsed
+
+
+def _pictures(shard: IndexedShard | HeaderRows) -> int:
+    return shard.pictures if isinstance(shard, IndexedShard) else len(shard)
+
+
+def _boxes(shard: IndexedShard | HeaderRows) -> int:
+    if isinstance(shard, IndexedShard):
+        return shard.boxes
+    ends = shard.box_ends()
+    return int(ends[-1]) if len(ends) else 0

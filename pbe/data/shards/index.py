@@ -1,0 +1,328 @@
+"""The index of shards: where each picture lies, how large it is, and its boxes, without reading the shards.
+
+A folder of packed shards holds ``shards.json``, which names every shard with its counts, and beside each tar
+an uncompressed ``.index.npz``. Opening a data set reads ``shards.json`` alone. A row is then read from the
+index file with a few small reads, so that nothing of it is kept in memory: a thousand shards cost every
+worker a few megabytes, and the kernel's page cache is what the workers share. Shards without an index are
+indexed by the headers of their tars.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pbe.data.shards.tar_members import read_members
+from pbe.errors import UserError
+
+MANIFEST_NAME = "shards.json"
+MANIFEST_FORMAT, MANIFEST_VERSION = "pbe-shards", 1
+HASH_BYTES = 16
+OPEN_FILES = 128  # a process may often open 1024
+MAX_COUNT = 2**40  # of a shard's pictures, boxes and bytes
+LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
+# Of the arrays that are read: the type, and what a row of it holds.
+COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+    "picture_offset": (np.int64, ()),
+    "picture_size": (np.int64, ()),
+    "json_offset": (np.int64, ()),
+    "json_size": (np.int64, ()),
+    "width": (np.int32, ()),
+    "height": (np.int32, ()),
+    "key_bytes": (np.uint8, ()),
+    "key_end": (np.int64, ()),
+    "box_end": (np.int64, ()),
+    "boxes": (np.float64, (4,)),
+    "picture_hash": (np.uint8, (HASH_BYTES,)),
+}
+ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
+
+
+class DamagedIndexError(Exception):
+    """An index file is not what it should be."""
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """Everything about a picture but its pixels.
+
+    Attributes:
+        key: the name of its members.
+        picture: offset and size in bytes of the encoded picture in its tar.
+        annotation: the same of its JSON.
+        frame: width and height in pixels; None where only the JSON knows.
+        boxes: float64 ``n 4``, x1 y1 x2 y2 in pixels; None where only the JSON knows.
+        digest: BLAKE2b of the encoded picture, 16 bytes; empty where unknown.
+    """
+
+    key: str
+    picture: tuple[int, int]
+    annotation: tuple[int, int]
+    frame: tuple[int, int] | None = None
+    boxes: np.ndarray | None = None
+    digest: bytes = b""
+
+
+class Files(Protocol):
+    """Reads pieces of files."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes from ``offset`` on; OSError where that cannot be done."""
+
+
+class LocalFiles:
+    """Reads pieces of local files and keeps those last used open, in each process its own."""
+
+    def __init__(self, limit: int = OPEN_FILES) -> None:
+        self._limit = limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind when sent to another process."""
+        return {"_limit": self._limit, "_open": OrderedDict(), "_process": -1}
+
+    def _descriptor(self, path: str) -> int:
+        if self._process != os.getpid():  # a forked worker opens its own files
+            self._open, self._process = OrderedDict(), os.getpid()
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+            if len(self._open) > self._limit:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Return exactly ``size`` bytes from ``offset`` on.
+
+        Raises:
+            OSError: the file is missing, or shorter than that.
+        """
+        file = self._descriptor(path)
+        # A size that a damaged index made up would be allocated first.
+        fits = offset >= 0 and 0 <= size <= os.fstat(file).st_size - offset
+        data = os.pread(file, size, offset) if fits else b""
+        if not fits or len(data) != size:
+            raise OSError(f"'{path}' was cut short while in use")
+        return data
+
+
+class Rows(Protocol):
+    """The pictures of one shard, in the tar's order."""
+
+    def row(self, number: int) -> PictureRow:
+        """Return a picture's row."""
+
+    def box_ends(self) -> np.ndarray:
+        """Return for each picture the number of boxes of the shard up to and with its own, int64."""
+
+
+class HeaderRows:
+    """Rows made by reading a tar's headers, packed into arrays that forked workers share.
+
+    Args:
+        path: of the tar.
+        count_boxes: read every JSON too, so that :meth:`box_ends` can be asked for.
+    """
+
+    def __init__(self, path: Path, *, count_boxes: bool = False) -> None:
+        members = read_members(path)
+        keys = [key.encode() for key in members]
+        self._keys = b"".join(keys)
+        self._key_ends = np.cumsum([0, *(len(key) for key in keys)])
+        self._places = np.array(list(members.values()), np.int64).reshape(-1, 4)
+        self._box_ends = _count_boxes(path, self._places[:, 2:]) if count_boxes else None
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._places)
+
+    def row(self, number: int) -> PictureRow:
+        """Return a picture's row, without frame and boxes."""
+        start, end = self._key_ends[number : number + 2]
+        offset, size, json_offset, json_size = self._places[number].tolist()
+        return PictureRow(self._keys[start:end].decode(), (offset, size), (json_offset, json_size))
+
+    def box_ends(self) -> np.ndarray:
+        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
+        assert self._box_ends is not None
+        return self._box_ends
+
+
+def _count_boxes(path: Path, places: np.ndarray) -> np.ndarray:
+    counts = []
+    files = LocalFiles()
+    for offset, size in places.tolist():
+        try:
+            counts.append(len(json.loads(files.read(str(path), offset, size))["boxes"]))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            counts.append(1)  # so that the picture gets its turn, and is counted as what it is
+    return np.cumsum(np.array(counts, np.int64))
+
+
+Place = tuple[int, np.dtype[Any], tuple[int, ...]]
+
+
+def _layout(data: bytes) -> dict[str, Place]:
+    """Find the arrays of an uncompressed npz file: offset of the values, dtype and shape."""
+    places: dict[str, Place] = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"'{member.filename}' is compressed")
+            start = member.header_offset + LOCAL_HEADER
+            start += sum(NAME_LENGTHS.unpack_from(data, member.header_offset))
+            header = io.BytesIO(data[start : start + 512])
+            np.lib.format.read_magic(header)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(header)
+            if fortran or dtype.hasobject:
+                raise ValueError(f"'{member.filename}' is no plain array")
+            places[member.filename.removesuffix(".npy")] = (start + header.tell(), dtype, shape)
+    return places
+
+
+def _check_columns(data: bytes, places: dict[str, Place], pictures: int) -> None:
+    """Raise a ValueError where an array is missing, of another type or shape, or contradicts another."""
+    for name, (kind, row) in COLUMNS.items():
+        offset, dtype, shape = places[name]
+        rows = shape[0] if name in ENDS.values() and shape else pictures
+        if dtype != kind or shape != (rows, *row) or not 0 <= _bytes(dtype, shape) <= len(data) - offset:
+            raise ValueError(f"'{name}' is {dtype} of the shape {shape}")
+    values = {name: _values(data, places[name]) for name, (_, row) in COLUMNS.items() if not row}
+    for ends, of in ENDS.items():
+        steps = np.diff(values[ends], prepend=0)
+        if steps.min(initial=0) < 0 or steps.sum() != places[of][2][0]:
+            raise ValueError(f"'{ends}' does not fit '{of}'")
+    if any(values[name].min(initial=0) < 0 for name in values):
+        raise ValueError("a place or size is negative")
+
+
+def _values(data: bytes, place: Place) -> np.ndarray:
+    offset, dtype, shape = place
+    return np.frombuffer(data, dtype, math.prod(shape), offset)
+
+
+class IndexFile:
+    """Rows read from an index file, a few bytes at a time.
+
+    Args:
+        path: of a local ``.index.npz``.
+        pictures: number of rows that it must have.
+        files: read from.
+        digest: hexadecimal BLAKE2b that the file must have; None does not check.
+
+    Raises:
+        DamagedIndexError: it is no index file, or another than ``shards.json`` tells of.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str, pictures: int, files: Files, digest: str | None = None) -> None:
+        data = Path(path).read_bytes()
+        if digest is not None and hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
+            raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
+        try:
+            self._places = _layout(data)
+            _check_columns(data, self._places, pictures)
+        except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise DamagedIndexError(f"'{path}' is no index of {pictures} pictures ({what})") from error
+        self._path, self._files, self._pictures = path, files, pictures
+
+    def _read(self, name: str, start: int, end: int) -> np.ndarray:
+        offset, dtype, shape = self._places[name]
+        if not 0 <= start <= end <= shape[0]:
+            raise DamagedIndexError(f"'{self._path}': '{name}' ends before {end}")
+        item = _bytes(dtype, shape[1:])
+        data = self._files.read(self._path, offset + start * item, (end - start) * item)
+        return np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+
+    def _one(self, name: str, number: int) -> int:
+        return int(self._read(name, number, number + 1)[0])
+
+    def _span(self, name: str, number: int) -> tuple[int, int]:
+        ends = self._read(name, max(number - 1, 0), number + 1).tolist()
+        return (0, ends[0]) if number == 0 else (ends[0], ends[1])
+
+    def row(self, number: int) -> PictureRow:
+        """Return a picture's row.
+
+        Raises:
+            DamagedIndexError: where its numbers contradict each other.
+            OSError: the index can no longer be read.
+        """
+        try:
+            key = self._read("key_bytes", *self._span("key_end", number)).tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise DamagedIndexError(f"'{self._path}': a key is not UTF-8") from error
+        return PictureRow(
+            key=key,
+            picture=(self._one("picture_offset", number), self._one("picture_size", number)),
+            annotation=(self._one("json_offset", number), self._one("json_size", number)),
+            frame=(self._one("width", number), self._one("height", number)),
+            boxes=self._read("boxes", *self._span("box_end", number)),
+            digest=self._read("picture_hash", number, number + 1).tobytes(),
+        )
+
+    def box_ends(self) -> np.ndarray:
+        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
+        return self._read("box_end", 0, self._pictures)
+
+
+def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What ``shards.json`` says of a shard; the paths lie beside it."""
+
+    path: str
+    pictures: int
+    boxes: int
+    index: str
+    index_digest: str
+
+
+def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) -> list[IndexedShard]:
+    """Read ``shards.json``.
+
+    Args:
+        text: its content.
+        source: its path, for messages.
+        place: makes the path of a file beside it from the name.
+
+    Raises:
+        UserError: it is damaged, of another kind, or of a version that is not known here.
+    """
+    again = "pack the shards again"
+    try:
+        loaded = json.loads(text)
+        if loaded["format"] != MANIFEST_FORMAT:
+            raise UserError(f"'{source}' is not the list of a data set's shards; {again}")
+        if loaded["version"] != MANIFEST_VERSION:
+            raise UserError(f"'{source}' is of version {loaded['version']}, not {MANIFEST_VERSION}; {again}")
+        return [_parse_shard(shard, place) for shard in loaded["shards"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"'{source}' is damaged ({type(error).__name__}: {error}); {again}") from error
+
+
+def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:
+    names = [entry[key] for key in ("name", "index", "index_blake2b")]
+    counts = [entry[key] for key in ("pictures", "boxes")]
+    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        raise ValueError(f"a shard is called {names[0]!r}, its index {names[1]!r} with the hash {names[2]!r}")
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+        raise ValueError(f"'{names[0]}' has {counts[0]!r} pictures and {counts[1]!r} boxes")
+    return IndexedShard(place(names[0]), counts[0], counts[1], place(names[1]), names[2])

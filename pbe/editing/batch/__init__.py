@@ -1,0 +1,1 @@
+"""Many edits in one command: jobs, runner and records."""

@@ -1,0 +1,296 @@
+"""The stages of the demo: render, train, edit, score, and a page that shows it all.
+
+``scripts/demo.py`` parses the options, which are those of its ``--help`` and ``root``, the project's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pbe.checkpoints.native import load_config as load_model_config
+from pbe.config import Config, load_config
+from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
+from pbe.diffusion.schedule import make_schedule
+from pbe.diffusion.solvers import uniform_timesteps
+from pbe.editing.pipeline import PaintByExample
+from pbe.errors import UserError
+from pbe.evaluation.benchmark.sheets import edit_rows, sheet
+from pbe.evaluation.benchmark.toy import BenchmarkCase, check_count, make_benchmark
+from pbe.evaluation.benchmark.toy_edits import BenchmarkEdits, EditSettings, make_edits
+from pbe.evaluation.benchmark.toy_scores import Scores, markdown_table, score_edits
+from pbe.evaluation.demo.page import TrainingCurve, build_report, edit_outside, read_training
+from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.report.html import Stage, Tile, machine_facts, write_page
+from pbe.files import make_folder
+from pbe.training.monitoring.loggers import read_rows
+from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS
+
+OUTSIDE = Path("data/examples/outside/pairs.jsonl")
+EDITS = "edits.png"  # the first sixteen cases, which the README shows
+OWN_FOLDERS = ("scenes", "cache", "pilot", "run")
+MARKER = ".made-by-demo"
+PILOT_STEPS, PILOT_SKIP = 14, 4
+MIN_STEPS = 20
+
+
+class StageError(Exception):
+    """A stage went wrong for another reason than the user's input; the cause has the details."""
+
+
+class Clock:
+    """Prints a heading for each stage and keeps how long it took.
+
+    Attributes:
+        stages: those that are done.
+        notes: what came out, set by the running stage.
+    """
+
+    def __init__(self) -> None:
+        self.stages: list[Stage] = []
+        self.note = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; errors say which one it was."""
+        print(f"\n== {len(self.stages) + 1}. {name} ==", flush=True)
+        started, self.note = time.perf_counter(), ""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"stage '{name}': {error}") from error
+        except Exception as error:
+            raise StageError(f"stage '{name}' failed: {type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - started
+        self.stages.append(Stage(name, seconds, self.note))
+        print(f"   {self.note} ({seconds:.1f} s)", flush=True)
+
+
+def check(options: argparse.Namespace) -> Config:
+    """Find mistakes before minutes have passed; return the training configuration.
+
+    Raises:
+        UserError: bad numbers, no model, bad configuration.
+    """
+    if min(options.scenes, options.objects, options.shown) < 2:
+        raise UserError("--scenes, --objects and --shown must be at least 2")
+    if not (math.isfinite(options.seconds) and options.seconds > 0) or options.steps < 0:
+        raise UserError("--seconds must be a number above 0, --steps 0 or more")
+    if not (options.model / "config.json").is_file():
+        raise UserError(
+            f"no model at '{options.model}', where it ships with the project (or: make toy-model)"
+        )
+    model = load_model_config(options.model)
+    uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
+    edit_settings(options)
+    check_count(ToyWorld(DEFAULT_WORLD), options.objects)
+    return training_config(options, 1, "run")
+
+
+def edit_settings(options: argparse.Namespace) -> EditSettings:
+    """Return how the benchmark is edited; UserError for scales that cannot be used."""
+    return EditSettings(tuple(options.guidance), steps=options.sampling_steps, seed=options.seed)
+
+
+def training_config(options: argparse.Namespace, steps: int, name: str) -> Config:
+    """Return the toy configuration, cut down to a short run with its own small cache."""
+    scenes, pilot = options.out / "scenes", name == "pilot"
+    return load_config(
+        options.config,
+        [
+            f"output_dir={options.out / name}",
+            f"autoencoder_from={options.model}",
+            f"data.train_shards={scenes / 'train'}",
+            f"data.validation_shards={scenes / 'validation'}",
+            f"cache.folder={options.out / 'cache'}",
+            "cache.variants=1",
+            f"trainer.max_steps={steps}",
+            f"trainer.validate_every={2 * steps if pilot else max(1, steps // 4)}",
+            f"trainer.checkpoint_every={steps}",
+            "trainer.resume=never",
+            f"optimizer.warmup_steps={max(1, steps // 10)}",
+            "optimizer.ema_decay=0.98",
+            "logging.loggers=[csv]",
+            f"logging.every={1 if pilot else max(1, steps // 200)}",
+            f"logging.grid_every={0 if pilot else steps}",
+            "logging.grid_samples=8",
+            *options.set,
+        ],
+    )
+
+
+def clean(out: Path) -> None:
+    """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one.
+
+    Raises:
+        UserError: the folder holds such things but no demo made it, or it cannot be written to.
+    """
+    marker = make_folder(out) / MARKER
+    if not marker.exists() and any((out / name).exists() for name in (*OWN_FOLDERS, "index.html")):
+        raise UserError(f"'{out}' holds files that no demo made; give another --out")
+    marker.touch()
+    (out / "index.html").unlink(missing_ok=True)
+    for name in OWN_FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def render(options: argparse.Namespace, clock: Clock) -> None:
+    """Stage one: scenes of both splits as shards, by the command that a person would use."""
+    validation = max(16, options.scenes // 8)
+    paths = [str(options.root), *filter(None, [os.getenv("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    for split, folder, scenes in (("train", "train", options.scenes), ("test", "validation", validation)):
+        command = [sys.executable, str(options.root / "scripts/render_toy_world.py"), "--split", split]
+        command += ["--out", str(options.out / "scenes" / folder), "--scenes", str(scenes)]
+        command += ["--seed", str(options.seed), "--workers", "0"]
+        if subprocess.run(command, env=environment, check=False).returncode:
+            raise UserError("rendering failed; its message stands above")
+    clock.note = (
+        f"{options.scenes} training and {validation} validation scenes with boxes, packed into shards"
+    )
+
+
+def pilot(options: argparse.Namespace, clock: Clock) -> int:
+    """Stage two: encode the samples once and time a few steps; return the number of steps to train."""
+    from pbe.training.run import train
+
+    result = train(training_config(options, PILOT_STEPS, "pilot"))
+    _finished(result.stopped_by)
+    times = [float(row[1]) for row in read_rows(result.output_dir / "metrics.csv") if row[2] == "train/loss"]
+    per_step = (times[-1] - times[PILOT_SKIP]) / (len(times) - 1 - PILOT_SKIP)
+    shutil.rmtree(result.output_dir)
+    steps = options.steps or max(MIN_STEPS, round(options.seconds / max(per_step, 1e-4)))
+    clock.note = (
+        f"frozen autoencoder and tower ran once; {1000 * per_step:.0f} ms a step, hence {steps} steps"
+    )
+    return steps
+
+
+def train_model(options: argparse.Namespace, clock: Clock, steps: int) -> TrainingCurve:
+    """Stage three: train a fresh UNet, mapper, projection and null condition."""
+    from pbe.training.run import train
+
+    result = train(training_config(options, steps, "run"))
+    _finished(result.stopped_by)
+    curve = read_training(result.output_dir / "metrics.csv", VALIDATION_TIMESTEPS)
+    change = f"{curve.before:.4f} untrained, {curve.after:.4f} trained"
+    clock.note = f"{result.steps} steps; validation loss {change}"
+    if not curve.after < curve.before:
+        raise UserError(f"the validation loss did not fall ({change}); train longer")
+    return curve
+
+
+def _finished(stopped_by: int) -> None:
+    if stopped_by:
+        raise KeyboardInterrupt
+
+
+def edit(
+    options: argparse.Namespace, clock: Clock
+) -> tuple[list[BenchmarkCase], BenchmarkEdits, list[list[Tile]]]:
+    """Stage four: the shipped model edits unseen scenes, right and shuffled exemplars, and photographs."""
+    pipe = PaintByExample.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.model.config
+    size, exemplar_size = config.image_size, config.exemplar_encoder.image_size
+    cases = make_benchmark(
+        ToyWorld(), seed=options.seed, image_size=size, exemplar_size=exemplar_size, objects=options.objects
+    )
+    settings = edit_settings(options)
+    with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
+        edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
+    outside = edit_outside(pipe, options.root / OUTSIDE, settings)
+    clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
+    return cases, edits, outside
+
+
+def score(
+    options: argparse.Namespace, clock: Clock, cases: list[BenchmarkCase], edits: BenchmarkEdits
+) -> Scores:
+    """Stage five: similarity of painted regions to their exemplars."""
+    scores = score_edits(cases, edits, LiteFeatures(), seed=options.seed)
+    scale, row = list(scores.guidance.items())[-1]
+    print(markdown_table(scores))
+    clock.note = f"AUC {row.auc} at guidance {scale:g}"
+    return scores
+
+
+def write_examples(case: BenchmarkCase, folder: Path) -> None:
+    """Write one case as files for ``sample.py``: image.png, mask.png, exemplar.png."""
+    folder.mkdir(exist_ok=True)
+    for name in ("image", "mask", "exemplar"):
+        Image.fromarray(getattr(case, name)).save(folder / f"{name}.png")
+
+
+def next_steps(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return what one may do next, with the commands."""
+    example = options.out / "example"
+    files = f"--image {example}/image.png --mask {example}/mask.png --exemplar {example}/exemplar.png"
+    return [
+        ("Edit a picture of your own; these files are the first case of this page:",
+         f"python sample.py --model {options.model} {files} --out outputs/edit"),
+        ("Score the shipped model on all test objects:",
+         f"python scripts/evaluate.py --model {options.model} --out outputs/evaluation"),
+        ("Train that model again, which takes an hour or more:", "make toy-model"),
+    ]  # fmt: skip
+
+
+def peak_memory() -> float:
+    """Return the largest memory in GB of this process or of one that it started (kilobytes on Linux)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(each).ru_maxrss for each in who) * unit / 1e9
+
+
+def run(options: argparse.Namespace) -> Path:
+    """Run all stages; return the path of the page.
+
+    Raises:
+        UserError: something that the user can put right.
+        StageError: a stage failed otherwise. Neither leaves a page behind.
+    """
+    started, clock = time.perf_counter(), Clock()
+    config = check(options)
+    clean(options.out)
+    with clock.stage("Render scenes and pack shards"):
+        render(options, clock)
+    with clock.stage("Encode samples, time a step"):
+        steps = pilot(options, clock)
+    with clock.stage("Train a fresh model"):
+        curve = train_model(options, clock, steps)
+    with clock.stage("Edit unseen scenes with the shipped model"):
+        cases, edits, outside = edit(options, clock)
+    with clock.stage("Score the edits"):
+        scores = score(options, clock, cases, edits)
+    with clock.stage("Write the page"):
+        grid = sorted((options.out / "run" / "grids").glob("*.png"))[-1]
+        scales = ", ".join(f"{scale:g}" for scale in config.logging.grid_guidance)
+        caption = (
+            f"Edits of validation scenes by the model trained just now, after {steps} steps: "
+            f"source, masked, exemplar (augmented), and guidance {scales}."
+        )
+        grids = [(caption, np.asarray(Image.open(grid)))]
+        report = build_report(cases, edits, scores, curve, grids, options.shown, outside)
+        report.stages, report.steps = clock.stages, next_steps(options)
+        report.machine = [*machine_facts(), ("Peak memory", f"{peak_memory():.2f} GB")]
+        write_examples(cases[0], options.out / "example")
+        rows = {name: shown[:16] for name, shown in edit_rows(cases, edits).items()}
+        Image.fromarray(sheet(rows, tile=128, columns=8)).save(options.out / EDITS)
+        write_page(report, options.out / "index.html")
+        clock.note = f"{options.out / 'index.html'}"
+    total = time.perf_counter() - started
+    print(f"\n{total:.0f} s in all, peak memory {peak_memory():.2f} GB, page: {options.out / 'index.html'}")
+    return options.out / "index.html"

@@ -1,0 +1,1 @@
+"""The latent cache: settings, building and reading."""

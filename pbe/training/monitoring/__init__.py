@@ -1,0 +1,1 @@
+"""Loggers, step log and sample grids."""

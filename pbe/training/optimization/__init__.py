@@ -1,0 +1,1 @@
+"""Optimizer, averages, precision and sharding."""

@@ -1,0 +1,1 @@
+"""The plan before a run: memory, time and batch size."""

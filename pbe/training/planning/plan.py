@@ -1,0 +1,232 @@
+"""What a run would be: its parameters, memory, data and, measured over ten steps, its length."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from pbe.config import Config
+from pbe.errors import UserError
+from pbe.models import LatentDiffusion
+from pbe.models.exemplar_encoder import MapperAttention
+from pbe.training.data import TrainingData, steps_of_run
+from pbe.training.latent_cache.builder import find_cache
+from pbe.training.latent_cache.dataset import CachedDataModule
+from pbe.training.latent_cache.size import size_on_disk
+from pbe.training.monitoring.step_log import peak_memory
+from pbe.training.planning.batch_size import available_memory, on_gpu
+from pbe.training.resume.signals import StopSignals
+from pbe.training.run import prepare_process
+from pbe.training.setup import build_model, make_task
+from pbe.training.tasks.base import BaseTask
+from pbe.training.trainer import make_trainer
+
+WARM_UP, MEASURED = 2, 10  # optimizer steps
+# Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
+# its training images have boxes, and no other one can be trained on.
+PAPER_EPOCHS, PAPER_PICTURES = 40, 1_700_000
+DAY, GIB = 86_400.0, 2.0**30
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of a network: trained, frozen, and without any influence on the output."""
+
+    trained: int
+    frozen: int
+    dead: int
+
+
+def count_parameters(task: BaseTask) -> dict[str, Count]:
+    """Count the parameters of each network of a task's model.
+
+    With one condition token the cross-attention's queries, keys and their norm are dead, and so are the
+    query and key rows of the mapper's fused weights; with several nothing is.
+    """
+    model = task.model
+    assert isinstance(model, LatentDiffusion)
+    encoder = model.exemplar_encoder
+    tower = {id(p) for p in encoder.tower.parameters()}
+    single = model.config.exemplar_encoder.tokens == "class"
+    fused = [m.qkv for m in encoder.modules() if isinstance(m, MapperAttention)]
+    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters()) if single else 0
+    bottleneck = [p for p in encoder.parameters() if id(p) not in tower]
+    idle = [
+        p
+        for name, p in model.unet.named_parameters()
+        if single and any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2."))
+    ]
+    return {
+        "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),
+        "bottleneck": _count(bottleneck, idle_rows, set()),
+        "image tower": _count(list(encoder.tower.parameters()), 0, set()),
+        "autoencoder": _count(list(model.autoencoder.parameters()), 0, set()),
+    }
+
+
+def _count(parameters: list[nn.Parameter], dead: int, apart: set[int]) -> Count:
+    """Count; ``dead`` parameters are those ``apart`` or, where none are, rows of trained ones."""
+    trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in apart)
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad and id(p) not in apart)
+    if not apart:
+        trained, frozen = (trained - dead, frozen) if trained else (0, frozen - dead)
+    return Count(trained, frozen, dead)
+
+
+def state_bytes(task: BaseTask) -> dict[str, int]:
+    """Return the bytes on a device of weights, gradients, the optimizer's moments and the moving average."""
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in task.model.parameters()]
+    trained = sum(count for count, _, learns in sizes if learns)
+    gradients = sum(count * size for count, size, learns in sizes if learns)
+    return {
+        "weights": sum(count * size for count, size, _ in sizes),
+        "gradients": gradients,
+        "moments": (1 if task.config.optimizer.name == "muon" else 2) * gradients,
+        "moving average": 4 * trained if task.ema is not None else 0,
+    }
+
+
+class Stopwatch(pl.Callback):
+    """Times optimizer steps after a few that warm up.
+
+    Args:
+        warm_up: steps before.
+        measured: steps that are timed.
+
+    Attributes:
+        seconds: of the measured steps, 0 before they are over.
+    """
+
+    def __init__(self, warm_up: int = WARM_UP, measured: int = MEASURED) -> None:
+        self.warm_up, self.measured = warm_up, measured
+        self.seconds = self._start = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Start and stop."""
+        if trainer.global_step == self.warm_up and not self._start:
+            self._start = time.perf_counter()
+        if trainer.global_step == self.warm_up + self.measured:
+            self.seconds = time.perf_counter() - self._start
+
+
+def make_plan(config: Config) -> Iterator[str]:
+    """Yield the lines of a run's plan, the measured ones last; nothing is written into its folder.
+
+    Nothing is measured where gradients, moments and average alone would not fit into the CPU's memory. What
+    activations take on top is not known beforehand: such a plan may be cut short after what is counted.
+
+    Raises:
+        UserError: as the run itself would, but for data or an autoencoder that are not there yet.
+    """
+    prepare_process(config)
+    notes: list[str] = []
+    try:
+        model, config = build_model(config)
+    except UserError as error:
+        notes.append(f"random weights: {error}")
+        model = LatentDiffusion(config.model)
+    task = make_task(config, model)
+    yield from [*_parameter_table(task), "", *_memory_table(task), ""]
+    data = find_data(config, task, notes)
+    yield from (f"note: {note}" for note in notes)
+    if data is None:
+        yield "no data, so nothing is measured"
+        return
+    yield from _length(config, data)
+    if lacking := _memory_lacking(config, task):
+        yield f"not measured: {lacking}"
+    else:
+        yield from _duration(config, task, data)
+
+
+def _memory_lacking(config: Config, task: BaseTask) -> str:
+    """Say what is too large for the memory that a CPU has left beside the weights; nothing where all fits."""
+    sizes = state_bytes(task)
+    needed, free = sum(sizes.values()) - sizes["weights"], available_memory()
+    if on_gpu(config) or needed <= free:
+        return ""
+    return (
+        f"beside the weights training holds {needed / GIB:.2f} GiB before any activation, and "
+        f"{free / GIB:.2f} GiB are free"
+    )
+
+
+def _parameter_table(task: BaseTask) -> list[str]:
+    lines = [f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"]
+    for name, count in count_parameters(task).items():
+        lines.append(f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}")
+    return lines
+
+
+def _memory_table(task: BaseTask) -> list[str]:
+    sizes = state_bytes(task)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+    return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
+
+
+def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
+    """Return what training would read, cached or not; None, and a note of why, where it is not there."""
+    model = task.model
+    assert isinstance(model, LatentDiffusion)
+    try:
+        data = TrainingData(config)
+        data.samples("train")
+        if config.task != "diffusion" or not config.cache.folder:
+            return data
+        if (section := find_cache(config, model)) is not None:
+            return CachedDataModule(config, section)
+        size = size_on_disk(config, model).total / GIB
+        notes.append(f"the latent cache is not built yet ({size:.2f} GiB); measured without it")
+        return data
+    except UserError as error:
+        notes.append(str(error))
+        return None
+
+
+def _short_trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, max_epochs=0, progress=False, profiler="")
+    quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
+    return make_trainer(quiet, folder, StopSignals(), callbacks=callbacks)
+
+
+def _length(config: Config, data: TrainingData) -> list[str]:
+    """Count samples, steps and epochs: what ``trainer.max_steps`` or ``max_epochs`` comes to."""
+    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
+        world = _short_trainer(config, Path(folder), []).world_size
+    step = config.data.batch_size * world * config.trainer.accumulate
+    epoch, steps = data.steps_of_epochs(1, world), steps_of_run(config, data, world)
+    return [
+        f"samples: {data.length:,} an epoch, {step} a step; {epoch:,} steps an epoch",
+        f"length: {steps:,} steps, {steps / epoch:,.2f} epochs",
+    ]
+
+
+def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
+        trainer = _short_trainer(config, Path(folder), [watch])
+        trainer.limit_val_batches = 0
+        try:
+            trainer.fit(task, datamodule=data)
+        finally:
+            data.close()
+    step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
+    steps, samples = steps_of_run(config, data, trainer.world_size), data.length
+    speed = MEASURED * step / watch.seconds
+    return [
+        f"speed: {speed:.2f} samples a second over {MEASURED} steps on {trainer.world_size} device(s), "
+        f"peak memory {peak_memory() / GIB:.2f} GiB",
+        f"this run: {steps:,} steps, {steps * step / speed / 3600:.1f} hours",
+        f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * samples / speed / DAY:.2f} days",
+        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_PICTURES / 1e6:.1f} million images with boxes: "
+        f"{PAPER_EPOCHS * PAPER_PICTURES / speed / DAY:.1f} days",
+    ]

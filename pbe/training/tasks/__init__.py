@@ -1,0 +1,1 @@
+"""The training tasks: diffusion and autoencoder."""

@@ -1,0 +1,139 @@
+"""Stage two: the exemplar-conditioned UNet, with autoencoder and tower frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbe.config import Config
+from pbe.diffusion.objective import drop_condition, loss_weights, per_sample_loss, training_target
+from pbe.diffusion.schedule import make_schedule
+from pbe.models import LatentDiffusion
+from pbe.training.tasks.base import BaseTask
+from pbe.training.tasks.draws import Draws, batch_drop, draw
+from pbe.training.tasks.encoding import EncodedBatch, encode_batch
+
+VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
+QUARTERS = 4  # of the schedule, that training losses are logged by
+
+
+class DiffusionTask(BaseTask):
+    """Trains UNet, mapper, projection and null condition (Paint by Example, section 3).
+
+    Args:
+        config: the experiment.
+        model: with autoencoder and tower already loaded; frozen here.
+    """
+
+    entry = "losses"
+
+    def __init__(self, config: Config, model: LatentDiffusion) -> None:
+        super().__init__(config)
+        self.model: LatentDiffusion = model
+        self.schedule = make_schedule(config.model.schedule)
+        freeze(model)
+        self.start_average()
+
+    def whole_parts(self) -> list[nn.Module]:
+        """Return the frozen networks, which are used outside of a step too."""
+        return [self.model.autoencoder, self.model.exemplar_encoder.tower]
+
+    def encode(self, batch: EncodedBatch | dict[str, Any]) -> EncodedBatch:
+        """Return the batch encoded: as it is when it comes from the latent cache."""
+        return batch if isinstance(batch, EncodedBatch) else encode_batch(self.model, batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, cached ones included, which Lightning does not know how to take apart."""
+        if isinstance(batch, EncodedBatch):
+            return batch.to(device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def losses(self, batch: EncodedBatch, draws: Draws, drop: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each sample's plain squared error and its weight, both ``(b,)``.
+
+        Args:
+            batch: encoded samples.
+            draws: noise and timesteps.
+            drop: ``(b,)`` bool, where the condition is replaced by the null condition.
+        """
+        device, scale = batch.keep_mask.device, self.config.model.autoencoder.scale_factor
+        noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
+        latents = batch.image.sample(draws.image_noise.to(device)) * scale
+        masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
+        dtype = self.model.dtype  # of the weights: half of float32 with trainer.precision=bf16-true
+        condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
+        null = self.model.null_condition(len(noise), condition.shape[1])
+        condition = drop_condition(condition, null, drop.to(device))
+        x_t = self.schedule.add_noise(latents, noise, timesteps)
+        inputs = (x_t.to(dtype), timesteps, condition, masked.to(dtype), batch.keep_mask.to(dtype))
+        output = self.model.predict(*inputs)
+        prediction = self.config.model.prediction
+        target = training_target(prediction, latents, noise, timesteps, self.schedule)
+        objective = self.config.objective
+        weights = loss_weights(
+            objective.weighting, prediction, timesteps, self.schedule, objective.min_snr_gamma
+        )
+        return per_sample_loss(output, target, batch.valid), weights
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return the weighted mean loss of a batch."""
+        encoded = self.encode(batch)
+        draws = self._draws(encoded, "train")
+        plain, weights = self.losses(encoded, draws, self._drop(draws))
+        loss = (plain * weights).mean()
+        self._measure(plain, weights, draws.timesteps.to(plain.device))
+        return loss
+
+    def _measure(self, plain: Tensor, weights: Tensor, timesteps: Tensor) -> None:
+        """Add up losses, as a whole and by quarter of the schedule."""
+        self.sums.add("train/loss", plain * weights)
+        self.sums.add("train/loss_simple", plain)
+        quarters = timesteps * QUARTERS // self.schedule.timesteps
+        for quarter in range(QUARTERS):
+            self.sums.add(f"train/loss_quarter{quarter + 1}", plain, quarters == quarter)
+
+    def _draws(self, batch: EncodedBatch, stream: str) -> Draws:
+        shape = tuple(batch.image.mean.shape[1:])
+        return draw(self.config.seed, batch.sample_index, shape, self.schedule.timesteps, stream)  # type: ignore[arg-type]
+
+    def _drop(self, draws: Draws) -> Tensor:
+        probability = self.config.objective.drop_probability
+        if self.config.objective.drop_mode == "per_batch":
+            dropped = batch_drop(self.config.seed, self.global_step) < probability
+            return torch.full((len(draws.drop),), dropped)
+        return draws.drop < probability
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss over a fixed grid of samples, timesteps and noise, on the averaged weights."""
+        encoded = self.encode(batch)
+        draws = self._draws(encoded, "validation")
+        keep = torch.zeros(len(draws.drop), dtype=torch.bool)
+        counted = self.validated(batch_idx, len(keep))
+        by_timestep = []
+        with self.averaged_weights():
+            for timestep in VALIDATION_TIMESTEPS:
+                fixed = Draws(
+                    torch.full_like(draws.timesteps, timestep * self.schedule.timesteps // 1000),
+                    draws.drop, draws.noise, draws.image_noise, draws.masked_noise,
+                )  # fmt: skip
+                by_timestep.append(self.losses(encoded, fixed, keep)[0])
+        self.validation_sums.add("val/loss", torch.stack(by_timestep).mean(dim=0), counted)
+        for timestep, values in zip(VALIDATION_TIMESTEPS, by_timestep, strict=True):
+            self.validation_sums.add(f"val/loss_t{timestep}", values, counted)
+
+
+def freeze(model: LatentDiffusion) -> None:
+    """Stop gradients of everything the method does not train.
+
+    Autoencoder and tower are frozen; with one condition token so are the weights that cannot matter:
+    query, key and norm of the cross-attention.
+    """
+    model.autoencoder.requires_grad_(False)
+    model.exemplar_encoder.tower.requires_grad_(False)
+    if model.config.exemplar_encoder.tokens != "class":
+        return
+    for name, parameter in model.unet.named_parameters():
+        if any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")):
+            parameter.requires_grad_(False)
