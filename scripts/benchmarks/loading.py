@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from pbe.config import DataConfig
-from pbe.data import dataset as dataset_module, sample as sample_module
+from pbe.data import dataset as dataset_module
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import ExemplarDataset, collate
 from pbe.data.randomness import generator
+from pbe.data.samples import sample as sample_module
 from pbe.data.samples.augment import ExemplarAugmentation
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.data.shards.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from timm.optim import Muon
+from timm.optim.muon import Muon
 from torch import nn
 
 from pbe.config import OptimizerConfig

@@ -14,8 +14,9 @@ import fsspec
 import pytest
 
 from pbe.config import DataConfig
-from pbe.data import decode as reasons, remote
 from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.samples import decode as reasons
+from pbe.data.shards import remote
 from pbe.data.shards.archive import ShardPictures, shard_state
 from pbe.errors import UserError
 from tests.data.indexed import index_folder

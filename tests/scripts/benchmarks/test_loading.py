@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data import sample as sample_module, timing
+from pbe.data.samples import sample as sample_module
 from pbe.data.shards.archive import ShardPictures
 from scripts import benchmark
+from scripts.benchmarks import loading as timing
 from scripts.benchmarks.loading import REST, STAGES, measure_opening, synthetic_index, synthetic_shards
 
 SMALL = ["--pictures", "4", "--width", "96", "--height", "64", "--size", "32", "--exemplar-size", "24"]
