@@ -1,0 +1,86 @@
+"""Count what a reader of the package has to find a way through; the exit status is 1 where a limit is passed.
+
+python scripts/house.py
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import grimp
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND_LINE_LIBRARIES = {"argparse", "click", "cyclopts", "typer"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most of each that the package may have."""
+
+    files: int = 170
+    lines: int = 25_000
+    file_lines: int = 400
+    function_lines: int = 60
+
+
+def circle() -> list[str]:
+    """Return the modules of an import circle, imports for typing and in functions included; [] without."""
+    graph = grimp.build_graph("pbe", exclude_type_checking_imports=False)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def longest_function(trees: dict[Path, ast.Module]) -> tuple[int, str]:
+    """Return the length in lines and the name of the longest function."""
+    return max(
+        ((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}")
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+
+
+def command_line_code(trees: dict[Path, ast.Module]) -> list[str]:
+    """Return the files outside ``pbe/cli`` that import a command-line library."""
+    found = []
+    for path, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        if COMMAND_LINE_LIBRARIES & {name.split(".")[0] for name in names}:
+            found.append(str(path.relative_to(ROOT)))
+    return sorted(each for each in found if not each.startswith("pbe/cli/"))
+
+
+def main(limits: Limits = Limits()) -> int:
+    """Print the counts and what passes its limit; returns the exit status."""
+    texts = {path: path.read_text() for path in sorted((ROOT / "pbe").rglob("*.py"))}
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    lengths = {path: text.count("\n") for path, text in texts.items()}
+    longest = max(lengths, key=lambda path: lengths[path])
+    function_lines, function = longest_function(trees)
+    ring, outside = circle(), command_line_code(trees)
+    counts = [
+        ("files", len(texts), limits.files, ""),
+        ("lines", sum(lengths.values()), limits.lines, ""),
+        ("lines of the longest file", lengths[longest], limits.file_lines, str(longest.relative_to(ROOT))),
+        ("lines of the longest function", function_lines, limits.function_lines, function),
+        ("modules in an import circle", len(ring), 0, " -> ".join(ring)),
+        ("files with command-line code outside pbe/cli", len(outside), 0, ", ".join(outside)),
+    ]
+    for name, count, limit, where in counts:
+        mark = "  <- too many" if count > limit else ""
+        print(f"{name:46} {count:7,} of {limit:,}  {where}{mark}")
+    return int(any(count > limit for _, count, limit, _ in counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
