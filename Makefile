@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.installed-demo
 DEV_READY := $(VENV)/.installed-dev
+DOCS_READY := $(VENV)/.installed-docs
 # One thread a worker: two workers share two cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
@@ -20,7 +21,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTES
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-slow lint format toy-model clean
+.PHONY: help demo setup test test-slow lint format docs toy-model clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +52,10 @@ format: $(DEV_READY) ## mend what ruff can mend, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken links and anchors are errors
+	$(BIN)/python scripts/write_reference.py
+	$(BIN)/zensical build --strict
+
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
 	$(BIN)/python scripts/train_toy_model.py
 
@@ -72,3 +77,7 @@ $(DEMO_READY): pyproject.toml constraints.txt | $(BIN)/pip
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/pip install -c constraints.txt -e ".[dev]"
 	@touch $(DEMO_READY) $@
+
+$(DOCS_READY): $(DEV_READY)
+	$(BIN)/pip install -c constraints.txt -e ".[docs]"
+	@touch $@

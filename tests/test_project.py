@@ -150,7 +150,7 @@ def test_environment_installs_the_same_package_at_the_same_versions() -> None:
 
 def test_environment_makefile_and_workflow_agree() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert set(re.findall(r'-c constraints\.txt -e "\.\[([a-z]+)\]"', makefile)) == {"demo", "dev"}
+    assert set(re.findall(r'-c constraints\.txt -e "\.\[([a-z]+)\]"', makefile)) == {"demo", "dev", "docs"}
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
     versions = [
         step["with"]["python-version"]

@@ -1,0 +1,96 @@
+"""Write docs/configuration.md and docs/commands.md from the settings dataclasses, before the site is built.
+
+python scripts/write_reference.py
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import os
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["COLUMNS"] = "110"  # the width of help
+
+from pbe.cli.main import COMMANDS, main as pbe
+from pbe.config import Config
+from pbe.errors import UserError
+from pbe.files import write_text
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass, by the field's name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for item, after in zip(body.body, body.body[1:], strict=False):
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, str):
+            found[item.target.id] = " ".join(text.replace("``", "`").split())
+    return found
+
+
+def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield the dotted name and the dataclass of each section, the whole one first under an empty name."""
+    yield prefix.rstrip("."), cls
+    for item in fields(cls):
+        if isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
+            yield from sections(item.default_factory, f"{prefix}{item.name}.")
+
+
+def row(key: str, item: Field[Any], meaning: str) -> str:
+    """Return the table row of one value."""
+    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    allowed = ", ".join(f"`{each}`" for each in item.metadata.get("choices", ()) if each != "")
+    if "range" in item.metadata:
+        low, high = item.metadata["range"]
+        allowed = f"from {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+    shown = {True: "true", False: "false", "": "empty"}.get(default, default) if default.__hash__ else default
+    return f"| `{key}` | {shown} | {allowed} | {meaning} |"
+
+
+def configuration() -> str:
+    """Return the page of all sections, keys, defaults and ranges."""
+    parts = [
+        "# Configuration",
+        "Every key of a training's YAML file and of `pbe train CONFIG key=value`, with its default, what it may be, and "
+        "what it means. A file names another one to start from under `base:`.",
+    ]
+    for name, cls in sections(Config):
+        told = meanings(cls)
+        own = [item for item in fields(cls) if not is_dataclass(item.default_factory)]
+        if missing := [item.name for item in own if item.name not in told]:
+            raise UserError(f"{cls.__name__} has no docstring under: {', '.join(missing)}")
+        parts.append(f"## {name or 'The whole'}\n\n{inspect.getdoc(cls)}")
+        if own:
+            keys = [row(f"{name}.{item.name}".lstrip("."), item, told[item.name]) for item in own]
+            parts.append("\n".join(["| key | default | allowed | meaning |", "|---|---|---|---|", *keys]))
+    return "\n\n".join(parts) + "\n"
+
+
+def commands() -> str:
+    """Return the page of all commands with their help."""
+    parts = ["# Commands", "What `--help` prints, command by command."]
+    for name in COMMANDS:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            status = pbe([*name.split(), "--help"])
+        if status:
+            raise UserError(f"pbe {name} --help ended with exit status {status}")
+        parts.append(f"## pbe {name}\n\n```text\n{printed.getvalue().strip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    write_text(DOCS / "configuration.md", configuration())
+    write_text(DOCS / "commands.md", commands())
+    sys.exit(0)
