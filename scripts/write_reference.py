@@ -66,8 +66,8 @@ def configuration() -> str:
     """Return the page of all sections, keys, defaults and ranges."""
     parts = [
         "# Configuration",
-        "Every key of a training's YAML file and of `pbe train CONFIG key=value`, with its default, what it may "
-        "be, and what it means. A file names another one to start from under `base:`.",
+        "Every key of a training's YAML file and of `pbe train CONFIG key=value`, with its default, what it "
+        "may be, and what it means. A file names another one to start from under `base:`.",
     ]
     for name, cls in sections(Config):
         told = meanings(cls)
