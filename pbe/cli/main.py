@@ -52,7 +52,7 @@ def make_app() -> App:
     from cyclopts import App, Parameter
 
     from pbe import __version__
-    from pbe.cli.arguments import expand_paths
+    from pbe.cli.arguments import tidy
 
     app = App(
         name="pbe",
@@ -62,9 +62,10 @@ def make_app() -> App:
             negative_bool=(),  # no --no- form for every switch,
             negative_iterable=(),  # no --empty- form for every list
             consume_multiple=True,
+            allow_repeating=True,  # the last one counts
             show_default=_show_default,
         ),
-        config=expand_paths,
+        config=tidy,
         help_format="plaintext",
         help_on_error=False,
         print_error=False,

@@ -140,6 +140,11 @@ def test_lists_take_several_values_and_repeatable_options_one() -> None:
     _, settings = bound("evaluate --out o --edits a b --edits c=d --guidance 1 -2.5 5 --model m")
     assert settings.source.edits == ["a", "b", "c=d"]
     assert settings.sampling.guidance == [1.0, -2.5, 5.0]
+    _, settings = bound(
+        "evaluate --out o --guidance 1 3 --steps 2 --guidance 5 --out p --steps 3 --metrics a"
+    )
+    assert (settings.sampling.guidance, settings.sampling.steps) == ([5.0], 3)
+    assert settings.source.out == Path("p")
     positional, settings = bound("prepare --label cat --label dog coco:a --out o coco:b")
     assert settings.label == ["cat", "dog"]
     assert positional == ("coco:a", "coco:b")
