@@ -16,6 +16,8 @@ from pbe.files import expand_home
 from pbe.resources import packaged
 
 if TYPE_CHECKING:
+    import torch
+
     from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.generation import GenerateSettings
 
@@ -266,6 +268,7 @@ def run_toy(settings: EvaluateSettings) -> None:
     from tqdm import tqdm
 
     from pbe.data.toy.scenes import ToyWorld
+    from pbe.editing.batch.runner import pick_device
     from pbe.evaluation.benchmark.toy import make_benchmark
     from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
     from pbe.evaluation.benchmark.toy_scores import score_edits
@@ -281,7 +284,8 @@ def run_toy(settings: EvaluateSettings) -> None:
         sampling.seed,
         TOY_BATCH if sampling.batch_size is None else sampling.batch_size,
     )
-    pipe = load_pipeline(source, sampling)
+    device = pick_device(sampling.device or "cpu")
+    pipe = load_pipeline(source, sampling.dtype, device)
     make_folder(source.out)
     features = LiteFeatures()
     config = pipe.model.config
@@ -303,7 +307,7 @@ def run_toy(settings: EvaluateSettings) -> None:
         "steps": edit_settings.steps,
         "seed": edit_settings.seed,
         "dtype": sampling.dtype,
-        "device": str(pipe.device),
+        "device": str(device),
         "batch_size": edit_settings.batch_size,
         "threads": torch.get_num_threads(),
     }
@@ -316,18 +320,14 @@ def run_toy(settings: EvaluateSettings) -> None:
     write_toy(settings, cases, edits, scores, head)
 
 
-def load_pipeline(source: Source, sampling: Sampling) -> PaintByExample:
+def load_pipeline(source: Source, dtype: str, device: torch.device) -> PaintByExample:
     """Load the model whose edits of the toy world's objects are scored."""
     from pbe.checkpoints.precision import torch_dtype
-    from pbe.editing.batch.runner import pick_device
     from pbe.editing.pipeline import PaintByExample
 
     assert source.model is not None
     pipe = PaintByExample.from_pretrained(
-        source.model,
-        device=pick_device(sampling.device or "cpu"),
-        dtype=torch_dtype(sampling.dtype),
-        raw_weights=source.raw_weights,
+        source.model, device=device, dtype=torch_dtype(dtype), raw_weights=source.raw_weights
     )
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     return pipe
