@@ -74,7 +74,7 @@ def _resources() -> Iterator[str]:
 
 
 def _missing() -> dict[str, list[str]]:
-    """Return the requirements that are not installed, of the package itself ('') and of each of its extras."""
+    """Return the requirements that are not installed: of the package ('') and of each of its extras."""
     try:
         package = importlib.metadata.metadata("pbe")
     except importlib.metadata.PackageNotFoundError:  # on the path only
