@@ -21,10 +21,11 @@ FILES = "--image {0}/image.png --mask {0}/mask.png --exemplar {0}/exemplar.png".
 FEW = (
     "trainer.max_steps=2 data.batch_size=4 data.num_workers=0 trainer.precision=32-true logging.loggers=[csv]"
 )
+REDUCED = "--scenes 64 --steps 30 --objects 4 --sampling-steps 2 --shown 2 --guidance 1 3"
 COMMANDS = (
     "pbe --version",
     "pbe doctor",
-    "pbe demo --scenes 64 --steps 30 --objects 4 --sampling-steps 2 --shown 2 --guidance 1 3",
+    f"pbe demo {REDUCED} --set data.batch_size=16",
     f"pbe edit --model toy {FILES} --out edits --steps 4",
     "pbe toy render --out outputs/toy/shards/single --scenes 16 --max-objects 1 --workers 0",
     "pbe toy render --out outputs/toy/shards/validation_single --scenes 8 --split test --workers 0",
