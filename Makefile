@@ -21,13 +21,13 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTES
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-slow lint format docs toy-model clean
+.PHONY: help demo setup test test-slow test-wheel lint format docs wheel toy-model clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_READY) ## render, train, edit, score on the toy world; writes outputs/demo/index.html and opens it
-	$(BIN)/python scripts/demo.py --out $(DEMO_OUT)
+	$(BIN)/pbe demo --out $(DEMO_OUT)
 	@page="$$(cd "$(DEMO_OUT)" && pwd)/index.html"; \
 	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
 	$(BIN)/python -m webbrowser -t "file://$$page" >/dev/null || echo "no browser could be opened"; fi; \
@@ -41,6 +41,12 @@ test: lint ## everything that must pass: lint, then the tests
 test-slow: $(DEV_READY) ## the tests that take minutes
 	@status=0; $(PYTEST) -m slow || status=$$?; \
 	if [ $$status -eq 5 ]; then echo "no test is marked slow"; status=0; fi; exit $$status
+
+wheel: $(DEV_READY) ## build dist/pbe-*.whl, with configurations, toy world and toy model in it
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## install that wheel in a fresh environment outside the clone and use it
+	$(BIN)/python scripts/check_wheel.py dist/pbe-*.whl
 
 lint: $(DEV_READY) ## ruff (rules, format, docstrings), mypy, import-linter
 	$(BIN)/ruff check .
@@ -57,7 +63,7 @@ docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken
 	$(BIN)/zensical build --strict
 
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
-	$(BIN)/python scripts/train_toy_model.py
+	$(BIN)/pbe toy train
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -18,6 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from pbe.cli.main import COMMANDS, GROUPS
+from tests.commands import options_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -107,6 +110,8 @@ def makefile_targets() -> set[str]:
 
 def declared_flags(script: str) -> set[str]:
     """The flags that the parser of a script declares; sample.py's stands in the package."""
+    if script == "train.py":
+        return options_of("train")
     source = (ROOT / {"sample.py": "pbe/editing/cli.py"}.get(script, script)).read_text()
     flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
     return flags | {f"--no-{flag[2:]}" for flag in flags} if "BooleanOptionalAction" in source else flags
@@ -264,6 +269,14 @@ def test_pages_name_commands_that_exist(page: str) -> None:
         flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
         unknown = {flag for flag in flags if flag not in declared_flags(script)}
         assert not unknown, f"{page}: {script} has no {', '.join(sorted(unknown))}"
+    for rest in re.findall(r"(?:^|\s)(?:-m pbe\.cli|pbe) ([a-z][^\n|;&#]*)", code):
+        command = next((name for name in COMMANDS if f"{rest} ".startswith(f"{name} ")), None)
+        if command is None and rest.strip() in GROUPS:
+            continue
+        assert command, f"{page} calls 'pbe {rest}', which there is not"
+        flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
+        declared = declared_flags("sample.py") if command == "edit" else options_of(command)
+        assert flags <= declared, f"{page}: pbe {command} has no {', '.join(sorted(flags - declared))}"
 
 
 def test_make_help_lists_every_target() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pbe.editing.problems import EditValueError
 from pbe.files import expand_home
+from pbe.resources import find_model
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -24,7 +25,7 @@ def require_place(path_or_hub_id: str | Path, option: str = "") -> Path | None:
     Raises:
         EditValueError: it can be neither.
     """
-    name = expand_home(str(path_or_hub_id))
+    name = find_model(expand_home(str(path_or_hub_id)))
     if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
         return Path(name)
     if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):

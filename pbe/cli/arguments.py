@@ -1,0 +1,60 @@
+"""Types of arguments that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from pbe.errors import UserError
+from pbe.files import expand_home
+from pbe.resources import find_model
+
+if TYPE_CHECKING:
+    from cyclopts import App, ArgumentCollection
+
+SETTINGS = Parameter(name="*")  # decorates a settings dataclass: its fields are options
+
+
+def _text(_type: Any, tokens: Sequence[Any]) -> str:
+    return expand_home(tokens[0].value)
+
+
+def _model(_type: Any, tokens: Sequence[Any]) -> str:
+    return find_model(expand_home(tokens[0].value))
+
+
+Place = Annotated[str, Parameter(converter=_text, metavar="PATH")]
+"""A path, or a name that is none (of open_clip's weights, of a repository)."""
+Model = Annotated[str, Parameter(converter=_model, metavar="MODEL")]
+"""A model in any layout, or ``toy``: the one that ships."""
+Switch = Annotated[bool, Parameter(negative_bool="no-")]
+"""On unless ``--no-...`` is given; plain ``bool`` has no such form."""
+Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
+"""One value each time. Several values may follow the option of any other list, and the last time counts."""
+Several = Annotated[list[str], Parameter(consume_multiple=1)]
+"""Several values each time, and all times count."""
+ANY_NUMBER = (0, None)  # what cyclopts makes of consume_multiple=True, the command's default
+Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
+
+
+def tidy(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Put the home folder in place of a leading ``~`` of paths, and let the last of repeated options count.
+
+    Shells leave ``~`` alone in ``--out=~/x``; cyclopts itself would join the values of a repeated list.
+    """
+    for argument in arguments:
+        if "Path" in str(argument.hint):
+            argument.tokens[:] = [each.evolve(value=expand_home(each.value)) for each in argument.tokens]
+        starts = [place for place, each in enumerate(argument.tokens) if each.keyword and each.index == 0]
+        if starts and argument.parameter.consume_multiple == ANY_NUMBER:
+            del argument.tokens[: starts[-1]]
+
+
+def parse_part(text: str, option: str) -> tuple[int, int]:
+    """Read ``I/N``, part I of N counted from 0, that an option holds."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise UserError(f"{option} is '{text}'; it must be I/N with I from 0 to N - 1, such as 0/8")
+    return int(part), int(parts)
