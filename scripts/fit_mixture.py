@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pbe.cli.parser import Parser, run_command
-from pbe.editing.pretrained import usable_device
+from pbe.editing.loading import usable_device
 from pbe.errors import UserError
 from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, check_fit, fit_mixture
 from pbe.evaluation.metrics.set_scores import PictureFolder

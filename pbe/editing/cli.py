@@ -29,7 +29,7 @@ from pbe.editing.batch.jobs import (
     single_job,
 )
 from pbe.editing.batch.pairs import read_pairs
-from pbe.editing.places import require_place
+from pbe.editing.hub import require_place
 from pbe.errors import UserError
 from pbe.files import expand_home, make_folder
 
@@ -168,11 +168,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def check_arguments(options: argparse.Namespace) -> None:
-    """Check what can be checked without reading a picture.
-
-    Raises:
-        UserError: a number out of range, a missing or contradictory argument, no such model.
-    """
+    """Check what can be checked without reading a picture."""
     for option in ("steps", "num_images", "batch_size", "height", "width", "attention_slicing"):
         value = getattr(options, option)
         if value is not None and value < 1:
@@ -198,11 +194,7 @@ def check_arguments(options: argparse.Namespace) -> None:
 
 
 def check_target(options: argparse.Namespace) -> Path:
-    """Return the folder that the edits go to.
-
-    Raises:
-        UserError: neither or both of ``--out`` and ``--output``, or a file that cannot be the target.
-    """
+    """Return the folder that the edits go to."""
     if (options.out is None) == (options.output is None):
         raise UserError("give --out (a folder) or --output (the file of a single edit), and only one of them")
     if options.output is None:
@@ -219,11 +211,7 @@ def check_target(options: argparse.Namespace) -> Path:
 
 
 def check_format(target: Path, size: tuple[int, int], options: argparse.Namespace) -> None:
-    """Check that an edit of an image of this size (height, width) fits into the format of its file.
-
-    Raises:
-        UserError: a side is too long.
-    """
+    """Check that an edit of an image of this size (height, width) fits into the format of its file."""
     if options.region == "full":
         size = (options.height or size[0], options.width or size[1])
     longest = LONGEST_SIDE.get(target.suffix.lower())
@@ -235,11 +223,7 @@ def check_format(target: Path, size: tuple[int, int], options: argparse.Namespac
 
 
 def collect_jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the jobs of ``--image``, ``--mask``, ``--exemplar`` or of ``--pairs``.
-
-    Raises:
-        UserError: neither or both are given, or the pairs file is malformed.
-    """
+    """Return the jobs of ``--image``, ``--mask``, ``--exemplar`` or of ``--pairs``."""
     if options.pairs is not None:
         extra = [key for key in (*FILE_KEYS, "name") if getattr(options, key) is not None]
         if extra:
@@ -252,11 +236,7 @@ def collect_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def run(arguments: Sequence[str] | None) -> None:
-    """Parse, check everything, then load the model and edit.
-
-    Raises:
-        UserError: anything that the user can put right.
-    """
+    """Parse, check everything, then load the model and edit."""
     options = build_parser().parse_args(arguments)
     check_arguments(options)
     jobs = collect_jobs(options)

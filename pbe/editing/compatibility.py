@@ -18,14 +18,12 @@ from tqdm import tqdm
 from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
 from pbe.diffusion.solvers.choice import SolverChoice
-from pbe.editing.components import OURS
 from pbe.editing.conventions import get_conventions
+from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, read_theirs, solver_of
+from pbe.editing.engine import Progress
 from pbe.editing.hub import Hub, upload
-from pbe.editing.pretrained import read_theirs
-from pbe.editing.problems import EditAttributeError, EditTypeError, EditValueError
 from pbe.editing.safety import SafetyChecker, usable_checker
-from pbe.editing.sampling import Progress
-from pbe.editing.schedulers import ReadOnly, Scheduler, solver_of
+from pbe.errors import EditAttributeError, EditTypeError, EditValueError
 from pbe.models import LatentDiffusion
 
 INSIDE = "a step inside a call here; pipe.model has the networks' own methods"
@@ -138,11 +136,7 @@ class DiffusersNames:
         return self._name_or_path
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off.
-
-        Raises:
-            EditTypeError: tqdm has no such argument.
-        """
+        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off."""
         known = [*inspect.signature(tqdm.__init__).parameters][1:-1]  # neither self nor **kwargs
         for name in settings:
             if name not in known:
@@ -152,22 +146,14 @@ class DiffusersNames:
         self._progress.settings = settings
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm[Any]:
-        """Return a bar with the settings of this pipeline's.
-
-        Raises:
-            EditValueError: neither an iterable nor a total.
-        """
+        """Return a bar with the settings of this pipeline's."""
         if iterable is None and total is None:
             raise EditValueError("progress_bar needs an iterable or a total")
         return tqdm(iterable, total=total, **self._progress.settings)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **parts: Any) -> Self:
-        """Return a pipeline that shares the parts of another; arguments take the place of some.
-
-        Raises:
-            EditTypeError: no pipeline of this project, or a part that there is none of.
-        """
+        """Return a pipeline that shares the parts of another; arguments take the place of some."""
         if not isinstance(pipeline, DiffusersNames):
             raise EditTypeError(f"from_pipe: {type(pipeline).__name__}; it must be a PaintByExample")
         own = {OURS.get(name, name): part for name, part in parts.items()}
@@ -195,9 +181,6 @@ class DiffusersNames:
             local_files_only: likewise.
             token: likewise.
             others: ``variant``, ``use_safetensors``, ``force_download``.
-
-        Raises:
-            UserError: no such model, or an argument that has no meaning here.
         """
         theirs = read_theirs(others)
         hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
@@ -224,9 +207,6 @@ class DiffusersNames:
 
         Returns:
             The address of the commit.
-
-        Raises:
-            UserError: the model cannot be saved so, or the Hub does not take it.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)

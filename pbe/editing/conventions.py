@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pbe.editing.problems import EditValueError
+from pbe.errors import EditValueError
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ CONVENTIONS = {each.name: each for each in (ORIGINAL, DIFFUSERS)}
 
 
 def get_conventions(name: str) -> Conventions:
-    """Return the conventions of that name.
-
-    Raises:
-        EditValueError: there are none.
-    """
+    """Return the conventions of that name."""
     if name not in tuple(CONVENTIONS):
         raise EditValueError(f"no conventions '{name}'; there are: {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]

@@ -1,27 +1,253 @@
-"""One batch of edits through the networks: conditions, latents, the solver, and pictures again."""
+"""One batch of edits through the networks: conditions, latents, the solver, and images again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
 from pbe.diffusion.noise import Generators, draw_noise
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.editing.conditioning import Conditioning, prepared_predictor
+from pbe.diffusion.solvers import get_solver
+from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.conventions import Conventions
-from pbe.editing.exemplars import CropSettings, Exemplar, exemplar_pixels
 from pbe.editing.inputs import Batch
 from pbe.editing.placement import View
-from pbe.editing.preprocess import mask_at_latent_size, network_inputs
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.editing.sampling import Progress, Sampling
+from pbe.editing.preprocess import (
+    CropSettings,
+    Exemplar,
+    check_count,
+    check_number,
+    exemplar_pixels,
+    mask_at_latent_size,
+    network_inputs,
+)
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from pbe.models.known_pixels import known_pixels
 from pbe.models.latent_diffusion import masked_image
+
+Callback = Callable[[int, float, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are sampled; the fields are those of ``PaintByExample.__call__``."""
+
+    choice: SolverChoice
+    steps: int
+    guidance_scale: float
+    eta: float
+    callback: Callback | None
+    callback_steps: int
+
+    def __post_init__(self) -> None:
+        """Bring numbers of numpy, and floats that are whole, to Python's int and float."""
+        numbers = {
+            "steps": check_count("num_inference_steps", self.steps),
+            "callback_steps": check_count("callback_steps", self.callback_steps, kind=EditValueError),
+            "guidance_scale": check_number("guidance_scale", self.guidance_scale),
+            "eta": check_number("eta", self.eta),
+        }
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
+    def check(self, schedule: NoiseSchedule) -> int:
+        """Check everything, and return the number of steps that the solver will report."""
+        check_callback(self.callback)
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0.0):
+            raise EditValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if not 0.0 <= self.eta <= 1.0:
+            raise EditValueError(f"eta is {self.eta}; it must lie between 0 and 1")
+        solver = self.choice.solver
+        if self.eta and solver.noise != "eta":
+            kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
+            raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
+        try:
+            return len(
+                solver.grid(
+                    schedule, self.steps, self.choice.spacing, self.choice.karras, self.choice.settings
+                )
+            )
+        except UserError as error:
+            raise EditValueError(str(error)) from error
+
+    def run(
+        self,
+        predict: PredictNoise,
+        x_T: Tensor,
+        schedule: NoiseSchedule,
+        generator: Generators,
+        callback: Callback,
+    ) -> Tensor:
+        """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
+        choice = self.choice
+        return choice.solver(
+            predict,
+            x_T,
+            schedule,
+            self.steps,
+            eta=self.eta,
+            generator=generator,
+            callback=callback,
+            spacing=choice.spacing,
+            karras=choice.karras,
+            settings=choice.settings,
+        )
+
+    def timesteps(self, schedule: NoiseSchedule) -> Tensor:
+        """Run the solver on a single number, to learn the timesteps ``(n,)`` of its calls of the network."""
+        asked: list[Tensor] = []
+
+        def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+            asked.append(timesteps)
+            return torch.zeros_like(x_t)
+
+        self.run(predict, torch.zeros(1, 1, 1, 1), schedule, torch.Generator(), lambda *_: None)
+        return torch.cat(asked)
+
+
+def check_callback(callback: Any) -> None:
+    """Check that a callback can be called with (step, timestep, latents)."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise EditTypeError(f"callback: {type(callback).__name__}; it must be a function")
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):  # some that are written in C do not say what they take
+        return
+    try:
+        signature.bind(0, 0.0, None)
+    except TypeError as error:
+        wanted = "it must take three arguments: step, timestep and latents"
+        raise EditTypeError(f"callback: {wanted} ({error})") from error
+
+
+def choose_solver(solver: str | SolverChoice) -> SolverChoice:
+    """Return the choice that a name stands for."""
+    if isinstance(solver, SolverChoice):
+        return solver
+    if not isinstance(solver, str):
+        raise EditTypeError(f"solver: {type(solver).__name__}; it must be a name or a SolverChoice")
+    try:
+        return SolverChoice(get_solver(solver).name)
+    except UserError as error:
+        raise EditValueError(str(error)) from error
+
+
+def with_spacing(choice: SolverChoice, conventions: Conventions) -> SolverChoice:
+    """Return the choice with the conventions' timestep spacing where it has none of its own."""
+    if choice.spacing is not None or choice.name not in conventions.leading:
+        return choice
+    return replace(choice, spacing="leading")
+
+
+@dataclass
+class Progress:
+    """A bar of solver steps on stderr.
+
+    Attributes:
+        settings: arguments of tqdm, ``disable=True`` among them.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def watched(self, sampling: Sampling, total: int) -> Iterator[Callback]:
+        """Show a bar of so many steps; yield the callback that moves it and then calls the user's."""
+        with tqdm(**({"total": total, "desc": "painting", "unit": "step"} | self.settings)) as bar:
+
+            def step(index: int, timestep: float, latents: Tensor) -> None:
+                bar.update()
+                if sampling.callback is not None and index % sampling.callback_steps == 0:
+                    sampling.callback(index, timestep, latents)
+
+            yield step
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Condition and masked picture of a batch of edits.
+
+    Attributes:
+        condition: ``(b, tokens, context_dim)``.
+        masked_latents: ``(b, z, h, w)``.
+        keep_mask: ``(b, 1, h, w)`` at latent size, 1 = keep.
+    """
+
+    condition: Tensor
+    masked_latents: Tensor
+    keep_mask: Tensor
+
+    def part(self, which: slice) -> Conditioning:
+        """Return the conditioning of some of the batch."""
+        return Conditioning(self.condition[which], self.masked_latents[which], self.keep_mask[which])
+
+
+def noise_predictor(
+    model: LatentDiffusion, schedule: NoiseSchedule, conditioning: Conditioning, guidance_scale: float
+) -> PredictNoise:
+    """Close a model over its conditioning, guided, as the predictor of the noise that solvers take.
+
+    Latents stay float32 whatever the type of the weights; the model may predict eps or v.
+
+    Args:
+        model: the networks.
+        schedule: noise schedule of the model.
+        conditioning: of b edits.
+        guidance_scale: 1 turns guidance off.
+    """
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    doubled = tuple(torch.cat([x, x]) for x in fixed)
+    dtype = model.unet.conv_in.weight.dtype
+
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        masked_latents, keep_mask = fixed if len(x_t) == len(fixed[0]) else doubled
+        return model.predict(x_t.to(dtype), timesteps, condition, masked_latents, keep_mask).float()
+
+    null = model.null_condition(*conditioning.condition.shape[:2])
+    predict = guided(network, conditioning.condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
+
+
+def prepared_predictor(
+    model: LatentDiffusion,
+    schedule: NoiseSchedule,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    timesteps: Tensor,
+) -> PredictNoise:
+    """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
+
+    Weights must stay as they are while it is used, and lie whole in memory.
+
+    Args:
+        model: the networks.
+        schedule: noise schedule of the model.
+        conditioning: of b edits.
+        guidance_scale: 1 turns guidance off.
+        timesteps: ``(n,)`` all that the solver will ask for.
+    """
+    condition, dtype = conditioning.condition, model.dtype
+    null = model.null_condition(*condition.shape[:2])
+    both = condition if guidance_scale == 1.0 else torch.cat([null, condition])  # in the order of `guided`
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    prepared = model.prepare(both, *fixed, timesteps.to(model.device))
+
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
+
+    predict = guided(network, condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
 
 
 @dataclass(frozen=True)
@@ -70,10 +296,6 @@ class Engine:
             sampling: solver and guidance.
             given: generators, and what is given instead of drawn or encoded.
             progress: the bar.
-
-        Raises:
-            EditTypeError, EditValueError: something given does not fit.
-            EditValueError: the latents are not finite.
         """
         images, keep = network_inputs(view.pictures, view.holes, view.size, self.model.size_multiple)
         x_T = self._start(batch, images, given)
@@ -97,9 +319,6 @@ class Engine:
             latents: one an edit.
             batch: how edits belong to pictures.
             view: what the model is shown of the pictures.
-
-        Raises:
-            EditValueError: they are not finite.
         """
         height, width = view.size
         known = self._known(batch, view) if self.model.config.autoencoder.mask_aware_decoder else None
@@ -151,11 +370,7 @@ class Engine:
 
 
 def _require_finite(made: Tensor, more: str = "") -> None:
-    """Refuse infinite numbers and those that are none, which would become black.
-
-    Raises:
-        EditValueError: there are some.
-    """
+    """Refuse infinite numbers and those that are none, which would become black."""
     if not torch.isfinite(made).all():
         causes = f"damaged weights, or float16 is too small{more}"
         raise EditValueError(f"the model gave infinite numbers: {causes}")
@@ -169,10 +384,6 @@ def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple
         name: what errors call it.
         shape: one of every edit's.
         counts: possible numbers of rows.
-
-    Raises:
-        EditTypeError: no floating-point tensor.
-        EditValueError: another shape, or values that are not finite.
     """
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__

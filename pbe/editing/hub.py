@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,9 +28,29 @@ from pbe.checkpoints.folders import (
     is_pickle,
     variant_of,
 )
-from pbe.editing.places import require_place
-from pbe.errors import UserError
+from pbe.errors import EditValueError, UserError
 from pbe.files import expand_home
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def require_place(path_or_hub_id: str | Path, option: str = "") -> Path | None:
+    """Return a path that exists; None for what may be a repository's name, ``owner/name``.
+
+    A path that exists comes before a repository of the same name; a leading ``~`` is the home folder.
+
+    Args:
+        path_or_hub_id: what was given.
+        option: of a command line, named by the error.
+    """
+    name = expand_home(str(path_or_hub_id))
+    if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
+        return Path(name)
+    if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):
+        kinds = "a model's folder, a checkpoint file or a Hub id (owner/name)"
+        raise EditValueError(f"{option and option + ' '}'{name}' does not exist; give {kinds}")
+    return None
+
 
 NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
 COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
@@ -63,9 +84,6 @@ class Hub:
         """Return the path of a model: the one given, or that of a download.
 
         A path that exists comes before a repository of the same name.
-
-        Raises:
-            UserError: there is no such path and no such repository, or the Hub cannot be reached.
         """
         path = require_place(path_or_hub_id)
         return self._download(str(path_or_hub_id)) if path is None else path
@@ -139,11 +157,7 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> str:
-    """Put a folder's files into a repository, made when missing; return the commit's address.
-
-    Raises:
-        UserError: no such name, no right to write, or the Hub cannot be reached.
-    """
+    """Put a folder's files into a repository, made when missing; return the commit's address."""
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -170,9 +184,6 @@ def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> l
 
     Returns:
         Settings, and the weights of every network once.
-
-    Raises:
-        UserError: there are no weights, or several checkpoints.
     """
     listed = sorted(files)
     if "model_index.json" in listed:

@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from pbe.editing.colour import carried, lab_to_srgb, profile_of
-from pbe.editing.image_files import decode_image, first_line, needed_turn
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.editing.image_files import carried, decode_image, first_line, lab_to_srgb, needed_turn, profile_of
+from pbe.errors import EditTypeError, EditValueError, warn_once
 from pbe.mask_reading import BY_LUMINANCE, MASK_FROM, UnclearMaskError, read_mask_image
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -35,7 +34,7 @@ class LoadedFile:
     Attributes:
         pixels: the picture (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
         sha256: of the file's bytes, in hexadecimal.
-        carried: of an image to edit: what goes along with the edit, see :func:`pbe.editing.colour.carried`.
+        carried: of an image to edit: what goes along with the edit, see :func:`image_files.carried`.
         read_by: of a mask: what decided, see :func:`pbe.mask_reading.read_mask_image`.
     """
 
@@ -52,9 +51,6 @@ def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
         path: the file.
         what: how an error calls it. The colours of an ``image`` stay numbers of its own colour profile, which
             goes along with the edit; those of anything else are brought to sRGB.
-
-    Raises:
-        EditValueError: the file is missing, empty, damaged or not a picture.
     """
     image, digest = _open(Path(path), what)
     named = f"{what} '{path}'"
@@ -65,11 +61,7 @@ def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
 
 
 def read_mask(path: str | Path) -> LoadedFile:
-    """Read a mask file; see :func:`pbe.mask_reading.read_mask_image` for what a mask may look like.
-
-    Raises:
-        EditValueError: the file is missing, empty, damaged, not a picture or no mask, or has no hole.
-    """
+    """Read a mask file; see :func:`pbe.mask_reading.read_mask_image` for what a mask may look like."""
     image, digest = _open(Path(path), "mask")
     named = f"mask '{path}'"
     mask, read_by = _named(lambda: mask_from_image(image), named)
@@ -113,9 +105,6 @@ def picture_from_image(image: Image.Image, what: str = "image", *, own_profile: 
         what: how a remark calls it.
         own_profile: whether colours stay numbers of the image's own RGB profile, where it has one; else they
             are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
-
-    Raises:
-        EditValueError: the image has no pixels, cannot be decoded, or its mode has no meaning as a picture.
     """
     _require_pixels(image.size)
     profile = profile_of(image, what)
@@ -149,11 +138,7 @@ def _flat(image: Image.Image, what: str) -> Image.Image:
 
 
 def mask_from_image(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Return bool ``h w``, True = repaint, of a Pillow image of any mode, and what decided.
-
-    Raises:
-        EditValueError: it is no mask; the text says why.
-    """
+    """Return bool ``h w``, True = repaint, of a Pillow image of any mode, and what decided."""
     try:
         image.load()
         mask, read_by = read_mask_image(image)
@@ -177,7 +162,7 @@ def _eight_bits(image: Image.Image, what: str) -> Image.Image:
     clear = image.info.get("transparency", -1)
     deep = values.max() > 255
     if not deep and values.any():
-        say_once(f"{what}: none of its 16-bit greys is above 255; they are taken as greys of 8 bits")
+        warn_once(f"{what}: none of its 16-bit greys is above 255; they are taken as greys of 8 bits")
     greys = (values + DEEP_STEP // 2) // DEEP_STEP if deep else values
     return Image.fromarray(np.where(values == clear, 255, greys).astype(np.uint8))
 
@@ -191,10 +176,6 @@ def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) ->
         value: the picture.
         what: how an error calls it.
         own_profile: see :func:`picture_from_image`.
-
-    Raises:
-        EditTypeError: anything else.
-        EditValueError: an array of another shape or beyond its range, or a picture without pixels.
     """
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
@@ -203,7 +184,7 @@ def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) ->
             raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8, or float in [0, 1]")
         plain = np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4)))
         if plain.max() == 1:
-            say_once(f"{what}: a uint8 array whose largest value is 1 is nearly black; white is 255")
+            warn_once(f"{what}: a uint8 array whose largest value is 1 is nearly black; white is 255")
         value = Image.fromarray(plain)
     if not isinstance(value, Image.Image):
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
@@ -231,10 +212,6 @@ def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> 
         value: the mask.
         what: how an error calls it.
         half_is_hole: whether a floating-point value of exactly 0.5 repaints.
-
-    Raises:
-        EditTypeError: anything else.
-        EditValueError: another shape, values outside [0, 1], or no hole.
     """
     if isinstance(value, np.ndarray):
         hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
@@ -261,13 +238,15 @@ def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
 
 def _tell_turn(image: Image.Image, what: str) -> None:
     if needed_turn(image) is not None:
-        say_once(f"{what}: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns it upright")
+        warn_once(
+            f"{what}: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns it upright"
+        )
 
 
 def _told_mask(image: Image.Image, what: str) -> np.ndarray:
     mask, read_by = _named(lambda: mask_from_image(image), what)
     if read_by != BY_LUMINANCE and mask.any():
-        say_once(f"{what}: {decision(mask, read_by)}")
+        warn_once(f"{what}: {decision(mask, read_by)}")
     return mask
 
 
@@ -287,21 +266,13 @@ def _plain(values: np.ndarray, what: str, channels: tuple[int, ...]) -> np.ndarr
 
 
 def require_hole(hole: np.ndarray, what: str) -> None:
-    """Refuse a mask without a single pixel to repaint.
-
-    Raises:
-        EditValueError: no pixel of ``hole`` (bool ``h w``) is True.
-    """
+    """Refuse a mask without a single pixel to repaint."""
     if not hole.any():
         raise EditValueError(f"{what} has no hole: {PAINT_WHITE}")
 
 
 def fit_mask(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask, bool ``h w``, to ``size`` (height, width) by nearest neighbour.
-
-    Raises:
-        EditValueError: the hole is so thin that nothing of it is left.
-    """
+    """Resize a mask, bool ``h w``, to ``size`` (height, width) by nearest neighbour."""
     if hole.shape == size:
         return hole
     resized = Image.fromarray(hole.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
@@ -326,3 +297,37 @@ def aspect_remark(mask: tuple[int, ...], size: tuple[int, ...]) -> str | None:
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[1]}x{size[0]}"
+
+
+GREY = np.uint8(128)
+
+
+def to_unit(picture: np.ndarray) -> np.ndarray:
+    """Return float32 in [0, 1] of a picture that is uint8 or float32 in [-1, 1]."""
+    if picture.dtype == np.uint8:
+        return picture.astype(np.float32) / np.float32(255.0)
+    return picture / np.float32(2.0) + np.float32(0.5)
+
+
+def composite(source: np.ndarray, edit: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Return the edit inside the hole and the source everywhere else, with a hard seam.
+
+    Args:
+        source: ``h w 3``, uint8 or float32 in [-1, 1].
+        edit: float32 ``h w 3`` in [0, 1].
+        hole: bool ``h w``, True = take the edit.
+
+    Returns:
+        float32 ``h w 3`` in [0, 1]; outside the hole :func:`to_bytes` gives back a uint8 source's very bytes.
+    """
+    return np.where(hole[:, :, None], edit, to_unit(source))
+
+
+def grey_out(source: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """Return a picture (uint8 ``h w 3``) with its hole (bool ``h w``) at mid-grey, to be looked at."""
+    return np.where(hole[:, :, None], GREY, source)
+
+
+def to_bytes(picture: np.ndarray) -> np.ndarray:
+    """Round a float picture in [0, 1] to uint8 of the same shape."""
+    return np.round(picture * np.float32(255.0)).astype(np.uint8)

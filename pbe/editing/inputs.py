@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.diffusion.noise import Generators
-from pbe.editing.colour import carried
-from pbe.editing.exemplars import Exemplar
+from pbe.editing.image_files import carried
 from pbe.editing.images import as_mask, as_picture, aspect_remark, fit_mask
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.editing.preprocess import Exemplar
+from pbe.errors import EditTypeError, EditValueError, warn_once
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batch:
             share stands here several times.
         holes: bool ``h w`` of the pictures' size, one a picture.
         copies: edits of each picture, which follow one another.
-        carried: what goes along with the edits of each picture, see :func:`pbe.editing.colour.carried`.
+        carried: what goes along with the edits of each picture, see :func:`pbe.editing.image_files.carried`.
     """
 
     exemplars: list[Exemplar]
@@ -41,11 +41,7 @@ class Batch:
         return len(self.pictures) * self.copies
 
     def spread(self, rows: Tensor, what: str) -> Tensor:
-        """Repeat rows, given once, once a picture or once an edit, to one an edit.
-
-        Raises:
-            EditValueError: another number of rows.
-        """
+        """Repeat rows, given once, once a picture or once an edit, to one an edit."""
         if len(rows) not in (1, len(self.pictures), len(self)):
             raise EditValueError(
                 f"{what}: {len(rows)} for {len(self)} edits; give one, one a picture or one an edit"
@@ -76,10 +72,6 @@ def matched(
         copies: edits of each picture.
         conditions: number of conditions that are given instead of exemplars; 0 means that exemplars are.
         half_is_hole: whether a floating-point mask value of exactly 0.5 repaints.
-
-    Raises:
-        EditTypeError: something that is no picture, or a tensor beside something else.
-        EditValueError: numbers that do not match, pictures of different sizes, a mask without a hole.
     """
     exemplars = [] if conditions else read_exemplars(example_image)
     tensors = _has_tensors(image)
@@ -99,18 +91,14 @@ def matched(
         )
     for hole in holes:
         if remark := aspect_remark(hole.shape, size):
-            say_once(f"mask_image: {remark}")
+            warn_once(f"mask_image: {remark}")
     holes = [fit_mask(hole, size) for hole in holes]
     pictures, holes = (items * (count // len(items)) for items in (pictures, holes))
     return Batch(exemplars, pictures, holes, copies, tags * (count // len(tags)))
 
 
 def read_exemplars(value: Any) -> list[Exemplar]:
-    """Return the exemplars of a call, as :func:`matched` takes them.
-
-    Raises:
-        EditTypeError, EditValueError: something that is no exemplar.
-    """
+    """Return the exemplars of a call, as :func:`matched` takes them."""
     return [_exemplar(each) for each in _split(value, "example_image", _unbatch_pictures)]
 
 
@@ -200,7 +188,7 @@ def _refuse_channels(masks: Sequence[Any], given: Any, pictures: int, exemplars:
             f"mask_image: shape {shape} means a batch of masks, and these are the colours of one; "
             "give it as (h, w) or (1, h, w)"
         )
-    say_once(
+    warn_once(
         f"mask_image: shape {shape} is taken as {len(masks)} masks of one image, which give as many edits"
     )
 
@@ -216,7 +204,7 @@ def _exemplar(value: Any) -> Exemplar:
         if not np.isfinite(_to_array(value, "example_image")).all():
             raise EditValueError("example_image: its values must be finite numbers")
         if value.numel() and value.min() >= 0.0 and value.max() <= 1.0:
-            say_once(
+            warn_once(
                 "example_image: a float tensor is taken as normalised for the image tower, and all values of "
                 "this one lie in [0, 1]; give plain pixels as uint8, as an array or as a PIL image"
             )
@@ -233,7 +221,7 @@ def _picture(value: Any) -> np.ndarray:
     if not ((pixels >= -1.0) & (pixels <= 1.0)).all():
         raise EditValueError("image: a floating-point tensor must lie in [-1, 1]")
     if pixels.min() >= 0.0:
-        say_once(
+        warn_once(
             "image: a float tensor is taken to lie in [-1, 1], and no value of this one is below 0; "
             "if it lies in [0, 1], give image * 2 - 1"
         )
@@ -262,12 +250,7 @@ def _to_array(value: Any, what: str) -> Any:
 
 
 def check_generator(generator: Generators, count: int) -> None:
-    """Check that ``generator`` is None, one CPU generator, or ``count`` of them.
-
-    Raises:
-        EditTypeError: something else than a generator.
-        EditValueError: a generator of another device, or another number of them.
-    """
+    """Check that ``generator`` is None, one CPU generator, or ``count`` of them."""
     several = isinstance(generator, Sequence)
     if several and len(generator) != count:  # type: ignore[arg-type]
         raise EditValueError(f"{len(generator)} generators for {count} images")  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
-"""What the pipeline gives back."""
+"""Pipeline output, and its invisible watermark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from pbe.editing.compositing import to_bytes
+from pbe.editing.images import to_bytes
+from pbe.errors import EditTypeError, EditValueError, UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -89,3 +91,38 @@ def as_output(edits: Sequence[np.ndarray], output_type: str, carried: Sequence[d
 def to_pictures(painted: Tensor) -> np.ndarray:
     """Return ``(b, 3, h, w)`` about [-1, 1] as float32 ``b h w 3`` clipped to [0, 1]."""
     return rearrange((painted / 2.0 + 0.5).clamp(0.0, 1.0), "b c h w -> b h w c").cpu().numpy()
+
+
+TEXT = "PaintByExample"
+METHOD = "dwtDctSvd"  # the package's default, dwtDct, reads back wrongly from half of the pictures tried
+SMALLEST = 256 * 256
+INSTALL = "pip install PyWavelets && pip install --no-deps invisible-watermark"
+
+
+def add_watermark(image: np.ndarray, text: str = TEXT) -> np.ndarray:
+    """Hide a text in the frequencies of a picture's colour; the eye does not see it, a decoder reads it.
+
+    It is read by ``imwatermark.WatermarkDecoder("bytes", 8 * len(text)).decode(bgr, "dwtDctSvd")``. The mark
+    does not survive a resize, and may read back with errors from flat or very noisy pictures.
+
+    Args:
+        image: uint8 ``h w 3``, RGB, of at least 256x256 pixels in area.
+        text: what to hide; 8 bits a character, ASCII.
+
+    Returns:
+        A new array, uint8 ``h w 3``.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise EditTypeError(f"watermark: {image.dtype} {image.shape}; it must be uint8 (h, w, 3)")
+    if image.shape[0] * image.shape[1] < SMALLEST:
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        raise EditValueError(f"watermark: {size} is too small; it needs an area of 256x256 pixels")
+    if not text or not text.isascii():
+        raise EditValueError(f"watermark: '{text}' cannot be hidden; it must be ASCII and not empty")
+    try:
+        encoder = import_module("imwatermark").WatermarkEncoder()
+    except ImportError as error:
+        raise UserError(f"a watermark needs the package invisible-watermark ({error}): {INSTALL}") from error
+    encoder.set_watermark("bytes", text.encode("ascii"))
+    marked = encoder.encode(np.ascontiguousarray(image[:, :, ::-1]), METHOD)  # the package takes BGR
+    return np.ascontiguousarray(marked[:, :, ::-1])

@@ -21,23 +21,19 @@ from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.batch.jobs import MARGIN
 from pbe.editing.compatibility import DiffusersNames
-from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of
-from pbe.editing.compositing import to_bytes, to_unit
 from pbe.editing.conventions import get_conventions
-from pbe.editing.engine import Engine, Given
-from pbe.editing.exemplars import check_embeds, crop_settings
+from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_theirs
+from pbe.editing.engine import Callback, Engine, Given, Progress, Sampling, choose_solver, with_spacing
 from pbe.editing.hub import Hub
+from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.inputs import Batch, check_generator, matched, read_exemplars
-from pbe.editing.memory import MemorySettings
-from pbe.editing.offload import Offload
-from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures
+from pbe.editing.loading import NETWORKS, PipelineSchedule, assemble, load_parts, own_names, schedule_of
+from pbe.editing.offload import MemorySettings, Offload
+from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_output, to_pictures
 from pbe.editing.placement import Placement, View, put_back
-from pbe.editing.preprocess import check_count
-from pbe.editing.pretrained import check_saving, load_parts, preprocessor_of, read_theirs
-from pbe.editing.problems import EditValueError
+from pbe.editing.preprocess import check_count, check_embeds, crop_settings
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
-from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
-from pbe.editing.watermark import add_watermark
+from pbe.errors import EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 
@@ -145,9 +141,6 @@ class PaintByExample(MemorySettings, DiffusersNames):
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
                 ``image_encoder``, ``scheduler`` and ``feature_extractor``.
-
-        Raises:
-            UserError: nothing usable is there, in one line that says what is wrong.
         """
         theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
         hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
@@ -176,10 +169,6 @@ class PaintByExample(MemorySettings, DiffusersNames):
             safe_serialization: as in diffusers, but True only.
             variant: likewise, None only.
             push_to_hub: likewise, False only.
-
-        Raises:
-            EditValueError: an argument of diffusers that cannot be followed.
-            UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
         """
         check_saving(layout, dtype, safe_serialization, variant, push_to_hub)
         folder, checker = expand_home(str(folder)), self.safety_checker
@@ -256,11 +245,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
     ) -> int:
-        """Return how many steps such a call makes: a few solvers and spacings make more than are asked for.
-
-        Raises:
-            EditTypeError, EditValueError: an argument that cannot be used.
-        """
+        """Return how many steps such a call makes; a few solvers and spacings make more than asked for."""
         choice = self._chosen(solver, conventions)
         return Sampling(choice, num_inference_steps, 1.0, eta, None, 1).check(self.noise_schedule)
 
@@ -275,9 +260,6 @@ class PaintByExample(MemorySettings, DiffusersNames):
         Args:
             images: exemplars as in a call.
             conventions: likewise.
-
-        Raises:
-            EditTypeError, EditValueError: no exemplars.
         """
         return self._engine(conventions).encode(read_exemplars(images))
 
@@ -315,9 +297,6 @@ class PaintByExample(MemorySettings, DiffusersNames):
 
         Returns:
             The edits, picture by picture; without ``return_dict`` the tuple (images, nsfw_content_detected).
-
-        Raises:
-            EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
         """
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:

@@ -28,9 +28,8 @@ from pbe.checkpoints.layout import Entry, to_foreign, to_native
 from pbe.checkpoints.strict import check_shapes, checked, shapes
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
-from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings, preprocessor_config
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.errors import UserError
+from pbe.editing.preprocess import CropSettings, clip_crop, crop_settings, preprocessor_config
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.files import make_folder
 from pbe.models.tower import build_tower
 
@@ -102,10 +101,6 @@ class SafetyChecker(nn.Module):
 
         Args:
             images: float ``(b, h, w, 3)`` in [0, 1], or PIL images of any size.
-
-        Raises:
-            EditTypeError: something else.
-            EditValueError: the numbers are not finite, so that nothing can be said of the pictures.
         """
         pictures = _as_bytes(images)
         if not pictures:
@@ -167,9 +162,6 @@ def load_safety_checker(
         device: where it runs.
         dtype: type of the weights in memory; None means float32.
         files: which copy of the weights, where there are several.
-
-    Raises:
-        UserError: missing or damaged file; keys that do not fit; NaN; or no safety checker at all.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
@@ -194,11 +186,7 @@ def load_safety_checker(
 
 
 def usable_checker(checker: Any) -> Any:
-    """Return a checker that a pipeline can call with images; None stands for none.
-
-    Raises:
-        EditTypeError: it cannot be called so, as diffusers' checkers cannot.
-    """
+    """Return a checker that a pipeline can call with images; None stands for none."""
     if checker is None or isinstance(checker, SafetyChecker):
         return checker
     function = checker.forward if isinstance(checker, nn.Module) else checker
@@ -213,11 +201,7 @@ def usable_checker(checker: Any) -> Any:
 
 
 def flags_of(checker: Any, images: np.ndarray) -> list[bool] | None:
-    """Return what a checker says of images, float ``(b, h, w, 3)`` in [0, 1]; None without a checker.
-
-    Raises:
-        EditTypeError: it answers with anything but one bool an image.
-    """
+    """Return what a checker says of images, float ``(b, h, w, 3)`` in [0, 1]; None without a checker."""
     if checker is None:
         return None
     found = checker(images)
@@ -227,11 +211,7 @@ def flags_of(checker: Any, images: np.ndarray) -> list[bool] | None:
 
 
 def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
-    """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
+    """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors."""
     folder = make_folder(folder)
     state = {key: value.cpu() for key, value in checker.state_dict().items()}
     tensors = to_foreign(_entries(checker), lazies(state))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pbe.editing.colour import carried, profile_of
+from pbe.editing.image_files import carried, profile_of
 from pbe.editing.images import as_picture, read_picture
 from pbe.editing.inputs import matched
 from pbe.editing.output import as_output
-from pbe.editing.problems import say_once
+from pbe.errors import warn_once
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
@@ -81,7 +81,7 @@ def test_a_grey_profile_is_applied(tmp_path: Path):
 
 
 def test_profiles_that_cannot_be_used_are_told_and_left_out(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     np.testing.assert_array_equal(as_picture(tagged(b"no profile at all")), PIXELS)
     assert "image: its colour profile is damaged and left out" in caplog.text
     assert profile_of(tagged(SRGB, "CMYK"), "cmyk") is None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pbe.editing.compositing import composite, to_bytes
+from pbe.editing.images import composite, to_bytes
 
 
 def test_every_byte_outside_the_hole_survives():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pbe.diffusion.schedule import make_schedule
-from pbe.editing.conditioning import Conditioning, noise_predictor, prepared_predictor
+from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
 from pbe.models import LatentDiffusion
 from tests.models.tiny import randomised, relative, tiny_model_config
 

@@ -7,9 +7,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from pbe.config import ExemplarEncoderConfig
-from pbe.editing.exemplars import check_embeds, clip_crop, crop_settings, exemplar_pixels
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.errors import UserError
+from pbe.editing.preprocess import check_embeds, clip_crop, crop_settings, exemplar_pixels
+from pbe.errors import EditTypeError, EditValueError, UserError
 
 TOWER = ExemplarEncoderConfig(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
 

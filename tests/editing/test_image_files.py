@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from pbe.editing.image_files import ORIENTATION, PNG_START, decode_image, needed_turn, upright
-from pbe.editing.problems import EditValueError
+from pbe.errors import EditValueError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

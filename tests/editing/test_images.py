@@ -8,8 +8,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from pbe.editing.images import as_mask, as_picture, aspect_remark, fit_mask, read_mask, read_picture
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
-from pbe.errors import UserError
+from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
 
 RAMP = np.arange(12 * 8, dtype=np.uint8).reshape(12, 8) * 2
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)
@@ -255,7 +254,7 @@ def test_arrays_as_masks():
 
 
 def test_what_decided_about_a_mask_is_told(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     ones = np.zeros((4, 4), np.uint8)
     ones[:2] = 1
     assert as_mask(ones, "told").sum() == 8
@@ -266,7 +265,7 @@ def test_what_decided_about_a_mask_is_told(caplog: pytest.LogCaptureFixture):
 
 
 def test_a_pil_image_that_lies_on_its_side_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path / "a.jpg", Image.fromarray(COLOURS), exif=exif)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from pbe.editing.inputs import check_generator, matched
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.errors import EditTypeError, EditValueError, warn_once
 
 H, W = 12, 10
 BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
@@ -225,13 +225,13 @@ RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
     ],
 )
 def test_what_looks_like_a_slip_is_told(call: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     matched(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
     assert told in caplog.text
 
 
 def test_what_is_right_needs_no_word(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     matched(PICTURE, SIGNED, tensor_mask())
     matched(torch.randn(3, 8, 8), BYTES, HOLE)
     matched(PICTURE, PICTURE, MASK.resize((2 * W, 2 * H)))
@@ -261,7 +261,7 @@ def test_a_batch_of_masks_without_numbers_is_told_as_such(value: float):
 
 
 def test_a_batch_of_masks_is_one(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     other = torch.ones(H, W)
     assert len(matched(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
     assert "shape (3, 12, 10) is taken as 3 masks of one image, which give as many edits" in caplog.text

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from pbe.editing import PaintByExample
-from pbe.editing.pretrained import say_once
+from pbe.editing.loading import warn_once
 from pbe.errors import UserError
 from tests.editing.conftest import Scene
 from tests.editing.tiny_model import make_tiny_model
@@ -139,7 +139,7 @@ def test_offloading_that_cannot_be(pipe: PaintByExample, settings: dict, message
 
 
 def test_what_does_nothing_says_so(pipe: PaintByExample, caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         pipe.enable_xformers_memory_efficient_attention()
         pipe.disable_xformers_memory_efficient_attention()

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from pbe.checkpoints.native import save_model
 from pbe.diffusion.solvers import ddim
 from pbe.editing import PaintByExample
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.errors import UserError
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene, make_scene
 from tests.editing.tiny_model import make_tiny_model

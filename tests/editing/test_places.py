@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from pbe.editing import hub
-from pbe.editing.hub import Hub
-from pbe.editing.places import require_place
-from pbe.editing.problems import EditValueError
+from pbe.editing.hub import Hub, require_place
+from pbe.errors import EditValueError
 
 
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

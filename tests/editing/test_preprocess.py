@@ -14,7 +14,7 @@ from pbe.editing.preprocess import (
     to_signed,
     working_size,
 )
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.errors import EditTypeError, EditValueError
 
 
 @pytest.mark.parametrize(

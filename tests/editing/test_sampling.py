@@ -15,12 +15,11 @@ from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import SOLVERS
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.editing.engine import Sampling, check_callback
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.placement import Placement
 from pbe.editing.preprocess import check_count, check_number
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.editing.sampling import Sampling, check_callback
-from pbe.errors import UserError
+from pbe.errors import EditTypeError, EditValueError, UserError
 from tests.editing.conftest import Scene
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbe.editing.images import aspect_remark, decision, fit_mask, read_mask, read_picture
-from pbe.editing.problems import EditValueError
-from pbe.errors import UserError
+from pbe.errors import EditValueError, UserError
 from pbe.mask_reading import BY_LUMINANCE
 
 FILE_KEYS = ("image", "mask", "exemplar")
@@ -42,22 +41,14 @@ class Job:
 
 
 def single_job(image: str, mask: str, exemplar: str, name: str | None, seed: int) -> list[Job]:
-    """Return the one job of a command line; the name defaults to the picture's stem.
-
-    Raises:
-        UserError: a name that cannot be a file's.
-    """
+    """Return the one job of a command line; the name defaults to the picture's stem."""
     job = Job(Path(image), Path(mask), Path(exemplar), name if name is not None else Path(image).stem, seed)
     check_name(job.name)
     return [job]
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that output files cannot have.
-
-    Raises:
-        EditValueError: the name, and why.
-    """
+    """Refuse a name that output files cannot have."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError as error:
@@ -76,11 +67,7 @@ def output_stem(job: Job, index: int) -> str:
 
 
 def check_outputs(jobs: list[Job], num_images: int, folder: Path) -> None:
-    """Check that no two edits share an output file, and that none lands on an input.
-
-    Raises:
-        UserError: two edits of one name and seed, an output that would replace an input, or a seed too large.
-    """
+    """Check that no two edits share an output file, and that none lands on an input."""
     inputs = {os.path.realpath(path) for job in jobs for path in (job.image, job.mask, job.exemplar)}
     folder = Path(os.path.realpath(folder))
     taken: dict[str, Job] = {}
@@ -110,11 +97,7 @@ class Checked:
 
 
 def check_files(jobs: list[Job]) -> Iterator[Checked]:
-    """Read every file of every job, and yield what each job's files are.
-
-    Raises:
-        UserError: the first file that cannot be used, in one line.
-    """
+    """Read every file of every job, and yield what each job's files are."""
     for job in jobs:
         try:
             height, width = read_picture(job.image).pixels.shape[:2]

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.editing.batch.jobs import FILE_KEYS, MAX_SEED, Job, check_name
-from pbe.editing.problems import EditValueError
-from pbe.errors import UserError
+from pbe.errors import EditValueError, UserError
 from pbe.files import expand_home
 
 PAIR_KEYS = (*FILE_KEYS, "name", "seed")
@@ -31,9 +30,6 @@ def read_pairs(path: Path, seed: int) -> list[Job]:
     ``image``, ``mask`` and ``exemplar`` (paths, relative to the file's folder) and optionally ``name``
     (default: the line's number in four digits, in an array the entry's, and the image's stem) and ``seed``
     (default: ``seed``); null and empty cells stand for what is left out. Blank lines are skipped.
-
-    Raises:
-        UserError: the file cannot be read or holds no pairs, or a line is malformed (its number is named).
     """
     jobs = []
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 
 CELL = 512  # longest side of a grid's cell, pixels
@@ -67,9 +67,6 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
     The colour profile and the resolution in the picture's ``info`` are written too, where the format holds
     them (WebP has no place for a resolution).
-
-    Raises:
-        UserError: the file cannot be written.
     """
     buffer = io.BytesIO()
     kind, settings = FORMATS[path.suffix.lower()]
@@ -83,11 +80,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # What is not UTF-8 in a path is a lone surrogate in Python, and its backslash form is JSON's own.
     _write(path, text.encode(errors="backslashreplace"))

@@ -29,8 +29,8 @@ from pbe.editing.batch.records import (
 from pbe.editing.cli import build_parser
 from pbe.editing.hub import Hub
 from pbe.editing.images import LoadedFile, fit_mask, read_mask, read_picture
+from pbe.editing.loading import usable_device
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.pretrained import usable_device
 from pbe.errors import UserError
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
@@ -48,11 +48,7 @@ class Work:
 
 
 def load_work(job: Job) -> Work:
-    """Read the files of a job, the mask at the picture's size.
-
-    Raises:
-        UserError: a file changed since it was checked and cannot be used any more.
-    """
+    """Read the files of a job, the mask at the picture's size."""
     image, mask = read_picture(job.image), read_mask(job.mask)
     mask = replace(mask, pixels=fit_mask(mask.pixels, image.pixels.shape[:2]))
     return Work(job, image, mask, read_picture(job.exemplar, "exemplar"))
@@ -76,22 +72,14 @@ def batches(
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is a CUDA GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """Return the device of that name; ``auto`` is a CUDA GPU where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable_device(name, "--device")
 
 
 def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[PaintByExample, Path]:
-    """Return the pipeline that a command line asks for, and where its model lies.
-
-    Raises:
-        UserError: the model cannot be used, or not like this.
-    """
+    """Return the pipeline that a command line asks for, and where its model lies."""
     hub = Hub(options.revision, options.cache_dir, options.offline)
     place = hub.find(options.model)
     pipe = PaintByExample.from_pretrained(
@@ -126,9 +114,6 @@ def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: arg
         jobs: checked jobs.
         sizes: height and width of each job's picture.
         options: parsed command line.
-
-    Raises:
-        UserError: the model or the device cannot be used, or a file cannot be written.
     """
     device = pick_device(options.device)
     pipe, place = load_pipeline(options, device)
@@ -150,11 +135,7 @@ def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: arg
 
 @contextmanager
 def memory_told() -> Iterator[None]:
-    """Turn every way of running out of memory into one line.
-
-    Raises:
-        UserError: there was not enough.
-    """
+    """Turn every way of running out of memory into one line."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:

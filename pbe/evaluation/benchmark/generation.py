@@ -31,9 +31,9 @@ from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.batch.records import write_picture
-from pbe.editing.compositing import to_bytes
 from pbe.editing.conventions import get_conventions
 from pbe.editing.hub import Hub
+from pbe.editing.images import to_bytes
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError

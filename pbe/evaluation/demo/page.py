@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from pbe.editing.batch.pairs import read_pairs
-from pbe.editing.compositing import grey_out
-from pbe.editing.images import read_mask, read_picture
+from pbe.editing.images import grey_out, read_mask, read_picture
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError

@@ -20,7 +20,7 @@ from PIL import Image
 
 from pbe.data.randomness import permutation
 from pbe.editing.batch.records import write_json, write_picture
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder

@@ -1,40 +1,125 @@
-"""What a pipeline is loaded from: the model, how it is sampled, and its safety checker."""
+"""Solvers in the form of diffusers' schedulers: what a pipeline shows as its scheduler, and what it takes."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from pbe.checkpoints.diffusers.config import write_scheduler
 from pbe.checkpoints.folders import ANY, FileChoice
-from pbe.checkpoints.loading import Loaded, load_checkpoint
-from pbe.checkpoints.usage import Usage
-from pbe.config import Config, ModelConfig
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.components import NETWORKS, OURS, schedule_of
-from pbe.editing.hub import Hub
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
-from pbe.editing.safety import load_safety_checker
-from pbe.editing.sampling import choose_solver
-from pbe.editing.schedulers import solver_of
-from pbe.errors import UserError
-from pbe.files import expand_home
-from pbe.models import AutoencoderKL, ExemplarEncoder, UNet
-
-AUTO = "auto"
-Configuration = str | Path | ModelConfig | Config | None
-Checker = str | Path | nn.Module | None
+from pbe.diffusion.solvers.choice import SolverChoice
+from pbe.diffusion.solvers.scheduler_config import BETAS, CLASSES, OWN, solver_from_scheduler
+from pbe.errors import EditTypeError, EditValueError, UserError
+from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 
 
+class ReadOnly(dict[str, Any]):
+    """A mapping of settings that are read as attributes, too, and cannot be changed."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"no setting '{name}'; there are: {', '.join(self)}")
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise EditTypeError(
+            "settings are read-only; pipe.solver and pipe.scheduler take others, and so do a call's arguments"
+        )
+
+    __setattr__ = __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadOnly, (dict(self),)
+
+
+class Scheduler:
+    """What ``pipe.scheduler`` tells: the solver as a configuration that diffusers' classes take.
+
+    Attributes:
+        config: of ``X.from_config(pipe.scheduler.config)``.
+        compatibles: names of the classes that ``pipe.scheduler = X.from_config(...)`` takes.
+    """
+
+    compatibles = tuple(CLASSES)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = ReadOnly(config)
+
+    def __repr__(self) -> str:
+        return f"Scheduler({dict(self.config)})"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"pipe.scheduler has no '{name}': it tells the solver's config, and steps are made inside a call"
+        )
+
+
+def solver_of(scheduler: Any, model: LatentDiffusion) -> SolverChoice:
+    """Return the solver that a scheduler stands for.
+
+    Args:
+        scheduler: of diffusers, of another pipeline, or the configuration of one.
+        model: whose noise schedule and prediction it has to have.
+    """
+    config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
+    if not isinstance(config, Mapping):
+        raise EditTypeError(
+            f"scheduler: {type(scheduler).__name__}; it must be one of diffusers' {', '.join(CLASSES)}"
+        )
+    values = dict(config)
+    if not isinstance(scheduler, Scheduler | Mapping):
+        # a configuration carries notes of the class that it was made from along
+        values = {key: value for key, value in values.items() if key != OWN}
+        values["_class_name"] = type(scheduler).__name__
+    try:
+        choice = solver_from_scheduler(values)
+    except UserError as error:
+        raise EditValueError(str(error)) from error
+    _check_betas(values, model)
+    return choice
+
+
+def _check_betas(values: Mapping[str, Any], model: LatentDiffusion) -> None:
+    start, end = BETAS[values["_class_name"]]
+    found: dict[str, Any] = {
+        "num_train_timesteps": 1000,
+        "beta_start": start,
+        "beta_end": end,
+        "prediction_type": "epsilon",
+    }
+    found |= {key: values[key] for key in found if key in values}
+    for key, wanted in write_scheduler(model.config, {}).items():
+        value = found.get(key, wanted)
+        if value != wanted and not _close(value, wanted):
+            raise EditValueError(
+                f"the scheduler's {key} is {value}, the model's {wanted}; "
+                "make it by X.from_config(pipe.scheduler.config)"
+            )
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Return whether two values are numbers that differ by rounding only."""
+    return all(isinstance(each, int | float) for each in (one, other)) and math.isclose(
+        one, other, rel_tol=1e-6
+    )
+
+
+OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "image_encoder": ExemplarEncoder}
+
+
 # diffusers' arguments of loading that change no result, and those that cannot be followed here, and why.
 IDLE = ("disable_mmap", "low_cpu_mem_usage", "offload_state_dict", "resume_download", "trust_remote_code")
+
+
 REFUSED = {
     "custom_pipeline": "there is one pipeline",
     "custom_revision": "there is one pipeline",
@@ -54,6 +139,8 @@ REFUSED = {
     "use_flashpack": "safetensors and pickles are read",
     "use_onnx": "ONNX is not read",
 }
+
+
 OTHERS = (
     *("torch_dtype", "device_map", "variant", "use_safetensors", "force_download", "requires_safety_checker"),
     *(*PARTS, "scheduler", "feature_extractor"),
@@ -98,10 +185,6 @@ def read_theirs(
         dtype: given by its name here.
         device: likewise.
         known: of the call, for errors, which tell the nearest name.
-
-    Raises:
-        EditTypeError: an argument that is not known, or of the wrong kind.
-        EditValueError: one that cannot be followed; the line says why.
     """
     for name, value in others.items():
         if name in REFUSED and value not in (None, False):
@@ -153,11 +236,7 @@ def _place(device_map: Any) -> Any:
 
 
 def preprocessor_of(extractor: Any) -> dict[str, Any] | None:
-    """Return the ``preprocessor_config.json`` of a feature extractor, or of its settings.
-
-    Raises:
-        EditTypeError: something else.
-    """
+    """Return the ``preprocessor_config.json`` of a feature extractor, or of its settings."""
     if extractor is None or isinstance(extractor, Mapping):
         return None if extractor is None else dict(extractor)
     if not callable(getattr(extractor, "to_dict", None)):
@@ -170,14 +249,10 @@ def preprocessor_of(extractor: Any) -> dict[str, Any] | None:
 def check_saving(
     layout: object, dtype: object, safe_serialization: object, variant: object, push_to_hub: object
 ) -> None:
-    """Check the arguments of saving, those that diffusers has among them.
-
-    Raises:
-        EditTypeError, EditValueError: one that cannot be followed; the line says what to do.
-    """
+    """Check the arguments of saving, those that diffusers has among them."""
     if not isinstance(layout, str):
         raise EditTypeError(f"layout: {type(layout).__name__}; it must be a name, such as diffusers")
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if not safe_serialization:
         raise EditValueError("safe_serialization is False; folders hold safetensors, never pickles")
     if variant is not None:
@@ -186,113 +261,7 @@ def check_saving(
         raise EditValueError("saving does not upload; call pipe.push_to_hub(repo_id)")
 
 
-def load_parts(
-    path_or_hub_id: str | Path,
-    config: Configuration,
-    solver: str | SolverChoice | None,
-    safety_checker: Checker,
-    hub: Hub,
-    theirs: Theirs,
-    *,
-    raw_weights: bool = False,
-) -> dict[str, Any]:
-    """Load a model, its sampling settings and its safety checker; returns what a pipeline is made of.
-
-    Args:
-        path_or_hub_id: folder, file or Hub id.
-        config: sizes of the model, where its files do not say.
-        solver: None takes the one that the model's files name.
-        safety_checker: ``auto``, None, a folder or Hub id, or the network.
-        hub: how the Hub is asked.
-        theirs: type and device of the weights, and what else diffusers' arguments ask for.
-        raw_weights: take a training checkpoint's plain weights instead of the averaged ones.
-
-    Raises:
-        UserError: see ``PaintByExample.from_pretrained``.
-    """
-    place, dtype = "cpu" if theirs.device is None else theirs.device, theirs.dtype
-    _check_dtype(dtype)
-    folder = hub.find(path_or_hub_id)
-    loaded = load_checkpoint(
-        folder,
-        config=_sizes(config),
-        device=usable_device(place),
-        dtype=dtype,
-        files=hub.files,
-        raw_weights=raw_weights,
-    )
-    usage = _usage(loaded, solver, theirs)
-    schedule = schedule_of(
-        loaded.model,
-        conventions=usage.conventions,
-        solver=usage.solver,
-        watermark=bool(usage.watermark),
-        preprocessor=usage.preprocessor,
-        scheduler=usage.scheduler,
-    )
-    for note in loaded.notes:
-        say_once(f"'{path_or_hub_id}': {note}")
-    checker = _checker(safety_checker, loaded, hub)
-    if checker is None and theirs.screened:
-        say_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
-    elif isinstance(checker, Path):
-        checker = load_safety_checker(checker, device=place, dtype=dtype, files=hub.files)
-    networks = {name: getattr(loaded.model, name) for name in NETWORKS} | theirs.networks
-    return networks | {"noise_schedule": schedule, "safety_checker": checker}
-
-
-def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
-    if isinstance(config, Config):
-        return config.model
-    if isinstance(config, str | Path):
-        return expand_home(str(config))
-    if config is None or isinstance(config, ModelConfig):
-        return config
-    raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
-
-
-def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
-    """Return a device that tensors can be made on.
-
-    Args:
-        device: or its name.
-        named: what errors call the argument.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    try:
-        found = torch.empty(0, device=device).device
-        if found.type == "meta":
-            raise NotImplementedError("it holds no numbers")
-        return found
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _check_dtype(dtype: Any) -> None:
+def check_dtype(dtype: Any) -> None:
+    """Refuse a type of weights that is none of torch's floating-point types."""
     if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise EditTypeError(f"dtype: {dtype!r}; it must be a floating-point torch.dtype, as torch.float16")
-
-
-def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) -> Usage:
-    """Return how the model is to be run: as the call says, else as its files do, else as the layout does."""
-    usage = loaded.usage
-    if solver is not None and theirs.scheduler is not None:
-        raise EditValueError("solver and scheduler are two names for one thing; give one of them")
-    if solver is not None:
-        usage = replace(usage, solver=choose_solver(solver))
-    elif theirs.scheduler is not None:
-        usage = replace(usage, solver=solver_of(theirs.scheduler, loaded.model))
-    return replace(usage, preprocessor=theirs.preprocessor or usage.preprocessor).complete(loaded.layout)
-
-
-def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
-    """Return the checker, or the folder to load it from."""
-    if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
-        return wanted
-    if wanted != AUTO:
-        return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(
-            wanted
-        )
-    return loaded.safety_checker

@@ -1,20 +1,29 @@
-"""The parts of a pipeline, and a pipeline's model made of parts."""
+"""What a pipeline is made of: model, sampling settings and safety checker, loaded or given as parts."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from pbe.checkpoints.usage import DEFAULT_SOLVER
-from pbe.config import ModelConfig, ScheduleConfig
+import torch
+from torch import nn
+
+from pbe.checkpoints.loading import Loaded, load_checkpoint
+from pbe.checkpoints.usage import DEFAULT_SOLVER, Usage
+from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing.conventions import ORIGINAL
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.diffusers_inputs import OURS, Theirs, check_dtype, solver_of
+from pbe.editing.engine import choose_solver
+from pbe.editing.hub import Hub
+from pbe.editing.safety import load_safety_checker
+from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
+from pbe.files import expand_home
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 
-OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
 NETWORKS = ("unet", "autoencoder", "exemplar_encoder")
 PARTS = (*NETWORKS, "noise_schedule")
 
@@ -72,9 +81,6 @@ def own_names(parts: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     Args:
         parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``, or None.
         theirs: ``vae``, ``image_encoder`` and what makes no network.
-
-    Raises:
-        EditTypeError: a name that is neither's, or two names for one part.
     """
     found = dict(parts)
     for name, part in theirs.items():
@@ -91,10 +97,6 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
 
     Args:
         parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``.
-
-    Raises:
-        EditTypeError: a part is missing or no part.
-        EditValueError: the parts do not fit together.
     """
     missing = [name for name in PARTS if parts[name] is None]
     if missing:
@@ -137,3 +139,109 @@ def _check_fit(unet: UNet, autoencoder: AutoencoderKL, exemplar_encoder: Exempla
     if len({(weight.dtype, weight.device) for weight in weights.values()}) > 1:
         told = ", ".join(f"the {name} is {each.dtype} on {each.device}" for name, each in weights.items())
         raise EditValueError(f"{told}; bring them to one type and device with to()")
+
+
+AUTO = "auto"
+Configuration = str | Path | ModelConfig | Config | None
+Checker = str | Path | nn.Module | None
+
+
+def load_parts(
+    path_or_hub_id: str | Path,
+    config: Configuration,
+    solver: str | SolverChoice | None,
+    safety_checker: Checker,
+    hub: Hub,
+    theirs: Theirs,
+    *,
+    raw_weights: bool = False,
+) -> dict[str, Any]:
+    """Load a model, its sampling settings and its safety checker; returns what a pipeline is made of.
+
+    Args:
+        path_or_hub_id: folder, file or Hub id.
+        config: sizes of the model, where its files do not say.
+        solver: None takes the one that the model's files name.
+        safety_checker: ``auto``, None, a folder or Hub id, or the network.
+        hub: how the Hub is asked.
+        theirs: type and device of the weights, and what else diffusers' arguments ask for.
+        raw_weights: take a training checkpoint's plain weights instead of the averaged ones.
+    """
+    place, dtype = "cpu" if theirs.device is None else theirs.device, theirs.dtype
+    check_dtype(dtype)
+    folder = hub.find(path_or_hub_id)
+    loaded = load_checkpoint(
+        folder,
+        config=_sizes(config),
+        device=usable_device(place),
+        dtype=dtype,
+        files=hub.files,
+        raw_weights=raw_weights,
+    )
+    usage = _usage(loaded, solver, theirs)
+    schedule = schedule_of(
+        loaded.model,
+        conventions=usage.conventions,
+        solver=usage.solver,
+        watermark=bool(usage.watermark),
+        preprocessor=usage.preprocessor,
+        scheduler=usage.scheduler,
+    )
+    for note in loaded.notes:
+        warn_once(f"'{path_or_hub_id}': {note}")
+    checker = _checker(safety_checker, loaded, hub)
+    if checker is None and theirs.screened:
+        warn_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
+    elif isinstance(checker, Path):
+        checker = load_safety_checker(checker, device=place, dtype=dtype, files=hub.files)
+    networks = {name: getattr(loaded.model, name) for name in NETWORKS} | theirs.networks
+    return networks | {"noise_schedule": schedule, "safety_checker": checker}
+
+
+def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
+    if isinstance(config, Config):
+        return config.model
+    if isinstance(config, str | Path):
+        return expand_home(str(config))
+    if config is None or isinstance(config, ModelConfig):
+        return config
+    raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
+
+
+def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
+    """Return a device that tensors can be made on.
+
+    Args:
+        device: or its name.
+        named: what errors call the argument.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) -> Usage:
+    """Return how the model is to be run: as the call says, else as its files do, else as the layout does."""
+    usage = loaded.usage
+    if solver is not None and theirs.scheduler is not None:
+        raise EditValueError("solver and scheduler are two names for one thing; give one of them")
+    if solver is not None:
+        usage = replace(usage, solver=choose_solver(solver))
+    elif theirs.scheduler is not None:
+        usage = replace(usage, solver=solver_of(theirs.scheduler, loaded.model))
+    return replace(usage, preprocessor=theirs.preprocessor or usage.preprocessor).complete(loaded.layout)
+
+
+def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
+    """Return the checker, or the folder to load it from."""
+    if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
+        return wanted
+    if wanted != AUTO:
+        return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(
+            wanted
+        )
+    return loaded.safety_checker
