@@ -11,7 +11,8 @@ from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics import towers
-from scripts import cache_latents, convert_checkpoint, fit_mixture, human_study, make_examples, run_ablation
+from scripts import cache_latents, fit_mixture, human_study, make_examples, run_ablation
+from tests.commands import convert as convert_checkpoint
 
 MISTAKES: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "more objects than there are": (make_examples.main, ["--out", "new/examples", "--count", "100000"]),

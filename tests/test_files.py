@@ -13,7 +13,8 @@ from pbe.data.shards.archive import write_shards
 from pbe.errors import UserError
 from pbe.evaluation.demo import stages
 from pbe.files import check_file, make_folder, new_folder
-from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
+from scripts import demo, evaluate, make_examples, render_toy_world
+from tests.commands import convert as convert_checkpoint
 from tests.editing.tiny_model import make_tiny_model
 
 

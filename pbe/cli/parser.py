@@ -1,13 +1,12 @@
-"""What the project's command lines share: complaints in one line, paths, and exit statuses."""
+"""The parser of the scripts in ``scripts/``; the commands of ``pbe`` have :mod:`pbe.cli.main`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pbe.cli.main import run_command as run_command
 from pbe.errors import UserError
 from pbe.files import expand_home
 
@@ -25,30 +24,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the complaint."""
         raise UserError(f"{message} (--help lists the options)")
-
-
-def run_command(body: Callable[[], object]) -> int:
-    """Run a command line, parsing of its arguments included.
-
-    Returns:
-        Exit status: 0, 2 after ``error: ...`` on stderr (a missing package is one too), 130 when interrupted.
-    """
-    try:
-        body()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        name = str(error.name).split(".")[0]
-        if name == "pbe":
-            raise
-        print(
-            f"error: the Python package '{name}' is not installed for {sys.executable}; use the python that "
-            "the project was set up with (make setup makes .venv)",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0

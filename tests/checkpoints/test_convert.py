@@ -17,8 +17,8 @@ from pbe.checkpoints.saving import LAYOUTS, save_checkpoint
 from pbe.checkpoints.tensors import LazyTensor
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.models import LatentDiffusion
-from scripts import convert_checkpoint
 from tests.checkpoints.small import original_state, same_weights, save_original, small_config
+from tests.commands import convert as convert_checkpoint
 from tests.models.tiny import randomised, relative
 
 TEXT = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
@@ -125,7 +125,7 @@ def test_mistakes(small: LatentDiffusion, tmp_path: Path, capsys: pytest.Capture
     save_checkpoint(tmp_path / "native", small)
     assert "does not exist" in complaint(capsys, tmp_path / "nowhere", tmp_path / "out")
     assert "name OUT alone with --from-sd" in complaint(capsys, tmp_path / "native")
-    assert "invalid choice: 'onnx'" in complaint(
+    assert 'Invalid value "onnx" for --to' in complaint(
         capsys, tmp_path / "native", tmp_path / "out", "--to", "onnx"
     )
     assert "holds other files" in complaint(

@@ -16,7 +16,7 @@ from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, sa
 from pbe.checkpoints.writers import write_safetensors
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from scripts import convert_checkpoint
+from tests.commands import convert as convert_checkpoint
 from tests.models.tiny import tiny_encoder_config, tiny_model_config
 
 

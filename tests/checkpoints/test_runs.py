@@ -16,8 +16,8 @@ from pbe.config import Config, save_yaml, to_dict
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from scripts import convert_checkpoint
 from tests.checkpoints.small import same_weights, small_config
+from tests.commands import convert as convert_checkpoint
 
 CONFIG = replace(Config(), model=small_config())
 

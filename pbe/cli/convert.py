@@ -1,0 +1,84 @@
+"""``pbe convert``: models between layouts and precisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pbe.cli.arguments import SETTINGS, Dtype, Place
+from pbe.errors import UserError
+from pbe.resources import find_model
+
+if TYPE_CHECKING:
+    from pbe.checkpoints.opened import Opened
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Options of ``pbe convert``."""
+
+    to: Literal["native", "compvis", "diffusers"] = "native"
+    """layout of OUT"""
+    dtype: Dtype | None = None
+    """type of the weights in OUT; as in IN if not given"""
+    verify: bool = False
+    """compare tensors and outputs; keep OUT only if equal"""
+    raw_weights: bool = False
+    """the plain weights of a training, not the average"""
+    config: Place | None = None
+    """YAML with the sizes, for a checkpoint that does not give its own"""
+    from_sd: Place | None = None
+    """make the start of a training from Stable Diffusion v1 (file or folder)"""
+    tower: Place = ""
+    """with --from-sd: the tower's weights (open_clip tag or file)"""
+    seed: int = 0
+    """with --from-sd: of the new weights"""
+
+
+def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> None:
+    """Convert a model between the native layout, the original's and diffusers'.
+
+    pbe convert IN OUT --to diffusers --dtype fp16 --verify
+    pbe convert --from-sd SD OUT --tower openai
+
+    Args:
+        paths: IN OUT: model to read (any layout), and what to write.
+    """
+    if len(paths) != (1 if settings.from_sd else 2):
+        raise UserError("name OUT alone with --from-sd, and IN and OUT without it (--help lists the options)")
+    if settings.tower and not settings.from_sd:
+        raise UserError("--tower goes with --from-sd only")
+    from pbe.checkpoints import conversion
+    from pbe.checkpoints.loading import open_checkpoint
+    from pbe.checkpoints.precision import torch_dtype
+
+    target = Path(paths[-1])
+    if settings.from_sd:
+        opened = _start(settings.from_sd, settings)
+    else:
+        opened = open_checkpoint(find_model(paths[0]), settings.config, raw_weights=settings.raw_weights)
+    print(conversion.table(opened))
+    if opened.safety_checker is not None and target.suffix in conversion.FILE_SUFFIXES:
+        print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
+    dtype = torch_dtype(settings.dtype) if settings.dtype else None
+    conversion.convert(opened, target, settings.to, dtype, verify=settings.verify)
+    count = sum(tensor.count for tensor in opened.tensors.values())
+    kind = settings.dtype or "they were"
+    print(f"{count:,} parameters as {kind} in {target}{', verified' if settings.verify else ''}")
+
+
+def _start(stable_diffusion: str, settings: ConvertSettings) -> Opened:
+    """Open Stable Diffusion's weights as the start of a training."""
+    from pbe.checkpoints.warm_start import open_stable_diffusion
+    from pbe.config import ModelConfig, load_config
+
+    sizes = load_config(settings.config).model if settings.config else ModelConfig()
+    encoder = replace(sizes.exemplar_encoder, pretrained=settings.tower or sizes.exemplar_encoder.pretrained)
+    return open_stable_diffusion(
+        stable_diffusion,
+        replace(sizes, exemplar_encoder=encoder),
+        settings.seed,
+        raw_weights=settings.raw_weights,
+    )

@@ -1,0 +1,115 @@
+"""The command ``pbe``: its subcommands, each imported only when it is called, and how errors are told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import getitem
+from typing import TYPE_CHECKING
+
+from pbe.errors import UserError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+# Name to function; a name of two words is a command of a group.
+COMMANDS = {
+    "convert": "pbe.cli.convert:convert",
+}
+GROUPS: dict[str, str] = {}
+HELP = ("--help", "-h")
+
+
+def make_app() -> App:
+    """Return the command with all its subcommands."""
+    from cyclopts import App, Parameter
+
+    from pbe import __version__
+
+    app = App(
+        name="pbe",
+        help="Paint by Example: edit images by example, train and evaluate models that do.",
+        version=__version__,
+        # Without `negative` every switch would have a --no- form and every list an --empty- form.
+        default_parameter=Parameter(negative=(), negative_bool=(), show_default=_show_default),
+        help_format="plaintext",
+        help_on_error=False,
+        print_error=False,
+        exit_on_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for group, description in GROUPS.items():
+        app.command(App(name=group, help=description))
+    for name, function in COMMANDS.items():
+        *group, last = name.split()
+        (app[group[0]] if group else app).command(function, name=last)
+    return app
+
+
+def _show_default(value: object) -> str | None:
+    """Return how help shows a default; None hides what says nothing, as a switch that is off."""
+    if value is None or value is False or value in ("", [], ()):
+        return None
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+
+    Returns:
+        Exit status: 0, 2 after ``error: ...`` on stderr, 128 + n when signal n stopped it.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no question to the network at its import
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command(lambda: _call(words))
+
+
+def _call(words: list[str]) -> object:
+    from cyclopts import CycloptsError
+
+    app = make_app()
+    if " ".join(word for word in words if word not in HELP) in ("", *GROUPS):
+        for name in COMMANDS:  # a list of commands says what each does, so they are all imported
+            reduce(getitem, name.split(), app)
+    try:
+        return app(words)
+    except CycloptsError as error:
+        raise UserError(f"{error} (--help lists the options)") from error
+
+
+def run_command(body: Callable[[], object]) -> int:
+    """Run a command line, parsing of its arguments included.
+
+    Returns:
+        Exit status: what ``body`` returns where that is a number, else 0; 2 after ``error: ...`` on stderr (a
+        missing package is one too), 130 when interrupted.
+    """
+    try:
+        status = body()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        name = str(error.name).split(".")[0]
+        if name == "pbe":
+            raise
+        print(
+            f"error: the Python package '{name}' is not installed for {sys.executable}; use the python that "
+            "the project was installed for (in a clone: make setup makes .venv)",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
