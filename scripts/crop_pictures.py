@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pbe.cli.parser import Parser, run_command
-from pbe.editing.batch.records import write_picture
+from pbe.editing.batch.records import write_image
 from pbe.errors import UserError
 from pbe.evaluation.metrics.set_scores import PictureFolder, read_picture
 from pbe.evaluation.metrics.towers import centre_crop
@@ -91,7 +91,7 @@ def _square(source: Path, size: int, resampling: Image.Resampling) -> np.ndarray
 
 
 def _write(source: Path, out: Path, make_square: Callable[[Path], np.ndarray]) -> int:
-    write_picture(_target(source, out), Image.fromarray(make_square(source)))
+    write_image(_target(source, out), Image.fromarray(make_square(source)))
     return 1
 
 

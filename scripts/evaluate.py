@@ -21,10 +21,10 @@ from tqdm import tqdm
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.cli.parser import Parser, run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
-from pbe.editing.batch.records import write_json, write_picture
+from pbe.editing.batch.records import write_image, write_json
 from pbe.editing.batch.runner import pick_device
-from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.settings import CONVENTIONS
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.generation import GenerateSettings
@@ -287,7 +287,7 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
     write_json(options.out / "scores.json", report)
     write_text(options.out / "scores.md", table)
     shown = {label: pictures[: options.sheet] for label, pictures in benchmark_rows(cases, edits).items()}
-    write_picture(options.out / "grid.png", Image.fromarray(sheet(shown)))
+    write_image(options.out / "grid.png", Image.fromarray(sheet(shown)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {options.out}")
     return report
 

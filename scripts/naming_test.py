@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pbe.cli.parser import Parser, run_command
 from pbe.data.toy.scenes import ToyWorld
-from pbe.editing.batch.records import write_picture
+from pbe.editing.batch.records import write_image
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     questions = make_questions(world, cases, options.seed)
     sheets = make_folder(options.out / "sheets")  # not before there is something to put into it
     for number, sheet in enumerate(naming_sheets(questions, images), 1):
-        write_picture(sheets / f"sheet_{number}.png", sheet)
+        write_image(sheets / f"sheet_{number}.png", sheet)
     write_form(sheets / ANSWERS, questions)
     write_key(options.out / KEY, questions, shown)
     print(f"{len(cases)} images: give {sheets} to the judge and keep {options.out / KEY} to yourself")

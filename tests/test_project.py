@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from pbe.editing.settings import EditCommand, option_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -103,8 +106,10 @@ def makefile_targets() -> set[str]:
 
 
 def declared_flags(script: str) -> set[str]:
-    """The flags that the parser of a script declares; sample.py's stands in the package."""
-    source = (ROOT / {"sample.py": "pbe/editing/cli.py"}.get(script, script)).read_text()
+    """The flags that the parser of a script declares; those of sample.py are the fields of a dataclass."""
+    if script == "sample.py":
+        return {option_name(each.name) for each in fields(EditCommand)} | {"--no-preserve-background"}
+    source = (ROOT / script).read_text()
     flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
     return flags | {f"--no-{flag[2:]}" for flag in flags} if "BooleanOptionalAction" in source else flags
 

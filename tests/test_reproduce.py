@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pbe.cli.main import make_app
 from pbe.config import load_config
-from pbe.editing.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("reproduce", "evaluation")
@@ -41,7 +41,7 @@ def accept(words: list[str]) -> None:
     elif script == "scripts/inspect_data.py":  # its flags are looked up by tests/test_project.py
         load_config(ROOT / arguments[0], [])
     elif script == "sample.py":
-        build_parser().parse_args(arguments)
+        make_app().parse_args(["edit", *arguments])
     else:
         module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         parse = getattr(module, "parse", None) or module.make_parser().parse_args

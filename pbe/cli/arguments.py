@@ -33,7 +33,7 @@ Place = Annotated[str, Parameter(converter=_text, metavar="PATH")]
 Model = Annotated[str, Parameter(converter=_model, metavar="MODEL")]
 """A model in any layout, or ``toy``: the one that ships."""
 
-Switch = Annotated[bool, Parameter(negative_bool="no-")]
+Switch = Annotated[bool, Parameter(negative=None, negative_bool="no-")]
 """On unless ``--no-...`` is given; plain ``bool`` has no such form."""
 MANY = Parameter(consume_multiple=True)
 """Several values may follow the option."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Name to function; a name of two words is a command of a group.
 COMMANDS = {
     "convert": "pbe.cli.convert:convert",
+    "edit": "pbe.cli.edit:edit",
 }
 GROUPS: dict[str, str] = {}
 HELP = ("--help", "-h")
@@ -33,7 +34,10 @@ def make_app() -> App:
         help="Paint by Example: edit images by example, train and evaluate models that do.",
         version=__version__,
         # Without `negative` every switch would have a --no- form and every list an --empty- form.
-        default_parameter=Parameter(negative=(), negative_bool=(), show_default=_show_default),
+        # The last of an option that is given twice counts, so that a call can be changed by adding to it.
+        default_parameter=Parameter(
+            negative=(), negative_bool=(), show_default=_show_default, allow_repeating=True
+        ),
         help_format="plaintext",
         help_on_error=False,
         print_error=False,

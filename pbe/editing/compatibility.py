@@ -18,11 +18,10 @@ from tqdm import tqdm
 from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
 from pbe.diffusion.solvers.choice import SolverChoice
-from pbe.editing.conventions import get_conventions
 from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, read_theirs, solver_of
-from pbe.editing.engine import Progress
 from pbe.editing.hub import Hub, upload
 from pbe.editing.safety import SafetyChecker, usable_checker
+from pbe.editing.settings import get_conventions
 from pbe.errors import EditAttributeError, EditTypeError, EditValueError
 from pbe.models import LatentDiffusion
 
@@ -84,7 +83,7 @@ class DiffusersNames:
     model: LatentDiffusion
     safety_checker: Any
     _choice: SolverChoice
-    _progress: Progress
+    _bar: dict[str, Any]
     _name_or_path = ""
 
     usage: property  # of the pipeline
@@ -143,13 +142,13 @@ class DiffusersNames:
                 raise EditTypeError(
                     f"the progress bar has no setting '{name}'; there are: {', '.join(known)}"
                 )
-        self._progress.settings = settings
+        self._bar = settings
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm[Any]:
         """Return a bar with the settings of this pipeline's."""
         if iterable is None and total is None:
             raise EditValueError("progress_bar needs an iterable or a total")
-        return tqdm(iterable, total=total, **self._progress.settings)
+        return tqdm(iterable, total=total, **self._bar)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **parts: Any) -> Self:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,29 +27,9 @@ from pbe.checkpoints.folders import (
     is_pickle,
     variant_of,
 )
-from pbe.errors import EditValueError, UserError
+from pbe.editing.settings import existing_path
+from pbe.errors import UserError
 from pbe.files import expand_home
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-def require_place(path_or_hub_id: str | Path, option: str = "") -> Path | None:
-    """Return a path that exists; None for what may be a repository's name, ``owner/name``.
-
-    A path that exists comes before a repository of the same name; a leading ``~`` is the home folder.
-
-    Args:
-        path_or_hub_id: what was given.
-        option: of a command line, named by the error.
-    """
-    name = expand_home(str(path_or_hub_id))
-    if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
-        return Path(name)
-    if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):
-        kinds = "a model's folder, a checkpoint file or a Hub id (owner/name)"
-        raise EditValueError(f"{option and option + ' '}'{name}' does not exist; give {kinds}")
-    return None
-
 
 NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
 COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
@@ -85,7 +64,7 @@ class Hub:
 
         A path that exists comes before a repository of the same name.
         """
-        path = require_place(path_or_hub_id)
+        path = existing_path(path_or_hub_id)
         return self._download(str(path_or_hub_id)) if path is None else path
 
     def _download(self, name: str) -> Path:

@@ -51,7 +51,7 @@ def decode_image(content: bytes) -> Image.Image:
         except Exception as error:  # decoders raise nearly anything on damaged files
             failure = error
     if isinstance(failure, UnidentifiedImageError):
-        raise EditValueError("is not a picture of a known format") from failure
+        raise EditValueError("is not an image of a known format") from failure
     raise EditValueError(f"is damaged or cannot be decoded: {first_line(failure)}") from failure
 
 

@@ -1,6 +1,6 @@
-"""Pictures and masks of every kind, brought to two plain forms.
+"""Images and masks of every kind, brought to two plain forms.
 
-A picture is ``h w 3``, RGB, uint8 or (from floating-point input) float32 in [-1, 1]; a mask is bool ``h w``,
+An image is ``h w 3``, RGB, uint8 or (from floating-point input) float32 in [-1, 1]; a mask is bool ``h w``,
 True = repaint. No torch here: command lines check their files before they load it.
 """
 
@@ -32,7 +32,7 @@ class LoadedFile:
     """A file that was read.
 
     Attributes:
-        pixels: the picture (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
+        pixels: the image (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
         sha256: of the file's bytes, in hexadecimal.
         carried: of an image to edit: what goes along with the edit, see :func:`image_files.carried`.
         read_by: of a mask: what decided, see :func:`pbe.mask_reading.read_mask_image`.
@@ -44,8 +44,8 @@ class LoadedFile:
     read_by: str = ""
 
 
-def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
-    """Read a picture file: upright by its EXIF tag, 8 bits, RGB, transparent parts on white, first frame.
+def read_image(path: str | Path, what: str = "image") -> LoadedFile:
+    """Read an image file: upright by its EXIF tag, 8 bits, RGB, transparent parts on white, first frame.
 
     Args:
         path: the file.
@@ -55,8 +55,8 @@ def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
     image, digest = _open(Path(path), what)
     named = f"{what} '{path}'"
     if what != "image":
-        return LoadedFile(_named(lambda: picture_from_image(image, named), named), digest)
-    pixels = _named(lambda: picture_from_image(image, named, own_profile=True), named)
+        return LoadedFile(_named(lambda: pixels_of(image, named), named), digest)
+    pixels = _named(lambda: pixels_of(image, named, own_profile=True), named)
     return LoadedFile(pixels, digest, carried(image, named))
 
 
@@ -65,7 +65,7 @@ def read_mask(path: str | Path) -> LoadedFile:
     image, digest = _open(Path(path), "mask")
     named = f"mask '{path}'"
     mask, read_by = _named(lambda: mask_from_image(image), named)
-    require_hole(mask, named)
+    require_masked(mask, named)
     return LoadedFile(mask, digest, read_by=read_by)
 
 
@@ -95,10 +95,10 @@ def _named(convert: Callable[[], T], named: str) -> T:
         raise EditValueError(f"{named}: {error}") from error
 
 
-def picture_from_image(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
+def pixels_of(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return uint8 ``h w 3`` of a Pillow image of any mode; transparent parts are laid on white.
 
-    Greys of 16 bits are divided by 257. The EXIF orientation is left to :func:`read_picture`.
+    Greys of 16 bits are divided by 257. The EXIF orientation is left to :func:`read_image`.
 
     Args:
         image: of any mode but floating point.
@@ -144,14 +144,14 @@ def mask_from_image(image: Image.Image) -> tuple[np.ndarray, str]:
         mask, read_by = read_mask_image(image)
     except UnclearMaskError as error:
         raise EditValueError(f"{error}; {PAINT_WHITE}") from error
-    except Exception as error:  # as in picture_from_image
+    except Exception as error:  # as in pixels_of
         raise EditValueError(f"the mask is damaged or cannot be decoded: {first_line(error)}") from error
     return mask > 0, read_by
 
 
 def _require_pixels(size: tuple[int, int]) -> None:
     if min(size) < 1:
-        raise EditValueError(f"a picture of {size[0]}x{size[1]} pixels has nothing to edit")
+        raise EditValueError(f"an image of {size[0]}x{size[1]} pixels has nothing to edit")
 
 
 def _eight_bits(image: Image.Image, what: str) -> Image.Image:
@@ -167,19 +167,19 @@ def _eight_bits(image: Image.Image, what: str) -> Image.Image:
     return Image.fromarray(np.where(values == clear, 255, greys).astype(np.uint8))
 
 
-def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
+def as_image(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return ``h w 3`` of a Pillow image or of an array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
 
     An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8.
 
     Args:
-        value: the picture.
+        value: the image.
         what: how an error calls it.
-        own_profile: see :func:`picture_from_image`.
+        own_profile: see :func:`pixels_of`.
     """
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
-            return _float_picture(_plain(value, what, channels=(1, 3, 4)), what)
+            return _float_image(_plain(value, what, channels=(1, 3, 4)), what)
         if value.dtype != np.uint8:
             raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8, or float in [0, 1]")
         plain = np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4)))
@@ -189,20 +189,20 @@ def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) ->
     if not isinstance(value, Image.Image):
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
     _tell_turn(value, what)
-    return _named(lambda: picture_from_image(value, what, own_profile=own_profile), what)
+    return _named(lambda: pixels_of(value, what, own_profile=own_profile), what)
 
 
-def _float_picture(values: np.ndarray, what: str) -> np.ndarray:
+def _float_image(values: np.ndarray, what: str) -> np.ndarray:
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point array must lie in [0, 1]")
     colours = values[:, :, None] if values.ndim == 2 else values
-    if colours.shape[2] == 4:  # laid on white, like every transparent picture
+    if colours.shape[2] == 4:  # laid on white, like every transparent image
         alpha = colours[:, :, 3:]
         colours = colours[:, :, :3] * alpha + (1.0 - alpha)
     return np.broadcast_to(colours * 2.0 - 1.0, (*values.shape[:2], 3)).astype(np.float32)
 
 
-def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> np.ndarray:
+def as_mask(value: Any, what: str = "mask_image", half_is_masked: bool = True) -> np.ndarray:
     """Return bool ``h w``, True = repaint, of a Pillow image or an array ``h w`` or ``h w 1``.
 
     An array is bool, uint8, which is read as an image of these greys, or floating point in [0, 1] (above 0.5
@@ -211,20 +211,20 @@ def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> 
     Args:
         value: the mask.
         what: how an error calls it.
-        half_is_hole: whether a floating-point value of exactly 0.5 repaints.
+        half_is_masked: whether a floating-point value of exactly 0.5 repaints.
     """
     if isinstance(value, np.ndarray):
-        hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
+        mask = _mask_of_array(_plain(value, what, channels=(1,)), what, half_is_masked)
     elif isinstance(value, Image.Image):
         _tell_turn(value, what)
-        hole = _told_mask(value, what)
+        mask = _told_mask(value, what)
     else:
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
-    require_hole(hole, what)
-    return hole
+    require_masked(mask, what)
+    return mask
 
 
-def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
+def _mask_of_array(values: np.ndarray, what: str, half_is_masked: bool) -> np.ndarray:
     if values.dtype == np.uint8:
         return _told_mask(Image.fromarray(np.ascontiguousarray(values)), what)
     if values.dtype == bool:
@@ -233,7 +233,7 @@ def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
         raise EditTypeError(f"{what}: an array of {values.dtype}; it must be bool, uint8 or float")
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point mask must lie in [0, 1]")
-    return values >= 0.5 if half_is_hole else values > 0.5
+    return values >= 0.5 if half_is_masked else values > 0.5
 
 
 def _tell_turn(image: Image.Image, what: str) -> None:
@@ -265,19 +265,19 @@ def _plain(values: np.ndarray, what: str, channels: tuple[int, ...]) -> np.ndarr
     raise EditValueError(f"{what}: an array of shape {values.shape}; it must be {forms}")
 
 
-def require_hole(hole: np.ndarray, what: str) -> None:
+def require_masked(mask: np.ndarray, what: str) -> None:
     """Refuse a mask without a single pixel to repaint."""
-    if not hole.any():
-        raise EditValueError(f"{what} has no hole: {PAINT_WHITE}")
+    if not mask.any():
+        raise EditValueError(f"{what} has no masked region: {PAINT_WHITE}")
 
 
-def fit_mask(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a mask, bool ``h w``, to ``size`` (height, width) by nearest neighbour."""
-    if hole.shape == size:
-        return hole
-    resized = Image.fromarray(hole.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
+    if mask.shape == size:
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
     fitted = np.asarray(resized) > 0
-    require_hole(fitted, f"the mask, resized from {_by(hole.shape)} to the picture's {_by(size)} pixels,")
+    require_masked(fitted, f"the mask, resized from {_by(mask.shape)} to the image's {_by(size)} pixels,")
     return fitted
 
 
@@ -302,32 +302,32 @@ def _by(size: tuple[int, ...]) -> str:
 GREY = np.uint8(128)
 
 
-def to_unit(picture: np.ndarray) -> np.ndarray:
-    """Return float32 in [0, 1] of a picture that is uint8 or float32 in [-1, 1]."""
-    if picture.dtype == np.uint8:
-        return picture.astype(np.float32) / np.float32(255.0)
-    return picture / np.float32(2.0) + np.float32(0.5)
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """Return float32 in [0, 1] of an image that is uint8 or float32 in [-1, 1]."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(255.0)
+    return image / np.float32(2.0) + np.float32(0.5)
 
 
-def composite(source: np.ndarray, edit: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Return the edit inside the hole and the source everywhere else, with a hard seam.
+def composite(source: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the edit inside the mask and the source everywhere else, with a hard seam.
 
     Args:
         source: ``h w 3``, uint8 or float32 in [-1, 1].
         edit: float32 ``h w 3`` in [0, 1].
-        hole: bool ``h w``, True = take the edit.
+        mask: bool ``h w``, True = take the edit.
 
     Returns:
-        float32 ``h w 3`` in [0, 1]; outside the hole :func:`to_bytes` gives back a uint8 source's very bytes.
+        float32 ``h w 3`` in [0, 1]; outside the mask :func:`to_bytes` gives back a uint8 source's very bytes.
     """
-    return np.where(hole[:, :, None], edit, to_unit(source))
+    return np.where(mask[:, :, None], edit, to_unit(source))
 
 
-def grey_out(source: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """Return a picture (uint8 ``h w 3``) with its hole (bool ``h w``) at mid-grey, to be looked at."""
-    return np.where(hole[:, :, None], GREY, source)
+def grey_out(source: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an image (uint8 ``h w 3``) with its mask (bool ``h w``) at mid-grey, to be looked at."""
+    return np.where(mask[:, :, None], GREY, source)
 
 
-def to_bytes(picture: np.ndarray) -> np.ndarray:
-    """Round a float picture in [0, 1] to uint8 of the same shape."""
-    return np.round(picture * np.float32(255.0)).astype(np.uint8)
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """Round a float image in [0, 1] to uint8 of the same shape."""
+    return np.round(image * np.float32(255.0)).astype(np.uint8)

@@ -15,11 +15,11 @@ from pbe.checkpoints.usage import DEFAULT_SOLVER, Usage
 from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.conventions import ORIGINAL
 from pbe.editing.diffusers_inputs import OURS, Theirs, check_dtype, solver_of
 from pbe.editing.engine import choose_solver
 from pbe.editing.hub import Hub
 from pbe.editing.safety import load_safety_checker
+from pbe.editing.settings import ORIGINAL
 from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
 from pbe.files import expand_home
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from pbe.editing.preprocess import check_count
+from pbe.editing.settings import check_count
 from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing

@@ -25,7 +25,7 @@ class EditOutput:
 
     Attributes:
         images: ``output_type`` ``pil``: a list of RGB images; ``np``: float32 ``(b, h, w, 3)``; ``pt``:
-            float32 ``(b, 3, h, w)``, both in [0, 1] and of the source picture's size; ``latent``: the sampled
+            float32 ``(b, 3, h, w)``, both in [0, 1] and of the source image's size; ``latent``: the sampled
             latents, float32 ``(b, z, h, w)`` on the model's device, before they are decoded.
         nsfw_content_detected: whether the safety checker blackened each image; None without a checker, and
             for latents, which it cannot look at.
@@ -73,9 +73,9 @@ def as_output(edits: Sequence[np.ndarray], output_type: str, carried: Sequence[d
     """Return edits, float32 ``h w 3`` in [0, 1] each, as ``pil``, ``np`` or ``pt``.
 
     Args:
-        edits: picture by picture.
+        edits: image by image.
         output_type: the form.
-        carried: what goes along with PIL images, one a picture: colour profile and resolution.
+        carried: what goes along with PIL images, one an image: colour profile and resolution.
     """
     if output_type == "pil":
         images = [Image.fromarray(to_bytes(edit)) for edit in edits]
@@ -88,22 +88,22 @@ def as_output(edits: Sequence[np.ndarray], output_type: str, carried: Sequence[d
     return rearrange(torch.from_numpy(batch), "b h w c -> b c h w").contiguous()
 
 
-def to_pictures(painted: Tensor) -> np.ndarray:
+def to_images(painted: Tensor) -> np.ndarray:
     """Return ``(b, 3, h, w)`` about [-1, 1] as float32 ``b h w 3`` clipped to [0, 1]."""
     return rearrange((painted / 2.0 + 0.5).clamp(0.0, 1.0), "b c h w -> b h w c").cpu().numpy()
 
 
 TEXT = "PaintByExample"
-METHOD = "dwtDctSvd"  # the package's default, dwtDct, reads back wrongly from half of the pictures tried
+METHOD = "dwtDctSvd"  # the package's default, dwtDct, reads back wrongly from half of the images tried
 SMALLEST = 256 * 256
 INSTALL = "pip install PyWavelets && pip install --no-deps invisible-watermark"
 
 
 def add_watermark(image: np.ndarray, text: str = TEXT) -> np.ndarray:
-    """Hide a text in the frequencies of a picture's colour; the eye does not see it, a decoder reads it.
+    """Hide a text in the frequencies of an image's colour; the eye does not see it, a decoder reads it.
 
     It is read by ``imwatermark.WatermarkDecoder("bytes", 8 * len(text)).decode(bgr, "dwtDctSvd")``. The mark
-    does not survive a resize, and may read back with errors from flat or very noisy pictures.
+    does not survive a resize, and may read back with errors from flat or very noisy images.
 
     Args:
         image: uint8 ``h w 3``, RGB, of at least 256x256 pixels in area.

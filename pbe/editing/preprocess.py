@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -21,19 +20,18 @@ from pbe.models.latent_diffusion import latent_mask
 from pbe.models.tower_facts import follow_tower
 
 Size = tuple[int, int]  # height, width
-MOST = 2**31 - 1  # of any count; libraries below this one overflow beyond it
 
 
 def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
-    """Return the (height, width) at which a whole picture is edited.
+    """Return the (height, width) at which a whole image is edited.
 
-    A picture of at most ``(2 image_size)^2`` pixels is edited as it is. A larger one is reduced until its
+    An image of at most ``(2 image_size)^2`` pixels is edited as it is. A larger one is reduced until its
     short side is ``image_size``, and further where it would still have more pixels than that.
 
     Args:
-        size: height and width of the picture.
+        size: height and width of the image.
         image_size: the model's training resolution.
-        largest_side: pictures of at most the square of this many pixels are edited as they are, too.
+        largest_side: images of at most the square of this many pixels are edited as they are, too.
     """
     limit = (2 * image_size) ** 2
     pixels, scale = size[0] * size[1], 1.0
@@ -43,55 +41,25 @@ def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
     return height, width
 
 
-def check_count(name: str, value: object, kind: type[EditTypeError | EditValueError] = EditTypeError) -> int:
-    """Return a setting that is a whole number from 1 up, of whatever numeric type, as an int.
-
-    Args:
-        name: what errors call it.
-        value: the setting: an int, or a float or numpy scalar without a fraction.
-        kind: error for anything that is no whole number.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise kind(f"{name}: {type(value).__name__}; it must be an int")
-    number = int(value) if isinstance(value, Integral) else check_number(name, value)
-    if number < 1 or not math.isfinite(number):
-        raise EditValueError(f"{name} is {value}; it must be at least 1")
-    if number > MOST:
-        raise EditValueError(f"{name} is too large: {value}; it must be at most {MOST}")
-    if number != int(number):
-        raise kind(f"{name} is {value}; it must be a whole number")
-    return int(number)
-
-
-def check_number(name: str, value: object) -> float:
-    """Return a setting that is a number of any numeric type, numpy's among them, as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise EditTypeError(f"{name}: {type(value).__name__}; it must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise EditValueError(f"{name} is too large a number") from error
-
-
-def resize_picture(picture: np.ndarray, size: Size) -> np.ndarray:
+def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
     """Resize ``h w 3``, uint8 or float32, to (height, width), bicubic and antialiased; the type stays."""
-    if picture.shape[:2] == size:
-        return picture
-    if picture.dtype == np.uint8:
-        return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
-    channels = [Image.fromarray(picture[:, :, index]) for index in range(3)]
+    if image.shape[:2] == size:
+        return image
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    channels = [Image.fromarray(image[:, :, index]) for index in range(3)]
     resized = [channel.resize(size[::-1], Image.Resampling.BICUBIC) for channel in channels]
     return np.stack([np.asarray(channel) for channel in resized], axis=2).clip(-1.0, 1.0)
 
 
-def reduce_mask(hole: np.ndarray, size: Size) -> np.ndarray:
-    """Resize a mask, bool ``h w``; a pixel that any part of the hole touches is a hole.
+def reduce_mask(mask: np.ndarray, size: Size) -> np.ndarray:
+    """Resize a mask, bool ``h w``; a pixel that any part of the mask touches is a mask.
 
-    So nothing of what is to be replaced stays visible at the border of a reduced hole.
+    So nothing of what is to be replaced stays visible at the border of a reduced mask.
     """
-    if hole.shape == size:
-        return hole
-    cover = Image.fromarray(hole.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    if mask.shape == size:
+        return mask
+    cover = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
     return np.asarray(cover) > 0.0
 
 
@@ -116,30 +84,30 @@ def pad(array: np.ndarray, pads: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def network_inputs(
-    pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray], size: Size, multiple: int
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], size: Size, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """Resize, pad and stack pictures and masks.
+    """Resize, pad and stack images and masks.
 
     Args:
-        pictures: ``h w 3`` each, uint8 or float32 in [-1, 1].
-        holes: bool ``h w`` each.
+        images: ``h w 3`` each, uint8 or float32 in [-1, 1].
+        masks: bool ``h w`` each.
         size: the working size.
         multiple: the padded sides are multiples of this.
 
     Returns:
         Images ``(b, 3, H, W)`` float32 in [-1, 1] and keep masks ``(b, 1, H, W)`` float32, 1 = keep.
     """
-    padded = [to_signed(pad_to_multiple(resize_picture(picture, size), multiple)) for picture in pictures]
-    images = rearrange(torch.from_numpy(np.stack(padded)), "b h w c -> b c h w").contiguous()
-    keep = [~pad_to_multiple(reduce_mask(hole, size), multiple) for hole in holes]
-    return images, torch.from_numpy(np.stack(keep)).float()[:, None]
+    padded = [to_signed(pad_to_multiple(resize_image(image, size), multiple)) for image in images]
+    stacked = rearrange(torch.from_numpy(np.stack(padded)), "b h w c -> b c h w").contiguous()
+    keep = [~pad_to_multiple(reduce_mask(mask, size), multiple) for mask in masks]
+    return stacked, torch.from_numpy(np.stack(keep)).float()[:, None]
 
 
-def to_signed(picture: np.ndarray) -> np.ndarray:
-    """Return float32 in [-1, 1] of a picture that is uint8 or that already."""
-    if picture.dtype != np.uint8:
-        return picture
-    return picture.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """Return float32 in [-1, 1] of an image that is uint8 or that already."""
+    if image.dtype != np.uint8:
+        return image
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def mask_at_latent_size(keep: Tensor, size: Size, mode: str) -> Tensor:
@@ -154,7 +122,7 @@ def mask_at_latent_size(keep: Tensor, size: Size, mode: str) -> Tensor:
     return F.interpolate(keep, size=size, mode="nearest") if mode == "nearest" else latent_mask(keep, size)
 
 
-Exemplar = np.ndarray | Tensor  # a picture, or pixels normalised for the tower
+Exemplar = np.ndarray | Tensor  # an image, or pixels normalised for the tower
 BICUBIC = 3
 FILTERS = {2: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
 SOURCE = "preprocessor_config.json"
@@ -256,26 +224,26 @@ def _side(value: Any, key: str) -> int:
 
 
 def clip_crop(
-    picture: np.ndarray, size: int, shortest_edge: int | None = None, resample: str = "bicubic"
+    image: np.ndarray, size: int, shortest_edge: int | None = None, resample: str = "bicubic"
 ) -> np.ndarray:
     """Resize the shorter side and cut the square out of the centre, as CLIP's image processor does.
 
     The numbers are those of torchvision's uint8 resize, which the processor uses.
 
     Args:
-        picture: uint8 ``h w 3``.
-        size: side of the square; where the picture is smaller the rest is black.
+        image: uint8 ``h w 3``.
+        size: side of the square; where the image is smaller the rest is black.
         shortest_edge: length for the shorter side; None means ``size``, 0 leaves the size.
         resample: ``bicubic`` or ``bilinear``, antialiased.
 
     Returns:
         uint8 ``size size 3``.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     edge = (size if shortest_edge is None else shortest_edge) or min(height, width)
     short = min(height, width)
     resized = tuple(max(1, edge if side == short else int(edge * side / short)) for side in (height, width))
-    pixels = rearrange(torch.from_numpy(np.array(picture)), "h w c -> 1 c h w")
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
     if resized != (height, width):
         pixels = F.interpolate(pixels, resized, mode=resample, antialias=True)
     missing = [max(size - side, 0) for side in resized]
@@ -292,7 +260,7 @@ def exemplar_pixels(
     """Return what the tower takes, ``(b, 3, s, s)`` float32, normalised.
 
     Args:
-        exemplars: pictures, uint8 or float32 in [-1, 1] ``h w 3``; or tensors ``(3, s, s)`` that are
+        exemplars: images, uint8 or float32 in [-1, 1] ``h w 3``; or tensors ``(3, s, s)`` that are
             normalised for the tower already and pass as they are.
         config: of the tower.
         settings: crop as these say; None squashes the exemplar whole, bicubic, as the original does.
@@ -304,22 +272,22 @@ def exemplar_pixels(
     return torch.stack(ready)
 
 
-def _normalised(picture: np.ndarray, config: ExemplarEncoderConfig, settings: CropSettings | None) -> Tensor:
+def _normalised(image: np.ndarray, config: ExemplarEncoderConfig, settings: CropSettings | None) -> Tensor:
     size = config.image_size
     if settings is None:
-        square, mean, std = resize_picture(picture, (size, size)), config.mean, config.std
+        square, mean, std = resize_image(image, (size, size)), config.mean, config.std
     else:
-        square = clip_crop(_bytes(picture), size, settings.shortest_edge, settings.resample)
+        square = clip_crop(_bytes(image), size, settings.shortest_edge, settings.resample)
         mean, std = list(settings.mean), list(settings.std)
     pixels = torch.from_numpy(np.array(square))
     pixels = pixels.float() / 255.0 if square.dtype == np.uint8 else pixels / 2.0 + 0.5
     return rearrange((pixels - torch.tensor(mean)) / torch.tensor(std), "h w c -> c h w")
 
 
-def _bytes(picture: np.ndarray) -> np.ndarray:
-    if picture.dtype == np.uint8:
-        return picture
-    return np.round((picture / 2.0 + 0.5) * 255.0).astype(np.uint8)
+def _bytes(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    return np.round((image / 2.0 + 0.5) * 255.0).astype(np.uint8)
 
 
 def _checked(pixels: Tensor, size: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The safety checker of Stable Diffusion: CLIP's picture tower and the directions of unwanted concepts.
+"""The safety checker of Stable Diffusion: CLIP's image tower and the directions of unwanted concepts.
 
-A picture is flagged when its embedding comes closer to a concept than the concept's threshold allows. Three
+An image is flagged when its embedding comes closer to a concept than the concept's threshold allows. Three
 further concepts call for special care: close to one of them, every threshold is a little lower.
 """
 
@@ -67,11 +67,11 @@ class CheckerSizes:
 
 
 class SafetyChecker(nn.Module):
-    """Tells which pictures must not be shown.
+    """Tells which images must not be shown.
 
     Args:
         sizes: of the tower and the concepts.
-        crop: how pictures are brought to the tower; None is CLIP's own way.
+        crop: how images are brought to the tower; None is CLIP's own way.
     """
 
     concepts: Tensor
@@ -97,15 +97,15 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: np.ndarray | Sequence[Image.Image]) -> list[bool]:
-        """Return for each picture whether it is flagged.
+        """Return for each image whether it is flagged.
 
         Args:
             images: float ``(b, h, w, 3)`` in [0, 1], or PIL images of any size.
         """
-        pictures = _as_bytes(images)
-        if not pictures:
+        arrays = _as_bytes(images)
+        if not arrays:
             return []
-        margins = self.margins(torch.stack([self._pixels(picture) for picture in pictures]))
+        margins = self.margins(torch.stack([self._pixels(array) for array in arrays]))
         if not bool(margins.isfinite().all()):
             raise EditValueError("the safety checker gave infinite numbers; load it in float32 or bfloat16")
         return (margins > 0).any(dim=1).tolist()
@@ -125,9 +125,9 @@ class SafetyChecker(nn.Module):
         scores = scores + careful * SPECIAL_CARE + 0.0 * special.sum(dim=1, keepdim=True)
         return torch.round(scores, decimals=DECIMALS)
 
-    def _pixels(self, picture: np.ndarray) -> Tensor:
+    def _pixels(self, image: np.ndarray) -> Tensor:
         """Map uint8 ``h w 3`` to the tower's pixels ``(3, s, s)``."""
-        square = clip_crop(picture, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
+        square = clip_crop(image, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
         pixels = (torch.from_numpy(square).float() / 255.0 - torch.tensor(self.crop.mean)) / torch.tensor(
             self.crop.std
         )
@@ -144,7 +144,7 @@ def _as_bytes(images: np.ndarray | Sequence[Image.Image]) -> list[np.ndarray]:
             raise EditTypeError(f"safety checker: {images.dtype} {images.shape}; it takes float (b, h, w, 3)")
         return list(np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8))
     if not all(isinstance(image, Image.Image) for image in images):
-        raise EditTypeError("safety checker: pictures must be PIL images or one float array (b, h, w, 3)")
+        raise EditTypeError("safety checker: images must be PIL images or one float array (b, h, w, 3)")
     return [np.asarray(image.convert("RGB")) for image in images]
 
 

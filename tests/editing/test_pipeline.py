@@ -281,7 +281,7 @@ def test_from_pretrained(tiny_model: LatentDiffusion, pipe: PaintByExample, scen
         ),
         ({"latents": np.zeros((1, 4, 8, 10))}, "latents: ndarray"),
         ({"generator": 7}, "generator: int"),
-        ({"mask_image": Image.new("L", (40, 32))}, "mask_image has no hole"),
+        ({"mask_image": Image.new("L", (40, 32))}, "mask_image has no masked region"),
         ({"image": "a.png"}, "image: str; it must be a PIL image"),
         ({"image": Image.new("RGB", (0, 3))}, "0x3 pixels"),
     ],

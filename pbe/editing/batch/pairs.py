@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pbe.editing.batch.jobs import FILE_KEYS, MAX_SEED, Job, check_name
+from pbe.editing.batch.jobs import FILE_KEYS, Job, check_name, single_job
+from pbe.editing.settings import MAX_SEED, EditCommand
 from pbe.errors import EditValueError, UserError
 from pbe.files import expand_home
 
@@ -21,6 +22,15 @@ SEPARATORS = ",;\t"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # as Windows' shells write
 BETWEEN = re.compile(r"[\s,]*")  # entries of an array; a comma too many does no harm
+
+
+def collect_jobs(command: EditCommand) -> list[Job]:
+    """Return the jobs of ``--image``, ``--mask`` and ``--exemplar``, or of ``--pairs``."""
+    if command.pairs is None:
+        return [single_job(command)]
+    if extra := [key for key in (*FILE_KEYS, "name") if getattr(command, key) is not None]:
+        raise UserError(f"--pairs and --{extra[0]} contradict each other; give one of them")
+    return read_pairs(Path(command.pairs), command.seed)
 
 
 def read_pairs(path: Path, seed: int) -> list[Job]:
