@@ -26,7 +26,7 @@ help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(DEMO_READY) ## render, train, edit, score on the toy world; writes outputs/demo/index.html and opens it
-	$(BIN)/python scripts/demo.py --out $(DEMO_OUT)
+	$(BIN)/pbe demo --out $(DEMO_OUT)
 	@page="$$(cd "$(DEMO_OUT)" && pwd)/index.html"; \
 	if [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ]; then \
 	$(BIN)/python -m webbrowser -t "file://$$page" >/dev/null || echo "no browser could be opened"; fi; \
@@ -52,7 +52,7 @@ format: $(DEV_READY) ## mend what ruff can mend, and format
 	$(BIN)/ruff format .
 
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
-	$(BIN)/python scripts/train_toy_model.py
+	$(BIN)/pbe toy train
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -5,13 +5,14 @@ A clone has them at its top (``configs/``, ``data/``), an installed package in `
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
-MODELS = {"toy": "data/toy/model"}  # by the name that stands for a path
+TOY_MODEL = "data/toy/model"
 
 
-def resource(name: str) -> Path:
+def packaged(name: str) -> Path:
     """Return where a file or folder that ships lies.
 
     Args:
@@ -24,25 +25,23 @@ def resource(name: str) -> Path:
 
 def config_names() -> list[str]:
     """Return the names that :func:`find_config` knows: ``toy``, ``debug/fast_dev`` and so on."""
-    folder = resource("configs")
+    folder = packaged("configs")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def find_config(name: str | Path) -> Path:
     """Return the configuration file of a name such as ``toy``; any other text is the path of a file.
 
-    A file or folder of that name comes first.
+    A file of that name comes first.
     """
-    if not Path(name).exists() and Path(name).suffix == "":
-        packaged = resource(f"configs/{name}.yaml")
-        if not Path(name).is_absolute() and packaged.is_file():
-            return packaged
-    return Path(name)
+    if os.path.isfile(name) or str(name) not in config_names():
+        return Path(name)
+    return packaged(f"configs/{name}.yaml")
 
 
 def find_model(name: str) -> str:
-    """Return the folder of a model that ships, for its name; any other text as it is.
+    """Return the folder of the model that ships for ``toy`` or ``data/toy/model``; any other text as it is.
 
     A file or folder of that name comes first.
     """
-    return str(resource(MODELS[name])) if name in MODELS and not Path(name).exists() else name
+    return str(packaged(TOY_MODEL)) if name in ("toy", TOY_MODEL) and not os.path.exists(name) else name

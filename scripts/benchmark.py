@@ -25,10 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pbe.cli.main import main as pbe
 from pbe.cli.parser import Parser, run_command
 from pbe.config import Config, DataConfig, SampleConfig, load_config
 from pbe.errors import UserError
-from scripts import render_toy_world
 from scripts.benchmarks.loading import (
     measure_opening,
     measure_stages,
@@ -215,10 +215,10 @@ def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
         table = synthetic_source(folder, options.pictures, *sizes)
 
         def command(out: Path) -> list[str]:
-            script = str(Path(__file__).with_name("prepare_data.py"))
             limits = ["--workers", str(options.workers), "--shard-pictures", str(options.shard_pictures)]
             limits += ["--no-perceptual"] if options.no_perceptual else []
-            return [sys.executable, script, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
+            prepare = [sys.executable, "-m", "pbe.cli", "prepare"]
+            return [*prepare, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
 
         times = measure_packing(table, command, workers=options.workers, chunk=options.shard_pictures)
         _print_packing(times)
@@ -318,7 +318,7 @@ def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
         synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
-    elif render_toy_world.main(["--out", str(shards), *rendering]):
+    elif pbe(["toy", "render", "--out", str(shards), *rendering]):
         raise UserError("the scenes could not be rendered")
     settings = [
         f"data.train_shards={shards}", "data.validation_shards=", f"data.num_workers={options.workers}",

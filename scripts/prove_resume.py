@@ -29,11 +29,11 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import torch
 
+from pbe.cli.main import main as pbe
 from pbe.cli.parser import Parser, run_command
 from pbe.errors import UserError
 from pbe.training.monitoring.loggers import read_rows
 from scripts.benchmark import print_table
-from scripts.render_toy_world import main as render
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = {"train": 64, "validation": 8}
@@ -100,7 +100,9 @@ class Proof:
             raise UserError(f"'{self.folder}' holds runs already; name another --out")
         for stream, count in SCENES.items():
             where = str(self.folder / stream)
-            if render(["--out", where, "--scenes", str(count), "--workers", "0", "--size", "72"]):
+            if pbe(
+                ["toy", "render", "--out", where, "--scenes", str(count), "--workers", "0", "--size", "72"]
+            ):
                 raise UserError(f"the scenes could not be rendered into '{where}'")
 
     def start(self, run: Path) -> subprocess.Popen[bytes]:

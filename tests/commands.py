@@ -10,12 +10,25 @@ from pbe.cli.main import main
 class Command:
     """A subcommand, by its words."""
 
-    def __init__(self, *words: str) -> None:
-        self.words = words
+    def __init__(self, words: str) -> None:
+        self.words = words.split()
 
     def main(self, arguments: Sequence[str]) -> int:
         """Run it as ``pbe`` does."""
         return main([*self.words, *arguments])
 
 
+ablate = Command("ablate")
+build_benchmark = Command("benchmark build")
+cache = Command("cache")
 convert = Command("convert")
+crop = Command("benchmark crop")
+demo = Command("demo")
+evaluate = Command("evaluate")
+fit = Command("fit")
+inspect = Command("inspect")
+naming = Command("toy naming")
+prepare = Command("prepare")
+render = Command("toy render")
+score = Command("toy score")
+study = Command("study")

@@ -11,10 +11,11 @@ import pytest
 from pbe.checkpoints.native import save_model
 from pbe.data.shards.archive import write_shards
 from pbe.errors import UserError
+from pbe.evaluation.benchmark import toy_edits
 from pbe.evaluation.demo import stages
 from pbe.files import check_file, make_folder, new_folder
-from scripts import demo, evaluate, make_examples, render_toy_world
-from tests.commands import convert as convert_checkpoint
+from scripts import make_examples
+from tests.commands import convert, demo, evaluate, render
 from tests.editing.tiny_model import make_tiny_model
 
 
@@ -65,18 +66,18 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys, monkeypatch):
     save_model(model, make_tiny_model())
     way.touch()
     monkeypatch.setattr(stages, "check", lambda options: None)
-    monkeypatch.setattr(evaluate, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
+    monkeypatch.setattr(toy_edits, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
     calls = (
-        (convert_checkpoint, [str(model), str(way)]),
+        (convert, [str(model), str(way)]),
         (demo, ["--out", str(way)]),
         (evaluate, ["--model", str(model), "--out", str(way)]),
         (make_examples, ["--out", str(way)]),
-        (render_toy_world, ["--out", str(way), "--scenes", "1", "--workers", "0"]),
+        (render, ["--out", str(way), "--scenes", "1", "--workers", "0"]),
     )
     for script, call in calls:
-        assert script.main(call) == 2, script.__name__
+        assert script.main(call) == 2, call
         error = capsys.readouterr().err.splitlines()[-1]
         refusals = (f"error: cannot make the folder '{way}': ", f"error: '{way}' is a file; ")
-        assert error.startswith(refusals), script.__name__
+        assert error.startswith(refusals), call
     with pytest.raises(UserError, match="cannot make the folder"):
         write_shards([], way)

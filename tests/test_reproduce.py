@@ -38,7 +38,7 @@ def accept(words: list[str]) -> None:
     if script == "train.py":
         config, *overrides = [word for word in arguments if word != "--dry-run"]
         load_config(ROOT / config, overrides)
-    elif script == "scripts/inspect_data.py":  # its flags are looked up by tests/test_project.py
+    elif script == "pbe inspect":  # its flags are looked up by tests/test_project.py
         load_config(ROOT / arguments[0], [])
     elif script == "sample.py":
         make_app().parse_args(["edit", *arguments])
@@ -55,7 +55,7 @@ def test_commands_are_accepted(words: list[str]) -> None:
 
 def test_the_pages_have_the_steps() -> None:
     scripts = [words[0] for words in commands("reproduce")]
-    steps = ["scripts/prepare_data.py", "scripts/convert_checkpoint.py", "train.py", "scripts/evaluate.py"]
+    steps = ["pbe prepare", "pbe convert", "train.py", "pbe evaluate"]
     places = [scripts.index(step) for step in steps]
     assert places == sorted(places)
     assert scripts.count("train.py") == 3, "asking first, 8 GPUs, 64 GPUs"
@@ -64,7 +64,7 @@ def test_the_pages_have_the_steps() -> None:
 def test_bad_commands_are_noticed() -> None:
     for words in (
         ["train.py", "configs/paper.yaml", "trainer.max_step=3"],
-        ["scripts/evaluate.py", "--model", "m", "--out", "o", "--beauty"],
+        ["pbe evaluate", "--model", "m", "--out", "o", "--beauty"],
     ):
         with pytest.raises(Exception, match=r"max_step|beauty"):
             accept(words)

@@ -226,7 +226,8 @@ def test_too_little_memory_is_one_line(error: Exception):
         (["--num-images", "1000000000000"], "--num-images is 1000000000000; it must be at most 1000000"),
         (["--image", "/dev/zero"], "image '/dev/zero' is not a regular file"),
         (["--seed", str(2**64)], f"--seed is {2**64}; it must lie between 0 and"),
-        (["--steps", "2x"], 'Invalid value for --steps: unable to convert "2x" into int'),
+        (["--steps", "2.0"], "--steps is 2.0; it must be a whole number"),
+        (["--height", "2.5"], "--height is 2.5; it must be a whole number"),
     ],
 )
 def test_values_that_no_computer_can_use(

@@ -83,7 +83,7 @@ def text_to_image(inputs: int | None) -> str:
         )
     return (
         "It looks like a Stable Diffusion text-to-image model, which has a text encoder and no exemplar "
-        "encoder; scripts/convert_checkpoint.py --from-sd makes the start of a training from it."
+        "encoder; pbe convert --from-sd makes the start of a training from it."
     )
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from pbe.errors import UserError
 from pbe.files import expand_home
 from pbe.resources import find_model
 
+if TYPE_CHECKING:
+    from cyclopts import App, ArgumentCollection
+
 SETTINGS = Parameter(name="*")  # decorates a settings dataclass: its fields are options
-
-
-def _path(_type: Any, tokens: Sequence[Any]) -> Path:
-    return Path(expand_home(tokens[0].value))
 
 
 def _text(_type: Any, tokens: Sequence[Any]) -> str:
@@ -26,15 +25,35 @@ def _model(_type: Any, tokens: Sequence[Any]) -> str:
     return find_model(expand_home(tokens[0].value))
 
 
-# In all three, a leading ~ is the home folder: shells leave it alone in --out=~/x.
-File = Annotated[Path, Parameter(converter=_path)]
 Place = Annotated[str, Parameter(converter=_text, metavar="PATH")]
 """A path, or a name that is none (of open_clip's weights, of a repository)."""
 Model = Annotated[str, Parameter(converter=_model, metavar="MODEL")]
 """A model in any layout, or ``toy``: the one that ships."""
-
-Switch = Annotated[bool, Parameter(negative=None, negative_bool="no-")]
+Switch = Annotated[bool, Parameter(negative_bool="no-")]
 """On unless ``--no-...`` is given; plain ``bool`` has no such form."""
-MANY = Parameter(consume_multiple=True)
-"""Several values may follow the option."""
+Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
+"""One value each time; of other lists several values may follow the option."""
 Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
+
+
+def expand_paths(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Put the home folder in place of a leading ``~`` of paths: shells leave it alone in ``--out=~/x``."""
+    for argument in arguments:
+        if "Path" in str(argument.hint):
+            argument.tokens[:] = [each.evolve(value=expand_home(each.value)) for each in argument.tokens]
+
+
+def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse whole numbers with a point, which would be rounded in silence."""
+    for argument in arguments:
+        for each in argument.tokens:
+            if argument.hint in (int, int | None) and "." in each.value:
+                raise UserError(f"{argument.name} is {each.value}; it must be a whole number")
+
+
+def parse_part(text: str, option: str) -> tuple[int, int]:
+    """Read ``I/N``, part I of N counted from 0, that an option holds."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise UserError(f"{option} is '{text}'; it must be I/N with I from 0 to N - 1, such as 0/8")
+    return int(part), int(parts)

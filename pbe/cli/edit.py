@@ -6,7 +6,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 
-from pbe.cli.arguments import SETTINGS, Model, Switch
+from pbe.cli.arguments import SETTINGS, Switch
 from pbe.editing.settings import EditCommand
 
 NOISY = ("PIL", "torch", "timm", "open_clip")
@@ -17,8 +17,6 @@ NOISY = ("PIL", "torch", "timm", "open_clip")
 class EditOptions(EditCommand):
     """Options of ``pbe edit``."""
 
-    model: Model
-    """folder, checkpoint, owner/name on the Hub, or toy"""
     preserve_background: Switch = True
     """keep every pixel outside the mask bit by bit"""
 

@@ -14,12 +14,36 @@ from pbe.errors import UserError
 if TYPE_CHECKING:
     from cyclopts import App
 
-# Name to function; a name of two words is a command of a group.
+# Name to function; the words before the last are those of a group.
 COMMANDS = {
-    "convert": "pbe.cli.convert:convert",
+    "train": "pbe.cli.train:train",
     "edit": "pbe.cli.edit:edit",
+    "evaluate": "pbe.cli.evaluate:evaluate",
+    "prepare": "pbe.cli.prepare:prepare",
+    "inspect": "pbe.cli.inspect:inspect",
+    "cache": "pbe.cli.cache:cache",
+    "convert": "pbe.cli.convert:convert",
+    "plot": "pbe.cli.plot:plot",
+    "ablate": "pbe.cli.ablate:ablate",
+    "benchmark build": "pbe.cli.benchmark:build",
+    "benchmark crop": "pbe.cli.crop:crop",
+    "fit": "pbe.cli.fit:fit",
+    "study make": "pbe.cli.study:make",
+    "study tabulate": "pbe.cli.study:tabulate",
+    "toy render": "pbe.cli.toy:render",
+    "toy train": "pbe.cli.train_toy:train",
+    "toy score": "pbe.cli.score:score",
+    "toy naming make": "pbe.cli.naming:make",
+    "toy naming score": "pbe.cli.naming:score",
+    "demo": "pbe.cli.demo:demo",
+    "doctor": "pbe.cli.doctor:doctor",
 }
-GROUPS: dict[str, str] = {}
+GROUPS = {
+    "benchmark": "Make what models are scored on.",
+    "study": "A human study: people rank edits of several systems.",
+    "toy": "The toy world: scenes, its model, and quick scores of models of it.",
+    "toy naming": "A blind naming test: can people tell what was painted, without seeing the exemplar?",
+}
 HELP = ("--help", "-h")
 
 
@@ -28,16 +52,20 @@ def make_app() -> App:
     from cyclopts import App, Parameter
 
     from pbe import __version__
+    from pbe.cli.arguments import expand_paths, refuse_fractions
 
     app = App(
         name="pbe",
         help="Paint by Example: edit images by example, train and evaluate models that do.",
         version=__version__,
-        # Without `negative` every switch would have a --no- form and every list an --empty- form.
-        # The last of an option that is given twice counts, so that a call can be changed by adding to it.
         default_parameter=Parameter(
-            negative=(), negative_bool=(), show_default=_show_default, allow_repeating=True
+            negative_bool=(),  # no --no- form for every switch,
+            negative_iterable=(),  # no --empty- form for every list
+            consume_multiple=True,
+            allow_repeating=True,  # the last counts, so that a call can be changed by adding to it
+            show_default=_show_default,
         ),
+        config=(expand_paths, refuse_fractions),
         help_format="plaintext",
         help_on_error=False,
         print_error=False,
@@ -46,11 +74,18 @@ def make_app() -> App:
         result_action="return_value",
     )
     for group, description in GROUPS.items():
-        app.command(App(name=group, help=description))
+        *above, last = group.split()
+        find_app(app, " ".join(above)).command(App(name=last, help=description))
     for name, function in COMMANDS.items():
-        *group, last = name.split()
-        (app[group[0]] if group else app).command(function, name=last)
+        *above, last = name.split()
+        find_app(app, " ".join(above)).command(function, name=last)
+    app.register_install_completion_command(help="Install shell completion (bash, zsh, fish).")
     return app
+
+
+def find_app(app: App, command: str) -> App:
+    """Return the command of these words, such as ``toy render``, imported."""
+    return reduce(getitem, command.split(), app)
 
 
 def _show_default(value: object) -> str | None:
@@ -80,7 +115,7 @@ def _call(words: list[str]) -> object:
     app = make_app()
     if " ".join(word for word in words if word not in HELP) in ("", *GROUPS):
         for name in COMMANDS:  # a list of commands says what each does, so they are all imported
-            reduce(getitem, name.split(), app)
+            find_app(app, name)
     try:
         return app(words)
     except CycloptsError as error:

@@ -30,6 +30,7 @@ from pbe.config.model import (
     UNetConfig as UNetConfig,
 )
 from pbe.errors import UserError
+from pbe.resources import find_config, find_model
 
 
 @dataclass
@@ -219,6 +220,7 @@ PATHS = (
     "model.exemplar_encoder.pretrained",
     "autoencoder_loss.perceptual_vgg", "autoencoder_loss.perceptual_linear",
 )  # fmt: skip
+MODELS = ("autoencoder_from", "init_from")  # of them, those that may name the model that ships
 
 T = TypeVar("T")
 
@@ -268,8 +270,12 @@ def _finish(config: DictConfig, cls: type[T], source: str) -> T:
                 raise UserError(f"{source}: '{key}' is '{given}'; it must be one of {', '.join(allowed)}")
         if cls is Config:
             for name in PATHS:
-                if (text := str(OmegaConf.select(config, name))).startswith("~"):
-                    OmegaConf.update(config, name, expanded(text, name))
+                text = str(OmegaConf.select(config, name))
+                place = expanded(text, name)
+                if name in MODELS:
+                    place = find_model(place)
+                if place != text:
+                    OmegaConf.update(config, name, place)
             check_numbers(config, source)
         result = OmegaConf.to_object(config)
     except (OmegaConfBaseException, RecursionError) as error:  # an interpolation that leads nowhere
@@ -286,7 +292,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path is the home folder.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one that ships, such as ``toy``.
         overrides: such as ``["trainer.max_steps=100", "data.batch_size=8"]``; later ones win.
 
     Raises:
@@ -295,7 +301,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     config: DictConfig = OmegaConf.structured(Config)
     texts = {name for name in _leaf_keys(config) if isinstance(OmegaConf.select(config, name), str)}
-    for source, loaded in _chain(expanded(str(path), "the configuration")):
+    for source, loaded in _chain(find_config(expanded(str(path), "the configuration"))):
         config = _layer(config, [(str(source), loaded)])
     typed = [(f"override '{' '.join(text.split())}'", read_override(text, texts)) for text in overrides or []]
     config = _layer(config, typed)
@@ -333,10 +339,10 @@ def _raw(config: DictConfig) -> dict[str, Any]:
     return content  # type: ignore[return-value]
 
 
-def _chain(path: str) -> list[tuple[Path, DictConfig]]:
+def _chain(path: Path) -> list[tuple[Path, DictConfig]]:
     """Return the files that a configuration is made of, the one that is read first first."""
     files: list[tuple[Path, DictConfig]] = []
-    current = Path(path)
+    current = path
     while True:
         loaded = read_yaml(current)
         files.insert(0, (current, loaded))

@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pbe.errors import UserError
+from pbe.resources import config_names
 
 # References may repeat a part of a file, but not blow it up: ten lines of them can stand for a billion.
 MOST_NODES = 100_000
@@ -24,7 +25,7 @@ def read_yaml(path: Path) -> DictConfig:
     if path.is_dir():
         raise UserError(f"no configuration file at '{path}': it is a folder; name a YAML file in it")
     if not path.is_file():
-        raise UserError(f"no configuration file at '{path}'; configs/ holds those that ship with the project")
+        raise UserError(f"no configuration file at '{path}'; by name there are {', '.join(config_names())}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

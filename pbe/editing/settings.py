@@ -16,6 +16,7 @@ import numpy as np
 
 from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
+from pbe.resources import find_model
 
 SolverName = Literal[
     "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms"
@@ -112,7 +113,7 @@ class EditCommand(EditSettings):
     """Everything that the command which edits takes; in paths a leading ``~`` is the home folder."""
 
     model: str
-    """folder, checkpoint or owner/name on the Hub"""
+    """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
     config: str | None = None
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False
@@ -178,7 +179,7 @@ def existing_path(path_or_hub_id: str | Path, option: str = "") -> Path | None:
         path_or_hub_id: what was given.
         option: of a command line, named by the error.
     """
-    name = expand_home(str(path_or_hub_id))
+    name = find_model(expand_home(str(path_or_hub_id)))
     if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
         return Path(name)
     if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):

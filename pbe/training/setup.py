@@ -68,7 +68,7 @@ def find_autoencoder(config: Config) -> tuple[Path, AutoencoderConfig]:
     if not source.exists():
         raise UserError(
             f"autoencoder_from is '{source}', which does not exist; name the folder of a trained "
-            "autoencoder, such as data/toy/model"
+            "autoencoder, or toy, the one that ships"
         )
     if not (source / CONFIG_NAME).is_file() and (source / "model" / CONFIG_NAME).is_file():
         source = source / "model"

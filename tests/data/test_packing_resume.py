@@ -14,7 +14,7 @@ import pytest
 
 from pbe.data.packing import worker as packing_task
 from pbe.errors import UserError
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of, run
 
 
@@ -79,7 +79,7 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 if __name__ == "__main__":
     sys.exit(prepare_data.main({arguments!r}))
 """

@@ -13,7 +13,7 @@ from pbe.config import DataConfig
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.preview import COLUMNS, make_row
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
-from scripts import inspect_data
+from tests.commands import inspect as inspect_data
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Order and resuming on shards that ``scripts/prepare_data.py`` wrote, against a run without a stop."""
+"""Order and resuming on shards that ``pbe prepare`` wrote, against a run without a stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pbe.data.datamodule import CounterSampler, CountingLoader
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 from tests.data.packing_support import noise
 from tests.data.test_datamodule import make_module
 

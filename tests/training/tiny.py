@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 import pbe.training.trainer as trainer_module
 from pbe.config import Config
 from pbe.data.shards.archive import ShardRecord, write_shards
+from pbe.data.toy.render import render_records
 from pbe.data.toy.scenes import DEFAULT_WORLD, SceneConfig, ToyWorld, perspective_view
 from pbe.training.monitoring.loggers import read_rows
 from pbe.training.run import TrainResult, train
-from scripts.render_toy_world import render_records
 
 IMAGE_SIZE = 32
 PICTURE_SIZE, OBJECT_BOX = 40, (8, 8, 32, 32)

@@ -1,7 +1,7 @@
 """The object's own mask as the hole: read from the shard, cut like the picture, dilated.
 
 A mask lies in the JSON of its picture as a run-length code of the whole picture, upright as the picture is
-shown; ``prepare_data.py`` puts it there for sources that have masks.
+shown; ``pbe prepare`` puts it there for sources that have masks.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def write_shards(
     """
     folder = make_folder(folder)
     if (folder / MANIFEST_NAME).exists():
-        raise UserError(f"'{folder}' holds shards that prepare_data.py has packed; name another folder")
+        raise UserError(f"'{folder}' holds shards that pbe prepare has packed; name another folder")
     paths: list[Path] = []
     writer: _ShardWriter | None = None
     try:

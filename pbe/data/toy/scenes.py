@@ -26,10 +26,11 @@ from pbe.data.toy.sprites import (
     tone_table,
 )
 from pbe.errors import UserError
+from pbe.resources import packaged
 
 SPLITS = ("train", "test")
 TEST_PANORAMAS = ("forest", "lobby", "park", "venice")
-DEFAULT_WORLD = Path(__file__).resolve().parents[3] / "data" / "toy" / "toy_world.zip"
+DEFAULT_WORLD = packaged("data/toy/toy_world.zip")
 OPAQUE = 128  # alpha above one half, of 255
 
 

@@ -1,11 +1,7 @@
-"""The stages of the demo: render, train, edit, score, and a page that shows it all.
-
-``scripts/demo.py`` parses the options, which are those of its ``--help`` and ``root``, the project's folder.
-"""
+"""The stages of the demo: render, train, edit, score, and a page that shows it all."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import resource
@@ -33,14 +29,16 @@ from pbe.evaluation.benchmark.toy import BenchmarkCase, check_count, make_benchm
 from pbe.evaluation.benchmark.toy_edits import BenchmarkEdits, EditSettings, make_edits
 from pbe.evaluation.benchmark.toy_scores import Scores, markdown_table, score_edits
 from pbe.evaluation.demo.page import TrainingCurve, build_report, edit_outside, read_training
+from pbe.evaluation.demo.settings import DemoSettings
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.evaluation.report.html import Stage, Tile, machine_facts, write_page
 from pbe.files import make_folder
+from pbe.resources import packaged
 from pbe.training.monitoring.loggers import read_rows
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS
 
-OUTSIDE = Path("data/examples/outside/pairs.jsonl")
 EDITS = "edits.png"  # the first sixteen cases, which the README shows
+RENDER = ("-m", "pbe.cli", "toy", "render")
 OWN_FOLDERS = ("scenes", "cache", "pilot", "run")
 MARKER = ".made-by-demo"
 PILOT_STEPS, PILOT_SKIP = 14, 4
@@ -79,7 +77,7 @@ class Clock:
         print(f"   {self.note} ({seconds:.1f} s)", flush=True)
 
 
-def check(options: argparse.Namespace) -> Config:
+def check(options: DemoSettings) -> Config:
     """Find mistakes before minutes have passed; return the training configuration.
 
     Raises:
@@ -90,9 +88,7 @@ def check(options: argparse.Namespace) -> Config:
     if not (math.isfinite(options.seconds) and options.seconds > 0) or options.steps < 0:
         raise UserError("--seconds must be a number above 0, --steps 0 or more")
     if not (options.model / "config.json").is_file():
-        raise UserError(
-            f"no model at '{options.model}', where it ships with the project (or: make toy-model)"
-        )
+        raise UserError(f"no model at '{options.model}', where it ships with the project (or: pbe toy train)")
     model = load_model_config(options.model)
     uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
     edit_settings(options)
@@ -100,12 +96,12 @@ def check(options: argparse.Namespace) -> Config:
     return training_config(options, 1, "run")
 
 
-def edit_settings(options: argparse.Namespace) -> EditSettings:
+def edit_settings(options: DemoSettings) -> EditSettings:
     """Return how the benchmark is edited; UserError for scales that cannot be used."""
     return EditSettings(tuple(options.guidance), steps=options.sampling_steps, seed=options.seed)
 
 
-def training_config(options: argparse.Namespace, steps: int, name: str) -> Config:
+def training_config(options: DemoSettings, steps: int, name: str) -> Config:
     """Return the toy configuration, cut down to a short run with its own small cache."""
     scenes, pilot = options.out / "scenes", name == "pilot"
     return load_config(
@@ -147,13 +143,13 @@ def clean(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def render(options: argparse.Namespace, clock: Clock) -> None:
+def render(options: DemoSettings, clock: Clock) -> None:
     """Stage one: scenes of both splits as shards, by the command that a person would use."""
     validation = max(16, options.scenes // 8)
-    paths = [str(options.root), *filter(None, [os.getenv("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[3]), *filter(None, [os.getenv("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for split, folder, scenes in (("train", "train", options.scenes), ("test", "validation", validation)):
-        command = [sys.executable, str(options.root / "scripts/render_toy_world.py"), "--split", split]
+        command = [sys.executable, *RENDER, "--split", split]
         command += ["--out", str(options.out / "scenes" / folder), "--scenes", str(scenes)]
         command += ["--seed", str(options.seed), "--workers", "0"]
         if subprocess.run(command, env=environment, check=False).returncode:
@@ -163,7 +159,7 @@ def render(options: argparse.Namespace, clock: Clock) -> None:
     )
 
 
-def pilot(options: argparse.Namespace, clock: Clock) -> int:
+def pilot(options: DemoSettings, clock: Clock) -> int:
     """Stage two: encode the samples once and time a few steps; return the number of steps to train."""
     from pbe.training.run import train
 
@@ -179,7 +175,7 @@ def pilot(options: argparse.Namespace, clock: Clock) -> int:
     return steps
 
 
-def train_model(options: argparse.Namespace, clock: Clock, steps: int) -> TrainingCurve:
+def train_model(options: DemoSettings, clock: Clock, steps: int) -> TrainingCurve:
     """Stage three: train a fresh UNet, mapper, projection and null condition."""
     from pbe.training.run import train
 
@@ -198,9 +194,7 @@ def _finished(stopped_by: int) -> None:
         raise KeyboardInterrupt
 
 
-def edit(
-    options: argparse.Namespace, clock: Clock
-) -> tuple[list[BenchmarkCase], BenchmarkEdits, list[list[Tile]]]:
+def edit(options: DemoSettings, clock: Clock) -> tuple[list[BenchmarkCase], BenchmarkEdits, list[list[Tile]]]:
     """Stage four: the shipped model edits unseen scenes, right and shuffled exemplars, and photographs."""
     pipe = PaintByExample.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
@@ -212,14 +206,12 @@ def edit(
     settings = edit_settings(options)
     with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
         edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
-    outside = edit_outside(pipe, options.root / OUTSIDE, settings)
+    outside = edit_outside(pipe, packaged("data/examples/outside/pairs.jsonl"), settings)
     clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
     return cases, edits, outside
 
 
-def score(
-    options: argparse.Namespace, clock: Clock, cases: list[BenchmarkCase], edits: BenchmarkEdits
-) -> Scores:
+def score(options: DemoSettings, clock: Clock, cases: list[BenchmarkCase], edits: BenchmarkEdits) -> Scores:
     """Stage five: similarity of painted regions to their exemplars."""
     scores = score_edits(cases, edits, LiteFeatures(), seed=options.seed)
     scale, row = list(scores.guidance.items())[-1]
@@ -235,16 +227,16 @@ def write_examples(case: BenchmarkCase, folder: Path) -> None:
         Image.fromarray(getattr(case, name)).save(folder / f"{name}.png")
 
 
-def next_steps(options: argparse.Namespace) -> list[tuple[str, str]]:
+def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
     """Return what one may do next, with the commands."""
     example = options.out / "example"
     files = f"--image {example}/image.png --mask {example}/mask.png --exemplar {example}/exemplar.png"
     return [
         ("Edit a picture of your own; these files are the first case of this page:",
-         f"python sample.py --model {options.model} {files} --out outputs/edit"),
+         f"pbe edit --model {options.model} {files} --out outputs/edit"),
         ("Score the shipped model on all test objects:",
-         f"python scripts/evaluate.py --model {options.model} --out outputs/evaluation"),
-        ("Train that model again, which takes an hour or more:", "make toy-model"),
+         f"pbe evaluate --model {options.model} --out outputs/evaluation"),
+        ("Train that model again, which takes an hour or more:", "pbe toy train"),
     ]  # fmt: skip
 
 
@@ -255,7 +247,7 @@ def peak_memory() -> float:
     return max(resource.getrusage(each).ru_maxrss for each in who) * unit / 1e9
 
 
-def run(options: argparse.Namespace) -> Path:
+def run(options: DemoSettings) -> Path:
     """Run all stages; return the path of the page.
 
     Raises:

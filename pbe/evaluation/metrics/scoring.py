@@ -116,7 +116,7 @@ class Tools:
         """Make QS; raise NotRunError where no mixture is given."""
         tower = self.tower("clip")
         if self.settings.mixture is None:
-            raise NotRunError("needs a mixture of Gaussians; scripts/fit_mixture.py fits one")
+            raise NotRunError("needs a mixture of Gaussians; pbe fit fits one")
         return QualityMeasure(tower, self.settings.mixture, self.settings.drop_remainder)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pbe.data.packing import claim as packing_claim
 from pbe.errors import UserError
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 from tests.data.packing_support import contents, make_plain, noise, pack, request_of, run
 
 

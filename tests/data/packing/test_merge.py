@@ -18,7 +18,7 @@ from pbe.data.packing.plan import PackSettings
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 from tests.data.packing_support import contents, noise, run
 
 

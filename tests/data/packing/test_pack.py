@@ -23,7 +23,7 @@ from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.masks import read_mask_folder
 from pbe.data.sources.pictures import turn_boxes, turn_image
 from pbe.errors import UserError
-from scripts import prepare_data
+from tests.commands import prepare as prepare_data
 from tests.data.packing_support import make_plain, noise, pack, pack_straight, request_of, run
 
 ODD_BOXES = """\

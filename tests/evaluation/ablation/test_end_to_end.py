@@ -20,7 +20,7 @@ from tests.training.conftest import _contained, autoencoder, shards, workshop  #
 from tests.training.tiny import tiny_config, write_config
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = str(ROOT / "scripts" / "run_ablation.py")
+COMMAND = [sys.executable, "-m", "pbe.cli", "ablate"]
 
 
 def write_ablation(folder: Path, data: Path, setting: str, workspace: str, seeds: tuple[int, ...]) -> Path:
@@ -52,7 +52,7 @@ def write_ablation(folder: Path, data: Path, setting: str, workspace: str, seeds
 
 
 def command(path: Path, *more: str) -> list[str]:
-    return [sys.executable, SCRIPT, str(path), "--jobs", "2", *more]
+    return [*COMMAND, str(path), "--jobs", "2", *more]
 
 
 def environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import is_whole
 from pbe.evaluation.benchmark.toy import make_case
 from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
-from scripts import build_benchmark as command
+from tests.commands import build_benchmark as command
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pbe.evaluation.benchmark.coco_ee import (
     find_problems,
     read_benchmark,
 )
-from scripts import build_benchmark as command
+from tests.commands import build_benchmark as command
 from tests.data.samples.test_colour import in_srgb, wide_gamut
 
 

@@ -22,7 +22,7 @@ from pbe.evaluation.benchmark.toy_edits import EditSettings, make_edits
 from pbe.evaluation.benchmark.toy_scores import score_edits
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.training.tasks.diffusion import DiffusionTask
-from scripts.score_checkpoints import main
+from tests.commands import score as command
 
 SETTINGS = QuickSettings(objects=20, guidance=3.0, steps=1, batch_size=16, dtype=torch.float32)
 NAMES = ["auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity"]
@@ -82,9 +82,9 @@ def test_the_command_adds_a_line_a_model(pipe, tmp_path: Path, capsys: pytest.Ca
     folder, table = tmp_path / "model", tmp_path / "deep" / "scores.csv"
     save_model(folder, pipe.model, torch.float32)
     line = [str(folder), "--objects", "2", "--steps", "1", "--csv", str(table)]
-    assert main([str(folder), *line]) == 0
+    assert command.main([str(folder), *line]) == 0
     assert capsys.readouterr().out.count(f"{folder}: auc ") == 2
-    assert main(line) == 0
+    assert command.main(line) == 0
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["model", "auc", "grey_auc", "similarity", "seconds"]  # two are not twenty
@@ -93,11 +93,11 @@ def test_the_command_adds_a_line_a_model(pipe, tmp_path: Path, capsys: pytest.Ca
     assert np.isfinite(float(rows[0]["seconds"]))
     for damaged in (b"\xff\xfe\x00\x81", b"a\x00,b\n"):
         table.write_bytes(damaged)
-        assert main(line) == 2
+        assert command.main(line) == 2
         assert capsys.readouterr().err.count("\n") == 1
         assert table.read_bytes() == damaged
     table.write_text("other,columns\n")
-    assert main(line) == 2
+    assert command.main(line) == 2
     assert "has other columns than model, auc" in capsys.readouterr().err
     assert table.read_text() == "other,columns\n"
 
@@ -150,7 +150,7 @@ def test_a_training_is_scored_on_its_way_with_the_averaged_weights(pipe):
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys: pytest.CaptureFixture[str]):
-    assert main(arguments) == 2
+    assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py on a benchmark's folder: generated and finished edits, tables and page."""
+"""``pbe evaluate`` on a benchmark's folder: generated and finished edits, tables and page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pbe.evaluation.benchmark.page import fit, picks, ranking_score
 from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
 from pbe.evaluation.benchmark.times import TIMES, read_times, timed
 from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
-from scripts import evaluate as command
+from tests.commands import evaluate as command
 
 METRICS = ["psnr-outside", "seam", "colour-inside"]
 EDIT = ["--solver", "ddim", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
@@ -286,7 +286,7 @@ def test_pictures_of_the_page_are_small():
 @pytest.mark.slow
 def test_two_processes_of_ddp_speak_with_one_voice(evaluated, model, bench_files, tmp_path, project_root):
     more = ("--model", model, "--guidance", 1, 3, "--devices", 2, "--strategy", "ddp", *EDIT)
-    line = [sys.executable, "scripts/evaluate.py", *arguments(bench_files, tmp_path / "out", *more)]
+    line = [sys.executable, "-m", "pbe.cli", "evaluate", *arguments(bench_files, tmp_path / "out", *more)]
     done = subprocess.run(line, cwd=project_root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("generated in") == 1

@@ -33,8 +33,8 @@ from pbe.evaluation.metrics.towers import (
     file_sha256,
     load_tower,
 )
-from scripts import fit_mixture
 from tests.checkpoints.test_tower_weights import save_program
+from tests.commands import fit as fit_mixture
 from tests.evaluation.metrics.test_scoring import by_name, make
 
 SMALL = "vit/32x2-patch56-heads2-mlp64-quickgelu"

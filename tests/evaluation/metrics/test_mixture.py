@@ -49,7 +49,7 @@ def test_a_mixture_comes_back_from_its_file(tmp_path: Path):
 
 
 def test_files_that_are_no_mixture_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"fit_mixture.py makes one"):
+    with pytest.raises(UserError, match=r"pbe fit makes one"):
         load_mixture(tmp_path / "none.safetensors")
     (tmp_path / "coco2017_gmm_k20").write_bytes(pickle.dumps({"means_": 1}))
     with pytest.raises(UserError, match="pickles are not read"):

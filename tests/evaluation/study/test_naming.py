@@ -27,7 +27,7 @@ from pbe.evaluation.study.naming import (
     write_form,
     write_key,
 )
-from scripts.naming_test import main
+from tests.commands import naming
 
 
 def test_each_question_has_the_right_name_and_three_of_other_test_objects(world, cases):
@@ -149,9 +149,9 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
     model, out = tmp_path / "model", tmp_path / "naming"
     save_model(model, pipe.model, torch.float32)
     line = ["make", "--model", str(model), "--out", str(out), "--objects", "2", "--steps", "1"]
-    assert main([*line, "--solver", "magic"]) == 2
+    assert naming.main([*line, "--solver", "magic"]) == 2
     assert not out.exists(), "a failed start leaves no folder that the right command would refuse"
-    assert main([*line, "--solver", "ddim", "--guidance", "2"]) == 0
+    assert naming.main([*line, "--solver", "ddim", "--guidance", "2"]) == 0
     sheets = out / "sheets"
     assert sorted(path.name for path in sheets.iterdir()) == ["answers.csv", "sheet_1.png"]
     cases = make_benchmark(world, seed=0, image_size=32, exemplar_size=48, objects=2)
@@ -167,16 +167,16 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
         form = form.replace(f"{number},,", f"{number},{right},")
     (sheets / "answers.csv").write_text(form)
     capsys.readouterr()
-    assert main(["score", str(sheets / "answers.csv"), "--key", str(out / "key.csv")]) == 0
+    assert naming.main(["score", str(sheets / "answers.csv"), "--key", str(out / "key.csv")]) == 0
     assert f"edits of {model}, guidance 2: 2 of 2 right: 100 % (16 to 100" in capsys.readouterr().out
-    assert main(line) == 2
+    assert naming.main(line) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
 
 
 def test_the_true_images_need_no_model(tmp_path: Path, capsys):
-    assert main(["make", "--true", "--out", str(tmp_path / "true"), "--objects", "2"]) == 0
+    assert naming.main(["make", "--true", "--out", str(tmp_path / "true"), "--objects", "2"]) == 0
     assert (tmp_path / "true" / "key.csv").read_text().count(",true images\n") == 2
-    assert main(["make", "--true", "--grey", "--out", str(tmp_path / "grey"), "--objects", "2"]) == 0
+    assert naming.main(["make", "--true", "--grey", "--out", str(tmp_path / "grey"), "--objects", "2"]) == 0
     with Image.open(tmp_path / "grey" / "sheets" / "sheet_1.png") as sheet:
         pixels = np.asarray(sheet)
     assert np.array_equal(pixels[..., 0], pixels[..., 1])
@@ -196,7 +196,7 @@ def test_the_true_images_need_no_model(tmp_path: Path, capsys):
 )
 def test_mistakes_are_told_in_one_line(tmp_path: Path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
+    assert naming.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -17,7 +17,7 @@ from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.study import making
 from pbe.evaluation.study.making import StudySettings, make_study
 from pbe.evaluation.study.tables import kendall_w, read_key, read_rankings, study_markdown, summarise
-from scripts import human_study as command
+from tests.commands import study as command
 
 SYSTEMS = ("alpha", "beta", "gamma")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

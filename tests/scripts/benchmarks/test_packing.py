@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from pbe.data.sources.open_images import read_open_images
-from scripts import benchmark, prepare_data
+from scripts import benchmark
 from scripts.benchmarks.packing import (
     BOXES_NAME,
     differences,
@@ -18,6 +18,7 @@ from scripts.benchmarks.packing import (
     synthetic_open_images,
     synthetic_source,
 )
+from tests.commands import prepare as prepare_data
 
 
 def test_synthetic_open_images_is_one(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from pbe.data.dataset import decode_picture
 from pbe.data.shards.archive import ShardPictures
-from scripts.render_toy_world import main
+from tests.commands import render as command
 
 
 def render(folder, *options: str) -> bytes:
     arguments = ["--out", str(folder), "--scenes", "12", "--split", "test", "--seed", "4", *options]
-    assert main(arguments) == 0
+    assert command.main(arguments) == 0
     return b"".join(path.read_bytes() for path in sorted(folder.glob("*.tar")))
 
 
@@ -67,7 +67,7 @@ def test_shards_hold_readable_scenes_with_boxes(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, options, message):
-    assert main(["--out", str(tmp_path), "--scenes", "1", *options]) == 2
+    assert command.main(["--out", str(tmp_path), "--scenes", "1", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -77,13 +77,13 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys, options, message):
 def test_packed_shards_of_others_are_left_alone(tmp_path, capsys):
     (tmp_path / "shards.json").write_text("{}")
     (tmp_path / "shard-000000.tar").write_bytes(b"packed")
-    assert main(["--out", str(tmp_path), "--scenes", "1", "--workers", "0"]) == 2
-    assert "prepare_data.py has packed; name another folder" in capsys.readouterr().err
+    assert command.main(["--out", str(tmp_path), "--scenes", "1", "--workers", "0"]) == 2
+    assert "pbe prepare has packed; name another folder" in capsys.readouterr().err
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"packed"
 
 
-def test_runs_as_a_script(tmp_path, project_root):
-    command = [sys.executable, "scripts/render_toy_world.py", "--out", str(tmp_path), "--scenes", "x"]
+def test_runs_as_a_module(tmp_path, project_root):
+    command = [sys.executable, "-m", "pbe.cli", "toy", "render", "--out", str(tmp_path), "--scenes", "x"]
     done = subprocess.run(
         command,
         cwd=project_root,

@@ -11,21 +11,21 @@ from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics import towers
-from scripts import cache_latents, fit_mixture, human_study, make_examples, run_ablation
-from tests.commands import convert as convert_checkpoint
+from scripts import make_examples
+from tests.commands import ablate, cache, convert, fit, study
 
 MISTAKES: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "more objects than there are": (make_examples.main, ["--out", "new/examples", "--count", "100000"]),
     "no weights": (
-        fit_mixture.main,
+        fit.main,
         ["--pictures=pictures", "--out=new/m.safetensors", "--tower-weights=clip=nowhere", "--components=2"],
     ),
     "no benchmark": (
-        human_study.main, ["make", "--systems", "a=pictures", "b=pictures", "--benchmark=no", "--out=new"],
+        study.main, ["make", "--systems", "a=pictures", "b=pictures", "--benchmark=no", "--out=new"],
     ),
-    "no model": (convert_checkpoint.main, ["nowhere", "new/model", "--to", "diffusers"]),
-    "no ablation": (run_ablation.main, ["nowhere.yaml"]),
-    "no cache named": (cache_latents.main, ["toy.yaml", "output_dir=new"]),
+    "no model": (convert.main, ["nowhere", "new/model", "--to", "diffusers"]),
+    "no ablation": (ablate.main, ["nowhere.yaml"]),
+    "no cache named": (cache.main, ["toy.yaml", "output_dir=new"]),
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_a_mixture_is_begun_once_the_tower_is_there(tmp_path: Path, monkeypatch:
     def fail(*_: object) -> towers.Tower:
         raise UserError("these weights are damaged")
 
-    monkeypatch.setattr(fit_mixture, "load_tower", fail)
+    monkeypatch.setattr(towers, "load_tower", fail)
     out = tmp_path / "new" / "m.safetensors"
     arguments = [
         "--pictures",
@@ -64,5 +64,5 @@ def test_a_mixture_is_begun_once_the_tower_is_there(tmp_path: Path, monkeypatch:
         "--components",
         "2",
     ]
-    assert fit_mixture.main(arguments) == 2
+    assert fit.main(arguments) == 2
     assert not out.parent.exists()

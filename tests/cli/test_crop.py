@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts import crop_pictures as command
+from tests.commands import crop as command
 
 
 def crop(source: Path, out: Path, *more: str) -> int:

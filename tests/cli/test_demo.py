@@ -15,7 +15,7 @@ from pbe.evaluation.benchmark.sheets import BAND_GAP, GAP
 from pbe.evaluation.demo import stages
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
-from scripts import demo, evaluate
+from tests.commands import demo, evaluate
 
 SMALL = """
 model:
@@ -111,7 +111,7 @@ def test_a_failing_stage_leaves_no_page(small, tmp_path, capsys, monkeypatch):
 
 
 def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "ROOT", tmp_path)  # there is no renderer here
+    monkeypatch.setattr(stages, "RENDER", ("-c", "raise SystemExit(1)"))
     assert demo.main(arguments(small, tmp_path / "demo")) == 2
     assert "error: stage 'Render scenes and pack shards': rendering failed" in capsys.readouterr().err
 
@@ -128,7 +128,7 @@ def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
         (["--guidance", "3", "3"], "each once"),
         (["--sampling-steps", "0"], "number of steps is 0"),
         (["--sampling-steps", "501"], "number of steps is 501; it must lie between 1 and 500"),
-        (["--shown", "many"], "argument --shown: invalid int value: 'many'"),
+        (["--shown", "many"], 'Invalid value for --shown: unable to convert "many" into int'),
         (["--set", "trainer.max_step=3"], "nearest valid one is 'trainer.max_steps'"),
     ],
 )
@@ -183,7 +183,7 @@ def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
         (["--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["--solver", "magic"], "no solver 'magic'"),
         (["--steps", "0"], "the number of steps is 0"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--dtype", "int8"], 'Invalid value "int8" for --dtype'),
     ],
 )
 def test_evaluate_tells_what_is_wrong(tmp_path, capsys, change, message):

@@ -1,0 +1,59 @@
+"""``pbe ablate``: train, edit, score and compare the rows of an ablation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbe.cli.arguments import SETTINGS
+from pbe.resources import find_config
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings:
+    """Options of ``pbe ablate``."""
+
+    jobs: int = 1
+    """stages side by side"""
+    threads: int = 1
+    """CPU threads of each"""
+    dry_run: bool = False
+    """only print the plan with its times"""
+
+
+def ablate(ablation: Path, /, *, settings: AblateSettings = AblateSettings()) -> int:
+    """Train, edit, score and compare the rows of an ablation.
+
+    pbe ablate configs/ablations/paper.yaml --jobs 2
+
+    The same command resumes where it was stopped or killed; what is finished is not made again.
+
+    Args:
+        ablation: YAML file, or the name of one that ships, such as ablations/paper
+    """
+    from pbe.evaluation.ablation.config import load_ablation
+    from pbe.evaluation.ablation.plan import make_plan
+    from pbe.evaluation.ablation.runner import Runner, only_one
+    from pbe.evaluation.ablation.schedule import Schedule, plan_text
+
+    loaded = load_ablation(find_config(ablation))
+    plan = make_plan(loaded)
+    schedule = Schedule(plan.stages, vars(loaded.config.rates))
+    if settings.dry_run:
+        print(plan_text(plan.stages, schedule, max(settings.jobs, 1)))
+        return 0
+    with only_one(Path(loaded.config.workspace)) as lock:
+        runner = Runner(
+            plan.stages, schedule, jobs=settings.jobs, threads=settings.threads, say=_print_now, lock=lock
+        )
+        if stopped := runner.run():
+            return 128 + stopped
+        from pbe.evaluation.ablation.report import write_report  # slow to import
+
+        print(f"results: {write_report(loaded, plan)}")
+    return 0
+
+
+def _print_now(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,31 @@
+"""``pbe demo``: the whole project in a few minutes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from pbe.cli.arguments import SETTINGS
+from pbe.evaluation.demo.settings import DemoSettings
+from pbe.resources import find_model
+
+DEFAULTS = DemoSettings()
+
+
+def demo(*, settings: Annotated[DemoSettings, SETTINGS] = DEFAULTS) -> int:
+    """Render, train, edit and score on the toy world, and write a page that shows it all.
+
+    pbe demo --out outputs/demo
+    """
+    from pbe.evaluation.demo.stages import StageError, run
+
+    try:
+        run(replace(settings, model=Path(find_model(str(settings.model)))))
+    except StageError as error:
+        traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

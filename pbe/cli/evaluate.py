@@ -1,0 +1,336 @@
+"""``pbe evaluate``: score a model, or finished edits of any system."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from pbe.cli.arguments import SETTINGS, Dtype, Model, Switch
+from pbe.errors import UserError
+from pbe.files import expand_home
+from pbe.resources import packaged
+
+if TYPE_CHECKING:
+    from pbe.evaluation.benchmark.generation import GenerateSettings
+
+TOY_BATCH = 32
+
+
+def _group(title: str) -> Parameter:
+    return Parameter(name="*", group=Group.create_ordered(title))
+
+
+@_group("What is scored")
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is scored, and where the scores go."""
+
+    model: Model | None = None
+    """model in any layout, whose edits are generated"""
+    raw_weights: bool = False
+    """the plain weights of a training, not the average"""
+    benchmark: Path | None = None
+    """folder in COCOEE's layout; without one, the toy world's objects are edited"""
+    edits: list[str] = field(default_factory=list)
+    """[NAME=]DIR: finished edits <id>.png, one set or more, instead of a model or beside it"""
+    out: Path
+    """folder for scores, tables and images"""
+
+
+@_group("How edits are made")
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model's edits are made."""
+
+    guidance: list[float] | None = None
+    """guidance scales (default 5; without --benchmark 1 2 3 5)"""
+    solver: str = "plms"
+    """see docs/solvers.md"""
+    steps: int = 50
+    """of the solver"""
+    seed: int = 0
+    """of noise, intervals and toy benchmark"""
+    batch_size: int | None = None
+    """edits at a time (default 8; without --benchmark 32)"""
+    dtype: Dtype = "fp32"
+    """of the weights"""
+    device: str = ""
+    """auto, cpu, cuda, ... (default auto; without --benchmark cpu)"""
+    threads: int = 0
+    """CPU threads (default 1 a process; without --benchmark all)"""
+
+
+@_group("With --benchmark: how its cases are edited")
+@dataclass(frozen=True, kw_only=True)
+class Generating:
+    """How a model edits a benchmark's cases."""
+
+    preserve_background: Switch = True
+    """keep every pixel outside the mask; the paper's scores are without"""
+    conventions: Literal["original", "diffusers"] | None = None
+    """of preparing the inputs (default: the model's)"""
+    devices: str = "auto"
+    """how many GPUs, or processes on the CPU"""
+    strategy: str = "auto"
+    """Lightning's"""
+    num_nodes: int = 1
+    """machines, started by torchrun or SLURM"""
+
+
+@_group("With --benchmark: how they are scored")
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a benchmark's edits are scored."""
+
+    cases: int = 0
+    """the first so many only (0: all)"""
+    metrics: list[str] = field(default_factory=list)
+    """scores to make (default: all)"""
+    reference: Path | None = None
+    """folder of real images for FID and its kind"""
+    tower_weights: list[str] = field(default_factory=list)
+    """TOWER=FILE, of clip, dino, inception, lpips"""
+    towers: list[str] = field(default_factory=list)
+    """TOWER=NAME, other architectures than the usual"""
+    mixture: Path | None = None
+    """of QS, from pbe fit"""
+    rank_by: str = ""
+    """score that best and worst edits are chosen by"""
+    show: int = 8
+    """best, worst and random edits on the page, each"""
+
+
+@_group("Without --benchmark: the toy world")
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """How the toy world's objects are edited."""
+
+    objects: int = 0
+    """test objects to use; 0 means all of them"""
+    sheet: int = 48
+    """cases on the sheet of images, the first ones"""
+    world: Path = field(default_factory=lambda: packaged("data/toy/toy_world.zip"))
+    """archive of objects and panoramas"""
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Options of ``pbe evaluate``."""
+
+    source: Source
+    sampling: Sampling = Sampling()
+    generating: Generating = Generating()
+    scoring: Scoring = Scoring()
+    toy: Toy = Toy()
+
+
+def evaluate(*, settings: EvaluateSettings) -> None:
+    """Score a model, or finished edits of any system, on a benchmark or, without one, on the toy world.
+
+    pbe evaluate --model toy --out outputs/evaluation
+    pbe evaluate --model outputs/paper/model --benchmark data/test_bench --out outputs/coco_ee
+    pbe evaluate --model outputs/paper/model --edits theirs=results/theirs others=results/others
+    --benchmark data/test_bench --out outputs/comparison
+    """
+    check(settings)
+    if settings.source.benchmark:
+        run_benchmark(settings)
+    else:
+        run_toy(settings)
+
+
+def check(settings: EvaluateSettings) -> None:
+    """Check that the options fit together."""
+    source, benchmark = settings.source, settings.source.benchmark is not None
+    if not (source.model or source.edits):
+        raise UserError("give --model, or --edits with a folder of finished edits, or both")
+    if source.edits and not benchmark:
+        raise UserError("--edits needs --benchmark, the folder of the cases that were edited")
+    for_models = [name for name in _given(settings.sampling) if name not in ("seed", "device")]
+    for_models += _given(settings.generating) + (["raw_weights"] if source.raw_weights else [])
+    for names, used, why in (
+        (_given(settings.toy), not benchmark, "is for the toy world: leave it out with --benchmark"),
+        (_given(settings.generating) + _given(settings.scoring), benchmark, "needs --benchmark"),
+        (for_models, bool(source.model), "is for models: finished edits are scored as they are"),
+    ):
+        if names and not used:
+            raise UserError(f"--{names[0].replace('_', '-')} {why}")
+
+
+def _given(group: Sampling | Generating | Scoring | Toy) -> list[str]:
+    """Return the options that do not have their default."""
+    default = type(group)()
+    names = [each.name for each in fields(group)]
+    return [name for name in names if getattr(group, name) != getattr(default, name)]
+
+
+def run_benchmark(settings: EvaluateSettings) -> None:
+    """Generate or take edits of a benchmark's folder, score them and write."""
+    source, scoring, seed = settings.source, settings.scoring, settings.sampling.seed
+    assert source.benchmark is not None
+    if min(settings.sampling.threads, scoring.cases) < 0 or scoring.show < 1:
+        raise UserError("--threads and --cases must be 0 or more, --show at least 1")
+    generating = generate_settings(settings)
+    from pbe.editing.batch.runner import pick_device
+    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
+    from pbe.evaluation.benchmark.toy_edits import GUIDANCE
+    from pbe.evaluation.metrics.results import Bootstrap
+    from pbe.evaluation.metrics.scoring import ScoreSettings
+
+    score_settings = ScoreSettings(
+        tuple(scoring.metrics),
+        bootstrap=Bootstrap(seed=seed),
+        weights=parse_pairs(scoring.tower_weights, "--tower-weights"),
+        architectures=parse_pairs(scoring.towers, "--towers"),
+        mixture=scoring.mixture,
+        device=str(pick_device(settings.sampling.device or "auto")),
+    )
+    page = PageSettings(scoring.show, scoring.rank_by, seed)
+    benchmark = BenchmarkFolder(source.benchmark, scoring.cases)
+    work = BenchmarkRun(benchmark, source.out, score_settings, scoring.reference, page)
+    for text in source.edits:
+        work.take(*parse_edits(text))
+    work.check()
+    if source.model and not work.generate(
+        source.model, settings.sampling.guidance or [GUIDANCE[-1]], generating
+    ):
+        return  # another process of several, whose first one scores
+    work.score()
+    print(f"\n{work.write()}")
+    spent = work.seconds
+    print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {source.out}/index.html")
+
+
+def parse_edits(text: str) -> tuple[Path, str]:
+    """Read ``NAME=DIR``, or a folder that its own name is taken from; return folder and name."""
+    name, separator, folder = text.partition("=")
+    if not separator or Path(text).is_dir():
+        return Path(text), Path(text).resolve().name
+    if not name.strip() or not folder:
+        raise UserError(f"--edits takes a folder or NAME=DIR, not '{text}'")
+    return Path(folder), name.strip()
+
+
+def parse_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """Read the ``tower=value`` pairs of a flag."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        tower, _, value = text.partition("=")
+        if not tower or not value:
+            raise UserError(f"{flag} takes tower=value, such as clip=openai, not '{text}'")
+        if tower in pairs:
+            raise UserError(f"{flag} names '{tower}' twice")
+        pairs[tower] = expand_home(value)
+    return pairs
+
+
+def generate_settings(settings: EvaluateSettings) -> GenerateSettings:
+    """Return how a benchmark is edited."""
+    sampling, generating = settings.sampling, settings.generating
+    device = sampling.device or "auto"
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"with --benchmark, --device is auto, cpu or cuda, not '{device}'; see --devices")
+    from pbe.evaluation.benchmark.generation import GenerateSettings
+
+    return GenerateSettings(
+        solver=sampling.solver,
+        steps=sampling.steps,
+        seed=sampling.seed,
+        batch_size=GenerateSettings().batch_size if sampling.batch_size is None else sampling.batch_size,
+        dtype=sampling.dtype,
+        preserve_background=generating.preserve_background,
+        conventions=generating.conventions,
+        raw_weights=settings.source.raw_weights,
+        threads=sampling.threads or 1,
+        accelerator={"cuda": "gpu"}.get(device, device),
+        devices=generating.devices,
+        strategy=generating.strategy,
+        num_nodes=generating.num_nodes,
+    )
+
+
+def run_toy(settings: EvaluateSettings) -> None:
+    """Edit, score and write on the toy world's objects."""
+    source, sampling, toy = settings.source, settings.sampling, settings.toy
+    if sampling.threads < 0 or toy.sheet < 1:
+        raise UserError("--threads must be 0 or more, --sheet at least 1")
+    assert source.model is not None
+    import torch
+    from tqdm import tqdm
+
+    from pbe.checkpoints.precision import torch_dtype
+    from pbe.data.toy.scenes import ToyWorld
+    from pbe.editing.batch.runner import pick_device
+    from pbe.editing.pipeline import PaintByExample
+    from pbe.evaluation.benchmark.toy import make_benchmark
+    from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
+    from pbe.evaluation.benchmark.toy_scores import score_edits
+    from pbe.evaluation.metrics.features import LiteFeatures
+    from pbe.files import make_folder
+
+    if sampling.threads:
+        torch.set_num_threads(sampling.threads)
+    edit_settings = EditSettings(
+        GUIDANCE if sampling.guidance is None else tuple(sampling.guidance),
+        sampling.solver,
+        sampling.steps,
+        sampling.seed,
+        TOY_BATCH if sampling.batch_size is None else sampling.batch_size,
+    )
+    device = pick_device(sampling.device or "cpu")
+    pipe = PaintByExample.from_pretrained(
+        source.model, device=device, dtype=torch_dtype(sampling.dtype), raw_weights=source.raw_weights
+    )
+    pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
+    make_folder(source.out)
+    features = LiteFeatures()
+    config = pipe.model.config
+    cases = make_benchmark(
+        ToyWorld(toy.world),
+        seed=sampling.seed,
+        image_size=config.image_size,
+        exemplar_size=config.exemplar_encoder.image_size,
+        objects=toy.objects,
+    )
+    started = time.perf_counter()
+    with tqdm(total=2 * len(edit_settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
+        edits = make_edits(pipe, cases, edit_settings, lambda done, _total: bar.update(done - bar.n))
+    edited = time.perf_counter()
+    scores = score_edits(cases, edits, features, seed=sampling.seed)
+    seconds = {"edit": round(edited - started, 2), "score": round(time.perf_counter() - edited, 2)}
+    benchmark = {"name": "toy", "seed": sampling.seed, "image_size": config.image_size}
+    used = {
+        "solver": edit_settings.solver,
+        "steps": edit_settings.steps,
+        "seed": edit_settings.seed,
+        "dtype": sampling.dtype,
+        "device": str(device),
+        "batch_size": edit_settings.batch_size,
+        "threads": torch.get_num_threads(),
+    }
+    head = {"benchmark": benchmark, "model": source.model, "sampling": used, "seconds": seconds}
+    write_toy(settings, cases, edits, scores, head)
+
+
+def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, head: dict[str, Any]) -> None:
+    """Write scores, table and sheet, and print the table."""
+    from PIL import Image
+
+    from pbe.editing.batch.records import write_image, write_json
+    from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
+    from pbe.evaluation.benchmark.toy_scores import markdown_table
+    from pbe.files import write_text
+
+    out, seconds, table = settings.source.out, head["seconds"], markdown_table(scores)
+    write_json(out / "scores.json", {**head, **scores.to_dict()})
+    write_text(out / "scores.md", table)
+    rows = {label: images[: settings.toy.sheet] for label, images in benchmark_rows(cases, edits).items()}
+    write_image(out / "grid.png", Image.fromarray(sheet(rows)))
+    print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {out}")

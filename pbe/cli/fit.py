@@ -1,0 +1,78 @@
+"""``pbe fit``: the Gaussian mixture of QS."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbe.cli.arguments import SETTINGS
+from pbe.errors import UserError
+from pbe.files import check_file, expand_home
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """Options of ``pbe fit``."""
+
+    pictures: Path
+    """folder of real images"""
+    out: Path
+    """file to write, .safetensors"""
+    tower_weights: str
+    """clip=FILE, weights of CLIP's image tower"""
+    tower: str | None = None
+    """another architecture than ViT-B-32-quickgelu"""
+    components: int = 20
+    """Gaussians of the mixture"""
+    seed: int = 0
+    """of the start of the fit"""
+    batch_size: int = 32
+    """images at a time"""
+    device: str = "cpu"
+    """where the tower runs"""
+
+
+def fit(*, settings: FitSettings) -> None:
+    """Fit the Gaussian mixture of QS to the CLIP features of real images, and write it as safetensors.
+
+    pbe fit --pictures coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
+    """
+    role, separator, weights = settings.tower_weights.partition("=")
+    if role != "clip" or not separator or not weights:
+        raise UserError(f"--tower-weights is clip=FILE, not '{settings.tower_weights}'")
+    if settings.out.suffix != ".safetensors":
+        raise UserError(f"--out is '{settings.out}'; its name must end in .safetensors")
+    if settings.components < 1 or settings.batch_size < 1:
+        raise UserError("--components and --batch-size must be at least 1")
+    import numpy as np
+    from tqdm import tqdm
+
+    from pbe.editing.loading import usable_device
+    from pbe.evaluation.metrics.mixture import check_fit, fit_mixture
+    from pbe.evaluation.metrics.set_scores import PictureFolder
+    from pbe.evaluation.metrics.towers import load_tower
+
+    images = PictureFolder(settings.pictures)
+    check_fit(len(images.paths), settings.components, settings.seed)
+    device = str(usable_device(settings.device, "--device"))
+    check_file(settings.out, make=False)
+    tower = load_tower("clip", settings.tower, expand_home(weights), device)
+    check_file(settings.out)
+    features = []
+    with tqdm(total=len(images.paths), desc="features", file=sys.stderr, disable=None) as bar:
+        for batch in images.batches(settings.batch_size):
+            features.append(tower.whole(batch.edits))
+            bar.update(len(batch.edits))
+    card = {
+        "feature_model": tower.spec.architecture,
+        "weights_sha256": tower.sha256,
+        "resize_filter": tower.whole_filter,
+        "pictures": str(len(images.paths)),
+        "pictures_sha256": images.digest.hexdigest(),
+        "seed": str(settings.seed),
+    }
+    found = fit_mixture(np.concatenate(features), card, components=settings.components, seed=settings.seed)
+    found.save(settings.out)
+    print(f"{settings.out}: {len(found.weights)} Gaussians over {found.means.shape[1]} features")

@@ -1,0 +1,245 @@
+"""``pbe prepare``: pack annotated images into shards."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pbe.cli.arguments import SETTINGS, Place, Repeatable, parse_part
+from pbe.errors import UserError
+
+if TYPE_CHECKING:
+    from pbe.data.packing.claim import PackRequest
+    from pbe.data.packing.pack import PackResult
+    from pbe.data.packing.plan import PackSettings
+    from pbe.data.sources.reading import SourceOptions
+    from pbe.data.sources.records import Annotations
+
+# The kinds of sources that an option is for.
+SOURCE_OPTIONS = {
+    "split": ("open-images", "yolo"),
+    "masks": ("coco",),
+    "zero_based": ("voc",),
+    "relative": ("csv",),
+}
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """Options of ``pbe prepare``."""
+
+    out: Path
+    """folder for the shards and the report"""
+    split: str = ""
+    """of Open Images, or of a YOLO set of splits: train, validation, test (train)"""
+    masks: bool = False
+    """coco: take segmentations; they give the boxes"""
+    zero_based: bool = False
+    """voc: the first pixel is 0, not 1"""
+    relative: bool = False
+    """csv: numbers are shares of width and height"""
+    min_area: float = 0.02
+    """smallest share of the image that a box may cover"""
+    max_area: float = 0.8
+    """largest share of the image"""
+    min_side: float = 2.0
+    """shortest side of a box, pixels"""
+    max_aspect: float = 0.0
+    """longest side over shortest; 0: no limit"""
+    drop_flag: Repeatable = field(default_factory=list)
+    """drop such boxes: is_group_of, is_depiction, is_occluded, is_truncated, is_inside or
+    is_difficult; repeatable"""
+    label: Repeatable = field(default_factory=list)
+    """keep only boxes of this label; repeatable"""
+    drop_label: Repeatable = field(default_factory=list)
+    """drop boxes of this label; repeatable"""
+    exif_frame: str = "displayed"
+    """of boxes where the sizes do not tell: displayed (EXIF orientation honoured) or stored"""
+    shard_pictures: int = 2000
+    """most images a shard"""
+    shard_mb: int = 512
+    """MiB that close a shard"""
+    max_side: int = 0
+    """encode longer images again; 0: keep every file"""
+    quality: int = 95
+    """of JPEGs encoded again"""
+    validation_share: float | None = None
+    """hold this share of the images out, by a hash of the name; --out gets train/ and validation/"""
+    shuffle: int | None = None
+    """pack in a random order, of this seed"""
+    no_perceptual: bool = False
+    """no hashes for near duplicates, no decoding"""
+    check_against: Path | None = None
+    """folder of benchmark images to look for in the set"""
+    workers: int | None = None
+    """processes; default one a core, 0 packs in this one"""
+    engine: str = "local"
+    """local or ray"""
+    part: str = ""
+    """I/N: pack every N-th shard from the I-th (from 0) on"""
+    overwrite: bool = False
+    """remove what an earlier packing left in --out"""
+
+
+def prepare(*sources: Place, settings: PrepareSettings) -> None:
+    """Pack annotated images into shards, with an index and a report of what was kept and why.
+
+    pbe prepare open-images:/data/open-images --out /data/shards/train
+    pbe prepare coco:instances_train2017.json@train2017 --out /data/shards/coco
+    pbe prepare csv:boxes.csv@images --out /data/shards/mine
+
+    Killed at any moment, the same command resumes; the shards are the same to the byte. See docs/data.md.
+
+    Args:
+        sources: KIND:PATH or KIND:PATH@IMAGES, several are packed together; KIND is open-images, coco, voc,
+            yolo, csv or masks
+    """
+    if not sources:
+        raise UserError("name a source, KIND:PATH (--help lists the options)")
+    from pbe.data.packing.pack import pack_all
+    from pbe.data.packing.report import make_report, write_report
+
+    requests = make_requests(sources, settings)
+    train = requests[0].out if len(requests) > 1 else None
+    notes: list[str] = []
+
+    def finish(request: PackRequest, result: PackResult) -> None:
+        others = train if request.out != train else None
+        report = make_report(request, result, settings.check_against, others)
+        write_report(report, request.out)
+        notes.extend(note_copies(report["also_in_train"]))
+
+    part = parse_part(settings.part or "0/1", "--part")
+    if settings.part and part[1] == 1:
+        raise UserError("--part 0/1 is everything: leave it out")
+    with progress_bar() as progress:
+        results = pack_all(
+            requests,
+            engine=settings.engine,
+            workers=settings.workers,
+            part=part,
+            overwrite=settings.overwrite,
+            progress=progress,
+            finish=finish,
+        )
+    for request, result in zip(requests, results, strict=True):
+        print(outcome(request, result, part))
+    print(*notes, sep="\n", end="\n" if notes else "")
+
+
+def pack_settings(settings: PrepareSettings) -> PackSettings:
+    """Return what is kept and how it is packed."""
+    from pbe.data.packing.plan import PackSettings
+
+    return PackSettings(
+        min_area=settings.min_area,
+        max_area=settings.max_area,
+        min_side=settings.min_side,
+        max_aspect=settings.max_aspect,
+        drop_flags=tuple(settings.drop_flag),
+        labels=tuple(settings.label),
+        drop_labels=tuple(settings.drop_label),
+        shard_pictures=settings.shard_pictures,
+        shard_bytes=settings.shard_mb << 20,
+        max_side=settings.max_side,
+        quality=settings.quality,
+        exif_frame=settings.exif_frame,
+        shuffle=settings.shuffle,
+        perceptual=not settings.no_perceptual,
+        validation_share=settings.validation_share or 0.0,
+    )
+
+
+def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
+    """Check what needs no source to be read."""
+    from pbe.data.packing.pack import ENGINES
+    from pbe.data.sources.files import find_pictures
+    from pbe.data.sources.reading import parse_source
+
+    kinds = {parse_source(source)[0] for source in sources}
+    for name, fitting in SOURCE_OPTIONS.items():
+        if getattr(settings, name) and not kinds & set(fitting):
+            one = " or ".join(fitting)
+            raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {one} only")
+    if settings.engine not in ENGINES:
+        raise UserError(f"--engine is '{settings.engine}'; it must be one of {', '.join(ENGINES)}")
+    if settings.workers is not None and settings.workers < 0:
+        raise UserError("--workers must be 0 or more")
+    if settings.validation_share is not None and not 0 < settings.validation_share < 1:
+        raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
+    if settings.check_against:
+        if not settings.check_against.is_dir():
+            raise UserError(f"--check-against '{settings.check_against}' is not a folder")
+        if not find_pictures([settings.check_against])[0].height:
+            raise UserError(f"--check-against '{settings.check_against}' holds no images")
+
+
+def make_requests(sources: Sequence[str], settings: PrepareSettings) -> list[PackRequest]:
+    """Return what is to be packed: one set, or the two sides of a split."""
+    from pbe.data.packing.claim import PackRequest
+    from pbe.data.packing.merge import SIDES
+    from pbe.data.sources.reading import SourceOptions
+
+    check_settings(sources, settings)
+    reading = SourceOptions(settings.split or "train", settings.masks, settings.zero_based, settings.relative)
+    whole = PackRequest(
+        sources=lambda: [read_noted(source, reading) for source in sources],
+        description=[*sources, str(reading)],
+        settings=pack_settings(settings),
+        out=settings.out,
+    )
+    if settings.validation_share is None:
+        return [whole]
+    sides = ((side, replace(whole.settings, side=side)) for side in SIDES)
+    return [replace(whole, settings=each, out=settings.out / side) for side, each in sides]
+
+
+def read_noted(source: str, reading: SourceOptions) -> Annotations:
+    """Read a source, and print on stderr what was noticed about it."""
+    from pbe.data.sources.reading import read_source
+
+    found = read_source(source, reading)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int], Callable[[int], object]]]:
+    """Give a function that starts a bar of so many images (-1: unknown) and returns its step."""
+    from tqdm import tqdm
+
+    with contextlib.ExitStack() as stack:
+
+        def start(total: int) -> Callable[[int], object]:
+            stack.close()  # the bar of the set before
+            bar = stack.enter_context(tqdm(total=None if total < 0 else total, unit="image", desc="pack"))
+            return bar.update
+
+        yield start
+
+
+def note_copies(shared: dict[str, int] | None) -> list[str]:
+    """Return a line where images of the validation set lie in the training set too, under other names."""
+    if not shared or not shared["exact"] + shared["near"]:
+        return []
+    same, alike = (f"{shared[kind]} images of the validation set" for kind in ("exact", "near"))
+    return [f"note: {same} are copies of training images, {alike} look like one; the report names them"]
+
+
+def outcome(request: PackRequest, result: PackResult | None, part: Sequence[int]) -> str:
+    """Return the closing line."""
+    from pbe.data.packing.report import HTML_NAME
+
+    if result is not None:
+        summary = result.summary
+        kept = f"{summary['pictures']} of {result.plan['pictures_seen']} pictures, {summary['boxes']} boxes"
+        return f"{kept} in {len(summary['shards'])} shards; report: {request.out / HTML_NAME}"
+    if part[1] > 1:
+        return f"part {part[0]} of {part[1]} is packed; the same command without --part completes the set"
+    return f"'{request.out}' is complete already; --overwrite packs it again"

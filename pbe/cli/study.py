@@ -1,0 +1,76 @@
+"""``pbe study``: a human study of edits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbe.cli.arguments import SETTINGS
+from pbe.errors import UserError
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class MakeSettings:
+    """Options of ``pbe study make``."""
+
+    systems: list[str]
+    """NAME=FOLDER, folders of edits"""
+    benchmark: Path
+    """that was edited"""
+    out: Path
+    """new folder for page/ and its key"""
+    groups: int = 30
+    """cases to rank"""
+    seed: int = 0
+    """of the draw of cases"""
+    title: str = "Which edit is better?"
+    """of the page"""
+    copy: bool = False
+    """put images beside the page, not into it"""
+
+
+def make(*, settings: MakeSettings) -> None:
+    """Write the page on which people rank edits of several systems, and its key.
+
+    pbe study make --systems ours=outputs/ours theirs=results/theirs --benchmark data/bench --out study
+    """
+    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.study.making import KEY, StudySettings, make_study, parse_systems
+
+    chosen = StudySettings(settings.groups, settings.seed, settings.title, settings.copy)
+    benchmark = BenchmarkFolder(settings.benchmark)
+    page = make_study(parse_systems(settings.systems), benchmark, settings.out, chosen)
+    handed = page.parent if settings.copy else page
+    print(f"{settings.groups} groups: give {handed} to raters and keep {settings.out / KEY} to yourself")
+
+
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class TabulateSettings:
+    """Options of ``pbe study tabulate``."""
+
+    key: Path
+    """key.json of the study"""
+    partial: bool = False
+    """take files that lack groups"""
+    seed: int = 0
+    """of the bootstrap"""
+
+
+def tabulate(*rankings: Path, settings: TabulateSettings) -> None:
+    """Print mean ranks, first places, wins and agreement.
+
+    pbe study tabulate --key outputs/study/key.json rankings/*.json
+
+    Args:
+        rankings: JSON files that raters sent
+    """
+    if not rankings:
+        raise UserError("name the files that raters sent (--help lists the options)")
+    from pbe.evaluation.study.tables import read_key, read_rankings, study_markdown, summarise
+
+    key = read_key(settings.key)
+    ranks = read_rankings(list(rankings), key, partial=settings.partial)
+    for question, array in ranks.items():
+        print(study_markdown(question, summarise(array, key.systems, settings.seed)))
