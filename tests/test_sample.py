@@ -21,8 +21,6 @@ from PIL import Image
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.diffusion.solvers import SOLVERS, SPACINGS
 from pbe.editing.batch import runner
-from pbe.editing.batch.jobs import IMAGE_SUFFIXES
-from pbe.editing.batch.records import FORMATS
 from pbe.editing.settings import CONVENTIONS, ConventionsName, Dtype, SolverName, SpacingName
 from tests.sample_calls import arguments, complaint, main, pixels, write_files, write_model, written
 
@@ -292,7 +290,6 @@ def test_the_names_of_the_command_line_are_those_of_the_package():
     assert set(get_args(SpacingName)) == set(SPACINGS)
     assert set(get_args(ConventionsName)) == set(CONVENTIONS)
     assert get_args(Dtype) == tuple(DTYPES)
-    assert set(IMAGE_SUFFIXES) == set(FORMATS)
     assert [torch_dtype(name).itemsize for name in DTYPES] == [4, 2, 2]
 
 

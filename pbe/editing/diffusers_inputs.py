@@ -14,7 +14,7 @@ from torch import nn
 
 from pbe.checkpoints.diffusers.config import write_scheduler
 from pbe.checkpoints.folders import ANY, FileChoice
-from pbe.diffusion.solvers.choice import SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.diffusion.solvers.scheduler_config import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
@@ -65,9 +65,8 @@ class Scheduler:
 def solver_of(scheduler: Any, model: LatentDiffusion) -> SolverChoice:
     """Return the solver that a scheduler stands for.
 
-    Args:
-        scheduler: of diffusers, of another pipeline, or the configuration of one.
-        model: whose noise schedule and prediction it has to have.
+    It is one of diffusers, of another pipeline, or a configuration of one, and must have the noise schedule
+    and the prediction of the model.
     """
     config = scheduler if isinstance(scheduler, Mapping) else getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
@@ -114,33 +113,23 @@ def _close(one: Any, other: Any) -> bool:
 
 OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
 PARTS = {"unet": UNet, "vae": AutoencoderKL, "image_encoder": ExemplarEncoder}
-
-
-# diffusers' arguments of loading that change no result, and those that cannot be followed here, and why.
+# diffusers' arguments of loading that change no result, and those that cannot be followed, by the reason.
 IDLE = ("disable_mmap", "low_cpu_mem_usage", "offload_state_dict", "resume_download", "trust_remote_code")
-
-
-REFUSED = {
-    "custom_pipeline": "there is one pipeline",
-    "custom_revision": "there is one pipeline",
-    "dduf_file": "folders and checkpoints are read",
-    "from_flax": "flax's weights are not read",
-    "load_connected_pipeline": "there is one pipeline",
-    "max_memory": "enable_model_cpu_offload bounds the memory",
-    "mirror": "the environment's HF_ENDPOINT names another address",
-    "offload_folder": "enable_model_cpu_offload keeps idle networks in memory",
-    "output_loading_info": "missing and unexpected keys are errors here",
-    "provider": "ONNX is not read",
-    "provider_options": "ONNX is not read",
-    "proxies": "the environment's HTTPS_PROXY names one",
-    "quantization_config": "weights are float32, bfloat16 or float16",
-    "sess_options": "ONNX is not read",
-    "subfolder": "give the path of the folder itself",
-    "use_flashpack": "safetensors and pickles are read",
-    "use_onnx": "ONNX is not read",
+REASONS = {
+    "ONNX is not read": "provider provider_options sess_options use_onnx",
+    "enable_model_cpu_offload bounds the memory": "max_memory",
+    "enable_model_cpu_offload keeps idle networks in memory": "offload_folder",
+    "flax's weights are not read": "from_flax",
+    "folders and checkpoints are read": "dduf_file",
+    "give the path of the folder itself": "subfolder",
+    "missing and unexpected keys are errors here": "output_loading_info",
+    "safetensors and pickles are read": "use_flashpack",
+    "the environment's HF_ENDPOINT names another address": "mirror",
+    "the environment's HTTPS_PROXY names one": "proxies",
+    "there is one pipeline": "custom_pipeline custom_revision load_connected_pipeline",
+    "weights are float32, bfloat16 or float16": "quantization_config",
 }
-
-
+REFUSED = {name: reason for reason, names in REASONS.items() for name in names.split()}
 OTHERS = (
     *("torch_dtype", "device_map", "variant", "use_safetensors", "force_download", "requires_safety_checker"),
     *(*PARTS, "scheduler", "feature_extractor"),
@@ -148,14 +137,10 @@ OTHERS = (
 
 
 @dataclass(frozen=True)
-class Theirs:
+class LoadingArguments:
     """What the arguments mean that diffusers' loading has and this one has not.
 
     Attributes:
-        dtype: of the weights.
-        device: where the model runs.
-        files: which copies of the weights.
-        force_download: fetch cached files again.
         screened: whether a model without a safety checker is to be told.
         networks: in place of the model's, by their names here.
         scheduler: whose solver is taken, or None.
@@ -172,27 +157,23 @@ class Theirs:
     preprocessor: dict[str, Any] | None = None
 
 
-def read_theirs(
+def read_arguments(
     others: dict[str, Any],
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     known: inspect.Signature | None = None,
-) -> Theirs:
-    """Read the arguments that are diffusers' alone.
+) -> LoadingArguments:
+    """Read the arguments that are diffusers' alone, by name.
 
-    Args:
-        others: by name.
-        dtype: given by its name here.
-        device: likewise.
-        known: of the call, for errors, which tell the nearest name.
+    ``dtype`` and ``device`` may be given by their names here. ``known`` is the signature of the call, so that
+    an error tells the nearest name.
     """
     for name, value in others.items():
         if name in REFUSED and value not in (None, False):
             raise EditValueError(f"from_pretrained: {name} cannot be used: {REFUSED[name]}")
         if name not in (*OTHERS, *IDLE, *REFUSED):
             own = [] if known is None else [*known.parameters][:-1]
-            nearest = _nearest(name, [*own, *OTHERS])
-            raise EditTypeError(f"from_pretrained has no argument '{name}'{nearest}")
+            raise EditTypeError(f"from_pretrained has no argument '{name}'{nearest(name, [*own, *OTHERS])}")
         if value is None and name in (*PARTS, "scheduler", "feature_extractor"):
             raise EditValueError(f"from_pretrained: {name} is None, but an edit needs it; leave it out")
     networks = {OURS.get(name, name): others[name] for name in PARTS if name in others}
@@ -205,9 +186,9 @@ def read_theirs(
     variant, safetensors = others.get("variant"), others.get("use_safetensors")
     if not isinstance(variant, str | None) or not isinstance(safetensors, bool | None):
         raise EditTypeError("from_pretrained: variant must be a str or None, use_safetensors a bool or None")
-    return Theirs(
+    return LoadingArguments(
         _one("dtype", dtype, "torch_dtype", others.get("torch_dtype")),
-        _one("device", device, "device_map", _place(others.get("device_map"))),
+        _one("device", device, "device_map", _device_of(others.get("device_map"))),
         FileChoice(variant, safetensors),
         bool(others.get("force_download")),
         others.get("requires_safety_checker") is not False,
@@ -217,7 +198,8 @@ def read_theirs(
     )
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """Return the end of an error about a name: the nearest one that is known, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(known)}"
 
@@ -229,7 +211,7 @@ def _one(name: str, ours: Any, other: str, theirs: Any) -> Any:
     return theirs if ours is None else ours
 
 
-def _place(device_map: Any) -> Any:
+def _device_of(device_map: Any) -> Any:
     if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise EditValueError("device_map: networks are not spread over devices; name one, such as cuda:0")
     return device_map

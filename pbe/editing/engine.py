@@ -123,14 +123,7 @@ def check_callback(callback: Any) -> None:
 def progress_bar(
     total: int, *, bar: dict[str, Any], callback: Callback | None, every: int
 ) -> Iterator[Callback]:
-    """Show a bar of so many steps; yield the callback that moves it and calls the user's at every n-th step.
-
-    Args:
-        total: number of steps.
-        bar: arguments of tqdm, ``disable=True`` among them.
-        callback: the user's.
-        every: n.
-    """
+    """Show a bar of so many steps; yield what moves it and calls the user's callback every n-th step."""
     with tqdm(**({"total": total, "desc": "painting", "unit": "step"} | bar)) as shown:
 
         def step(index: int, timestep: float, latents: Tensor) -> None:
@@ -143,12 +136,9 @@ def progress_bar(
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Condition and masked image of a batch of edits.
+    """Condition ``(b, tokens, context_dim)`` and masked image of a batch of edits.
 
-    Attributes:
-        condition: ``(b, tokens, context_dim)``.
-        masked_latents: ``(b, z, h, w)``.
-        keep_mask: ``(b, 1, h, w)`` at latent size, 1 = keep.
+    The masked image is latents ``(b, z, h, w)`` and ``keep_mask`` ``(b, 1, h, w)`` at latent size, 1 = keep.
     """
 
     condition: Tensor
@@ -166,12 +156,6 @@ def noise_predictor(
     """Close a model over its conditioning, guided, as the predictor of the noise that solvers take.
 
     Latents stay float32 whatever the type of the weights; the model may predict eps or v.
-
-    Args:
-        model: the networks.
-        schedule: noise schedule of the model.
-        conditioning: of b edits.
-        guidance_scale: 1 turns guidance off.
     """
     fixed = (conditioning.masked_latents, conditioning.keep_mask)
     doubled = tuple(torch.cat([x, x]) for x in fixed)
@@ -195,14 +179,8 @@ def prepared_predictor(
 ) -> PredictNoise:
     """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
 
-    Weights must stay as they are while it is used, and lie whole in memory.
-
-    Args:
-        model: the networks.
-        schedule: noise schedule of the model.
-        conditioning: of b edits.
-        guidance_scale: 1 turns guidance off.
-        timesteps: ``(n,)`` all that the solver will ask for.
+    Weights must stay as they are while it is used, and lie whole in memory; ``timesteps`` ``(n,)`` are all
+    that the solver will ask for.
     """
     condition, dtype = conditioning.condition, model.dtype
     null = model.null_condition(*condition.shape[:2])
@@ -219,14 +197,7 @@ def prepared_predictor(
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and the conventions of one call.
-
-    Attributes:
-        model: the networks.
-        schedule: their noise schedule.
-        crop: how exemplars are cropped, where the conventions crop them.
-        conventions: of the call.
-    """
+    """A model and the conventions of one call; ``crop`` says how exemplars are cropped, where they are."""
 
     model: LatentDiffusion
     schedule: NoiseSchedule

@@ -151,18 +151,11 @@ def upload(
 
 
 def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> list[str]:
-    """Choose what to download of a repository.
+    """Choose what to download of a repository: settings, and the weights of every network once.
 
-    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories
-    hold the same weights several times.
-
-    Args:
-        files: paths in the repository.
-        name: of the repository, for errors.
-        choice: which copies; where it leaves that open, safetensors come before pickles and variants last.
-
-    Returns:
-        Settings, and the weights of every network once.
+    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories hold
+    the same weights several times. Where ``choice`` leaves it open, safetensors come before pickles and
+    variants last.
     """
     listed = sorted(files)
     if "model_index.json" in listed:

@@ -101,12 +101,7 @@ LEAST_DPI, MOST_DPI = 2, 65535  # a TIFF without a unit says 1; a JPEG can say n
 
 @dataclass(frozen=True)
 class Profile:
-    """A colour profile that fits its image.
-
-    Attributes:
-        content: the ICC profile.
-        space: what it describes: ``RGB``, ``GRAY`` or ``CMYK``.
-    """
+    """A colour profile (ICC) that fits its image and describes ``RGB``, ``GRAY`` or ``CMYK``."""
 
     content: bytes
     space: str
@@ -122,12 +117,7 @@ class Profile:
 
 
 def profile_of(image: Image.Image, what: str = "image") -> Profile | None:
-    """Return the colour profile that an image holds; one that cannot be used is told about.
-
-    Args:
-        image: of any mode.
-        what: how the remark calls it.
-    """
+    """Return the colour profile that an image holds; one that cannot be used is told about."""
     content = image.info.get("icc_profile")
     if not content or image.mode == "LAB":  # L*a*b* needs none
         return None
@@ -167,12 +157,7 @@ def _to_srgb(image: Image.Image, source: ImageCms.ImageCmsProfile) -> Image.Imag
 def carried(image: Image.Image, what: str = "image") -> dict[str, Any]:
     """Return what goes along with the edit of an image, by the names of Pillow's ``info``.
 
-    Args:
-        image: of any mode.
-        what: how a remark calls it.
-
-    Returns:
-        ``icc_profile``, where the edit's numbers mean colours by it, and ``dpi``; each if there is one.
+    That is ``icc_profile``, where the edit's numbers mean colours by it, and ``dpi``; each if there is one.
     """
     profile, dpi = profile_of(image, what), _dpi(image.info.get("dpi"))
     found = {} if profile is None or profile.space != "RGB" else {"icc_profile": profile.content}

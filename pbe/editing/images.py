@@ -47,10 +47,8 @@ class LoadedFile:
 def read_image(path: str | Path, what: str = "image") -> LoadedFile:
     """Read an image file: upright by its EXIF tag, 8 bits, RGB, transparent parts on white, first frame.
 
-    Args:
-        path: the file.
-        what: how an error calls it. The colours of an ``image`` stay numbers of its own colour profile, which
-            goes along with the edit; those of anything else are brought to sRGB.
+    The colours of what is called an ``image`` stay numbers of its own colour profile, which goes along with
+    the edit; those of anything else are brought to sRGB.
     """
     image, digest = _open(Path(path), what)
     named = f"{what} '{path}'"
@@ -72,7 +70,7 @@ def read_mask(path: str | Path) -> LoadedFile:
 def _open(path: Path, what: str) -> tuple[Image.Image, str]:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise EditValueError(f"{what} '{path}' is not a regular file, so it cannot be read twice")
+            raise EditValueError(f"{what} '{path}' is not a regular file")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise EditValueError(f"{what} '{path}' does not exist") from error
@@ -96,15 +94,11 @@ def _named(convert: Callable[[], T], named: str) -> T:
 
 
 def pixels_of(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
-    """Return uint8 ``h w 3`` of a Pillow image of any mode; transparent parts are laid on white.
+    """Return uint8 ``h w 3`` of a Pillow image of any mode but floating point.
 
-    Greys of 16 bits are divided by 257. The EXIF orientation is left to :func:`read_image`.
-
-    Args:
-        image: of any mode but floating point.
-        what: how a remark calls it.
-        own_profile: whether colours stay numbers of the image's own RGB profile, where it has one; else they
-            are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
+    Transparent parts are laid on white. Greys of 16 bits are divided by 257. The EXIF orientation is left to
+    :func:`read_image`. With ``own_profile`` colours stay numbers of the image's own RGB profile, where it has
+    one; else they are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
     """
     _require_pixels(image.size)
     profile = profile_of(image, what)
@@ -170,12 +164,8 @@ def _eight_bits(image: Image.Image, what: str) -> Image.Image:
 def as_image(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return ``h w 3`` of a Pillow image or of an array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
 
-    An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8.
-
-    Args:
-        value: the image.
-        what: how an error calls it.
-        own_profile: see :func:`pixels_of`.
+    An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8. For
+    ``own_profile`` see :func:`pixels_of`.
     """
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
@@ -206,12 +196,7 @@ def as_mask(value: Any, what: str = "mask_image", half_is_masked: bool = True) -
     """Return bool ``h w``, True = repaint, of a Pillow image or an array ``h w`` or ``h w 1``.
 
     An array is bool, uint8, which is read as an image of these greys, or floating point in [0, 1] (above 0.5
-    repaints). What else than luminance decided is told.
-
-    Args:
-        value: the mask.
-        what: how an error calls it.
-        half_is_masked: whether a floating-point value of exactly 0.5 repaints.
+    repaints, and with ``half_is_masked`` 0.5 too). What else than luminance decided is told.
     """
     if isinstance(value, np.ndarray):
         mask = _mask_of_array(_plain(value, what, channels=(1,)), what, half_is_masked)
@@ -282,12 +267,7 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def aspect_remark(mask: tuple[int, ...], size: tuple[int, ...]) -> str | None:
-    """Return a remark where a mask of this size is stretched to fit an image; None where the aspects agree.
-
-    Args:
-        mask: height and width of the mask.
-        size: height and width of the image.
-    """
+    """Return a remark where a mask (height, width) is stretched to fit an image; None where aspects agree."""
     expected = mask[1] * size[0] / size[1]
     if abs(mask[0] - expected) <= 1 + OTHER_ASPECT * max(mask[0], expected):
         return None
@@ -310,15 +290,10 @@ def to_unit(image: np.ndarray) -> np.ndarray:
 
 
 def composite(source: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return the edit inside the mask and the source everywhere else, with a hard seam.
+    """Return the edit inside the mask (bool ``h w``) and the source everywhere else, with a hard seam.
 
-    Args:
-        source: ``h w 3``, uint8 or float32 in [-1, 1].
-        edit: float32 ``h w 3`` in [0, 1].
-        mask: bool ``h w``, True = take the edit.
-
-    Returns:
-        float32 ``h w 3`` in [0, 1]; outside the mask :func:`to_bytes` gives back a uint8 source's very bytes.
+    The source is ``h w 3``, uint8 or float32 in [-1, 1], the edit and the result float32 in [0, 1]; outside
+    the mask :func:`to_bytes` gives back a uint8 source's very bytes.
     """
     return np.where(mask[:, :, None], edit, to_unit(source))
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pbe.checkpoints.folders import ANY
 from pbe.checkpoints.loading import Loaded, load_checkpoint
 from pbe.checkpoints.usage import DEFAULT_SOLVER, Usage
 from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.diffusers_inputs import OURS, Theirs, check_dtype, solver_of
+from pbe.diffusion.solvers import SolverChoice
+from pbe.editing.diffusers_inputs import OURS, LoadingArguments, check_dtype, solver_of
 from pbe.editing.engine import choose_solver
 from pbe.editing.hub import Hub
 from pbe.editing.safety import load_safety_checker
@@ -66,8 +67,10 @@ def schedule_of(model: LatentDiffusion, **settings: Any) -> PipelineSchedule:
     )
 
 
-def full_schedule(schedule: NoiseSchedule) -> PipelineSchedule:
+def full_schedule(schedule: object) -> PipelineSchedule:
     """Return a schedule with settings; a bare one is taken for that of a model of the official size."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise EditTypeError(f"noise_schedule: {type(schedule).__name__}; it must be a NoiseSchedule")
     if isinstance(schedule, PipelineSchedule):
         return schedule
     betas = schedule.betas
@@ -76,12 +79,7 @@ def full_schedule(schedule: NoiseSchedule) -> PipelineSchedule:
 
 
 def own_names(parts: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return parts by their names here, where some have the names that diffusers gives them.
-
-    Args:
-        parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``, or None.
-        theirs: ``vae``, ``image_encoder`` and what makes no network.
-    """
+    """Return parts by their names here, where some have the names that diffusers gives them."""
     found = dict(parts)
     for name, part in theirs.items():
         ours = OURS.get(name)
@@ -93,11 +91,7 @@ def own_names(parts: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
-    """Return a model around parts, none of which is copied, and its schedule.
-
-    Args:
-        parts: ``unet``, ``autoencoder``, ``exemplar_encoder`` and ``noise_schedule``.
-    """
+    """Return a model around three networks, none of which is copied, and its ``noise_schedule``."""
     missing = [name for name in PARTS if parts[name] is None]
     if missing:
         raise EditTypeError(
@@ -108,10 +102,7 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
         if not isinstance(part, kind):
             raise EditTypeError(f"{name}: {type(part).__name__}; it must be a network of this project")
     _check_fit(**networks)
-    given = parts["noise_schedule"]
-    if not isinstance(given, NoiseSchedule):
-        raise EditTypeError(f"noise_schedule: {type(given).__name__}; it must be a NoiseSchedule")
-    schedule = full_schedule(given)
+    schedule = full_schedule(parts["noise_schedule"])
     config = ModelConfig(
         image_size=schedule.image_size,
         prediction=schedule.prediction,
@@ -152,22 +143,12 @@ def load_parts(
     solver: str | SolverChoice | None,
     safety_checker: Checker,
     hub: Hub,
-    theirs: Theirs,
+    given: LoadingArguments,
     *,
     raw_weights: bool = False,
 ) -> dict[str, Any]:
-    """Load a model, its sampling settings and its safety checker; returns what a pipeline is made of.
-
-    Args:
-        path_or_hub_id: folder, file or Hub id.
-        config: sizes of the model, where its files do not say.
-        solver: None takes the one that the model's files name.
-        safety_checker: ``auto``, None, a folder or Hub id, or the network.
-        hub: how the Hub is asked.
-        theirs: type and device of the weights, and what else diffusers' arguments ask for.
-        raw_weights: take a training checkpoint's plain weights instead of the averaged ones.
-    """
-    place, dtype = "cpu" if theirs.device is None else theirs.device, theirs.dtype
+    """Load a model, its sampling settings and its safety checker: what a pipeline is made of."""
+    place, dtype = "cpu" if given.device is None else given.device, given.dtype
     check_dtype(dtype)
     folder = hub.find(path_or_hub_id)
     loaded = load_checkpoint(
@@ -178,7 +159,7 @@ def load_parts(
         files=hub.files,
         raw_weights=raw_weights,
     )
-    usage = _usage(loaded, solver, theirs)
+    usage = _usage(loaded, solver, given)
     schedule = schedule_of(
         loaded.model,
         conventions=usage.conventions,
@@ -190,12 +171,14 @@ def load_parts(
     for note in loaded.notes:
         warn_once(f"'{path_or_hub_id}': {note}")
     checker = _checker(safety_checker, loaded, hub)
-    if checker is None and theirs.screened:
+    if checker is None and given.screened:
         warn_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
     elif isinstance(checker, Path):
         checker = load_safety_checker(checker, device=place, dtype=dtype, files=hub.files)
-    networks = {name: getattr(loaded.model, name) for name in NETWORKS} | theirs.networks
-    return networks | {"noise_schedule": schedule, "safety_checker": checker}
+    parts: dict[str, Any] = {"model": loaded.model}
+    if given.networks:
+        parts = {name: getattr(loaded.model, name) for name in NETWORKS} | given.networks
+    return parts | {"noise_schedule": schedule, "safety_checker": checker}
 
 
 def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
@@ -209,12 +192,7 @@ def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
 
 
 def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
-    """Return a device that tensors can be made on.
-
-    Args:
-        device: or its name.
-        named: what errors call the argument.
-    """
+    """Return a device that tensors can be made on; errors call the argument ``named``."""
     try:
         found = torch.empty(0, device=device).device
         if found.type == "meta":
@@ -224,16 +202,16 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
         raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _usage(loaded: Loaded, solver: str | SolverChoice | None, theirs: Theirs) -> Usage:
+def _usage(loaded: Loaded, solver: str | SolverChoice | None, given: LoadingArguments) -> Usage:
     """Return how the model is to be run: as the call says, else as its files do, else as the layout does."""
     usage = loaded.usage
-    if solver is not None and theirs.scheduler is not None:
+    if solver is not None and given.scheduler is not None:
         raise EditValueError("solver and scheduler are two names for one thing; give one of them")
     if solver is not None:
         usage = replace(usage, solver=choose_solver(solver))
-    elif theirs.scheduler is not None:
-        usage = replace(usage, solver=solver_of(theirs.scheduler, loaded.model))
-    return replace(usage, preprocessor=theirs.preprocessor or usage.preprocessor).complete(loaded.layout)
+    elif given.scheduler is not None:
+        usage = replace(usage, solver=solver_of(given.scheduler, loaded.model))
+    return replace(usage, preprocessor=given.preprocessor or usage.preprocessor).complete(loaded.layout)
 
 
 def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
@@ -241,7 +219,5 @@ def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | No
     if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
         return wanted
     if wanted != AUTO:
-        return Hub(cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, token=hub.token).find(
-            wanted
-        )
+        return replace(hub, revision=None, files=ANY, force_download=False).find(wanted)
     return loaded.safety_checker

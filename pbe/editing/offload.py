@@ -21,10 +21,6 @@ class Offload:
 
     An edit uses exemplar encoder, autoencoder, UNet and autoencoder, in this order, so that weights travel
     four times an edit, not with every step.
-
-    Attributes:
-        model: whose parts are moved.
-        device: where each part runs.
     """
 
     def __init__(self, model: LatentDiffusion, device: torch.device) -> None:
@@ -57,12 +53,9 @@ class Offload:
 def offload_idle_parts(model: LatentDiffusion, device: torch.device | str) -> Offload:
     """Keep exemplar encoder, autoencoder and UNet on the CPU and bring each to ``device`` when it is needed.
 
-    Nothing changes in the results. Inputs are expected on ``device`` (``model.device`` tells), as ever.
-
-    Args:
-        model: its parts must be used through its own methods (``encode_images``, ``predict``, ...), as the
-            pipeline does.
-        device: an accelerator, such as ``cuda``.
+    Nothing changes in the results. Inputs are expected on ``device`` (``model.device`` tells), as ever, and
+    parts must be used through the model's own methods (``encode_images``, ``predict``, ...), as the pipeline
+    does.
     """
     try:
         # weights report the number of their GPU, so that 'cuda' alone would equal none of them
@@ -149,10 +142,6 @@ class MemorySettings:
             )
         return slice_size
 
-    def set_attention_slice(self, slice_size: str | int | None) -> None:
-        """Do what :meth:`enable_attention_slicing` does; None turns it off."""
-        self.enable_attention_slicing(slice_size)
-
     def disable_attention_slicing(self) -> None:
         """Run attention on everything at once again."""
         set_attention_slicing(self.model)
@@ -165,12 +154,7 @@ class MemorySettings:
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None
     ) -> None:
-        """Do what :meth:`enable_cpu_offload` does, with diffusers' arguments.
-
-        Args:
-            gpu_id: number of the accelerator.
-            device: its kind, or the device itself; None is ``cuda``.
-        """
+        """Do what :meth:`enable_cpu_offload` does, on a device or the accelerator of that number."""
         place = str(device or "cuda")
         if gpu_id is not None:
             if isinstance(gpu_id, bool) or not isinstance(gpu_id, int):
@@ -193,10 +177,6 @@ class MemorySettings:
             self._offload.remove()
             self._offload = None
 
-    def remove_all_hooks(self) -> None:
-        """Do what :meth:`disable_cpu_offload` does."""
-        self.disable_cpu_offload()
-
     def enable_vae_tiling(self) -> None:
         """Run the autoencoder in bands of rows on images of every size; by default only on large ones.
 
@@ -208,13 +188,10 @@ class MemorySettings:
         """Run the autoencoder in bands on large images only, the default."""
         self.model.tile_above = AutoencoderKL.tile_above
 
-    def enable_vae_slicing(self) -> None:
-        """Do what :meth:`enable_vae_tiling` does, which takes one image at a time, too."""
-        self.enable_vae_tiling()
-
-    def disable_vae_slicing(self) -> None:
-        """Do what :meth:`disable_vae_tiling` does."""
-        self.disable_vae_tiling()
+    # Other names of diffusers' for the same.
+    set_attention_slice = enable_attention_slicing
+    remove_all_hooks = disable_cpu_offload
+    enable_vae_slicing, disable_vae_slicing = enable_vae_tiling, disable_vae_tiling
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Change nothing: PyTorch's own kernels, which are always used, hold no matrix of weights either."""

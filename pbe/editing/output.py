@@ -72,10 +72,7 @@ class EditOutput:
 def as_output(edits: Sequence[np.ndarray], output_type: str, carried: Sequence[dict[str, Any]] = ()) -> Any:
     """Return edits, float32 ``h w 3`` in [0, 1] each, as ``pil``, ``np`` or ``pt``.
 
-    Args:
-        edits: image by image.
-        output_type: the form.
-        carried: what goes along with PIL images, one an image: colour profile and resolution.
+    With PIL images goes what is carried for each image: colour profile and resolution.
     """
     if output_type == "pil":
         images = [Image.fromarray(to_bytes(edit)) for edit in edits]
@@ -100,17 +97,11 @@ INSTALL = "pip install PyWavelets && pip install --no-deps invisible-watermark"
 
 
 def add_watermark(image: np.ndarray, text: str = TEXT) -> np.ndarray:
-    """Hide a text in the frequencies of an image's colour; the eye does not see it, a decoder reads it.
+    """Hide a text (ASCII, 8 bits a character) in the frequencies of an image; only a decoder reads it.
 
     It is read by ``imwatermark.WatermarkDecoder("bytes", 8 * len(text)).decode(bgr, "dwtDctSvd")``. The mark
-    does not survive a resize, and may read back with errors from flat or very noisy images.
-
-    Args:
-        image: uint8 ``h w 3``, RGB, of at least 256x256 pixels in area.
-        text: what to hide; 8 bits a character, ASCII.
-
-    Returns:
-        A new array, uint8 ``h w 3``.
+    does not survive a resize, and may read back with errors from flat or very noisy images. The image is
+    uint8 ``h w 3``, RGB, of at least 256x256 pixels in area, and so is the result, a new array.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise EditTypeError(f"watermark: {image.dtype} {image.shape}; it must be uint8 (h, w, 3)")

@@ -20,7 +20,7 @@ from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers import Callback, SolverChoice
 from pbe.editing.compatibility import DiffusersNames
-from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_theirs
+from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_arguments
 from pbe.editing.engine import (
     Engine,
     check_callback,
@@ -32,7 +32,15 @@ from pbe.editing.engine import (
 from pbe.editing.hub import Hub
 from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.inputs import Batch, check_generator, match_inputs, read_exemplars
-from pbe.editing.loading import NETWORKS, PipelineSchedule, assemble, load_parts, own_names, schedule_of
+from pbe.editing.loading import (
+    NETWORKS,
+    PipelineSchedule,
+    assemble,
+    full_schedule,
+    load_parts,
+    own_names,
+    schedule_of,
+)
 from pbe.editing.offload import MemorySettings, Offload
 from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_output, to_images
 from pbe.editing.placement import View, choose_view, place_back, resize_batch
@@ -47,29 +55,22 @@ logger = logging.getLogger(__name__)
 
 
 class PaintByExample(MemorySettings, DiffusersNames):
-    """Paints an exemplar into the mask of an image (Yang et al., CVPR 2023).
+    """Paints an exemplar into the masked region of an image (Yang et al., CVPR 2023).
 
     Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
     networks it then shares.
 
     Args:
         model: the networks, in evaluation mode, on the device and in the type they are to run in.
-        unet: a network in place of the model's; all four parts or a model.
+        unet: a network in place of the model's; all three or a model.
         autoencoder: likewise.
         exemplar_encoder: likewise.
-        noise_schedule: likewise; that of another pipeline brings its settings along.
+        noise_schedule: of the networks; that of another pipeline brings its settings along.
         safety_checker: looks at what was painted, or None.
         solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
         conventions: ``original`` or ``diffusers``; None is the schedule's.
         watermark: put the original's invisible watermark into every image; None is the schedule's.
         theirs: parts by diffusers' names: ``vae``, ``image_encoder``, ``scheduler``, ``feature_extractor``.
-
-    Attributes:
-        model: the networks.
-        noise_schedule: the model's noise schedule.
-        safety_checker: or None.
-        conventions: name of the conventions of calls that name none.
-        watermark: whether images get the watermark.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class PaintByExample(MemorySettings, DiffusersNames):
         if model is None:
             self.model, schedule = assemble(parts)
         else:
-            self.model, schedule = model, schedule_of(model)
+            self.model = model
+            schedule = schedule_of(model) if noise_schedule is None else full_schedule(noise_schedule)
         if theirs.get("feature_extractor") is not None:
             schedule = replace(schedule, preprocessor=preprocessor_of(theirs["feature_extractor"]))
         self.noise_schedule = schedule
@@ -148,10 +150,10 @@ class PaintByExample(MemorySettings, DiffusersNames):
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
                 ``image_encoder``, ``scheduler`` and ``feature_extractor``.
         """
-        theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
-        hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
+        given = read_arguments(others, dtype, device, inspect.signature(cls.from_pretrained))
+        hub = Hub(revision, cache_dir, local_files_only, token, given.files, given.force_download)
         path = pretrained_model_name_or_path
-        parts = load_parts(path, config, solver, safety_checker, hub, theirs, raw_weights=raw_weights)
+        parts = load_parts(path, config, solver, safety_checker, hub, given, raw_weights=raw_weights)
         pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
         return pipe
@@ -258,15 +260,9 @@ class PaintByExample(MemorySettings, DiffusersNames):
 
     @torch.no_grad()
     def encode_exemplar(self, images: Any, conventions: str | None = None) -> Tensor:
-        """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``.
-
-        Args:
-            images: exemplars as in a call.
-            conventions: likewise.
-        """
+        """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``."""
         return self._engine(conventions).encode(read_exemplars(images))
 
-    @torch.no_grad()
     def __call__(
         self,
         example_image: Any,
@@ -351,18 +347,8 @@ class PaintByExample(MemorySettings, DiffusersNames):
     ) -> EditOutput:
         """Do what a call does, with settings that are checked; the other arguments are the call's.
 
-        Args:
-            example_image: as in a call.
-            image: likewise.
-            mask_image: likewise.
-            settings: ``EditSettings(...).checked()``.
-            choice: solver of settings that name none; None is the pipeline's own.
-            output_type: as in a call, and so are all others.
-            callback: likewise.
-            callback_steps: likewise.
-            generator: likewise.
-            exemplar_embeds: likewise.
-            given: ``latents`` and ``masked_image_latents``.
+        ``choice`` is the solver of settings that name none (None: the pipeline's own), and ``given`` takes
+        ``latents`` and ``masked_image_latents``.
         """
         engine = self._engine(settings.conventions)
         choice = engine.with_spacing(merge_choice(choice or self._choice, settings))

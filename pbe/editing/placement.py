@@ -31,14 +31,7 @@ FEATHER_SHARE = 0.25  # and at most this share of the way from the mask's border
 
 @dataclass(frozen=True)
 class Box:
-    """A part of an image in pixels; it may reach beyond the image, where that is smaller.
-
-    Attributes:
-        top: first row.
-        left: first column.
-        height: number of rows.
-        width: number of columns.
-    """
+    """A part of an image in pixels; it may reach beyond the image, where that is smaller."""
 
     top: int
     left: int
@@ -65,16 +58,16 @@ class Box:
         ]
 
 
-def region_box(mask: np.ndarray, target: Size, margin: float) -> Box:
-    """Return the part of the image to edit: of the target's aspect, around the mask.
+def region_box(mask: np.ndarray, target: Size, margin: float = EditSettings.margin) -> Box:
+    """Return the part of the image to edit: of the target's aspect, around the masked region.
 
-    It is the mask's bounding box with the margin, inside the image if it can be: the margin shrinks before
-    the box leaves the image, though not to nothing. A very small mask gets more surroundings.
+    It is the region's bounding box with the margin, inside the image if it can be: the margin shrinks before
+    the box leaves the image, though not to nothing. A very small region gets more surroundings.
 
     Args:
         mask: bool ``h w``.
         target: height and width that the part is edited at.
-        margin: room on each side, as a share of the longer side of the mask's bounding box.
+        margin: room on each side, as a share of the longer side of the bounding box.
     """
     (top, bottom), (left, right) = (_extent(np.any(mask, axis=axis)) for axis in (1, 0))
     height, width = bottom - top, right - left
@@ -118,7 +111,7 @@ def seam(
         keep_outside: nothing outside the mask is touched, and the seam runs inside it; otherwise the whole
             box is taken, and the seam runs along the box's border.
         feather: width of the seam in pixels of the image; None takes half a latent cell of the model, but
-            no more than a quarter of the way to the mask's middle.
+            no more than a quarter of the way to the middle of the masked region.
     """
     rows, columns = box.inside(mask.shape)
     scale = max(box.height / target[0], box.width / target[1])
@@ -146,16 +139,10 @@ def _ramp(inside: np.ndarray, scale: float, feather: float | None) -> np.ndarray
 
 
 def paste(image: np.ndarray, edit: np.ndarray, box: Box, share: np.ndarray) -> np.ndarray:
-    """Blend an edited part into its image.
+    """Blend an edited part into its image (float32 ``h w 3``), and return a new one.
 
-    Args:
-        image: float32 ``h w 3``.
-        edit: float32, of the box's size.
-        box: where it goes.
-        share: of the edit, float32 ``h w`` of the part of the box inside the image.
-
-    Returns:
-        A new image; where the share is 0 it has the very numbers of the old one.
+    ``share`` of the edit is float32 ``h w`` of the part of the box inside the image; where it is 0 the result
+    has the image's very numbers.
     """
     result, part = image.copy(), box.inside(image.shape[:2])
     weight = share[:, :, None]
@@ -192,14 +179,7 @@ def resize_batch(batch: Batch, settings: EditSettings) -> Batch:
 
 
 def choose_view(batch: Batch, settings: EditSettings, image_size: int, largest_side: int) -> View:
-    """Return what the model is shown of each image.
-
-    Args:
-        batch: the images and their masks.
-        settings: of the edit.
-        image_size: the model's training resolution.
-        largest_side: see :func:`pbe.editing.preprocess.working_size`.
-    """
+    """Return what a model of this training resolution is shown of each image; see ``working_size``."""
     if settings.region == "full":
         whole = batch.masks[0].shape[:2]
         asked = settings.height is not None or settings.width is not None
@@ -215,12 +195,7 @@ def choose_view(batch: Batch, settings: EditSettings, image_size: int, largest_s
 def place_back(painted: Tensor, index: int, batch: Batch, view: View, settings: EditSettings) -> np.ndarray:
     """Return an edit at its image's size, float32 ``h w 3`` in [0, 1].
 
-    Args:
-        painted: what the model made, ``(3, h, w)`` about [-1, 1], at the working size.
-        index: number of the image in the batch.
-        batch: the images.
-        view: what the model was shown.
-        settings: of the edit.
+    ``painted`` is what the model made of image ``index``, ``(3, h, w)`` about [-1, 1], at the working size.
     """
     image, mask, keep_outside = batch.images[index], batch.masks[index], settings.preserve_background
     if view.boxes is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
+from pbe.editing.images import to_bytes, to_unit
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models.latent_diffusion import latent_mask
 from pbe.models.tower_facts import follow_tower
@@ -25,13 +26,9 @@ Size = tuple[int, int]  # height, width
 def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
     """Return the (height, width) at which a whole image is edited.
 
-    An image of at most ``(2 image_size)^2`` pixels is edited as it is. A larger one is reduced until its
-    short side is ``image_size``, and further where it would still have more pixels than that.
-
-    Args:
-        size: height and width of the image.
-        image_size: the model's training resolution.
-        largest_side: images of at most the square of this many pixels are edited as they are, too.
+    An image of at most ``(2 image_size)^2`` pixels, where ``image_size`` is the model's training resolution,
+    is edited as it is, and so is one of at most ``largest_side^2``. A larger one is reduced until its short
+    side is ``image_size``, and further where it would still have more pixels than that.
     """
     limit = (2 * image_size) ** 2
     pixels, scale = size[0] * size[1], 1.0
@@ -86,16 +83,10 @@ def pad(array: np.ndarray, pads: Sequence[tuple[int, int]]) -> np.ndarray:
 def network_inputs(
     images: Sequence[np.ndarray], masks: Sequence[np.ndarray], size: Size, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """Resize, pad and stack images and masks.
+    """Resize images and masks to the working size, pad them to multiples of ``multiple``, and stack them.
 
-    Args:
-        images: ``h w 3`` each, uint8 or float32 in [-1, 1].
-        masks: bool ``h w`` each.
-        size: the working size.
-        multiple: the padded sides are multiples of this.
-
-    Returns:
-        Images ``(b, 3, H, W)`` float32 in [-1, 1] and keep masks ``(b, 1, H, W)`` float32, 1 = keep.
+    Images are ``h w 3``, uint8 or float32 in [-1, 1], masks bool ``h w``. Returns images ``(b, 3, H, W)``
+    float32 in [-1, 1] and keep masks ``(b, 1, H, W)`` float32, 1 = keep.
     """
     padded = [to_signed(pad_to_multiple(resize_image(image, size), multiple)) for image in images]
     stacked = rearrange(torch.from_numpy(np.stack(padded)), "b h w c -> b c h w").contiguous()
@@ -113,11 +104,8 @@ def to_signed(image: np.ndarray) -> np.ndarray:
 def mask_at_latent_size(keep: Tensor, size: Size, mode: str) -> Tensor:
     """Resize keep masks ``(b, 1, H, W)`` to latent size without antialias.
 
-    Args:
-        keep: 1 = keep.
-        size: of the latents.
-        mode: ``bilinear``, as the original does, or ``nearest``, as diffusers does (the top left pixel of
-            each block).
+    ``mode`` is ``bilinear``, as in the original, or ``nearest``, as in diffusers (top left pixel of each
+    block).
     """
     return F.interpolate(keep, size=size, mode="nearest") if mode == "nearest" else latent_mask(keep, size)
 
@@ -150,11 +138,10 @@ class CropSettings:
 
 
 def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | None = None) -> CropSettings:
-    """Return the settings of a ``preprocessor_config.json``; what it leaves open follows from the tower.
+    """Return the settings of a ``preprocessor_config.json`` of any age.
 
-    Args:
-        config: of the tower.
-        preprocessor: the parsed file, of any age; None takes everything from the tower.
+    What it leaves open follows from the tower. A crop of another size than the tower's is an error, and so is
+    a step that is switched off.
     """
     found, config = preprocessor or {}, replace(config)
     follow_tower(config)  # what it leaves open is the tower's own
@@ -235,9 +222,6 @@ def clip_crop(
         size: side of the square; where the image is smaller the rest is black.
         shortest_edge: length for the shorter side; None means ``size``, 0 leaves the size.
         resample: ``bicubic`` or ``bilinear``, antialiased.
-
-    Returns:
-        uint8 ``size size 3``.
     """
     height, width = image.shape[:2]
     edge = (size if shortest_edge is None else shortest_edge) or min(height, width)
@@ -259,11 +243,8 @@ def exemplar_pixels(
 ) -> Tensor:
     """Return what the tower takes, ``(b, 3, s, s)`` float32, normalised.
 
-    Args:
-        exemplars: images, uint8 or float32 in [-1, 1] ``h w 3``; or tensors ``(3, s, s)`` that are
-            normalised for the tower already and pass as they are.
-        config: of the tower.
-        settings: crop as these say; None squashes the exemplar whole, bicubic, as the original does.
+    Images (``h w 3``, uint8 or float32 in [-1, 1]) are cropped as ``settings`` say, or squashed whole,
+    bicubic, as the original does it, where these are None; tensors are normalised for the tower already.
     """
     ready = [
         _checked(each, config.image_size) if isinstance(each, Tensor) else _normalised(each, config, settings)
@@ -277,17 +258,12 @@ def _normalised(image: np.ndarray, config: ExemplarEncoderConfig, settings: Crop
     if settings is None:
         square, mean, std = resize_image(image, (size, size)), config.mean, config.std
     else:
-        square = clip_crop(_bytes(image), size, settings.shortest_edge, settings.resample)
+        array = image if image.dtype == np.uint8 else to_bytes(to_unit(image))
+        square = clip_crop(array, size, settings.shortest_edge, settings.resample)
         mean, std = list(settings.mean), list(settings.std)
     pixels = torch.from_numpy(np.array(square))
     pixels = pixels.float() / 255.0 if square.dtype == np.uint8 else pixels / 2.0 + 0.5
     return rearrange((pixels - torch.tensor(mean)) / torch.tensor(std), "h w c -> c h w")
-
-
-def _bytes(image: np.ndarray) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image
-    return np.round((image / 2.0 + 0.5) * 255.0).astype(np.uint8)
 
 
 def _checked(pixels: Tensor, size: int) -> Tensor:

@@ -67,12 +67,7 @@ class CheckerSizes:
 
 
 class SafetyChecker(nn.Module):
-    """Tells which images must not be shown.
-
-    Args:
-        sizes: of the tower and the concepts.
-        crop: how images are brought to the tower; None is CLIP's own way.
-    """
+    """Tells which images must not be shown; ``crop`` brings them to the tower, None is CLIP's own way."""
 
     concepts: Tensor
     concept_thresholds: Tensor
@@ -97,11 +92,7 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: np.ndarray | Sequence[Image.Image]) -> list[bool]:
-        """Return for each image whether it is flagged.
-
-        Args:
-            images: float ``(b, h, w, 3)`` in [0, 1], or PIL images of any size.
-        """
+        """Return for each image, PIL or float ``(b, h, w, 3)`` in [0, 1], whether it is flagged."""
         arrays = _as_bytes(images)
         if not arrays:
             return []
@@ -113,8 +104,7 @@ class SafetyChecker(nn.Module):
     def margins(self, pixels: Tensor) -> Tensor:
         """Return by how much each concept is closer than allowed, ``(b, concepts)`` float32; above 0 flags.
 
-        Args:
-            pixels: ``(b, 3, s, s)`` normalised for the tower.
+        ``pixels`` are ``(b, 3, s, s)``, normalised for the tower.
         """
         weight = self.projection.weight
         embedding = self.projection(self.tower(pixels.to(weight.device, weight.dtype))).float()
@@ -156,12 +146,9 @@ def load_safety_checker(
 ) -> SafetyChecker:
     """Load a published safety checker, such as a copy of ``CompVis/stable-diffusion-safety-checker``.
 
-    Args:
-        folder: ``config.json`` and the weights, as safetensors or as a pickle, which is read without running
-            anything in it; ``preprocessor_config.json`` is used where there is one.
-        device: where it runs.
-        dtype: type of the weights in memory; None means float32.
-        files: which copy of the weights, where there are several.
+    The folder holds ``config.json`` and the weights, as safetensors or as a pickle, which is read without
+    running anything in it; ``preprocessor_config.json`` is used where there is one. ``dtype`` None means
+    float32.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")

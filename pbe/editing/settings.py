@@ -85,11 +85,7 @@ class EditSettings:
     """keep every pixel outside the mask bit by bit"""
 
     def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
-        """Return the settings with every value checked, and numbers of numpy as Python's.
-
-        Args:
-            named: what errors call a setting.
-        """
+        """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
         values = vars(self)
         found: dict[str, object] = {"seed": check_seed(named("seed"), self.seed)}
         optional = ("height", "width", "feather", "attention_slicing")
@@ -171,13 +167,9 @@ class EditCommand(EditSettings):
 
 
 def existing_path(path_or_hub_id: str | Path, option: str = "") -> Path | None:
-    """Return a path that exists; None for what may be a repository's name, ``owner/name``.
+    """Return a path that exists, or the model that ships; None for what may be ``owner/name`` on the Hub.
 
-    A path that exists comes before a repository of the same name; a leading ``~`` is the home folder.
-
-    Args:
-        path_or_hub_id: what was given.
-        option: of a command line, named by the error.
+    A path that exists comes first; a leading ``~`` is the home folder. ``option`` is that of a command line.
     """
     name = find_model(expand_home(str(path_or_hub_id)))
     if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
@@ -194,13 +186,9 @@ def check_count(
     largest: int = MAX_COUNT,
     kind: type[EditTypeError | EditValueError] = EditTypeError,
 ) -> int:
-    """Return a setting that is a whole number from 1 up, of whatever numeric type, as an int.
+    """Return a setting that is a whole number from 1 to ``largest``, of whatever numeric type, as an int.
 
-    Args:
-        name: what errors call it.
-        value: the setting: an int, or a float or numpy scalar without a fraction.
-        largest: value that is allowed.
-        kind: error for anything that is no whole number.
+    ``kind`` is the error for anything that is no whole number, ``name`` what errors call the setting.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise kind(f"{name}: {type(value).__name__}; it must be an int")

@@ -1,4 +1,4 @@
-"""Tests."""
+"""From images, masks and exemplars to what the networks take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from transformers import CLIPImageProcessor
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import (
-    check_count,
     check_embeds,
     clip_crop,
     crop_settings,
@@ -19,10 +18,11 @@ from pbe.editing.preprocess import (
     network_inputs,
     pad_to_multiple,
     reduce_mask,
-    resize_picture,
+    resize_image,
     to_signed,
     working_size,
 )
+from pbe.editing.settings import check_count
 from pbe.errors import EditTypeError, EditValueError, UserError
 
 
@@ -89,9 +89,9 @@ def test_the_padding_reflects_the_hole_too():
 
 def test_float_pictures_are_resized_like_bytes():
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    ours = resize_picture(to_signed(picture), (10, 12))
+    ours = resize_image(to_signed(picture), (10, 12))
     assert ours.dtype == np.float32
-    assert np.abs(ours - to_signed(resize_picture(picture, (10, 12)))).max() <= 1.5 / 127.5
+    assert np.abs(ours - to_signed(resize_image(picture, (10, 12)))).max() <= 1.5 / 127.5
 
 
 def test_the_mask_at_latent_size():

@@ -10,13 +10,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from pbe.editing.batch.records import FORMATS
 from pbe.editing.images import LoadedFile, aspect_remark, decision, fit_mask, read_image, read_mask
 from pbe.editing.settings import MAX_SEED, EditCommand
 from pbe.errors import EditValueError, UserError
 from pbe.mask_reading import BY_LUMINANCE
 
 FILE_KEYS = ("image", "mask", "exemplar")
-IMAGE_SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".jpg", ".jpeg")
 LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # of an image in such a file, in pixels
 MAX_NAME = 200  # leaves room for the seed and the ending within the 255 bytes of a file name
 MANY = 50  # from this many jobs on, reading the files takes a bar of its own
@@ -46,11 +46,7 @@ class Job:
 
 @dataclass
 class LoadedJob:
-    """A job with its files read, the mask at the image's size, and the edits made so far.
-
-    Attributes:
-        remarks: what was decided about the mask, by the kind of the remark.
-    """
+    """A job with its files read, the mask at the image's size; ``remarks`` on the mask have kinds as keys."""
 
     job: Job
     image: LoadedFile
@@ -84,13 +80,7 @@ def load_job(job: Job) -> LoadedJob:
 
 @dataclass
 class CheckedJob:
-    """A job whose files can be used.
-
-    Attributes:
-        job: with the paths.
-        size: height and width of the image.
-        loaded: the files, where they are kept until their turn.
-    """
+    """A job whose files can be used, with the image's size and, where they are kept until then, the files."""
 
     job: Job
     size: tuple[int, int]
@@ -175,8 +165,8 @@ def output_folder(command: EditCommand, jobs: list[Job]) -> Path:
     target = Path(str(command.output))
     if command.pairs is not None or command.num_images > 1:
         raise UserError("--output is the file of a single edit; --pairs and --num-images need --out")
-    if target.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"--output '{target}' must end in one of {', '.join(IMAGE_SUFFIXES)}")
+    if target.suffix.lower() not in FORMATS:
+        raise UserError(f"--output '{target}' must end in one of {', '.join(FORMATS)}")
     inputs = [getattr(job, key) for job in jobs for key in FILE_KEYS]
     if os.path.realpath(target) in [os.path.realpath(each) for each in inputs]:
         raise UserError(f"the output would replace its input '{target}'; change --output")
