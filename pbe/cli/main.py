@@ -52,7 +52,7 @@ def make_app() -> App:
     from cyclopts import App, Parameter
 
     from pbe import __version__
-    from pbe.cli.arguments import tidy
+    from pbe.cli.arguments import refuse_fractions, tidy
 
     app = App(
         name="pbe",
@@ -65,7 +65,7 @@ def make_app() -> App:
             allow_repeating=True,  # the last one counts
             show_default=_show_default,
         ),
-        config=tidy,
+        config=(tidy, refuse_fractions),
         help_format="plaintext",
         help_on_error=False,
         print_error=False,
