@@ -11,10 +11,10 @@ from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
 from pbe.checkpoints.opened import build
 from pbe.checkpoints.tower_weights import load_tower_weights
-from pbe.config import AutoencoderConfig, Config, ModelConfig, to_dict
+from pbe.config import AutoencoderConfig, Config, ModelConfig, differences, flatten, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.training.resume.files import flat, say
+from pbe.training.resume.files import say
 from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
@@ -129,8 +129,8 @@ def _merged(config: Config, stored: ModelConfig) -> ModelConfig:
 
 
 def _differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    first, second = flat(to_dict(one), "model."), flat(to_dict(other), "model.")
-    return [f"{key} {first[key]} instead of {second[key]}" for key in first if first[key] != second[key]]
+    changed = differences(flatten(to_dict(other), "model."), flatten(to_dict(one), "model."))
+    return [f"{key} {ours} instead of {theirs}" for key, (theirs, ours) in changed.items()]
 
 
 def make_task(config: Config, model: LatentDiffusion) -> BaseTask:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from contextlib import suppress
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pbe.config import fingerprint
 from pbe.errors import UserError
 
 DONE = "done.json"
@@ -71,8 +71,7 @@ class Stage:
 
 def fingerprint_of(*parts: Any) -> str:
     """Return a hash of JSON-ready values, 24 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return fingerprint(parts)[:24]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from pbe.config import Config, to_dict
+from pbe.config import Config, fingerprint as fingerprint, flatten, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.data.shards.archive import shard_state
 from pbe.models import LatentDiffusion
@@ -49,26 +48,18 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
         settings["exemplar_encoder.layout_grid"] = encoder.layout_grid
     for name in ("train_shards", "validation_shards"):
         pattern = getattr(config.data, name)
-        settings[f"files of data.{name}"] = _hash(shard_state(pattern)) if pattern else ""
+        settings[f"files of data.{name}"] = fingerprint(shard_state(pattern)) if pattern else ""
     autoencoder = model.autoencoder
     parts = (autoencoder.encoder, autoencoder.quant_conv, autoencoder.patch_encoder)
     weights = (_weights(*parts), _weights(model.exemplar_encoder.tower))
     return settings | dict(zip(WEIGHTS, weights, strict=True))
 
 
-def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _counting(data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the data settings that change what is encoded."""
-    leaves = list(_leaves(data, "data."))
-    neutral = {key.rsplit(".", 1)[-1] for key, value in leaves if _is_neutral(key, value)}
-    for key, value in leaves:
+    leaves = flatten(data, "data.")
+    neutral = {key.rsplit(".", 1)[-1] for key, value in leaves.items() if _is_neutral(key, value)}
+    for key, value in leaves.items():
         name = key.rsplit(".", 1)[-1]
         if name not in LOADING and name not in neutral and FOLLOWERS.get(name) not in neutral:
             yield key, value
@@ -77,10 +68,6 @@ def _counting(data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _is_neutral(key: str, value: Any) -> bool:
     name = key.rsplit(".", 1)[-1]
     return name in NEUTRAL and value == NEUTRAL[name]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(*modules: nn.Module | None) -> str:
@@ -96,11 +83,6 @@ def _weights(*modules: nn.Module | None) -> str:
 def halved(config: Config) -> bool:
     """Say whether the frozen networks run in bfloat16."""
     return "bf16" in config.trainer.precision
-
-
-def fingerprint(settings: Settings) -> str:
-    """Return the hash of settings, 64 hexadecimal digits."""
-    return _hash(settings)
 
 
 def with_all_tokens(settings: Settings, grid: int) -> Settings | None:

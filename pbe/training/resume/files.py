@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from pbe.config import Config, to_dict
+from pbe.config import Config, differences, flatten, to_dict
 from pbe.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -272,14 +272,6 @@ def newest_whole(folder: Path) -> Path | None:
 def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
     """Return ``key old -> new`` of every setting that differs from those a checkpoint was made with."""
     # a setting that is newer than the checkpoint had its default then
-    old, new = flat(to_dict(Config())) | flat(stored), flat(to_dict(config))
-    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(UNTOLD)]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+    old = flatten(to_dict(Config())) | flatten(stored)
+    changed = sorted(differences(old, flatten(to_dict(config))).items())
+    return [f"{key} {before} -> {now}" for key, (before, now) in changed if not key.startswith(UNTOLD)]

@@ -15,7 +15,7 @@ import yaml
 from pbe.config import PATHS, Config, load_config, save_yaml, to_dict
 from pbe.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def written(folder: Path, content: str | bytes, name: str = "some.yaml") -> Path:
