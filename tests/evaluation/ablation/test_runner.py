@@ -228,7 +228,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
         runner([stage(tmp_path, "a")]).run()
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match=r"cannot write '.*\.lock': No space left"), only_one(tmp_path):
+    with pytest.raises(UserError, match=r"cannot lock '.*\.lock': No space left"), only_one(tmp_path):
         pass
 
 
