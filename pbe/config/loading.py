@@ -16,6 +16,7 @@ from pbe.config.checks import PATHS, check_choices, check_values
 from pbe.config.fields import flatten, to_dict
 from pbe.config.training import NONE, Config
 from pbe.errors import UserError
+from pbe.files import write_output
 
 LENGTHS = ("max_steps", "max_epochs")  # of the trainer, of which one is 0
 # References may repeat a part of a file, but not blow it up: ten lines of them can stand for a billion.
@@ -54,15 +55,8 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration
 
 def save_yaml(config: Config, path: str | Path) -> None:
     """Write the complete configuration as YAML, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_output(Path(path), text.encode("utf-8", "surrogateescape"))
 
 
 def _with_bases(path: str) -> list[tuple[Path, DictConfig]]:
