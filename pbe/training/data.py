@@ -1,4 +1,4 @@
-"""Batches as training takes them: whole optimizer steps, repeatable few ones, and how long they take."""
+"""Training batches: in whole optimizer steps, a few of them again and again, and with the time they take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StepSampler(CounterSampler):
         rank: of this process.
         world_size: number of processes.
         accumulate: micro-batches of an optimizer step.
-        only: batches to repeat for ever, the same samples each time; 0 takes them all.
+        only: number of batches to repeat for ever, with the same samples each time; 0 takes them all.
     """
 
     def __init__(
@@ -55,11 +55,7 @@ class StepSampler(CounterSampler):
 
 
 class TimedLoader(CountingLoader):
-    """A loader that adds up how long it was waited for.
-
-    Attributes:
-        waited: seconds since the start.
-    """
+    """A loader that adds up the seconds that training has waited for it, in ``waited``."""
 
     waited = 0.0
 
@@ -78,11 +74,7 @@ class TimedLoader(CountingLoader):
 
 
 class TrainingData(ExemplarDataModule):
-    """The data module of a training run.
-
-    Args:
-        config: the experiment.
-    """
+    """The data module of a training run."""
 
     loader_type: type[TimedLoader] = TimedLoader
 
@@ -95,11 +87,7 @@ class TrainingData(ExemplarDataModule):
         return self.dataset(stream)
 
     def open(self) -> None:
-        """Open all streams, so that shards which cannot be used are told of before anything is written.
-
-        Raises:
-            UserError: there are such shards.
-        """
+        """Open all streams, so that unusable shards are reported before anything is written."""
         self.samples("train")
         if self.config.validation_shards:
             self.samples("validation")
@@ -110,12 +98,7 @@ class TrainingData(ExemplarDataModule):
         return len(self.samples("train"))  # type: ignore[arg-type]
 
     def steps_of_epochs(self, epochs: int, world_size: int) -> int:
-        """Return the optimizer steps of so many epochs.
-
-        Args:
-            epochs: how many.
-            world_size: number of processes.
-        """
+        """Return the optimizer steps of a number of epochs."""
         options, dataset = self.options, self.samples("train")
         sampler = StepSampler(
             dataset, self.config.batch_size, 0, world_size, options.accumulate, options.overfit_batches
@@ -145,7 +128,7 @@ class TrainingData(ExemplarDataModule):
         return loader.waited if isinstance(loader, TimedLoader) else 0.0
 
     def close(self) -> None:
-        """End the loading processes now, not when Python gets around to it."""
+        """End the loading processes now, not when they are garbage collected."""
         for loader in self._loaders.values():
             if loader._iterator is not None:
                 loader._iterator._shutdown_workers()  # type: ignore[attr-defined]

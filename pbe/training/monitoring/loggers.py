@@ -153,9 +153,6 @@ def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
         config: the experiment.
         folder: of the run.
         step: of the checkpoint that it goes on from, -1 for a start.
-
-    Raises:
-        UserError: an unknown name, or TensorBoard where it is not installed.
     """
     made: list[Logger] = []
     if unknown := [name for name in config.logging.loggers if name not in LOGGERS]:

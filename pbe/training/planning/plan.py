@@ -1,4 +1,4 @@
-"""What a run would be: its parameters, memory, data and, measured over ten steps, its length."""
+"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from pbe.config import Config
@@ -21,17 +22,15 @@ from pbe.training.latent_cache.builder import find_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.latent_cache.size import size_on_disk
 from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.planning.batch_size import available_memory, on_gpu
+from pbe.training.planning.trials import available_memory
 from pbe.training.resume.signals import StopSignals
-from pbe.training.run import prepare_process
-from pbe.training.setup import build_model, make_task
+from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
 from pbe.training.tasks.base import BaseTask
-from pbe.training.trainer import make_trainer
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
 # Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
 # its training images have boxes, and no other one can be trained on.
-PAPER_EPOCHS, PAPER_PICTURES = 40, 1_700_000
+PAPER_EPOCHS, PAPER_IMAGES = 40, 1_700_000
 DAY, GIB = 86_400.0, 2.0**30
 
 
@@ -94,15 +93,7 @@ def state_bytes(task: BaseTask) -> dict[str, int]:
 
 
 class Stopwatch(pl.Callback):
-    """Times optimizer steps after a few that warm up.
-
-    Args:
-        warm_up: steps before.
-        measured: steps that are timed.
-
-    Attributes:
-        seconds: of the measured steps, 0 before they are over.
-    """
+    """Times ``measured`` optimizer steps after ``warm_up`` others; ``seconds`` is 0 before they are over."""
 
     def __init__(self, warm_up: int = WARM_UP, measured: int = MEASURED) -> None:
         self.warm_up, self.measured = warm_up, measured
@@ -122,10 +113,8 @@ def make_plan(config: Config) -> Iterator[str]:
     """Yield the lines of a run's plan, the measured ones last; nothing is written into its folder.
 
     Nothing is measured where gradients, moments and average alone would not fit into the CPU's memory. What
-    activations take on top is not known beforehand: such a plan may be cut short after what is counted.
-
-    Raises:
-        UserError: as the run itself would, but for data or an autoencoder that are not there yet.
+    activations take on top is not known beforehand: such a plan may be cut short after what is counted. Data
+    and an autoencoder that are not there yet are no error here.
     """
     prepare_process(config)
     notes: list[str] = []
@@ -148,8 +137,13 @@ def make_plan(config: Config) -> Iterator[str]:
         yield from _duration(config, task, data)
 
 
+def on_gpu(config: Config) -> bool:
+    """Return whether a configuration trains on CUDA here."""
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
 def _memory_lacking(config: Config, task: BaseTask) -> str:
-    """Say what is too large for the memory that a CPU has left beside the weights; nothing where all fits."""
+    """Return what does not fit into the memory that a CPU has left beside the weights; empty if all does."""
     sizes = state_bytes(task)
     needed, free = sum(sizes.values()) - sizes["weights"], available_memory()
     if on_gpu(config) or needed <= free:
@@ -192,16 +186,29 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         return None
 
 
-def _short_trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
-    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, max_epochs=0, progress=False, profiler="")
+def _short_trainer(config: Config, folder: Path, watch: Stopwatch) -> pl.Trainer:
+    steps = watch.warm_up + watch.measured
+    short = replace(config.trainer, max_steps=steps, max_epochs=0, progress=False, profiler="")
     quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
-    return make_trainer(quiet, folder, StopSignals(), callbacks=callbacks)
+    return make_trainer(quiet, folder, StopSignals(), callbacks=[watch])
+
+
+def make_steps(config: Config, task: BaseTask, data: TrainingData, watch: Stopwatch) -> pl.Trainer:
+    """Make the steps that a stopwatch times, without validation or files, and return their trainer."""
+    with tempfile.TemporaryDirectory(prefix="pbe-steps-") as folder:
+        trainer = _short_trainer(config, Path(folder), watch)
+        trainer.limit_val_batches = 0
+        try:
+            trainer.fit(task, datamodule=data)
+        finally:
+            data.close()
+    return trainer
 
 
 def _length(config: Config, data: TrainingData) -> list[str]:
     """Count samples, steps and epochs: what ``trainer.max_steps`` or ``max_epochs`` comes to."""
     with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
-        world = _short_trainer(config, Path(folder), []).world_size
+        world = _short_trainer(config, Path(folder), Stopwatch()).world_size
     step = config.data.batch_size * world * config.trainer.accumulate
     epoch, steps = data.steps_of_epochs(1, world), steps_of_run(config, data, world)
     return [
@@ -212,13 +219,7 @@ def _length(config: Config, data: TrainingData) -> list[str]:
 
 def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
     watch = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
-        trainer = _short_trainer(config, Path(folder), [watch])
-        trainer.limit_val_batches = 0
-        try:
-            trainer.fit(task, datamodule=data)
-        finally:
-            data.close()
+    trainer = make_steps(config, task, data, watch)
     step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
     steps, samples = steps_of_run(config, data, trainer.world_size), data.length
     speed = MEASURED * step / watch.seconds
@@ -227,6 +228,6 @@ def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
         f"peak memory {peak_memory() / GIB:.2f} GiB",
         f"this run: {steps:,} steps, {steps * step / speed / 3600:.1f} hours",
         f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * samples / speed / DAY:.2f} days",
-        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_PICTURES / 1e6:.1f} million images with boxes: "
-        f"{PAPER_EPOCHS * PAPER_PICTURES / speed / DAY:.1f} days",
+        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_IMAGES / 1e6:.1f} million images with boxes: "
+        f"{PAPER_EPOCHS * PAPER_IMAGES / speed / DAY:.1f} days",
     ]

@@ -32,14 +32,11 @@ UNREADABLE = (
 CHUNK = 1 << 24  # bytes copied at a time
 # What a kernel or file system says that cannot copy between two files by itself.
 CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-# What may differ between two starts of a run without a word: it has no part in what is trained.
-UNTOLD = ("output_dir", "trainer.resume", "trainer.progress")
+# Settings that may differ between two starts of a run without a report: they do not shape the training.
+UNREPORTED = ("output_dir", "trainer.resume", "trainer.progress")
 
 
-@rank_zero_only
-def say(message: str) -> None:
-    """Tell the user one line, once for all ranks."""
-    LOG.info("%s", message)
+report = rank_zero_only(LOG.info)  # one line for the user, once for all ranks
 
 
 class QuietFile(HashingFile):
@@ -154,7 +151,7 @@ def _listed(path: Path) -> list[str]:
     return [file.read_text().split(" ")[0] for file in checksum_files(path) if file.is_file()]
 
 
-def fault(path: Path) -> str:
+def damage(path: Path) -> str:
     """Return what is wrong with a checkpoint, nothing when it is whole.
 
     One without a checksum (of an older version of this project) only has to be readable.
@@ -171,11 +168,7 @@ def fault(path: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return step, weights, moving average and configuration of a checkpoint, by memory map.
-
-    Raises:
-        UserError: it is damaged or something else.
-    """
+    """Return step, weights, moving average and configuration of a checkpoint, by memory map."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         kept = {key: content[key] for key in ("global_step", "state_dict")}
@@ -192,18 +185,14 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """Return the checkpoint to continue from, or None for a start.
+    """Return the checkpoint to resume from, or None for a start.
 
     ``auto`` takes the newest one of the run that is whole and says which ones are not; a path is a
     checkpoint, or a run whose newest whole one is meant.
-
-    Raises:
-        UserError: ``resume=never`` on an existing run, a named checkpoint that does not exist or is
-            damaged, or a run that has checkpoints none of which is whole.
     """
     own, resume = Path(config.output_dir) / FOLDER_NAME, config.trainer.resume
     if resume == "auto":
-        return newest_whole(own)
+        return newest_intact(own)
     if resume == "never":
         if candidates(own):
             raise UserError(
@@ -212,13 +201,13 @@ def find_checkpoint(config: Config) -> Path | None:
         return None
     named = Path(resume)
     if named.is_dir():
-        found = newest_whole(named / FOLDER_NAME) or newest_whole(named)
+        found = newest_intact(named / FOLDER_NAME) or newest_intact(named)
         if found is None:
             raise UserError(f"trainer.resume: no checkpoint in '{named}'")
         return found
     if not named.is_file():
         raise UserError(f"trainer.resume: no checkpoint at '{named}'")
-    if problem := fault(named):
+    if problem := damage(named):
         raise UserError(f"'{named}' is damaged or no checkpoint of this project ({problem}); name another")
     return named
 
@@ -229,20 +218,16 @@ def candidates(folder: Path) -> list[Path]:
     return [path for path in (folder / LAST_NAME, *reversed(periodic)) if path.is_file()]
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None where there are none at all.
-
-    Raises:
-        UserError: there are some, but none is whole.
-    """
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, or None where there are none at all."""
     problems: dict[int, str] = {}  # by inode: older versions gave one file several names
     for path in candidates(folder):
         inode = path.stat().st_ino
         if inode in problems:
             continue
-        if not (problem := fault(path)):
+        if not (problem := damage(path)):
             for told in problems.values():
-                say(f"{told}; going on from '{path.name}' (step {step_of(path)})")
+                report(f"{told}; resuming from '{path.name}' (step {step_of(path)})")
             return path
         problems[inode] = f"'{path}' is damaged or no checkpoint of this project ({problem})"
     if problems:
@@ -258,4 +243,32 @@ def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
     # a setting that is newer than the checkpoint had its default then
     old = flatten(to_dict(Config())) | flatten(stored)
     changed = sorted(differences(old, flatten(to_dict(config))).items())
-    return [f"{key} {before} -> {now}" for key, (before, now) in changed if not key.startswith(UNTOLD)]
+    return [f"{key} {before} -> {now}" for key, (before, now) in changed if not key.startswith(UNREPORTED)]
+
+
+def recount_batches(checkpoint: dict[str, Any], samples: int, global_batch: int, accumulate: int) -> None:
+    """Count a checkpoint's batches in those of the run that resumes from it.
+
+    Lightning counts micro-batches, in an epoch for the end of steps, in all for validations. With another
+    ``trainer.accumulate`` or batch those counts would make short steps, and validations in between.
+    Nothing changes where the batches are the same.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        samples: of the current epoch that are done, 0 between two epochs.
+        global_batch: samples of a micro-batch of all ranks, now.
+        accumulate: micro-batches of a step, now.
+    """
+    before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate", accumulate)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if before != accumulate:
+        _shift(progress["total"], checkpoint["global_step"] * accumulate)
+    if samples and progress["current"]["processed"] * global_batch != samples:
+        batches = samples // global_batch
+        _shift(progress["current"], batches - batches % accumulate)
+
+
+def _shift(counters: dict[str, int], processed: int) -> None:
+    """Set the processed batches; the others keep their distance (a checkpoint falls inside a batch)."""
+    change = processed - counters["processed"]
+    counters.update({name: count + change for name, count in counters.items()})

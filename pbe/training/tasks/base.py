@@ -1,4 +1,4 @@
-"""What both training tasks share: optimizer, moving average and their place in the checkpoint."""
+"""Base class of the training tasks: optimizer, moving average and their place in the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pbe.training.optimization.ema import Ema
 from pbe.training.optimization.non_finite import Guard, gradient_norm
 from pbe.training.optimization.optimizer import make_optimizer
 from pbe.training.optimization.sharding import gathered, is_sharded, shard
-from pbe.training.running_means import Sums, band
-from pbe.training.tasks.progress import translate
+from pbe.training.resume.files import recount_batches
+from pbe.training.tasks.running_means import Sums, half_interval
 
 
 class BaseTask(pl.LightningModule):
@@ -33,8 +33,8 @@ class BaseTask(pl.LightningModule):
         ema: the moving average, or None when it is off.
         sums: of what training has measured since the last row of the log.
         validation_sums: of what the current validation has measured.
-        guard: looks at every step before it is made.
-        step_made: whether the last step was made, not left out.
+        guard: checks every step before it is made.
+        step_made: whether the last step was made, not skipped.
         rate: learning rate of the last optimizer step.
         loaded_step: optimizer step of the checkpoint that was loaded, else 0.
         validated_step: optimizer step of the last validation, -1 before any.
@@ -72,11 +72,7 @@ class BaseTask(pl.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Cut the weights into shards, once, where the strategy has a mesh of processes for that.
-
-        Raises:
-            UserError: this task cannot be sharded.
-        """
+        """Cut the weights into shards, once, where the strategy has a mesh of processes for that."""
         if self._device_mesh is None or self.sharded:
             return
         if not self.entry:
@@ -88,7 +84,7 @@ class BaseTask(pl.LightningModule):
             self.ema.begin(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and its schedule, stepped every optimizer step."""
+        """Return the optimizer and its schedule, stepped every optimizer step."""
         optimizer, scheduler = make_optimizer(self, self.config.optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -112,7 +108,7 @@ class BaseTask(pl.LightningModule):
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
-        """Return the loss of a micro-batch, and add what is worth knowing to :attr:`sums`."""
+        """Return the loss of a micro-batch, and add what is worth logging to :attr:`sums`."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch."""
@@ -122,17 +118,17 @@ class BaseTask(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradients, and leave the step out when they are not finite."""
+        """Measure the gradients, and skip the step when they are not finite."""
         norm = gradient_norm(self.parameters())
         self.sums.add("train/gradient_norm", norm.view(1))
-        # the layer is looked for by one rank alone, which cannot use sharded weights
-        again = None if self.sharded else self._loss_again
+        # one rank alone searches for the layer, and cannot use sharded weights
+        recompute = None if self.sharded else self._recompute_loss
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.step_made = self.guard.allows(norm, self.global_step, self.model, again, scaled=scaled)
+        self.step_made = self.guard.allows(norm, self.global_step, self.model, recompute, scaled=scaled)
         if not self.step_made:  # an optimizer passes over parameters without a gradient
             optimizer.zero_grad(set_to_none=True)
 
-    def _loss_again(self, batch: Any) -> None:
+    def _recompute_loss(self, batch: Any) -> None:
         kept, self.sums = self.sums, Sums()
         try:
             with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
@@ -157,7 +153,7 @@ class BaseTask(pl.LightningModule):
         for name, total in totals.items():
             self.log(name, total[0] / total[2], prog_bar=name in self.shown)
         if "val/loss" in totals:
-            self.log("val/loss_band", band(totals["val/loss"]))
+            self.log("val/loss_band", half_interval(totals["val/loss"]))
         self.validation_sums.clear()
         self.validated_step = max(self.global_step, self.loaded_step)
         self.log("step", float(self.validated_step))
@@ -185,7 +181,7 @@ class BaseTask(pl.LightningModule):
         if data is not None and "loops" in checkpoint:
             place = checkpoint.get(type(data).__qualname__, {"samples": 0})
             batch = self.config.data.batch_size * self.trainer.world_size
-            translate(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
+            recount_batches(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
         self.sums.clear()
         if self.trainer.is_global_zero:  # they are those of all ranks
             self.sums.totals = dict(checkpoint.get("sums", {}))

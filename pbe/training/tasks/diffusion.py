@@ -45,7 +45,7 @@ class DiffusionTask(BaseTask):
         return batch if isinstance(batch, EncodedBatch) else encode_batch(self.model, batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, cached ones included, which Lightning does not know how to take apart."""
+        """Move a batch to a device; Lightning does not know encoded ones."""
         if isinstance(batch, EncodedBatch):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -14,8 +14,12 @@ from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.models import LatentDiffusion
 from pbe.training.monitoring.loggers import read_curve
-from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
-from pbe.training.tasks.autoencoder_losses import psnr, reconstruction_terms
+from pbe.training.tasks.autoencoder import (
+    AutoencoderTask,
+    measure_scale_factor,
+    psnr,
+    reconstruction_terms,
+)
 from pbe.training.tasks.encoding import to_pixels
 from tests.training.conftest import AUTOENCODER_STAGE
 from tests.training.tiny import checkpoint, run, tiny_config
@@ -66,11 +70,11 @@ def test_the_share_of_masked_pictures_is_drawn_by_sample(shards):
     mask = torch.zeros(400, 1, 2, 2, dtype=torch.uint8)
     mask[..., 0, 0] = 255
     batch = {"image": image, "mask": mask, "sample_index": torch.arange(400)}
-    pictures = task.pictures(batch)
+    pictures = task.images(batch)
     masked = pictures[:, 0, 0, 0] == 0.0
     assert torch.equal(pictures[:, :, 0, 1], torch.ones(400, 3))
     assert abs(float(masked.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5
-    tail = task.pictures({key: value[300:] for key, value in batch.items()})
+    tail = task.images({key: value[300:] for key, value in batch.items()})
     assert torch.equal(tail, pictures[300:])
 
 

@@ -1,14 +1,14 @@
-"""Means over samples, whatever the batches, micro-batches and ranks they came in."""
+"""Means over samples, whatever batches, micro-batches and ranks they came in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from pbe.training.optimization.sharding import from_all_ranks, is_distributed
+
 NORMAL_95 = 1.96  # half-width of a 95 % interval, in standard errors
 
 
@@ -41,19 +41,19 @@ class Sums:
         self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def reduced(self) -> dict[str, Tensor]:
-        """Return the totals over all ranks, on the CPU; every rank has to ask.
+        """Return the totals over all ranks, on the CPU; every rank has to call it.
 
         Ranks are put together by name, whatever they have measured and in which order: after a restart the
         first one alone holds what all of them had measured before.
         """
-        names = list(dict.fromkeys(name for rank in told_by_all(list(self.totals)) for name in rank))
+        names = list(dict.fromkeys(name for rank in from_all_ranks(list(self.totals)) for name in rank))
         if not names:
             return {}
         # in one place: what a checkpoint held is on the CPU until it is added to
         device = _device(self.totals.values())
         nothing = torch.zeros(3, dtype=torch.float64, device=device)
         stacked = torch.stack([self.totals.get(name, nothing).to(device) for name in names])
-        if _several():
+        if is_distributed():
             torch.distributed.all_reduce(stacked)
         return dict(zip(names, stacked.cpu(), strict=True))
 
@@ -66,30 +66,17 @@ class Sums:
         self.totals = {}
 
 
-def told_by_all(value: T) -> list[T]:
-    """Return what every rank says, in their order; all of them have to ask."""
-    if not _several():
-        return [value]
-    said: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, value)
-    return said
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _device(totals: Iterable[Tensor]) -> torch.device:
-    """Return where totals are put together: NCCL takes nothing but the GPU's memory."""
-    if _several():
+    """Return where totals are put together: NCCL takes GPU memory only."""
+    if is_distributed():
         if torch.distributed.get_backend() == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
     return next((total.device for total in totals if total.device.type != "cpu"), torch.device("cpu"))
 
 
-def band(total: Tensor) -> float:
-    """Return half the width of the 95 % interval of a mean, from one of :meth:`Sums.reduced`'s totals."""
+def half_interval(total: Tensor) -> float:
+    """Return half the width of the 95 % interval of a mean, from a total of :meth:`Sums.reduced`."""
     values, squares, count = total.tolist()
     if count < 2:
         return float("nan")

@@ -17,8 +17,7 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
 from pbe.models.discriminator import hinge_loss
-from pbe.training.tasks.autoencoder import AutoencoderTask
-from pbe.training.tasks.autoencoder_losses import reconstruction_terms, weighted_terms
+from pbe.training.tasks.autoencoder import AutoencoderTask, reconstruction_terms, weighted_terms
 from pbe.training.tasks.encoding import to_pixels
 from tests.training.tiny import (
     Watch,
