@@ -30,7 +30,7 @@ BLOCKS = (ResBlock, SpatialTransformer, MapperBlock)  # gathered and freed one a
 
 
 def is_distributed() -> bool:
-    """Say whether several processes train together."""
+    """Return whether several processes train together."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -67,7 +67,7 @@ def on_the_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Say whether any of the tensors is cut into shards."""
+    """Return whether any of the tensors is cut into shards."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 

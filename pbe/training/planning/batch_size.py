@@ -33,15 +33,12 @@ WARM_UP, MEASURED = 2, 3
 def find_batch_size(
     config: Config, limit_gb: float = 0.0, show: Callable[[str], None] = print
 ) -> list[Trial]:
-    """Try batch sizes on one device of this machine; nothing is written into the run's folder.
+    """Try batch sizes on one device of this machine and return the trials; the run's folder stays as it is.
 
     Args:
         config: the experiment.
         limit_gb: memory limit in GB; 0: 80 % of what is available, or all of a GPU.
         show: takes the table, row by row.
-
-    Returns:
-        The trials, in their order.
     """
     if limit_gb < 0:
         raise UserError(f"--memory-limit is {limit_gb:g}; it must be a positive number of GB")

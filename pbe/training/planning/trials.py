@@ -60,7 +60,7 @@ class Trial:
 
 
 Work = Callable[[Config, int, int], Trial]
-"""Makes steps: of a configuration, with a batch size, within so many bytes (0: the device's own limit)."""
+"""A module's function that makes steps: configuration, batch size, limit in bytes (0: the device's own)."""
 
 
 def search(trial: Callable[[int], Trial]) -> list[Trial]:
@@ -101,14 +101,7 @@ def recommend(trials: list[Trial], limit: int) -> list[str]:
 
 
 def try_size(work: Work, config: Config, size: int, limit: int) -> Trial:
-    """Run ``work`` in a process of its own, whose death by lack of memory is an answer too.
-
-    Args:
-        work: a function of a module, which the process imports.
-        config: the experiment.
-        size: of the batch.
-        limit: bytes.
-    """
+    """Run ``work`` in a process of its own, whose death by lack of memory is an answer too."""
     with tempfile.TemporaryDirectory(prefix="pbe-batch-") as name:
         folder = Path(name)
         process = multiprocessing.get_context("spawn").Process(
@@ -152,10 +145,8 @@ class MemoryWatch:
 
     The system's own peak is no use: it counts what the process was before it became this program.
 
-    Args:
-        limit: bytes; 0: none.
-
     Attributes:
+        limit: bytes; 0: none.
         peak: most bytes held so far.
     """
 

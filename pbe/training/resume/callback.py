@@ -32,12 +32,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
     A signal ends training as soon as the step it came in is made, its checkpoint written and whatever
     is due at that step logged; a signal to one rank ends all.
 
-    Args:
-        folder: for the checkpoints.
-        options: ``checkpoint_every`` steps or ``checkpoint_minutes``; how many stay.
-        stop: tells whether a signal came.
-        writer: writes them.
-
     Attributes:
         tried: optimizer step of the last checkpoint, written or not for want of room; -1 before any.
     """

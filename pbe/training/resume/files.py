@@ -226,8 +226,8 @@ def newest_intact(folder: Path) -> Path | None:
         if inode in problems:
             continue
         if not (problem := damage(path)):
-            for told in problems.values():
-                report(f"{told}; resuming from '{path.name}' (step {step_of(path)})")
+            for problem in problems.values():
+                report(f"{problem}; resuming from '{path.name}' (step {step_of(path)})")
             return path
         problems[inode] = f"'{path}' is damaged or no checkpoint of this project ({problem})"
     if problems:

@@ -29,11 +29,7 @@ UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.Unpi
 
 
 class AutoencoderTask(BaseTask):
-    """Trains the autoencoder of a model with the terms that ``autoencoder_loss`` weighs.
-
-    Args:
-        config: the experiment.
-        model: its autoencoder, or the decoder of that, is trained, the rest is frozen.
+    """Trains the autoencoder of a model, or its decoder alone, with the terms of ``autoencoder_loss``.
 
     Attributes:
         discriminator: judges the decoded images; None without an adversarial term.

@@ -22,9 +22,7 @@ QUARTERS = 4  # of the schedule, that training losses are logged by
 class DiffusionTask(BaseTask):
     """Trains UNet, mapper, projection and null condition (Paint by Example, section 3).
 
-    Args:
-        config: the experiment.
-        model: with autoencoder and tower already loaded; frozen here.
+    Autoencoder and tower of the model are loaded already, and frozen here.
     """
 
     entry = "losses"
@@ -53,16 +51,13 @@ class DiffusionTask(BaseTask):
     def losses(self, batch: EncodedBatch, draws: Draws, drop: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's plain squared error and its weight, both ``(b,)``.
 
-        Args:
-            batch: encoded samples.
-            draws: noise and timesteps.
-            drop: ``(b,)`` bool, where the condition is replaced by the null condition.
+        Where ``drop``, ``(b,)`` bool, is set, the null condition takes the condition's place.
         """
         device, scale = batch.keep_mask.device, self.config.model.autoencoder.scale_factor
         noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
         latents = batch.image.sample(draws.image_noise.to(device)) * scale
         masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
-        dtype = self.model.dtype  # of the weights: half of float32 with trainer.precision=bf16-true
+        dtype = self.model.dtype  # of the weights: bfloat16 with trainer.precision=bf16-true
         condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
         null = self.model.null_condition(len(noise), condition.shape[1])
         condition = drop_condition(condition, null, drop.to(device))

@@ -64,12 +64,7 @@ def decoder_known_pixels(model: LatentDiffusion, batch: dict[str, Any]) -> Tenso
 
 @torch.no_grad()
 def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
-    """Run the frozen autoencoder and tower on a batch of the data module.
-
-    Args:
-        model: on any device; the batch is expected there.
-        batch: ``image``, ``mask``, ``valid`` and ``exemplar`` (uint8) and ``sample_index``.
-    """
+    """Run the frozen autoencoder and tower on a batch of the data module, on the model's device."""
     images, keep = to_pixels(batch["image"]), to_keep_mask(batch["mask"])
     both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]).to(model.dtype))
     means, stds = both.mean.float().chunk(2), both.std.float().chunk(2)

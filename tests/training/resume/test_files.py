@@ -50,16 +50,16 @@ def test_a_checkpoint_comes_with_its_checksum_and_nothing_else(tmp_path):
     assert damage(path) == ""
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-100]), Path.touch])
-def test_damage_is_found(tmp_path, damage: Any):
+@pytest.mark.parametrize("spoil", [flip, lambda p: p.write_bytes(p.read_bytes()[:-100]), Path.touch])
+def test_damage_is_found(tmp_path, spoil: Any):
     path = write(tmp_path / "last.ckpt", 3)
-    if damage is Path.touch:
+    if spoil is Path.touch:
         path.write_bytes(b"")
     else:
-        damage(path)
+        spoil(path)
     assert damage(path) == "its checksum does not match"
     path.with_name("last.ckpt.sha256").unlink()
-    if damage is not flip:  # without a checksum only what cannot be read is found
+    if spoil is not flip:  # without a checksum only what cannot be read is found
         assert damage(path) == "it cannot be read"
 
 

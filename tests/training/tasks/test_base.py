@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pbe.training.optimization.sharding import from_all_ranks
-from pbe.training.tasks.running_means import Sums
+from pbe.training.tasks.base import Sums
 
 
 @pytest.fixture
