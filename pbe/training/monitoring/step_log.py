@@ -93,7 +93,7 @@ def peak_memory() -> int:
 
 
 class GridCallback(pl.Callback):
-    """Draws a sample grid after every ``every`` steps, into ``grids/`` of the run's folder and to the loggers."""
+    """Draws a sample grid after every ``every`` steps, into the run's ``grids/`` and to the loggers."""
 
     def __init__(self, source: GridSource, folder: Path, every: int) -> None:
         self.source, self.folder, self.every = source, folder / "grids", every

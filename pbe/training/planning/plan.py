@@ -26,6 +26,7 @@ from pbe.training.planning.trials import available_memory
 from pbe.training.resume.signals import StopSignals
 from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
 from pbe.training.tasks.base import BaseTask
+from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
 # Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
@@ -60,7 +61,7 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     idle = [
         p
         for name, p in model.unet.named_parameters()
-        if single and any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2."))
+        if single and any(part in name for part in DEAD_WITH_ONE_TOKEN)
     ]
     return {
         "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),

@@ -16,6 +16,8 @@ from pbe.training.tasks.draws import Draws, batch_drop, draw
 from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
+# Cross-attention parameters without any influence where there is one condition token.
+DEAD_WITH_ONE_TOKEN = (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")
 QUARTERS = 4  # of the schedule, that training losses are logged by
 
 
@@ -130,5 +132,5 @@ def freeze(model: LatentDiffusion) -> None:
     if model.config.exemplar_encoder.tokens != "class":
         return
     for name, parameter in model.unet.named_parameters():
-        if any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")):
+        if any(part in name for part in DEAD_WITH_ONE_TOKEN):
             parameter.requires_grad_(False)
