@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import cv2
 import numpy as np
 
 from pbe.data.samples.colour import on_white, to_srgb
-from pbe.data.shards.index import HASH_BYTES
+from pbe.data.shards.format import digest as digest_of
 
 UNREADABLE = "unreadable picture"
 DAMAGED = "picture of another hash"
@@ -103,5 +101,5 @@ def check_hash(encoded: bytes, digest: bytes) -> None:
     Raises:
         UnusablePictureError: where they differ. Damaged pictures often still decode.
     """
-    if hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest() != digest:
+    if digest_of(encoded) != digest:
         raise UnusablePictureError(DAMAGED)

@@ -17,7 +17,7 @@ from pbe.data.samples.decode import BAD_ANNOTATION, BAD_INDEX, UNREADABLE, Unusa
 from pbe.data.samples.masks import Box
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
-from pbe.data.shards.index import DamagedIndexError
+from pbe.data.shards.format import DamagedIndexError
 
 ObjectMask = Callable[[], np.ndarray | None]
 

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import glob
 import json
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from pbe.data.shards.finding import find_indexed, find_shards, remote_shards, shard_state
+from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, ShardWriter, new_shard
 from pbe.data.shards.index import (
-    MANIFEST_NAME,
-    DamagedIndexError,
     Files,
     HeaderRows,
     IndexedShard,
@@ -43,7 +42,7 @@ from pbe.data.shards.remote import (
     spool,
 )
 from pbe.errors import UserError
-from pbe.files import atomic_file, make_folder
+from pbe.files import make_folder
 
 __all__ = [
     "ShardEntry", "ShardPictures", "ShardRecord", "find_shards", "parse_annotation", "shard_state",
@@ -84,7 +83,7 @@ class ShardRecord:
 
 
 def _fill(
-    tar: webdataset.TarWriter,
+    shard: ShardWriter,
     record: ShardRecord,
     rest: Iterator[ShardRecord],
     max_count: int,
@@ -97,7 +96,8 @@ def _fill(
         if "." in upcoming.key or "/" in upcoming.key:
             raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
         annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
-        size += tar.write({"__key__": upcoming.key, upcoming.extension: upcoming.picture, "json": annotation})
+        for extension, data in sorted([(upcoming.extension, upcoming.picture), ("json", annotation)]):
+            size += shard.add(f"{upcoming.key}.{extension}", data)[1]
         count += 1
         upcoming = next(rest, None)
     return upcoming
@@ -137,12 +137,8 @@ def write_shards(
     upcoming = next(rest, None)
     while upcoming is not None:
         paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
-        with (
-            atomic_file(paths[-1]) as file,
-            # Fixed owner and time, so that the same pictures give the same bytes.
-            webdataset.TarWriter(file, user="pbe", group="pbe", mode=0o644, mtime=0, encoder=False) as tar,
-        ):
-            upcoming = _fill(tar, upcoming, rest, max_count, max_bytes)
+        with new_shard(paths[-1], tarfile.PAX_FORMAT) as shard:
+            upcoming = _fill(shard, upcoming, rest, max_count, max_bytes)
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import braceexpand
 
-from pbe.data.shards.index import MANIFEST_NAME, IndexedShard, parse_manifest
+from pbe.data.shards.format import MANIFEST_NAME
+from pbe.data.shards.index import IndexedShard, parse_manifest
 from pbe.data.shards.remote import PIPE, is_url, join, read_manifest
 from pbe.errors import UserError
 

@@ -9,7 +9,6 @@ indexed by the headers of their tars.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -24,12 +23,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pbe.data.shards.format import (
+    HASH_BYTES,
+    MANIFEST_NAME,
+    PACK_AGAIN,
+    DamagedIndexError,
+    digest as digest_of,
+    load_manifest,
+    manifest_errors,
+)
 from pbe.data.shards.tar_members import read_members
-from pbe.errors import UserError
 
-MANIFEST_NAME = "shards.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "pbe-shards", 1
-HASH_BYTES = 16
 OPEN_FILES = 128  # a process may often open 1024
 MAX_COUNT = 2**40  # of a shard's pictures, boxes and bytes
 LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
@@ -48,10 +52,6 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "picture_hash": (np.uint8, (HASH_BYTES,)),
 }
 ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
-
-
-class DamagedIndexError(Exception):
-    """An index file is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class IndexFile:
 
     def __init__(self, path: str, pictures: int, files: Files, digest: str | None = None) -> None:
         data = Path(path).read_bytes()
-        if digest is not None and hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
+        if digest is not None and digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
         try:
             self._places = _layout(data)
@@ -296,26 +296,16 @@ class IndexedShard:
 
 
 def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) -> list[IndexedShard]:
-    """Read ``shards.json``.
+    """Return the shards that a ``shards.json`` lists.
 
     Args:
         text: its content.
         source: its path, for messages.
         place: makes the path of a file beside it from the name.
-
-    Raises:
-        UserError: it is damaged, of another kind, or of a version that is not known here.
     """
-    again = "pack the shards again"
-    try:
-        loaded = json.loads(text)
-        if loaded["format"] != MANIFEST_FORMAT:
-            raise UserError(f"'{source}' is not the list of a data set's shards; {again}")
-        if loaded["version"] != MANIFEST_VERSION:
-            raise UserError(f"'{source}' is of version {loaded['version']}, not {MANIFEST_VERSION}; {again}")
-        return [_parse_shard(shard, place) for shard in loaded["shards"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{source}' is damaged ({type(error).__name__}: {error}); {again}") from error
+    content = load_manifest(text, source)
+    with manifest_errors(source, PACK_AGAIN):
+        return [_parse_shard(shard, place) for shard in content["shards"]]
 
 
 def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:

@@ -10,7 +10,6 @@ are copied as a whole before anything else happens.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ import braceexpand
 import fsspec
 import webdataset
 
-from pbe.data.shards.index import HASH_BYTES, MANIFEST_NAME, DamagedIndexError
+from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, digest as digest_of
 from pbe.errors import UserError
 from pbe.files import atomic_file, atomic_write, make_folder
 
@@ -133,7 +132,7 @@ def cached_copy(url: str, digest: str, folder: Path) -> str:
     path = folder / f"{digest}.npz"
     if not path.exists():
         data = read_whole(url)
-        if hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
+        if digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{url}' is not the index that {MANIFEST_NAME} tells of")
         make_folder(folder)
         atomic_write(path, data)
@@ -152,9 +151,7 @@ def spool(pattern: str, folder: Path) -> list[Path]:
     """
     paths = []
     for url in braceexpand.braceexpand(pattern):
-        path = (
-            make_folder(folder) / f"{hashlib.blake2b(url.encode(), digest_size=HASH_BYTES).hexdigest()}.tar"
-        )
+        path = make_folder(folder) / f"{digest_of(url.encode()).hex()}.tar"
         paths.append(path)
         if path.exists():
             continue
