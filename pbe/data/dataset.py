@@ -27,17 +27,17 @@ from pbe.data.samples.decode import (
     FAULTS,
     MISSING_SHARD,
     NO_BOX,
-    SIZE_MISMATCH,
     TINY,
     UNREADABLE,
     WITHOUT_BOXES,
     UnusablePictureError,
     check_hash,
+    choose_reduction,
     decode_picture,
+    reduced_box,
 )
 from pbe.data.samples.masks import Box
 from pbe.data.samples.object_masks import ObjectMask, read_object_mask
-from pbe.data.samples.reduction import choose_reduction, reduced_box
 from pbe.data.samples.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards.archive import ShardPictures, parse_annotation
 from pbe.data.shards.format import DamagedIndexError
@@ -49,12 +49,6 @@ MIN_BOX_SIDE = 2.0
 MAX_SIDE = 2**31 - 1  # no picture format goes beyond
 MAX_REPLACEMENTS = 200
 PICTURES = ("image", "mask", "exemplar", "valid")
-
-__all__ = [
-    "AREA", "BAD_ANNOTATION", "BAD_INDEX", "FAULTS", "MISSING_SHARD", "NO_BOX", "SIZE_MISMATCH", "TINY",
-    "UNREADABLE", "AnnotatedPicture", "DatasetItem", "ExemplarDataset", "UnusablePictureError", "collate",
-    "decode_picture", "describe", "read_picture", "usable_boxes",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from pbe.config import AugmentConfig, Config, DataConfig, SampleConfig
 from pbe.data import dataset as reasons
 from pbe.data.datamodule import CounterSampler, TrainingData
-from pbe.data.dataset import ExemplarDataset, UnusablePictureError, usable_boxes
+from pbe.data.dataset import ExemplarDataset, usable_boxes
+from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.samples.masks import Box
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.errors import UserError

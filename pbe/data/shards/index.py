@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -75,13 +75,6 @@ class PictureRow:
     digest: bytes = b""
 
 
-class Files(Protocol):
-    """Reads pieces of files."""
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes from ``offset`` on; OSError where that cannot be done."""
-
-
 class LocalFiles:
     """Reads pieces of local files and keeps those last used open, in each process its own."""
 
@@ -119,22 +112,16 @@ class LocalFiles:
         return data
 
 
-class Rows(Protocol):
-    """The pictures of one shard, in the tar's order."""
-
-    def row(self, number: int) -> PictureRow:
-        """Return a picture's row."""
-
-    def box_ends(self) -> np.ndarray:
-        """Return for each picture the number of boxes of the shard up to and with its own, int64."""
-
-
 class HeaderRows:
     """Rows made by reading a tar's headers, packed into arrays that forked workers share.
 
     Args:
         path: of the tar.
         count_boxes: read every JSON too, so that :meth:`box_ends` can be asked for.
+
+    Attributes:
+        pictures: number of them.
+        boxes: number of them; 0 unless they were counted.
     """
 
     def __init__(self, path: Path, *, count_boxes: bool = False) -> None:
@@ -143,11 +130,9 @@ class HeaderRows:
         self._keys = b"".join(keys)
         self._key_ends = np.cumsum([0, *(len(key) for key in keys)])
         self._places = np.array(list(members.values()), np.int64).reshape(-1, 4)
-        self._box_ends = _count_boxes(path, self._places[:, 2:]) if count_boxes else None
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self._places)
+        self.pictures = len(self._places)
+        self._box_ends = _count_boxes(path, self._places[:, 2:] if count_boxes else self._places[:0, 2:])
+        self.boxes = int(self._box_ends[-1]) if len(self._box_ends) else 0
 
     def row(self, number: int) -> PictureRow:
         """Return a picture's row, without frame and boxes."""
@@ -156,8 +141,7 @@ class HeaderRows:
         return PictureRow(self._keys[start:end].decode(), (offset, size), (json_offset, json_size))
 
     def box_ends(self) -> np.ndarray:
-        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
-        assert self._box_ends is not None
+        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
         return self._box_ends
 
 
@@ -228,7 +212,7 @@ class IndexFile:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str, pictures: int, files: Files, digest: str | None = None) -> None:
+    def __init__(self, path: str, pictures: int, files: LocalFiles, digest: str | None = None) -> None:
         data = Path(path).read_bytes()
         if digest is not None and digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
@@ -276,7 +260,7 @@ class IndexFile:
         )
 
     def box_ends(self) -> np.ndarray:
-        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
+        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
         return self._read("box_end", 0, self._pictures)
 
 

@@ -87,11 +87,7 @@ def read_whole(url: str) -> bytes:
 
 
 def read_manifest(base: str) -> tuple[str, bytes]:
-    """Return the URL and the content of ``shards.json`` in a remote folder.
-
-    Raises:
-        UserError: there is none, or the URL cannot be opened.
-    """
+    """Return the URL and the content of ``shards.json`` in a remote folder."""
     url = join(base, MANIFEST_NAME)
     try:
         return url, read_whole(url)
@@ -104,11 +100,7 @@ def read_manifest(base: str) -> tuple[str, bytes]:
 
 
 def check_ranges(url: str) -> None:
-    """Check that a server hands out pieces of files.
-
-    Raises:
-        UserError: it sends something else; loading would fetch a whole shard for every picture.
-    """
+    """Check that a server hands out pieces of files."""
     try:
         RemoteFiles().read(url, 0, 512)
     except FileNotFoundError:
@@ -145,9 +137,6 @@ def spool(pattern: str, folder: Path) -> list[Path]:
     Args:
         pattern: ``pipe:COMMAND``, a shell command that writes a tar; braces (``{000..007}``) make several.
         folder: of the copies. They are known by the command's text alone.
-
-    Raises:
-        UserError: a command fails.
     """
     paths = []
     for url in braceexpand.braceexpand(pattern):

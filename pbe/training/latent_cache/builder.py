@@ -94,9 +94,6 @@ def ensure_cache(
 
     Returns:
         The store; it is complete unless it was to be a share only.
-
-    Raises:
-        UserError: made by an older version, damaged, too many unusable images, or it cannot be written.
     """
     settings = settings_of(config, model)
     if (found := _find(config, settings)) is not None:

@@ -94,11 +94,7 @@ class CachedSamples(Dataset[tuple[int, int]]):
         return self._hashes[path]
 
     def batch(self, items: list[tuple[int, int]]) -> EncodedBatch:
-        """Read the rows of a batch as float32 tensors.
-
-        Raises:
-            UserError: a shard is gone, cut short or, with ``verify``, damaged.
-        """
+        """Read the rows of a batch as float32 tensors."""
         counters, rows = zip(*items, strict=True)
         try:
             data = b"".join([self._read(row) for row in rows])

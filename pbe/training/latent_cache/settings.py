@@ -11,7 +11,7 @@ from torch import nn
 
 from pbe.config import Config, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
-from pbe.data.shards.archive import shard_state
+from pbe.data.shards.finding import shard_state
 from pbe.models import LatentDiffusion
 
 # How samples are loaded, not which ones.

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.dataset import decode_picture
 from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.index import load_index, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
+from pbe.data.samples.decode import decode_picture
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.shards.format import digest

@@ -70,7 +70,7 @@ def test_a_section_holds_what_its_list_says(built):
 def test_a_build_that_breaks_off_goes_on_where_it_was(built, tmp_path, monkeypatch):
     config = moved(built[1], tmp_path)
     Encoder(monkeypatch, 4, full)
-    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* goes on"):
+    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* resumes"):
         ensure_cache(config, built[0])
     assert tars(tmp_path) == {f"train-00{v}-00000{n}.tar" for v, n in ((0, 0), (0, 1), (1, 0))}
     assert not list(tmp_path.rglob("*.tmp"))
