@@ -18,15 +18,13 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pbe.checkpoints.layout import empty_model
 from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
-from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import describe_folder
-from pbe.training.latent_cache.size import CacheSize, size_on_disk
+from pbe.training.latent_cache.listing import CacheSize, describe_folder, size_on_disk
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
 from pbe.training.optimization.performance import apply_performance_options
 from pbe.training.optimization.sharding import on_the_cpu
@@ -103,7 +101,7 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
     folder = Path(config.output_dir)
     try:
         data = _open_data(config, task, trainer, stop)
-        trainer.fit_loop.epoch_loop.max_steps = steps_of_run(config, data, trainer.world_size)
+        trainer.fit_loop.epoch_loop.max_steps = data.steps_of_run(trainer.world_size)
         if trainer.is_global_zero:
             save_yaml(config, folder / "config.yaml")
             keep_run_id(folder, trainer.loggers)
@@ -129,8 +127,8 @@ def _open_data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSi
         data.open()
         return data
     task.model.to(trainer.strategy.root_device)
-    section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
-    return CachedDataModule(config, section)
+    store = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
+    return CachedDataModule(config, store)
 
 
 def _fit(
@@ -218,7 +216,7 @@ def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
 def _set_scale_factor(model: LatentDiffusion, config: Config) -> None:
     """Measure the scale factor of the model's latents and put it into its configuration."""
     # a stream of its own, so that a run that was stopped on the way measures the same samples
-    loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
+    loader = TrainingData(config).train_dataloader()
     factor = measure_scale_factor(model.eval(), list(islice(loader, SCALE_BATCHES)))
     autoencoder = replace(model.config.autoencoder, scale_factor=factor)
     model.config = replace(model.config, autoencoder=autoencoder)

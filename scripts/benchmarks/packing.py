@@ -24,7 +24,7 @@ import polars as pl
 from pbe.data.packing.index import load_index, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
 from pbe.data.randomness import generator
-from pbe.data.shards.index import MANIFEST_NAME
+from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
 from pbe.files import make_folder, sha256_of
 from scripts.benchmarks.loading import synthetic_picture

@@ -35,7 +35,7 @@ from pbe.data.packing.index import read_json, write_whole
 from pbe.data.packing.plan import OPTIONS, PackSettings, make_plan
 from pbe.data.packing.tally import Tally
 from pbe.data.packing.worker import pack_shard
-from pbe.data.shards.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.shards.format import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
 from pbe.files import lock
 
