@@ -222,7 +222,7 @@ def test_the_perceptual_term_is_logged_and_saved_nowhere(shards, tmp_path):
         (["autoencoder_loss.discriminator_channels=24"], "multiple of 16"),
         (
             ["autoencoder_loss.adversarial_weight=1", "autoencoder_loss.discriminator_layers=4"],
-            "needs 48 at least",
+            "needs at least 48",
         ),
         (["autoencoder_loss.hole_weight=0"], "must be at least 0.001"),
         (["autoencoder_loss.perceptual_weight=-1"], "must be at least 0"),
