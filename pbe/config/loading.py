@@ -39,7 +39,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     texts = {name for name, value in flatten(to_dict(Config())).items() if isinstance(value, str)}
     for file, content in _with_bases(_expanded(str(path), "the configuration")):
         config = _merge_layer(config, [(str(file), content)])
-    typed = [(f"override '{_one_line(text)}'", _read_override(text, texts)) for text in overrides or []]
+    typed = [(f"override '{one_line(text)}'", _read_override(text, texts)) for text in overrides or []]
     config = _merge_layer(config, typed)
     return _finish(config, Config, f"{path} with overrides" if typed else str(path))
 
@@ -49,7 +49,7 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration
     try:
         given = OmegaConf.create(values)
     except Exception as error:  # half a reference, or a value that no configuration holds
-        raise UserError(f"{source}: {_one_line(error)}") from error
+        raise UserError(f"{source}: {one_line(error)}") from error
     return _finish(_merge(OmegaConf.structured(cls), given, source), cls, source)
 
 
@@ -97,7 +97,7 @@ def read_yaml(path: Path) -> DictConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # the YAML parser's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from error
     if content is None:
         return OmegaConf.create({})
     if not isinstance(content, DictConfig):
@@ -131,7 +131,7 @@ def _read_override(override: str, texts: Collection[str]) -> DictConfig:
     belong to many a path.
     """
     key, sign, value = override.partition("=")
-    shown = _one_line(override)
+    shown = one_line(override)
     if not sign or not key.strip():
         raise UserError(f"override '{shown}' is not of the form key=value")
     # shells strip the quotes of key="": nothing after the sign is an empty text, not a null
@@ -188,7 +188,7 @@ def _merge(base: DictConfig, addition: DictConfig, source: str) -> DictConfig:
     except OmegaConfBaseException as error:
         raise _explained(error, source, base) from error
     except (TypeError, ValueError, RecursionError) as error:  # OmegaConf's own, where kinds do not fit
-        raise UserError(f"{source}: {_one_line(error)}") from error
+        raise UserError(f"{source}: {one_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -215,7 +215,7 @@ def _check_kinds(base: DictConfig, addition: DictConfig, source: str, prefix: st
 
 
 def _explained(error: OmegaConfBaseException, source: str, base: DictConfig) -> UserError:
-    key = _one_line(error.full_key or error.key or "")
+    key = one_line(error.full_key or error.key or "")
     if isinstance(error, ConfigKeyError):
         return UserError(f"{source}: unknown key '{key}'; the nearest valid one is '{_nearest(key, base)}'")
     reason = str(error.msg or error).splitlines()[0]
@@ -270,13 +270,13 @@ def _expanded(text: str, key: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = _one_line(value)
+    text = one_line(value)
     if text == "None":
         return "nothing"
     return f"'{text[:60]}...'" if len(text) > 60 else f"'{text}'"
 
 
-def _one_line(value: object) -> str:
+def one_line(value: object) -> str:
     """Return a text, or what an error says, without line breaks."""
     text = " ".join(str(value).split())
     return text or (type(value).__name__ if isinstance(value, BaseException) else "")
