@@ -22,7 +22,7 @@ os.environ["COLUMNS"] = "110"  # the width of help
 from pbe.cli.main import COMMANDS, main as pbe
 from pbe.config import Config
 from pbe.errors import UserError
-from pbe.files import write_text
+from pbe.files import write_output
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -95,6 +95,6 @@ def commands() -> str:
 
 
 if __name__ == "__main__":
-    write_text(DOCS / "configuration.md", configuration())
-    write_text(DOCS / "commands.md", commands())
+    write_output(DOCS / "configuration.md", configuration())
+    write_output(DOCS / "commands.md", commands())
     sys.exit(0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pbe.checkpoints.contents import Weights
 from pbe.checkpoints.settings import reading
-from pbe.config import ModelConfig, from_dict, to_dict
+from pbe.config import ModelConfig, flatten, from_dict, to_dict
 
 CHECKPOINTS, LAST, MODEL, MODEL_CONFIG = "checkpoints", "last.ckpt", "model", "config.json"
 MINUTE = 60.0  # seconds; files of one run that was copied differ by less
@@ -62,17 +61,10 @@ def told(weights: Weights, given: ModelConfig) -> list[str]:
     if weights.config.get("task") == "autoencoder":
         notes.append("of an autoencoder's training: its UNet is untrained, its scale factor not yet measured")
     with reading(weights.source):
-        stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
+        stored, used = flatten(weights.config["model"]), flatten(to_dict(given))
     both = [key for key in used if key in stored and (stored[key] or key not in OPEN)]
     differing = [f"{key} {stored[key]} -> {used[key]}" for key in both if stored[key] != used[key]]
     if differing:
         listed = "; ".join(differing[:SHOWN])
         notes.append(f"the configuration given is used, which is not the one it carries: {listed}")
     return notes
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -340,11 +340,11 @@ def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, h
     from pbe.editing.batch.records import write_image, write_json
     from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
     from pbe.evaluation.benchmark.toy_scores import markdown_table
-    from pbe.files import write_text
+    from pbe.files import write_output
 
     out, seconds, table = settings.source.out, head["seconds"], markdown_table(scores)
     write_json(out / "scores.json", {**head, **scores.to_dict()})
-    write_text(out / "scores.md", table)
+    write_output(out / "scores.md", table)
     rows = {label: images[: settings.toy.sheet] for label, images in benchmark_rows(cases, edits).items()}
     write_image(out / "grid.png", Image.fromarray(sheet(rows)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {out}")

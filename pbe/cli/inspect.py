@@ -42,10 +42,10 @@ def inspect(config: Place, /, *overrides: str, settings: InspectSettings = Inspe
     if settings.count < 1 or settings.epoch < 0 or settings.start < 0:
         raise UserError("--count must be at least 1, --epoch and --start at least 0")
     from pbe.config import load_config
-    from pbe.files import check_file, write_text
+    from pbe.files import check_file, write_output
 
     text, count = page(load_config(config, list(overrides)), settings)
-    write_text(check_file(settings.out), text)
+    write_output(check_file(settings.out), text)
     print(f"{count} samples in {settings.out}")
 
 

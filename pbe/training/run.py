@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -14,46 +15,41 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from pbe.checkpoints.native import check_keys
+from pbe.checkpoints.layout import empty_model
+from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
-from pbe.models.tower_facts import follow_sizes
-from pbe.training.data import TrainingData, steps_of_run
-from pbe.training.export import export
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import describe_folder
-from pbe.training.latent_cache.size import CacheSize, size_on_disk
+from pbe.training.latent_cache.listing import CacheSize, describe_folder, size_on_disk
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
-from pbe.training.optimization.performance import make_fast
+from pbe.training.optimization.performance import apply_performance_options
+from pbe.training.optimization.sharding import on_the_cpu
 from pbe.training.resume.callback import Checkpoints
-from pbe.training.resume.files import changed_settings, find_checkpoint, read_checkpoint, say, step_of
+from pbe.training.resume.files import changed_settings, find_checkpoint, read_checkpoint, report, step_of
 from pbe.training.resume.signals import StopSignals, TrainingStopped
-from pbe.training.setup import build_model, find_autoencoder, make_task
+from pbe.training.setup import (
+    build_model,
+    check_machine,
+    find_autoencoder,
+    make_task,
+    make_trainer,
+    prepare_process,
+)
+from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
-from pbe.training.trainer import check_machine, make_trainer, set_length
 
 LOG = logging.getLogger(__name__)
-# What Lightning says of things that are meant to be so: few workers for small images, a frozen tower, no
-# validation, a place in the data that the data module restores, and a library's own housekeeping.
-NEEDLESS_ADVICE = (
-    "does not have many workers",
-    r"module\(s\) in eval mode",
-    "You have overridden `transfer_batch_to_device`",
-    "your dataloader is not resumable",
-    "is smaller than the logging interval",
-    r"Total length of .* across ranks is zero",  # a run without validation shards
-    "It is recommended to use `self.log",
-    r"`isinstance\(treespec, LeafSpec\)`",
-)
+SCALE_BATCHES = 8  # that the scale factor of the latents is measured on
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run left behind.
+    """Outcome of a training run.
 
     Attributes:
         output_dir: of the run: ``config.yaml``, ``metrics.csv``, ``checkpoints/``, ``grids/``, ``model/``.
@@ -78,9 +74,6 @@ def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
     Args:
         config: the experiment; see ``configs/``.
         extra: callbacks beside the run's own.
-
-    Raises:
-        UserError: bad paths, a cache of other settings, unusable data, or a run that would be overwritten.
     """
     started = time.monotonic()
     prepare_process(config)
@@ -92,7 +85,7 @@ def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
         model, config = build_model(config)
         trainer = make_trainer(config, folder, stop, begun)
         trainer.callbacks[:0] = extra  # type: ignore[attr-defined] # before the checkpoint, which ends a step
-        make_fast(model, config.trainer)
+        apply_performance_options(model, config.trainer)
         task = make_task(config, model)
         if checkpoint is not None:
             check_checkpoint(checkpoint, task)
@@ -107,15 +100,15 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
     config, data = task.config, None
     folder = Path(config.output_dir)
     try:
-        data = _data(config, task, trainer, stop)
-        set_length(trainer, steps_of_run(config, data, trainer.world_size))
+        data = _open_data(config, task, trainer, stop)
+        trainer.fit_loop.epoch_loop.max_steps = data.steps_of_run(trainer.world_size)
         if trainer.is_global_zero:
             save_yaml(config, folder / "config.yaml")
             keep_run_id(folder, trainer.loggers)
         _fit(trainer, task, data, checkpoint, stop)
         if not stop.received:
             _validate(trainer, task, data)
-            export(task, config, folder / "model", writes=trainer.is_global_zero)
+            export(task, folder / "model", writes=trainer.is_global_zero)
             return True
     except (TrainingStopped, SIGTERMException):  # Lightning's comes for a signal before the first batch
         pass
@@ -127,21 +120,15 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
     return False
 
 
-def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
-    """Write the model of a run that a signal ended, after its checkpoint, if it has come to one.
-
-    A model that finds no room, or no time before the process is killed, is made by the run that goes on.
-    """
-    tried = [callback.tried for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
-    if tried != [trainer.global_step]:
-        return
-    try:
-        export(task, task.config, folder, writes=trainer.is_global_zero)
-    except (OSError, UserError) as error:
-        reason = getattr(error, "strerror", None) or error
-        LOG.error(
-            "could not write the model to '%s': %s; make room: the same command goes on", folder, reason
-        )
+def _open_data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
+    """Return the data module; where there is to be a cache, all processes build what is missing of it."""
+    if not isinstance(task, DiffusionTask) or not config.cache.folder:
+        data = TrainingData(config)
+        data.open()
+        return data
+    task.model.to(trainer.strategy.root_device)
+    store = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
+    return CachedDataModule(config, store)
 
 
 def _fit(
@@ -156,6 +143,97 @@ def _fit(
         _validate(trainer, task, data, checkpoint)
     stop.check()
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+
+
+def _validate(
+    trainer: pl.Trainer, task: BaseTask, data: TrainingData, checkpoint: Path | None = None
+) -> None:
+    """Validate unless these very weights have been (the run may have been stopped right after it)."""
+    step = max(trainer.global_step, step_of(checkpoint))
+    logs = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
+    if task.validated_step != step and not any(log.has(step, "val/loss") for log in logs):
+        trainer.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False)
+
+
+def check_checkpoint(path: Path, task: BaseTask) -> None:
+    """Check that a checkpoint continues this very task, and report which settings have changed."""
+    content = read_checkpoint(path)
+    check_keys(content["state_dict"], task, f"checkpoint '{path}'")
+    if task.ema is not None and not content["ema"]:
+        raise UserError(
+            f"'{path}' was trained without a moving average; set optimizer.ema_decay=0 or another output_dir"
+        )
+    changed = changed_settings(content["config"], task.config) if content["config"] else []
+    if changed:
+        step = content["global_step"]
+        report(f"resuming from step {step} of '{path}' with changed settings: {'; '.join(changed)}")
+
+
+def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
+    """Write the averaged weights, once; an autoencoder whose latents are new gets its measured scale factor.
+
+    The files of an older model there are replaced when all new ones are whole.
+
+    Args:
+        task: after training; all ranks have to come here where its weights are sharded.
+        folder: for the model.
+        writes: this process does.
+    """
+    if not writes and not task.sharded:
+        return
+    for left in folder.glob(".saving-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
+    model = task.model
+    assert isinstance(model, LatentDiffusion)
+    with task.averaged_weights():
+        if isinstance(task, AutoencoderTask) and not task.decoder_only:
+            _set_scale_factor(model, task.config)
+        if not task.sharded and model.dtype == torch.float32:
+            save_model(folder, model)
+            return
+    model = _whole_copy(task, model)
+    if writes:
+        save_model(folder, model, torch.float32)
+
+
+def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
+    """Write the model of a run that a signal ended, after its checkpoint, if it has come to one.
+
+    A model that finds no room, or no time before the process is killed, is written by the resumed run.
+    """
+    tried = [callback.tried for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
+    if tried != [trainer.global_step]:
+        return
+    try:
+        export(task, folder, writes=trainer.is_global_zero)
+    except (OSError, UserError) as error:
+        reason = getattr(error, "strerror", None) or error
+        LOG.error(
+            "could not write the model to '%s': %s; make room: the same command resumes", folder, reason
+        )
+
+
+def _set_scale_factor(model: LatentDiffusion, config: Config) -> None:
+    """Measure the scale factor of the model's latents and put it into its configuration."""
+    # a stream of its own, so that a run that was stopped on the way measures the same samples
+    loader = TrainingData(config).train_dataloader()
+    factor = measure_scale_factor(model.eval(), list(islice(loader, SCALE_BATCHES)))
+    autoencoder = replace(model.config.autoencoder, scale_factor=factor)
+    model.config = replace(model.config, autoencoder=autoencoder)
+
+
+def _whole_copy(task: BaseTask, model: LatentDiffusion) -> LatentDiffusion:
+    """Return a copy of a model that is in shards or in half precision, with the averages in float32.
+
+    All ranks have to call it where the weights are sharded.
+    """
+    weights = on_the_cpu(model.state_dict())
+    if task.ema is not None:
+        averages = on_the_cpu(task.ema.state_dict())
+        weights |= {name.removeprefix("model."): value for name, value in averages.items()}
+    copy = empty_model(model.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy
 
 
 def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
@@ -193,56 +271,3 @@ def cache_list(config: Config) -> list[str]:
     prepare_process(config)
     model, config = build_model(config)
     return describe_folder(config, model)
-
-
-def check_checkpoint(path: Path, task: BaseTask) -> None:
-    """Check that a checkpoint continues this very task, and say which settings are others now.
-
-    Raises:
-        UserError: it is damaged, of a model of other sizes, or lacks the moving average that is asked for.
-    """
-    content = read_checkpoint(path)
-    check_keys(content["state_dict"], task, f"checkpoint '{path}'")
-    if task.ema is not None and not content["ema"]:
-        raise UserError(
-            f"'{path}' was trained without a moving average; set optimizer.ema_decay=0 or another output_dir"
-        )
-    changed = changed_settings(content["config"], task.config) if content["config"] else []
-    if changed:
-        step = content["global_step"]
-        say(f"going on from step {step} of '{path}' with changed settings: {'; '.join(changed)}")
-
-
-def _validate(
-    trainer: pl.Trainer, task: BaseTask, data: TrainingData, checkpoint: Path | None = None
-) -> None:
-    """Validate unless these very weights have been (the run may have been stopped right after it)."""
-    step = max(trainer.global_step, step_of(checkpoint))
-    logs = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
-    if task.validated_step != step and not any(log.has(step, "val/loss") for log in logs):
-        trainer.validate(task, datamodule=data, ckpt_path=checkpoint, verbose=False, weights_only=False)
-
-
-def prepare_process(config: Config) -> None:
-    """Set threads, seeds and what is said on stderr, and fill in what follows the tower."""
-    follow_sizes(config)
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    pl.seed_everything(config.seed, verbose=False)
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("pbe").setLevel(logging.INFO)
-    for message in NEEDLESS_ADVICE:
-        warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals) -> TrainingData:
-    """Return the data module; where there is to be a cache, all processes build what is missing of it."""
-    if not isinstance(task, DiffusionTask) or not config.cache.folder:
-        data = TrainingData(config)
-        data.open()
-        return data
-    task.model.to(trainer.strategy.root_device)
-    section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
-    return CachedDataModule(config, section)

@@ -17,18 +17,16 @@ from typing import Any
 import pytorch_lightning as pl
 
 from pbe.config import CacheConfig, Config, save_yaml
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.training.data import TrainingData
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.optimization.performance import make_fast
+from pbe.training.optimization.performance import apply_performance_options
 from pbe.training.resume.signals import StopSignals
-from pbe.training.run import prepare_process
-from pbe.training.setup import build_model, make_task
-from pbe.training.trainer import make_trainer
+from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def compare_cache(config: Config, warm_up: int, steps: int, rounds: int) -> dict
     if warm_up < 1 or steps < 1 or rounds < 1:
         raise UserError("steps, warm-up steps and rounds must be at least 1")
     model, config = random_or_built(config)
-    make_fast(model, config.trainer)
+    apply_performance_options(model, config.trainer)
     ensure_cache(config, model)
     found: dict[str, list[Speed]] = {"online": [], "cached": []}
     for _ in range(rounds):
@@ -152,7 +150,7 @@ def measure_step(config: Config, steps: int) -> dict[str, float]:
         steps: after the first one.
     """
     model, config = random_or_built(replace(config, cache=CacheConfig()))
-    make_fast(model, config.trainer)
+    apply_performance_options(model, config.trainer)
     speed = time_steps(config, model, 1, steps, cached=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trained": trained, "step_seconds": speed.step_seconds, "peak_gib": peak_memory() / 2**30}

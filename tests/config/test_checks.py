@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pbe.config import Config, load_config
-from pbe.config.checks import RANGES
+from pbe.config import RANGES, Config, load_config
 from pbe.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def message(*overrides: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import pbe.training.export as module
+import pbe.training.run as module
 from tests.training.tiny import Watch, checkpoint, run, send, tiny_config, weights
 
 
@@ -28,7 +28,7 @@ def test_a_full_disk_costs_the_model_of_a_stop_and_nothing_else(
         result = run(config, Watch(2, send(signal.SIGTERM)))
     assert (result.steps, result.stopped_by) == (2, signal.SIGTERM)
     (told,) = [text for text in caplog.messages if "could not write the model" in text]
-    assert told.endswith(f"to '{model}': No space left on device; make room: the same command goes on")
+    assert told.endswith(f"to '{model}': No space left on device; make room: the same command resumes")
     assert run(config).steps == 3
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-import pbe.training.trainer as module
+import pbe.training.setup as module
 from pbe.config import load_config
 from pbe.errors import UserError
 from pbe.training.tasks.autoencoder import AutoencoderTask

@@ -24,8 +24,7 @@ def test_what_shapes_no_weight_is_the_configurations_and_said(config, caplog):
         merged = _merged(config, stored)
     assert (merged.image_size, merged.prediction) == (32, "v")
     assert caplog.messages == [
-        "training goes on from 'old' with model.image_size 32 instead of 64; "
-        "model.prediction v instead of eps"
+        "training starts from 'old' with model.image_size 32 instead of 64; model.prediction v instead of eps"
     ]
 
 

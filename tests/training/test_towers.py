@@ -11,7 +11,7 @@ from safetensors import safe_open
 from pbe.checkpoints.native import load_config as load_model_config
 from pbe.config import load_config
 from pbe.errors import UserError
-from pbe.training.run import prepare_process
+from pbe.training.setup import prepare_process
 from tests.training.tiny import run, tiny_config
 
 TOWERS = Path(__file__).resolve().parents[2] / "configs" / "towers"

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-import pbe.training.trainer as trainer_module
+import pbe.training.setup as setup_module
 from pbe.config import Config
 from pbe.data.shards.archive import ShardRecord, write_shards
 from pbe.data.toy.render import render_records
@@ -167,8 +167,8 @@ class Watch(pl.Callback):
 
 def watched(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> None:
     """Add a callback to every training of this test."""
-    original = trainer_module._callbacks
-    monkeypatch.setattr(trainer_module, "_callbacks", lambda *args: [watch, *original(*args)])
+    original = setup_module._callbacks
+    monkeypatch.setattr(setup_module, "_callbacks", lambda *args: [watch, *original(*args)])
 
 
 def run(config: Config, watch: Watch | None = None) -> TrainResult | None:

@@ -17,7 +17,7 @@ from pbe.config import (
     ModelConfig,
     ScheduleConfig,
     UNetConfig,
-    files as config_files,
+    loading,
 )
 from pbe.errors import UserError
 from pbe.models.tower_facts import follow_tower
@@ -46,8 +46,8 @@ def is_original_yaml(content: Any) -> bool:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file as plain containers; errors as in :func:`pbe.config.files.read_yaml`."""
-    return OmegaConf.to_container(config_files.read_yaml(path), resolve=False)
+    """Read a YAML file as plain containers; errors as in :func:`pbe.config.loading.read_yaml`."""
+    return OmegaConf.to_container(loading.read_yaml(path), resolve=False)
 
 
 def read_config(content: Values, source: str, tensors: Lazies) -> ModelConfig:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pbe.data.packing.index import digest
 from pbe.data.packing.pixels import check_and_hash
+from pbe.data.shards.format import digest
 from pbe.data.sources.files import find_pictures
 from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
 

@@ -7,39 +7,24 @@ keys, boxes and hashes; it is read when the shard is first used. docs/data.md li
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pbe.data.shards.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.shards.format import MANIFEST_NAME, PACK_AGAIN, DamagedIndexError, load_manifest, read_index
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
 EXTENSIONS = ("jpg", "png", "webp")
 
 
-def digest(data: bytes) -> bytes:
-    """Return the 16-byte BLAKE2b hash of ``data``."""
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
-
-
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, data, sync=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,11 +94,9 @@ class ShardTable:
         """Return the rows of ``boxes`` and ``labels`` that belong to the picture at ``position``."""
         return slice(int(self.box_end[position - 1]) if position else 0, int(self.box_end[position]))
 
-    def to_bytes(self) -> bytes:
-        """Return the file's bytes, the same for the same table."""
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **{name: getattr(self, name) for name in TABLE_DTYPES})
-        return buffer.getvalue()
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the columns as they stand in the file."""
+        return {name: getattr(self, name) for name in TABLE_DTYPES}
 
 
 TABLE_DTYPES = {
@@ -141,14 +124,10 @@ def load_index(source: Path | bytes) -> ShardTable:
     Raises:
         UserError: it is missing or damaged.
     """
-    name = "the bytes given" if isinstance(source, bytes) else f"'{source}'"
     try:
-        with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in fields(ShardTable)}
-    except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: no whole index of a shard ({what}); pack the shards again") from error
-    return ShardTable(**arrays)
+        return ShardTable(**read_index(source, TABLE_DTYPES))
+    except DamagedIndexError as error:
+        raise UserError(f"{error}; {PACK_AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -200,12 +179,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST_NAME
     try:
-        summary = json.loads(path.read_bytes())
-        known = (summary["format"], summary["version"]) == (MANIFEST_FORMAT, MANIFEST_VERSION)
+        return load_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{path}' is damaged ({error}); pack the shards again") from error
-    if not known:
-        raise UserError(f"'{path}' is of another version of this project; pack the shards again")
-    return dict(summary)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); {PACK_AGAIN}") from error

@@ -6,23 +6,19 @@ interrupted. The index appears first, then the shard, then the record that the t
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import os
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cv2
 import numpy as np
 
-from pbe.data.packing.index import IndexEntry, digest, make_table, write_whole
+from pbe.data.packing.index import IndexEntry, make_table, write_whole
 from pbe.data.packing.pixels import check_and_hash, encode_again, needs_encoding
 from pbe.data.packing.plan import (
     ASPECT,
@@ -37,7 +33,7 @@ from pbe.data.packing.plan import (
 )
 from pbe.data.packing.tally import Tally, box_text
 from pbe.data.samples.rle import encode_rle
-from pbe.data.shards.index import HASH_BYTES
+from pbe.data.shards.format import ShardWriter, digest, new_shard
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
 from pbe.data.sources.pictures import (
     PictureHeader,
@@ -53,7 +49,6 @@ OTHER_SIZE = "annotated for a picture of another size"
 TINY = "picture under 2 px"
 TURNED = "boxes turned with the EXIF orientation"
 ON_TRUST = "EXIF orientation: the frame of the boxes was taken on trust"
-BLOCK = tarfile.BLOCKSIZE
 
 
 class DroppedPictureError(Exception):
@@ -68,32 +63,6 @@ class KeptBox:
     label: int
     flags: frozenset[str]
     mask: np.ndarray | None = None
-
-
-class _HashingFile:
-    """A file that hashes what is written; enough of a file for :mod:`tarfile`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.hash = hashlib.blake2b(digest_size=HASH_BYTES)
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
-    """Write a member and return its data's offset and size. Fixed owner and time: same data, same bytes."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    member.uname = member.gname = "pbe"
-    tar.addfile(member, io.BytesIO(data))
-    return tar.offset - -(-len(data) // BLOCK) * BLOCK, len(data)
 
 
 def _frame(header: PictureHeader, annotated: tuple[int | None, int | None], trust: str) -> tuple[str, bool]:
@@ -197,12 +166,12 @@ class PicturePacker:
         return KeptBox(box, row["label"], flag_names(row["flags"]), mask)
 
     def pack(
-        self, row: dict[str, Any], boxes: Sequence[dict[str, Any]], tar: tarfile.TarFile
+        self, row: dict[str, Any], boxes: Sequence[dict[str, Any]], shard: ShardWriter
     ) -> IndexEntry | None:
         """Put a picture into a shard, or count why not."""
         before = sum(self.tally.dropped_boxes.values())
         try:
-            return self._pack(row, boxes, tar)
+            return self._pack(row, boxes, shard)
         except UnreadablePictureError as error:
             reason = f"{UNREADABLE}: {error}"
         except DroppedPictureError as error:
@@ -220,7 +189,7 @@ class PicturePacker:
         with self._timed("header"):
             return encoded, inspect_picture(encoded)
 
-    def _pack(self, row: dict[str, Any], rows: Sequence[dict[str, Any]], tar: tarfile.TarFile) -> IndexEntry:
+    def _pack(self, row: dict[str, Any], rows: Sequence[dict[str, Any]], shard: ShardWriter) -> IndexEntry:
         encoded, header = self._read(row)
         if min(header.stored_size) < 2:
             raise DroppedPictureError(TINY)
@@ -241,7 +210,7 @@ class PicturePacker:
         self.tally.events[TURNED] += turned
         self.tally.events[ON_TRUST] += on_trust
         with self._timed("hash and write"):
-            return self._write(row, encoded, extension, size, kept, fingerprint, tar)
+            return self._write(row, encoded, extension, size, kept, fingerprint, shard)
 
     def _shrink(
         self, encoded: bytes, header: PictureHeader, boxes: list[KeptBox]
@@ -272,13 +241,13 @@ class PicturePacker:
         size: tuple[int, int],
         kept: Sequence[KeptBox],
         fingerprint: int,
-        tar: tarfile.TarFile,
+        shard: ShardWriter,
     ) -> IndexEntry:
         annotation = json.dumps(self._annotation(row, size, kept), ensure_ascii=False, separators=(",", ":"))
         entry = IndexEntry(
             key=row["key"],
-            picture=_add(tar, f"{row['key']}.{extension}", encoded),
-            annotation=_add(tar, f"{row['key']}.json", annotation.encode()),
+            picture=shard.add(f"{row['key']}.{extension}", encoded),
+            annotation=shard.add(f"{row['key']}.json", annotation.encode()),
             size=size,
             extension=extension,
             boxes=[box.corners for box in kept],
@@ -309,20 +278,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _pack_rows(
-    packer: PicturePacker, plan: Path, number: int, out: IO[bytes]
-) -> tuple[list[IndexEntry], _HashingFile]:
+def _pack_rows(packer: PicturePacker, plan: Path, number: int, shard: ShardWriter) -> list[IndexEntry]:
     pictures, boxes = load_task(plan, number)
     rows = boxes.to_dicts()
-    hashing = _HashingFile(out)
     entries = []
     start = 0
-    with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-        for row in pictures.iter_rows(named=True):
-            entry = packer.pack(row, rows[start : row["box_end"]], tar)
-            entries += [entry] if entry else []
-            start = row["box_end"]
-    return entries, hashing
+    for row in pictures.iter_rows(named=True):
+        entry = packer.pack(row, rows[start : row["box_end"]], shard)
+        entries += [entry] if entry else []
+        start = row["box_end"]
+    return entries
 
 
 def pack_shard(plan: Path, out: Path, number: int, labels: Sequence[str], settings: PackSettings) -> int:
@@ -343,32 +308,12 @@ def pack_shard(plan: Path, out: Path, number: int, labels: Sequence[str], settin
     cv2.setNumThreads(1)
     tally = Tally()
     packer = PicturePacker(labels, settings, tally)
-    path = out / shard_name(number)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shard: dict[str, Any] | None = None
-    try:
-        with temporary.open("wb") as file:
-            entries, hashing = _pack_rows(packer, plan, number, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if entries:
-            index = make_table(entries).to_bytes()
-            index_path = path.with_suffix(".index.npz")
-            write_whole(index_path, index)
-            os.replace(temporary, path)
-            shard = {
-                "name": path.name,
-                "bytes": hashing.size,
-                "pictures": tally.pictures,
-                "boxes": tally.boxes,
-                "blake2b": hashing.hash.hexdigest(),
-                "index": index_path.name,
-                "index_bytes": len(index),
-                "index_blake2b": digest(index).hex(),
-            }
-    finally:
-        temporary.unlink(missing_ok=True)
+    listed: dict[str, Any] | None = None
+    with new_shard(out / shard_name(number)) as shard:
+        if entries := _pack_rows(packer, plan, number, shard):
+            index = shard.write_index(make_table(entries).columns())
+            listed = index | {"pictures": tally.pictures, "boxes": tally.boxes}
     tally.events = +tally.events
-    part = {"shard": shard, "tally": tally.to_dict()}
+    part = {"shard": listed, "tally": tally.to_dict()}
     write_whole(plan / f"part-{number:06d}.json", json.dumps(part, sort_keys=True).encode())
     return tally.pictures + sum(tally.dropped_pictures.values())

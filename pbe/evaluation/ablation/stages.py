@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pbe.errors import UserError
+from pbe.config import fingerprint
+from pbe.files import write_output
 
 DONE = "done.json"
 MARK = {"seconds": int | float, "units": int | float, "rate": str, "resumed": bool}  # what estimates read
@@ -71,8 +69,7 @@ class Stage:
 
 def fingerprint_of(*parts: Any) -> str:
     """Return a hash of JSON-ready values, 24 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return fingerprint(parts)[:24]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -81,12 +78,4 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_output(path, json.dumps(content, indent=2) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pbe.config import to_dict
+from pbe.config import differences, flatten, to_dict
 from pbe.evaluation.ablation.fingerprints import ASIDE
 from pbe.evaluation.ablation.plan import Cell
 from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
@@ -130,7 +130,8 @@ def changes(before: Cell | None, cell: Cell) -> list[tuple[str, str, str]]:
     if before is None:
         return []
     old, new = settings_of(before), settings_of(cell)
-    return [(key, _text(old.get(key)), _text(value)) for key, value in new.items() if old.get(key) != value]
+    changed = differences({key: old.get(key) for key in new}, new)
+    return [(key, _text(one), _text(other)) for key, (one, other) in changed.items()]
 
 
 def settings_of(cell: Cell) -> dict[str, Any]:
@@ -141,14 +142,7 @@ def settings_of(cell: Cell) -> dict[str, Any]:
             (values[section] if section else values).pop(key, None)
     values["cache"] = {"variants": cell.config.cache.variants}
     start = cell.row.start or "random weights"
-    return {"start": start, **_flat(values), **_flat({"sampling": vars(cell.row.sampling)})}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return {"start": start, **flatten(values), **flatten({"sampling": vars(cell.row.sampling)})}
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,18 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
 LOG = logging.getLogger(__name__)
 
 ID_NAME = "wandb_id"
-LOGGERS = ("csv", "wandb", "tensorboard")
 HEADER = ("step", "seconds", "name", "value")
 
 
 class CsvLog(Logger):
-    """One row a value in ``metrics.csv``: step, Unix time, name, value. A restart goes on below.
+    """One row a value in ``metrics.csv``: step, Unix time, name, value. A resumed run appends to it.
 
     Rows that cannot be written (disk full) are kept and tried again with the next ones; training goes on.
-
-    Args:
-        folder: where ``metrics.csv`` lies.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +46,7 @@ class CsvLog(Logger):
 
     @property
     def version(self) -> str:
-        """There is one log a run."""
+        """Nothing: there is one log a run."""
         return ""
 
     @property
@@ -98,12 +95,10 @@ class CsvLog(Logger):
         if self.path.read_bytes().startswith(kept):
             os.truncate(self.path, len(kept))
             return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(self.path)
+        atomic_write(self.path, kept)
 
     def has(self, step: int, name: str) -> bool:
-        """Say whether a metric of a step is written already."""
+        """Return whether a metric of a step is written already."""
         return self.path.exists() and any(
             row[0] == str(step) and row[2] == name for row in read_rows(self.path)
         )
@@ -150,29 +145,20 @@ def read_curve(path: Path, name: str) -> list[tuple[int, float]]:
 def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
     """Build the loggers that the configuration names, all of them writing into ``folder``.
 
-    Args:
-        config: the experiment.
-        folder: of the run.
-        step: of the checkpoint that it goes on from, -1 for a start.
-
-    Raises:
-        UserError: an unknown name, or TensorBoard where it is not installed.
+    ``step`` is that of the checkpoint that the run resumes from, -1 for a start.
     """
-    made: list[Logger] = []
-    if unknown := [name for name in config.logging.loggers if name not in LOGGERS]:
-        raise UserError(f"logging.loggers has '{unknown[0]}'; there are: {', '.join(LOGGERS)}")
-    for name in dict.fromkeys(config.logging.loggers):
-        if name == "csv":
-            made.append(CsvLog(folder))
-        elif name == "wandb":
-            made.append(_wandb(config, folder))
-        else:
-            made.append(_tensorboard(folder, step))
-    return made
+    makers: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: CsvLog(folder),
+        "wandb": lambda: _wandb(config, folder),
+        "tensorboard": lambda: _tensorboard(folder, step),
+    }
+    if unknown := [name for name in config.logging.loggers if name not in makers]:
+        raise UserError(f"logging.loggers has '{unknown[0]}'; there are: {', '.join(makers)}")
+    return [makers[name]() for name in dict.fromkeys(config.logging.loggers)]
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:
-    """End W&B's run; the next training of this process would go on writing into it otherwise."""
+    """End W&B's run; otherwise the next training of this process would write into it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and logger._experiment is not None:  # asking would begin one
             logger.experiment.finish()
@@ -187,7 +173,7 @@ def _run_id(folder: Path) -> str:
 
 
 def keep_run_id(folder: Path, loggers: Iterable[Logger]) -> None:
-    """Note the id of the W&B run, so that a restart in the same folder goes on with it."""
+    """Note the id of the W&B run, so that a resumed run in the same folder continues it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             (folder / ID_NAME).write_text(f"{logger.version}\n")
@@ -202,10 +188,10 @@ def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
 
 
 def _wandb(config: Config, folder: Path) -> WandbLogger:
-    """Return a logger that says nothing where nothing is sent; an account is asked for by ``online`` only."""
+    """Return a logger that is silent where nothing is sent; only ``online`` asks for an account."""
     options = config.logging
     if options.wandb_mode != "online":
-        os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for what it says first
+        os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for its first lines
     try:
         logger = WandbLogger(
             project=options.wandb_project,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate, describe
 from pbe.diffusion.solvers import plms
 from pbe.editing.engine import Conditioning, noise_predictor
@@ -22,30 +22,26 @@ from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.draws import draw
-from pbe.training.tasks.encoding import encode_batch, known_of, to_keep_mask, to_pixels
+from pbe.training.tasks.encoding import decoder_known_pixels, encode_batch, to_keep_mask, to_pixels
 
 GridSource = Callable[[BaseTask], np.ndarray]
 
 
 def fixed_samples(config: Config, count: int) -> dict[str, Any]:
-    """Return the first samples of the validation set (else of the training set) as one batch.
-
-    Raises:
-        UserError: no picture of the set can be used.
-    """
+    """Return the first samples of the validation set (else of the training set) as one batch."""
     stream = "validation" if config.data.validation_shards else "train"
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
+    dataset = TrainingData(config).dataset(stream)
     batch = collate([dataset[index] for index in range(min(count, len(dataset)))])
     if "image" not in batch:
         raise UserError(
-            f"none of the first {stream} pictures can be used for the sample grid "
+            f"none of the first {stream} images can be used for the sample grid "
             f"({describe(batch['counts'])}); check the shards, data.min_box_area and data.max_box_area"
         )
     return batch
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Map pictures ``(b, 3, h, w)`` in [-1, 1] to uint8 ``(b, h, w, 3)``, clipped and rounded."""
+    """Map images ``(b, 3, h, w)`` in [-1, 1] to uint8 ``(b, h, w, 3)``, clipped and rounded."""
     pixels = ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     return rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
 
@@ -87,12 +83,12 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     for scale in config.logging.grid_guidance:
         predict = noise_predictor(model, task.schedule, conditioning, scale)
         latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
-        edits.append(model.decode_latents(latents.to(model.dtype), known_of(model, batch)))
+        edits.append(model.decode_latents(latents.to(model.dtype), decoder_known_pixels(model, batch)))
     return edits
 
 
 def autoencoder_grid(config: Config) -> GridSource:
-    """Return the source of grids: pictures and their reconstructions."""
+    """Return the source of grids: images and their reconstructions."""
     batch = fixed_samples(config, config.logging.grid_samples)
 
     @torch.no_grad()
@@ -100,7 +96,9 @@ def autoencoder_grid(config: Config) -> GridSource:
         assert isinstance(task, AutoencoderTask)
         images = to_pixels(batch["image"].to(task.device))
         with task.averaged_weights():
-            known = known_of(task.model, {key: batch[key].to(task.device) for key in ("image", "mask")})
+            known = decoder_known_pixels(
+                task.model, {key: batch[key].to(task.device) for key in ("image", "mask")}
+            )
             latents = task.model.autoencoder.encode(images.to(task.model.dtype)).mean
             decoded = task.model.autoencoder.decode(latents, known)
         return tile([to_uint8(images), to_uint8(decoded)])

@@ -1,4 +1,4 @@
-"""Lightning callbacks that show how training goes: rows of the log, and pictures."""
+"""Lightning callbacks that log the progress of training: rows of the log, and sample grids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
-from pbe.training.data import TrainingData
+from pbe.data.datamodule import TrainingData
 from pbe.training.monitoring.sample_grids import GridSource
 from pbe.training.optimization.non_finite import sample_indices
 from pbe.training.resume.callback import ends_step
@@ -21,7 +21,7 @@ from pbe.training.tasks.base import BaseTask
 
 
 class StepLog(pl.Callback):
-    """Hands what a training step logged to the loggers, before the checkpoint of that step is written.
+    """Passes the values of a training step to the loggers, before the checkpoint of that step is written.
 
     Lightning would do it after the checkpoint, so that a process killed in between would lose the row.
 
@@ -93,13 +93,7 @@ def peak_memory() -> int:
 
 
 class GridCallback(pl.Callback):
-    """Draws a sample grid every so many steps, into ``grids/`` and to Weights & Biases.
-
-    Args:
-        source: draws the picture of a task.
-        folder: of the run.
-        every: steps between grids.
-    """
+    """Draws a sample grid after every ``every`` steps, into the run's ``grids/`` and to the loggers."""
 
     def __init__(self, source: GridSource, folder: Path, every: int) -> None:
         self.source, self.folder, self.every = source, folder / "grids", every
@@ -129,10 +123,10 @@ class GridCallback(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(grid)
-        picture.save(self.folder / f"step{self._last:07d}.png")
+        image = Image.fromarray(grid)
+        image.save(self.folder / f"step{self._last:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [picture], step=self._last)
+                logger.log_image("samples", [image], step=self._last)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, self._last, dataformats="HWC")

@@ -55,7 +55,7 @@ class Ema:
             local(parameter).copy_(local(values[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages by name, put together where they are sharded; all ranks have to ask."""
+        """Return the averages by name, put together where they are sharded; all ranks have to call it."""
         return on_the_cpu(self.average) if is_sharded(self.average.values()) else dict(self.average)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Watches for numbers that are none: which step, which samples, which layer; then stops or skips."""
+"""Detects NaN and Inf losses and gradients, names step, samples and layer, and stops or skips the step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
-from pbe.training.optimization.sharding import local, whole
-from pbe.training.running_means import told_by_all
+from pbe.training.optimization.sharding import from_all_ranks, local, whole
 
 LOG = logging.getLogger(__name__)
 
-Again = Callable[[Any], object] | None
+Recompute = Callable[[Any], object] | None
 LISTED = 8  # samples or parameters that a message names
 
 
@@ -35,7 +34,7 @@ def sample_indices(batch: Any) -> list[int]:
 
 
 def sample_names(batch: Any) -> str:
-    """Return the global indices of a batch's samples and, where it has them, their pictures' names."""
+    """Return the global indices of a batch's samples and, where it has them, their images' names."""
     indices = sample_indices(batch)
     names = batch.get("key") if isinstance(batch, dict) else None
     if names is None:
@@ -48,8 +47,8 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def first_bad_output(module: nn.Module) -> Iterator[list[str]]:
-    """Note, inside a ``with`` block, the layers whose output is not finite, the first one first."""
+def non_finite_layers(module: nn.Module) -> Iterator[list[str]]:
+    """Collect the layers whose output is not finite inside a ``with`` block, in the order of their calls."""
     bad: list[str] = []
 
     def watcher(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -68,86 +67,76 @@ def first_bad_output(module: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-@rank_zero_only
-def warn(message: str) -> None:
-    """Warn in one line, once for all ranks."""
-    LOG.warning("%s", message)
-
-
 class Guard:
-    """Looks at every optimizer step before it is made.
+    """Checks every optimizer step before it is made.
 
-    All ranks see the same gradients, but each only its own losses: what these were they tell each other, so
-    that all of them decide the same.
-
-    Args:
-        options: ``on_nan`` (``stop`` or ``skip``) and ``max_skipped`` steps in a row.
+    All ranks see the same gradients, but each only its own losses: they exchange their findings, so that all
+    of them decide the same.
 
     Attributes:
-        skipped: steps in a row that were left out.
+        skipped: steps in a row that were skipped.
     """
 
     def __init__(self, options: TrainerConfig) -> None:
         self.options = options
         self.skipped = 0
-        self._micro: list[tuple[Any, Tensor]] = []
+        self._micro_batches: list[tuple[Any, Tensor]] = []
 
     def observe(self, batch: Any, loss: Tensor) -> None:
         """Remember a micro-batch of the coming step and its loss."""
-        self._micro.append((batch, loss.detach()))
+        self._micro_batches.append((batch, loss.detach()))
 
     def allows(
-        self, norm: Tensor, step: int, module: nn.Module, again: Again, *, scaled: bool = False
+        self, norm: Tensor, step: int, module: nn.Module, recompute: Recompute, *, scaled: bool = False
     ) -> bool:
-        """Say whether the step may be made, the same on all ranks; the micro-batches are forgotten.
+        """Return whether the step may be made, the same on all ranks; the micro-batches are forgotten.
 
         Args:
             norm: of all gradients.
             step: optimizer steps made before.
             module: whose layers and parameters are named.
-            again: computes the loss of a batch once more, to find the layer; None where that cannot be.
-            scaled: a gradient scaler leaves out by itself the steps for which its scale was too large.
-
-        Raises:
-            UserError: the numbers are none and ``on_nan`` is ``stop``, or too many steps were skipped.
+            recompute: computes the loss of a batch once more, to find the layer; None where it cannot be.
+            scaled: a gradient scaler skips by itself the steps for which its scale was too large.
         """
-        micro, self._micro = self._micro, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         if torch.isfinite(norm):
             self.skipped = 0
             return True
-        faulty = [(batch, float(loss)) for batch, loss in micro if not torch.isfinite(loss)]
-        found = told_by_all(bool(faulty))
+        bad = [(batch, float(loss)) for batch, loss in micro_batches if not torch.isfinite(loss)]
+        found = from_all_ranks(bool(bad))
         if scaled and not any(found):
-            return True  # the gradient scaler is looking for its scale, and leaves the step out by itself
-        messages = told_by_all(self._describe(faulty, micro, step, module, again))
-        message = next((text for text, bad in zip(messages, found, strict=True) if bad), messages[0])
+            return True
+        text = (
+            _bad_loss(*bad[0], step, module, recompute)
+            if bad
+            else _bad_gradients(micro_batches, step, module)
+        )
+        messages = from_all_ranks(text)
+        message = next(
+            (text for text, bad_loss in zip(messages, found, strict=True) if bad_loss), messages[0]
+        )
         self.skipped += 1
         if self.options.on_nan == "stop" or self.skipped > self.options.max_skipped:
             raise UserError(f"{message}; lower optimizer.learning_rate, or use trainer.precision=32-true")
-        warn(f"{message}; the step is left out")
+        rank_zero_only(LOG.warning)("%s; the step is left out", message)
         return False
 
-    def _describe(
-        self,
-        faulty: list[tuple[Any, float]],
-        micro: list[tuple[Any, Tensor]],
-        step: int,
-        module: nn.Module,
-        again: Again,
-    ) -> str:
-        if not faulty:
-            bad = [
-                name
-                for name, p in module.named_parameters()
-                if p.grad is not None and not torch.isfinite(local(p.grad)).all()
-            ]
-            names = "; ".join(sample_names(batch) for batch, _ in micro)
-            where = f"parameters: {_listed(bad)}" if bad else "in another rank's share of the parameters"
-            return f"gradients are not finite at step {step} (samples {names}; {where})"
-        batch, loss = faulty[0]
-        if again is None:
-            return f"the loss is {loss} at step {step} (samples {sample_names(batch)})"
-        with first_bad_output(module) as layers:
-            again(batch)
-        where = f"first in layer {layers[0]}" if layers else "every layer's output is finite"
-        return f"the loss is {loss} at step {step} (samples {sample_names(batch)}; {where})"
+
+def _bad_loss(batch: Any, loss: float, step: int, module: nn.Module, recompute: Recompute) -> str:
+    if recompute is None:
+        return f"the loss is {loss} at step {step} (samples {sample_names(batch)})"
+    with non_finite_layers(module) as layers:
+        recompute(batch)
+    where = f"first in layer {layers[0]}" if layers else "every layer's output is finite"
+    return f"the loss is {loss} at step {step} (samples {sample_names(batch)}; {where})"
+
+
+def _bad_gradients(micro_batches: list[tuple[Any, Tensor]], step: int, module: nn.Module) -> str:
+    bad = [
+        name
+        for name, p in module.named_parameters()
+        if p.grad is not None and not torch.isfinite(local(p.grad)).all()
+    ]
+    names = "; ".join(sample_names(batch) for batch, _ in micro_batches)
+    where = f"parameters: {_listed(bad)}" if bad else "in another rank's share of the parameters"
+    return f"gradients are not finite at step {step} (samples {names}; {where})"

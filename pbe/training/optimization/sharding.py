@@ -2,14 +2,14 @@
 
 Lightning's :class:`ModelParallelStrategy` gives the device mesh, torch's ``fully_shard`` (Zhao et al. 2023)
 cuts the weights. What is saved is whole and has the layout of an unsharded run's checkpoint, so that a
-run can go on with another strategy.
+run can resume with another strategy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -23,12 +23,28 @@ from pbe.models.attention import SpatialTransformer
 from pbe.models.exemplar_encoder import MapperBlock
 from pbe.models.layers import ResBlock
 
+T = TypeVar("T")
+
 STRATEGY_NAMES = ("fsdp2", "model_parallel")  # values of trainer.strategy
-BLOCKS = (ResBlock, SpatialTransformer, MapperBlock)  # gathered and let go one at a time
+BLOCKS = (ResBlock, SpatialTransformer, MapperBlock)  # gathered and freed one at a time
+
+
+def is_distributed() -> bool:
+    """Return whether several processes train together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Return the value of every rank, in their order; all ranks have to call it."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor put together from its shards, which all ranks have to ask for; others as they are."""
+    """Return a tensor put together from its shards, others as they are; all ranks have to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -46,18 +62,18 @@ def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def on_the_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU; all ranks have to ask."""
+    """Return whole tensors on the CPU; all ranks have to call it."""
     return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Say whether any of the tensors is cut into shards."""
+    """Return whether any of the tensors is cut into shards."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Have the weights that no block holds whole inside a ``with`` block; all ranks have to ask.
+    """Gather the weights that belong to no block for a ``with`` block; all ranks have to enter it.
 
     Blocks gather their own when they are called. Nothing happens to a module that is not sharded.
     """
@@ -80,7 +96,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, whole_parts: list[nn.Module], ent
         entry: name of the method through which all weights are used.
     """
     kept = {parameter for part in whole_parts for parameter in part.parameters()}
-    # Let go of after the forward pass too: the moving average is put into the shards between two of them.
+    # Freed after the forward pass too: the moving average is put into the shards between two of them.
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": kept}
     inside = {child for part in whole_parts for child in part.modules()}
     for child in list(module.modules()):
@@ -110,12 +126,12 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole weights on the CPU; all ranks have to ask."""
+        """Return the whole weights on the CPU; all ranks have to call it."""
         assert self.lightning_module is not None
         return on_the_cpu(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state with whole moments on the CPU; all ranks have to ask."""
+        """Return an optimizer's state with whole moments on the CPU; all ranks have to call it."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         moments = {
             number: {

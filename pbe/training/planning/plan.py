@@ -1,4 +1,4 @@
-"""What a run would be: its parameters, memory, data and, measured over ten steps, its length."""
+"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 
 from pbe.config import Config
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
-from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.latent_cache.builder import find_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.size import size_on_disk
+from pbe.training.latent_cache.listing import size_on_disk
 from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.planning.batch_size import available_memory, on_gpu
+from pbe.training.planning.trials import available_memory
 from pbe.training.resume.signals import StopSignals
-from pbe.training.run import prepare_process
-from pbe.training.setup import build_model, make_task
+from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
 from pbe.training.tasks.base import BaseTask
-from pbe.training.trainer import make_trainer
+from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
 # Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
 # its training images have boxes, and no other one can be trained on.
-PAPER_EPOCHS, PAPER_PICTURES = 40, 1_700_000
+PAPER_EPOCHS, PAPER_IMAGES = 40, 1_700_000
 DAY, GIB = 86_400.0, 2.0**30
 
 
@@ -61,7 +61,7 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     idle = [
         p
         for name, p in model.unet.named_parameters()
-        if single and any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2."))
+        if single and any(part in name for part in DEAD_WITH_ONE_TOKEN)
     ]
     return {
         "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),
@@ -94,15 +94,7 @@ def state_bytes(task: BaseTask) -> dict[str, int]:
 
 
 class Stopwatch(pl.Callback):
-    """Times optimizer steps after a few that warm up.
-
-    Args:
-        warm_up: steps before.
-        measured: steps that are timed.
-
-    Attributes:
-        seconds: of the measured steps, 0 before they are over.
-    """
+    """Times ``measured`` optimizer steps after ``warm_up`` others; ``seconds`` is 0 before they are over."""
 
     def __init__(self, warm_up: int = WARM_UP, measured: int = MEASURED) -> None:
         self.warm_up, self.measured = warm_up, measured
@@ -122,10 +114,8 @@ def make_plan(config: Config) -> Iterator[str]:
     """Yield the lines of a run's plan, the measured ones last; nothing is written into its folder.
 
     Nothing is measured where gradients, moments and average alone would not fit into the CPU's memory. What
-    activations take on top is not known beforehand: such a plan may be cut short after what is counted.
-
-    Raises:
-        UserError: as the run itself would, but for data or an autoencoder that are not there yet.
+    activations take on top is not known beforehand: such a plan may be cut short after what is counted. Data
+    and an autoencoder that are not there yet are no error here.
     """
     prepare_process(config)
     notes: list[str] = []
@@ -148,8 +138,13 @@ def make_plan(config: Config) -> Iterator[str]:
         yield from _duration(config, task, data)
 
 
+def on_gpu(config: Config) -> bool:
+    """Return whether a configuration trains on CUDA here."""
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
 def _memory_lacking(config: Config, task: BaseTask) -> str:
-    """Say what is too large for the memory that a CPU has left beside the weights; nothing where all fits."""
+    """Return what does not fit into the memory that a CPU has left beside the weights; empty if all does."""
     sizes = state_bytes(task)
     needed, free = sum(sizes.values()) - sizes["weights"], available_memory()
     if on_gpu(config) or needed <= free:
@@ -182,8 +177,8 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         data.samples("train")
         if config.task != "diffusion" or not config.cache.folder:
             return data
-        if (section := find_cache(config, model)) is not None:
-            return CachedDataModule(config, section)
+        if (store := find_cache(config, model)) is not None:
+            return CachedDataModule(config, store)
         size = size_on_disk(config, model).total / GIB
         notes.append(f"the latent cache is not built yet ({size:.2f} GiB); measured without it")
         return data
@@ -192,18 +187,31 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         return None
 
 
-def _short_trainer(config: Config, folder: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
-    short = replace(config.trainer, max_steps=WARM_UP + MEASURED, max_epochs=0, progress=False, profiler="")
+def _short_trainer(config: Config, folder: Path, watch: Stopwatch) -> pl.Trainer:
+    steps = watch.warm_up + watch.measured
+    short = replace(config.trainer, max_steps=steps, max_epochs=0, progress=False, profiler="")
     quiet = replace(config, trainer=short, logging=replace(config.logging, loggers=[], grid_every=0))
-    return make_trainer(quiet, folder, StopSignals(), callbacks=callbacks)
+    return make_trainer(quiet, folder, StopSignals(), callbacks=[watch])
+
+
+def make_steps(config: Config, task: BaseTask, data: TrainingData, watch: Stopwatch) -> pl.Trainer:
+    """Make the steps that a stopwatch times, without validation or files, and return their trainer."""
+    with tempfile.TemporaryDirectory(prefix="pbe-steps-") as folder:
+        trainer = _short_trainer(config, Path(folder), watch)
+        trainer.limit_val_batches = 0
+        try:
+            trainer.fit(task, datamodule=data)
+        finally:
+            data.close()
+    return trainer
 
 
 def _length(config: Config, data: TrainingData) -> list[str]:
     """Count samples, steps and epochs: what ``trainer.max_steps`` or ``max_epochs`` comes to."""
     with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
-        world = _short_trainer(config, Path(folder), []).world_size
+        world = _short_trainer(config, Path(folder), Stopwatch()).world_size
     step = config.data.batch_size * world * config.trainer.accumulate
-    epoch, steps = data.steps_of_epochs(1, world), steps_of_run(config, data, world)
+    epoch, steps = data.steps_of_epochs(1, world), data.steps_of_run(world)
     return [
         f"samples: {data.length:,} an epoch, {step} a step; {epoch:,} steps an epoch",
         f"length: {steps:,} steps, {steps / epoch:,.2f} epochs",
@@ -212,21 +220,15 @@ def _length(config: Config, data: TrainingData) -> list[str]:
 
 def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
     watch = Stopwatch()
-    with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
-        trainer = _short_trainer(config, Path(folder), [watch])
-        trainer.limit_val_batches = 0
-        try:
-            trainer.fit(task, datamodule=data)
-        finally:
-            data.close()
+    trainer = make_steps(config, task, data, watch)
     step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
-    steps, samples = steps_of_run(config, data, trainer.world_size), data.length
+    steps, samples = data.steps_of_run(trainer.world_size), data.length
     speed = MEASURED * step / watch.seconds
     return [
         f"speed: {speed:.2f} samples a second over {MEASURED} steps on {trainer.world_size} device(s), "
         f"peak memory {peak_memory() / GIB:.2f} GiB",
         f"this run: {steps:,} steps, {steps * step / speed / 3600:.1f} hours",
         f"{PAPER_EPOCHS} epochs of these samples: {PAPER_EPOCHS * samples / speed / DAY:.2f} days",
-        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_PICTURES / 1e6:.1f} million images with boxes: "
-        f"{PAPER_EPOCHS * PAPER_PICTURES / speed / DAY:.1f} days",
+        f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_IMAGES / 1e6:.1f} million images with boxes: "
+        f"{PAPER_EPOCHS * PAPER_IMAGES / speed / DAY:.1f} days",
     ]

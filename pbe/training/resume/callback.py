@@ -1,4 +1,4 @@
-"""The Lightning callback that saves: when, which checkpoints stay, and how a signal ends training."""
+"""Lightning callback that saves checkpoints, keeps some of them, and ends training at a signal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pytorch_lightning as pl
 
 from pbe.config import TrainerConfig
+from pbe.files import atomic_write
 from pbe.training.resume.files import LAST_NAME, SafeCheckpointIO, candidates, duplicate, remove
 from pbe.training.resume.signals import StopSignals
-from pbe.training.tasks.base import BaseTask
 
 LOG = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ BEST_NAME, BEST_NOTE = "best.ckpt", "best.json"
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Say whether this micro-batch was the last one of an optimizer step."""
+    """Return whether this micro-batch is the last one of an optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
@@ -31,12 +31,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
 
     A signal ends training as soon as the step it came in is made, its checkpoint written and whatever
     is due at that step logged; a signal to one rank ends all.
-
-    Args:
-        folder: for the checkpoints.
-        options: ``checkpoint_every`` steps or ``checkpoint_minutes``; how many stay.
-        stop: says whether a signal came.
-        writer: writes them.
 
     Attributes:
         tried: optimizer step of the last checkpoint, written or not for want of room; -1 before any.
@@ -50,17 +44,17 @@ class Checkpoints(pl.callbacks.Checkpoint):
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals back from Lightning, which has put its own handlers by now."""
+        """Take the signals back from Lightning, which has installed its own handlers by now."""
         self.stop.take_over()
         self._clock = time.monotonic()
-        if trainer.is_global_zero and trainer.global_step == 0:  # a start anew has no best yet
+        if trainer.is_global_zero and trainer.global_step == 0:  # a new start has no best yet
             remove(self.folder / BEST_NAME)
             (self.folder / BEST_NOTE).unlink(missing_ok=True)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End training when a signal came and the last step is done with."""
+        """End training when a signal came and the last step is complete."""
         if self.tried == trainer.global_step:
             self.stop.check()
 
@@ -73,9 +67,9 @@ class Checkpoints(pl.callbacks.Checkpoint):
         step = trainer.global_step
         stopped, late = self._agree(trainer)
         periodic = late or step % self.options.checkpoint_every == 0
-        # what is best is known after the validation, which the checkpoint has to be there for
-        judged = self.options.keep_best and step % self.options.validate_every == 0
-        if periodic or judged or stopped or step == trainer.max_steps:
+        # the best is known after the validation, and the checkpoint has to be there by then
+        may_be_best = self.options.keep_best and step % self.options.validate_every == 0
+        if periodic or may_be_best or stopped or step == trainer.max_steps:
             self._save(trainer, step, periodic)
 
     def _agree(self, trainer: pl.Trainer) -> tuple[bool, bool]:
@@ -97,16 +91,16 @@ class Checkpoints(pl.callbacks.Checkpoint):
         trainer.save_checkpoint(last, weights_only=False)
         self.tried, self._clock = step, time.monotonic()
         if self.writer.error is not None:
-            self._complain(step, self.writer.error)
+            self._report_failure(step, self.writer.error)
             return
         self._saved = step
         if periodic and trainer.is_global_zero and (self.options.keep_checkpoints or self.options.keep_every):
             try:
                 self._keep(last, step)
             except OSError as error:
-                self._complain(step, error)
+                self._report_failure(step, error)
 
-    def _complain(self, step: int, error: OSError) -> None:
+    def _report_failure(self, step: int, error: OSError) -> None:
         older = f"that of step {self._saved} is" if self._saved >= 0 else "older ones are"
         LOG.error(
             "could not save the checkpoint of step %d: %s; %s as it was, and training goes on: "
@@ -118,8 +112,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
         kept, every = self.options.keep_checkpoints, self.options.keep_every
         if kept < 0:
             return
-        passing = [path for path in candidates(self.folder)[1:] if not _stays(path, every)]
-        for path in passing[kept:]:
+        temporary = [path for path in candidates(self.folder)[1:] if not _is_permanent(path, every)]
+        for path in temporary[kept:]:
             remove(path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -127,7 +121,6 @@ class Checkpoints(pl.callbacks.Checkpoint):
         value = trainer.callback_metrics.get("val/loss")
         if not self.options.keep_best or not trainer.is_global_zero or value is None:
             return
-        assert isinstance(pl_module, BaseTask)
         note = self.folder / BEST_NOTE
         if self._saved != trainer.global_step:
             return
@@ -135,11 +128,11 @@ class Checkpoints(pl.callbacks.Checkpoint):
             return
         try:
             duplicate(self.folder / LAST_NAME, self.folder / BEST_NAME)
-            note.write_text(json.dumps({"step": self._saved, "val/loss": float(value)}))
+            atomic_write(note, json.dumps({"step": self._saved, "val/loss": float(value)}))
         except OSError as error:
-            self._complain(self._saved, error)
+            self._report_failure(self._saved, error)
 
 
-def _stays(path: Path, every: int) -> bool:
-    """Say whether a periodic checkpoint is one of every so many steps that are never deleted."""
+def _is_permanent(path: Path, every: int) -> bool:
+    """Return whether a periodic checkpoint is one of those that are never deleted."""
     return bool(every) and int(path.stem.removeprefix("step=")) % every == 0

@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,8 +16,9 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from pbe.config import Config, to_dict
+from pbe.config import Config, differences, flatten, to_dict
 from pbe.errors import UserError
+from pbe.files import HashingFile, atomic_file, sha256_of
 
 LOG = logging.getLogger(__name__)
 
@@ -28,21 +29,18 @@ UNREADABLE = (
     *(RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, ValueError),
     pickle.UnpicklingError,
 )
-CHUNK = 1 << 24  # bytes hashed or copied at a time
+CHUNK = 1 << 24  # bytes copied at a time
 # What a kernel or file system says that cannot copy between two files by itself.
 CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-# What may differ between two starts of a run without a word: it has no part in what is trained.
-UNTOLD = ("output_dir", "trainer.resume", "trainer.progress")
+# Settings that may differ between two starts of a run without a report: they do not shape the training.
+UNREPORTED = ("output_dir", "trainer.resume", "trainer.progress")
 
 
-@rank_zero_only
-def say(message: str) -> None:
-    """Tell the user one line, once for all ranks."""
-    LOG.info("%s", message)
+report = rank_zero_only(LOG.info)  # one line for the user, once for all ranks
 
 
-class HashingFile:
-    """A file to write to that adds up its checksum and remembers the first error instead of raising it.
+class QuietFile(HashingFile):
+    """Remembers the first error instead of raising it.
 
     torch's writer does not take an exception from below well: it warns, and may end the process.
 
@@ -50,26 +48,21 @@ class HashingFile:
         error: what went wrong, or None.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha = file, hashlib.sha256()
-        self.error: OSError | None = None
+    error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         """Write, unless something went wrong before."""
-        if self.error is None:
-            try:
-                self.file.write(data)
-                self.sha.update(data)
-            except OSError as error:
-                self.error = error
+        self._try(super().write, data)
         return len(data)
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Hand what is buffered to the system, unless something went wrong before."""
+        self._try(super().flush)
+
+    def _try(self, call: Callable[..., object], *arguments: object) -> None:
         if self.error is None:
             try:
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                call(*arguments)
             except OSError as error:
                 self.error = error
 
@@ -88,20 +81,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write ``path`` and ``path.sha256`` (as ``sha256sum -c`` reads it)."""
         path, self.error = Path(path), None
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb", buffering=CHUNK) as raw:
-                file = HashingFile(raw)
+            with atomic_file(path, sync=True, sole_writer=True) as raw:
+                file = QuietFile(raw, hashlib.sha256())
                 torch.save(checkpoint, file)  # type: ignore[arg-type]
-                file.flush()
-            if file.error is not None:
-                raise file.error
-            publish(temporary, path, file.sha.hexdigest())
+                if file.error is not None:
+                    raise file.error
+                _announce(path, file.hash.hexdigest())
+            _confirm(path)
         except OSError as error:
             self.error = error
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def checksum_files(path: Path) -> tuple[Path, Path]:
@@ -109,11 +99,16 @@ def checksum_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.sha256"), path.with_name(f"{path.name}.sha256.new")
 
 
-def publish(temporary: Path, path: Path, digest: str) -> None:
-    """Give a whole file its name; at every moment the file there has one of the two checksums there."""
+def _announce(path: Path, digest: str) -> None:
+    """Write the checksum of the file that is about to take a checkpoint's place.
+
+    With :func:`_confirm` afterwards, the file there has one of the two checksums there at every moment.
+    """
+    checksum_files(path)[1].write_text(f"{digest}  {path.name}\n")
+
+
+def _confirm(path: Path) -> None:
     current, upcoming = checksum_files(path)
-    upcoming.write_text(f"{digest}  {path.name}\n")
-    os.replace(temporary, path)
     os.replace(upcoming, current)
 
 
@@ -123,17 +118,11 @@ def duplicate(path: Path, target: Path) -> None:
     A hard link would cost nothing, but what damages one name of a file damages all of them. Where the
     file system can, the kernel shares the blocks until one of the two is changed.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with path.open("rb") as source, temporary.open("wb") as copy:
-            _copy(source, copy)
-            os.fsync(copy.fileno())
+    with path.open("rb") as source, atomic_file(target, sync=True, sole_writer=True) as copy:
+        _copy(source, copy)
         digests = _listed(path)
-        publish(temporary, target, digests[0] if digests else _digest(path))
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+        _announce(target, digests[0] if digests else sha256_of(path))
+    _confirm(target)
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
@@ -162,21 +151,13 @@ def _listed(path: Path) -> list[str]:
     return [file.read_text().split(" ")[0] for file in checksum_files(path) if file.is_file()]
 
 
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            sha.update(block)
-    return sha.hexdigest()
-
-
-def fault(path: Path) -> str:
+def damage(path: Path) -> str:
     """Return what is wrong with a checkpoint, nothing when it is whole.
 
     One without a checksum (of an older version of this project) only has to be readable.
     """
     try:
-        if (listed := _listed(path)) and _digest(path) not in listed:
+        if (listed := _listed(path)) and sha256_of(path) not in listed:
             return "its checksum does not match"
         read_checkpoint(path)
     except UserError:
@@ -187,11 +168,7 @@ def fault(path: Path) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return step, weights, moving average and configuration of a checkpoint, by memory map.
-
-    Raises:
-        UserError: it is damaged or something else.
-    """
+    """Return step, weights, moving average and configuration of a checkpoint, by memory map."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         kept = {key: content[key] for key in ("global_step", "state_dict")}
@@ -208,18 +185,14 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """Return the checkpoint to continue from, or None for a start.
+    """Return the checkpoint to resume from, or None for a start.
 
     ``auto`` takes the newest one of the run that is whole and says which ones are not; a path is a
     checkpoint, or a run whose newest whole one is meant.
-
-    Raises:
-        UserError: ``resume=never`` on an existing run, a named checkpoint that does not exist or is
-            damaged, or a run that has checkpoints none of which is whole.
     """
     own, resume = Path(config.output_dir) / FOLDER_NAME, config.trainer.resume
     if resume == "auto":
-        return newest_whole(own)
+        return newest_intact(own)
     if resume == "never":
         if candidates(own):
             raise UserError(
@@ -228,13 +201,13 @@ def find_checkpoint(config: Config) -> Path | None:
         return None
     named = Path(resume)
     if named.is_dir():
-        found = newest_whole(named / FOLDER_NAME) or newest_whole(named)
+        found = newest_intact(named / FOLDER_NAME) or newest_intact(named)
         if found is None:
             raise UserError(f"trainer.resume: no checkpoint in '{named}'")
         return found
     if not named.is_file():
         raise UserError(f"trainer.resume: no checkpoint at '{named}'")
-    if problem := fault(named):
+    if problem := damage(named):
         raise UserError(f"'{named}' is damaged or no checkpoint of this project ({problem}); name another")
     return named
 
@@ -245,20 +218,16 @@ def candidates(folder: Path) -> list[Path]:
     return [path for path in (folder / LAST_NAME, *reversed(periodic)) if path.is_file()]
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is whole, or None where there are none at all.
-
-    Raises:
-        UserError: there are some, but none is whole.
-    """
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole, or None where there are none at all."""
     problems: dict[int, str] = {}  # by inode: older versions gave one file several names
     for path in candidates(folder):
         inode = path.stat().st_ino
         if inode in problems:
             continue
-        if not (problem := fault(path)):
-            for told in problems.values():
-                say(f"{told}; going on from '{path.name}' (step {step_of(path)})")
+        if not (problem := damage(path)):
+            for problem in problems.values():
+                report(f"{problem}; resuming from '{path.name}' (step {step_of(path)})")
             return path
         problems[inode] = f"'{path}' is damaged or no checkpoint of this project ({problem})"
     if problems:
@@ -272,14 +241,34 @@ def newest_whole(folder: Path) -> Path | None:
 def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
     """Return ``key old -> new`` of every setting that differs from those a checkpoint was made with."""
     # a setting that is newer than the checkpoint had its default then
-    old, new = flat(to_dict(Config())) | flat(stored), flat(to_dict(config))
-    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(UNTOLD)]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+    old = flatten(to_dict(Config())) | flatten(stored)
+    changed = sorted(differences(old, flatten(to_dict(config))).items())
+    return [f"{key} {before} -> {now}" for key, (before, now) in changed if not key.startswith(UNREPORTED)]
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+def recount_batches(checkpoint: dict[str, Any], samples: int, global_batch: int, accumulate: int) -> None:
+    """Count a checkpoint's batches in those of the run that resumes from it.
+
+    Lightning counts micro-batches, in an epoch for the end of steps, in all for validations. With another
+    ``trainer.accumulate`` or batch those counts would make short steps, and validations in between.
+    Nothing changes where the batches are the same.
+
+    Args:
+        checkpoint: Lightning's; changed in place.
+        samples: of the current epoch that are done, 0 between two epochs.
+        global_batch: samples of a micro-batch of all ranks, now.
+        accumulate: micro-batches of a step, now.
+    """
+    before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate", accumulate)
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if before != accumulate:
+        _shift(progress["total"], checkpoint["global_step"] * accumulate)
+    if samples and progress["current"]["processed"] * global_batch != samples:
+        batches = samples // global_batch
+        _shift(progress["current"], batches - batches % accumulate)
+
+
+def _shift(counters: dict[str, int], processed: int) -> None:
+    """Set the processed batches; the others keep their distance (a checkpoint falls inside a batch)."""
+    change = processed - counters["processed"]
+    counters.update({name: count + change for name, count in counters.items()})

@@ -1,4 +1,4 @@
-"""Stopping without loss: signals are remembered, and acted upon where nothing is half done."""
+"""Stops without loss: signals are remembered, and acted upon between two steps."""
 
 from __future__ import annotations
 

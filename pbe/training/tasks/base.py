@@ -1,9 +1,9 @@
-"""What both training tasks share: optimizer, moving average and their place in the checkpoint."""
+"""Base class of the training tasks: optimizer, moving average and their place in the checkpoint."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,9 +18,16 @@ from pbe.errors import UserError
 from pbe.training.optimization.ema import Ema
 from pbe.training.optimization.non_finite import Guard, gradient_norm
 from pbe.training.optimization.optimizer import make_optimizer
-from pbe.training.optimization.sharding import gathered, is_sharded, shard
-from pbe.training.running_means import Sums, band
-from pbe.training.tasks.progress import translate
+from pbe.training.optimization.sharding import (
+    from_all_ranks,
+    gathered,
+    is_distributed,
+    is_sharded,
+    shard,
+)
+from pbe.training.resume.files import recount_batches
+
+NORMAL_95 = 1.96  # half-width of a 95 % interval, in standard errors
 
 
 class BaseTask(pl.LightningModule):
@@ -33,8 +40,8 @@ class BaseTask(pl.LightningModule):
         ema: the moving average, or None when it is off.
         sums: of what training has measured since the last row of the log.
         validation_sums: of what the current validation has measured.
-        guard: looks at every step before it is made.
-        step_made: whether the last step was made, not left out.
+        guard: checks every step before it is made.
+        step_made: whether the last step was made, not skipped.
         rate: learning rate of the last optimizer step.
         loaded_step: optimizer step of the checkpoint that was loaded, else 0.
         validated_step: optimizer step of the last validation, -1 before any.
@@ -72,11 +79,7 @@ class BaseTask(pl.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Cut the weights into shards, once, where the strategy has a mesh of processes for that.
-
-        Raises:
-            UserError: this task cannot be sharded.
-        """
+        """Cut the weights into shards, once, where the strategy has a mesh of processes for that."""
         if self._device_mesh is None or self.sharded:
             return
         if not self.entry:
@@ -88,7 +91,7 @@ class BaseTask(pl.LightningModule):
             self.ema.begin(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and its schedule, stepped every optimizer step."""
+        """Return the optimizer and its schedule, stepped every optimizer step."""
         optimizer, scheduler = make_optimizer(self, self.config.optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -112,7 +115,7 @@ class BaseTask(pl.LightningModule):
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
-        """Return the loss of a micro-batch, and add what is worth knowing to :attr:`sums`."""
+        """Return the loss of a micro-batch, and add what is worth logging to :attr:`sums`."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch."""
@@ -122,17 +125,17 @@ class BaseTask(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the gradients, and leave the step out when they are not finite."""
+        """Measure the gradients, and skip the step when they are not finite."""
         norm = gradient_norm(self.parameters())
         self.sums.add("train/gradient_norm", norm.view(1))
-        # the layer is looked for by one rank alone, which cannot use sharded weights
-        again = None if self.sharded else self._loss_again
+        # one rank alone searches for the layer, and cannot use sharded weights
+        recompute = None if self.sharded else self._recompute_loss
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.step_made = self.guard.allows(norm, self.global_step, self.model, again, scaled=scaled)
+        self.step_made = self.guard.allows(norm, self.global_step, self.model, recompute, scaled=scaled)
         if not self.step_made:  # an optimizer passes over parameters without a gradient
             optimizer.zero_grad(set_to_none=True)
 
-    def _loss_again(self, batch: Any) -> None:
+    def _recompute_loss(self, batch: Any) -> None:
         kept, self.sums = self.sums, Sums()
         try:
             with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
@@ -157,7 +160,7 @@ class BaseTask(pl.LightningModule):
         for name, total in totals.items():
             self.log(name, total[0] / total[2], prog_bar=name in self.shown)
         if "val/loss" in totals:
-            self.log("val/loss_band", band(totals["val/loss"]))
+            self.log("val/loss_band", half_interval(totals["val/loss"]))
         self.validation_sums.clear()
         self.validated_step = max(self.global_step, self.loaded_step)
         self.log("step", float(self.validated_step))
@@ -185,9 +188,80 @@ class BaseTask(pl.LightningModule):
         if data is not None and "loops" in checkpoint:
             place = checkpoint.get(type(data).__qualname__, {"samples": 0})
             batch = self.config.data.batch_size * self.trainer.world_size
-            translate(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
+            recount_batches(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
         self.sums.clear()
         if self.trainer.is_global_zero:  # they are those of all ranks
             self.sums.totals = dict(checkpoint.get("sums", {}))
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])
+
+
+class Sums:
+    """Adds up named values sample by sample, whatever batches, micro-batches and ranks they come in.
+
+    It does so in double precision and without waiting for the device.
+
+    Attributes:
+        totals: sum of the values, of their squares, and number of them, by name.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
+        """Add values of any shape, one for each sample; those that are not finite are left out.
+
+        ``counted``, bool of the same shape, says which of them count; None counts all.
+        """
+        values = values.detach().double()
+        kept = torch.isfinite(values)
+        if counted is not None:
+            kept &= counted.to(values.device)
+        ones, values = kept.to(values), torch.where(kept, values, torch.zeros_like(values))
+        total = torch.stack([values.sum(), (values**2).sum(), ones.sum()])
+        if name in self.totals:
+            self.totals[name] = self.totals[name].to(total.device)  # a checkpoint's are on the CPU
+        self.totals[name] = self.totals[name] + total if name in self.totals else total
+
+    def reduced(self) -> dict[str, Tensor]:
+        """Return the totals over all ranks, on the CPU; every rank has to call it.
+
+        Ranks are put together by name, whatever they have measured and in which order: after a restart the
+        first one alone holds what all of them had measured before.
+        """
+        names = list(dict.fromkeys(name for rank in from_all_ranks(list(self.totals)) for name in rank))
+        if not names:
+            return {}
+        # in one place: what a checkpoint held is on the CPU until it is added to
+        device = _device(self.totals.values())
+        nothing = torch.zeros(3, dtype=torch.float64, device=device)
+        stacked = torch.stack([self.totals.get(name, nothing).to(device) for name in names])
+        if is_distributed():
+            torch.distributed.all_reduce(stacked)
+        return dict(zip(names, stacked.cpu(), strict=True))
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each name over all ranks; names without a sample are left out."""
+        return {name: float(total[0] / total[2]) for name, total in self.reduced().items() if total[2]}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.totals = {}
+
+
+def _device(totals: Iterable[Tensor]) -> torch.device:
+    """Return where totals are put together: NCCL takes GPU memory only."""
+    if is_distributed():
+        if torch.distributed.get_backend() == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+    return next((total.device for total in totals if total.device.type != "cpu"), torch.device("cpu"))
+
+
+def half_interval(total: Tensor) -> float:
+    """Return half the width of the 95 % interval of a mean, from a total of :meth:`Sums.reduced`."""
+    values, squares, count = total.tolist()
+    if count < 2:
+        return float("nan")
+    variance = max(squares / count - (values / count) ** 2, 0.0) * count / (count - 1)
+    return NORMAL_95 * (variance / count) ** 0.5

@@ -16,15 +16,15 @@ from pbe.training.tasks.draws import Draws, batch_drop, draw
 from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
+# Cross-attention parameters without any influence where there is one condition token.
+DEAD_WITH_ONE_TOKEN = (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")
 QUARTERS = 4  # of the schedule, that training losses are logged by
 
 
 class DiffusionTask(BaseTask):
     """Trains UNet, mapper, projection and null condition (Paint by Example, section 3).
 
-    Args:
-        config: the experiment.
-        model: with autoencoder and tower already loaded; frozen here.
+    Autoencoder and tower of the model are loaded already, and frozen here.
     """
 
     entry = "losses"
@@ -45,7 +45,7 @@ class DiffusionTask(BaseTask):
         return batch if isinstance(batch, EncodedBatch) else encode_batch(self.model, batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, cached ones included, which Lightning does not know how to take apart."""
+        """Move a batch to a device; Lightning does not know encoded ones."""
         if isinstance(batch, EncodedBatch):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -53,16 +53,13 @@ class DiffusionTask(BaseTask):
     def losses(self, batch: EncodedBatch, draws: Draws, drop: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's plain squared error and its weight, both ``(b,)``.
 
-        Args:
-            batch: encoded samples.
-            draws: noise and timesteps.
-            drop: ``(b,)`` bool, where the condition is replaced by the null condition.
+        Where ``drop``, ``(b,)`` bool, is set, the null condition takes the condition's place.
         """
         device, scale = batch.keep_mask.device, self.config.model.autoencoder.scale_factor
         noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
         latents = batch.image.sample(draws.image_noise.to(device)) * scale
         masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
-        dtype = self.model.dtype  # of the weights: half of float32 with trainer.precision=bf16-true
+        dtype = self.model.dtype  # of the weights: bfloat16 with trainer.precision=bf16-true
         condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
         null = self.model.null_condition(len(noise), condition.shape[1])
         condition = drop_condition(condition, null, drop.to(device))
@@ -135,5 +132,5 @@ def freeze(model: LatentDiffusion) -> None:
     if model.config.exemplar_encoder.tokens != "class":
         return
     for name, parameter in model.unet.named_parameters():
-        if any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")):
+        if any(part in name for part in DEAD_WITH_ONE_TOKEN):
             parameter.requires_grad_(False)

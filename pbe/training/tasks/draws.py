@@ -22,8 +22,8 @@ class Draws:
         timesteps: ``(b,)`` int64, uniform over the schedule.
         drop: ``(b,)`` float64, uniform in [0, 1); the condition is dropped where it is below the probability.
         noise: ``(b, z, h, w)`` standard normal, added to the latents.
-        image_noise: the same, for the posterior of the picture.
-        masked_noise: the same, for the posterior of the masked picture.
+        image_noise: the same, for the posterior of the image.
+        masked_noise: the same, for the posterior of the masked image.
     """
 
     timesteps: Tensor

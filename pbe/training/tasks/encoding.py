@@ -1,4 +1,4 @@
-"""From a batch of uint8 pictures to what the UNet takes: latents, masks and exemplar features."""
+"""From a batch of uint8 images to the inputs of the UNet: latents, masks and exemplar features."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class EncodedBatch:
     """What the frozen networks make of a batch; this is also what the latent cache stores.
 
     Attributes:
-        image: posterior of the picture, unscaled, ``(b, z, h, w)`` each.
-        masked: posterior of the masked picture.
+        image: posterior of the image, unscaled, ``(b, z, h, w)`` each.
+        masked: posterior of the masked image.
         keep_mask: ``(b, 1, h, w)`` in [0, 1], 1 = keep.
         valid: ``(b, 1, h, w)`` in [0, 1], 0 = padding that the loss leaves out.
         features: ``(b, n, width)`` tower tokens of the exemplar.
@@ -51,17 +51,12 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def to_keep_mask(mask: Tensor) -> Tensor:
-    """Map a uint8 mask ``(b, 1, h, w)``, 255 = repaint, to float32 with 1 = keep, 0 = hole."""
+    """Map a uint8 mask ``(b, 1, h, w)``, 255 = repaint, to float32 with 1 = keep, 0 = repaint."""
     return 1.0 - mask.float() / 255.0
 
 
-def known_of(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor | None:
-    """Return what a mask-aware decoder is told of a batch, ``(b, 4, h, w)``; None for a plain decoder.
-
-    Args:
-        model: whose decoder it is for.
-        batch: ``image`` and ``mask`` (uint8).
-    """
+def decoder_known_pixels(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor | None:
+    """Return what a mask-aware decoder sees of a batch, ``(b, 4, h, w)``; None for a plain decoder."""
     if not model.config.autoencoder.mask_aware_decoder:
         return None
     return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"])).to(model.dtype)
@@ -69,12 +64,7 @@ def known_of(model: LatentDiffusion, batch: dict[str, Any]) -> Tensor | None:
 
 @torch.no_grad()
 def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
-    """Run the frozen autoencoder and tower on a batch of the data module.
-
-    Args:
-        model: on any device; the batch is expected there.
-        batch: ``image``, ``mask``, ``valid`` and ``exemplar`` (uint8) and ``sample_index``.
-    """
+    """Run the frozen autoencoder and tower on a batch of the data module, on the model's device."""
     images, keep = to_pixels(batch["image"]), to_keep_mask(batch["mask"])
     both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]).to(model.dtype))
     means, stds = both.mean.float().chunk(2), both.std.float().chunk(2)

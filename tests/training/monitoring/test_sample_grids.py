@@ -48,9 +48,9 @@ def test_a_grid_is_repeatable_and_leaves_no_trace(shards, autoencoder, tmp_path)
     assert (first[1:33, 35:67][hole] == 128).all()
 
 
-def test_pictures_that_cannot_be_used_are_one_clear_line(shards, tmp_path):
+def test_images_that_cannot_be_used_are_one_clear_line(shards, tmp_path):
     settings = ["data.min_box_area=0.98", "data.max_box_area=0.99"]
-    with pytest.raises(UserError, match=r"none of the first validation pictures can be used .* \(no box"):
+    with pytest.raises(UserError, match=r"none of the first validation images can be used .* \(no box"):
         fixed_samples(tiny_config(shards, tmp_path, *settings), 3)
 
 

@@ -1,4 +1,4 @@
-"""Numbers that are none: where they came from is named, and the step is left out or the run ends."""
+"""Losses and gradients that are not finite: their origin is named; the step is skipped or the run ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
-from pbe.training.optimization.non_finite import Guard, first_bad_output, gradient_norm, sample_names
+from pbe.training.optimization.non_finite import Guard, gradient_norm, non_finite_layers, sample_names
 from pbe.training.tasks.diffusion import DiffusionTask
 from tests.training.tiny import checkpoint, differing, logged, run, tiny_config
 
@@ -131,7 +131,7 @@ def test_no_more_than_a_few_samples_are_listed():
 
 def test_hooks_are_taken_off_again():
     module = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
-    with first_bad_output(module) as bad:
+    with non_finite_layers(module) as bad:
         module(torch.tensor([[float("nan")]]))
     assert bad == ["0", "1"]
     module(torch.tensor([[float("nan")]]))

@@ -11,7 +11,7 @@ from pbe.config import Config, OptimizerConfig, TrainerConfig, load_config
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.training.optimization.optimizer import make_optimizer
-from pbe.training.optimization.performance import make_fast
+from pbe.training.optimization.performance import apply_performance_options
 from tests.training.tasks.test_diffusion import awaken, config_of, encoded
 from tests.training.tiny import checkpoint, run, tiny_config
 
@@ -20,7 +20,7 @@ def gradients(options: TrainerConfig) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = LatentDiffusion(config_of().model)
     awaken(model)
-    make_fast(model, options)
+    apply_performance_options(model, options)
     batch = encoded(model, 2)
     condition = model.exemplar_encoder.condition(batch.features)
     noise = torch.randn(batch.image.mean.shape, generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,7 @@ def test_checkpointing_computes_blocks_twice_and_only_when_training(monkeypatch)
     assert blocks == 2 + 2 + 4 + 4  # residual blocks down, mid and up, and transformers
     model = LatentDiffusion(config_of().model)
     names = list(model.state_dict())
-    make_fast(model, TrainerConfig(gradient_checkpointing=True))
+    apply_performance_options(model, TrainerConfig(gradient_checkpointing=True))
     assert list(model.state_dict()) == names
     with torch.no_grad():
         model.autoencoder.encode(torch.zeros(1, 3, 32, 32))
@@ -57,9 +57,9 @@ def test_compile_is_asked_for(monkeypatch):
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     model = LatentDiffusion(config_of().model)
-    make_fast(model, TrainerConfig())
+    apply_performance_options(model, TrainerConfig())
     assert compiled == []
-    make_fast(model, TrainerConfig(compile=True))
+    apply_performance_options(model, TrainerConfig(compile=True))
     assert compiled == [model.unet, model.autoencoder.encoder]
 
 

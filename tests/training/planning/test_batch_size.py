@@ -13,15 +13,15 @@ import train
 from pbe.config import Config
 from pbe.errors import UserError
 from pbe.training.planning import batch_size as batch_size_module
-from pbe.training.planning.batch_size import (
+from pbe.training.planning.batch_size import measure, trial_config
+from pbe.training.planning.trials import (
+    MemoryWatch,
     Trial,
     available_memory,
-    peak_of_process,
     recommend,
     search,
     try_size,
 )
-from pbe.training.planning.batch_trial import measure, trial_config
 from tests.training.tiny import tiny_config, write_config
 
 
@@ -73,7 +73,7 @@ def test_the_largest_and_the_fastest_are_recommended():
 
 
 def test_a_limit_ends_the_trial_and_not_the_search(kinds, monkeypatch, capsys):
-    monkeypatch.setattr("pbe.training.planning.batch_trial.measure", kinds.greedy)
+    monkeypatch.setattr("pbe.training.planning.batch_size.measure", kinds.greedy)
     # 40 MB a sample and a tenth of a GB: two fit, four do not
     trials = batch_size_module.find_batch_size(Config(), 0.1)
     assert [(trial.size, trial.fits) for trial in trials] == [(1, True), (2, True), (4, False), (3, False)]
@@ -123,7 +123,6 @@ def test_a_trial_is_the_run_with_what_begins_later(shards):
         0,
     )
     assert replace(tried.model) == config.model
-    assert tried.logging.loggers == []
 
 
 def test_the_command_refuses_what_makes_no_sense(shards, tmp_path, capsys):
@@ -138,5 +137,5 @@ def test_the_command_refuses_what_makes_no_sense(shards, tmp_path, capsys):
 
 
 def test_memory_is_read_from_the_machine():
-    assert 10**7 < peak_of_process() < 10**12
+    assert 10**7 < MemoryWatch(0).peak < 10**12
     assert 10**7 < available_memory() < 10**14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -18,10 +19,11 @@ from pbe.errors import UserError
 from pbe.training.resume.files import (
     SafeCheckpointIO,
     changed_settings,
+    damage,
     duplicate,
-    fault,
     find_checkpoint,
-    newest_whole,
+    newest_intact,
+    recount_batches,
 )
 from tests.training.tiny import checkpoint, differing, logged, run, tiny_config, weights
 
@@ -45,20 +47,20 @@ def test_a_checkpoint_comes_with_its_checksum_and_nothing_else(tmp_path):
     assert path.with_name("last.ckpt.sha256").read_text() == f"{digest}  last.ckpt\n"
     assert sorted(file.name for file in path.parent.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
     assert torch.load(path)["state_dict"]["w"][0] == 3.0
-    assert fault(path) == ""
+    assert damage(path) == ""
 
 
-@pytest.mark.parametrize("damage", [flip, lambda p: p.write_bytes(p.read_bytes()[:-100]), Path.touch])
-def test_damage_is_found(tmp_path, damage: Any):
+@pytest.mark.parametrize("spoil", [flip, lambda p: p.write_bytes(p.read_bytes()[:-100]), Path.touch])
+def test_damage_is_found(tmp_path, spoil: Any):
     path = write(tmp_path / "last.ckpt", 3)
-    if damage is Path.touch:
+    if spoil is Path.touch:
         path.write_bytes(b"")
     else:
-        damage(path)
-    assert fault(path) == "its checksum does not match"
+        spoil(path)
+    assert damage(path) == "its checksum does not match"
     path.with_name("last.ckpt.sha256").unlink()
-    if damage is not flip:  # without a checksum only what cannot be read is found
-        assert fault(path) == "it cannot be read"
+    if spoil is not flip:  # without a checksum only what cannot be read is found
+        assert damage(path) == "it cannot be read"
 
 
 @pytest.mark.parametrize("death", [1, 2, 3])
@@ -83,10 +85,10 @@ def test_a_death_while_a_checkpoint_takes_its_place_leaves_a_whole_one(tmp_path,
         patch.setattr(Path, "write_text", dying(Path.write_text))
         with pytest.raises(DeathError):
             SafeCheckpointIO().save_checkpoint({"global_step": 2, "state_dict": {}}, path)
-    assert fault(path) == ""
+    assert damage(path) == ""
     assert torch.load(path)["global_step"] == (2 if death == 3 else 1)
     write(path, 4)
-    assert fault(path) == ""
+    assert damage(path) == ""
 
 
 def test_the_one_before_a_damaged_checkpoint_is_used_and_said_so(tmp_path, caplog):
@@ -94,20 +96,20 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said_so(tmp_path, caplo
         duplicate(write(tmp_path / "last.ckpt", step), tmp_path / f"step={step:07d}.ckpt")
     flip(tmp_path / "last.ckpt")
     with caplog.at_level(logging.INFO, "pbe"):  # the copy is a file of its own
-        assert newest_whole(tmp_path) == tmp_path / "step=0000030.ckpt"
+        assert newest_intact(tmp_path) == tmp_path / "step=0000030.ckpt"
     assert len(caplog.messages) == 1
     assert "last.ckpt' is damaged" in caplog.messages[0]
-    assert "its checksum does not match); going on from 'step=0000030.ckpt' (step 30)" in caplog.messages[0]
+    assert "its checksum does not match); resuming from 'step=0000030.ckpt' (step 30)" in caplog.messages[0]
     flip(tmp_path / "step=0000030.ckpt")
     caplog.clear()
     with caplog.at_level(logging.INFO, "pbe"):
-        assert newest_whole(tmp_path) == tmp_path / "step=0000020.ckpt"
+        assert newest_intact(tmp_path) == tmp_path / "step=0000020.ckpt"
     assert len(caplog.messages) == 2
-    assert "its checksum does not match); going on from 'step=0000020.ckpt' (step 20)" in caplog.messages[1]
+    assert "its checksum does not match); resuming from 'step=0000020.ckpt' (step 20)" in caplog.messages[1]
     for path in tmp_path.glob("*.ckpt"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no other one is whole; delete the checkpoints to start anew"):
-        newest_whole(tmp_path)
+        newest_intact(tmp_path)
 
 
 def test_hard_links_of_older_versions_are_told_about_once(tmp_path, caplog):
@@ -116,7 +118,7 @@ def test_hard_links_of_older_versions_are_told_about_once(tmp_path, caplog):
     (tmp_path / "step=0000020.ckpt").hardlink_to(tmp_path / "last.ckpt")
     flip(tmp_path / "last.ckpt")
     with caplog.at_level(logging.INFO, "pbe"):
-        assert newest_whole(tmp_path) == tmp_path / "step=0000010.ckpt"
+        assert newest_intact(tmp_path) == tmp_path / "step=0000010.ckpt"
     assert len(caplog.messages) == 1
 
 
@@ -135,7 +137,7 @@ def test_a_copy_is_whole_and_a_file_of_its_own(tmp_path, monkeypatch, kernel: st
     duplicate(path, target)
     assert target.read_bytes() == path.read_bytes()
     assert target.stat().st_ino != path.stat().st_ino
-    assert fault(target) == ""
+    assert damage(target) == ""
 
 
 def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -146,7 +148,7 @@ def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "copy_file_range", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
         duplicate(path, target)
-    assert fault(target) == ""
+    assert damage(target) == ""
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -162,22 +164,22 @@ def test_a_full_disk_leaves_the_older_checkpoint_as_it_was(tmp_path, monkeypatch
     before, writer = path.read_bytes(), SafeCheckpointIO()
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    class FullFile(module.HashingFile):
+    class FullFile(module.QuietFile):
         def write(self, data: bytes) -> int:
             self.error = self.error or (full if len(data) > 1000 else None)
             return super().write(data)
 
-    monkeypatch.setattr(module, "HashingFile", FullFile)
+    monkeypatch.setattr(module, "QuietFile", FullFile)
     writer.save_checkpoint({"global_step": 2, "state_dict": {"w": torch.zeros(1000)}}, path)
     assert writer.error is full
     assert path.read_bytes() == before
-    assert fault(path) == ""
+    assert damage(path) == ""
     assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.sha256"]
 
 
 def test_the_real_file_errors_are_remembered(tmp_path):
     with open("/dev/full", "wb", buffering=0) as raw:
-        file = module.HashingFile(raw)
+        file = module.QuietFile(raw, hashlib.sha256())
         assert file.write(b"x" * 100) == 100
         assert file.write(b"y") == 1
         file.flush()
@@ -190,16 +192,15 @@ def test_training_goes_on_when_a_checkpoint_cannot_be_saved(
 ):
     settings = [autoencoder, "trainer.max_steps=4", "trainer.checkpoint_every=1"]
     straight = run(tiny_config(shards, tmp_path / "a", *settings))
-    original = module.publish
+    save = torch.save
 
-    def sometimes(temporary: Path, path: Path, digest: str) -> None:
-        if path.name == "last.ckpt" and not (tmp_path / "b" / "checkpoints" / "step=0000001.ckpt").exists():
-            return original(temporary, path, digest)
-        if torch.load(temporary, weights_only=False)["global_step"] in (2, 3):
+    def sometimes(content: dict[str, Any], file: Any) -> None:
+        first = tmp_path / "b" / "checkpoints" / "step=0000001.ckpt"
+        if first.exists() and content["global_step"] in (2, 3):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(temporary, path, digest)
+        save(content, file)
 
-    monkeypatch.setattr(module, "publish", sometimes)
+    monkeypatch.setattr(module.torch, "save", sometimes)
     with caplog.at_level(logging.ERROR, "pbe"):
         result = run(tiny_config(shards, tmp_path / "b", *settings))
     assert [message.split(";")[0] for message in caplog.messages] == [
@@ -230,7 +231,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(shards, autoe
     note = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
     assert (note["step"], note["val/loss"]) == (best, pytest.approx(losses[best]))
     assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=False)["global_step"] == best
-    assert fault(tmp_path / "checkpoints" / "best.ckpt") == ""
+    assert damage(tmp_path / "checkpoints" / "best.ckpt") == ""
 
 
 def test_minutes_are_a_reason_to_save(shards, autoencoder, tmp_path):
@@ -258,5 +259,36 @@ def test_a_changed_configuration_is_said_when_a_run_goes_on(shards, autoencoder,
     with caplog.at_level(logging.INFO, "pbe"):
         run(tiny_config(shards, tmp_path, autoencoder, "trainer.max_steps=2", "optimizer.eps=1e-6"))
     (told,) = [message for message in caplog.messages if "changed settings" in message]
-    assert told.startswith("going on from step 1 of")
+    assert told.startswith("resuming from step 1 of")
     assert told.endswith("changed settings: optimizer.eps 1e-08 -> 1e-06; trainer.max_steps 1 -> 2")
+
+
+def counted(step: int, accumulate: int, in_epoch: int) -> dict[str, Any]:
+    def counters(done: int) -> dict[str, int]:
+        return {"ready": done, "started": done, "processed": done, "completed": done - 1}
+
+    progress = {"total": counters(step * accumulate), "current": counters(in_epoch)}
+    loops = {"fit_loop": {"epoch_loop.batch_progress": progress}}
+    return {"global_step": step, "config": {"trainer": {"accumulate": accumulate}}, "loops": loops}
+
+
+@pytest.mark.parametrize(("samples", "in_epoch"), [(24, 6), (0, 10)])
+def test_the_same_batches_change_nothing(samples: int, in_epoch: int):
+    stored = counted(13, 2, in_epoch)
+    before = copy.deepcopy(stored)
+    recount_batches(stored, samples, 4, 2)
+    assert stored == before
+
+
+def test_other_batches_are_counted_in_whole_steps():
+    stored = counted(13, 2, 6)
+    recount_batches(stored, 24, 2, 4)
+    progress = stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert progress["total"] == {"ready": 52, "started": 52, "processed": 52, "completed": 51}
+    assert progress["current"] == {"ready": 12, "started": 12, "processed": 12, "completed": 11}
+
+
+def test_a_place_between_two_steps_counts_as_the_one_before():
+    stored = counted(3, 1, 3)
+    recount_batches(stored, 12, 2, 4)
+    assert stored["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"] == 4

@@ -11,11 +11,15 @@ from PIL import Image
 
 from pbe.checkpoints.native import load_model
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.models import LatentDiffusion
 from pbe.training.monitoring.loggers import read_curve
-from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
-from pbe.training.tasks.autoencoder_losses import psnr, reconstruction_terms
+from pbe.training.tasks.autoencoder import (
+    AutoencoderTask,
+    measure_scale_factor,
+    psnr,
+    reconstruction_terms,
+)
 from pbe.training.tasks.encoding import to_pixels
 from tests.training.conftest import AUTOENCODER_STAGE
 from tests.training.tiny import checkpoint, run, tiny_config
@@ -66,11 +70,11 @@ def test_the_share_of_masked_pictures_is_drawn_by_sample(shards):
     mask = torch.zeros(400, 1, 2, 2, dtype=torch.uint8)
     mask[..., 0, 0] = 255
     batch = {"image": image, "mask": mask, "sample_index": torch.arange(400)}
-    pictures = task.pictures(batch)
+    pictures = task.images(batch)
     masked = pictures[:, 0, 0, 0] == 0.0
     assert torch.equal(pictures[:, :, 0, 1], torch.ones(400, 3))
     assert abs(float(masked.float().mean()) - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5
-    tail = task.pictures({key: value[300:] for key, value in batch.items()})
+    tail = task.images({key: value[300:] for key, value in batch.items()})
     assert torch.equal(tail, pictures[300:])
 
 
@@ -86,7 +90,7 @@ def test_the_scale_factor_is_measured_and_makes_latents_unit_variance(stage):
     model = load_model(folder / "model")
     scale = model.config.autoencoder.scale_factor
     assert scale != config.model.autoencoder.scale_factor, "0.18215 belongs to Stable Diffusion"
-    loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
+    loader = TrainingData(config).train_dataloader()
     assert measure_scale_factor(model, list(loader)) == pytest.approx(scale, rel=1e-6)
     # and by sampling, on pictures cropped and masked anew
     torch.manual_seed(0)

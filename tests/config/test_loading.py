@@ -21,10 +21,10 @@ from pbe.errors import UserError
 
 CONFIGS = [
     path
-    for path in sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
+    for path in sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
     if path.parent.name != "ablations"  # lists of changes to configurations
 ]
-TOY = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
+TOY = Path(__file__).resolve().parents[2] / "configs" / "toy.yaml"
 
 
 @pytest.fixture

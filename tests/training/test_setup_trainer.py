@@ -10,7 +10,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEn
 from pbe.config import TrainerConfig
 from pbe.errors import UserError
 from pbe.training.resume.signals import StopSignals
-from pbe.training.trainer import _devices, check_machine, cluster, make_trainer, strategy_names
+from pbe.training.setup import _devices, check_machine, cluster, make_trainer, strategy_names
 from tests.training.tiny import tiny_config
 
 OPTIONS = TrainerConfig(accelerator="cpu", devices="1")

@@ -1,29 +1,22 @@
-"""Distance of images as a network sees them: LPIPS (Zhang et al. 2018), and the same on an image tower."""
+"""Perceptual distances of images: LPIPS (Zhang et al. 2018), and the same on an image tower."""
 
 from __future__ import annotations
 
-import pickle
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from pbe.checkpoints.strict import check_finite
-from pbe.errors import UserError
 from pbe.models.exemplar_encoder import ExemplarEncoder
 from pbe.models.layout import PYRAMID, layout_stages, stage_widths, tower_stages
 
 # Where torchvision's VGG16 has done the last ReLU before each pooling, and the channels there.
 ENDS = (4, 9, 16, 23, 30)
 CHANNELS = (64, 128, 256, 512, 512)
-# LPIPS brings pictures in [-1, 1] to what torchvision's VGG16 was trained on with these.
+# LPIPS brings images in [-1, 1] to what torchvision's VGG16 was trained on with these.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError)
 
 
 class PerceptualDistance(nn.Module):
@@ -58,7 +51,7 @@ class PerceptualDistance(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the distances ``(b,)`` of pictures ``(b, 3, h, w)`` in [-1, 1], with sides of 16 or more."""
+        """Return the distances ``(b,)`` of images ``(b, 3, h, w)`` in [-1, 1], with sides of 16 or more."""
         total = first.new_zeros(len(first), dtype=torch.float32)
         # one after the other: where only one asks for a gradient, the other's features are not kept
         one, other = ((x - self.shift) / self.scale for x in (first, second))
@@ -119,52 +112,5 @@ def _channel_weights(linear: dict[str, Tensor] | None, index: int, channels: int
         return torch.full((1, channels, 1, 1), 1.0 / channels)
     weight = linear[f"lin{index}.model.1.weight"].float()
     if weight.shape != (1, channels, 1, 1) or weight.min() < 0:
-        raise RuntimeError(f"lin{index}.model.1.weight is no row of {channels} non-negative weights")
+        raise RuntimeError(f"lin{index}.model.1.weight is not a row of {channels} non-negative weights")
     return weight
-
-
-def load_perceptual(vgg: str, linear: str) -> PerceptualDistance:
-    """Build the distance from files of the user's.
-
-    Args:
-        vgg: state dict of torchvision's ``vgg16``, as torch or safetensors file.
-        linear: weights of LPIPS (``lpips/weights/v0.1/vgg.pth``); empty weighs all channels alike.
-
-    Raises:
-        UserError: no path, no such file, an unreadable one, or one that holds other weights.
-    """
-    if not vgg:
-        raise UserError(
-            "autoencoder_loss.perceptual_weight needs autoencoder_loss.perceptual_vgg: the file of "
-            "torchvision's VGG16 weights (vgg16-397923af.pth)"
-        )
-    features = _read(vgg, "autoencoder_loss.perceptual_vgg")
-    weights = _read(linear, "autoencoder_loss.perceptual_linear") if linear else None
-    if "features.0.weight" not in features:
-        raise UserError(f"'{vgg}' does not hold torchvision's vgg16: it has no 'features.0.weight'")
-    if weights is not None and "lin0.model.1.weight" not in weights:
-        raise UserError(f"'{linear}' does not hold LPIPS weights: it has no 'lin0.model.1.weight'")
-    try:
-        return PerceptualDistance(features, weights)
-    except KeyError as error:
-        raise UserError(f"'{vgg}' or '{linear}' is incomplete: {error} is missing") from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"'{vgg}' or '{linear}' does not fit VGG16: {reason}") from error
-
-
-def _read(path: str, key: str) -> dict[str, Tensor]:
-    """Return the tensors of a file, without running what a pickle may hold."""
-    if not Path(path).is_file():
-        raise UserError(f"{key}: no file at '{path}'")
-    try:
-        safetensors = path.endswith(".safetensors")
-        content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except (*UNREADABLE, OSError) as error:
-        raise UserError(f"{key}: '{path}' is damaged or no file of weights") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{key}: '{path}' holds no state dict")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        check_finite(name, value, path)
-    return tensors

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pbe.training import running_means as module
-from pbe.training.running_means import Sums, told_by_all
+from pbe.training.optimization.sharding import from_all_ranks
+from pbe.training.tasks.base import Sums
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Sums]], list[dict[s
             if len(stacks) == len(all_sums):  # of equal shapes, else the real one fails
                 stacked.copy_(torch.stack(stacks).sum(dim=0))
 
-        monkeypatch.setattr(module, "_several", lambda: True)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(all_sums))
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -63,7 +63,7 @@ def test_a_rank_that_has_measured_nothing_takes_part(ranks):
 
 
 def test_alone_there_is_nobody_to_ask():
-    assert told_by_all("word") == ["word"]
+    assert from_all_ranks("word") == ["word"]
     assert Sums().reduced() == {}
     sums = sums_of(loss=2.0)
     sums.add("loss", torch.tensor([4.0, float("nan")]))

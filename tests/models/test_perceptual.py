@@ -13,7 +13,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.errors import UserError
 from pbe.models.exemplar_encoder import ExemplarEncoder
-from pbe.training.tasks.perceptual import PerceptualDistance, TowerDistance, load_perceptual
+from pbe.models.perceptual import PerceptualDistance, TowerDistance
+from pbe.training.tasks.autoencoder import load_perceptual
 from tests.models.tiny import CONV_TOWER, TRANSFORMER_TOWER, tiny_encoder_config
 
 LINEAR = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
@@ -108,7 +109,7 @@ def test_wrong_places_and_lpips_weights_are_one_line(vgg, tmp_path):
         load_perceptual(path, path)
     bad = torch.load(LINEAR, map_location="cpu") | {"lin3.model.1.weight": -torch.ones(1, 512, 1, 1)}
     torch.save(bad, tmp_path / "linear.pth")
-    with pytest.raises(UserError, match=r"lin3\.model\.1\.weight is no row of 512 non-negative"):
+    with pytest.raises(UserError, match=r"lin3\.model\.1\.weight is not a row of 512 non-negative"):
         load_perceptual(path, str(tmp_path / "linear.pth"))
     (tmp_path / "cut.pth").write_bytes(Path(path).read_bytes()[:1000])
     with pytest.raises(UserError, match=r"cut\.pth' is damaged"):

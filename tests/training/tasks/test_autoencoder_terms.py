@@ -12,13 +12,12 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.checkpoints.native import load_config as load_model_config, load_model
 from pbe.config import load_config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
 from pbe.models.discriminator import hinge_loss
-from pbe.training.tasks.autoencoder import AutoencoderTask
-from pbe.training.tasks.autoencoder_losses import reconstruction_terms, weighted_terms
+from pbe.training.tasks.autoencoder import AutoencoderTask, reconstruction_terms, weighted_terms
 from pbe.training.tasks.encoding import to_pixels
 from tests.training.tiny import (
     Watch,
@@ -45,7 +44,7 @@ def make_task(shards: Path, *overrides: str) -> tuple[AutoencoderTask, dict[str,
     config = tiny_config(shards, Path("nowhere"), "task=autoencoder", *overrides)
     torch.manual_seed(1)
     task = AutoencoderTask(config, LatentDiffusion(config.model))
-    return task, next(iter(ExemplarDataModule(config.data, config.seed).train_dataloader()))
+    return task, next(iter(TrainingData(config).train_dataloader()))
 
 
 def decoded_by(task: AutoencoderTask, batch: dict[str, Any]) -> tuple[torch.Tensor, Posterior]:
@@ -223,7 +222,7 @@ def test_the_perceptual_term_is_logged_and_saved_nowhere(shards, tmp_path):
         (["autoencoder_loss.discriminator_channels=24"], "multiple of 16"),
         (
             ["autoencoder_loss.adversarial_weight=1", "autoencoder_loss.discriminator_layers=4"],
-            "needs 48 at least",
+            "needs at least 48",
         ),
         (["autoencoder_loss.hole_weight=0"], "must be at least 0.001"),
         (["autoencoder_loss.perceptual_weight=-1"], "must be at least 0"),

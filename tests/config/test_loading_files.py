@@ -15,7 +15,7 @@ import yaml
 from pbe.config import PATHS, Config, load_config, save_yaml, to_dict
 from pbe.errors import UserError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def written(folder: Path, content: str | bytes, name: str = "some.yaml") -> Path:
@@ -202,7 +202,7 @@ def test_a_configuration_that_cannot_be_written_leaves_the_older_one(tmp_path, m
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("pbe.files.os.replace", full)
     with pytest.raises(UserError, match=r"cannot write '.*config\.yaml': No space left"):
         save_yaml(Config(seed=2), path)
     assert path.read_bytes() == before

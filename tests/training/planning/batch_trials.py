@@ -8,18 +8,18 @@ import time
 
 from pbe.config import Config
 from pbe.errors import UserError
-from pbe.training.planning.batch_size import MemoryExceededError, Trial, end_above, peak_of_process
+from pbe.training.planning.trials import MemoryExceededError, MemoryWatch, Trial
 
 EACH = 40_000_000  # bytes a sample takes
 
 
 def greedy(config: Config, size: int, limit: int) -> Trial:
     """Take memory for each sample, and time."""
-    limit += peak_of_process()  # for the samples, beside what Python and its libraries take
-    end_above(limit)
+    memory = MemoryWatch(0)
+    memory.limit = limit + memory.peak  # for the samples, beside what Python and its libraries take
     held = [bytearray(os.urandom(1024)) * (EACH // 1024) for _ in range(size)]
     time.sleep(0.1)
-    return Trial(size, fits=True, samples_per_second=float(len(held)), peak=peak_of_process(), largest=100)
+    return Trial(size, fits=True, samples_per_second=float(len(held)), peak=memory.peak, largest=100)
 
 
 def killed(config: Config, size: int, limit: int) -> Trial:

@@ -1,0 +1,204 @@
+"""Configuration of a training: objective, losses, optimizer, trainer, logging, and all of it together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pbe.config.data import CacheConfig, DataConfig
+from pbe.config.fields import choice, number, path
+from pbe.config.model import ModelConfig
+
+NONE = "none"  # value of init_from: random weights, on purpose
+
+
+@dataclass
+class ObjectiveConfig:
+    """Training objective of the diffusion model."""
+
+    weighting: str = choice("uniform", "min_snr")
+    """Weights of the timesteps: all alike, or min-SNR (Hang et al. 2023)."""
+    min_snr_gamma: float = number(5.0)
+    """Bound of the min-SNR weights."""
+    drop_probability: float = number(0.2, high=1)
+    """Probability that the condition becomes the null condition."""
+    drop_mode: str = choice("per_sample", "per_batch")
+    """Draw the dropped conditions for each sample or, as the original code does, once for the whole batch."""
+
+
+@dataclass
+class AutoencoderLossConfig:
+    """Loss of the autoencoder: a weighted sum of terms, each a mean over its elements."""
+
+    l1_weight: float = number(1.0)
+    """Weight of the absolute error."""
+    l2_weight: float = number(0.0)
+    """Weight of the squared error."""
+    gradient_weight: float = number(1.0)
+    """Weight of the absolute error of finite differences."""
+    kl_weight: float = number(1.0e-4)
+    """Weight of the KL divergence of the posterior from a standard normal."""
+    masked_share: float = number(0.0, high=1)
+    """Share of images whose masked region is greyed out, as in the masked images it will have to encode."""
+    train: str = choice("all", "decoder")
+    """What is trained; with ``decoder`` the latents stay as they are."""
+    hole_weight: float = number(1.0, low=0.001)
+    """Weight of a pixel in the masked region, relative to one outside, in the first three terms."""
+    perceptual_weight: float = number(0.0)
+    """Weight of the perceptual distance."""
+    perceptual_on: str = choice("vgg", "tower")
+    """LPIPS on VGG16, or the same distance on the model's own image tower, which needs no further weights."""
+    perceptual_vgg: str = path()
+    """File of torchvision's VGG16 weights."""
+    perceptual_linear: str = path()
+    """File of the LPIPS weights; empty: all channels of a layer count alike."""
+    adversarial_weight: float = number(0.0)
+    """Weight of the hinge loss of a patch discriminator."""
+    adversarial_start: int = number(0)
+    """Optimizer step from which the discriminator takes part."""
+    adversarial_adaptive: bool = True
+    """Multiply the weight by the ratio of the gradient norms of the other terms and this one."""
+    discriminator_layers: int = number(3, low=1, high=8)
+    """Strided layers of the discriminator."""
+    discriminator_channels: int = number(64, low=1)
+    """Channels of the discriminator's first layer, a multiple of 16."""
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule and moving average."""
+
+    name: str = choice("adamw", "muon")
+    """``muon`` moves matrices and kernels by orthogonalised momentum, with updates as large as AdamW's at the
+    same rate, and vectors by NAdamW."""
+    learning_rate: float = number(1.0e-5)
+    """Learning rate after the warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of the two moments, each from 0 to below 1."""
+    eps: float = number(1.0e-8)
+    """Added to the denominator of an update."""
+    weight_decay: float = number(0.01)
+    """Decoupled weight decay."""
+    decay_groups: bool = True
+    """Keep norms, biases and the null condition out of weight decay."""
+    warmup_steps: int = number(10_000)
+    """Steps of linear warm-up."""
+    decay: str = choice("constant", "cosine")
+    """Learning rate after the warm-up: constant, or half a cosine to zero at the end of the run."""
+    cooldown_steps: int = number(0)
+    """Last steps over which a constant rate falls to zero, so that a run of unknown length can end well."""
+    ema_decay: float = number(0.9999, high=0.999999)
+    """Decay of the moving average of the weights; 0: no average."""
+    gradient_clip: float = number(1.0)
+    """Largest norm of the gradients; 0: not clipped."""
+    fused: bool = False
+    """Update all weights in one kernel (``adamw`` only)."""
+
+
+@dataclass
+class TrainerConfig:
+    """Length, machine, checkpoints and validation of a run."""
+
+    max_steps: int = number(1000)
+    """Length in optimizer steps; 0: ``max_epochs`` gives the length."""
+    max_epochs: int = number(0)
+    """Length in epochs, of as many steps as follow from the data and the global batch; 0: ``max_steps``."""
+    accelerator: str = "auto"
+    """Lightning's: ``cpu``, ``gpu``, ``mps``, ..."""
+    devices: str = "auto"
+    """Number of devices, or a list of GPUs such as ``0,1``."""
+    num_nodes: int = number(1, low=1)
+    """Number of machines."""
+    strategy: str = "auto"
+    """Lightning's, or ``fsdp2`` for sharded weights."""
+    precision: str = choice("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+    """Precision of the arithmetic; with ``bf16-true`` also of the weights."""
+    accumulate: int = number(1, low=1)
+    """Micro-batches per optimizer step."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice and keep few of them: less memory, more time."""
+    channels_last: bool = False
+    """Memory layout that convolutions prefer on GPUs."""
+    compile: bool = False
+    """Compile the networks with ``torch.compile``."""
+    profiler: str = choice("", "simple", "advanced", "pytorch")
+    """Lightning's profiler; empty: none."""
+    on_nan: str = choice("stop", "skip")
+    """What to do when losses or gradients are not finite: stop, or skip the step."""
+    max_skipped: int = number(10)
+    """Largest number of skipped steps in a row."""
+    threads: int = number(0)
+    """CPU threads of a process; 0: torch's choice."""
+    resume: str = path("auto")
+    """``auto`` continues from the newest checkpoint of ``output_dir``, ``never`` refuses to touch an existing
+    run, anything else is the path of a checkpoint or run."""
+    checkpoint_every: int = number(1000, low=1)
+    """Steps between checkpoints."""
+    checkpoint_minutes: float = number(0.0)
+    """Minutes after which a checkpoint is due in any case; 0: never."""
+    keep_checkpoints: int = number(2, low=-1)
+    """How many older checkpoints are kept; -1: all."""
+    keep_every: int = number(0)
+    """Steps between checkpoints that are never deleted; 0: none."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest validation loss."""
+    validate_every: int = number(500, low=1)
+    """Steps between validations."""
+    validation_samples: int = number(32, low=1)
+    """Samples of a validation."""
+    overfit_batches: int = number(0)
+    """Train on this many batches only, always with the same samples, masks and noise; 0: off."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass
+class LoggingConfig:
+    """Loggers and sample grids."""
+
+    loggers: list[str] = field(default_factory=lambda: ["csv", "wandb"])
+    """Any of ``csv``, ``wandb`` and ``tensorboard``."""
+    wandb_project: str = "pbe"
+    """Project at Weights & Biases."""
+    wandb_mode: str = choice("offline", "online", "disabled")
+    """How Weights & Biases logs."""
+    run_name: str = ""
+    """Name of the run there; empty: the name of its folder."""
+    every: int = number(10, low=1)
+    """Steps between rows of the log."""
+    grid_every: int = number(1000)
+    """Steps between sample grids; 0: none."""
+    grid_samples: int = number(6, low=1)
+    """Rows of a sample grid."""
+    grid_steps: int = number(25, low=1, high=500)
+    """Sampling steps of a grid's edits."""
+    grid_guidance: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
+    """Guidance scales of a grid's edits."""
+
+
+@dataclass
+class Config:
+    """One reproducible experiment."""
+
+    task: str = choice("diffusion", "autoencoder")
+    """What is trained."""
+    seed: int = number(23, high=2**32 - 1)  # NumPy's largest
+    """Key of every random draw."""
+    output_dir: str = path("outputs/run")
+    """Folder of the run."""
+    autoencoder_from: str = path()
+    """Model folder with the trained autoencoder (diffusion only)."""
+    init_from: str = path()
+    """Model whose weights start the training; ``none``: random weights, on purpose."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def start(self) -> str:
+        """The model whose weights start the training, empty where they are random."""
+        return "" if self.init_from == NONE else self.init_from
