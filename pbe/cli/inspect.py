@@ -51,12 +51,12 @@ def inspect(config: Place, /, *overrides: str, settings: InspectSettings = Inspe
 
 def page(config: Config, settings: InspectSettings) -> tuple[str, int]:
     """Return the page of some consecutive samples, and how many there are: an epoch's at most."""
-    from pbe.data.datamodule import ExemplarDataModule
+    from pbe.data.datamodule import TrainingData
     from pbe.data.preview import make_row, sheet_html
     from pbe.models.autoencoder import downsampling_of
 
     data, stream, epoch = config.data, settings.stream, settings.epoch
-    dataset = ExemplarDataModule(data, config.seed).dataset(stream)
+    dataset = TrainingData(config).dataset(stream)
     factor = downsampling_of(config.model.autoencoder)
     first = epoch * len(dataset) + settings.start
     indices = range(first, first + min(settings.count, len(dataset)))
