@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from pbe.cli.parser import Parser, run_command
-from pbe.data.sources.reading import SourceOptions, read_source
-from pbe.data.sources.records import Annotations
+from pbe.data.sources.annotations import Annotations
+from pbe.data.sources.read import SourceOptions, read_source
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmark

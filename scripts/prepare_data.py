@@ -25,10 +25,10 @@ from pbe.data.packing.merge import SIDES
 from pbe.data.packing.pack import ENGINES, PackResult, pack_all
 from pbe.data.packing.plan import FRAMES, PackSettings
 from pbe.data.packing.report import HTML_NAME, make_report, write_report
-from pbe.data.sources.files import find_pictures
+from pbe.data.sources.annotations import FLAGS, Annotations
+from pbe.data.sources.image_files import find_images
 from pbe.data.sources.open_images import SPLITS
-from pbe.data.sources.reading import KINDS, SourceOptions, parse_source, read_source
-from pbe.data.sources.records import FLAGS, Annotations
+from pbe.data.sources.read import KINDS, SourceOptions, parse_source, read_source
 from pbe.errors import UserError
 
 SOURCE_OPTIONS = {
@@ -185,7 +185,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.check_against:
         if not options.check_against.is_dir():
             raise UserError(f"--check-against '{options.check_against}' is not a folder")
-        if not find_pictures([options.check_against])[0].height:
+        if not find_images([options.check_against])[0].height:
             raise UserError(f"--check-against '{options.check_against}' holds no images")
 
 

@@ -122,7 +122,7 @@ from pathlib import Path
 from pbe.data.packing.pack import claim
 from pbe.data.packing.claim import PackRequest, read_plan
 from pbe.data.packing.plan import PackSettings
-from pbe.data.sources.reading import SourceOptions, read_source
+from pbe.data.sources.read import SourceOptions, read_source
 source, out = sys.argv[1:]
 request = PackRequest(lambda: [read_source(source, SourceOptions())], [source], PackSettings(), Path(out))
 start, used = time.perf_counter(), time.process_time()

@@ -22,7 +22,7 @@ from typing import IO, Any
 from pbe.data.packing.index import read_json, read_summary, write_whole
 from pbe.data.packing.plan import SUMMARY, PackSettings, Plan, save_plan
 from pbe.data.shards.index import MANIFEST_NAME
-from pbe.data.sources.records import Annotations
+from pbe.data.sources.annotations import Annotations
 from pbe.errors import UserError
 from pbe.files import make_folder
 
@@ -92,11 +92,7 @@ def _is_lock(file: IO[str], path: Path) -> bool:
 
 @contextlib.contextmanager
 def hold_lock(folder: Path, name: str, mode: int, complaint: str) -> Iterator[None]:
-    """Make a folder where it is missing, and hold a lock in it that ends with the process, however it ends.
-
-    Raises:
-        UserError: the folder cannot be written to; or another holds the lock, and ``mode`` does not wait.
-    """
+    """Make a missing folder, and hold a lock in it that ends with the process, however it ends."""
     while True:
         file = _open_lock(folder, name)
         if file is None:
@@ -132,11 +128,7 @@ def reserved(request: PackRequest) -> Iterator[None]:
 
 
 def look(request: PackRequest, overwrite: bool) -> State:
-    """Return what the folder holds; nothing is changed.
-
-    Raises:
-        UserError: it holds something else.
-    """
+    """Return what the folder holds; nothing is changed."""
     others = "that were not packed here; name another folder"
     tars = [path.name for path in request.out.glob("*.tar")]
     if overwrite:
@@ -166,11 +158,7 @@ def look(request: PackRequest, overwrite: bool) -> State:
 
 
 def claim_folder(request: PackRequest, plan: Plan, times: dict[str, float], overwrite: bool) -> None:
-    """Write the plan and the claim, and first remove what is to be overwritten.
-
-    Raises:
-        UserError: another run is packing into the folder, or it cannot be written to.
-    """
+    """Write the plan and the claim, and first remove what is to be overwritten."""
     marker = {"fingerprint": request.fingerprint, "version": PLAN_VERSION}
     with hold_lock(request.out, PACK_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB, busy(request)):
         try:
@@ -205,11 +193,7 @@ def remove_leavings(request: PackRequest) -> None:
 
 
 def read_plan(request: PackRequest) -> dict[str, Any]:
-    """Return the summary of the plan that a claim holds.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Return the summary of the plan that a claim holds."""
     path = request.plan / "plan.json"
     plan = read_json(path)
     whole = all(isinstance(plan.get(name), kind) for name, kind in SUMMARY.items())

@@ -10,8 +10,7 @@ import numpy as np
 
 from pbe.data.packing.index import digest
 from pbe.data.packing.pixels import check_and_hash
-from pbe.data.sources.files import find_pictures
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
+from pbe.data.sources.image_files import UnreadableImageError, find_images, inspect_image
 
 NEAR_BITS = 3
 BANDS, BAND_BITS = 4, 16
@@ -87,14 +86,14 @@ def exact_pairs(hashes: np.ndarray) -> np.ndarray:
 
 def hash_folder(folder: Path) -> tuple[Hashes, int]:
     """Hash every picture of a benchmark folder; returns the hashes and how many could not be read."""
-    table, _ = find_pictures([folder])
+    table, _ = find_images([folder])
     names, exact, near = [], [], []
     unreadable = 0
     for path, name in table.select("path", "name").iter_rows():
         try:
             encoded = Path(path).read_bytes()
-            fingerprint = check_and_hash(encoded, inspect_picture(encoded))
-        except (OSError, UnreadablePictureError):
+            fingerprint = check_and_hash(encoded, inspect_image(encoded))
+        except (OSError, UnreadableImageError):
             unreadable += 1
             continue
         names.append(name)

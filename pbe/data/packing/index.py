@@ -43,11 +43,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file that packing keeps for itself.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Return the JSON object of a file that packing keeps for itself."""
     try:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict):
@@ -136,11 +132,7 @@ TABLE_DTYPES = {
 
 
 def load_index(source: Path | bytes) -> ShardTable:
-    """Read the index of one shard from its file or from the file's bytes.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read the index of one shard from its file or from the file's bytes."""
     name = "the bytes given" if isinstance(source, bytes) else f"'{source}'"
     try:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as file:
@@ -193,11 +185,7 @@ def make_table(entries: Sequence[IndexEntry]) -> ShardTable:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what ``shards.json`` of a folder holds, or None where there is none.
-
-    Raises:
-        UserError: it is damaged or of another version.
-    """
+    """Return what ``shards.json`` of a folder holds, or None where there is none."""
     path = folder / MANIFEST_NAME
     try:
         summary = json.loads(path.read_bytes())

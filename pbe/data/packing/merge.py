@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
-from pbe.data.sources.records import PICTURE_COLUMNS, Annotations
+from pbe.data.sources.annotations import IMAGE_COLUMNS, Annotations
 
 TWO_SIZES = "annotated with two sizes by two sources"
 SAME_BOX = "the same box from two sources"
@@ -27,15 +27,15 @@ def merge_sources(
     once. Where the sources disagree on the size of a file, nobody knows which boxes fit: it is dropped.
 
     Returns:
-        Columns of ``PICTURE_COLUMNS``; columns of ``BOX_COLUMNS`` and ``relative``, sorted by ``picture``;
+        Columns of ``IMAGE_COLUMNS``; columns of ``BOX_COLUMNS`` and ``relative``, sorted by ``image``;
         counts by reason.
     """
     tables, boxes, offset = [], [], 0
     for found in sources:
-        shift = (pl.col("picture") + offset).cast(pl.UInt32)
-        tables.append(found.pictures.select(list(PICTURE_COLUMNS)))
+        shift = (pl.col("image") + offset).cast(pl.UInt32)
+        tables.append(found.images.select(list(IMAGE_COLUMNS)))
         boxes.append(found.boxes.with_columns(shift, pl.lit(found.relative).alias("relative")))
-        offset += found.pictures.height
+        offset += found.images.height
     pictures, rows = pl.concat(tables), pl.concat(boxes)
     if len(sources) == 1:
         return pictures, rows, Counter(), Counter()
@@ -67,26 +67,26 @@ def _join_files(
     kept = first.filter(~pl.col("unclear"))
     place = np.zeros(table.height, np.uint32)
     place[kept["row"].to_numpy()] = np.arange(kept.height, dtype=np.uint32)
-    row = boxes["picture"].to_numpy()
+    row = boxes["image"].to_numpy()
     unclear = table["unclear"].to_numpy()[row]
-    moved = boxes.rename({"picture": "row"}).with_columns(
-        pl.Series("picture", place[table["owner"].to_numpy()][row])
+    moved = boxes.rename({"image": "row"}).with_columns(
+        pl.Series("image", place[table["owner"].to_numpy()][row])
     )
     rows, same = _unique_boxes(moved.filter(~pl.Series(unclear)))
     dropped = Counter({TWO_SIZES: int(unclear.sum()), SAME_BOX: same})
     lost = Counter({TWO_SIZES: first.height - kept.height})
-    return kept.select(list(PICTURE_COLUMNS)), rows.select(boxes.columns), +lost, +dropped
+    return kept.select(list(IMAGE_COLUMNS)), rows.select(boxes.columns), +lost, +dropped
 
 
 def _unique_boxes(boxes: pl.DataFrame) -> tuple[pl.DataFrame, int]:
     """Drop boxes that an earlier source gives alike; return the rest, sorted, and how many were dropped.
 
     Args:
-        boxes: with ``row``, the image as one of the sources has it, besides ``picture``.
+        boxes: with ``row``, the image as one of the sources has it, besides ``image``.
     """
-    what = ["picture", "x1", "y1", "x2", "y2", "label", "mask", "relative"]
+    what = ["image", "x1", "y1", "x2", "y2", "label", "mask", "relative"]
     unique = boxes.filter(pl.col("row") == pl.col("row").min().over(what))
-    return unique.sort("picture", maintain_order=True), boxes.height - unique.height
+    return unique.sort("image", maintain_order=True), boxes.height - unique.height
 
 
 def held_out(names: Iterable[str], share: float) -> np.ndarray:

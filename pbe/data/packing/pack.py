@@ -66,9 +66,6 @@ def claim(requests: Sequence[PackRequest], *, overwrite: bool = False, finish: F
         requests: one, or the two sides of a split.
         overwrite: remove what an earlier packing left, once there is a plan.
         finish: writes the report where nothing is left to pack.
-
-    Raises:
-        UserError: a folder holds something else, a source cannot be read, or nothing is left to pack.
     """
     with ExitStack() as stack:
         for request in requests:
@@ -113,11 +110,7 @@ Engine = Callable[[Sequence[Task], int], Iterable[int]]
 
 
 def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Pack shards in ``workers`` processes of this machine (0: in this one); yields pictures done, by shard.
-
-    Raises:
-        UserError: a process was killed from outside.
-    """
+    """Pack shards in ``workers`` processes of this machine (0: in this one); yields images done, by shard."""
     if workers == 0 or len(tasks) <= 1:
         yield from (pack_shard(*task) for task in tasks)
         return
@@ -143,9 +136,6 @@ def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     Args:
         tasks: of :func:`~pbe.data.packing.worker.pack_shard`.
         workers: most tasks at a time; 0 leaves that to Ray.
-
-    Raises:
-        UserError: Ray is not installed.
     """
     try:
         import ray
@@ -192,11 +182,7 @@ def _pack_missing(
 
 
 def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
-    """Add up the records of all shards.
-
-    Raises:
-        UserError: a record is damaged.
-    """
+    """Add up the records of all shards."""
     tally = Tally(
         dropped_pictures=Counter(plan["dropped_pictures"]),
         dropped_boxes=Counter(plan["dropped_boxes"]),
@@ -252,9 +238,6 @@ def pack_all(
 
     Returns:
         The results; None for a part, or where everything was done before.
-
-    Raises:
-        UserError: for anything that the user can mend; what is done stays.
     """
     whole = part == (0, 1)
     if overwrite and not whole:

@@ -12,7 +12,7 @@ from PIL import Image
 from pbe.data.samples.colour import convert_profile
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import UnusablePictureError, decode, decode_picture
-from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
+from pbe.data.sources.image_files import ImageHeader, UnreadableImageError
 
 HASH_SIDE, HASH_BITS = 32, 8
 MIN_CONTRAST = 2.0
@@ -25,14 +25,14 @@ def _decode(encoded: bytes, flag: int) -> np.ndarray:
     try:
         return decode(encoded, flag)
     except UnusablePictureError as error:
-        raise UnreadablePictureError(CANNOT_DECODE) from error
+        raise UnreadableImageError(CANNOT_DECODE) from error
 
 
 def _decode_colours(encoded: bytes) -> np.ndarray:
     try:
         return decode_picture(encoded)
     except UnusablePictureError as error:
-        raise UnreadablePictureError(CANNOT_DECODE) from error
+        raise UnreadableImageError(CANNOT_DECODE) from error
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -52,11 +52,11 @@ def perceptual_hash(grey: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def check_and_hash(encoded: bytes, header: PictureHeader) -> int:
+def check_and_hash(encoded: bytes, header: ImageHeader) -> int:
     """Decode a picture, small where the format allows it, and return its perceptual hash.
 
     Raises:
-        UnreadablePictureError: it cannot be decoded.
+        UnreadableImageError: it cannot be decoded.
     """
     if not header.extension or header.frames > 1:
         return perceptual_hash(cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2GRAY))
@@ -71,7 +71,7 @@ def first_frame(encoded: bytes) -> np.ndarray:
     Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`.
 
     Raises:
-        UnreadablePictureError: it cannot be decoded, or its numbers have no meaning as colours.
+        UnreadableImageError: it cannot be decoded, or its numbers have no meaning as colours.
     """
     try:
         with warnings.catch_warnings():
@@ -82,30 +82,30 @@ def first_frame(encoded: bytes) -> np.ndarray:
                     _check_range(deep)
                     return cv2.cvtColor((deep >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
                 if picture.mode == "F":
-                    raise UnreadablePictureError(NO_RANGE)
+                    raise UnreadableImageError(NO_RANGE)
                 profile = picture.info.get("icc_profile")
                 if not picture.has_transparency_data:
                     image = np.array(picture.convert("RGB"))
                     return convert_profile(image, profile) if profile else image
                 white = Image.new("RGBA", picture.size, "white")
                 return np.array(Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB"))
-    except UnreadablePictureError:
+    except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-        raise UnreadablePictureError(CANNOT_DECODE) from error
+        raise UnreadableImageError(CANNOT_DECODE) from error
 
 
 def _check_range(values: np.ndarray) -> None:
     if values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
-        raise UnreadablePictureError(NO_RANGE)
+        raise UnreadableImageError(NO_RANGE)
 
 
-def needs_encoding(header: PictureHeader, max_side: int) -> bool:
+def needs_encoding(header: ImageHeader, max_side: int) -> bool:
     """Whether a picture has to be encoded again: a format that shards do not hold, an animation, too long."""
     return not header.extension or header.frames > 1 or bool(max_side and max(header.stored_size) > max_side)
 
 
-def encode_again(encoded: bytes, header: PictureHeader, max_side: int, quality: int) -> tuple[bytes, str]:
+def encode_again(encoded: bytes, header: ImageHeader, max_side: int, quality: int) -> tuple[bytes, str]:
     """Return a picture that fits, upright, and its extension: PNG for what was lossless, else JPEG.
 
     Args:
@@ -115,7 +115,7 @@ def encode_again(encoded: bytes, header: PictureHeader, max_side: int, quality: 
         quality: of a JPEG.
 
     Raises:
-        UnreadablePictureError: it cannot be decoded.
+        UnreadableImageError: it cannot be decoded.
     """
     image = _decode_colours(encoded) if header.extension and header.frames == 1 else first_frame(encoded)
     image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)

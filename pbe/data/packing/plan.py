@@ -24,14 +24,14 @@ from pbe.data.packing.index import write_whole
 from pbe.data.packing.merge import OTHER_SIDE, SIDES, held_out, merge_sources
 from pbe.data.packing.tally import EXAMPLES, add_examples, box_text
 from pbe.data.randomness import permutation
-from pbe.data.sources.records import BAD_NUMBER, FLAG_BITS, FLAGS, Annotations
+from pbe.data.sources.annotations import BAD_NUMBER, FLAG_BITS, FLAGS, Annotations
 from pbe.errors import UserError
 
 WITHOUT_BOXES = "without boxes"
 NO_BOX_LEFT = "no box left"
 UNWANTED_LABEL = "label not wanted"
 NO_AREA = "no area"
-OUTSIDE = "outside the picture"
+OUTSIDE = "outside the image"
 SMALL_AREA = "area too small"
 LARGE_AREA = "area too large"
 SHORT_SIDE = "side too short"
@@ -194,7 +194,7 @@ def _drop_boxes(pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSetti
         plan.dropped_boxes[reason] += count
         if count:
             shown = boxes.filter(first == number).head(EXAMPLES)
-            names = pictures["name"].gather(shown["picture"]).to_list()
+            names = pictures["name"].gather(shown["image"]).to_list()
             rows = zip(names, shown.iter_rows(named=True), strict=True)
             add_examples(plan.examples, {reason: [box_text(name, row, row["label"]) for name, row in rows]})
     return first == 0
@@ -207,7 +207,7 @@ def _keep_side(
     if not settings.side:
         return pictures, boxes
     wanted = held_out(pictures["name"], settings.validation_share) == (settings.side == SIDES[1])
-    kept = boxes.filter(pl.Series(wanted[boxes["picture"].to_numpy()]))
+    kept = boxes.filter(pl.Series(wanted[boxes["image"].to_numpy()]))
     plan.dropped_pictures[OTHER_SIDE[settings.side]] += int((~wanted).sum())
     plan.dropped_boxes[OTHER_SIDE[settings.side]] += boxes.height - kept.height
     return _take(pictures, kept, np.flatnonzero(wanted))
@@ -217,7 +217,7 @@ def _take(pictures: pl.DataFrame, boxes: pl.DataFrame, kept: np.ndarray) -> tupl
     """Return some rows of ``pictures``, and all of ``boxes``, which belong to them, with the new numbers."""
     rows = np.zeros(pictures.height, np.uint32)
     rows[kept] = np.arange(len(kept), dtype=np.uint32)
-    return pictures[kept], boxes.with_columns(pl.Series("picture", rows[boxes["picture"].to_numpy()]))
+    return pictures[kept], boxes.with_columns(pl.Series("image", rows[boxes["image"].to_numpy()]))
 
 
 def _filter(
@@ -225,9 +225,9 @@ def _filter(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return the pictures and boxes that are left, and count the rest."""
     pictures, boxes = _keep_side(pictures, boxes, settings, plan)
-    annotated = boxes["picture"].unique()
+    annotated = boxes["image"].unique()
     left = boxes.filter(_drop_boxes(pictures, boxes, settings, plan))
-    kept = left["picture"].unique().sort()
+    kept = left["image"].unique().sort()
     with_boxes, with_left = np.zeros((2, pictures.height), np.bool_)
     with_boxes[annotated.to_numpy()], with_left[kept.to_numpy()] = True, True
     for reason, lost in ((WITHOUT_BOXES, ~with_boxes), (NO_BOX_LEFT, with_boxes & ~with_left)):
@@ -273,8 +273,8 @@ def _ordered(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     place = np.empty(len(order), np.uint32)
     place[order] = np.arange(len(order), dtype=np.uint32)
-    moved = boxes.with_columns(pl.Series("picture", place[boxes["picture"].to_numpy()]))
-    return pictures[order], moved.sort("picture", maintain_order=True)
+    moved = boxes.with_columns(pl.Series("image", place[boxes["image"].to_numpy()]))
+    return pictures[order], moved.sort("image", maintain_order=True)
 
 
 def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
@@ -302,7 +302,7 @@ def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
     pictures, boxes, lost_pictures, lost_boxes = merge_sources(sources)
     plan = Plan(pl.DataFrame(), pl.DataFrame(), [], [], 0, 0, lost_pictures, lost_boxes)
     for found in sources:
-        plan.dropped_pictures += found.dropped_pictures
+        plan.dropped_pictures += found.dropped_images
         plan.dropped_boxes += found.dropped_boxes
     plan.pictures_seen = pictures.height + plan.dropped_pictures.total()
     plan.boxes_seen = boxes.height + plan.dropped_boxes.total()
@@ -315,9 +315,9 @@ def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
         order = permutation(pictures.height, settings.shuffle, "packing")
         pictures, boxes = _ordered(pictures, boxes, order)
     plan.labels, label = _number_labels(boxes["label"])
-    counts = np.bincount(boxes["picture"].to_numpy(), minlength=pictures.height)
+    counts = np.bincount(boxes["image"].to_numpy(), minlength=pictures.height)
     plan.pictures = pictures.with_columns(pl.Series("box_end", np.cumsum(counts)))
-    plan.boxes = boxes.with_columns(label).drop("picture")
+    plan.boxes = boxes.with_columns(label).drop("image")
     plan.shards = _shard_ends(pictures["bytes"].to_numpy(), settings)
     return plan
 
@@ -343,11 +343,7 @@ def save_plan(plan: Plan, folder: Path) -> None:
 
 
 def load_task(folder: Path, number: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the pictures and the boxes of shard ``number`` of a plan.
-
-    Raises:
-        UserError: the plan is damaged.
-    """
+    """Return the pictures and the boxes of shard ``number`` of a plan."""
     names = [folder / f"{number:06d}.{kind}.arrow" for kind in ("pictures", "boxes")]
     try:
         pictures, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in names)

@@ -79,7 +79,7 @@ class Tally:
         self.dropped_pictures[reason] += 1
         add_examples(self.examples, {reason: [name]})
         if boxes:
-            self.dropped_boxes[f"picture dropped: {reason}"] += boxes
+            self.dropped_boxes[f"image dropped: {reason}"] += boxes
 
     def drop_box(self, reason: str, text: str) -> None:
         """Count a box that is dropped."""

@@ -38,19 +38,19 @@ from pbe.data.packing.plan import (
 from pbe.data.packing.tally import Tally, box_text
 from pbe.data.samples.rle import encode_rle
 from pbe.data.shards.index import HASH_BYTES
-from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
-from pbe.data.sources.pictures import (
-    PictureHeader,
-    UnreadablePictureError,
-    inspect_picture,
+from pbe.data.sources.annotations import BAD_NUMBER, flag_names
+from pbe.data.sources.image_files import (
+    ImageHeader,
+    UnreadableImageError,
+    inspect_image,
     turn_boxes,
     turn_image,
 )
-from pbe.data.sources.records import BAD_NUMBER, flag_names
+from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
 
 UNREADABLE = "unreadable"
-OTHER_SIZE = "annotated for a picture of another size"
-TINY = "picture under 2 px"
+OTHER_SIZE = "annotated for an image of another size"
+TINY = "image under 2 px"
 TURNED = "boxes turned with the EXIF orientation"
 ON_TRUST = "EXIF orientation: the frame of the boxes was taken on trust"
 BLOCK = tarfile.BLOCKSIZE
@@ -96,7 +96,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
     return tar.offset - -(-len(data) // BLOCK) * BLOCK, len(data)
 
 
-def _frame(header: PictureHeader, annotated: tuple[int | None, int | None], trust: str) -> tuple[str, bool]:
+def _frame(header: ImageHeader, annotated: tuple[int | None, int | None], trust: str) -> tuple[str, bool]:
     """Return the frame that the boxes were drawn in and whether that had to be taken on trust."""
     if header.orientation == 1 and annotated in ((None, None), header.stored_size):
         return "displayed", False
@@ -153,7 +153,7 @@ class PicturePacker:
             self.tally.spend(stage, time.perf_counter() - start)
 
     def boxes(
-        self, name: str, rows: Sequence[dict[str, Any]], header: PictureHeader, stored: bool
+        self, name: str, rows: Sequence[dict[str, Any]], header: ImageHeader, stored: bool
     ) -> list[KeptBox]:
         """Return the boxes of a picture that are kept, as displayed; the others are counted."""
         frame_size = header.stored_size if stored else header.displayed_size
@@ -165,9 +165,7 @@ class PicturePacker:
                 self.tally.drop_box(str(error), box_text(name, row, self.labels[row["label"]]))
         return kept
 
-    def _box(
-        self, row: dict[str, Any], header: PictureHeader, stored: bool, size: tuple[int, int]
-    ) -> KeptBox:
+    def _box(self, row: dict[str, Any], header: ImageHeader, stored: bool, size: tuple[int, int]) -> KeptBox:
         across, down = size if row["relative"] else (1, 1)
         loaded = load_mask(row["mask"], *size) if row["mask"] else None
         mask = loaded.pixels if loaded else None
@@ -203,7 +201,7 @@ class PicturePacker:
         before = sum(self.tally.dropped_boxes.values())
         try:
             return self._pack(row, boxes, tar)
-        except UnreadablePictureError as error:
+        except UnreadableImageError as error:
             reason = f"{UNREADABLE}: {error}"
         except DroppedPictureError as error:
             reason = str(error)
@@ -211,14 +209,14 @@ class PicturePacker:
         self.tally.drop(reason, len(boxes) - lost, row["name"])
         return None
 
-    def _read(self, row: dict[str, Any]) -> tuple[bytes, PictureHeader]:
+    def _read(self, row: dict[str, Any]) -> tuple[bytes, ImageHeader]:
         with self._timed("read"):
             try:
                 encoded = Path(row["path"]).read_bytes()
             except OSError as error:
-                raise UnreadablePictureError(f"cannot be opened ({error.strerror})") from error
+                raise UnreadableImageError(f"cannot be opened ({error.strerror})") from error
         with self._timed("header"):
-            return encoded, inspect_picture(encoded)
+            return encoded, inspect_image(encoded)
 
     def _pack(self, row: dict[str, Any], rows: Sequence[dict[str, Any]], tar: tarfile.TarFile) -> IndexEntry:
         encoded, header = self._read(row)
@@ -244,12 +242,12 @@ class PicturePacker:
             return self._write(row, encoded, extension, size, kept, fingerprint, tar)
 
     def _shrink(
-        self, encoded: bytes, header: PictureHeader, boxes: list[KeptBox]
+        self, encoded: bytes, header: ImageHeader, boxes: list[KeptBox]
     ) -> tuple[bytes, str, tuple[int, int], list[KeptBox]]:
         encoded, extension = encode_again(encoded, header, self.settings.max_side, self.settings.quality)
         why = "too long" if header.extension else "a format that shards do not hold"
         self.tally.events[f"encoded again: {'animated' if header.frames > 1 else why}"] += 1
-        size = inspect_picture(encoded).displayed_size
+        size = inspect_image(encoded).displayed_size
         old = header.displayed_size
         if size == old:
             return encoded, extension, size, boxes

@@ -11,7 +11,7 @@ import pytest
 from pbe.data.packing import claim as packing_claim
 from pbe.errors import UserError
 from scripts import prepare_data
-from tests.data.packing_support import contents, make_plain, noise, pack, request_of, run
+from tests.data.packing.support import contents, make_plain, noise, pack, request_of, run
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.data.shards.index import read_members
 from pbe.data.sources.masks import read_mask_folder
 from scripts.sample_properties import check_sample
-from tests.data.packing_support import pack
+from tests.data.packing.support import pack
 from tests.scripts.test_sample_properties import cases, settings_of_samples
 
 SIZE, EXEMPLAR = 64, 32

@@ -15,7 +15,7 @@ import pytest
 from pbe.data.packing import worker as packing_task
 from pbe.errors import UserError
 from scripts import prepare_data
-from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of, run
+from tests.data.packing.support import contents, make_plain, pack, pack_straight, request_of, run
 
 
 @pytest.fixture(scope="module")
