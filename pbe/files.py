@@ -1,13 +1,29 @@
-"""Folders that commands write into."""
+"""Folders and files that commands write: atomic files, checksums and locks.
+
+filelock is not used for the locks: it has no shared ones, leaves no descriptor to child processes, and fails
+on file systems without locks.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import logging
 import os
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 from pbe.errors import UserError
+
+LOG = logging.getLogger(__name__)
+BUFFER = 1 << 20  # bytes
+LONGEST_STEM = 200  # bytes of a file's name that its temporary one repeats; file systems allow 255 in all
+POLL_SECONDS = 0.5
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def expand_home(path: str) -> str:
@@ -53,16 +69,72 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8.
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files take their places in ``folder`` when all went well.
+
+    A failure on the way leaves what was there before as it was.
+    """
+    with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+        yield Path(staging)
+        for path in sorted(p for p in Path(staging).rglob("*") if p.is_file()):
+            target = folder / path.relative_to(staging)
+            make_folder(target.parent)
+            os.replace(path, target)
+
+
+@contextmanager
+def atomic_file(path: Path, *, sync: bool = False, sole_writer: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to write that appears as ``path`` when the ``with`` block ends well, whole or not at all.
+
+    Until then it is called ``.NAME.PID.tmp``, and whatever goes wrong removes it.
+
+    Args:
+        path: of the file; an older one is replaced.
+        sync: make sure that the bytes are on the disk first.
+        sole_writer: no other process writes this file. Its temporary name is ``.NAME.tmp`` then, so that what
+            a killed process left is overwritten.
 
     Raises:
-        UserError: the file cannot be written.
+        OSError: it cannot be written.
+    """
+    stem = os.fsdecode(os.fsencode(path.name)[:LONGEST_STEM])
+    temporary = path.with_name(f".{stem}.tmp" if sole_writer else f".{stem}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb", buffering=BUFFER) as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: Path, content: bytes | str, *, sync: bool = False) -> None:
+    """Write a file, text as UTF-8, as :func:`atomic_file` does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with atomic_file(path, sync=sync) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write an output file atomically, text as UTF-8; an ``OSError`` becomes a one-line ``UserError``.
+
+    A device or a pipe, ``/dev/stdout`` for one, is written to as it is.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        if path.exists() and not path.is_file():
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        else:
+            atomic_write(path, content)
     except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
+        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
 def check_file(path: str | Path, *, make: bool = True) -> Path:
@@ -88,3 +160,129 @@ def check_file(path: str | Path, *, make: bool = True) -> Path:
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
     return path
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashingFile:
+    """A file to write to that hashes and counts what is written.
+
+    Attributes:
+        hash: of the bytes so far.
+        size: bytes so far.
+    """
+
+    def __init__(self, file: IO[bytes], hash: Any) -> None:
+        self.file, self.hash, self.size = file, hash, 0
+
+    def write(self, data: bytes) -> int:
+        """Write, hash and count."""
+        self.file.write(data)
+        self.hash.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Return the bytes written so far."""
+        return self.size
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self.file.flush()
+
+
+class FileLock:
+    """A lock that is held; the system releases it when its holder ends, however it ends.
+
+    Attributes:
+        descriptor: of the open file. Processes that inherit it hold the lock too.
+    """
+
+    def __init__(self, path: Path, file: IO[bytes], keep: bool) -> None:
+        self.path, self.keep, self._file = path, keep, file
+        self.descriptor = file.fileno()
+
+    def release(self) -> None:
+        """Let others have it."""
+        if not self.keep:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def try_lock(
+    path: Path, *, shared: bool = False, keep: bool = False, without_locks: str = ""
+) -> FileLock | None:
+    """Take a lock, or return None where another process holds it.
+
+    Args:
+        path: of the lock file, in an existing folder.
+        shared: others may hold it too, if they share it.
+        keep: leave the file in place on release; for locks that are shared or inherited.
+        without_locks: what users are told to do on a file system without locks, where nothing is locked; that
+            is an error unless something is given.
+
+    Raises:
+        OSError: the lock file cannot be made, or the file system has no locks.
+    """
+    import fcntl  # not on every system
+
+    mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, mode)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            if error.errno not in NO_LOCKS or not without_locks:
+                file.close()
+                raise
+            LOG.warning("'%s' knows no locks: %s", path.parent, without_locks)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return FileLock(path, file, keep)
+        file.close()  # its holder has just removed it
+
+
+@contextmanager
+def lock(
+    path: Path,
+    *,
+    shared: bool = False,
+    keep: bool = False,
+    without_locks: str = "",
+    busy: str = "",
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[FileLock]:
+    """Hold a lock for the ``with`` block; its folder is made where it is missing.
+
+    Args:
+        path: of the lock file.
+        shared: see :func:`try_lock`.
+        keep: see :func:`try_lock`.
+        without_locks: see :func:`try_lock`.
+        busy: complaint where another process holds the lock; without one, the lock is waited for.
+        check: called while waiting; what it raises ends the wait.
+    """
+    while True:
+        make_folder(path.parent)
+        try:
+            if held := try_lock(path, shared=shared, keep=keep, without_locks=without_locks):
+                break
+        except FileNotFoundError:  # another run failed, and removed the folder that it had made
+            continue
+        except OSError as error:
+            raise UserError(f"cannot lock '{path}': {error.strerror or error}") from error
+        if busy:
+            raise UserError(busy)
+        check()
+        time.sleep(POLL_SECONDS)
+    try:
+        yield held
+    finally:
+        held.release()

@@ -36,7 +36,7 @@ from pbe.evaluation.benchmark.toy_scores import markdown_table, score_edits
 from pbe.evaluation.metrics.features import LiteFeatures
 from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings
-from pbe.files import expand_home, make_folder, write_text
+from pbe.files import expand_home, make_folder, write_output
 
 TOY_BATCH = 32
 # Options that only one way of evaluating reads; elsewhere they would say something that is not so.
@@ -285,7 +285,7 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
     }
     table = markdown_table(scores)
     write_json(options.out / "scores.json", report)
-    write_text(options.out / "scores.md", table)
+    write_output(options.out / "scores.md", table)
     shown = {label: pictures[: options.sheet] for label, pictures in benchmark_rows(cases, edits).items()}
     write_picture(options.out / "grid.png", Image.fromarray(sheet(shown)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {options.out}")

@@ -10,7 +10,7 @@ from pbe.config import Config, load_config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.preview import make_row, sheet_html
 from pbe.errors import UserError
-from pbe.files import check_file, write_text
+from pbe.files import check_file, write_output
 from pbe.models.autoencoder import downsampling_of
 
 
@@ -60,7 +60,7 @@ def run(arguments: list[str] | None) -> None:
         raise UserError("--count must be at least 1, --epoch and --start at least 0")
     config = load_config(options.config, options.overrides)
     text, count = page(config, options.stream, options.epoch, options.start, options.count)
-    write_text(check_file(options.out), text)
+    write_output(check_file(options.out), text)
     print(f"{count} samples in {options.out}")
 
 

@@ -11,7 +11,6 @@ bit. Time stamps and the rows of ``system/`` are not compared: they tell what th
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,7 @@ import torch
 
 from pbe.cli.parser import Parser, run_command
 from pbe.errors import UserError
+from pbe.files import sha256_of
 from pbe.training.monitoring.loggers import read_rows
 from scripts.benchmark import print_table
 from scripts.render_toy_world import main as render
@@ -164,7 +164,7 @@ def differences(first: Path, second: Path) -> list[str]:
         index = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), -1)
         what = f"row {index}: {one[index]} and {two[index]}" if index >= 0 else f"{len(one)}, {len(two)} rows"
         found.append(f"the logs differ: {what}")
-    files = [{path.name: _sha256(path) for path in (run / "model").iterdir()} for run in (first, second)]
+    files = [{path.name: sha256_of(path) for path in (run / "model").iterdir()} for run in (first, second)]
     found += [
         f"model/{name} differs"
         for name in sorted(files[0].keys() | files[1].keys())
@@ -189,10 +189,6 @@ def _tensors(content: Any, prefix: str = "") -> dict[str, torch.Tensor]:
         if isinstance(value, dict | list | torch.Tensor)
         for name, tensor in _tensors(value, f"{prefix}/{key}").items()
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def prove(proof: Proof, kills: int, seed: int) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +15,17 @@ from pbe.checkpoints.native import save_model
 from pbe.data.shards.archive import write_shards
 from pbe.errors import UserError
 from pbe.evaluation.demo import stages
-from pbe.files import check_file, make_folder, new_folder
+from pbe.files import (
+    atomic_file,
+    atomic_write,
+    check_file,
+    lock,
+    make_folder,
+    new_folder,
+    sha256_of,
+    try_lock,
+    write_output,
+)
 from scripts import convert_checkpoint, demo, evaluate, make_examples, render_toy_world
 from tests.editing.tiny_model import make_tiny_model
 
@@ -79,3 +92,54 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys, monkeypatch):
         assert error.startswith(refusals), script.__name__
     with pytest.raises(UserError, match="cannot make the folder"):
         write_shards([], way)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path):
+    path = tmp_path / ("n" * 251 + ".txt")  # the longest name there is
+    atomic_write(path, "früher")
+    assert path.read_text(encoding="utf-8") == "früher"
+    for sole_writer in (False, True):
+        with suppress(KeyboardInterrupt), atomic_file(path, sole_writer=sole_writer) as file:
+            file.write(b"half a fi")
+            file.flush()
+            assert len(list(tmp_path.iterdir())) == 2
+            raise KeyboardInterrupt
+        assert [path] == list(tmp_path.iterdir())
+    atomic_write(path, b"later", sync=True)
+    assert path.read_bytes() == b"later"
+    assert sha256_of(path) == hashlib.sha256(b"later").hexdigest()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path):
+    for place in (tmp_path, tmp_path / "none" / "a.txt", Path("/dev/full")):
+        with pytest.raises(UserError, match="cannot write"):
+            write_output(place, "a")
+    write_output(Path("/dev/null"), "a")
+    assert not Path("/dev/null").is_file(), "a device stays one"
+
+
+def test_a_lock_is_held_once_unless_it_is_shared(tmp_path: Path):
+    path = tmp_path / "a" / ".lock"
+    with lock(path, busy="busy"):
+        assert try_lock(path) is None
+        with pytest.raises(UserError, match="busy"), lock(path, busy="busy"):
+            pass
+        with pytest.raises(ZeroDivisionError), lock(path, check=lambda: 1 / 0):
+            pass
+    assert not path.exists()
+    with lock(path, shared=True, keep=True), lock(path, shared=True, keep=True):
+        assert try_lock(path) is None
+    assert path.exists()
+    with lock(path, busy="busy"):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, caplog):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"cannot lock '.*': No locks available"), lock(tmp_path / ".lock"):
+        pass
+    with lock(tmp_path / ".lock", without_locks="make one at a time"):
+        assert "knows no locks: make one at a time" in caplog.text

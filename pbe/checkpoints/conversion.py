@@ -25,9 +25,10 @@ from pbe.checkpoints.saving import (
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import cast
 from pbe.checkpoints.usage import Usage
-from pbe.checkpoints.writers import check_target, staged
+from pbe.checkpoints.writers import check_target
 from pbe.config import ModelConfig
 from pbe.errors import UserError
+from pbe.files import staged
 from pbe.models import LatentDiffusion
 
 FILE_SUFFIXES = (".ckpt", ".pt", ".safetensors")

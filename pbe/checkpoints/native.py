@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from pbe.checkpoints.settings import read_json
 from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
-from pbe.checkpoints.writers import Read, staged, write_safetensors
+from pbe.checkpoints.writers import Read, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
+from pbe.files import staged
 from pbe.models import LatentDiffusion
 
 CONFIG_NAME = "config.json"
@@ -49,17 +49,12 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
 
 def save_part(folder: Path, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Write one network's ``<part>.safetensors`` into an existing folder, atomically."""
-    temporary = folder / f".{part}.safetensors.{os.getpid()}"
     state = {key: cast(value, dtype) for key, value in lazies(module.state_dict()).items()}
-    try:
-        write_part(temporary, state, lambda key, tensor: tensor.read())
-        os.replace(temporary, folder / f"{part}.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_part(folder / f"{part}.safetensors", state, lambda key, tensor: tensor.read())
 
 
 def write_part(path: Path, state: Lazies, read: Read) -> None:
-    """Write the file of one network, whose tensors ``read`` gives."""
+    """Write the file of one network atomically, whose tensors ``read`` gives."""
     write_safetensors(path, state, read, {"format": FORMAT})
 
 

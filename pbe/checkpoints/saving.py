@@ -26,9 +26,10 @@ from pbe.checkpoints.layout import PARTS, to_foreign
 from pbe.checkpoints.native import CONFIG_NAME, part_of, write_config as write_native_config, write_part
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage
-from pbe.checkpoints.writers import check_target, converted, staged, write_checkpoint, write_safetensors
+from pbe.checkpoints.writers import check_target, converted, write_checkpoint, write_safetensors
 from pbe.config import ModelConfig
 from pbe.errors import UserError
+from pbe.files import staged
 from pbe.models import LatentDiffusion
 
 LAYOUTS = ("native", "compvis", "diffusers")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import struct
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from pbe.checkpoints.readers import SAFETENSORS_TYPES
 from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import Lazies, LazyTensor
 from pbe.errors import UserError
-from pbe.files import make_folder, new_folder
+from pbe.files import atomic_file
 
 ALIGNMENT = 64  # bytes; where torch starts the records of an archive
 NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
@@ -30,23 +27,6 @@ STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
 # Reads a tensor (key and tensor) in the end; checks and conversions go in here.
 Read = Callable[[str, LazyTensor], Tensor]
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into, whose files take their places in ``folder`` when all went well.
-
-    A failure on the way leaves what was there before as it was.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
-        yield Path(staging)
-        for path in sorted(p for p in Path(staging).rglob("*") if p.is_file()):
-            target = folder / path.relative_to(staging)
-            make_folder(target.parent)
-            os.replace(path, target)
 
 
 def converted(tensors: Lazies, dtype: torch.dtype | None) -> tuple[Lazies, Read]:
@@ -77,7 +57,7 @@ def _raw(tensor: Tensor) -> Any:
 
 
 def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file atomically.
 
     Args:
         path: of the file.
@@ -99,17 +79,10 @@ def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[st
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with atomic_file(path, sync=True) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
             file.write(_raw(read(key, tensors[key])))
-        _settle(file)
-
-
-def _settle(file: BinaryIO) -> None:
-    """Make sure that the bytes are on the disk before the file takes an older one's place."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class _Storage:
@@ -137,7 +110,7 @@ class _Pickler(pickle.Pickler):
 
 
 def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, Any]) -> None:
-    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}``.
+    """Write, atomically, a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}``.
 
     Args:
         path: of the file.
@@ -148,16 +121,17 @@ def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, An
     state = {key: _Tensor(str(index), tensor) for index, (key, tensor) in enumerate(tensors.items())}
     table = io.BytesIO()
     _Pickler(table, protocol=2).dump({"state_dict": state, **rest})
-    with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.writestr(_entry("data.pkl"), table.getvalue())
-            archive.writestr(_entry("byteorder"), b"little")
-            for index, (key, tensor) in enumerate(tensors.items()):
-                entry = _entry(f"data/{index}", tensor.nbytes, at=file.tell())
-                with archive.open(entry, "w") as record:
-                    record.write(_raw(read(key, tensor)))
-            archive.writestr(_entry("version"), b"3\n")
-        _settle(file)
+    with (
+        atomic_file(path, sync=True) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        archive.writestr(_entry("data.pkl"), table.getvalue())
+        archive.writestr(_entry("byteorder"), b"little")
+        for index, (key, tensor) in enumerate(tensors.items()):
+            entry = _entry(f"data/{index}", tensor.nbytes, at=file.tell())
+            with archive.open(entry, "w") as record:
+                record.write(_raw(read(key, tensor)))
+        archive.writestr(_entry("version"), b"3\n")
 
 
 def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:

@@ -30,6 +30,7 @@ from pbe.config.model import (
     UNetConfig as UNetConfig,
 )
 from pbe.errors import UserError
+from pbe.files import write_output
 
 
 @dataclass
@@ -373,12 +374,5 @@ def save_yaml(config: Config, path: str | Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        text = OmegaConf.to_yaml(OmegaConf.structured(config))
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write '{path}': {error.strerror or error}") from error
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_output(Path(path), text.encode("utf-8", "surrogateescape"))

@@ -26,7 +26,7 @@ from pbe.data.packing.report import HTML_NAME, JSON_NAME
 from pbe.data.randomness import generator
 from pbe.data.shards.index import MANIFEST_NAME
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import make_folder, sha256_of
 from scripts.benchmarks.loading import synthetic_picture
 
 OPEN_IMAGES_ROWS, OPEN_IMAGES_PICTURES = 14_600_000, 1_740_000
@@ -274,8 +274,7 @@ def packed_files(out: Path) -> dict[str, str]:
     found = {}
     for path in sorted(out.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.name not in (JSON_NAME, HTML_NAME):
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = sha256_of(path)
     return found
 
 

@@ -7,24 +7,22 @@ fails before leaves the folder as it was.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pbe.data.packing.index import read_json, read_summary, write_whole
 from pbe.data.packing.plan import SUMMARY, PackSettings, Plan, save_plan
 from pbe.data.shards.index import MANIFEST_NAME
 from pbe.data.sources.annotations import Annotations
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import lock
 
 WORK, PLAN_LOCK, PACK_LOCK = ".packing", ".lock-plan", ".lock"
 PLAN_VERSION = 2
@@ -73,58 +71,19 @@ class PackRequest:
         return self.work / "plan"
 
 
-def _open_lock(folder: Path, name: str) -> IO[str] | None:
-    try:
-        return (make_folder(folder) / name).open("w")
-    except FileNotFoundError:  # another run failed, and removed the folder that it had made
-        return None
-    except OSError as error:
-        raise UserError(f"cannot write '{folder / name}': {error.strerror}") from error
-
-
-def _is_lock(file: IO[str], path: Path) -> bool:
-    """Say whether a locked file is still the one that others would lock."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def hold_lock(folder: Path, name: str, mode: int, complaint: str) -> Iterator[None]:
-    """Make a missing folder, and hold a lock in it that ends with the process, however it ends."""
-    while True:
-        file = _open_lock(folder, name)
-        if file is None:
-            continue
-        with file:
-            try:
-                fcntl.flock(file, mode)
-            except BlockingIOError as error:
-                raise UserError(complaint) from error
-            except OSError as error:
-                raise UserError(f"cannot lock '{folder / name}': {error.strerror}") from error
-            if _is_lock(file, folder / name):
-                yield
-                return
-
-
 @contextlib.contextmanager
 def reserved(request: PackRequest) -> Iterator[None]:
     """Keep other runs from planning; where planning fails, remove what this made of the folder."""
     folder = request.out
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    was_there = (folder / PLAN_LOCK).exists()
-    with hold_lock(folder, PLAN_LOCK, fcntl.LOCK_EX, busy(request)):
-        try:
+    try:
+        with lock(folder / PLAN_LOCK):
             yield
-        except BaseException:
-            if not was_there and not (folder / WORK).exists():
-                (folder / PLAN_LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what holds something by now stays
-                for path in missing:
-                    path.rmdir()
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):  # what holds something by now stays
+            for path in missing:
+                path.rmdir()
+        raise
 
 
 def look(request: PackRequest, overwrite: bool) -> State:
@@ -160,7 +119,7 @@ def look(request: PackRequest, overwrite: bool) -> State:
 def claim_folder(request: PackRequest, plan: Plan, times: dict[str, float], overwrite: bool) -> None:
     """Write the plan and the claim, and first remove what is to be overwritten."""
     marker = {"fingerprint": request.fingerprint, "version": PLAN_VERSION}
-    with hold_lock(request.out, PACK_LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB, busy(request)):
+    with lock(request.out / PACK_LOCK, keep=True, busy=busy(request)):
         try:
             if overwrite:
                 _clear(request.out)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from pbe.data.shards.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
 EXTENSIONS = ("jpg", "png", "webp")
 
@@ -31,15 +31,7 @@ def digest(data: bytes) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, data, sync=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ that was killed leaves whole shards and such records; started again, it packs wh
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -27,7 +26,6 @@ from pbe.data.packing.claim import (
     State,
     busy,
     claim_folder,
-    hold_lock,
     look,
     read_plan,
     remove_leavings,
@@ -39,6 +37,7 @@ from pbe.data.packing.tally import Tally
 from pbe.data.packing.worker import pack_shard
 from pbe.data.shards.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
+from pbe.files import lock
 
 Progress = Callable[[int], object]
 
@@ -243,11 +242,10 @@ def pack_all(
     if overwrite and not whole:
         raise UserError("--overwrite goes without --part: each part would remove what the others have packed")
     claim(requests, overwrite=overwrite, finish=finish)
-    mode = fcntl.LOCK_EX if whole else fcntl.LOCK_SH
     count = workers if workers is not None else os.cpu_count() or 1
     results: list[PackResult | None] = []
     for request in requests:
-        with hold_lock(request.out, PACK_LOCK, mode | fcntl.LOCK_NB, busy(request)):
+        with lock(request.out / PACK_LOCK, shared=not whole, keep=True, busy=busy(request)):
             if look(request, overwrite=False) is State.COMPLETE:
                 results.append(None)
                 continue

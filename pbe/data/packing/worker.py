@@ -47,6 +47,7 @@ from pbe.data.sources.image_files import (
     turn_image,
 )
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
+from pbe.files import HashingFile
 
 UNREADABLE = "unreadable"
 OTHER_SIZE = "annotated for an image of another size"
@@ -68,23 +69,6 @@ class KeptBox:
     label: int
     flags: frozenset[str]
     mask: np.ndarray | None = None
-
-
-class _HashingFile:
-    """A file that hashes what is written; enough of a file for :mod:`tarfile`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.hash = hashlib.blake2b(digest_size=HASH_BYTES)
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.size
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
@@ -309,10 +293,10 @@ def shard_name(number: int) -> str:
 
 def _pack_rows(
     packer: PicturePacker, plan: Path, number: int, out: IO[bytes]
-) -> tuple[list[IndexEntry], _HashingFile]:
+) -> tuple[list[IndexEntry], HashingFile]:
     pictures, boxes = load_task(plan, number)
     rows = boxes.to_dicts()
-    hashing = _HashingFile(out)
+    hashing = HashingFile(out, hashlib.blake2b(digest_size=HASH_BYTES))
     entries = []
     start = 0
     with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]

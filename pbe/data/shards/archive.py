@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from pbe.data.shards.remote import (
     spool,
 )
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import atomic_file, make_folder
 
 __all__ = [
     "ShardEntry", "ShardPictures", "ShardRecord", "find_shards", "parse_annotation", "shard_state",
@@ -84,36 +83,24 @@ class ShardRecord:
         return {"width": self.width, "height": self.height, "boxes": boxes}
 
 
-class _ShardWriter:
-    """Writes one tar under a temporary name and gives it its own name when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self.bytes = 0
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
-        # Fixed owner and time, so that the same pictures give the same bytes.
-        self._tar = webdataset.TarWriter(
-            self._file, user="pbe", group="pbe", mode=0o644, mtime=0, encoder=False
-        )
-
-    def write(self, record: ShardRecord) -> None:
-        annotation = json.dumps(record.annotation(), separators=(",", ":")).encode()
-        members = {"__key__": record.key, record.extension: record.picture, "json": annotation}
-        self.bytes += self._tar.write(members)
-        self.count += 1
-
-    def finish(self) -> Path:
-        self._tar.close()
-        self._file.close()
-        os.replace(self._temporary, self.path)
-        return self.path
-
-    def abandon(self) -> None:
-        self._tar.close()
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+def _fill(
+    tar: webdataset.TarWriter,
+    record: ShardRecord,
+    rest: Iterator[ShardRecord],
+    max_count: int,
+    max_bytes: int,
+) -> ShardRecord | None:
+    """Write records until a shard is full; returns the first one of the next shard, None at the end."""
+    count = size = 0
+    upcoming: ShardRecord | None = record
+    while upcoming is not None and (count < 1 or (count < max_count and size < max_bytes)):
+        if "." in upcoming.key or "/" in upcoming.key:
+            raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
+        annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
+        size += tar.write({"__key__": upcoming.key, upcoming.extension: upcoming.picture, "json": annotation})
+        count += 1
+        upcoming = next(rest, None)
+    return upcoming
 
 
 def write_shards(
@@ -146,22 +133,16 @@ def write_shards(
     if (folder / MANIFEST_NAME).exists():
         raise UserError(f"'{folder}' holds shards that prepare_data.py has packed; name another folder")
     paths: list[Path] = []
-    writer: _ShardWriter | None = None
-    try:
-        for record in records:
-            if "." in record.key or "/" in record.key:
-                raise UserError(f"shard key '{record.key}' holds a dot or a slash; use a plain name")
-            writer = writer or _ShardWriter(folder / f"{prefix}-{len(paths):06d}.tar")
-            writer.write(record)
-            if writer.count >= max_count or writer.bytes >= max_bytes:
-                paths.append(writer.finish())
-                writer = None
-        if writer is not None:
-            paths.append(writer.finish())
-            writer = None
-    finally:
-        if writer is not None:
-            writer.abandon()
+    rest = iter(records)
+    upcoming = next(rest, None)
+    while upcoming is not None:
+        paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
+        with (
+            atomic_file(paths[-1]) as file,
+            # Fixed owner and time, so that the same pictures give the same bytes.
+            webdataset.TarWriter(file, user="pbe", group="pbe", mode=0o644, mtime=0, encoder=False) as tar,
+        ):
+            upcoming = _fill(tar, upcoming, rest, max_count, max_bytes)
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths

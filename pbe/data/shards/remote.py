@@ -25,7 +25,7 @@ import webdataset
 
 from pbe.data.shards.index import HASH_BYTES, MANIFEST_NAME, DamagedIndexError
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import atomic_file, atomic_write, make_folder
 
 LOG = logging.getLogger(__name__)
 PIPE = "pipe:"
@@ -135,9 +135,8 @@ def cached_copy(url: str, digest: str, folder: Path) -> str:
         data = read_whole(url)
         if hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
             raise DamagedIndexError(f"'{url}' is not the index that {MANIFEST_NAME} tells of")
-        temporary = make_folder(folder) / f".{digest}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        make_folder(folder)
+        atomic_write(path, data)
     return str(path)
 
 
@@ -160,15 +159,11 @@ def spool(pattern: str, folder: Path) -> list[Path]:
         if path.exists():
             continue
         LOG.info("copying '%s' to '%s'", url, path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with webdataset.gopen(url) as stream, temporary.open("wb") as copy:
+            with atomic_file(path) as copy, webdataset.gopen(url) as stream:
                 shutil.copyfileobj(stream, copy)
-            os.replace(temporary, path)
         except OSError as error:
             raise UserError(
                 f"'{url}' failed ({' '.join(str(error).split())}); try the command by hand"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
     return paths

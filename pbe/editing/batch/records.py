@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import platform
 import re
 import shlex
@@ -19,6 +17,7 @@ from PIL import Image, ImageOps
 
 from pbe.editing.compositing import grey_out
 from pbe.errors import UserError
+from pbe.files import sha256_of, write_output
 
 CELL = 512  # longest side of a grid's cell, pixels
 COLUMNS = 7
@@ -79,7 +78,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     except (OSError, ValueError) as error:  # WebP ends at 16383 pixels, JPEG at 65535
         size = f"{picture.width}x{picture.height}"
         raise UserError(f"cannot write '{path}', {size}, as {kind}: {str(error) or 'too large'}") from error
-    _write(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -90,18 +89,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # What is not UTF-8 in a path is a lone surrogate in Python, and its backslash form is JSON's own.
-    _write(path, text.encode(errors="backslashreplace"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_output(path, text.encode(errors="backslashreplace"))
 
 
 def model_digests(place: Path) -> dict[str, str]:
@@ -117,8 +105,7 @@ def _digest(path: Path) -> str:
     stored = path.resolve().name
     if path.is_symlink() and DIGEST.fullmatch(stored):
         return stored  # the Hub's cache names large files by their SHA-256
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def versions() -> dict[str, str]:

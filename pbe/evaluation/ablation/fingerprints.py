@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pbe.config import Config, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import fingerprint_of
+from pbe.files import sha256_of
 
 # Sections and keys that say where a training runs, how it is watched or kept, not what comes out.
 ASIDE = {
@@ -51,8 +51,7 @@ class FileHashes:
     def of(self, path: Path) -> str:
         """Return the SHA-256 of a file."""
         if path not in self._known:
-            with path.open("rb") as file:
-                self._known[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            self._known[path] = sha256_of(path)
         return self._known[path]
 
 
@@ -66,7 +65,7 @@ def shaping_settings(config: Config) -> dict[str, Any]:
         if values["trainer"][key] == usual:
             del values["trainer"][key]
     if Path(pretrained := config.model.exemplar_encoder.pretrained).is_file():
-        values["pretrained"] = hashlib.sha256(Path(pretrained).read_bytes()).hexdigest()
+        values["pretrained"] = sha256_of(pretrained)
     values["samples"] = SAMPLES
     values["cached"] = config.cache.variants if config.cache.folder else 0
     return values

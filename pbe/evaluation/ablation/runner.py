@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from pbe.errors import UserError
 from pbe.evaluation.ablation.schedule import Schedule, span
 from pbe.evaluation.ablation.stages import Stage, write_json
-from pbe.files import make_folder
+from pbe.files import lock, make_folder
 from pbe.training.resume.signals import StopSignals
 
 POLL_SECONDS = 0.2
@@ -216,11 +215,6 @@ def only_one(workspace: Path) -> Iterator[int]:
     Raises:
         UserError: another process holds it.
     """
-    with _opened(make_folder(workspace) / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another ablation runs in '{workspace}'; wait for it, or name another workspace"
-            ) from error
-        yield lock.fileno()
+    busy = f"another ablation runs in '{workspace}'; wait for it, or name another workspace"
+    with lock(workspace / ".lock", keep=True, busy=busy) as held:
+        yield held.descriptor

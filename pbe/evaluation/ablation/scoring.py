@@ -24,7 +24,8 @@ from pbe.evaluation.metrics.mixture import load_mixture
 from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.set_scores import PictureFolder
-from pbe.evaluation.metrics.towers import TOWERS, file_sha256
+from pbe.evaluation.metrics.towers import TOWERS
+from pbe.files import sha256_of
 
 SCORES = "scores.json"
 GIVEN = ("tower_weights", "mixture", "reference")  # keys of what scores need from outside
@@ -92,16 +93,16 @@ def identities(options: EvaluationConfig) -> dict[str, Any]:
         found["tower_weights"] = {role: _weights(role, text) for role, text in options.tower_weights.items()}
     if options.mixture:
         load_mixture(Path(options.mixture))
-        found["mixture"] = file_sha256(Path(options.mixture))
+        found["mixture"] = sha256_of(Path(options.mixture))
     if options.reference:
         paths = PictureFolder(Path(options.reference)).paths
-        found["reference"] = fingerprint_of([(path.name, file_sha256(path)) for path in paths])
+        found["reference"] = fingerprint_of([(path.name, sha256_of(path)) for path in paths])
     return found
 
 
 def _weights(role: str, text: str) -> str:
     if Path(text).is_file():
-        return file_sha256(Path(text))
+        return sha256_of(Path(text))
     if role == "clip" and text in open_clip.list_pretrained_tags_by_model(TOWERS[role].architecture):
         return text
     raise UserError(f"'evaluation.tower_weights' gives '{text}' for {role}; there is no such file")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pbe.errors import UserError
+from pbe.files import write_output
 
 DONE = "done.json"
 MARK = {"seconds": int | float, "units": int | float, "rate": str, "resumed": bool}  # what estimates read
@@ -81,12 +79,4 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_output(path, json.dumps(content, indent=2) + "\n")

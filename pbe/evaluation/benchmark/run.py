@@ -37,7 +37,7 @@ from pbe.evaluation.benchmark.tables import (
 from pbe.evaluation.benchmark.times import read_times, timed
 from pbe.evaluation.metrics.scoring import ScoreSettings, check_tools, score
 from pbe.evaluation.report.html import write_html
-from pbe.files import make_folder, write_text
+from pbe.files import make_folder, write_output
 
 TITLE = "Evaluation of edits"
 
@@ -181,7 +181,7 @@ class BenchmarkRun:
         tables = score_tables(self.scored, coco_ee=self._coco_ee())
         tables += paired_tables(self.scored, self.settings.bootstrap)
         write_json(self.out / "scores.json", self.to_dict())
-        write_text(self.out / "scores.md", markdown(TITLE, tables, self.scored))
+        write_output(self.out / "scores.md", markdown(TITLE, tables, self.scored))
         page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
         page.warnings = [line for _, edits in self.edits if (line := exclusions(edits))]
         page.sections = [

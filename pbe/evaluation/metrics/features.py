@@ -5,7 +5,6 @@ The tower is kept for scoring: no model of the toy world has seen it.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.errors import UserError
+from pbe.files import sha256_of
 from pbe.models.tower import lite_state, lite_weights
 
 TOWER = "tf_efficientnet_lite2"
@@ -64,7 +64,7 @@ class LiteFeatures:
         path = lite_weights(TOWER)
         self.tower = build_lite(path)
         width = int(getattr(self.tower, "num_features", 0))
-        self.card = FeatureCard(TOWER, path.name, hashlib.sha256(path.read_bytes()).hexdigest(), width)
+        self.card = FeatureCard(TOWER, path.name, sha256_of(path), width)
 
     def of_pictures(
         self, pictures: list[np.ndarray], batch_size: int = 64, *, grey: bool = False

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard
 from pbe.evaluation.metrics.set_scores import edit_features
-from pbe.evaluation.metrics.towers import Tower, file_sha256
+from pbe.evaluation.metrics.towers import Tower
+from pbe.files import sha256_of, write_output
 
 COMPONENTS = 20
 SCALE = 300.0  # of the log-likelihood, in the released script
@@ -73,14 +73,7 @@ class Mixture:
             name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.float64))
             for name in ("weights", "means", "cholesky")
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "card": json.dumps(self.card)})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write '{path}': {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_output(path, save(tensors, metadata={"format": FORMAT, "card": json.dumps(self.card)}))
 
 
 def load_mixture(path: Path) -> Mixture:
@@ -198,7 +191,7 @@ class QualityMeasure(CaseMeasure):
             tower.sha256,
             tower.whole_filter,
             "whole pictures",
-            reference_sha256=file_sha256(path),
+            reference_sha256=sha256_of(path),
             notes=f"mixture of {len(self.mixture.weights)} Gaussians, whose file's hash the reference is"
             + ("; in batches of 50, the remainder dropped" if drop_remainder else ""),
         )

@@ -14,7 +14,7 @@ from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.measures import Batch, CaseMeasure, NotRunError, Outcome
 from pbe.evaluation.metrics.results import Score, ScoreCard
-from pbe.evaluation.metrics.towers import file_sha256
+from pbe.files import sha256_of
 
 PEAK = 255.0
 SIGMA, TAPS = 1.5, 11  # the window of Wang et al. 2004
@@ -180,7 +180,7 @@ def lpips_measure(weights: str | None, device: str = "cpu") -> CaseMeasure:
         pairs = zip(batch.cases, batch.edits, strict=True)
         return [lpips_outside(network, case.image, edit, case.mask) for case, edit in pairs]
 
-    digest = file_sha256(Path(weights or ""))
+    digest = sha256_of(Path(weights or ""))
     notes = "of the whole pictures, the hole as in the real one"
     card = ScoreCard("LPIPS 0.1 on AlexNet", digest, "none", RULE, notes=notes)
     return LpipsMeasure("lpips-outside", "clean", "lower", measure, card)

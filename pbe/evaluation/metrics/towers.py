@@ -34,6 +34,7 @@ from pbe.evaluation.metrics.features import (
     to_input,
 )
 from pbe.evaluation.metrics.measures import NotRunError
+from pbe.files import sha256_of
 from pbe.models.tower import build_tower, lite_weights, tagged_tower
 
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
@@ -204,7 +205,7 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
     network = build_network(spec)
     path = Path(weights)
     load_strictly(network, image_tower(read_state(path)), path, spec.architecture)
-    return Tower(spec, network, file_sha256(path), device)
+    return Tower(spec, network, sha256_of(path), device)
 
 
 def build_network(spec: TowerSpec) -> nn.Module:
@@ -247,7 +248,7 @@ def _load_lite(spec: TowerSpec, weights: str | None, device: str) -> Tower:
         network = build_lite(path)
     except UNREADABLE as error:
         raise UserError(f"'{path}' holds no weights of EfficientNet-Lite2") from error
-    return LiteTower(spec, network, file_sha256(path), device)
+    return LiteTower(spec, network, sha256_of(path), device)
 
 
 def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
@@ -264,13 +265,7 @@ def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
         )
     except (RuntimeError, TypeError) as error:
         raise UserError(f"'{path}' holds no weights of torch-fidelity's Inception") from error
-    return InceptionTower(spec, network, file_sha256(path), device)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return InceptionTower(spec, network, sha256_of(path), device)
 
 
 def state_sha256(network: nn.Module) -> str:

@@ -16,8 +16,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import make_folder, write_output
 
 TEMPLATE = "report/report.html.j2"
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "opencv-python-headless", "timm", "open-clip-torch")
@@ -138,14 +137,8 @@ def write_html(page: str, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = make_folder(path.parent) / f".{path.name}.{os.getpid()}"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    make_folder(path.parent)
+    write_output(path, page)
 
 
 def machine_facts() -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.sheets import at_side
 from pbe.evaluation.benchmark.toy import SPLIT, BenchmarkCase
 from pbe.evaluation.metrics.bootstrap import LEVEL, Estimate
-from pbe.files import write_text
+from pbe.files import write_output
 
 LETTERS = "abcd"
 OBJECTS = 48
@@ -129,7 +129,7 @@ def write_form(path: Path, questions: Sequence[Question]) -> None:
 def _write_rows(path: Path, rows: Sequence[Sequence[object]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    write_output(path, text.getvalue())
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,8 @@ from pbe.data.dataset import FAULTS, collate, describe
 from pbe.data.packing.index import write_whole
 from pbe.data.shards.remote import is_url
 from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import POLL_SECONDS, FileLock, lock, make_folder, try_lock
 from pbe.models import LatentDiffusion
-from pbe.training.latent_cache.locks import POLL_SECONDS, Claim, waiting
 from pbe.training.latent_cache.record import Layout, index_bytes, record_of, tar_bytes, to_records
 from pbe.training.latent_cache.section import (
     MANIFEST_NAME,
@@ -47,6 +46,8 @@ from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 
 LOG = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
+# without locks a shard may be made twice, with the same bytes
+WITHOUT_LOCKS = "give every builder its own part by --shard"
 
 
 def go_on() -> None:
@@ -167,7 +168,7 @@ def _open(
     samples = {stream: len(data.dataset(stream)) for stream in variants_of(config)}
     record = record_of(config, model)
     folder = make_folder(section_folder(config.cache.folder, settings))
-    with waiting(folder / LOCK_NAME, check):
+    with lock(folder / LOCK_NAME, check=check, without_locks=WITHOUT_LOCKS):
         section = _read(config, settings)
         if section is None:
             section = Section(
@@ -185,13 +186,15 @@ def _sweep(folder: Path) -> None:
         name = path.name[1:].rsplit(".", 2)[0]
         if name == MANIFEST_NAME:
             path.unlink(missing_ok=True)
-        elif claim := Claim.take(folder / _lock_name(name)):
+        elif claim := _claim(folder, name):
             path.unlink(missing_ok=True)
             claim.release()
 
 
-def _lock_name(name: str) -> str:
-    return f".{name.removesuffix('.tar').removesuffix('.index.npz')}.lock"
+def _claim(folder: Path, name: str) -> FileLock | None:
+    """Lock a shard, by the name of its tar or index, so that others pass it over; None when another has."""
+    stem = name.removesuffix(".tar").removesuffix(".index.npz")
+    return try_lock(folder / f".{stem}.lock", without_locks=WITHOUT_LOCKS)
 
 
 def _check_space(build: Build) -> None:
@@ -235,7 +238,7 @@ def _build(build: Build, stream: str, variants: int) -> None:
 
 def _is_free(section: Section, shard: Shard) -> bool:
     """Say whether nobody is making a shard."""
-    claim = Claim.take(section.folder / _lock_name(shard.name))
+    claim = _claim(section.folder, shard.name)
     if claim is not None:
         claim.release()
     return claim is not None
@@ -257,12 +260,12 @@ class ShardFeed:
 
     def __init__(self, section: Section, shards: Sequence[Shard], batch_size: int) -> None:
         self.section, self.shards, self.batch_size = section, shards, batch_size
-        self.claimed: deque[tuple[Shard, Claim]] = deque()
+        self.claimed: deque[tuple[Shard, FileLock]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the counters of each batch."""
         for shard in self.shards:
-            claim = Claim.take(self.section.folder / _lock_name(shard.name))
+            claim = _claim(self.section.folder, shard.name)
             if claim is None:
                 continue
             if (self.section.folder / shard.name).exists():
@@ -348,7 +351,7 @@ def write_shard(section: Section, shard: Shard, records: np.ndarray, counts: Cou
 def _list(build: Build) -> Section:
     """List the shards that are there, unless too many pictures were of no use."""
     variants = variants_of(build.config)
-    with waiting(build.section.folder / LOCK_NAME, build.check):
+    with lock(build.section.folder / LOCK_NAME, check=build.check, without_locks=WITHOUT_LOCKS):
         section = (read_section(build.section.folder) or build.section).listing(variants)
         for stream in variants:
             counts, samples = section.counts(stream), section.rows_listed(stream)

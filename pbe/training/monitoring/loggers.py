@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
 LOG = logging.getLogger(__name__)
 
@@ -98,9 +99,7 @@ class CsvLog(Logger):
         if self.path.read_bytes().startswith(kept):
             os.truncate(self.path, len(kept))
             return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(kept)
-        temporary.replace(self.path)
+        atomic_write(self.path, kept)
 
     def has(self, step: int, name: str) -> bool:
         """Say whether a metric of a step is written already."""

@@ -22,6 +22,7 @@ import torch
 
 from pbe.config import Config
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
 SHARE = 0.8  # of the memory that is available
 TOO_MUCH = 77  # exit status of a trial that went above the limit
@@ -197,9 +198,7 @@ def _in_process(work: Work, config: Config, size: int, limit: int, folder: Path)
         outcome = {"error": str(error)}
     except (MemoryExceededError, MemoryError):
         outcome = asdict(Trial(size, fits=False))
-    temporary = folder / "outcome.tmp"
-    temporary.write_text(json.dumps(outcome))
-    temporary.replace(folder / "outcome.json")
+    atomic_write(folder / "outcome.json", json.dumps(outcome))
 
 
 def end_above(limit: int) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
+from pbe.files import HashingFile, atomic_file, sha256_of
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ UNREADABLE = (
     *(RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, ValueError),
     pickle.UnpicklingError,
 )
-CHUNK = 1 << 24  # bytes hashed or copied at a time
+CHUNK = 1 << 24  # bytes copied at a time
 # What a kernel or file system says that cannot copy between two files by itself.
 CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 # What may differ between two starts of a run without a word: it has no part in what is trained.
@@ -41,8 +42,8 @@ def say(message: str) -> None:
     LOG.info("%s", message)
 
 
-class HashingFile:
-    """A file to write to that adds up its checksum and remembers the first error instead of raising it.
+class QuietFile(HashingFile):
+    """Remembers the first error instead of raising it.
 
     torch's writer does not take an exception from below well: it warns, and may end the process.
 
@@ -50,26 +51,21 @@ class HashingFile:
         error: what went wrong, or None.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha = file, hashlib.sha256()
-        self.error: OSError | None = None
+    error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         """Write, unless something went wrong before."""
-        if self.error is None:
-            try:
-                self.file.write(data)
-                self.sha.update(data)
-            except OSError as error:
-                self.error = error
+        self._try(super().write, data)
         return len(data)
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Hand what is buffered to the system, unless something went wrong before."""
+        self._try(super().flush)
+
+    def _try(self, call: Callable[..., object], *arguments: object) -> None:
         if self.error is None:
             try:
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                call(*arguments)
             except OSError as error:
                 self.error = error
 
@@ -88,20 +84,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write ``path`` and ``path.sha256`` (as ``sha256sum -c`` reads it)."""
         path, self.error = Path(path), None
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb", buffering=CHUNK) as raw:
-                file = HashingFile(raw)
+            with atomic_file(path, sync=True, sole_writer=True) as raw:
+                file = QuietFile(raw, hashlib.sha256())
                 torch.save(checkpoint, file)  # type: ignore[arg-type]
-                file.flush()
-            if file.error is not None:
-                raise file.error
-            publish(temporary, path, file.sha.hexdigest())
+                if file.error is not None:
+                    raise file.error
+                _announce(path, file.hash.hexdigest())
+            _confirm(path)
         except OSError as error:
             self.error = error
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def checksum_files(path: Path) -> tuple[Path, Path]:
@@ -109,11 +102,16 @@ def checksum_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.sha256"), path.with_name(f"{path.name}.sha256.new")
 
 
-def publish(temporary: Path, path: Path, digest: str) -> None:
-    """Give a whole file its name; at every moment the file there has one of the two checksums there."""
+def _announce(path: Path, digest: str) -> None:
+    """Write the checksum of the file that is about to take a checkpoint's place.
+
+    With :func:`_confirm` afterwards, the file there has one of the two checksums there at every moment.
+    """
+    checksum_files(path)[1].write_text(f"{digest}  {path.name}\n")
+
+
+def _confirm(path: Path) -> None:
     current, upcoming = checksum_files(path)
-    upcoming.write_text(f"{digest}  {path.name}\n")
-    os.replace(temporary, path)
     os.replace(upcoming, current)
 
 
@@ -123,17 +121,11 @@ def duplicate(path: Path, target: Path) -> None:
     A hard link would cost nothing, but what damages one name of a file damages all of them. Where the
     file system can, the kernel shares the blocks until one of the two is changed.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with path.open("rb") as source, temporary.open("wb") as copy:
-            _copy(source, copy)
-            os.fsync(copy.fileno())
+    with path.open("rb") as source, atomic_file(target, sync=True, sole_writer=True) as copy:
+        _copy(source, copy)
         digests = _listed(path)
-        publish(temporary, target, digests[0] if digests else _digest(path))
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+        _announce(target, digests[0] if digests else sha256_of(path))
+    _confirm(target)
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> None:
@@ -162,21 +154,13 @@ def _listed(path: Path) -> list[str]:
     return [file.read_text().split(" ")[0] for file in checksum_files(path) if file.is_file()]
 
 
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            sha.update(block)
-    return sha.hexdigest()
-
-
 def fault(path: Path) -> str:
     """Return what is wrong with a checkpoint, nothing when it is whole.
 
     One without a checksum (of an older version of this project) only has to be readable.
     """
     try:
-        if (listed := _listed(path)) and _digest(path) not in listed:
+        if (listed := _listed(path)) and sha256_of(path) not in listed:
             return "its checksum does not match"
         read_checkpoint(path)
     except UserError:

@@ -224,11 +224,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
-        runner([stage(tmp_path, "a")]).run()
+    stages = [stage(tmp_path, "a")]
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match=r"cannot write '.*\.lock': No space left"), only_one(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
+        runner(stages).run()
+    with pytest.raises(UserError, match=r"cannot lock '.*\.lock': No space left"), only_one(tmp_path):
         pass
 
 

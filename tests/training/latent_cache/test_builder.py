@@ -18,14 +18,14 @@ import cv2
 import numpy as np
 import pytest
 
+import pbe.files as files_module
 import pbe.training.latent_cache.builder as builder_module
-import pbe.training.latent_cache.locks as locks_module
 from pbe.config import Config
 from pbe.data.shards.archive import ShardRecord, write_shards
 from pbe.errors import UserError
+from pbe.files import try_lock
 from pbe.models import LatentDiffusion
 from pbe.training.latent_cache.builder import ensure_cache, find_cache
-from pbe.training.latent_cache.locks import Claim
 from pbe.training.latent_cache.section import Section, section_folder
 from pbe.training.latent_cache.settings import settings_of
 from pbe.training.latent_cache.size import size_on_disk
@@ -154,7 +154,7 @@ def build_apart(config: Config, model: LatentDiffusion, log: Path, killed_at: in
         return encode_batch(*args)
 
     builder_module.encode_batch = noting
-    builder_module.POLL_SECONDS = locks_module.POLL_SECONDS = 0.01
+    builder_module.POLL_SECONDS = files_module.POLL_SECONDS = 0.01
     ensure_cache(config, model)
 
 
@@ -230,7 +230,7 @@ def test_who_waits_for_others_can_be_stopped_and_takes_over_from_the_dead(built,
     model, config = built[0], moved(built[1], tmp_path, 1)
     section = ensure_cache(config, model, share=(1, 4))
     shard = section.missing({"train": 1})[0]
-    claim = Claim.take(section.folder / f".{shard.name.removesuffix('.tar')}.lock")
+    claim = try_lock(section.folder / f".{shard.name.removesuffix('.tar')}.lock")
     polls: list[int] = []
 
     def check() -> None:
@@ -255,7 +255,7 @@ def test_what_the_killed_left_is_swept_up_and_the_living_are_left_alone(built, t
     lists = section.folder / ".shards.json.79.tmp"
     for path in (dead, alive, lists):
         path.touch()
-    claim = Claim.take(section.folder / ".validation-000-000000.lock")
+    claim = try_lock(section.folder / ".validation-000-000000.lock")
     ensure_cache(config, model, share=(0, 4))
     assert [path.exists() for path in (dead, alive, lists)] == [False, True, False]
     claim.release()
