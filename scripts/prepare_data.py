@@ -20,13 +20,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pbe.cli.parser import Parser, run_command
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.merge import SIDES
 from pbe.data.packing.pack import ENGINES, PackResult, pack_all
-from pbe.data.packing.plan import FRAMES, PackSettings
+from pbe.data.packing.plan import FRAMES, SIDES, PackSettings
 from pbe.data.packing.report import HTML_NAME, make_report, write_report
-from pbe.data.sources.annotations import FLAGS, Annotations
-from pbe.data.sources.image_files import find_images
+from pbe.data.packing.request import PackRequest
+from pbe.data.sources.annotations import FLAGS, Annotations, find_images
 from pbe.data.sources.open_images import SPLITS
 from pbe.data.sources.read import KINDS, SourceOptions, parse_source, read_source
 from pbe.errors import UserError

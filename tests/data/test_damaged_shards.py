@@ -18,7 +18,7 @@ import pytest
 
 from pbe.config import DataConfig
 from pbe.data.dataset import UnusablePictureError, read_picture
-from pbe.data.packing.index import load_index, read_summary
+from pbe.data.packing.records import load_index, read_summary
 from pbe.data.shards.archive import ShardPictures
 from pbe.errors import UserError
 from tests.data.indexed import index_bytes, shard_columns

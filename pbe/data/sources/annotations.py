@@ -16,6 +16,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from pbe.data.sources.image_files import (
+    UnreadableImageError,
+    find_files,
+    inspect_image,
+    is_image,
+    need_folder,
+)
 from pbe.errors import UserError
 
 FLAGS = ("is_group_of", "is_depiction", "is_occluded", "is_truncated", "is_inside", "is_difficult")
@@ -29,6 +36,9 @@ BAD_FLAG = "flag that is neither yes nor no"
 BAD_SIZE = "width or height that no image has"
 AMBIGUOUS_ID = "id of several images"
 OTHER_SIZES = "annotated with several sizes"
+BAD_NAME = "file name is not UTF-8"
+TWICE = "image found twice"
+AMBIGUOUS_STEM = "different images of one name"
 
 IMAGE_COLUMNS: dict[str, Any] = {
     "path": pl.String,
@@ -68,21 +78,11 @@ class SourceBox:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image with its boxes.
-
-    Attributes:
-        path: of the file.
-        name: of the file within its source.
-        width: pixels, in the frame that the boxes were drawn in.
-        height: pixels.
-        boxes: in pixels.
-        licence: empty where not given.
-        author: empty where not given.
-    """
+    """An image with its boxes; licence and author are empty where not given."""
 
     path: Path
-    name: str
-    width: int
+    name: str  # of the file within its source
+    width: int  # pixels, in the frame that the boxes were drawn in
     height: int
     boxes: tuple[SourceBox, ...]
     licence: str = ""
@@ -93,19 +93,15 @@ class ImageRecord:
 class Annotations:
     """The images of one source that exist, and their boxes.
 
-    Attributes:
-        images: columns of :data:`IMAGE_COLUMNS`; width and height null where the source gives none.
-        boxes: columns of :data:`BOX_COLUMNS`, sorted by ``image`` (a row of ``images``).
-        relative: coordinates are shares of width and height instead of pixels.
-        dropped_images: what could not be used at all, by reason.
-        dropped_boxes: likewise.
-        notes: lines for the user: what was decided, and the first of the names without a file.
+    ``images`` has :data:`IMAGE_COLUMNS`, with null where the source gives no size, and ``boxes`` has
+    :data:`BOX_COLUMNS`, sorted by ``image``, a row of ``images``. ``notes`` are lines for the user: what was
+    decided, and the first of the names without a file.
     """
 
     images: pl.DataFrame
     boxes: pl.DataFrame
-    relative: bool
-    dropped_images: Counter[str] = field(default_factory=Counter)
+    relative: bool  # coordinates are shares of width and height instead of pixels
+    dropped_images: Counter[str] = field(default_factory=Counter)  # what could not be used, by reason
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
@@ -124,10 +120,10 @@ class Annotations:
             first, start = start, end
             if width is None or height is None:
                 try:
-                    width, height = _size_of(path)
-                except UserError:
+                    width, height = inspect_image(path.read_bytes()).displayed_size
+                except (OSError, UnreadableImageError) as error:
                     if unreadable is None:
-                        raise
+                        raise UserError(f"'{path}' cannot be read: {error}") from error
                     unreadable.append(path)
                     continue
             across, down = (width, height) if self.relative else (1, 1)
@@ -135,15 +131,6 @@ class Annotations:
             boxes = tuple(_typed_box(box, across, down) for box in own)
             licence, author = row["licence"] or "", row["author"] or ""
             yield ImageRecord(path, row["name"], width, height, boxes, licence, author)
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    from pbe.data.sources.image_files import UnreadableImageError, inspect_image
-
-    try:
-        return inspect_image(path.read_bytes()).displayed_size
-    except (OSError, UnreadableImageError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
 
 
 def _typed_box(row: dict[str, Any], across: int, down: int) -> SourceBox:
@@ -182,6 +169,38 @@ def complete(images: pl.DataFrame, **columns: Mapping[int, Any]) -> pl.DataFrame
     )
 
 
+def find_images(
+    folders: Sequence[Path], *, stems: bool = False, root: Path | None = None
+) -> tuple[pl.DataFrame, Counter[str]]:
+    """Return the table of all images below some folders, sorted by name, and what was dropped.
+
+    Args:
+        folders: walked in this order.
+        stems: the key is the file's name without folders and ending; of files with the same key and number of
+            bytes the first is taken, of others none. Else it is the name within the root, ending included.
+        root: names are within this folder; with none, within each of ``folders``.
+    """
+    schema = {name: IMAGE_COLUMNS[name] for name in ("name", "bytes")}
+    tables = [pl.DataFrame(schema={"path": pl.String, **schema})]
+    dropped: Counter[str] = Counter()
+    for folder in folders:
+        files, bad = find_files(need_folder(folder, "the folder of images"))
+        dropped[BAD_NAME] += bad
+        start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
+        table = pl.DataFrame([file for file in files if is_image(file[0])], schema=schema, orient="row")
+        within, name = pl.lit(f"{folder}/") + pl.col("name"), pl.lit(start) + pl.col("name")
+        tables.append(table.select(within.alias("path"), name.alias("name"), "bytes"))
+    table = pl.concat(tables)
+    stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
+    table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
+    copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
+    unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
+    alike = int(copies.sum())
+    dropped[TWICE] += alike - unique.height
+    dropped[AMBIGUOUS_STEM] += table.height - alike
+    return complete(unique), +dropped
+
+
 def box_table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
     """Return a table of boxes from tuples in the order of :data:`BOX_COLUMNS`, sorted by image."""
     table = pl.DataFrame(rows, schema={**BOX_COLUMNS, "label": pl.String}, orient="row")
@@ -199,4 +218,6 @@ def take_images(
     taken = boxes.with_columns(pl.Series("image", moved))
     if (moved == gone).any():
         taken = taken.filter(pl.col("image") != gone)
-    return images[rows], taken.sort("image", maintain_order=True)
+    if not taken["image"].is_sorted():  # sorting takes far more memory than the rows
+        taken = taken.sort("image", maintain_order=True)
+    return images[rows], taken

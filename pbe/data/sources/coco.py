@@ -30,9 +30,9 @@ from pbe.data.sources.annotations import (
     OTHER_SIZES,
     Annotations,
     complete,
+    find_images,
     take_images,
 )
-from pbe.data.sources.image_files import find_images
 from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
 from pbe.errors import UserError
 
@@ -57,10 +57,8 @@ class _Image:
 class _Contents:
     """What the file holds, in compact arrays where there is a row a box.
 
-    Ids are numbered in the order in which they are met, so that any kind of id takes four bytes a box.
-
-    Args:
-        masks: keep ``segmentation``; where there is one, the box's numbers are left 0.
+    Ids are numbered in the order in which they are met, so that any kind of id takes four bytes a box. With
+    ``masks``, ``segmentation`` is kept; where there is one, the box's numbers are left 0.
     """
 
     def __init__(self, masks: bool) -> None:
@@ -156,12 +154,7 @@ def _merged(known: _Image | None, found: _Image) -> _Image:
 
 
 def _join(found: _Contents, matcher: NameMatcher) -> tuple[dict[int, int], dict[int, str], dict[int, _Image]]:
-    """Give every id of ``images`` its file.
-
-    Returns:
-        The row of the file by id; the reason why there is none, for ids that are in ``images`` and have none;
-        and what is known of each file, by row.
-    """
+    """Return the row of each id's file, why others in ``images`` have none, and what is known of each row."""
     unclear = [number for number, image in found.images.items() if image.problem == AMBIGUOUS_ID]
     reasons = dict.fromkeys(unclear, AMBIGUOUS_ID)
     usable = {number: image for number, image in found.images.items() if number not in reasons}

@@ -26,8 +26,9 @@ from pbe.data.sources.annotations import (
     FLAGS,
     MISSING,
     Annotations,
+    find_images,
 )
-from pbe.data.sources.image_files import find_images, need_file
+from pbe.data.sources.image_files import need_file
 from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
 from pbe.data.sources.parsing import (
     file_encoding,
@@ -126,9 +127,7 @@ def _reason(path: Path, error: Exception, separator: str) -> str:
 def flag_bits(columns: dict[str, str], names: list[str]) -> tuple[pl.Expr, pl.Expr]:
     """Return the flags of a row as bits, and whether one of them is neither yes nor no.
 
-    Args:
-        columns: name of the column by flag.
-        names: of the columns that are there; the flags of others are not set.
+    ``columns`` are their names by flag; the flags of those that are not among ``names`` are not set.
     """
     found = {flag: flag_column(column) for flag, column in columns.items() if column in names}
     bits = [pl.when(yes).then(FLAG_BITS[flag]).otherwise(0) for flag, (yes, _) in found.items()]

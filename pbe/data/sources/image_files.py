@@ -1,22 +1,20 @@
-"""Image files: finding them below folders, what their headers say, and boxes and masks turned with them."""
+"""Image files: finding them, their headers, any format's first frame, and turning boxes as EXIF says."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-import polars as pl
 from PIL import Image, UnidentifiedImageError
 
+from pbe.data.samples.colour import convert_profile
 from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
-from pbe.data.sources.annotations import IMAGE_COLUMNS, complete
 from pbe.errors import UserError
 
 # What is no JPEG, PNG or WebP is encoded again when it is packed, or counted as what Pillow cannot read.
@@ -27,15 +25,14 @@ IMAGE_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 SYSTEM_FILES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})  # others of macOS begin with a dot
-BAD_NAME = "file name is not UTF-8"
-TWICE = "image found twice"
-AMBIGUOUS_STEM = "different images of one name"
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 STARTS = {JPEG_START: "jpg", PNG_START: "png"}
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 ORIENTATION_TAG = 0x0112
 TRANSPOSED = frozenset({5, 6, 7, 8})
+CANNOT_DECODE = "cannot be decoded"
+NO_RANGE = "values beyond 16 bits, which are no colours"
 
 
 def is_image(name: str) -> bool:
@@ -75,48 +72,9 @@ def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:
         found = sorted(_walk(str(folder), ""))
     except OSError as error:
         raise UserError(f"cannot read '{error.filename or folder}': {error.strerror}") from error
-    good = [(name, size) for name, size in found if name.isprintable() or _is_utf8(name)]
+    # What cannot be decoded is a lone surrogate in Python's names.
+    good = [file for file in found if file[0].encode(errors="replace").decode() == file[0]]
     return good, len(found) - len(good)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def find_images(
-    folders: Sequence[Path], *, stems: bool = False, root: Path | None = None
-) -> tuple[pl.DataFrame, Counter[str]]:
-    """Return the table of all images below some folders, sorted by name, and what was dropped.
-
-    Args:
-        folders: walked in this order.
-        stems: the key is the file's name without folders and ending; of files with the same key and number of
-            bytes the first is taken, of others none. Else it is the name within the root, ending included.
-        root: names are within this folder; with none, within each of ``folders``.
-    """
-    schema = {name: IMAGE_COLUMNS[name] for name in ("name", "bytes")}
-    tables = [pl.DataFrame(schema={"path": pl.String, **schema})]
-    dropped: Counter[str] = Counter()
-    for folder in folders:
-        files, bad = find_files(need_folder(folder, "the folder of images"))
-        dropped[BAD_NAME] += bad
-        start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
-        table = pl.DataFrame([file for file in files if is_image(file[0])], schema=schema, orient="row")
-        within, name = pl.lit(f"{folder}/") + pl.col("name"), pl.lit(start) + pl.col("name")
-        tables.append(table.select(within.alias("path"), name.alias("name"), "bytes"))
-    table = pl.concat(tables)
-    stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
-    table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
-    copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
-    unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
-    alike = int(copies.sum())
-    dropped[TWICE] += alike - unique.height
-    dropped[AMBIGUOUS_STEM] += table.height - alike
-    return complete(unique), +dropped
 
 
 class UnreadableImageError(Exception):
@@ -125,19 +83,12 @@ class UnreadableImageError(Exception):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What stands at the start of an image file.
+    """What stands at the start of an image file."""
 
-    Attributes:
-        extension: ``jpg``, ``png`` or ``webp``, or empty for a format that shards do not hold.
-        stored_size: width and height in pixels, before the EXIF orientation.
-        orientation: EXIF's, 1 to 8.
-        frames: more than one in an animation.
-    """
-
-    extension: str
-    stored_size: tuple[int, int]
-    orientation: int
-    frames: int
+    extension: str  # jpg, png or webp, or empty for a format that shards do not hold
+    stored_size: tuple[int, int]  # width and height in pixels, before the EXIF orientation
+    orientation: int  # EXIF's, 1 to 8
+    frames: int  # more than one in an animation
 
     @property
     def displayed_size(self) -> tuple[int, int]:
@@ -162,11 +113,7 @@ def _check_whole(encoded: bytes) -> None:
 
 
 def inspect_image(encoded: bytes) -> ImageHeader:
-    """Read an image's header.
-
-    Raises:
-        UnreadableImageError: it is no image, or was cut short.
-    """
+    """Read an image's header; UnreadableImageError where it is no image, or was cut short."""
     _check_whole(encoded)
     try:
         with warnings.catch_warnings():
@@ -215,18 +162,43 @@ def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
     return ImageHeader(extension, (width, height), 1, 1)
 
 
-def turn_boxes(boxes: np.ndarray, width: int, height: int, orientation: int) -> np.ndarray:
-    """Turn boxes from the stored frame into the displayed one.
+def first_frame(encoded: bytes) -> np.ndarray:
+    """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
 
-    Args:
-        boxes: ``n 4``, x1 y1 x2 y2 in pixels of the stored frame.
-        width: of the stored image.
-        height: of the stored image.
-        orientation: EXIF's, 1 to 8.
+    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`.
 
-    Returns:
-        ``n 4``, in pixels of the displayed frame.
+    Raises:
+        UnreadableImageError: it cannot be decoded, or its numbers have no meaning as colours.
     """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd tags and large images; what matters is an error
+            with Image.open(io.BytesIO(encoded)) as image:
+                return _colours(image)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise UnreadableImageError(CANNOT_DECODE) from error
+
+
+def _colours(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+        deep = np.asarray(image).astype(np.int64)
+        if deep.min(initial=0) < 0 or deep.max(initial=0) > 0xFFFF:
+            raise UnreadableImageError(NO_RANGE)
+        return cv2.cvtColor((deep >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+    if image.mode == "F":
+        raise UnreadableImageError(NO_RANGE)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return np.array(Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
+    profile = image.info.get("icc_profile")
+    pixels = np.array(image.convert("RGB"))
+    return convert_profile(pixels, profile) if profile else pixels
+
+
+def turn_boxes(boxes: np.ndarray, width: int, height: int, orientation: int) -> np.ndarray:
+    """Turn boxes, ``n 4`` of x1 y1 x2 y2 in pixels, from the stored frame of that size to the displayed."""
     x1, y1, x2, y2 = boxes.T
     if orientation in (2, 3, 7, 8):  # mirrored from left to right, before a transposition
         x1, x2 = width - x2, width - x1

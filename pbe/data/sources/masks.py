@@ -22,8 +22,8 @@ from PIL import Image
 
 from pbe.data.samples.rle import decode_rle
 from pbe.data.sources import parsing
-from pbe.data.sources.annotations import Annotations, box_table
-from pbe.data.sources.image_files import find_files, find_images, is_image, need_folder
+from pbe.data.sources.annotations import Annotations, box_table, find_images
+from pbe.data.sources.image_files import find_files, is_image, need_folder
 from pbe.data.sources.names import NameMatcher
 from pbe.errors import UserError
 from pbe.mask_reading import BY_LUMINANCE, UnclearMaskError, read_mask_image
@@ -42,24 +42,14 @@ class BadMaskError(Exception):
 
 @dataclass(frozen=True)
 class LoadedMask:
-    """A mask and what decided, where its file could be read in several ways.
+    """A mask and what decided, where its file could be read in several ways."""
 
-    Attributes:
-        pixels: uint8 ``h w`` of 0 and 1.
-        read_by: of :func:`~pbe.mask_reading.read_mask_image`; empty where luminance did, or for no file.
-    """
-
-    pixels: np.ndarray
-    read_by: str = ""
+    pixels: np.ndarray  # uint8 h w, of 0 and 1
+    read_by: str = ""  # of read_mask_image; empty where luminance did, or for no file
 
 
 def load_mask(text: str, width: int, height: int) -> LoadedMask:
-    """Return the mask that a source names.
-
-    Args:
-        text: see the module.
-        width: of the image, pixels, in the frame of the annotation.
-        height: of the image.
+    """Return the mask that a source names, of an image of that size in the frame of the annotation.
 
     Raises:
         BadMaskError: it is missing, damaged or of another size.

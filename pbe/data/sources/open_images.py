@@ -19,9 +19,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.annotations import MISSING, Annotations, complete
+from pbe.data.sources.annotations import MISSING, Annotations, complete, find_images
 from pbe.data.sources.csv_table import Table, flag_bits, join_boxes, scan_table
-from pbe.data.sources.image_files import find_images, need_folder
+from pbe.data.sources.image_files import need_folder
 from pbe.data.sources.parsing import number_column, read_text, shown
 from pbe.errors import UserError
 

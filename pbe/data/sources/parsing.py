@@ -271,8 +271,7 @@ def whole(value: Any) -> int | None:
 def side(value: Any) -> int | None:
     """Return a width or height in pixels; None where it is not given (absent, null, empty or 0).
 
-    Raises:
-        ValueError: it cannot be a number of pixels.
+    What cannot be a number of pixels is a ValueError.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -285,8 +284,7 @@ def side(value: Any) -> int | None:
 def identity(value: Any) -> int | str:
     """Return an id so that 3, 3.0 and "3" are one and the same; other texts stay texts.
 
-    Raises:
-        ValueError: it is neither number nor text, or is empty.
+    What is neither number nor text, or is empty, is a ValueError.
     """
     # A text with an exponent is a name: Open Images' ids are hexadecimal, and many read like 0e12.
     found = None if isinstance(value, str) and "e" in value.lower() else whole(value)
@@ -298,11 +296,7 @@ def identity(value: Any) -> int | str:
 
 
 def flag(value: Any) -> bool:
-    """Return a yes or no; what is not given, and -1 for unknown, is a no.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Return a yes or no; what is not given, and -1 for unknown, is a no; anything else is a ValueError."""
     if value is None or isinstance(value, bool):
         return bool(value)
     word = value.strip().lower() if isinstance(value, str) else str(value)
@@ -323,9 +317,7 @@ def text(value: Any) -> str:
 def number_column(name: str, decimal_comma: bool = False) -> pl.Expr:
     """Return a column of texts as Float64; null where there is no number.
 
-    Args:
-        name: of the column.
-        decimal_comma: a comma is a decimal point, also before three digits, where it may else part thousands.
+    With ``decimal_comma`` a comma before three digits is a decimal point too; else it may part thousands.
     """
     column = pl.col(name).str.strip_chars()
     digits = r"\d+" if decimal_comma else r"(?:\d{1,2}|\d{4,})"

@@ -30,9 +30,10 @@ from pbe.data.sources.annotations import (
     Annotations,
     box_table,
     complete,
+    find_images,
     take_images,
 )
-from pbe.data.sources.image_files import find_files, find_images, need_folder
+from pbe.data.sources.image_files import find_files, need_folder
 from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
 from pbe.errors import UserError
 
@@ -44,21 +45,13 @@ IMAGE_FOLDERS = ("JPEGImages", "images")
 
 @dataclass
 class _Document:
-    """What an XML says.
+    """What an XML says."""
 
-    Attributes:
-        stem: its name without ending, within the folder of XMLs.
-        filename: the image that it names, within the same folder; empty if it names none.
-        size: width and height; None where a tool wrote zeros or nothing.
-        boxes: x1 y1 x2 y2, label, flags and no mask, or why a box cannot be used.
-        problem: why all of it cannot be used; empty if it can.
-    """
-
-    stem: str
-    filename: str
-    size: tuple[int | None, int | None]
-    boxes: list[tuple[Any, ...] | str]
-    problem: str = ""
+    stem: str  # its name without ending, within the folder of XMLs
+    filename: str  # the image that it names, within the same folder; empty if it names none
+    size: tuple[int | None, int | None]  # width and height; None where a tool wrote zeros or nothing
+    boxes: list[tuple[Any, ...] | str]  # x1 y1 x2 y2, label, flags, no mask; or why it cannot be used
+    problem: str = ""  # why all of it cannot be used
 
 
 def _read_document(path: Path, stem: str, shift: float) -> _Document:

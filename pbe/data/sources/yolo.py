@@ -18,8 +18,8 @@ from typing import Any
 import polars as pl
 
 from pbe.data.sources import parsing
-from pbe.data.sources.annotations import BAD_NUMBER, MISSING, Annotations, box_table, complete
-from pbe.data.sources.image_files import find_files, find_images, need_folder
+from pbe.data.sources.annotations import BAD_NUMBER, MISSING, Annotations, box_table, complete, find_images
+from pbe.data.sources.image_files import find_files, need_folder
 from pbe.data.sources.names import AMBIGUOUS_NAME, NameMatcher
 from pbe.data.sources.yolo_layout import NAME_FILES, Form, Place, class_names, find_metadata, find_places
 from pbe.errors import UserError
@@ -39,17 +39,11 @@ class BadLineError(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is a box or a polygon.
+    """A line that is a box or a polygon."""
 
-    Attributes:
-        label: number of the class.
-        corners: x1 y1 x2 y2, shares.
-        numbers: how many follow the class, where they may be a polygon as well as a pose; else 0.
-    """
-
-    label: int
-    corners: tuple[float, float, float, float]
-    numbers: int = 0
+    label: int  # number of the class
+    corners: tuple[float, float, float, float]  # x1 y1 x2 y2, shares
+    numbers: int = 0  # how many follow the class, where they may be a polygon as well as a pose
 
 
 def parse_line(line: str, form: Form) -> Line:
@@ -102,20 +96,13 @@ def _may_be_pose(numbers: Sequence[float]) -> bool:
 
 @dataclass
 class _Collected:
-    """Rows of the table of boxes, and what was dropped.
+    """Rows of the table of boxes, and what was dropped."""
 
-    Attributes:
-        names: of classes.
-        form: of lines.
-        unclear: lines that may be poses, with the row of their image.
-        polygons: lines with more than a box that are none.
-    """
-
-    names: dict[int, str]
-    form: Form
+    names: dict[int, str]  # of classes
+    form: Form  # of lines
     boxes: list[tuple[Any, ...]] = field(default_factory=list)
-    unclear: list[tuple[int, Line]] = field(default_factory=list)
-    polygons: int = 0
+    unclear: list[tuple[int, Line]] = field(default_factory=list)  # may be poses, with their image's row
+    polygons: int = 0  # lines with more than a box that are no poses
     dropped_images: Counter[str] = field(default_factory=Counter)
     dropped_boxes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)

@@ -28,15 +28,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Form:
-    """What the metadata say of a line of a label.
+    """What the metadata say of a line of a label; empty and 0 where they say nothing."""
 
-    Attributes:
-        task: one of :data:`TASKS`; empty where they say nothing.
-        keypoints: numbers that follow the box of a pose; 0 where they say nothing.
-    """
-
-    task: str = ""
-    keypoints: int = 0
+    task: str = ""  # one of TASKS
+    keypoints: int = 0  # numbers that follow the box of a pose
 
 
 def _as_list(value: Any) -> list[Any]:

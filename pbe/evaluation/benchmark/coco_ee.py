@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import cv2
 import numpy as np
 
-from pbe.data.packing.merge import held_out
+from pbe.data.packing.plan import held_out
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import UnusablePictureError, decode_picture

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule, _start_worker
 from pbe.data.dataset import FAULTS, collate, describe
-from pbe.data.packing.index import write_whole
+from pbe.data.packing.records import write_whole
 from pbe.data.shards.remote import is_url
 from pbe.errors import UserError
 from pbe.files import POLL_SECONDS, FileLock, lock, make_folder, try_lock

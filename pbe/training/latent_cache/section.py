@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pbe.config import Config
-from pbe.data.packing.index import write_whole
+from pbe.data.packing.records import write_whole
 from pbe.errors import UserError
 from pbe.files import make_folder
 from pbe.training.latent_cache.record import Layout, digest, from_json, to_json

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.pack import PackResult, pack_all
 from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.request import PackRequest
 from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.csv_table import read_csv
 

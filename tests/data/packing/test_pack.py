@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from pbe.data.dataset import decode_picture
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.index import digest, load_index, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
+from pbe.data.packing.records import digest, index_keys, load_index, read_summary
+from pbe.data.packing.request import PackRequest
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.sources.coco import read_coco
@@ -130,20 +130,20 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
         assert len(tar) == shard["bytes"]
         assert digest(index).hex() == shard["index_blake2b"]
         table = load_index(index)
-        assert (len(table), len(table.boxes)) == (shard["pictures"], shard["boxes"])
-        for row in range(len(table)):
+        assert (len(table["width"]), len(table["boxes"])) == (shard["pictures"], shard["boxes"])
+        for row, key in enumerate(index_keys(table)):
             entry = images[position]
-            assert entry.key == table.key(row)
-            assert entry.picture == (table.picture_offset[row], table.picture_size[row])
-            assert entry.annotation == (table.json_offset[row], table.json_size[row])
+            assert entry.key == key
+            assert entry.picture == (table["picture_offset"][row], table["picture_size"][row])
+            assert entry.annotation == (table["json_offset"][row], table["json_size"][row])
             encoded, annotation = images.picture(position), images.annotation(position)
-            assert digest(encoded) == table.picture_hash[row].tobytes()
+            assert digest(encoded) == table["picture_hash"][row].tobytes()
             image = decode_picture(encoded)
             assert image.shape == (annotation["height"], annotation["width"], 3)
-            assert image.shape[:2] == (table.height[row], table.width[row])
-            rows = table.box_rows(row)
-            assert [box["xyxy"] for box in annotation["boxes"]] == table.boxes[rows].tolist()
-            labels = [summary["labels"][label] for label in table.labels[rows]]
+            assert image.shape[:2] == (table["height"][row], table["width"][row])
+            rows = slice(table["box_end"][row - 1] if row else 0, table["box_end"][row])
+            assert [box["xyxy"] for box in annotation["boxes"]] == table["boxes"][rows].tolist()
+            labels = [summary["labels"][label] for label in table["labels"][rows]]
             assert [box["label"] for box in annotation["boxes"]] == labels
             position += 1
     names = {images.annotation(position)["source"] for position in range(len(images))}
@@ -215,7 +215,7 @@ def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
         drawn = decode_rle(box["mask"])
         assert drawn.shape == (160 * scale, 200 * scale)
         assert abs(drawn.sum() / scale**2 - (mask > 0).sum()) < 0.03 * (mask > 0).sum()
-        assert load_index(out / "shard-000000.index.npz").has_mask.tolist() == [True]
+        assert load_index(out / "shard-000000.index.npz")["has_mask"].tolist() == [True]
 
 
 def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
@@ -258,12 +258,8 @@ def straight(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_keys_are_plain_and_unique(straight: dict[str, bytes]) -> None:
-    keys = [
-        load_index(data).key(position)
-        for name, data in straight.items()
-        if name.endswith(".npz")
-        for position in range(len(load_index(data)))
-    ]
+    indexes = [load_index(data) for name, data in straight.items() if name.endswith(".npz")]
+    keys = [key for index in indexes for key in index_keys(index)]
     assert len(set(keys)) == 30
     assert all("." not in key and " " not in key for key in keys)
     assert sum(key.startswith("a_b-") for key in keys) == 3
@@ -304,7 +300,7 @@ def test_settings_that_make_no_sense(settings: dict[str, object], complaint: str
 def test_shuffling_keeps_boxes_with_their_images(plain: Path) -> None:
     found = [read_csv(plain / "boxes.csv", plain)]
     straight, shuffled = (make_plan(found, PackSettings(shuffle=seed)) for seed in (None, 3))
-    pairs = [dict(zip(p.pictures["name"], p.boxes["y2"], strict=True)) for p in (straight, shuffled)]
+    pairs = [dict(zip(p.images["name"], p.boxes["y2"], strict=True)) for p in (straight, shuffled)]
     assert pairs[0] == pairs[1]
     assert list(pairs[0]) != list(pairs[1])
 

@@ -10,13 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.duplicates import as_void, exact_pairs, near_duplicates, near_pairs
+from pbe.data.packing.duplicates import as_void, exact_pairs, near_duplicates, near_pairs, perceptual_hash
 from pbe.data.packing.pack import PackResult
-from pbe.data.packing.pixels import perceptual_hash
 from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.records import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
 from pbe.data.packing.report import make_report, write_report
-from pbe.data.packing.tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
+from pbe.data.packing.request import PackRequest
 from pbe.data.sources.csv_table import read_csv
 from tests.data.packing.support import pack
 

@@ -174,7 +174,7 @@ def test_a_full_disk(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(packing_task, "_add", full)
-        with pytest.raises(UserError, match="No space left on device; afterwards the same command"):
+        with pytest.raises(UserError, match="No space left on device; afterwards the same command resumes"):
             pack(request, workers=0)
     assert not list(request.out.glob("*.tar"))
     assert not list(request.out.glob(".*.tmp"))

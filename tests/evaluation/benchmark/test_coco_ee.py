@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.packing.merge import held_out
+from pbe.data.packing.plan import held_out
 from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.csv_table import read_csv
 from pbe.errors import UserError

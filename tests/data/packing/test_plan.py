@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.merge import held_out
 from pbe.data.packing.pack import PackResult
-from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.plan import PackSettings, held_out
+from pbe.data.packing.request import PackRequest
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
