@@ -89,14 +89,11 @@ def _frame(header: ImageHeader, annotated: tuple[int | None, int | None], trust:
     """Return the frame that the boxes were drawn in and whether that had to be taken on trust."""
     if header.orientation == 1 and annotated in ((None, None), header.stored_size):
         return "displayed", False
-    if annotated == (None, None):
-        return trust, True
-    fits = [annotated == header.displayed_size, annotated == header.stored_size]
-    if not any(fits):
+    fits = {"displayed": header.displayed_size, "stored": header.stored_size}
+    frames = [frame for frame, size in fits.items() if annotated in ((None, None), size)]
+    if not frames:
         raise DroppedError(OTHER_SIZE)
-    if all(fits):
-        return trust, True
-    return ("displayed" if fits[0] else "stored"), False
+    return (trust, True) if len(frames) > 1 else (frames[0], False)
 
 
 def _check_box(box: Sequence[float], width: int, height: int, settings: PackSettings) -> None:

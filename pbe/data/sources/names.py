@@ -233,15 +233,14 @@ def _strange_folders(
         if len(rivals) == 1:
             continue
         own = rivals[match.folder]
-        others = [folder for folder in rivals if not _is_end(folder, match.folder)]
+        # Of two folders one may be the end of the other.
+        others = [
+            folder
+            for folder in rivals
+            if _common_end(folder, match.folder) < min(len(folder), len(match.folder))
+        ]
         if any(rivals[folder] > own for folder in others):
             refused[name] = None
         elif any(rivals[folder] == own and ends[folder] & ends[match.folder] for folder in others):
             refused[name] = AMBIGUOUS
     return refused
-
-
-def _is_end(one: Parts, other: Parts) -> bool:
-    """Whether one folder is the end of the other."""
-    short = min(len(one), len(other))
-    return not short or one[-short:] == other[-short:]

@@ -123,7 +123,8 @@ def _read_documents(place: Path, found: _Collected, one_based: bool) -> tuple[li
     names = [name for name, _ in find_files(place)[0] if name.lower().endswith(".xml")]
     if not names:
         raise UserError(f"'{place}' holds no .xml files; is it a folder of Pascal VOC annotations?")
-    documents, notes = [], []
+    documents: list[_Document] = []
+    notes: list[str] = []
     for name in names:
         try:
             documents.append(_read_document(place / name, name.rpartition(".")[0], float(one_based)))
