@@ -35,11 +35,7 @@ def expand_home(path: str) -> str:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder of outputs where it is missing, check that it can be written to, and return it.
-
-    Raises:
-        UserError: it is a file, or cannot be made or written to.
-    """
+    """Make a folder of outputs where it is missing, check that it can be written to, and return it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -52,11 +48,7 @@ def make_folder(path: str | Path) -> Path:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Make a folder of outputs, and take it away again where the ``with`` block fails with nothing in it.
-
-    Raises:
-        UserError: as :func:`make_folder`.
-    """
+    """Make a folder of outputs, and take it away again where the ``with`` block fails with nothing in it."""
     path = Path(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     make_folder(path)
@@ -143,9 +135,6 @@ def check_file(path: str | Path, *, make: bool = True) -> Path:
     Args:
         path: of the file.
         make: make its folder where that is missing; without it, the nearest folder that exists is tried.
-
-    Raises:
-        UserError: it is a folder, or nothing can be written there.
     """
     path = Path(path)
     if make:

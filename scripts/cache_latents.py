@@ -36,7 +36,7 @@ def parse_share(text: str) -> tuple[int, int]:
 
 def print_size(config_folder: str, size: object) -> None:
     """Print what a cache will take."""
-    from pbe.training.latent_cache.size import CacheSize
+    from pbe.training.latent_cache.listing import CacheSize
 
     assert isinstance(size, CacheSize)
     parts = ", ".join(f"{name} {count:,}" for name, count in size.parts.items())

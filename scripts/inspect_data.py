@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pbe.cli.parser import Parser, run_command
 from pbe.config import Config, load_config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.preview import make_row, sheet_html
 from pbe.errors import UserError
 from pbe.files import check_file, write_output
@@ -27,7 +27,7 @@ def page(config: Config, stream: str, epoch: int, start: int, count: int) -> tup
     Raises:
         UserError: the shards cannot be opened.
     """
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
+    dataset = TrainingData(config).dataset(stream)
     factor = downsampling_of(config.model.autoencoder)
     first = epoch * len(dataset) + start
     rows = [make_row(dataset, index, factor) for index in range(first, first + min(count, len(dataset)))]

@@ -48,7 +48,7 @@ def test_it_builds_what_training_then_uses(shards, autoencoder, tmp_path, monkey
     assert "train 8 x 2, validation 8 x 1  serves this configuration" in capsys.readouterr().out
     assert cache_latents.main([str(file), "seed=7", "--list"]) == 0
     assert "does not fit: seed 23, not 7" in capsys.readouterr().out
-    monkeypatch.setattr(builder_module, "_build", None)
+    monkeypatch.setattr(builder_module, "_Builder", None)
     assert run(config).steps == 3
 
 

@@ -1,4 +1,4 @@
-"""The Lightning data module: shards in, batches of uint8 tensors out."""
+"""The loading chain: sampler of global counters, loader that knows its place, Lightning data module."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -15,8 +16,8 @@ import pytorch_lightning as lightning
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from pbe.config import DataConfig
-from pbe.data.dataset import FAULTS, ExemplarDataset, collate, describe
+from pbe.config import Config
+from pbe.data.dataset import ExemplarDataset, check_counts, collate as collate_samples, describe
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
@@ -34,30 +35,44 @@ class CounterSampler(DistributedSampler[int]):
 
     Args:
         dataset: gives the length of an epoch.
-        batch_size: per rank.
+        batch_size: per rank and micro-batch.
         rank: of this process.
         world_size: number of processes.
-        drop_last: leave out the samples that do not fill a global batch.
+        drop_last: leave out the samples that do not fill an optimizer step, so that every step has the same
+            number of samples; an epoch shorter than a step is one short step.
+        accumulate: micro-batches of an optimizer step.
+        only: batches to repeat for ever, the same samples each time; 0 takes them all.
 
     Attributes:
         start: position in the epoch to start with.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, rank: int, world_size: int, drop_last: bool
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+        accumulate: int = 1,
+        only: int = 0,
     ) -> None:
+        self.length: int = len(dataset)  # type: ignore[arg-type]
+        drop_last = drop_last and self.length >= batch_size * world_size * accumulate
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False, drop_last=drop_last)
-        self.length = len(dataset)  # type: ignore[arg-type]
-        self.batch_size = batch_size
+        self.batch_size, self.accumulate, self.only = batch_size, accumulate, only
         self.start = 0
 
     @property
     def global_batch(self) -> int:
-        """Samples that all ranks take together in a step."""
+        """Samples that all ranks take together in a micro-batch."""
         return self.batch_size * self.num_replicas
 
     def _batches(self, samples: int) -> int:
-        return samples // self.global_batch if self.drop_last else -(-samples // self.global_batch)
+        count = samples // self.global_batch if self.drop_last else -(-samples // self.global_batch)
+        if self.drop_last:
+            count -= count % self.accumulate
+        return min(count, self.only) if self.only else count
 
     @property
     def batches(self) -> int:
@@ -67,14 +82,16 @@ class CounterSampler(DistributedSampler[int]):
     @property
     def batches_left(self) -> int:
         """Batches from ``start`` on."""
-        return self._batches(self.length - self.start)
+        done, rest = divmod(self.start, self.global_batch)
+        # a start between two batches belongs to a run with batches of another size: count anew from there
+        return self._batches(self.length - self.start) if rest else max(self.batches - done, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: Lightning's count runs ahead after some restarts, so the loader keeps its own."""
 
     def seek(self, epoch: int, start: int) -> None:
         """Make the next iteration start at a position of an epoch."""
-        self.epoch, self.start = epoch, start
+        self.epoch, self.start = 0 if self.only else epoch, start
 
     def __len__(self) -> int:
         """Return the number of samples of this rank in a whole epoch."""
@@ -106,13 +123,22 @@ class CountingLoader(DataLoader[Any]):
         max_bad_share: share of an epoch's pictures that may be unusable.
         repeat: draw epoch 0 again in every iteration.
         num_workers: processes; 0 loads in this one.
+        collate: makes a batch of samples; its batches count nothing. Without it they are those of
+            :func:`pbe.data.dataset.collate`.
 
     Attributes:
         counts: what was skipped or adjusted in the current epoch, or in the last one after its end.
+        waited: seconds that batches have been waited for.
     """
 
     def __init__(
-        self, sampler: CounterSampler, name: str, max_bad_share: float, repeat: bool, num_workers: int
+        self,
+        sampler: CounterSampler,
+        name: str,
+        max_bad_share: float,
+        repeat: bool,
+        num_workers: int,
+        collate: Callable[[Any], Any] | None = None,
     ) -> None:
         inbox = Inbox()
         super().__init__(
@@ -120,8 +146,8 @@ class CountingLoader(DataLoader[Any]):
             batch_size=sampler.batch_size,
             sampler=sampler,
             num_workers=num_workers,
-            collate_fn=Outbox(collate, inbox.key),
-            worker_init_fn=_start_worker,
+            collate_fn=collate or Outbox(collate_samples, inbox.key),
+            worker_init_fn=start_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -131,6 +157,7 @@ class CountingLoader(DataLoader[Any]):
         self.max_faults = max_bad_share * sampler.length / sampler.num_replicas
         self.repeat = repeat
         self.counts: Counter[str] = Counter()
+        self.waited = 0.0
         self._places = deque([(0, 0)], maxlen=PLACES)
 
     @property
@@ -161,28 +188,35 @@ class CountingLoader(DataLoader[Any]):
         if start == 0:
             self.counts = Counter()
         left = self.counter.batches_left
-        for number, batch in enumerate(super().__iter__(), start=1):
-            self._count(batch)
+        for number, batch in enumerate(self._timed(), start=1):
+            if isinstance(batch, dict):
+                self._count(batch)
             done = start + number * self.counter.global_batch
             self._places.append((epoch, done) if number < left else (epoch + 1, 0))
             yield batch
         self._report(epoch)
 
+    def _timed(self) -> Iterator[Any]:
+        """Yield batches, and note how long each was waited for."""
+        start = time.perf_counter()
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+
     def _count(self, batch: dict[str, Any]) -> None:
         self.counts.update(batch["counts"])
-        faults = {name: count for name, count in self.counts.items() if name in FAULTS}
-        if sum(faults.values()) > self.max_faults:
+        try:
+            check_counts(self.name, self.counts, self.max_faults, batch["missing"])
+        except UserError:
             self._iterator = None  # ends the workers now, not when the error has been dealt with
-            raise UserError(
-                f"too many {self.name} pictures cannot be used ({describe(faults)}); "
-                "put the shards right or raise data.max_bad_share"
-            )
-        if batch["missing"]:
-            self._iterator = None
-            raise UserError(
-                f"no usable picture found in a long row of {self.name} pictures ({describe(self.counts)}); "
-                "check the shards, data.min_box_area and data.max_box_area"
-            )
+            raise
 
     def _report(self, epoch: int) -> None:
         if self.counts and not self.repeat:
@@ -191,7 +225,8 @@ class CountingLoader(DataLoader[Any]):
                 LOG.info("%s epoch %d: %s; %s", self.name, epoch, pictures, describe(self.counts))
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Prepare a loading process."""
     # One thread a worker: OpenCV's and torch's own pools would fight over the cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -211,26 +246,25 @@ def _obey_parent(parent: int) -> None:
     os._exit(0)
 
 
-class ExemplarDataModule(lightning.LightningDataModule):
+class TrainingData(lightning.LightningDataModule):
     """Batches for training and validation.
 
     A batch is a dictionary: ``image`` (b 3 h w), ``mask`` (b 1 h w, 255 = repaint), ``exemplar`` (b 3 s s)
     and ``valid`` (b 1 h w, 255 = counts in the loss), all uint8; ``sample_index`` (b,) int64, the global
-    counter ``epoch * len + position``; ``key``, the pictures' names; ``counts``, what was skipped or
+    counter ``epoch * len + position``; ``key``, the images' names; ``counts``, what was skipped or
     adjusted while this batch was made; ``missing``, always 0. Validation always draws epoch 0 of a stream
     of its own.
 
-    A checkpoint holds the place in the training stream, and a resumed run takes the very next batch.
+    A checkpoint holds the place in the training stream, under the name of the class, and a resumed run takes
+    the very next batch.
 
     Args:
-        config: shards, sizes, filters, loading.
-        seed: of the run.
+        config: the experiment.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        self.seed = seed
+        self.config, self.seed, self.options = config.data, config.seed, config.trainer
         self._restored = (0, 0)
         self._datasets: dict[str, ExemplarDataset] = {}
         self._loaders: dict[str, CountingLoader] = {}
@@ -248,9 +282,42 @@ class ExemplarDataModule(lightning.LightningDataModule):
             self._datasets[stream] = ExemplarDataset(pictures, config, self.seed, stream)
         return self._datasets[stream]
 
+    def samples(self, stream: str) -> Dataset[Any]:
+        """Return the samples of a stream by global counter."""
+        return self.dataset(stream)
+
+    def open(self) -> None:
+        """Open all streams, so that shards which cannot be used are told of before anything is written."""
+        self.samples("train")
+        if self.config.validation_shards:
+            self.samples("validation")
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch."""
+        return len(self.samples("train"))  # type: ignore[arg-type]
+
+    def steps_of_epochs(self, epochs: int, world_size: int) -> int:
+        """Return the optimizer steps of so many epochs on so many processes."""
+        batches = self._sampler("train", 0, world_size).batches
+        return epochs * -(-batches // self.options.accumulate)  # the last step of an epoch may be short
+
+    def steps_of_run(self, world_size: int) -> int:
+        """Return the optimizer steps of a whole run, as ``max_steps`` or ``max_epochs`` gives them.
+
+        An epoch is counted in the batches of today, whatever a run was begun with.
+        """
+        epochs = self.options.max_epochs
+        return self.steps_of_epochs(epochs, world_size) if epochs else self.options.max_steps
+
     def counts(self, stream: str) -> Counter[str]:
         """Return what was skipped or adjusted in the current or last epoch of a stream."""
         return self._loaders[stream].counts if stream in self._loaders else Counter()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for its batches."""
+        return self._loaders["train"].waited if "train" in self._loaders else 0.0
 
     def state_dict(self) -> dict[str, int]:
         """Return the place in the training stream: epoch, and samples of it that are done."""
@@ -269,24 +336,39 @@ class ExemplarDataModule(lightning.LightningDataModule):
         """Continue the training stream at the place that a checkpoint holds."""
         self._restored = (state_dict["epoch"], state_dict["samples"])
 
-    def _loader(self, stream: str) -> CountingLoader:
-        dataset, config = self.dataset(stream), self.config
+    def _sampler(self, stream: str, rank: int, world_size: int) -> CounterSampler:
+        samples, size, options = self.samples(stream), self.config.batch_size, self.options
+        if stream != "train":
+            return CounterSampler(samples, size, rank, world_size, drop_last=False)
+        return CounterSampler(
+            samples, size, rank, world_size, True, options.accumulate, options.overfit_batches
+        )
+
+    def _loader(self, stream: str, *, workers: int, collate: Callable[[Any], Any] | None) -> CountingLoader:
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        # An epoch shorter than a batch is one short batch, not none at all.
-        drop_last = stream == "train" and len(dataset) >= config.batch_size * world_size
-        sampler = CounterSampler(dataset, config.batch_size, rank, world_size, drop_last)
-        repeat = stream == "validation"
-        loader = CountingLoader(sampler, stream, config.max_bad_share, repeat, config.num_workers)
+        sampler, repeat = self._sampler(stream, rank, world_size), stream != "train"
+        loader = CountingLoader(sampler, stream, self.config.max_bad_share, repeat, workers, collate)
         self._loaders[stream] = loader
         return loader
 
+    def loader(self, stream: str) -> CountingLoader:
+        """Return the batches of a stream from its start on."""
+        return self._loader(stream, workers=self.config.num_workers, collate=None)
+
     def train_dataloader(self) -> CountingLoader:
         """Return the training batches, from the place of a restored checkpoint on."""
-        loader = self._loader("train")
+        loader = self.loader("train")
         loader.place = self._restored
         return loader
 
     def val_dataloader(self) -> CountingLoader | list[Any]:
         """Return the validation batches, the same in every epoch; none where no shards are given."""
-        return self._loader("validation") if self.config.validation_shards else []
+        return self.loader("validation") if self.config.validation_shards else []
+
+    def close(self) -> None:
+        """End the loading processes now, not when Python gets around to it."""
+        for loader in self._loaders.values():
+            if loader._iterator is not None:
+                loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+                loader._iterator = None

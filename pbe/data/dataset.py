@@ -27,32 +27,28 @@ from pbe.data.samples.decode import (
     FAULTS,
     MISSING_SHARD,
     NO_BOX,
-    SIZE_MISMATCH,
     TINY,
     UNREADABLE,
     WITHOUT_BOXES,
     UnusablePictureError,
     check_hash,
+    choose_reduction,
     decode_picture,
+    reduced_box,
 )
 from pbe.data.samples.masks import Box
 from pbe.data.samples.object_masks import ObjectMask, read_object_mask
-from pbe.data.samples.reduction import choose_reduction, reduced_box
 from pbe.data.samples.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards.archive import ShardPictures, parse_annotation
-from pbe.data.shards.index import DamagedIndexError, PictureRow
+from pbe.data.shards.format import DamagedIndexError
+from pbe.data.shards.index import PictureRow
 from pbe.data.transport import Allocator, allocate
+from pbe.errors import UserError
 
 MIN_BOX_SIDE = 2.0
 MAX_SIDE = 2**31 - 1  # no picture format goes beyond
 MAX_REPLACEMENTS = 200
 PICTURES = ("image", "mask", "exemplar", "valid")
-
-__all__ = [
-    "AREA", "BAD_ANNOTATION", "BAD_INDEX", "FAULTS", "MISSING_SHARD", "NO_BOX", "SIZE_MISMATCH", "TINY",
-    "UNREADABLE", "AnnotatedPicture", "DatasetItem", "ExemplarDataset", "UnusablePictureError", "collate",
-    "decode_picture", "describe", "read_picture", "usable_boxes",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -303,7 +299,7 @@ def _stack(arrays: Sequence[np.ndarray], stacked: np.ndarray) -> torch.Tensor:
 
 
 def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dict[str, Any]:
-    """Stack samples into the batch that :class:`pbe.data.datamodule.ExemplarDataModule` describes.
+    """Stack samples into the batch that :class:`pbe.data.datamodule.TrainingData` describes.
 
     ``missing`` is the number of samples that no picture could be found for; the loader ends the run then.
 
@@ -328,3 +324,25 @@ def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dic
 def describe(counts: Counter[str] | dict[str, int]) -> str:
     """Return counts as text, the most frequent first: ``unreadable picture: 3, shrunk: 1``."""
     return ", ".join(f"{name}: {count}" for name, count in Counter(counts).most_common())
+
+
+def check_counts(stream: str, counts: Counter[str], max_faults: float, missing: int = 0) -> None:
+    """Raise a UserError where too many images cannot be used, or nothing was found for a sample.
+
+    Args:
+        stream: that they belong to, for messages.
+        counts: what was skipped or adjusted.
+        max_faults: how many of them may be images that cannot be used.
+        missing: samples that no image was found for.
+    """
+    faults = {name: count for name, count in counts.items() if name in FAULTS}
+    if sum(faults.values()) > max_faults:
+        raise UserError(
+            f"too many {stream} images cannot be used ({describe(faults)}); "
+            "fix the shards or raise data.max_bad_share"
+        )
+    if missing:
+        raise UserError(
+            f"no usable image found in a long row of {stream} images ({describe(counts)}); "
+            "check the shards, data.min_box_area and data.max_box_area"
+        )

@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 
 from pbe.config import SampleConfig
-from pbe.data.dataset import AnnotatedPicture, ExemplarDataset, UnusablePictureError
+from pbe.data.dataset import AnnotatedPicture, ExemplarDataset
 from pbe.data.samples.crops import resize
+from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.samples.masks import Box
 from pbe.data.samples.object_masks import ObjectMask
 from pbe.data.samples.sample import TrainingSample, cut_exemplar, make_sample

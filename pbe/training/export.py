@@ -12,7 +12,7 @@ import torch
 from pbe.checkpoints.layout import empty_model
 from pbe.checkpoints.native import save_model
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.models import LatentDiffusion
 from pbe.training.optimization.sharding import on_the_cpu
 from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
@@ -55,7 +55,7 @@ def export(task: BaseTask, config: Config, folder: Path, *, writes: bool) -> Non
 def _measure(model: LatentDiffusion, config: Config) -> None:
     """Give the model the scale factor of its latents."""
     # a stream of its own, so that a run that was stopped on the way measures the same samples
-    loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
+    loader = TrainingData(config).train_dataloader()
     factor = measure_scale_factor(model.eval(), list(islice(loader, SCALE_BATCHES)))
     autoencoder = replace(model.config.autoencoder, scale_factor=factor)
     model.config = replace(model.config, autoencoder=autoencoder)

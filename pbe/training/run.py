@@ -16,16 +16,15 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.native import check_keys
 from pbe.config import Config, save_yaml
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
 from pbe.models.tower_facts import follow_sizes
-from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.export import export
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import describe_folder
-from pbe.training.latent_cache.size import CacheSize, size_on_disk
+from pbe.training.latent_cache.listing import CacheSize, describe_folder, size_on_disk
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
 from pbe.training.optimization.performance import make_fast
 from pbe.training.resume.callback import Checkpoints
@@ -108,7 +107,7 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
     folder = Path(config.output_dir)
     try:
         data = _data(config, task, trainer, stop)
-        set_length(trainer, steps_of_run(config, data, trainer.world_size))
+        set_length(trainer, data.steps_of_run(trainer.world_size))
         if trainer.is_global_zero:
             save_yaml(config, folder / "config.yaml")
             keep_run_id(folder, trainer.loggers)
@@ -244,5 +243,5 @@ def _data(config: Config, task: BaseTask, trainer: pl.Trainer, stop: StopSignals
         data.open()
         return data
     task.model.to(trainer.strategy.root_device)
-    section = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
-    return CachedDataModule(config, section)
+    store = ensure_cache(config, task.model, check=stop.check, quiet=not trainer.is_global_zero)
+    return CachedDataModule(config, store)

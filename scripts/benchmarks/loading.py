@@ -21,15 +21,15 @@ import cv2
 import numpy as np
 import torch
 
-from pbe.config import DataConfig
+from pbe.config import Config, DataConfig
 from pbe.data import dataset as dataset_module
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import ExemplarDataset, collate
 from pbe.data.randomness import generator
 from pbe.data.samples import sample as sample_module
 from pbe.data.samples.augment import ExemplarAugmentation
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
-from pbe.data.shards.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.shards.format import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.data.shards.tar_members import read_members
 
 # Stage, and the function whose time it is; whatever none of them covers is "the rest".
@@ -197,7 +197,7 @@ def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> Loader
     While the machine has other work the CPU times are the ones to compare.
     """
     config = DataConfig(**{**vars(data), "num_workers": workers})
-    loader = ExemplarDataModule(config, 1).train_dataloader()
+    loader = TrainingData(Config(seed=1, data=config)).train_dataloader()
 
     def batches() -> Iterator[Any]:
         while True:
@@ -282,11 +282,11 @@ def memory():  # resident, and what of it no other process can share: not the li
 
 import torch
 mib = {"torch": memory()}
-from pbe.config import DataConfig
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.config import Config, DataConfig
+from pbe.data.datamodule import TrainingData
 mib["imports"] = memory()
 start = time.perf_counter()
-module = ExemplarDataModule(DataConfig(**json.loads(sys.argv[1])), 1)
+module = TrainingData(Config(seed=1, data=DataConfig(**json.loads(sys.argv[1]))))
 dataset = module.dataset("train")
 opened = time.perf_counter() - start
 mib["opened"] = memory()

@@ -25,7 +25,7 @@ from pbe.data.packing.records import index_keys, load_index, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
 from pbe.data.packing.request import PACK_LOCK
 from pbe.data.randomness import generator
-from pbe.data.shards.index import MANIFEST_NAME
+from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
 from pbe.files import make_folder, sha256_of
 from scripts.benchmarks.loading import synthetic_picture

@@ -17,9 +17,9 @@ from typing import Any
 import pytorch_lightning as pl
 
 from pbe.config import CacheConfig, Config, save_yaml
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.training.data import TrainingData
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.loggers import read_curve

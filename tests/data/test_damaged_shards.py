@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from pbe.config import DataConfig
-from pbe.data.dataset import UnusablePictureError, read_picture
+from pbe.data.dataset import read_picture
 from pbe.data.packing.records import load_index, read_summary
+from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.shards.archive import ShardPictures
 from pbe.errors import UserError
 from tests.data.indexed import index_bytes, shard_columns

@@ -12,10 +12,11 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 
-from pbe.config import AugmentConfig, DataConfig, SampleConfig
+from pbe.config import AugmentConfig, Config, DataConfig, SampleConfig
 from pbe.data import dataset as reasons
-from pbe.data.datamodule import CounterSampler, ExemplarDataModule
-from pbe.data.dataset import ExemplarDataset, UnusablePictureError, usable_boxes
+from pbe.data.datamodule import CounterSampler, TrainingData
+from pbe.data.dataset import ExemplarDataset, usable_boxes
+from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.samples.masks import Box
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.errors import UserError
@@ -36,8 +37,8 @@ def make_config(shards: Path, **changes: Any) -> DataConfig:
     return DataConfig(train_shards=str(shards), **(settings | changes))
 
 
-def make_module(shards: Path, seed: int = 3, **changes: Any) -> ExemplarDataModule:
-    return ExemplarDataModule(make_config(shards, **changes), seed)
+def make_module(shards: Path, seed: int = 3, **changes: Any) -> TrainingData:
+    return TrainingData(Config(seed=seed, data=make_config(shards, **changes)))
 
 
 def digest(batch: dict[str, Any]) -> tuple:
@@ -324,7 +325,7 @@ def test_replacements_are_the_same_every_time_and_drawn_anew(faulty):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_faults_end_the_run_in_one_line(faulty, workers):
     loader = make_module(faulty, max_bad_share=0.1, num_workers=workers).train_dataloader()
-    with pytest.raises(UserError, match="too many train pictures cannot be used") as caught:
+    with pytest.raises(UserError, match="too many train images cannot be used") as caught:
         list(loader)
     assert "\n" not in str(caught.value)
     assert "data.max_bad_share" in str(caught.value)
@@ -333,7 +334,7 @@ def test_too_many_faults_end_the_run_in_one_line(faulty, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_usable_picture_at_all_is_one_line(scenes, tmp_path, workers):
     write_shards(faulty_records(scenes)[-3:-1], tmp_path)  # only boxes of unwanted area
-    with pytest.raises(UserError, match="no usable picture") as caught:
+    with pytest.raises(UserError, match="no usable image") as caught:
         list(make_module(tmp_path, num_workers=workers).train_dataloader())
     assert "\n" not in str(caught.value)
 

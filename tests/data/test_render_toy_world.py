@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pbe.data.dataset import decode_picture
+from pbe.data.samples.decode import decode_picture
 from pbe.data.shards.archive import ShardPictures
 from scripts.render_toy_world import main
 

@@ -12,7 +12,7 @@ import torch
 
 import pbe.training.latent_cache.builder as builder_module
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate
 from pbe.models import LatentDiffusion
 from pbe.training.setup import build_model
@@ -46,7 +46,7 @@ def tensors(batch: EncodedBatch) -> dict[str, torch.Tensor]:
 
 def online(model: LatentDiffusion, config: Config, indices: list[int], stream: str) -> EncodedBatch:
     """Encode samples of a stream, all in one batch."""
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
+    dataset = TrainingData(config).dataset(stream)
     return encode_batch(model, collate([dataset[index] for index in indices]))
 
 

@@ -12,7 +12,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.checkpoints.native import load_config as load_model_config, load_model
 from pbe.config import load_config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
@@ -45,7 +45,7 @@ def make_task(shards: Path, *overrides: str) -> tuple[AutoencoderTask, dict[str,
     config = tiny_config(shards, Path("nowhere"), "task=autoencoder", *overrides)
     torch.manual_seed(1)
     task = AutoencoderTask(config, LatentDiffusion(config.model))
-    return task, next(iter(ExemplarDataModule(config.data, config.seed).train_dataloader()))
+    return task, next(iter(TrainingData(config).train_dataloader()))
 
 
 def decoded_by(task: AutoencoderTask, batch: dict[str, Any]) -> tuple[torch.Tensor, Posterior]:

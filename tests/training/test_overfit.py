@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate
 from pbe.editing import PaintByExample
 from pbe.models import LatentDiffusion
@@ -80,7 +80,7 @@ def overfit(shards: Path, autoencoder: str, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("overfit")
     config = tiny_config(shards, folder, autoencoder, f"cache.folder={folder / 'cache'}", *OVERFIT)
     model, config = build_model(config)
-    dataset = ExemplarDataModule(config.data, config.seed).dataset("train")
+    dataset = TrainingData(config).dataset("train")
     items = sorted((dataset[index] for index in range(8)), key=lambda item: item.key)
     samples = collate(items)
     before = grid_loss(config, model, samples)

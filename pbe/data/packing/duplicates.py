@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.data.packing.records import digest
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import UnusablePictureError, decode
+from pbe.data.shards.format import digest
 from pbe.data.sources.annotations import find_images
 from pbe.data.sources.image_files import (
     CANNOT_DECODE,

@@ -24,7 +24,7 @@ from pbe.data.packing.plan import OPTIONS, PackSettings, make_plan
 from pbe.data.packing.records import Tally, read_json, write_whole
 from pbe.data.packing.request import PackRequest, State
 from pbe.data.packing.worker import pack_shard, part_path
-from pbe.data.shards.index import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.shards.format import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
 
 

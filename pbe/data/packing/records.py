@@ -1,14 +1,11 @@
-"""What packing writes beside the shards: the index of each, the list of all, and the counts of the report.
+"""What packing writes beside the shards, in the format of :mod:`pbe.data.shards.format`, and its counts.
 
-``shards.json`` names the shards with their sizes, counts and hashes; it is written last, so a folder that
-has one is complete. ``NAME.index.npz`` holds, for the images of one shard in their order, offsets, sizes,
-keys, boxes and hashes; it is read when the shard is first used. docs/data.md lists every field.
+The index of a shard holds, for its images in their order, offsets, sizes, keys, boxes and hashes.
+docs/data.md lists every field.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import time
 from collections import Counter
@@ -20,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from pbe.data.shards.index import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
+from pbe.data.shards.format import (
+    HASH_BYTES,
+    MANIFEST_NAME,
+    PACK_AGAIN,
+    DamagedIndexError,
+    load_manifest,
+    read_index,
+)
 from pbe.errors import UserError
 from pbe.files import atomic_write
 
@@ -51,11 +55,6 @@ COUNT_EDGES = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50]
 EXAMPLES = 5  # of each reason
 
 
-def digest(data: bytes) -> bytes:
-    """Return the 16-byte BLAKE2b hash of ``data``."""
-    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
-
-
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file that appears under its name only when it is complete and on the disk."""
     atomic_write(path, content, sync=True)
@@ -77,26 +76,19 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return what ``shards.json`` of a folder holds, or None where there is none."""
     path = folder / MANIFEST_NAME
     try:
-        summary = json.loads(path.read_bytes())
-        known = (summary["format"], summary["version"]) == (MANIFEST_FORMAT, MANIFEST_VERSION)
+        return load_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{path}' is damaged ({error}); pack the shards again") from error
-    if not known:
-        raise UserError(f"'{path}' is of another version of this project; pack the shards again")
-    return dict(summary)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}); {PACK_AGAIN}") from error
 
 
 def load_index(source: Path | bytes) -> dict[str, np.ndarray]:
     """Read the arrays of :data:`DTYPES` from the index of one shard, a file or the file's bytes."""
-    name = "the bytes given" if isinstance(source, bytes) else f"'{source}'"
     try:
-        with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as file:
-            return {column: file[column] for column in DTYPES}
-    except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name}: no whole index of a shard ({what}); pack the shards again") from error
+        return read_index(source, DTYPES)
+    except DamagedIndexError as error:
+        raise UserError(f"{error}; {PACK_AGAIN}") from error
 
 
 def index_keys(index: Mapping[str, np.ndarray]) -> list[str]:
@@ -118,13 +110,10 @@ class IndexBuilder:
         self.columns["key_end"].append(len(self.columns["key_bytes"]))
         self.columns["box_end"].append(len(self.columns["boxes"]))
 
-    def to_bytes(self) -> bytes:
-        """Return the file's bytes, the same for the same images."""
-        buffer = io.BytesIO()
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays as they stand in the file."""
         arrays = {name: np.asarray(self.columns[name], kind) for name, kind in DTYPES.items()}
-        wide = {name: arrays[name].reshape(-1, width) for name, width in WIDTHS.items()}
-        np.savez(buffer, allow_pickle=False, **(arrays | wide))
-        return buffer.getvalue()
+        return arrays | {name: arrays[name].reshape(-1, width) for name, width in WIDTHS.items()}
 
 
 def bin_of(edges: Sequence[float], value: float) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pbe.data.packing.plan import SUMMARY, PackSettings, Plan, save_plan
 from pbe.data.packing.records import read_json, read_summary, write_whole
-from pbe.data.shards.index import MANIFEST_NAME
+from pbe.data.shards.format import MANIFEST_NAME
 from pbe.data.sources.annotations import Annotations
 from pbe.errors import UserError
 from pbe.files import lock

@@ -6,13 +6,9 @@ interrupted. The index appears first, then the shard, then the record that the t
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import math
-import tarfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +29,11 @@ from pbe.data.packing.plan import (
     PackSettings,
     load_task,
 )
-from pbe.data.packing.records import EXTENSIONS, IndexBuilder, Tally, box_text, digest, write_whole
+from pbe.data.packing.records import EXTENSIONS, IndexBuilder, Tally, box_text, write_whole
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import TINY, UnusablePictureError, decode_picture
 from pbe.data.samples.rle import encode_rle
-from pbe.data.shards.index import HASH_BYTES
+from pbe.data.shards.format import ShardWriter, digest, new_shard
 from pbe.data.sources.annotations import BAD_NUMBER, CORNERS, flag_names
 from pbe.data.sources.image_files import (
     CANNOT_DECODE,
@@ -49,21 +45,15 @@ from pbe.data.sources.image_files import (
     turn_image,
 )
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
-from pbe.files import HashingFile, atomic_file
 
 UNREADABLE = "unreadable"
 OTHER_SIZE = "annotated for an image of another size"
 TURNED = "boxes turned with the EXIF orientation"
 ON_TRUST = "EXIF orientation: the frame of the boxes was taken on trust"
-BLOCK = tarfile.BLOCKSIZE
 
 
 class DroppedError(Exception):
     """An image or box is dropped; the text is the reason it is counted under."""
-
-
-class NothingKeptError(Exception):
-    """A shard holds no image."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +64,6 @@ class KeptBox:
     label: int
     flags: frozenset[str]
     mask: np.ndarray | None = None
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Write a member and return its data's offset. Fixed owner and time: same data, same bytes."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = len(data), 0o644
-    member.uname = member.gname = "pbe"
-    tar.addfile(member, io.BytesIO(data))
-    return tar.offset - -(-len(data) // BLOCK) * BLOCK
 
 
 def _frame(header: ImageHeader, annotated: tuple[int | None, int | None], trust: str) -> tuple[str, bool]:
@@ -141,19 +122,17 @@ def encode_again(encoded: bytes, header: ImageHeader, max_side: int, quality: in
 class ImagePacker:
     """Turns images of a plan into members of a shard and rows of its index, counting what happens."""
 
-    def __init__(self, labels: Sequence[str], settings: PackSettings) -> None:
-        self.labels, self.settings = labels, settings
+    def __init__(self, labels: Sequence[str], settings: PackSettings, shard: ShardWriter) -> None:
+        self.labels, self.settings, self.shard = labels, settings, shard
         self.tally, self.index = Tally(), IndexBuilder()
-        self.tar: tarfile.TarFile
 
-    def pack_all(self, images: pl.DataFrame, boxes: pl.DataFrame, out: HashingFile) -> None:
-        """Write the tar of some images of the plan, with ``box_end``, and their boxes."""
+    def pack_all(self, images: pl.DataFrame, boxes: pl.DataFrame) -> None:
+        """Pack some images of the plan, with ``box_end``, and their boxes."""
         rows = boxes.to_dicts()
         start = 0
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as self.tar:  # type: ignore[call-overload]
-            for row in images.iter_rows(named=True):
-                self._pack_or_count(row, rows[start : row["box_end"]])
-                start = row["box_end"]
+        for row in images.iter_rows(named=True):
+            self._pack_or_count(row, rows[start : row["box_end"]])
+            start = row["box_end"]
 
     def _pack_or_count(self, row: dict[str, Any], boxes: Sequence[dict[str, Any]]) -> None:
         before = self.tally.dropped_boxes.total()
@@ -252,12 +231,13 @@ class ImagePacker:
         fingerprint: int,
     ) -> None:
         key, boxes = row["key"], [box.corners for box in kept]
-        annotation = self._annotation(row, size, kept)
+        picture = self.shard.add(f"{key}.{extension}", encoded)
+        annotation = self.shard.add(f"{key}.json", self._annotation(row, size, kept))
         self.index.add(
-            picture_offset=_add(self.tar, f"{key}.{extension}", encoded),
-            picture_size=len(encoded),
-            json_offset=_add(self.tar, f"{key}.json", annotation),
-            json_size=len(annotation),
+            picture_offset=picture[0],
+            picture_size=picture[1],
+            json_offset=annotation[0],
+            json_size=annotation[1],
             width=size[0],
             height=size[1],
             extension=EXTENSIONS.index(extension),
@@ -322,29 +302,15 @@ def pack_shard(plan: Path, out: Path, number: int, labels: Sequence[str], settin
         settings: of the plan.
     """
     cv2.setNumThreads(1)
-    packer = ImagePacker(labels, settings)
-    tally = packer.tally
-    path = out / shard_name(number)
-    index_path = path.with_suffix(".index.npz")
-    shard: dict[str, Any] | None = None
-    with suppress(NothingKeptError), atomic_file(path, sync=True) as file:
-        hashing = HashingFile(file, hashlib.blake2b(digest_size=HASH_BYTES))
-        packer.pack_all(*load_task(plan, number), hashing)
-        if not tally.pictures:
-            raise NothingKeptError
-        index = packer.index.to_bytes()
-        write_whole(index_path, index)
-        shard = {
-            "name": path.name,
-            "bytes": hashing.size,
-            "pictures": tally.pictures,
-            "boxes": tally.boxes,
-            "blake2b": hashing.hash.hexdigest(),
-            "index": index_path.name,
-            "index_bytes": len(index),
-            "index_blake2b": digest(index).hex(),
-        }
+    listed: dict[str, Any] | None = None
+    with new_shard(out / shard_name(number)) as shard:
+        packer = ImagePacker(labels, settings, shard)
+        packer.pack_all(*load_task(plan, number))
+        tally = packer.tally
+        if tally.pictures:
+            index = shard.write_index(packer.index.arrays())
+            listed = index | {"pictures": tally.pictures, "boxes": tally.boxes}
     tally.events = +tally.events
-    part = {"shard": shard, "tally": tally.to_dict()}
+    part = {"shard": listed, "tally": tally.to_dict()}
     write_whole(part_path(plan, number), json.dumps(part, sort_keys=True))
     return tally.pictures + tally.dropped_pictures.total()

@@ -1,14 +1,19 @@
-"""From encoded bytes to uint8 RGB, once; what cannot be used is told apart by reason."""
+"""From encoded bytes to uint8 RGB, at a half, a quarter or an eighth of the size where less is enough.
+
+What cannot be used is told apart by reason.
+"""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
+from pbe.config import DataConfig
 from pbe.data.samples.colour import on_white, to_srgb
-from pbe.data.shards.index import HASH_BYTES
+from pbe.data.samples.masks import Box
+from pbe.data.shards.format import digest as digest_of
 
 UNREADABLE = "unreadable picture"
 DAMAGED = "picture of another hash"
@@ -40,6 +45,8 @@ COLOUR = {
     4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
+FACTORS = (8, 4, 2)
+MIN_REDUCED_SIDE = 2.0  # of a box
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
@@ -103,5 +110,47 @@ def check_hash(encoded: bytes, digest: bytes) -> None:
     Raises:
         UnusablePictureError: where they differ. Damaged pictures often still decode.
     """
-    if hashlib.blake2b(encoded, digest_size=HASH_BYTES).digest() != digest:
+    if digest_of(encoded) != digest:
         raise UnusablePictureError(DAMAGED)
+
+
+def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float) -> float:
+    """Return a length that no crop's side can fall below, pixels.
+
+    A crop starts at the short side or more, and gives up ``shrink_fraction`` of the least margin on all
+    sides of the extended box, which is at least as long as the box.
+
+    Args:
+        frame: width and height of the picture.
+        longer: least longer side of the boxes that may be drawn.
+        shrink_fraction: as in :class:`pbe.config.SampleConfig`.
+    """
+    side = min(frame)
+    return side - shrink_fraction * max(side - longer, 0.0)
+
+
+def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box], config: DataConfig) -> int:
+    """Return the largest factor by which a picture may be smaller when it is decoded: 1, 2, 4 or 8.
+
+    It divides width and height, so that boxes scale exactly; no crop becomes smaller than the training image,
+    and no box's longer side shorter than the exemplar's. Only JPEGs decode faster when they are reduced.
+
+    Args:
+        encoded: the file.
+        frame: width and height, as annotated.
+        boxes: any of which may be drawn, pixels.
+        config: sizes; where ``reduced_decoding`` is off the factor is 1.
+    """
+    if not config.reduced_decoding or not encoded.startswith(JPEG_START):
+        return 1
+    longer = min(max(box.width, box.height) for box in boxes)
+    crop = smallest_crop(frame, longer, config.sample.shrink_fraction)
+    shorter = min(min(box.width, box.height) for box in boxes)
+    limit = min(crop / config.image_size, longer / config.exemplar_size, shorter / MIN_REDUCED_SIDE)
+    fitting = (factor for factor in FACTORS if factor <= limit and not any(side % factor for side in frame))
+    return next(fitting, 1)
+
+
+def reduced_box(box: Box, factor: int) -> Box:
+    """Return a box in the pixels of the reduced picture."""
+    return Box(box.x1 / factor, box.y1 / factor, box.x2 / factor, box.y2 / factor)

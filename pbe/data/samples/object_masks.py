@@ -1,4 +1,4 @@
-"""The object's own mask as the hole: read from the shard, cut like the picture, dilated.
+"""The object's own mask as the sample's mask: read from the shard, cut like the picture, dilated.
 
 A mask lies in the JSON of its picture as a run-length code of the whole picture, upright as the picture is
 shown; ``prepare_data.py`` puts it there for sources that have masks.
@@ -17,7 +17,7 @@ from pbe.data.samples.decode import BAD_ANNOTATION, BAD_INDEX, UNREADABLE, Unusa
 from pbe.data.samples.masks import Box
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
-from pbe.data.shards.index import DamagedIndexError
+from pbe.data.shards.format import DamagedIndexError
 
 ObjectMask = Callable[[], np.ndarray | None]
 
@@ -86,22 +86,22 @@ def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     return shrink(window(mask, crop, fill=0), (size, size))
 
 
-def object_hole(cover: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
-    """Return the hole, uint8 ``s s``: 255 on every pixel that the object touches and around it.
+def dilated_mask(cover: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
+    """Return the mask, uint8 ``s s``: 255 on every pixel that the object touches and around it.
 
     Args:
         cover: of :func:`cut_mask`.
         radius: the object is dilated by an ellipse of these half axes, pixels along x and y.
     """
-    hole = np.where(cover > 0, np.uint8(255), np.uint8(0))
+    mask = np.where(cover > 0, np.uint8(255), np.uint8(0))
     across, down = (round(value) for value in radius)
     if across or down:
         shape = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * across + 1, 2 * down + 1))
-        hole = cv2.dilate(hole, shape)
-    return hole
+        mask = cv2.dilate(mask, shape)
+    return mask
 
 
-def object_cover(cover: np.ndarray, hole: np.ndarray) -> float:
-    """Return the share of the object, of :func:`cut_mask`, that a hole covers, 0 to 1."""
-    lost, total = float(cover[hole == 0].sum()), float(cover.sum())
+def object_cover(cover: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of the object, of :func:`cut_mask`, that a mask covers, 0 to 1."""
+    lost, total = float(cover[mask == 0].sum()), float(cover.sum())
     return 1.0 - lost / total if total else 1.0

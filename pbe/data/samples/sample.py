@@ -1,6 +1,6 @@
 """From a picture and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
 
-The object inside the box becomes the exemplar; the place around it becomes the hole that is to be painted.
+The object inside the box becomes the exemplar; the region around it becomes the mask.
 Everything is a pure function of the arguments, the state of the generator among them.
 """
 
@@ -26,15 +26,13 @@ from pbe.data.samples.crops import (
     valid_mask,
 )
 from pbe.data.samples.masks import Box, bezier_mask, extend_box, rectangle_mask
-from pbe.data.samples.object_masks import ObjectMask, cut_mask, object_cover, object_hole
+from pbe.data.samples.object_masks import ObjectMask, cut_mask, dilated_mask, object_cover
 
 REFERENCE_SIDE = 512
 MAX_TRIES = 20
 # Of what becomes of the same picture, box and draws: a cache of another version holds other samples.
 VERSION = 2
 NO_OBJECT_MASK = "no object mask"
-
-__all__ = ["Box", "TrainingSample", "choose_box", "cut_exemplar", "make_sample"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class _Kind:
 
 
 @dataclass(frozen=True)
-class _Hole:
+class _MaskedCrop:
     """A crop with its mask at the output's resolution."""
 
     plan: CropPlan
@@ -126,7 +124,7 @@ def _draw_mask(
     rng: np.random.Generator,
     config: SampleConfig,
     size: int,
-) -> _Hole:
+) -> _MaskedCrop:
     """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
     inner = plan.crop.to_output(box, size).clipped(size, size)
     extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
@@ -138,13 +136,13 @@ def _draw_mask(
     if kind.shape is not None:
         cover = cut_mask(kind.shape, plan.crop, size)
         wider = config.object_mask_dilate * unit
-        mask = object_hole(cover, (wider * sx, wider * sy))
-        return _Hole(plan, inner, extended, mask, jitter, object_cover(cover, mask))
+        mask = dilated_mask(cover, (wider * sx, wider * sy))
+        return _MaskedCrop(plan, inner, extended, mask, jitter, object_cover(cover, mask))
     if kind.name == "rectangle":
         mask = rectangle_mask(extended, size, size)
     else:
         mask = bezier_mask(inner, extended, size, size, jitter, rng, config.min_box_cover)
-    return _Hole(plan, inner, extended, _mirrored(mask, inner, plan, frame), jitter)
+    return _MaskedCrop(plan, inner, extended, _mirrored(mask, inner, plan, frame), jitter)
 
 
 def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]) -> np.ndarray:
@@ -156,40 +154,28 @@ def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]
     return np.where(valid_mask(plan.crop, *frame, size) > 0, mask, hidden)
 
 
-def _draw_hole(
-    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
-) -> _Hole:
-    extended = extend_box(box, width, height, config.extend_fraction, rng)
-    if config.squash:
-        plan = plan_original_crop(extended, width, height, config.shrink_fraction, rng)
-    else:
-        plan = plan_square_crop(box, extended, width, height, config.shrink_fraction, rng)
-    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
+def _find_crop(
+    box: Box, frame: tuple[int, int], kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
+) -> tuple[_MaskedCrop, tuple[str, ...]]:
+    """Draw crops and masks until enough of the picture stays; return the last one and its events.
 
-
-def _fallback_hole(
-    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
-) -> _Hole:
-    """Return the whole picture inside a grey border, with the box itself as the hole's bounds.
-
-    The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
-    where the box is the whole picture. A reflection in the border would be masked as the picture is.
+    Where that fails, it is the whole picture inside a grey border, with the box itself as the mask's bounds.
     """
-    crop = padded_square(width, height, math.ceil(1.125 * max(width, height)) + 1, mirrored=False)
-    plan = CropPlan(crop, box, ("padded", "fallback"))
-    return _draw_mask(plan, box, (width, height), kind, rng, config, size)
-
-
-def _find_hole(
-    box: Box, width: int, height: int, kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
-) -> tuple[_Hole, tuple[str, ...]]:
-    """Draw crops and masks until enough of the picture stays; return the hole and its events."""
     for attempt in range(MAX_TRIES):
-        hole = _draw_hole(box, width, height, kind, rng, config, size)
-        if hole.keep_share() >= config.min_keep_share:
-            return hole, hole.plan.events + (("redrawn",) if attempt else ())
-    hole = _fallback_hole(box, width, height, _Kind("rectangle"), rng, config, size)
-    return hole, (*hole.plan.events, "redrawn")
+        extended = extend_box(box, *frame, config.extend_fraction, rng)
+        if config.squash:
+            plan = plan_original_crop(extended, *frame, config.shrink_fraction, rng)
+        else:
+            plan = plan_square_crop(box, extended, *frame, config.shrink_fraction, rng)
+        drawn = _draw_mask(plan, box, frame, kind, rng, config, size)
+        if drawn.keep_share() >= config.min_keep_share:
+            return drawn, plan.events + (("redrawn",) if attempt else ())
+    # The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
+    # where the box is the whole picture. A reflection in the border would be masked as the picture is.
+    crop = padded_square(*frame, math.ceil(1.125 * max(frame)) + 1, mirrored=False)
+    plan = CropPlan(crop, box, ("padded", "fallback"))
+    drawn = _draw_mask(plan, box, frame, _Kind("rectangle"), rng, config, size)
+    return drawn, (*plan.events, "redrawn")
 
 
 def _choose_kind(
@@ -233,17 +219,17 @@ def make_sample(
     box = box.rounded_out(width, height)
     # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
     kind, missing = _choose_kind(rng, config, object_mask)
-    hole, events = _find_hole(box, width, height, kind, rng, config, image_size)
-    crop = hole.plan.crop
+    drawn, events = _find_crop(box, (width, height), kind, rng, config, image_size)
+    crop = drawn.plan.crop
     return TrainingSample(
         image=cut(picture, crop, image_size, config.antialias_above),
-        mask=hole.mask,
+        mask=drawn.mask,
         exemplar=exemplar,
         valid=valid_mask(crop, width, height, image_size),
-        box=hole.box,
-        extended=hole.extended,
+        box=drawn.box,
+        extended=drawn.extended,
         mask_kind="rectangle" if "fallback" in events else kind.name,
-        jitter=hole.jitter,
+        jitter=drawn.jitter,
         events=(*events, *missing),
-        object_cover=hole.object_cover,
+        object_cover=drawn.object_cover,
     )

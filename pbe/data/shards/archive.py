@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import glob
 import json
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
-from pbe.data.shards.finding import find_indexed, find_shards, remote_shards, shard_state
+from pbe.data.shards.finding import find_indexed, remote_shards
+from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, ShardWriter, new_shard
 from pbe.data.shards.index import (
-    MANIFEST_NAME,
-    DamagedIndexError,
-    Files,
     HeaderRows,
     IndexedShard,
     IndexFile,
     LocalFiles,
     PictureRow,
-    Rows,
 )
 from pbe.data.shards.remote import (
     PIPE,
@@ -43,12 +40,7 @@ from pbe.data.shards.remote import (
     spool,
 )
 from pbe.errors import UserError
-from pbe.files import atomic_file, make_folder
-
-__all__ = [
-    "ShardEntry", "ShardPictures", "ShardRecord", "find_shards", "parse_annotation", "shard_state",
-    "write_shards",
-]  # fmt: skip
+from pbe.files import make_folder
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class ShardRecord:
 
 
 def _fill(
-    tar: webdataset.TarWriter,
+    shard: ShardWriter,
     record: ShardRecord,
     rest: Iterator[ShardRecord],
     max_count: int,
@@ -97,7 +89,8 @@ def _fill(
         if "." in upcoming.key or "/" in upcoming.key:
             raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
         annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
-        size += tar.write({"__key__": upcoming.key, upcoming.extension: upcoming.picture, "json": annotation})
+        for extension, data in sorted([(upcoming.extension, upcoming.picture), ("json", annotation)]):
+            size += shard.add(f"{upcoming.key}.{extension}", data)[1]
         count += 1
         upcoming = next(rest, None)
     return upcoming
@@ -124,10 +117,6 @@ def write_shards(
 
     Returns:
         The shards written, in order.
-
-    Raises:
-        UserError: for a key that WebDataset would split; or a folder that cannot be made or written to, or
-            holds packed shards with a list of them, which would no longer be true.
     """
     folder = make_folder(folder)
     if (folder / MANIFEST_NAME).exists():
@@ -137,28 +126,14 @@ def write_shards(
     upcoming = next(rest, None)
     while upcoming is not None:
         paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
-        with (
-            atomic_file(paths[-1]) as file,
-            # Fixed owner and time, so that the same pictures give the same bytes.
-            webdataset.TarWriter(file, user="pbe", group="pbe", mode=0o644, mtime=0, encoder=False) as tar,
-        ):
-            upcoming = _fill(tar, upcoming, rest, max_count, max_bytes)
+        with new_shard(paths[-1], tarfile.PAX_FORMAT) as shard:
+            upcoming = _fill(shard, upcoming, rest, max_count, max_bytes)
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths
 
 
-@dataclass(frozen=True)
-class ShardEntry:
-    """Where one picture lies: shard number, then offset and size in bytes of the picture and of its JSON."""
-
-    key: str
-    shard: int
-    picture: tuple[int, int]
-    annotation: tuple[int, int]
-
-
-class ShardPictures(Sequence[ShardEntry]):
+class ShardPictures(Sequence[PictureRow]):
     """The pictures of some shards, by position.
 
     Where the shards have an index, opening reads the list of the shards only; otherwise the headers of the
@@ -175,9 +150,6 @@ class ShardPictures(Sequence[ShardEntry]):
     Attributes:
         paths: of the shards.
         box_count: boxes of all pictures; 0 unless they were counted.
-
-    Raises:
-        UserError: when nothing is found or a shard without an index is no whole tar.
     """
 
     def __init__(
@@ -193,7 +165,7 @@ class ShardPictures(Sequence[ShardEntry]):
             found = remote_shards(text) if self._remote else find_indexed(text)
         if self._remote and isinstance(found[0], IndexedShard):
             check_ranges(found[0].path)
-        self._files: Files = RemoteFiles() if self._remote else LocalFiles()
+        self._files: RemoteFiles | LocalFiles = RemoteFiles() if self._remote else LocalFiles()
         self._index_files = LocalFiles()
         self.paths = [shard.path if isinstance(shard, IndexedShard) else str(shard) for shard in found]
         self._shards = [
@@ -201,8 +173,8 @@ class ShardPictures(Sequence[ShardEntry]):
             for shard in found
         ]
         self._indexes: dict[int, IndexFile] = {}
-        self._starts = np.cumsum([0, *(_pictures(shard) for shard in self._shards)])
-        self._box_starts = np.cumsum([0, *(_boxes(shard) if count_boxes else 0 for shard in self._shards)])
+        self._starts = np.cumsum([0, *(shard.pictures for shard in self._shards)])
+        self._box_starts = np.cumsum([0, *(shard.boxes if count_boxes else 0 for shard in self._shards)])
         self.box_count = int(self._box_starts[-1])
         if not len(self):
             raise UserError(f"the shards at '{pattern}' hold no pictures")
@@ -212,11 +184,10 @@ class ShardPictures(Sequence[ShardEntry]):
         return int(self._starts[-1])
 
     def __getitem__(self, position: Any) -> Any:
-        """Return the entry, or the list of entries of a slice, at ``position``."""
+        """Return the row, or the list of rows of a slice, at ``position``; see :meth:`row`."""
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
-        row = self.row(position)
-        return ShardEntry(row.key, self._locate(position)[0], row.picture, row.annotation)
+        return self.row(position)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was read of the indexes behind when sent to another process."""
@@ -231,7 +202,7 @@ class ShardPictures(Sequence[ShardEntry]):
         shard = int(np.searchsorted(self._starts, position, side="right")) - 1
         return shard, position - int(self._starts[shard])
 
-    def _rows(self, number: int) -> Rows:
+    def _rows(self, number: int) -> HeaderRows | IndexFile:
         shard = self._shards[number]
         if isinstance(shard, HeaderRows):
             return shard
@@ -299,14 +270,3 @@ def parse_annotation(text: bytes) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError("the annotation is not a JSON object")
     return parsed
-
-
-def _pictures(shard: IndexedShard | HeaderRows) -> int:
-    return shard.pictures if isinstance(shard, IndexedShard) else len(shard)
-
-
-def _boxes(shard: IndexedShard | HeaderRows) -> int:
-    if isinstance(shard, IndexedShard):
-        return shard.boxes
-    ends = shard.box_ends()
-    return int(ends[-1]) if len(ends) else 0

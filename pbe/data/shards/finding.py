@@ -8,7 +8,8 @@ from pathlib import Path
 
 import braceexpand
 
-from pbe.data.shards.index import MANIFEST_NAME, IndexedShard, parse_manifest
+from pbe.data.shards.format import MANIFEST_NAME
+from pbe.data.shards.index import IndexedShard, parse_manifest
 from pbe.data.shards.remote import PIPE, is_url, join, read_manifest
 from pbe.errors import UserError
 
@@ -19,9 +20,6 @@ def find_shards(pattern: str | Path) -> list[Path]:
     """Return the tars that a folder, a file, a glob or a brace pattern (``train-{000..007}.tar``) names.
 
     What exists under the very name that is given is taken as it is, brackets and braces included.
-
-    Raises:
-        UserError: when nothing is found, or a folder cannot be read.
     """
     text = os.path.expanduser(str(pattern))
     if not text:
@@ -70,9 +68,6 @@ def find_indexed(pattern: str) -> list[Path | IndexedShard]:
     """Return the local shards that a pattern names, as ``shards.json`` tells of them where there is one.
 
     For a folder that file decides, so that a shard that vanished is noticed.
-
-    Raises:
-        UserError: when nothing is found, or a ``shards.json`` is damaged.
     """
     folder = Path(os.path.expanduser(pattern))
     if pattern and os.path.isfile(folder / MANIFEST_NAME):
@@ -95,11 +90,7 @@ def _local_manifest(folder: Path) -> list[IndexedShard]:
 
 
 def remote_shards(base: str) -> list[IndexedShard]:
-    """Return the shards that the ``shards.json`` behind a URL tells of.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Return the shards that the ``shards.json`` behind a URL tells of."""
     url, manifest = read_manifest(base)
     found = parse_manifest(manifest, url, lambda name: join(base, name))
     if not found:

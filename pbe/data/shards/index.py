@@ -9,7 +9,6 @@ indexed by the headers of their tars.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -20,16 +19,21 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from pbe.data.shards.format import (
+    HASH_BYTES,
+    MANIFEST_NAME,
+    PACK_AGAIN,
+    DamagedIndexError,
+    digest as digest_of,
+    load_manifest,
+    manifest_errors,
+)
 from pbe.data.shards.tar_members import read_members
-from pbe.errors import UserError
 
-MANIFEST_NAME = "shards.json"
-MANIFEST_FORMAT, MANIFEST_VERSION = "pbe-shards", 1
-HASH_BYTES = 16
 OPEN_FILES = 128  # a process may often open 1024
 MAX_COUNT = 2**40  # of a shard's pictures, boxes and bytes
 LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
@@ -48,10 +52,6 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "picture_hash": (np.uint8, (HASH_BYTES,)),
 }
 ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
-
-
-class DamagedIndexError(Exception):
-    """An index file is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,6 @@ class PictureRow:
     frame: tuple[int, int] | None = None
     boxes: np.ndarray | None = None
     digest: bytes = b""
-
-
-class Files(Protocol):
-    """Reads pieces of files."""
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes from ``offset`` on; OSError where that cannot be done."""
 
 
 class LocalFiles:
@@ -119,22 +112,16 @@ class LocalFiles:
         return data
 
 
-class Rows(Protocol):
-    """The pictures of one shard, in the tar's order."""
-
-    def row(self, number: int) -> PictureRow:
-        """Return a picture's row."""
-
-    def box_ends(self) -> np.ndarray:
-        """Return for each picture the number of boxes of the shard up to and with its own, int64."""
-
-
 class HeaderRows:
     """Rows made by reading a tar's headers, packed into arrays that forked workers share.
 
     Args:
         path: of the tar.
         count_boxes: read every JSON too, so that :meth:`box_ends` can be asked for.
+
+    Attributes:
+        pictures: number of them.
+        boxes: number of them; 0 unless they were counted.
     """
 
     def __init__(self, path: Path, *, count_boxes: bool = False) -> None:
@@ -143,11 +130,9 @@ class HeaderRows:
         self._keys = b"".join(keys)
         self._key_ends = np.cumsum([0, *(len(key) for key in keys)])
         self._places = np.array(list(members.values()), np.int64).reshape(-1, 4)
-        self._box_ends = _count_boxes(path, self._places[:, 2:]) if count_boxes else None
-
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self._places)
+        self.pictures = len(self._places)
+        self._box_ends = _count_boxes(path, self._places[:, 2:] if count_boxes else self._places[:0, 2:])
+        self.boxes = int(self._box_ends[-1]) if len(self._box_ends) else 0
 
     def row(self, number: int) -> PictureRow:
         """Return a picture's row, without frame and boxes."""
@@ -156,8 +141,7 @@ class HeaderRows:
         return PictureRow(self._keys[start:end].decode(), (offset, size), (json_offset, json_size))
 
     def box_ends(self) -> np.ndarray:
-        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
-        assert self._box_ends is not None
+        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
         return self._box_ends
 
 
@@ -228,9 +212,9 @@ class IndexFile:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str, pictures: int, files: Files, digest: str | None = None) -> None:
+    def __init__(self, path: str, pictures: int, files: LocalFiles, digest: str | None = None) -> None:
         data = Path(path).read_bytes()
-        if digest is not None and hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
+        if digest is not None and digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
         try:
             self._places = _layout(data)
@@ -276,7 +260,7 @@ class IndexFile:
         )
 
     def box_ends(self) -> np.ndarray:
-        """Return the running count of boxes, int64 ``n``; see :class:`Rows`."""
+        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
         return self._read("box_end", 0, self._pictures)
 
 
@@ -296,26 +280,16 @@ class IndexedShard:
 
 
 def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) -> list[IndexedShard]:
-    """Read ``shards.json``.
+    """Return the shards that a ``shards.json`` lists.
 
     Args:
         text: its content.
         source: its path, for messages.
         place: makes the path of a file beside it from the name.
-
-    Raises:
-        UserError: it is damaged, of another kind, or of a version that is not known here.
     """
-    again = "pack the shards again"
-    try:
-        loaded = json.loads(text)
-        if loaded["format"] != MANIFEST_FORMAT:
-            raise UserError(f"'{source}' is not the list of a data set's shards; {again}")
-        if loaded["version"] != MANIFEST_VERSION:
-            raise UserError(f"'{source}' is of version {loaded['version']}, not {MANIFEST_VERSION}; {again}")
-        return [_parse_shard(shard, place) for shard in loaded["shards"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"'{source}' is damaged ({type(error).__name__}: {error}); {again}") from error
+    content = load_manifest(text, source)
+    with manifest_errors(source, PACK_AGAIN):
+        return [_parse_shard(shard, place) for shard in content["shards"]]
 
 
 def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:

@@ -10,7 +10,6 @@ are copied as a whole before anything else happens.
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ import braceexpand
 import fsspec
 import webdataset
 
-from pbe.data.shards.index import HASH_BYTES, MANIFEST_NAME, DamagedIndexError
+from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, digest as digest_of
 from pbe.errors import UserError
 from pbe.files import atomic_file, atomic_write, make_folder
 
@@ -88,11 +87,7 @@ def read_whole(url: str) -> bytes:
 
 
 def read_manifest(base: str) -> tuple[str, bytes]:
-    """Return the URL and the content of ``shards.json`` in a remote folder.
-
-    Raises:
-        UserError: there is none, or the URL cannot be opened.
-    """
+    """Return the URL and the content of ``shards.json`` in a remote folder."""
     url = join(base, MANIFEST_NAME)
     try:
         return url, read_whole(url)
@@ -105,11 +100,7 @@ def read_manifest(base: str) -> tuple[str, bytes]:
 
 
 def check_ranges(url: str) -> None:
-    """Check that a server hands out pieces of files.
-
-    Raises:
-        UserError: it sends something else; loading would fetch a whole shard for every picture.
-    """
+    """Check that a server hands out pieces of files."""
     try:
         RemoteFiles().read(url, 0, 512)
     except FileNotFoundError:
@@ -133,7 +124,7 @@ def cached_copy(url: str, digest: str, folder: Path) -> str:
     path = folder / f"{digest}.npz"
     if not path.exists():
         data = read_whole(url)
-        if hashlib.blake2b(data, digest_size=HASH_BYTES).hexdigest() != digest:
+        if digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{url}' is not the index that {MANIFEST_NAME} tells of")
         make_folder(folder)
         atomic_write(path, data)
@@ -146,15 +137,10 @@ def spool(pattern: str, folder: Path) -> list[Path]:
     Args:
         pattern: ``pipe:COMMAND``, a shell command that writes a tar; braces (``{000..007}``) make several.
         folder: of the copies. They are known by the command's text alone.
-
-    Raises:
-        UserError: a command fails.
     """
     paths = []
     for url in braceexpand.braceexpand(pattern):
-        path = (
-            make_folder(folder) / f"{hashlib.blake2b(url.encode(), digest_size=HASH_BYTES).hexdigest()}.tar"
-        )
+        path = make_folder(folder) / f"{digest_of(url.encode()).hex()}.tar"
         paths.append(path)
         if path.exists():
             continue

@@ -36,11 +36,7 @@ class Member(NamedTuple):
 
 
 def read_members(path: Path) -> dict[str, tuple[Place, Place]]:
-    """Read a tar's headers and return, by key, the places of each image and of its JSON.
-
-    Raises:
-        UserError: the tar is truncated or foreign, or an image or JSON is double or lacks its partner.
-    """
+    """Read a tar's headers and return, by key, the places of each image and of its JSON."""
     try:
         members = list(_files(path))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
@@ -59,11 +55,7 @@ def read_members(path: Path) -> dict[str, tuple[Place, Place]]:
 
 
 def _files(path: Path) -> Iterator[Member]:
-    """Yield what may be an image or a JSON, in the tar's order.
-
-    Raises:
-        UserError: the tar ends where it should not.
-    """
+    """Yield what may be an image or a JSON, in the tar's order."""
     end = 0
     with tarfile.open(path, "r:") as tar:
         links: dict[str, tarfile.TarInfo] = {}
@@ -88,11 +80,7 @@ def _plain(name: str) -> str:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Check that nothing but zeros, and at least a block of them, lies behind the last member.
-
-    Raises:
-        UserError: it was cut, is damaged there, or goes on with another tar.
-    """
+    """Check that nothing but zeros, and at least a block of them, lies behind the last member."""
     again = "write the shard again"
     with path.open("rb") as file:
         file.seek(end)

@@ -18,8 +18,6 @@ import cv2
 import numpy as np
 
 from pbe.data.toy.sprites import (
-    ObjectPose,
-    Recolour,
     draw_pose,
     draw_recolour,
     render_sprite,
@@ -100,9 +98,6 @@ class ToyWorld:
 
     Args:
         path: the archive.
-
-    Raises:
-        UserError: when it is missing or not such an archive.
     """
 
     def __init__(self, path: str | Path = DEFAULT_WORLD) -> None:
@@ -312,20 +307,6 @@ def paste_sprite(
     scene.areas.append(int((sprite[..., 3] >= OPAQUE).sum()))
     scene.labels.append(label)
     return True
-
-
-def paste(
-    scene: Scene,
-    world: ToyWorld,
-    toy: ToyObject,
-    pose: ObjectPose,
-    centre: tuple[float, float],
-    paint: Recolour | None = None,
-    config: SceneConfig | None = None,
-) -> bool:
-    """Render an object in a pose and put it into a scene; see :func:`paste_sprite`."""
-    sprite = render_sprite(world.object_rgba(toy), pose, scene.short_side, paint)
-    return paste_sprite(scene, sprite, centre, toy.name, pose.shadow, config or SceneConfig())
 
 
 def _draw_size(rng: np.random.Generator, config: SceneConfig) -> tuple[int, int]:

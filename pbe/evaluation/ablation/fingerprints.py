@@ -10,6 +10,7 @@ from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import fingerprint_of
 from pbe.files import sha256_of
+from pbe.training.latent_cache.settings import shaping_settings as latent_settings
 
 # Sections and keys that say where a training runs, how it is watched or kept, not what comes out.
 ASIDE = {
@@ -73,16 +74,15 @@ def shaping_settings(config: Config) -> dict[str, Any]:
 
 def cache_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a cache belongs to; batch sizes and the like are none of them."""
-    shaping = shaping_settings(config)
-    data = {key: value for key, value in shaping["data"].items() if key != "batch_size"}
-    encoder = config.model.exemplar_encoder
-    tower = [encoder.tower, encoder.pretrained, encoder.tokens, encoder.pooled_stages, encoder.image_size]
-    if encoder.layout_grid:
-        tower.append(encoder.layout_grid)
-    grid = encoder.token_grid if encoder.tokens == "all" else 0
-    halved = "bf16" in config.trainer.precision
-    tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
-    return tower_file | {
-        "data": data, "samples": SAMPLES, "seed": config.seed, "variants": config.cache.variants,
-        "tower": [*tower, grid, encoder.mean, encoder.std], "halved": halved,
+    shaping = latent_settings(config)
+    shards = ("train_shards", "validation_shards")
+    encoder = dict(shaping.pop("exemplar_encoder"))
+    layout_grid, grid = encoder.pop("layout_grid"), encoder.pop("token_grid")
+    before = [encoder.pop(name) for name in ("tokens", "pooled_stages", "image_size")]
+    pretrained = config.model.exemplar_encoder.pretrained
+    tower = [encoder.pop("tower"), pretrained, *before, *([layout_grid] if layout_grid else []), grid]
+    tower_file = {"pretrained_sha256": sha256_of(pretrained)} if Path(pretrained).is_file() else {}
+    data = {key: value for key, value in shaping["data"].items() if key not in shards}
+    return tower_file | shaping | {
+        "data": data, "variants": config.cache.variants, "tower": [*tower, *encoder.values()],
     }  # fmt: skip

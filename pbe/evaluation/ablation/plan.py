@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Config, to_dict
-from pbe.data.shards.archive import shard_state
+from pbe.data.shards.finding import shard_state
 from pbe.data.toy.scenes import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.auc import NAME as EXEMPLAR_AUC

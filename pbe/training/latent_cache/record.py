@@ -7,12 +7,10 @@ it, and since all members are of one size, row ``i`` of a shard begins at ``star
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
-from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +18,11 @@ import torch
 from torch import Tensor
 
 from pbe.config import Config
+from pbe.data.shards.format import BLOCK, HASH_BYTES, digest, new_shard
 from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
 from pbe.training.tasks.encoding import EncodedBatch
 
-BLOCK = tarfile.BLOCKSIZE
-DIGEST_BYTES = 16
 # Masks of whole pixels have quarters at the latents' size (the mean of four pixels): exact in this unit.
 MASK_UNIT = 252
 MASKS = ("keep_mask", "valid")
@@ -84,32 +81,25 @@ def from_records(records: np.ndarray, counters: Tensor, *, class_only: bool = Fa
     )
 
 
-@dataclass(frozen=True)
 class Layout:
-    """Where the rows of a shard lie.
+    """Where the rows of a shard lie: all members of the tar are of one size.
+
+    Args:
+        record: the type of a row.
 
     Attributes:
-        record: the type of a row.
+        header: what stands before the values in every member, by NumPy's file format.
+        start: offset of the first row's values.
+        stride: bytes from one row to the next.
     """
 
-    record: np.dtype[Any]
-
-    @cached_property
-    def header(self) -> bytes:
-        """What stands before the values in every member, by NumPy's file format."""
+    def __init__(self, record: np.dtype[Any]) -> None:
         buffer = io.BytesIO()
-        np.save(buffer, np.zeros((), self.record), allow_pickle=False)
-        return buffer.getvalue()[: -self.record.itemsize]
-
-    @cached_property
-    def start(self) -> int:
-        """Offset of the first row's values."""
-        return BLOCK + len(self.header)
-
-    @cached_property
-    def stride(self) -> int:
-        """Bytes from one row to the next."""
-        return BLOCK + -(-(len(self.header) + self.record.itemsize) // BLOCK) * BLOCK
+        np.save(buffer, np.zeros((), record), allow_pickle=False)
+        self.record = record
+        self.header = buffer.getvalue()[: -record.itemsize]
+        self.start = BLOCK + len(self.header)
+        self.stride = BLOCK + -(-(len(self.header) + record.itemsize) // BLOCK) * BLOCK
 
     def offset(self, row: int) -> int:
         """Return where the values of a row begin."""
@@ -120,64 +110,37 @@ class Layout:
         return -(-(rows * self.stride + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
-def tar_bytes(records: np.ndarray, variant: int, first: int) -> bytes:
-    """Return the tar of consecutive samples of one variant.
+def write_shard(
+    path: Path, records: np.ndarray, variant: int, first: int, counts: dict[str, int] | None = None
+) -> None:
+    """Write consecutive samples of one variant as a shard.
+
+    The columns of its index are those of packed shards, as far as there is something to tell: ``key_bytes``
+    and ``key_end``, ``row_offset`` and ``row_size`` (of the values), ``row_hash`` (BLAKE2b, ``n 16``); and of
+    the whole: ``tar_size``, ``tar_hash`` and ``counts`` as JSON.
 
     Args:
+        path: of the tar.
         records: ``(n,)``.
         variant: epoch of the stream that they belong to.
         first: position therein of the first one.
+        counts: what was skipped or adjusted on the way.
     """
     layout, count = Layout(records.dtype), len(records)
-    tar = np.zeros(layout.tar_size(count), np.uint8)
-    body = tar[: count * layout.stride].reshape(count, layout.stride)
-    for row, members in enumerate(body):
-        members[:BLOCK] = np.frombuffer(_member(variant, first + row, layout), np.uint8)
-    body[:, BLOCK : layout.start] = np.frombuffer(layout.header, np.uint8)
-    values = np.ascontiguousarray(records).view(np.uint8).reshape(count, records.dtype.itemsize)
-    body[:, layout.start : layout.start + records.dtype.itemsize] = values
-    return tar.tobytes()
-
-
-def _key(variant: int, position: int) -> str:
-    return f"{variant:03d}-{position:09d}"
-
-
-def _member(variant: int, position: int, layout: Layout) -> bytes:
-    # Fixed owner and time: same data, same bytes.
-    member = tarfile.TarInfo(f"{_key(variant, position)}.npy")
-    member.size, member.mode = len(layout.header) + layout.record.itemsize, 0o644
-    member.uname = member.gname = "pbe"
-    return member.tobuf(tarfile.USTAR_FORMAT)
-
-
-def digest(data: bytes | memoryview) -> bytes:
-    """Return the 16-byte BLAKE2b hash of ``data``."""
-    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-
-def index_bytes(
-    records: np.ndarray, variant: int, first: int, tar: bytes, counts: dict[str, int] | None = None
-) -> bytes:
-    """Return the ``.index.npz`` of a shard, uncompressed: the same for the same shard.
-
-    Its columns are those of the data's shards, as far as there is something to tell: ``key_bytes`` and
-    ``key_end``, ``row_offset`` and ``row_size`` (of the values), ``row_hash`` (BLAKE2b, ``n 16``); and of the
-    whole: ``tar_size``, ``tar_hash`` and ``counts``, the JSON of what was skipped or adjusted on the way.
-    """
-    layout, count = Layout(records.dtype), len(records)
-    keys = [_key(variant, first + row).encode() for row in range(count)]
-    hashes = b"".join(digest(row.tobytes()) for row in records)
-    columns: dict[str, np.ndarray] = {
-        "key_bytes": np.frombuffer(b"".join(keys), np.uint8),
-        "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
-        "row_offset": layout.start + layout.stride * np.arange(count, dtype=np.int64),
-        "row_size": np.full(count, records.dtype.itemsize, np.int64),
-        "row_hash": np.frombuffer(hashes, np.uint8).reshape(count, DIGEST_BYTES),
-        "tar_size": np.array(len(tar), np.int64),
-        "tar_hash": np.frombuffer(digest(tar), np.uint8),
-        "counts": np.frombuffer(json.dumps(counts or {}, sort_keys=True).encode(), np.uint8),
-    }
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **columns)
-    return buffer.getvalue()
+    keys = [f"{variant:03d}-{position:09d}" for position in range(first, first + count)]
+    with new_shard(path) as shard:
+        for key, record in zip(keys, records, strict=True):
+            shard.add(f"{key}.npy", layout.header + record.tobytes())
+        size, tar_hash = shard.end()
+        hashes = b"".join(digest(record.tobytes()) for record in records)
+        columns = {
+            "key_bytes": np.frombuffer("".join(keys).encode(), np.uint8),
+            "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
+            "row_offset": layout.start + layout.stride * np.arange(count, dtype=np.int64),
+            "row_size": np.full(count, records.dtype.itemsize, np.int64),
+            "row_hash": np.frombuffer(hashes, np.uint8).reshape(count, HASH_BYTES),
+            "tar_size": np.array(size, np.int64),
+            "tar_hash": np.frombuffer(tar_hash, np.uint8),
+            "counts": np.frombuffer(json.dumps(counts or {}, sort_keys=True).encode(), np.uint8),
+        }
+        shard.write_index(columns)

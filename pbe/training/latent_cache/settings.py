@@ -11,11 +11,13 @@ from torch import nn
 
 from pbe.config import Config, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
-from pbe.data.shards.archive import shard_state
+from pbe.data.shards.finding import shard_state
 from pbe.models import LatentDiffusion
 
 # How samples are loaded, not which ones.
 LOADING = ("batch_size", "num_workers", "max_bad_share", "verify", "remote_cache")
+# Of the exemplar encoder; its grids count only where they are set.
+ENCODER = ("tower", "tokens", "pooled_stages", "image_size", "mean", "std")
 # Settings that change nothing at these values: they count elsewhere only, so that older caches stay good.
 NEUTRAL: dict[str, Any] = {
     "version of the samples": 1,
@@ -31,22 +33,41 @@ WEIGHTS = ("autoencoder's weights", "tower's weights")
 Settings = dict[str, Any]
 
 
+def shaping_settings(config: Config) -> dict[str, Any]:
+    """Return what a configuration says of the content of a cache; the one list of it.
+
+    The fingerprints of caches (:func:`settings_of`) and of an ablation's stages are both made of it, in the
+    layouts that they have had since older versions.
+    """
+    encoder = config.model.exemplar_encoder
+    sizes = {"token_grid": encoder.token_grid if encoder.tokens == "all" else 0}
+    return {
+        "data": {key: value for key, value in to_dict(config.data).items() if key not in LOADING},
+        "seed": config.seed,
+        "halved": halved(config),
+        "samples": SAMPLES,
+        "exemplar_encoder": {name: getattr(encoder, name) for name in ENCODER}
+        | sizes
+        | {"layout_grid": encoder.layout_grid},
+    }
+
+
 def settings_of(config: Config, model: LatentDiffusion) -> Settings:
     """Return all that the content of a cache depends on, by dotted names; weights and shards as hashes.
 
     Shards count by the names and sizes of their files, remote ones by the hashes of their indexes. The number
     of variants is not among them: variant k is epoch k of the stream, however many there are.
     """
-    settings = dict(_counting(to_dict(config.data)))
-    settings |= {"seed": config.seed, "encoded in": "bfloat16" if halved(config) else "float32"}
-    settings["version of the samples"] = SAMPLES
-    encoder = config.model.exemplar_encoder
-    for name in ("tower", "tokens", "pooled_stages", "image_size", "mean", "std"):
-        settings[f"exemplar_encoder.{name}"] = getattr(encoder, name)
-    if encoder.tokens == "all" and encoder.token_grid:
-        settings[GRID] = encoder.token_grid
-    if encoder.layout_grid:
-        settings["exemplar_encoder.layout_grid"] = encoder.layout_grid
+    shaping = shaping_settings(config)
+    settings = dict(_counting(shaping["data"]))
+    settings |= {
+        "seed": shaping["seed"],
+        "encoded in": "bfloat16" if shaping["halved"] else "float32",
+        "version of the samples": shaping["samples"],
+    }
+    for name, value in shaping["exemplar_encoder"].items():
+        if value or name in ENCODER:  # grids of 0 are left out, so that older caches stay good
+            settings[f"exemplar_encoder.{name}"] = value
     for name in ("train_shards", "validation_shards"):
         pattern = getattr(config.data, name)
         settings[f"files of data.{name}"] = _hash(shard_state(pattern)) if pattern else ""
@@ -56,27 +77,25 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
     return settings | dict(zip(WEIGHTS, weights, strict=True))
 
 
-def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
 def _counting(data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the data settings that change what is encoded."""
     leaves = list(_leaves(data, "data."))
-    neutral = {key.rsplit(".", 1)[-1] for key, value in leaves if _is_neutral(key, value)}
+    neutral = {_last(key) for key, value in leaves if _last(key) in NEUTRAL and value == NEUTRAL[_last(key)]}
     for key, value in leaves:
-        name = key.rsplit(".", 1)[-1]
-        if name not in LOADING and name not in neutral and FOLLOWERS.get(name) not in neutral:
+        if _last(key) not in neutral and FOLLOWERS.get(_last(key)) not in neutral:
             yield key, value
-
-
-def _is_neutral(key: str, value: Any) -> bool:
-    name = key.rsplit(".", 1)[-1]
-    return name in NEUTRAL and value == NEUTRAL[name]
 
 
 def _hash(value: Any) -> str:
@@ -127,5 +146,4 @@ def differences(theirs: Settings, ours: Settings) -> list[str]:
 
 
 def _value(settings: Settings, name: str) -> Any:
-    last = name.rsplit(".", 1)[-1]
-    return settings.get(name, NEUTRAL.get(last, "unset"))
+    return settings.get(name, NEUTRAL.get(_last(name), "unset"))

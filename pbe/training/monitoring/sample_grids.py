@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate, describe
 from pbe.diffusion.solvers import plms
 from pbe.editing.conditioning import Conditioning, noise_predictor
@@ -34,7 +34,7 @@ def fixed_samples(config: Config, count: int) -> dict[str, Any]:
         UserError: no picture of the set can be used.
     """
     stream = "validation" if config.data.validation_shards else "train"
-    dataset = ExemplarDataModule(config.data, config.seed).dataset(stream)
+    dataset = TrainingData(config).dataset(stream)
     batch = collate([dataset[index] for index in range(min(count, len(dataset)))])
     if "image" not in batch:
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
-from pbe.training.data import TrainingData
+from pbe.data.datamodule import TrainingData
 from pbe.training.monitoring.sample_grids import GridSource
 from pbe.training.optimization.non_finite import sample_indices
 from pbe.training.resume.callback import ends_step

@@ -13,13 +13,13 @@ import pytorch_lightning as pl
 from torch import nn
 
 from pbe.config import Config
+from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
-from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.latent_cache.builder import find_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.size import size_on_disk
+from pbe.training.latent_cache.listing import size_on_disk
 from pbe.training.monitoring.step_log import peak_memory
 from pbe.training.planning.batch_size import available_memory, on_gpu
 from pbe.training.resume.signals import StopSignals
@@ -182,8 +182,8 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
         data.samples("train")
         if config.task != "diffusion" or not config.cache.folder:
             return data
-        if (section := find_cache(config, model)) is not None:
-            return CachedDataModule(config, section)
+        if (store := find_cache(config, model)) is not None:
+            return CachedDataModule(config, store)
         size = size_on_disk(config, model).total / GIB
         notes.append(f"the latent cache is not built yet ({size:.2f} GiB); measured without it")
         return data
@@ -203,7 +203,7 @@ def _length(config: Config, data: TrainingData) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="pbe-plan-") as folder:
         world = _short_trainer(config, Path(folder), []).world_size
     step = config.data.batch_size * world * config.trainer.accumulate
-    epoch, steps = data.steps_of_epochs(1, world), steps_of_run(config, data, world)
+    epoch, steps = data.steps_of_epochs(1, world), data.steps_of_run(world)
     return [
         f"samples: {data.length:,} an epoch, {step} a step; {epoch:,} steps an epoch",
         f"length: {steps:,} steps, {steps / epoch:,.2f} epochs",
@@ -220,7 +220,7 @@ def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
         finally:
             data.close()
     step = config.data.batch_size * trainer.world_size * config.trainer.accumulate
-    steps, samples = steps_of_run(config, data, trainer.world_size), data.length
+    steps, samples = data.steps_of_run(trainer.world_size), data.length
     speed = MEASURED * step / watch.seconds
     return [
         f"speed: {speed:.2f} samples a second over {MEASURED} steps on {trainer.world_size} device(s), "

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.dataset import decode_picture
 from pbe.data.packing.plan import PackSettings, make_plan
-from pbe.data.packing.records import digest, index_keys, load_index, read_summary
+from pbe.data.packing.records import index_keys, load_index, read_summary
 from pbe.data.packing.request import PackRequest
+from pbe.data.samples.decode import decode_picture
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.image_files import turn_boxes, turn_image

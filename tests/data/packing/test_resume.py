@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.packing import worker as packing_task
+from pbe.data.shards.format import ShardWriter
 from pbe.errors import UserError
 from scripts import prepare_data
 from tests.data.packing.support import contents, make_plain, pack, pack_straight, request_of, run
@@ -173,7 +173,7 @@ def test_a_full_disk(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing_task, "_add", full)
+        patch.setattr(ShardWriter, "add", full)
         with pytest.raises(UserError, match="No space left on device; afterwards the same command resumes"):
             pack(request, workers=0)
     assert not list(request.out.glob("*.tar"))

@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from pbe.config import DataConfig, SampleConfig
-from pbe.data.dataset import BAD_ANNOTATION, ExemplarDataset
+from pbe.data.dataset import ExemplarDataset
 from pbe.data.packing.plan import PackSettings
 from pbe.data.packing.request import PackRequest
 from pbe.data.preview import OBJECT_COLUMNS, make_row, sheet_html
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import Crop
+from pbe.data.samples.decode import BAD_ANNOTATION
 from pbe.data.samples.masks import Box, rectangle_mask
-from pbe.data.samples.object_masks import cut_mask, object_cover, object_hole, read_object_mask
+from pbe.data.samples.object_masks import cut_mask, dilated_mask, object_cover, read_object_mask
 from pbe.data.samples.rle import encode_rle
 from pbe.data.samples.sample import NO_OBJECT_MASK, make_sample
 from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
@@ -104,7 +105,7 @@ def test_dilation_is_of_a_picture_of_512_px(packed: Path) -> None:
         assert first is not None
         assert second is not None
         assert (second.mask[first.mask > 0] == 255).all()
-        grown = object_hole((first.mask > 0).astype(np.float32), second_radius(second.jitter, 40.0))
+        grown = dilated_mask((first.mask > 0).astype(np.float32), second_radius(second.jitter, 40.0))
         np.testing.assert_array_equal(second.mask, grown)
         assert check_sample(second, wide.config.sample, SIZE, EXEMPLAR) == []
 
@@ -206,7 +207,7 @@ def test_cutting_keeps_thin_things_and_mirrors_them_as_the_picture_is() -> None:
     mask = np.zeros((100, 200), np.uint8)
     mask[30, 3:] = 1
     cover = cut_mask(mask, Crop(0, -50, 200, 200), 20)
-    hole = object_hole(cover, (0, 0)) > 0
+    hole = dilated_mask(cover, (0, 0)) > 0
     assert hole[8].all()
     # Row 80 of the crop; its reflections about rows 50 and 149 are rows 20 and 218, which lies outside.
     assert np.flatnonzero(hole.any(axis=1)).tolist() == [2, 8]
@@ -223,7 +224,7 @@ def test_a_squashed_mask_is_an_area_along_both_axes(crop: Crop, sizes: int) -> N
     cover = cut_mask(mask, crop, sizes)
     assert cover.mean() == pytest.approx(mask.mean(), rel=1e-4)
     y, x = np.nonzero(mask)
-    hole = object_hole(cover, (0, 0))
+    hole = dilated_mask(cover, (0, 0))
     assert (hole[y * sizes // crop.height, x * sizes // crop.width] == 255).all()
 
 
@@ -231,7 +232,7 @@ def test_half_of_an_object_is_half_covered() -> None:
     mask = np.zeros((100, 200), np.uint8)
     mask[50, 3:] = 1
     cover = cut_mask(mask, Crop(0, -50, 200, 200), 20)
-    hole = object_hole(cover, (0, 0)) > 0
+    hole = dilated_mask(cover, (0, 0)) > 0
     assert object_cover(cover, hole) == 1.0
     half = hole.copy()
     half[:, 10:] = False

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pbe.data.shards.archive import ShardPictures, ShardRecord, find_shards, write_shards
+from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.finding import find_shards
 from pbe.errors import UserError
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pbe.config import DataConfig
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.config import Config, DataConfig
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.samples import decode as reasons
 from pbe.data.shards.archive import ShardPictures
-from pbe.data.shards.index import DamagedIndexError, IndexFile, LocalFiles
+from pbe.data.shards.format import DamagedIndexError
+from pbe.data.shards.index import IndexFile, LocalFiles
 from pbe.errors import UserError
 from tests.data.indexed import blake, index_bytes, index_folder, shard_columns
 
@@ -32,7 +33,7 @@ def indexed(shards: Path, tmp_path: Path) -> Path:
 
 
 def epoch(folder: Path, **changes: Any) -> tuple[list[str], dict[str, int]]:
-    module = ExemplarDataModule(config_for(folder, **changes), 3)
+    module = TrainingData(Config(seed=3, data=config_for(folder, **changes)))
     keys = [key for batch in module.train_dataloader() for key in batch["key"]]
     return keys, dict(module.counts("train"))
 
@@ -87,7 +88,7 @@ def test_few_files_stay_open(indexed):
 
 def test_positions_out_of_range(indexed):
     pictures = ShardPictures(indexed)
-    assert pictures[-1] == pictures[59]
+    assert pictures[-1].key == pictures[59].key
     assert [entry.key for entry in pictures[57:]] == [pictures[i].key for i in (57, 58, 59)]
     with pytest.raises(IndexError):
         pictures.row(60)
@@ -97,7 +98,7 @@ def test_positions_out_of_range(indexed):
 def test_every_box_gets_its_turn_once_an_epoch(shards, indexed, with_index):
     folder = indexed if with_index else shards
     wide = {"min_box_area": 0.0, "max_box_area": 1.0, "boxes": "every", "batch_size": 1}
-    dataset = ExemplarDataModule(config_for(folder, **wide), 3).dataset("train")
+    dataset = TrainingData(Config(seed=3, data=config_for(folder, **wide))).dataset("train")
     boxes = [len(dataset.pictures.annotation(i)["boxes"]) for i in range(60)]
     assert len(dataset) == sum(boxes) == dataset.pictures.box_count
     owners = [dataset.pictures.owner(box) for box in range(len(dataset))]
@@ -118,10 +119,8 @@ def test_every_box_order_is_the_same_with_and_without_index(shards, indexed):
 
 def test_boxes_of_unwanted_area_are_counted_when_every_box_has_its_turn(indexed):
     keys, counts = epoch(indexed, boxes="every", min_box_area=0.06)
-    assert (
-        len(keys)
-        == len(ExemplarDataModule(config_for(indexed, boxes="every"), 3).dataset("train")) // 10 * 10
-    )
+    every = TrainingData(Config(seed=3, data=config_for(indexed, boxes="every")))
+    assert len(keys) == every.length // 10 * 10
     assert counts[reasons.AREA] > 0
 
 

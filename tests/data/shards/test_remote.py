@@ -13,11 +13,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from pbe.config import DataConfig
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.config import Config, DataConfig
+from pbe.data.datamodule import TrainingData
 from pbe.data.samples import decode as reasons
 from pbe.data.shards import remote
-from pbe.data.shards.archive import ShardPictures, shard_state
+from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.finding import shard_state
 from pbe.errors import UserError
 from tests.data.indexed import index_folder
 
@@ -75,7 +76,7 @@ def keys(url: str, tmp_path: Path, workers: int = 0, **changes: Any) -> tuple[li
         train_shards=url, image_size=32, exemplar_size=24, batch_size=10, num_workers=workers,
         remote_cache=str(tmp_path / "cache"), **changes,
     )  # fmt: skip
-    module = ExemplarDataModule(config, 3)
+    module = TrainingData(Config(seed=3, data=config))
     rows = [
         (key, image.numpy().tobytes())
         for batch in module.train_dataloader()

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from pbe.config import DataConfig
-from pbe.data.dataset import UnusablePictureError, read_picture
+from pbe.data.dataset import read_picture
+from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.shards.tar_members import read_members
 from pbe.errors import UserError

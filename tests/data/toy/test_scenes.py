@@ -12,7 +12,6 @@ from pbe.data.toy.scenes import (
     Scene,
     SceneConfig,
     ToyWorld,
-    paste,
     paste_sprite,
     perspective_view,
     render_scene,
@@ -124,7 +123,8 @@ def test_the_same_object_in_two_poses(world):
     boxes, images = [], []
     for pose in (ObjectPose(0.5), ObjectPose(0.5, flip=True, rotation=90.0, gain=0.7)):
         scene = flat_scene(96, 96)
-        assert paste(scene, world, toy, pose, (48.0, 48.0))
+        sprite = render_sprite(world.object_rgba(toy), pose, scene.short_side)
+        assert paste_sprite(scene, sprite, (48.0, 48.0), toy.name, pose.shadow, SceneConfig())
         boxes.append(scene.boxes[0])
         images.append(scene.image)
     assert (images[0] != images[1]).any()

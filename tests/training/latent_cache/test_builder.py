@@ -26,15 +26,15 @@ from pbe.errors import UserError
 from pbe.files import try_lock
 from pbe.models import LatentDiffusion
 from pbe.training.latent_cache.builder import ensure_cache, find_cache
-from pbe.training.latent_cache.section import Section, section_folder
+from pbe.training.latent_cache.listing import size_on_disk
 from pbe.training.latent_cache.settings import settings_of
-from pbe.training.latent_cache.size import size_on_disk
+from pbe.training.latent_cache.store import LatentStore, store_folder
 from pbe.training.resume.signals import StopSignals, TrainingStopped
 from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 from tests.training.cached import BATCH, SHARDS, VARIANTS, Encoder, content, full, prepare, settings
 from tests.training.tiny import run, tiny_config
 
-Built = tuple[LatentDiffusion, Config, Section]
+Built = tuple[LatentDiffusion, Config, LatentStore]
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +54,23 @@ def tars(folder: Path) -> set[str]:
 
 
 def test_a_section_holds_what_its_list_says(built):
-    _, config, section = built
-    present = section.present()
+    _, config, store = built
+    present = {path.name: path.stat().st_size for path in store.folder.glob("*.tar")}
     assert len(present) == SHARDS
-    assert section.shards == present
-    assert (section.samples, section.variants()) == (
+    assert {entry["name"]: entry["bytes"] for entry in store.listed} == present
+    assert (store.samples, store.variants()) == (
         {"train": 8, "validation": 8},
         {"train": 3, "validation": 1},
     )
-    names = set(os.listdir(section.folder))
+    names = set(os.listdir(store.folder))
     assert names == {"shards.json", *present, *(name[:-4] + ".index.npz" for name in present)}
-    assert os.listdir(config.cache.folder) == [section.folder.name]
+    assert os.listdir(config.cache.folder) == [store.folder.name]
 
 
 def test_a_build_that_breaks_off_goes_on_where_it_was(built, tmp_path, monkeypatch):
     config = moved(built[1], tmp_path)
     Encoder(monkeypatch, 4, full)
-    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* goes on"):
+    with pytest.raises(UserError, match=r"cannot write the latent cache '.*': No space left .* resumes"):
         ensure_cache(config, built[0])
     assert tars(tmp_path) == {f"train-00{v}-00000{n}.tar" for v, n in ((0, 0), (0, 1), (1, 0))}
     assert not list(tmp_path.rglob("*.tmp"))
@@ -84,26 +84,26 @@ def test_a_build_that_breaks_off_goes_on_where_it_was(built, tmp_path, monkeypat
 def test_a_death_at_any_write_leaves_nothing_half(built, tmp_path, monkeypatch, at: int):
     """The last write is of the list; before each shard comes its index."""
     reference = content(Path(built[1].cache.folder))
-    write_whole, writes = builder_module.write_whole, []
+    replace_file, writes = os.replace, []
 
-    def dying(path: Path, data: bytes) -> None:
+    def dying(temporary: Path, path: Path) -> None:
         writes.append(path)
         if len(writes) == at:
+            data = temporary.read_bytes()
             path.with_name(f".{path.name}.123.tmp").write_bytes(data[: len(data) // 2])
             raise TrainingStopped
-        write_whole(path, data)
+        replace_file(temporary, path)
 
     config = moved(built[1], tmp_path)
     # what is encoded is known; only the order of writing matters here
     rows = {name: value for name, value in reference.items() if name.endswith((".tar", ".npz"))}
 
-    def copying(section: Section, shard: Any, records: np.ndarray, counts: Any) -> None:
-        for name in (shard.index_name, shard.name):
-            builder_module.write_whole(section.folder / name, rows[f"{section.folder.name}/{name}"])
+    def copying(path: Path, *_: Any) -> None:
+        for copy in (path.with_suffix(".index.npz"), path):
+            files_module.atomic_write(copy, rows[f"{path.parent.name}/{copy.name}"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(builder_module, "write_whole", dying)
-        patch.setattr("pbe.training.latent_cache.section.write_whole", dying)
+        patch.setattr(os, "replace", dying)
         patch.setattr(builder_module, "write_shard", copying)
         patch.setattr(
             builder_module, "to_records", lambda batch, record: np.empty(len(batch["sample_index"]), record)
@@ -113,8 +113,7 @@ def test_a_death_at_any_write_leaves_nothing_half(built, tmp_path, monkeypatch, 
             ensure_cache(config, built[0])
         for name, data in content(tmp_path).items():
             assert name.endswith((".tmp", "shards.json")) or data == reference[name]
-        patch.setattr(builder_module, "write_whole", write_whole)
-        patch.setattr("pbe.training.latent_cache.section.write_whole", write_whole)
+        patch.setattr(os, "replace", replace_file)
         ensure_cache(config, built[0])
     assert content(tmp_path) == reference
 
@@ -209,7 +208,7 @@ def test_more_variants_are_added_and_fewer_are_served(built, tmp_path, monkeypat
     ensure_cache(moved(config, tmp_path, VARIANTS), model)
     assert more.calls == SHARDS - 4
     assert content(tmp_path) == content(Path(config.cache.folder))
-    monkeypatch.setattr(builder_module, "_build", None)
+    monkeypatch.setattr(builder_module, "_Builder", None)
     for variants in (1, 2, VARIANTS):
         ensure_cache(moved(config, tmp_path, variants), model)
     assert find_cache(moved(config, tmp_path, VARIANTS + 1), model) is None
@@ -218,19 +217,19 @@ def test_more_variants_are_added_and_fewer_are_served(built, tmp_path, monkeypat
 def test_other_settings_get_a_section_of_their_own_beside_it(built, tmp_path, monkeypatch):
     model, config = built[0], moved(built[1], tmp_path, 1)
     other = replace(config, seed=config.seed + 1)
-    sections = [ensure_cache(c, model) for c in (config, other)]
-    assert len({section.folder for section in sections}) == 2
+    stores = [ensure_cache(c, model) for c in (config, other)]
+    assert len({store.folder for store in stores}) == 2
     never = Encoder(monkeypatch)
-    assert [ensure_cache(c, model).folder for c in (config, other)] == [s.folder for s in sections]
+    assert [ensure_cache(c, model).folder for c in (config, other)] == [s.folder for s in stores]
     assert never.calls == 0
 
 
 def test_who_waits_for_others_can_be_stopped_and_takes_over_from_the_dead(built, tmp_path, monkeypatch):
     monkeypatch.setattr(builder_module, "POLL_SECONDS", 0.01)
     model, config = built[0], moved(built[1], tmp_path, 1)
-    section = ensure_cache(config, model, share=(1, 4))
-    shard = section.missing({"train": 1})[0]
-    claim = try_lock(section.folder / f".{shard.name.removesuffix('.tar')}.lock")
+    store = ensure_cache(config, model, share=(1, 4))
+    shard = store.missing({"train": 1})[0]
+    claim = try_lock(store.folder / f".{shard.name.removesuffix('.tar')}.lock")
     polls: list[int] = []
 
     def check() -> None:
@@ -249,13 +248,13 @@ def test_who_waits_for_others_can_be_stopped_and_takes_over_from_the_dead(built,
 
 def test_what_the_killed_left_is_swept_up_and_the_living_are_left_alone(built, tmp_path):
     model, config = built[0], moved(built[1], tmp_path, 1)
-    section = ensure_cache(config, model, share=(0, 4))
-    dead = section.folder / ".train-000-000001.tar.77.tmp"
-    alive = section.folder / ".validation-000-000000.tar.78.tmp"
-    lists = section.folder / ".shards.json.79.tmp"
+    store = ensure_cache(config, model, share=(0, 4))
+    dead = store.folder / ".train-000-000001.tar.77.tmp"
+    alive = store.folder / ".validation-000-000000.tar.78.tmp"
+    lists = store.folder / ".shards.json.79.tmp"
     for path in (dead, alive, lists):
         path.touch()
-    claim = try_lock(section.folder / ".validation-000-000000.lock")
+    claim = try_lock(store.folder / ".validation-000-000000.lock")
     ensure_cache(config, model, share=(0, 4))
     assert [path.exists() for path in (dead, alive, lists)] == [False, True, False]
     claim.release()
@@ -282,10 +281,10 @@ def test_a_disk_too_small_is_told_before_anything_is_encoded(built, tmp_path, mo
 
 
 def test_the_size_is_told_beforehand(built):
-    model, config, section = built
+    model, config, store = built
     size = size_on_disk(config, model)
-    assert size.total == sum(section.present().values())
-    assert size.sample == section.layout.stride
+    assert size.total == sum(path.stat().st_size for path in store.folder.glob("*.tar"))
+    assert size.sample == store.layout.stride
     assert size.samples == {"train": (VARIANTS, 8), "validation": (1, 8)}
 
 
@@ -312,7 +311,7 @@ def test_damage_is_one_clear_line(built, tmp_path):
         with pytest.raises(UserError, match=r"'.*shards.json' is damaged \(.*\); delete '.*' to have it"):
             ensure_cache(config, built[0])
     (folder / "shards.json").write_bytes(whole.replace(b'"version": 1', b'"version": 9'))
-    with pytest.raises(UserError, match="was made by another version"):
+    with pytest.raises(UserError, match="is of version 9, not 1; delete"):
         ensure_cache(config, built[0])
     (folder / "shards.json").write_bytes(whole.replace(b'"seed": 23', b'"seed": 24'))
     with pytest.raises(UserError, match="is not what its name says"):
@@ -343,17 +342,17 @@ def test_too_many_unusable_pictures_end_the_build(built, tmp_path):
     write_shards(records, tmp_path / "shards")
     config = moved(built[1], tmp_path / "cache", 1)
     data = replace(config.data, train_shards=str(tmp_path / "shards"), validation_shards="")
-    with pytest.raises(UserError, match=r"too many train pictures cannot be used \(.*: 1\)"):
+    with pytest.raises(UserError, match=r"too many train images cannot be used \(.*: 1\)"):
         ensure_cache(replace(config, data=data), built[0])
     patient = replace(config, data=replace(data, max_bad_share=0.2))
-    section = ensure_cache(patient, built[0])
-    assert sum(section.counts("train").values()) >= 1
-    assert section.folder == section_folder(config.cache.folder, settings_of(patient, built[0]))
+    store = ensure_cache(patient, built[0])
+    assert sum(store.counts("train").values()) >= 1
+    assert store.folder == store_folder(config.cache.folder, settings_of(patient, built[0]))
 
 
 def test_shards_are_whole_batches_of_about_64_mebibytes(built, tmp_path):
     config = moved(built[1], tmp_path)
     config = replace(config, cache=replace(config.cache, shard_samples=0))
-    section = ensure_cache(replace(config, cache=replace(config.cache, variants=1)), built[0])
-    assert section.rows % BATCH == 0
-    assert 0.99 * 2**26 < section.layout.tar_size(section.rows) <= 2**26 + 2**14
+    store = ensure_cache(replace(config, cache=replace(config.cache, variants=1)), built[0])
+    assert store.rows % BATCH == 0
+    assert 0.99 * 2**26 < store.layout.tar_size(store.rows) <= 2**26 + 2**14

@@ -15,7 +15,7 @@ import webdataset
 
 import pbe.training.latent_cache.builder as builder_module
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate
 from pbe.data.randomness import permutation
 from pbe.errors import UserError
@@ -23,8 +23,8 @@ from pbe.models import LatentDiffusion
 from pbe.models.autoencoder import Posterior
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule, CachedSamples
-from pbe.training.latent_cache.record import Layout, from_records, tar_bytes, to_records
-from pbe.training.latent_cache.section import Section
+from pbe.training.latent_cache.record import Layout, from_records, to_records, write_shard
+from pbe.training.latent_cache.store import LatentStore
 from pbe.training.optimization.optimizer import make_optimizer
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.draws import draw
@@ -33,7 +33,7 @@ from tests.training.cached import BATCH, FIELDS, PICTURES, VARIANTS, online, pre
 from tests.training.tiny import logged, run, tiny_config
 
 HALF = 2.0**-11  # relative rounding of half precision
-Built = tuple[LatentDiffusion, Config, Section]
+Built = tuple[LatentDiffusion, Config, LatentStore]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def built(shards, autoencoder, tmp_path_factory) -> Built:
 
 
 def samples_of(built: Built, stream: str = "train", seed: int | None = None) -> CachedSamples:
-    _, config, section = built
+    _, config, store = built
     variants = VARIANTS if stream == "train" else 1
-    return CachedSamples(section, stream, variants, config.seed if seed is None else seed)
+    return CachedSamples(store, stream, variants, config.seed if seed is None else seed)
 
 
 @pytest.mark.parametrize(("stream", "count"), [("train", PICTURES * VARIANTS), ("validation", 8)])
@@ -66,7 +66,7 @@ def test_rows_are_what_encoding_online_gives(built, stream: str, count: int):
 
 def memory_maps(model: LatentDiffusion, config: Config) -> dict[str, np.ndarray]:
     """Return the arrays that the cache was before it had shards: half precision, in the stream's order."""
-    dataset = ExemplarDataModule(config.data, config.seed).dataset("train")
+    dataset = TrainingData(config).dataset("train")
     parts = []
     for epoch in range(VARIANTS):
         for first in range(0, PICTURES, BATCH):
@@ -77,9 +77,9 @@ def memory_maps(model: LatentDiffusion, config: Config) -> dict[str, np.ndarray]
 
 
 def test_losses_are_those_of_the_memory_maps_to_the_last_bit(built):
-    model, config, section = built
+    model, config, store = built
     arrays, count = memory_maps(model, config), PICTURES * VARIANTS
-    loader = CachedDataModule(config, section).train_dataloader()
+    loader = CachedDataModule(config, store).train_dataloader()
     cached = [*loader, *loader]
     assert len(cached) == 2 * count // config.data.batch_size
     old = []
@@ -123,8 +123,8 @@ def test_each_epoch_is_a_permutation_of_its_own(built):
 
 
 def test_batches_carry_the_global_counter_not_the_row(built):
-    _, config, section = built
-    loader = CachedDataModule(config, section).train_dataloader()
+    _, config, store = built
+    loader = CachedDataModule(config, store).train_dataloader()
     first, second = list(loader), list(loader)
     counters = torch.cat([batch.sample_index for batch in [*first, *second]])
     assert counters.tolist() == list(range(2 * PICTURES * VARIANTS))
@@ -133,8 +133,8 @@ def test_batches_carry_the_global_counter_not_the_row(built):
 
 
 def test_webdataset_reads_the_shards(built):
-    section = built[2]
-    tars = sorted(str(path) for path in section.folder.glob("train-*.tar"))
+    store = built[2]
+    tars = sorted(str(path) for path in store.folder.glob("train-*.tar"))
     assert len(tars) == 2 * VARIANTS
     found = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
     assert len({sample["__key__"] for sample in found}) == PICTURES * VARIANTS
@@ -147,14 +147,14 @@ def test_webdataset_reads_the_shards(built):
 
 
 def test_the_tar_is_a_tar_and_its_index_says_where_the_rows_are(built):
-    section = built[2]
-    tar, index_file = (section.folder / f"train-001-000001{end}" for end in (".tar", ".index.npz"))
+    store = built[2]
+    tar, index_file = (store.folder / f"train-001-000001{end}" for end in (".tar", ".index.npz"))
     index, data = np.load(index_file), tar.read_bytes()
     with tarfile.open(tar) as archive:
         members = archive.getmembers()
         values = [np.load(io.BytesIO(archive.extractfile(member).read())) for member in members]
     assert [member.name for member in members] == [f"001-{position:09d}.npy" for position in (5, 6, 7)]
-    assert len(data) == tar.stat().st_size == section.layout.tar_size(3) == int(index["tar_size"])
+    assert len(data) == tar.stat().st_size == store.layout.tar_size(3) == int(index["tar_size"])
     for value, offset, size in zip(values, index["row_offset"], index["row_size"], strict=True):
         assert data[offset : offset + size] == value.tobytes()
 
@@ -164,7 +164,7 @@ def test_tars_of_any_number_of_rows_are_whole(rows: int, tmp_path: Path):
     record = np.dtype([("image_mean", "<f2", (2, 3, 3)), ("valid", "|u1", (1, 3, 3))])
     values = np.random.default_rng(rows).integers(0, 255, (rows, record.itemsize), np.uint8)
     records = values.view(record)[:, 0]
-    (tmp_path / "a.tar").write_bytes(tar_bytes(records, 2, 11))
+    write_shard(tmp_path / "a.tar", records, 2, 11)
     assert (tmp_path / "a.tar").stat().st_size == Layout(record).tar_size(rows)
     with tarfile.open(tmp_path / "a.tar") as tar:
         read = [np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar]
@@ -191,31 +191,31 @@ def test_records_keep_quarters_of_masks_exactly_and_one_token_of_many():
     assert torch.equal(back.image.std, posterior.std.half().float())
 
 
-def damaged(built: Built, tmp_path: Path) -> tuple[Section, Path]:
-    section = replace(built[2], folder=tmp_path / built[2].folder.name)
-    shutil.copytree(built[2].folder, section.folder)
-    return section, section.folder / "train-000-000001.tar"
+def damaged(built: Built, tmp_path: Path) -> tuple[LatentStore, Path]:
+    store = replace(built[2], folder=tmp_path / built[2].folder.name)
+    shutil.copytree(built[2].folder, store.folder)
+    return store, store.folder / "train-000-000001.tar"
 
 
 def test_a_shard_that_is_gone_or_cut_short_is_one_clear_line(built, tmp_path):
-    section, tar = damaged(built, tmp_path)
-    stored = CachedSamples(section, "train", VARIANTS, 0)
+    store, tar = damaged(built, tmp_path)
+    stored = CachedSamples(store, "train", VARIANTS, 0)
     whole = tar.read_bytes()
-    tar.write_bytes(whole[: section.layout.stride])
+    tar.write_bytes(whole[: store.layout.stride])
     with pytest.raises(UserError, match=r"cache cannot be read: .*train-000-000001.tar.* delete that shard"):
         stored.batch([(0, BATCH + 1)])
     tar.unlink()
     with pytest.raises(UserError, match=r"the latent cache cannot be read: .*No such file"):
-        CachedSamples(section, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
+        CachedSamples(store, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
 
 
 def test_a_changed_byte_is_found_where_rows_are_verified(built, tmp_path):
-    section, tar = damaged(built, tmp_path)
+    store, tar = damaged(built, tmp_path)
     whole = bytearray(tar.read_bytes())
-    whole[section.layout.offset(1) + 40] ^= 1
+    whole[store.layout.offset(1) + 40] ^= 1
     tar.write_bytes(whole)
-    CachedSamples(section, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
-    checking = CachedSamples(section, "train", VARIANTS, 0, verify=True)
+    CachedSamples(store, "train", VARIANTS, 0).batch([(0, BATCH + 1)])
+    checking = CachedSamples(store, "train", VARIANTS, 0, verify=True)
     checking.batch([(0, BATCH), (1, BATCH + 2), (2, 0)])
     with pytest.raises(UserError, match=r"row 1 of .* is not what was written"):
         checking.batch([(0, BATCH + 1)])
@@ -238,9 +238,9 @@ def losses_of(task: DiffusionTask, batches: list[EncodedBatch]) -> list[float]:
 
 
 def test_training_on_the_cache_equals_training_online(built):
-    model, config, section = built
+    model, config, store = built
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    loader = CachedDataModule(config, section).train_dataloader()
+    loader = CachedDataModule(config, store).train_dataloader()
     cached = [batch for _, batch in zip(range(6), loader, strict=False)]
     order = samples_of(built)
     fresh = []
@@ -260,7 +260,7 @@ def test_training_on_the_cache_equals_training_online(built):
 def test_train_builds_the_cache_and_uses_it_on_the_second_start(shards, autoencoder, tmp_path, monkeypatch):
     changes = [autoencoder, *settings(tmp_path / "cache", variants=2)]
     run(tiny_config(shards, tmp_path / "a", *changes))
-    monkeypatch.setattr(builder_module, "_build", None)
+    monkeypatch.setattr(builder_module, "_Builder", None)
     run(tiny_config(shards, tmp_path / "b", *changes))
     assert logged(tmp_path / "a", "train/") == logged(tmp_path / "b", "train/")
     assert logged(tmp_path / "a", "val/") == logged(tmp_path / "b", "val/")

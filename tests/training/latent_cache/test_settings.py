@@ -102,8 +102,8 @@ def test_samples_that_are_made_otherwise_are_of_another_cache(tiny, monkeypatch)
     assert fingerprint(older) != fingerprint(ours)
 
 
-def counting(section: dict[str, object]) -> dict[str, object]:
-    return dict(settings_module._counting(section))
+def counting(values: dict[str, object]) -> dict[str, object]:
+    return dict(settings_module._counting(values))
 
 
 def test_newer_settings_count_where_they_change_something():
@@ -145,13 +145,13 @@ def test_a_cache_of_all_tokens_serves_the_class_token(shards, autoencoder, tmp_p
     own = ensure_cache(alone, model)
     assert own.folder.name != wide.folder.name
     batches = [
-        next(iter(CachedDataModule(c, section).train_dataloader()))
-        for c, section in ((config, served), (alone, own), (all_config, wide))
+        next(iter(CachedDataModule(c, store).train_dataloader()))
+        for c, store in ((config, served), (alone, own), (all_config, wide))
     ]
     assert batches[2].features.shape[1] > batches[0].features.shape[1] == 1
     for name, value in tensors(batches[0]).items():
         assert torch.equal(value, tensors(batches[1])[name]), name
-    # more variants than the wide section has: its own section, since this tower gives one token only
+    # more variants than the wide store has: its own store, since this tower gives one token only
     more = replace(config, cache=replace(config.cache, variants=2))
     assert ensure_cache(more, model).folder.name == own.folder.name
 
@@ -168,7 +168,7 @@ def test_the_list_says_what_fits_and_why_the_others_do_not(shards, autoencoder, 
     assert told == {
         fitting: "train 8 x 1, validation 8 x 1  serves this configuration",
         other: "train 8 x 2, validation 8 x 1  does not fit: seed 5, not 23",
-        "0123456789ab": "not a section; it may be deleted",
+        "0123456789ab": "not a store of latents; it may be deleted",
         "validation": "made by an older version; delete it",
     }
     assert [line.split("  ")[1] for line in lines] == ["0.00 GiB"] * 4
@@ -177,5 +177,5 @@ def test_the_list_says_what_fits_and_why_the_others_do_not(shards, autoencoder, 
     assert any(
         line.endswith("fits, unfinished: 4 of 8 shards are missing") for line in describe_folder(more, model)
     )
-    monkeypatch.setattr(builder_module, "_build", None)
+    monkeypatch.setattr(builder_module, "_Builder", None)
     assert ensure_cache(config, model).folder.name == fitting

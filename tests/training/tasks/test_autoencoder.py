@@ -11,7 +11,7 @@ from PIL import Image
 
 from pbe.checkpoints.native import load_model
 from pbe.config import Config
-from pbe.data.datamodule import ExemplarDataModule
+from pbe.data.datamodule import TrainingData
 from pbe.models import LatentDiffusion
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
@@ -86,7 +86,7 @@ def test_the_scale_factor_is_measured_and_makes_latents_unit_variance(stage):
     model = load_model(folder / "model")
     scale = model.config.autoencoder.scale_factor
     assert scale != config.model.autoencoder.scale_factor, "0.18215 belongs to Stable Diffusion"
-    loader = ExemplarDataModule(config.data, config.seed).train_dataloader()
+    loader = TrainingData(config).train_dataloader()
     assert measure_scale_factor(model, list(loader)) == pytest.approx(scale, rel=1e-6)
     # and by sampling, on pictures cropped and masked anew
     torch.manual_seed(0)

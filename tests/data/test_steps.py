@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pbe.training.data import StepSampler, TrainingData
-from tests.training.tiny import tiny_config
+from pbe.data.datamodule import CounterSampler
+from tests.data.test_datamodule import make_module
 
 
-def counters(sampler: StepSampler, epoch: int = 0, first: int = 0) -> list[int]:
+def counters(sampler: CounterSampler, epoch: int = 0, first: int = 0) -> list[int]:
     sampler.seek(epoch, first * sampler.global_batch)
     return list(sampler)
 
@@ -21,7 +21,7 @@ def counters(sampler: StepSampler, epoch: int = 0, first: int = 0) -> list[int]:
     ("length", "batch", "accumulate", "batches"), [(8, 1, 3, 6), (8, 2, 2, 4), (9, 2, 2, 4), (11, 3, 1, 3)]
 )
 def test_an_epoch_is_made_of_whole_steps(length: int, batch: int, accumulate: int, batches: int):
-    sampler = StepSampler(range(length), batch, 0, 1, accumulate, 0)
+    sampler = CounterSampler(range(length), batch, 0, 1, True, accumulate, 0)
     assert sampler.batches == batches
     assert counters(sampler) == list(range(batches * batch))
     assert counters(sampler, 1) == [length + i for i in range(batches * batch)]
@@ -29,13 +29,13 @@ def test_an_epoch_is_made_of_whole_steps(length: int, batch: int, accumulate: in
 
 
 def test_an_epoch_shorter_than_a_step_is_one_short_step():
-    sampler = StepSampler(range(5), 2, 0, 1, 4, 0)
+    sampler = CounterSampler(range(5), 2, 0, 1, True, 4, 0)
     assert (sampler.batches, counters(sampler)) == (3, [0, 1, 2, 3, 4])
 
 
 def test_ranks_and_micro_batches_share_the_same_global_steps():
-    whole = StepSampler(range(20), 8, 0, 1, 1, 0)
-    ranks = [StepSampler(range(20), 2, rank, 2, 2, 0) for rank in range(2)]
+    whole = CounterSampler(range(20), 8, 0, 1, True, 1, 0)
+    ranks = [CounterSampler(range(20), 2, rank, 2, True, 2, 0) for rank in range(2)]
     first, second = (counters(rank) for rank in ranks)
     assert sorted(first + second) == counters(whole)
     for step in range(2):
@@ -44,21 +44,21 @@ def test_ranks_and_micro_batches_share_the_same_global_steps():
 
 
 def test_overfitting_repeats_the_same_samples():
-    sampler = StepSampler(range(20), 4, 0, 1, 1, 2)
+    sampler = CounterSampler(range(20), 4, 0, 1, True, 1, 2)
     assert sampler.batches == 2
     assert counters(sampler, 0) == counters(sampler, 7) == list(range(8))
 
 
-def test_the_loader_knows_how_long_it_was_waited_for(shards: Path, tmp_path: Path):
-    data = TrainingData(tiny_config(shards, tmp_path))
+def test_the_loader_knows_how_long_it_was_waited_for(shards: Path):
+    data = make_module(shards, batch_size=15)
     assert data.waited == 0.0
     start = time.perf_counter()
     assert len(list(data.train_dataloader())) == 4
     assert 0.0 < data.waited < time.perf_counter() - start
 
 
-def test_workers_leave_signals_to_the_main_process(shards: Path, tmp_path: Path):
-    data = TrainingData(tiny_config(shards, tmp_path, "data.num_workers=1", "data.batch_size=1"))
+def test_workers_leave_signals_to_the_main_process(shards: Path):
+    data = make_module(shards, num_workers=1, batch_size=1)
     loader = data.train_dataloader()
     batches = iter(loader)
     next(batches)
@@ -66,7 +66,7 @@ def test_workers_leave_signals_to_the_main_process(shards: Path, tmp_path: Path)
     # from a process that is not the worker's parent, as a signal to the whole group is
     for name in ("-INT", "-TERM", "-TERM"):
         subprocess.run(["kill", name, str(worker.pid)], check=True)
-    assert len(list(batches)) == 7
+    assert len(list(batches)) == 59
     assert worker.is_alive()
     worker.terminate()  # but the parent is obeyed
     worker.join(timeout=60)
