@@ -198,9 +198,9 @@ class ImagePacker:
         mask = None
         if row["mask"]:
             loaded = load_mask(row["mask"], *size)
-            mask, numbers = loaded.pixels, mask_box(loaded.pixels)
             if loaded.read_by:
                 self.tally.events[f"mask read by {loaded.read_by}"] += 1
+            mask, numbers = loaded.pixels, mask_box(loaded.pixels)
         else:
             across, down = size if row["relative"] else (1, 1)
             x1, y1, x2, y2 = (math.nan if row[name] is None else row[name] for name in CORNERS)
@@ -279,11 +279,6 @@ def _scaled(boxes: list[KeptBox], old: tuple[int, int], new: tuple[int, int]) ->
     return scaled
 
 
-def shard_name(number: int) -> str:
-    """Return the name of shard ``number``."""
-    return f"shard-{number:06d}.tar"
-
-
 def part_path(plan: Path, number: int) -> Path:
     """Return the record that shard ``number`` of a plan is done."""
     return plan / f"part-{number:06d}.json"
@@ -303,7 +298,7 @@ def pack_shard(plan: Path, out: Path, number: int, labels: Sequence[str], settin
     """
     cv2.setNumThreads(1)
     listed: dict[str, Any] | None = None
-    with new_shard(out / shard_name(number)) as shard:
+    with new_shard(out / f"shard-{number:06d}.tar") as shard:
         packer = ImagePacker(labels, settings, shard)
         packer.pack_all(*load_task(plan, number))
         tally = packer.tally
