@@ -11,7 +11,7 @@ from pbe.cli.prepare import read_noted
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
-    from pbe.data.sources.records import Annotations
+    from pbe.data.sources.annotations import Annotations
 
 MAKING = frozenset({"out", "cases", "seed", "size"})
 # Which options go with each of the three things to do.
@@ -124,7 +124,7 @@ def build_from_sources(settings: BuildSettings, cases: int | None) -> None:
 
 
 def _read(source: str, split: str) -> Annotations:
-    from pbe.data.sources.reading import SourceOptions
+    from pbe.data.sources.read import SourceOptions
 
     return read_noted(source, SourceOptions(split))
 

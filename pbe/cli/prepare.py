@@ -13,11 +13,11 @@ from pbe.cli.arguments import SETTINGS, Place, Repeatable, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
-    from pbe.data.packing.claim import PackRequest
     from pbe.data.packing.pack import PackResult
     from pbe.data.packing.plan import PackSettings
-    from pbe.data.sources.reading import SourceOptions
-    from pbe.data.sources.records import Annotations
+    from pbe.data.packing.request import PackRequest
+    from pbe.data.sources.annotations import Annotations
+    from pbe.data.sources.read import SourceOptions
 
 # The kinds of sources that an option is for.
 SOURCE_OPTIONS = {
@@ -158,8 +158,8 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
 def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
     """Check what needs no source to be read."""
     from pbe.data.packing.pack import ENGINES
-    from pbe.data.sources.files import find_pictures
-    from pbe.data.sources.reading import parse_source
+    from pbe.data.sources.annotations import find_images
+    from pbe.data.sources.read import parse_source
 
     kinds = {parse_source(source)[0] for source in sources}
     for name, fitting in SOURCE_OPTIONS.items():
@@ -175,15 +175,15 @@ def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
     if settings.check_against:
         if not settings.check_against.is_dir():
             raise UserError(f"--check-against '{settings.check_against}' is not a folder")
-        if not find_pictures([settings.check_against])[0].height:
+        if not find_images([settings.check_against])[0].height:
             raise UserError(f"--check-against '{settings.check_against}' holds no images")
 
 
 def make_requests(sources: Sequence[str], settings: PrepareSettings) -> list[PackRequest]:
     """Return what is to be packed: one set, or the two sides of a split."""
-    from pbe.data.packing.claim import PackRequest
-    from pbe.data.packing.merge import SIDES
-    from pbe.data.sources.reading import SourceOptions
+    from pbe.data.packing.plan import SIDES
+    from pbe.data.packing.request import PackRequest
+    from pbe.data.sources.read import SourceOptions
 
     check_settings(sources, settings)
     reading = SourceOptions(settings.split or "train", settings.masks, settings.zero_based, settings.relative)
@@ -201,7 +201,7 @@ def make_requests(sources: Sequence[str], settings: PrepareSettings) -> list[Pac
 
 def read_noted(source: str, reading: SourceOptions) -> Annotations:
     """Read a source, and print on stderr what was noticed about it."""
-    from pbe.data.sources.reading import read_source
+    from pbe.data.sources.read import read_source
 
     found = read_source(source, reading)
     for note in found.notes:

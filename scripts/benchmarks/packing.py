@@ -21,8 +21,9 @@ import cv2
 import numpy as np
 import polars as pl
 
-from pbe.data.packing.index import load_index, read_summary
+from pbe.data.packing.records import index_keys, load_index, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
+from pbe.data.packing.request import PACK_LOCK
 from pbe.data.randomness import generator
 from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
@@ -119,15 +120,15 @@ def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
 PLANNING = """
 import json, sys, time
 from pathlib import Path
-from pbe.data.packing.pack import claim
-from pbe.data.packing.claim import PackRequest, read_plan
+from pbe.data.packing.pack import plan_requests
 from pbe.data.packing.plan import PackSettings
-from pbe.data.sources.reading import SourceOptions, read_source
+from pbe.data.packing.request import PackRequest
+from pbe.data.sources.read import SourceOptions, read_source
 source, out = sys.argv[1:]
 request = PackRequest(lambda: [read_source(source, SourceOptions())], [source], PackSettings(), Path(out))
 start, used = time.perf_counter(), time.process_time()
-claim([request])
-plan = read_plan(request)
+plan_requests([request])
+plan = request.read_plan()
 status = Path("/proc/self/status").read_text().splitlines()
 print(json.dumps({
     **json.loads((request.work / "times.json").read_bytes()), "whole": time.perf_counter() - start,
@@ -246,7 +247,9 @@ def measure_packing(table: Path, command: Command, *, workers: int, chunk: int) 
     seconds, used = time.perf_counter() - start, _children_cpu() - used
     report = json.loads((out / JSON_NAME).read_bytes())
     count = report["pictures"]["kept"]
-    work = (out / MANIFEST_NAME).stat().st_mtime - (out / ".lock-plan").stat().st_mtime
+    # The lock of packing appears when the plan is written.
+    packing = (out / MANIFEST_NAME).stat().st_mtime - (out / PACK_LOCK).stat().st_mtime
+    work = report["seconds"]["read annotations"] + report["seconds"]["plan"] + packing
     return PackingTimes(copying, count / seconds, count, 1e3 * used / count, work, report["seconds"])
 
 
@@ -295,8 +298,7 @@ def differences(out: Path, straight: Path, pictures: int) -> list[str]:
     summary = read_summary(out)
     if summary is None:
         return [*faults, f"there is no {MANIFEST_NAME}"]
-    tables = [load_index(out / shard["index"]) for shard in summary["shards"]]
-    keys = [table.key(row) for table in tables for row in range(len(table))]
+    keys = [key for shard in summary["shards"] for key in index_keys(load_index(out / shard["index"]))]
     if len(keys) != pictures or len(set(keys)) != pictures:
         faults.append(f"{len(keys)} pictures of {len(set(keys))} names instead of {pictures}")
     reports = [json.loads((folder / JSON_NAME).read_bytes()) for folder in (out, straight)]

@@ -18,12 +18,12 @@ import pytest
 
 from pbe.config import DataConfig
 from pbe.data.dataset import read_picture
-from pbe.data.packing.index import load_index, read_summary
+from pbe.data.packing.records import load_index, read_summary
 from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.shards.archive import ShardPictures
 from pbe.errors import UserError
 from tests.data.indexed import index_bytes, shard_columns
-from tests.data.packing_support import noise, pack, request_of, run
+from tests.data.packing.support import noise, pack, request_of, run
 
 T = TypeVar("T")
 ODD = (

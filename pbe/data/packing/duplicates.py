@@ -1,4 +1,4 @@
-"""Exact and near duplicates by hashes, inside a set and against a benchmark, for millions of pictures."""
+"""Exact and near duplicates by hashes, inside a set and against a benchmark, for millions of images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 
-from pbe.data.packing.pixels import check_and_hash
+from pbe.data.samples.crops import resize_area
+from pbe.data.samples.decode import UnusablePictureError, decode
 from pbe.data.shards.format import digest
-from pbe.data.sources.files import find_pictures
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
+from pbe.data.sources.annotations import find_images
+from pbe.data.sources.image_files import (
+    CANNOT_DECODE,
+    ImageHeader,
+    UnreadableImageError,
+    first_frame,
+    inspect_image,
+)
 
+HASH_SIDE, HASH_BITS = 32, 8
+MIN_CONTRAST = 2.0
+REDUCED = ((512, cv2.IMREAD_REDUCED_GRAYSCALE_8), (256, cv2.IMREAD_REDUCED_GRAYSCALE_4))
 NEAR_BITS = 3
 BANDS, BAND_BITS = 4, 16
 BLOCK_PAIRS = 1 << 22
@@ -20,17 +31,41 @@ BLOCK_PAIRS = 1 << 22
 
 @dataclass(frozen=True)
 class Hashes:
-    """Hashes of some pictures.
-
-    Attributes:
-        names: one a picture.
-        exact: 16 bytes a picture, dtype ``S16``-like void of shape ``(n,)``.
-        near: uint64 ``(n,)``; 0 where there is none.
-    """
+    """Hashes of ``n`` images."""
 
     names: list[str]
-    exact: np.ndarray
-    near: np.ndarray
+    exact: np.ndarray  # n, void of 16 bytes
+    near: np.ndarray  # n, uint64; 0 where there is none
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """Return a 64-bit hash of uint8 ``h w`` that survives scaling and recompression; 0 without structure.
+
+    Signs, against their median, of the 64 lowest frequencies (without the constant) of a 32 x 32 image.
+    """
+    small = resize_area(grey, HASH_SIDE, HASH_SIDE).astype(np.float32)
+    if small.std() < MIN_CONTRAST:
+        return 0
+    spectrum = cv2.dct(small)[: HASH_BITS + 1, : HASH_BITS + 1]
+    values = np.concatenate([spectrum[:HASH_BITS, :HASH_BITS].ravel()[1:], spectrum[:1, HASH_BITS]])
+    bits = values > np.median(values)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def check_and_hash(encoded: bytes, header: ImageHeader) -> int:
+    """Return the perceptual hash of an image, decoded small where the format allows it.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
+    if not header.extension or header.frames > 1:
+        return perceptual_hash(cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2GRAY))
+    short = min(header.stored_size)
+    flag = next((flag for side, flag in REDUCED if short >= side), cv2.IMREAD_GRAYSCALE)
+    try:
+        return perceptual_hash(decode(encoded, flag))
+    except UnusablePictureError as error:
+        raise UnreadableImageError(CANNOT_DECODE) from error
 
 
 def _pairs_of_sorted(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -53,14 +88,10 @@ def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
     """Return the pairs (i < j) of hashes that differ in at most ``distance`` bits, int64 ``(n, 2)``, sorted.
 
     Two hashes that differ in at most three bits agree in at least one of four bands of 16 bits, so only
-    those that share a band are compared. Hashes of 0 (no structure) match nothing.
-
-    Args:
-        hashes: uint64 ``(n,)``.
-        distance: 0 to 3.
+    those that share a band are compared. Hashes, uint64 ``(n,)``, of 0 (no structure) match nothing.
 
     Raises:
-        ValueError: for a larger distance, which bands cannot find.
+        ValueError: for a distance above three, which bands cannot find.
     """
     if not 0 <= distance < BANDS:
         raise ValueError(f"distance must be 0 to {BANDS - 1}, not {distance}")
@@ -78,23 +109,35 @@ def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
 
 
 def exact_pairs(hashes: np.ndarray) -> np.ndarray:
-    """Return (first, other) of pictures with equal bytes, int64 ``(n, 2)``: one pair for every repetition."""
+    """Return (first, other) of images with equal hashes, int64 ``(n, 2)``: one pair for every repetition."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     original = first[inverse]
     repeated = np.flatnonzero(original != np.arange(len(hashes)))
     return np.stack([original[repeated], repeated], axis=1).astype(np.int64)
 
 
+def near_duplicates(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
+    """Return pairs (first, other) of images that look the same, int64 ``(n, 2)``, sorted.
+
+    Images of one and the same hash are paired with the first of them only, and only the firsts with each
+    other: a set in which an image stands ten thousand times has not fifty million pairs.
+    """
+    values, first = np.unique(hashes, return_index=True)
+    same = exact_pairs(hashes)
+    close = np.sort(first[near_pairs(values, distance)], axis=1)
+    return np.unique(np.concatenate([same[hashes[same[:, 0]] != 0], close]).astype(np.int64), axis=0)
+
+
 def hash_folder(folder: Path) -> tuple[Hashes, int]:
-    """Hash every picture of a benchmark folder; returns the hashes and how many could not be read."""
-    table, _ = find_pictures([folder])
+    """Hash every image of a benchmark folder; returns the hashes and how many could not be read."""
+    table, _ = find_images([folder])
     names, exact, near = [], [], []
     unreadable = 0
     for path, name in table.select("path", "name").iter_rows():
         try:
             encoded = Path(path).read_bytes()
-            fingerprint = check_and_hash(encoded, inspect_picture(encoded))
-        except (OSError, UnreadablePictureError):
+            fingerprint = check_and_hash(encoded, inspect_image(encoded))
+        except (OSError, UnreadableImageError):
             unreadable += 1
             continue
         names.append(name)
@@ -109,27 +152,13 @@ def as_void(joined: bytes | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(flat).reshape(-1, 16).view("V16").ravel()
 
 
-def near_duplicates(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
-    """Return pairs (first, other) of pictures that look the same, int64 ``(n, 2)``, sorted.
-
-    Pictures of one and the same hash are paired with the first of them only, and only the firsts with each
-    other: a set in which a picture stands ten thousand times has not fifty million pairs.
-
-    Args:
-        hashes: uint64 ``(n,)``; 0 matches nothing.
-        distance: most bits that differ, 0 to 3.
-    """
-    values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    original = first[inverse]
-    repeated = np.flatnonzero((original != np.arange(len(hashes))) & (hashes != 0))
-    same = np.stack([original[repeated], repeated], axis=1)
-    close = np.sort(first[near_pairs(values, distance)], axis=1)
-    return np.unique(np.concatenate([same, close]).astype(np.int64), axis=0)
-
-
 def matches(ours: Hashes, theirs: Hashes, distance: int = NEAR_BITS) -> list[tuple[str, str, str]]:
-    """Return (our name, their name, ``exact`` or ``near``) of pictures that stand in both sets, sorted."""
-    exact = set(_cross_exact(ours.exact, theirs.exact))
+    """Return (our name, their name, ``exact`` or ``near``) of images that stand in both sets, sorted."""
+    where: dict[bytes, list[int]] = {}
+    for row, value in enumerate(theirs.exact):
+        where.setdefault(value.tobytes(), []).append(row)
+    shared = np.flatnonzero(np.isin(ours.exact, theirs.exact)).tolist() if where else []
+    exact = {(row, other) for row in shared for other in where[ours.exact[row].tobytes()]}
     our_values, their_values = np.unique(ours.near), np.unique(theirs.near)
     pairs = near_pairs(np.concatenate([our_values, their_values]), distance)
     count = len(our_values)
@@ -139,13 +168,3 @@ def matches(ours: Hashes, theirs: Hashes, distance: int = NEAR_BITS) -> list[tup
             close |= {(int(i), int(j)) for j in np.flatnonzero(theirs.near == their_values[b - count])}
     found = [(ours.names[a], theirs.names[b], "exact") for a, b in exact]
     return sorted(found + [(ours.names[a], theirs.names[b], "near") for a, b in close - exact])
-
-
-def _cross_exact(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int]]:
-    where: dict[bytes, list[int]] = {}
-    for row, value in enumerate(theirs):
-        where.setdefault(value.tobytes(), []).append(row)
-    wanted = np.flatnonzero(np.isin(ours, theirs)).tolist() if len(theirs) else []
-    for row in wanted:
-        for other in where[ours[row].tobytes()]:
-            yield row, other

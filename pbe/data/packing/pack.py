@@ -1,4 +1,4 @@
-"""Packing annotated pictures into shards: on all cores or a cluster, resumable, the same bytes always.
+"""Packing annotated images into shards: on all cores or a cluster, resumable, the same bytes always.
 
 While it goes on, the folder holds ``.packing/``: the plan, and a record of every shard that is done. A run
 that was killed leaves whole shards and such records; started again, it packs what is not done.
@@ -20,26 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pbe.data.packing.claim import (
-    PACK_LOCK,
-    PackRequest,
-    State,
-    busy,
-    claim_folder,
-    look,
-    read_plan,
-    remove_leavings,
-    reserved,
-)
-from pbe.data.packing.index import read_json, write_whole
 from pbe.data.packing.plan import OPTIONS, PackSettings, make_plan
-from pbe.data.packing.tally import Tally
-from pbe.data.packing.worker import pack_shard
+from pbe.data.packing.records import Tally, read_json, write_whole
+from pbe.data.packing.request import PackRequest, State
+from pbe.data.packing.worker import pack_shard, part_path
 from pbe.data.shards.format import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.errors import UserError
-from pbe.files import lock
-
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -51,29 +37,27 @@ class PackResult:
     plan: dict[str, Any]
 
 
+Progress = Callable[[int], object]
 Finish = Callable[[PackRequest, PackResult], None]
+Task = tuple[Path, Path, int, Sequence[str], PackSettings]
+Engine = Callable[[Sequence[Task], int], Iterable[int]]
 
 
-def _part_path(request: PackRequest, number: int) -> Path:
-    return request.plan / f"part-{number:06d}.json"
-
-
-def claim(requests: Sequence[PackRequest], *, overwrite: bool = False, finish: Finish | None = None) -> None:
-    """Plan requests over the same sources and claim their folders: all of them, or none.
+def plan_requests(
+    requests: Sequence[PackRequest], *, overwrite: bool = False, finish: Finish | None = None
+) -> None:
+    """Plan requests over the same sources and take over their folders: all of them, or none.
 
     Args:
         requests: one, or the two sides of a split.
         overwrite: remove what an earlier packing left, once there is a plan.
         finish: writes the report where nothing is left to pack.
-
-    Raises:
-        UserError: a folder holds something else, a source cannot be read, or nothing is left to pack.
     """
     with ExitStack() as stack:
         for request in requests:
             request.settings.check()
-            stack.enter_context(reserved(request))
-        states = [look(request, overwrite) for request in requests]
+            stack.enter_context(request.planning())
+        states = [request.state(overwrite) for request in requests]
         new = [request for request, state in zip(requests, states, strict=True) if state is State.NEW]
         start = time.perf_counter()
         sources = new[0].sources() if new else []
@@ -82,10 +66,10 @@ def claim(requests: Sequence[PackRequest], *, overwrite: bool = False, finish: F
         del sources
         for request, plan in zip(new, plans, strict=True):
             if not plan.shards:
-                _nothing_left(request, collect(request, plan.summary()), finish)
+                _nothing_left(request, _collect(request, plan.summary()), finish)
         times = {"read annotations": read - start, "plan": time.perf_counter() - read}
         for request, plan in zip(new, plans, strict=True):
-            claim_folder(request, plan, times, overwrite)
+            request.save_plan(plan, times, overwrite)
 
 
 def _nothing_left(request: PackRequest, result: PackResult, finish: Finish | None) -> NoReturn:
@@ -107,16 +91,8 @@ def _nothing_left(request: PackRequest, result: PackResult, finish: Finish | Non
     raise UserError(line)
 
 
-Task = tuple[Path, Path, int, Sequence[str], PackSettings]
-Engine = Callable[[Sequence[Task], int], Iterable[int]]
-
-
 def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Pack shards in ``workers`` processes of this machine (0: in this one); yields pictures done, by shard.
-
-    Raises:
-        UserError: a process was killed from outside.
-    """
+    """Pack shards in ``workers`` processes of this machine (0: in this one); yields images done, by shard."""
     if workers == 0 or len(tasks) <= 1:
         yield from (pack_shard(*task) for task in tasks)
         return
@@ -137,14 +113,11 @@ def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
 def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     """Pack shards on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine.
 
-    Every node has to see the pictures and the folder of shards under the same paths.
+    Every node has to see the images and the folder of shards under the same paths.
 
     Args:
         tasks: of :func:`~pbe.data.packing.worker.pack_shard`.
         workers: most tasks at a time; 0 leaves that to Ray.
-
-    Raises:
-        UserError: Ray is not installed.
     """
     try:
         import ray
@@ -177,25 +150,21 @@ def _pack_missing(
     ends = [0, *plan["shards"]]
     tasks: list[Task] = []
     for number in range(part[0], len(plan["shards"]), part[1]):
-        if _part_path(request, number).is_file():
+        if part_path(request.plan, number).is_file():
             progress(ends[number + 1] - ends[number])
         else:
             tasks.append((request.plan, request.out, number, plan["labels"], request.settings))
     try:
-        for pictures in run(tasks, workers):
-            progress(pictures)
+        for images in run(tasks, workers):
+            progress(images)
     except OSError as error:
         raise UserError(
-            f"cannot write to '{request.out}': {error.strerror or error}; afterwards the same command goes on"
+            f"cannot write to '{request.out}': {error.strerror or error}; afterwards the same command resumes"
         ) from error
 
 
-def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
-    """Add up the records of all shards.
-
-    Raises:
-        UserError: a record is damaged.
-    """
+def _collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
+    """Add up the records of all shards."""
     tally = Tally(
         dropped_pictures=Counter(plan["dropped_pictures"]),
         dropped_boxes=Counter(plan["dropped_boxes"]),
@@ -203,7 +172,7 @@ def collect(request: PackRequest, plan: dict[str, Any]) -> PackResult:
     )
     shards = []
     times = request.work / "times.json"
-    paths = [_part_path(request, number) for number in range(len(plan["shards"]))]
+    paths = [part_path(request.plan, number) for number in range(len(plan["shards"]))]
     for path in [*paths, times] if times.is_file() else paths:
         record = read_json(path)
         try:
@@ -237,7 +206,9 @@ def pack_all(
     progress: Callable[[int], Progress] | None = None,
     finish: Finish | None = None,
 ) -> list[PackResult | None]:
-    """Plan some requests over the same sources, then pack one after another, or go on with packing.
+    """Plan some requests over the same sources, then pack one after another, or resume packing.
+
+    What is done stays where this ends with an error.
 
     Args:
         requests: what and where; one, or the two sides of a split.
@@ -246,29 +217,26 @@ def pack_all(
         part: (i, n): pack every n-th shard from the i-th on and leave the rest to others; the list of shards
             is written by the run without a part, (0, 1), which packs what is missing.
         overwrite: remove what an earlier packing left.
-        progress: called with the number of pictures; what it returns is called with pictures done.
+        progress: called with the number of images; what it returns is called with images done.
         finish: called with request and result before the list of shards is written, to write the report.
 
     Returns:
         The results; None for a part, or where everything was done before.
-
-    Raises:
-        UserError: for anything that the user can mend; what is done stays.
     """
     whole = part == (0, 1)
     if overwrite and not whole:
         raise UserError("--overwrite goes without --part: each part would remove what the others have packed")
-    claim(requests, overwrite=overwrite, finish=finish)
+    plan_requests(requests, overwrite=overwrite, finish=finish)
     count = workers if workers is not None else os.cpu_count() or 1
     results: list[PackResult | None] = []
     for request in requests:
-        with lock(request.out / PACK_LOCK, shared=not whole, keep=True, busy=busy(request)):
-            if look(request, overwrite=False) is State.COMPLETE:
+        with request.packing(shared=not whole):
+            if request.state() is State.COMPLETE:
                 results.append(None)
                 continue
-            plan = read_plan(request)
+            plan = request.read_plan()
             if whole:
-                remove_leavings(request)
+                request.remove_temporary_files()
             advance = progress(plan["shards"][-1] if whole else -1) if progress else lambda _: None
             _pack_missing(request, plan, part, ENGINES[engine], count, advance)
             results.append(_complete(request, plan, finish) if whole else None)
@@ -277,12 +245,12 @@ def pack_all(
 
 def _complete(request: PackRequest, plan: dict[str, Any], finish: Finish | None) -> PackResult:
     """Write report and list of a set all of whose shards are packed."""
-    result = collect(request, plan)
+    result = _collect(request, plan)
     if not result.summary["shards"]:
         shutil.rmtree(request.work)
         _nothing_left(request, result, finish)
     if finish:
         finish(request, result)
-    write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False).encode())
+    write_whole(request.out / MANIFEST_NAME, json.dumps(result.summary, ensure_ascii=False))
     shutil.rmtree(request.work)
     return result

@@ -1,8 +1,8 @@
-"""The packing plan: which pictures and boxes go into which shard, decided before any picture is opened.
+"""The packing plan: which images and boxes go into which shard, decided before any image is opened.
 
-What needs no picture is filtered here, over whole columns: labels, flags, and the area of boxes that are
-given as shares. The rest follows when the image is read (:mod:`pbe.data.packing.worker`). The plan is a pair
-of small files a shard, so that every shard is a task of its own that needs nothing else.
+What needs no image is filtered here, over whole columns: labels, flags, and the area of boxes that are given
+as shares. The rest follows when the image is read (:mod:`pbe.data.packing.worker`). The plan is a pair of
+small files a shard, so that every shard is a task of its own that needs nothing else.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,37 +21,38 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pbe.data.packing.index import write_whole
-from pbe.data.packing.merge import OTHER_SIDE, SIDES, held_out, merge_sources
-from pbe.data.packing.tally import EXAMPLES, add_examples, box_text
+from pbe.data.packing.records import EXAMPLES, add_examples, box_text, write_whole
 from pbe.data.randomness import permutation
-from pbe.data.sources.records import BAD_NUMBER, FLAG_BITS, FLAGS, Annotations
+from pbe.data.sources.annotations import (
+    BAD_NUMBER,
+    CORNERS,
+    FLAG_BITS,
+    FLAGS,
+    IMAGE_COLUMNS,
+    Annotations,
+    take_images,
+)
 from pbe.errors import UserError
 
 WITHOUT_BOXES = "without boxes"
 NO_BOX_LEFT = "no box left"
 UNWANTED_LABEL = "label not wanted"
 NO_AREA = "no area"
-OUTSIDE = "outside the picture"
+OUTSIDE = "outside the image"
 SMALL_AREA = "area too small"
 LARGE_AREA = "area too large"
 SHORT_SIDE = "side too short"
 ASPECT = "too elongated"
+TWO_SIZES = "annotated with two sizes by two sources"
+SAME_BOX = "the same box from two sources"
 OPTIONS = {
     SMALL_AREA: "--min-area", LARGE_AREA: "--max-area", SHORT_SIDE: "--min-side", ASPECT: "--max-aspect",
     UNWANTED_LABEL: "--label, --drop-label", **dict.fromkeys(FLAGS, "--drop-flag"),
 }  # fmt: skip
 MAX_KEY = 80
 FRAMES = ("displayed", "stored")
-SUMMARY: dict[str, type] = {
-    "labels": list,
-    "shards": list,
-    "pictures_seen": int,
-    "boxes_seen": int,
-    "dropped_pictures": dict,
-    "dropped_boxes": dict,
-    "examples": dict,
-}
+SIDES = ("train", "validation")
+OTHER_SIDE = {"train": "in the validation set", "validation": "in the training set"}
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,20 @@ class PackSettings:
     """What is kept and how it is packed.
 
     Attributes:
-        min_area: smallest share of the picture's area that a box may cover; the paper's code has 0.02.
+        min_area: smallest share of the image's area that a box may cover; the paper's code has 0.02.
         max_area: largest; the paper's code has 0.8.
-        min_side: shortest side of a box, pixels of the picture as it lies on the disk.
+        min_side: shortest side of a box, pixels of the image as it lies on the disk.
         max_aspect: longest side over shortest; 0 for no limit.
         drop_flags: boxes with one of these flags are dropped; the paper's code drops none.
         labels: if any are named, only boxes of these labels are kept.
         drop_labels: boxes of these labels are dropped.
-        shard_pictures: most pictures a shard.
-        shard_bytes: bytes of picture files after which a shard is closed.
-        max_side: longer pictures are made this long and encoded again; 0 keeps every file as it is.
+        shard_pictures: most images a shard.
+        shard_bytes: bytes of image files after which a shard is closed.
+        max_side: longer images are made this long and encoded again; 0 keeps every file as it is.
         quality: of JPEGs that are encoded again.
         exif_frame: the frame of boxes where the sizes do not tell: ``displayed`` (EXIF orientation
             honoured, as OpenCV does) or ``stored``.
-        shuffle: seed of the order of pictures; None keeps the source's.
+        shuffle: seed of the order of images; None keeps the source's.
         perceptual: make the hashes that near duplicates are found by.
         validation_share: share of the images that is held out for validation, by a hash of the name.
         side: ``train`` or ``validation``, where a share is held out; else empty.
@@ -99,7 +101,7 @@ class PackSettings:
         if not 0 <= self.min_area <= self.max_area <= 1:
             raise UserError("box areas are shares with 0 <= smallest <= largest <= 1")
         if self.min_side < 0 or self.max_side < 0 or min(self.shard_pictures, self.shard_bytes) < 1:
-            raise UserError("sides must be 0 or more, and a shard holds at least one picture and one byte")
+            raise UserError("sides must be 0 or more, and a shard holds at least one image and one byte")
         if self.max_aspect and self.max_aspect < 1:
             raise UserError("the aspect is the longest side over the shortest: 1 or more, or 0 for no limit")
         if not 1 <= self.quality <= 100:
@@ -120,40 +122,108 @@ class PackSettings:
         return settings
 
 
+# What plan.json holds, and the types by which it is checked.
+SUMMARY: dict[str, type] = {
+    "labels": list,
+    "shards": list,
+    "pictures_seen": int,
+    "boxes_seen": int,
+    "dropped_pictures": dict,
+    "dropped_boxes": dict,
+    "examples": dict,
+}
+
+
 @dataclass
 class Plan:
-    """The plan in memory.
+    """The plan in memory; what goes into ``plan.json`` is called as it is there."""
 
-    Attributes:
-        pictures: a row a picture, in order, with ``box_end``.
-        boxes: their boxes, ``label`` a position in ``labels``, each with whether it is ``relative``.
-        labels: sorted.
-        shards: end of each shard, in rows of ``pictures``.
-        pictures_seen: files found.
-        boxes_seen: boxes that the annotations hold, those of missing pictures included.
-        dropped_pictures: by reason.
-        dropped_boxes: by reason.
-        examples: by reason, the first images or boxes that were dropped for it.
-    """
-
-    pictures: pl.DataFrame
-    boxes: pl.DataFrame
-    labels: list[str]
-    shards: list[int]
-    pictures_seen: int
-    boxes_seen: int
-    dropped_pictures: Counter[str] = field(default_factory=Counter)
-    dropped_boxes: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    images: pl.DataFrame = field(default_factory=pl.DataFrame)  # in order, with box_end
+    boxes: pl.DataFrame = field(default_factory=pl.DataFrame)  # label: a position in labels; and relative
+    labels: list[str] = field(default_factory=list)  # sorted
+    shards: list[int] = field(default_factory=list)  # end of each, in rows of images
+    pictures_seen: int = 0  # image files found
+    boxes_seen: int = 0  # in the annotations, those of missing images included
+    dropped_pictures: Counter[str] = field(default_factory=Counter)  # images by reason
+    dropped_boxes: Counter[str] = field(default_factory=Counter)  # by reason
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first that were dropped, by reason
 
     def summary(self) -> dict[str, Any]:
         """Return everything but the tables, as JSON has it."""
         return {name: getattr(self, name) for name in SUMMARY}
 
 
+Tables = tuple[pl.DataFrame, pl.DataFrame]  # images and boxes
+
+
+def _merge_sources(sources: Sequence[Annotations], plan: Plan) -> Tables:
+    """Return the images of all sources, each file once, with their boxes, and count the rest."""
+    images, boxes, offset = [], [], 0
+    for found in sources:
+        plan.dropped_pictures += found.dropped_images
+        plan.dropped_boxes += found.dropped_boxes
+        shift = (pl.col("image") + offset).cast(pl.UInt32)
+        images.append(found.images.select(list(IMAGE_COLUMNS)))
+        boxes.append(found.boxes.with_columns(shift, pl.lit(found.relative).alias("relative")))
+        offset += found.images.height
+    if len(sources) == 1:
+        return images[0], boxes[0]
+    return _join_files(pl.concat(images), pl.concat(boxes), plan)
+
+
+def _join_files(images: pl.DataFrame, boxes: pl.DataFrame, plan: Plan) -> Tables:
+    """Make one image of a file that several sources name, with the boxes of all.
+
+    It keeps its first name and key. Boxes that two sources give alike count once. Where the sources disagree
+    on the size of a file, nobody knows which boxes fit: it is dropped.
+    """
+    table = images.with_columns(_real_paths(images["path"])).with_row_index("row")
+    facts = ("width", "height", "licence", "author")
+    known = [pl.col(name).drop_nulls().first().over("real").alias(name) for name in facts]
+    unequal = [pl.col(name).drop_nulls().n_unique().over("real") > 1 for name in ("width", "height")]
+    owner = pl.col("row").min().over("real").alias("owner")
+    table = table.with_columns(owner, pl.any_horizontal(unequal).alias("unclear"), *known)
+    first = table.filter(pl.col("row") == pl.col("owner"))
+    kept = first.filter(~pl.col("unclear"))["row"].to_numpy()
+    row = boxes["image"].to_numpy()
+    unclear = table["unclear"].to_numpy()[row]
+    moved = boxes.rename({"image": "row"}).with_columns(
+        pl.Series("image", table["owner"].to_numpy()[row], pl.UInt32)
+    )
+    clear = moved.filter(~pl.Series(unclear))
+    what = ["image", *CORNERS, "label", "mask", "relative"]
+    unique = clear.filter(pl.col("row") == pl.col("row").min().over(what)).select(boxes.columns)
+    plan.dropped_pictures += Counter({TWO_SIZES: first.height - len(kept)})
+    plan.dropped_boxes += Counter({TWO_SIZES: int(unclear.sum()), SAME_BOX: clear.height - unique.height})
+    return take_images(table.select(list(IMAGE_COLUMNS)), unique, kept)
+
+
+def _real_paths(paths: pl.Series) -> pl.Series:
+    """Return paths that are equal where the files are: of folders, links and dots are resolved."""
+    parts = [os.path.split(path) for path in paths]
+    folders = {folder: os.path.realpath(folder) for folder in {folder for folder, _ in parts}}
+    return pl.Series("real", [f"{folders[folder]}/{name}" for folder, name in parts], dtype=pl.String)
+
+
+def held_out(names: Iterable[str], share: float) -> np.ndarray:
+    """Say of every image whether it belongs to the validation set, bool.
+
+    The first eight bytes of the BLAKE2b hash of the name without its ending, as a share of 2 to the 64,
+    lie below ``share``: neither order, nor other images, nor options change the side of an image.
+
+    Args:
+        names: of the files within their source.
+        share: of the images, 0 to 1.
+    """
+    limit = share * 2.0**64
+    stems = (os.path.splitext(name)[0].encode() for name in names)
+    hashes = (hashlib.blake2b(stem, digest_size=8).digest() for stem in stems)
+    return np.array([int.from_bytes(value, "big") < limit for value in hashes], np.bool_)
+
+
 def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     """Return tests of boxes, each with the reason to drop a box for which it is the first to hold."""
-    corners = [pl.col(name) for name in ("x1", "y1", "x2", "y2")]
+    corners = [pl.col(name) for name in CORNERS]
     drawn = pl.col("mask").is_null()
     number = pl.all_horizontal([corner.is_finite().fill_null(False) for corner in corners])
     label = pl.col("label").cast(pl.String)
@@ -163,7 +233,7 @@ def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     if settings.drop_labels:
         tests.append((label.is_in(settings.drop_labels), UNWANTED_LABEL))
     tests += [((pl.col("flags") & FLAG_BITS[flag]) != 0, flag) for flag in settings.drop_flags]
-    # Shares of a picture's sides can be measured before it is opened.
+    # Shares of an image's sides can be measured before it is opened.
     share = drawn & pl.col("relative")
     x1, y1, x2, y2 = (corner.clip(0.0, 1.0) for corner in corners)
     width, height = x2 - x1, y2 - y1
@@ -177,104 +247,68 @@ def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     ]
 
 
-def _first_reason(tests: Sequence[tuple[pl.Expr, str]]) -> pl.Expr:
-    """Return an expression that is 0, or the number, from 1 on, of the first test that holds; uint8."""
-    chain: pl.Expr = pl.lit(0, pl.UInt8)
-    for number, (test, _) in reversed(list(enumerate(tests, 1))):
-        chain = pl.when(test).then(pl.lit(number, pl.UInt8)).otherwise(chain)
-    return chain
-
-
-def _drop_boxes(pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> pl.Series:
+def _drop_boxes(images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> pl.Series:
     """Return which boxes are left, bool, and count the others."""
     tests = _reasons(settings)
-    first = boxes.select(_first_reason(tests)).to_series()
+    chain: pl.Expr = pl.lit(0, pl.UInt8)  # or the number, from 1 on, of the first test that holds
+    for number, (test, _) in reversed(list(enumerate(tests, 1))):
+        chain = pl.when(test).then(pl.lit(number, pl.UInt8)).otherwise(chain)
+    first = boxes.select(chain).to_series()
     counts = np.bincount(first.to_numpy(), minlength=len(tests) + 1).tolist()
     for number, ((_, reason), count) in enumerate(zip(tests, counts[1:], strict=True), 1):
         plan.dropped_boxes[reason] += count
         if count:
             shown = boxes.filter(first == number).head(EXAMPLES)
-            names = pictures["name"].gather(shown["picture"]).to_list()
+            names = images["name"].gather(shown["image"]).to_list()
             rows = zip(names, shown.iter_rows(named=True), strict=True)
             add_examples(plan.examples, {reason: [box_text(name, row, row["label"]) for name, row in rows]})
     return first == 0
 
 
-def _keep_side(
-    pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the images of one side of a split with their boxes, and count the rest."""
-    if not settings.side:
-        return pictures, boxes
-    wanted = held_out(pictures["name"], settings.validation_share) == (settings.side == SIDES[1])
-    kept = boxes.filter(pl.Series(wanted[boxes["picture"].to_numpy()]))
-    plan.dropped_pictures[OTHER_SIDE[settings.side]] += int((~wanted).sum())
-    plan.dropped_boxes[OTHER_SIDE[settings.side]] += boxes.height - kept.height
-    return _take(pictures, kept, np.flatnonzero(wanted))
-
-
-def _take(pictures: pl.DataFrame, boxes: pl.DataFrame, kept: np.ndarray) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return some rows of ``pictures``, and all of ``boxes``, which belong to them, with the new numbers."""
-    rows = np.zeros(pictures.height, np.uint32)
-    rows[kept] = np.arange(len(kept), dtype=np.uint32)
-    return pictures[kept], boxes.with_columns(pl.Series("picture", rows[boxes["picture"].to_numpy()]))
-
-
-def _filter(
-    pictures: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the pictures and boxes that are left, and count the rest."""
-    pictures, boxes = _keep_side(pictures, boxes, settings, plan)
-    annotated = boxes["picture"].unique()
-    left = boxes.filter(_drop_boxes(pictures, boxes, settings, plan))
-    kept = left["picture"].unique().sort()
-    with_boxes, with_left = np.zeros((2, pictures.height), np.bool_)
-    with_boxes[annotated.to_numpy()], with_left[kept.to_numpy()] = True, True
+def _filter(images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> Tables:
+    """Return the images and boxes that are left, and count the rest."""
+    if settings.side:
+        wanted = held_out(images["name"], settings.validation_share) == (settings.side == SIDES[1])
+        before = boxes.height
+        images, boxes = take_images(images, boxes, np.flatnonzero(wanted))
+        plan.dropped_pictures[OTHER_SIDE[settings.side]] += int((~wanted).sum())
+        plan.dropped_boxes[OTHER_SIDE[settings.side]] += before - boxes.height
+    left = boxes.filter(_drop_boxes(images, boxes, settings, plan))
+    with_boxes, with_left = np.zeros((2, images.height), np.bool_)
+    with_boxes[boxes["image"].unique().to_numpy()] = True
+    with_left[left["image"].unique().to_numpy()] = True
     for reason, lost in ((WITHOUT_BOXES, ~with_boxes), (NO_BOX_LEFT, with_boxes & ~with_left)):
         plan.dropped_pictures[reason] += int(lost.sum())
-        shown = pictures["name"].gather(np.flatnonzero(lost)[:EXAMPLES])
+        shown = images["name"].gather(np.flatnonzero(lost)[:EXAMPLES])
         add_examples(plan.examples, {reason: shown.to_list()} if len(shown) else {})
-    return _take(pictures, left, kept.to_numpy())
+    return take_images(images, left, np.flatnonzero(with_left))
 
 
-def _unique_keys(pictures: pl.DataFrame) -> pl.DataFrame:
-    """Make keys plain (WebDataset splits at dots) and unique; what changes gets a hash of the name."""
-    plain = pl.col("key").str.replace_all("/", "__").str.replace_all(r"[^A-Za-z0-9_-]", "_")
-    table = pictures.with_columns(plain.str.slice(0, MAX_KEY).alias("plain"))
-    odd = (
-        table["plain"].is_duplicated() | (table["plain"].str.len_chars() >= MAX_KEY) | (table["plain"] == "")
-    )
-    keys = table["plain"].rename("key")
-    rows = odd.arg_true()
+def _unique_keys(images: pl.DataFrame) -> pl.DataFrame:
+    """Make keys plain (WebDataset splits at dots) and unique; what changes gets a hash of the path."""
+    names = images["key"].str.replace_all("/", "__").str.replace_all(r"[^A-Za-z0-9_-]", "_")
+    keys = names.str.slice(0, MAX_KEY)
+    rows = (keys.is_duplicated() | (keys.str.len_chars() >= MAX_KEY) | (keys == "")).arg_true()
     changed = []
-    for key, path in table.select("plain", "path")[rows].iter_rows():
+    for key, path in zip(keys.gather(rows), images["path"].gather(rows), strict=True):
         # The path tells apart what two sources call the same.
         suffix = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
         changed.append(f"{key[: MAX_KEY - 17]}-{suffix}")
     keys = keys.scatter(rows, pl.Series(changed, dtype=pl.String))
     if keys.n_unique() != len(keys):
         raise UserError("an image is listed twice by its source; remove one of its entries")
-    return table.drop("plain").with_columns(keys)
+    return images.with_columns(keys)
 
 
 def _shard_ends(sizes: np.ndarray, settings: PackSettings) -> list[int]:
     ends: list[int] = []
     start = total = 0
-    for row, size in enumerate(sizes.tolist()):
+    for end, size in enumerate(sizes.tolist(), 1):
         total += size
-        if row + 1 - start >= settings.shard_pictures or total >= settings.shard_bytes:
-            ends.append(row + 1)
-            start, total = row + 1, 0
-    return ends if not len(sizes) or (ends and ends[-1] == len(sizes)) else [*ends, len(sizes)]
-
-
-def _ordered(
-    pictures: pl.DataFrame, boxes: pl.DataFrame, order: np.ndarray
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    place = np.empty(len(order), np.uint32)
-    place[order] = np.arange(len(order), dtype=np.uint32)
-    moved = boxes.with_columns(pl.Series("picture", place[boxes["picture"].to_numpy()]))
-    return pictures[order], moved.sort("picture", maintain_order=True)
+        if end - start >= settings.shard_pictures or total >= settings.shard_bytes or end == len(sizes):
+            ends.append(end)
+            start, total = end, 0
+    return ends
 
 
 def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
@@ -299,58 +333,51 @@ def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
 
     Where nothing is left to pack, the plan has no shards, and counts why.
     """
-    pictures, boxes, lost_pictures, lost_boxes = merge_sources(sources)
-    plan = Plan(pl.DataFrame(), pl.DataFrame(), [], [], 0, 0, lost_pictures, lost_boxes)
-    for found in sources:
-        plan.dropped_pictures += found.dropped_pictures
-        plan.dropped_boxes += found.dropped_boxes
-    plan.pictures_seen = pictures.height + plan.dropped_pictures.total()
+    plan = Plan()
+    images, boxes = _merge_sources(sources, plan)
+    plan.pictures_seen = images.height + plan.dropped_pictures.total()
     plan.boxes_seen = boxes.height + plan.dropped_boxes.total()
-    pictures, boxes = _filter(pictures, boxes, settings, plan)
+    images, boxes = _filter(images, boxes, settings, plan)
     plan.dropped_pictures, plan.dropped_boxes = +plan.dropped_pictures, +plan.dropped_boxes
-    if not pictures.height:
+    if not images.height:
         return plan
-    pictures = _unique_keys(pictures)
+    images = _unique_keys(images)
     if settings.shuffle is not None:
-        order = permutation(pictures.height, settings.shuffle, "packing")
-        pictures, boxes = _ordered(pictures, boxes, order)
+        order = permutation(images.height, settings.shuffle, "packing")
+        images, boxes = take_images(images, boxes, order)
     plan.labels, label = _number_labels(boxes["label"])
-    counts = np.bincount(boxes["picture"].to_numpy(), minlength=pictures.height)
-    plan.pictures = pictures.with_columns(pl.Series("box_end", np.cumsum(counts)))
-    plan.boxes = boxes.with_columns(label).drop("picture")
-    plan.shards = _shard_ends(pictures["bytes"].to_numpy(), settings)
+    counts = np.bincount(boxes["image"].to_numpy(), minlength=images.height)
+    plan.images = images.with_columns(pl.Series("box_end", np.cumsum(counts)))
+    plan.boxes = boxes.with_columns(label).drop("image")
+    plan.shards = _shard_ends(images["bytes"].to_numpy(), settings)
     return plan
 
 
-def _write_table(path: Path, table: pl.DataFrame) -> None:
-    buffer = io.BytesIO()
-    table.write_ipc(buffer, compression="uncompressed")
-    write_whole(path, buffer.getvalue())
+def _table_path(folder: Path, number: int, kind: str) -> Path:
+    return folder / f"{number:06d}.{kind}.arrow"
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
     """Write the plan; ``plan.json`` comes last, so that a folder that has it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends = [0, *plan.shards]
-    box_ends = [0, *(plan.pictures["box_end"].gather([end - 1 for end in plan.shards]).to_list())]
-    for number in range(len(plan.shards)):
-        start, end = ends[number], ends[number + 1]
-        pictures = plan.pictures.slice(start, end - start).with_columns(pl.col("box_end") - box_ends[number])
-        _write_table(folder / f"{number:06d}.pictures.arrow", pictures)
-        boxes = plan.boxes.slice(box_ends[number], box_ends[number + 1] - box_ends[number])
-        _write_table(folder / f"{number:06d}.boxes.arrow", boxes)
-    write_whole(folder / "plan.json", json.dumps(plan.summary()).encode())
+    start = first_box = 0
+    for number, end in enumerate(plan.shards):
+        images = plan.images.slice(start, end - start)
+        boxes = plan.boxes.slice(first_box, images["box_end"][-1] - first_box)
+        images = images.with_columns(pl.col("box_end") - first_box)
+        for kind, table in (("pictures", images), ("boxes", boxes)):
+            buffer = io.BytesIO()
+            table.write_ipc(buffer, compression="uncompressed")
+            write_whole(_table_path(folder, number, kind), buffer.getvalue())
+        start, first_box = end, first_box + boxes.height
+    write_whole(folder / "plan.json", json.dumps(plan.summary()))
 
 
-def load_task(folder: Path, number: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the pictures and the boxes of shard ``number`` of a plan.
-
-    Raises:
-        UserError: the plan is damaged.
-    """
-    names = [folder / f"{number:06d}.{kind}.arrow" for kind in ("pictures", "boxes")]
+def load_task(folder: Path, number: int) -> Tables:
+    """Return the images and the boxes of shard ``number`` of a plan."""
+    paths = [_table_path(folder, number, kind) for kind in ("pictures", "boxes")]
     try:
-        pictures, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in names)
+        images, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in paths)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"the plan in '{folder}' is damaged; start anew with --overwrite") from error
-    return pictures, boxes
+    return images, boxes

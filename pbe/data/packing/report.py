@@ -13,17 +13,23 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.duplicates import Hashes, as_void, exact_pairs, hash_folder, matches, near_duplicates
-from pbe.data.packing.index import load_index, read_summary, write_whole
 from pbe.data.packing.pack import PackResult
-from pbe.data.packing.tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
+from pbe.data.packing.records import (
+    AREA_EDGES,
+    ASPECT_EDGES,
+    COUNT_EDGES,
+    index_keys,
+    load_index,
+    read_summary,
+    write_whole,
+)
+from pbe.data.packing.request import PackRequest
 
 TEMPLATE = "report.html.j2"
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 EXAMPLES = 200
 LABELS_SHOWN = 50
-NO_HASHES = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,14 @@ class Bar:
 
 
 def read_hashes(out: Path, summary: dict[str, Any]) -> Hashes:
-    """Return the hashes of all pictures of some shards, out of their indexes."""
-    names: list[str] = []
-    exact, near = [], []
+    """Return the hashes of all images of some shards, out of their indexes."""
+    names, exact, near = [], [as_void(b"")], [np.empty(0, np.uint64)]
     for shard in summary["shards"]:
-        table = load_index(out / shard["index"])
-        names += [table.key(position) for position in range(len(table))]
-        exact.append(as_void(table.picture_hash))
-        near.append(table.perceptual_hash)
-    return Hashes(names, np.concatenate([as_void(b""), *exact]), np.concatenate([NO_HASHES, *near]))
+        index = load_index(out / shard["index"])
+        names += index_keys(index)
+        exact.append(as_void(index["picture_hash"]))
+        near.append(index["perceptual_hash"])
+    return Hashes(names, np.concatenate(exact), np.concatenate(near))
 
 
 def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[float]]:
@@ -52,33 +57,25 @@ def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[f
     return {"edges": list(edges), "counts": [counts[str(number)] for number in range(len(edges))]}
 
 
-def _duplicates(hashes: Hashes) -> dict[str, Any]:
-    exact, near = exact_pairs(hashes.exact), near_duplicates(hashes.near)
-    same = {(int(a), int(b)) for a, b in exact}
-    close = [(int(a), int(b)) for a, b in near if hashes.exact[a] != hashes.exact[b]]
-    shown = [(*pair, "exact") for pair in sorted(same)] + [(*pair, "near") for pair in close]
-    return {
-        "exact": len(same),
-        "near": len(close),
-        "examples": [[hashes.names[a], hashes.names[b], kind] for a, b, kind in shown[:EXAMPLES]],
-    }
-
-
-def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
-    theirs, unreadable = hash_folder(folder)
-    found = matches(hashes, theirs)
-    return {
-        "folder": str(folder),
-        "pictures": len(theirs.names),
-        "unreadable": unreadable,
-        **_kinds(found),
-        "matches": [list(match) for match in found],
-    }
-
-
 def _kinds(found: Sequence[tuple[str, str, str]]) -> dict[str, int]:
     kinds = Counter(kind for _, _, kind in found)
     return {"exact": kinds["exact"], "near": kinds["near"]}
+
+
+def _duplicates(hashes: Hashes) -> dict[str, Any]:
+    pairs = [(a, b, "exact") for a, b in sorted(exact_pairs(hashes.exact).tolist())]
+    near = near_duplicates(hashes.near).tolist()
+    pairs += [(a, b, "near") for a, b in near if hashes.exact[a] != hashes.exact[b]]
+    found = [(hashes.names[a], hashes.names[b], kind) for a, b, kind in pairs]
+    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
+
+
+def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
+    """Return what the set shares with a folder of benchmark images."""
+    theirs, unreadable = hash_folder(folder)
+    found = matches(hashes, theirs)
+    counts = {"folder": str(folder), "pictures": len(theirs.names), "unreadable": unreadable, **_kinds(found)}
+    return {**counts, "matches": [list(match) for match in found]}
 
 
 def _also_in(hashes: Hashes, train: Path) -> dict[str, Any]:
@@ -91,6 +88,10 @@ def _reasons(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted((+counts).items(), key=lambda item: (-item[1], item[0])))
 
 
+def _counts(seen: int, kept: int, dropped: Counter[str]) -> dict[str, Any]:
+    return {"seen": seen, "kept": kept, "dropped": _reasons(dropped)}
+
+
 def make_report(
     request: PackRequest, result: PackResult, check_against: Path | None = None, train: Path | None = None
 ) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def make_report(
     Args:
         request: of the packing.
         result: of the packing; its shards and their indexes are in place.
-        check_against: a folder of benchmark pictures that training must not have seen.
+        check_against: a folder of benchmark images that training must not have seen.
         train: for the validation side of a split, the folder of the training side's shards.
     """
     tally, plan, names = result.tally, result.plan, result.summary["labels"]
@@ -108,16 +109,8 @@ def make_report(
     return {
         "sources": list(request.description),
         "settings": request.settings.to_dict(),
-        "pictures": {
-            "seen": plan["pictures_seen"],
-            "kept": tally.pictures,
-            "dropped": _reasons(tally.dropped_pictures),
-        },
-        "boxes": {
-            "seen": plan["boxes_seen"],
-            "kept": tally.boxes,
-            "dropped": _reasons(tally.dropped_boxes),
-        },
+        "pictures": _counts(plan["pictures_seen"], tally.pictures, tally.dropped_pictures),
+        "boxes": _counts(plan["boxes_seen"], tally.boxes, tally.dropped_boxes),
         "examples": tally.examples,
         "events": _reasons(tally.events),
         "labels": _reasons(labels),
@@ -156,9 +149,9 @@ def render(report: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     charts = [
-        ("Boxes kept, by their share of the picture's area", _histogram_bars(report["histograms"]["area"])),
+        ("Boxes kept, by their share of the image's area", _histogram_bars(report["histograms"]["area"])),
         ("Boxes kept, by width over height", _histogram_bars(report["histograms"]["aspect"])),
-        ("Pictures kept, by number of boxes", _histogram_bars(report["histograms"]["boxes_per_picture"])),
+        ("Images kept, by number of boxes", _histogram_bars(report["histograms"]["boxes_per_picture"])),
     ]
     labels = dict(list(report["labels"].items())[:LABELS_SHOWN])
     return environment.get_template(TEMPLATE).render(

@@ -1,1 +1,1 @@
-"""Annotation sources: each turns one format into the same :class:`~pbe.data.sources.records.Annotations`."""
+"""Annotation sources: each format becomes the same :class:`~pbe.data.sources.annotations.Annotations`."""

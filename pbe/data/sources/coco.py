@@ -1,42 +1,43 @@
 """COCO's JSON: ``images``, ``annotations`` and ``categories``, read element by element.
 
 Boxes are ``[x, y, width, height]`` in pixels. With ``masks``, ``segmentation`` (polygons or a run-length
-code) gives the box and travels along. Several ``images`` entries for one file are one picture with the boxes
-of all; an id of several pictures, and sizes that contradict each other, are counted and left out.
+code) gives the box and travels along. Several ``images`` entries for one file are one image with the boxes
+of all; an id of several images, and sizes that contradict each other, are counted and left out.
 """
 
 from __future__ import annotations
 
-import bisect
 import json
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from pbe.data.sources import scalars
-from pbe.data.sources.files import complete, find_pictures
-from pbe.data.sources.json_stream import stream_arrays
-from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
-from pbe.data.sources.records import (
+from pbe.data.sources import parsing
+from pbe.data.sources.annotations import (
     AMBIGUOUS_ID,
     BAD_FLAG,
     BAD_NUMBER,
     BAD_SIZE,
     BOX_COLUMNS,
+    CORNERS,
     FLAG_BITS,
     MISSING,
     OTHER_SIZES,
     Annotations,
+    complete,
+    find_images,
+    take_images,
 )
+from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
 from pbe.errors import UserError
 
 BAD_ENTRY = "entry without id, file name or box"
 AMBIGUOUS_CATEGORY = "category with several names"
-Size = tuple[int | None, int | None]
 
 
 class BadEntryError(Exception):
@@ -48,220 +49,164 @@ class _Image:
     """What ``images`` say of an id: its file, size and licence; ``problem`` is why it cannot be used."""
 
     name: str
-    size: Size
+    size: tuple[int, int] | None
     licence: int
     problem: str = ""
 
 
-@dataclass
-class _Names:
-    """Categories or licences by id; a name of None contradicts itself."""
+class _Contents:
+    """What the file holds, in compact arrays where there is a row a box.
 
-    names: dict[int, str | None] = field(default_factory=dict)
-
-    def add(self, number: int, name: str) -> None:
-        """Take a name; a second one that differs leaves none."""
-        self.names[number] = name if self.names.get(number, name) == name else None
-
-
-class _Collector:
-    """Columns that grow as the file is read, in compact arrays where there is a row a box.
-
-    Ids are numbered in the order in which they are met, so that any kind of id takes four bytes a box.
-
-    Args:
-        masks: keep ``segmentation``; where there is one, the box's numbers are left 0.
+    Ids are numbered in the order in which they are met, so that any kind of id takes four bytes a box. With
+    ``masks``, ``segmentation`` is kept; where there is one, the box's numbers are left 0.
     """
 
     def __init__(self, masks: bool) -> None:
         self.masks = masks
         self.numbers: dict[str, dict[int | str, int]] = {"image": {}, "category": {}, "license": {}}
+        # Names of categories and licences by number; None where entries contradict each other.
+        self.names: dict[str, dict[int, str | None]] = {"category": {}, "license": {}}
         self.images: dict[int, _Image] = {}
-        self.categories, self.licences = _Names(), _Names()
         self.image_ids, self.category_ids = array("i"), array("i")
         self.boxes, self.flags = array("d"), array("B")
         self.shapes: list[str] = []
-        self.dropped_pictures: Counter[str] = Counter()
+        self.dropped_images: Counter[str] = Counter()
         self.dropped_boxes: Counter[str] = Counter()
 
-    def number(self, kind: str, value: Any) -> int:
-        """Return the number of an id."""
+    def read(self, path: Path) -> None:
+        """Take every element of the file, in whatever order its arrays stand."""
+        for array_name, entry in parsing.stream_arrays(path):
+            try:
+                if array_name == "images":
+                    self._add_image(entry)
+                elif array_name == "annotations":
+                    self._add_box(entry)
+                elif array_name in ("categories", "licenses") and isinstance(entry, dict):
+                    self._add_name("category" if array_name == "categories" else "license", entry)
+            except BadEntryError as error:
+                if array_name == "images":
+                    self.dropped_images[str(error)] += 1
+                elif array_name == "annotations":
+                    self.dropped_boxes[str(error)] += 1
+
+    def _number(self, kind: str, value: Any) -> int:
         known = self.numbers[kind]
         try:
-            return known.setdefault(scalars.identity(value), len(known))
+            return known.setdefault(parsing.identity(value), len(known))
         except ValueError as error:
             raise BadEntryError(BAD_ENTRY) from error
 
-    def image(self, entry: Any) -> None:
-        """Take an element of ``images``, or count that it is none."""
+    def _add_image(self, entry: Any) -> None:
         name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name.strip() or scalars.text(name) != name:
+        if not isinstance(name, str) or not name.strip() or parsing.text(name) != name:
             raise BadEntryError(BAD_ENTRY)
-        number = self.number("image", entry.get("id"))
+        number = self._number("image", entry.get("id"))
         licence = entry.get("license")
-        size, problem = _size(entry)
-        found = _Image(name, size, -1 if licence is None else self.number("license", licence), problem)
+        found = _Image(name, None, -1 if licence is None else self._number("license", licence))
+        try:
+            width, height = parsing.side(entry.get("width")), parsing.side(entry.get("height"))
+            # Half a size says nothing of how the image was turned.
+            found.size = (width, height) if width and height else None
+        except ValueError:
+            found.problem = BAD_SIZE
         known = self.images.get(number)
         if known is not None and known.name != name:
             known.problem = AMBIGUOUS_ID
-            self.dropped_pictures[AMBIGUOUS_ID] += 1
+            self.dropped_images[AMBIGUOUS_ID] += 1
         else:
             self.images[number] = _merged(known, found)
 
-    def annotation(self, entry: Any) -> None:
-        """Take an element of ``annotations``, or count that it is none; ``iscrowd`` becomes a flag."""
+    def _add_box(self, entry: Any) -> None:
         if not isinstance(entry, dict):
             raise BadEntryError(BAD_ENTRY)
         shape = entry.get("segmentation") if self.masks else None
         box = entry.get("bbox")
         if not shape and not (isinstance(box, list) and len(box) == 4):
             raise BadEntryError(BAD_ENTRY)
-        x, y, width, height = (0.0,) * 4 if shape else map(scalars.number, box or ())
+        x, y, width, height = (0.0,) * 4 if shape else map(parsing.number, box or ())
         try:
-            crowd = scalars.flag(entry.get("iscrowd"))
+            crowd = parsing.flag(entry.get("iscrowd"))
         except ValueError as error:
             raise BadEntryError(BAD_FLAG) from error
         category = entry.get("category_id")
-        kind = -1 if category is None else self.number("category", category)
-        self.image_ids.append(self.number("image", entry.get("image_id")))
+        kind = -1 if category is None else self._number("category", category)
+        self.image_ids.append(self._number("image", entry.get("image_id")))
         self.category_ids.append(kind)
         self.boxes.extend((x, y, x + width, y + height))
         self.flags.append(FLAG_BITS["is_group_of"] if crowd else 0)
         if self.masks:
             self.shapes.append(json.dumps(shape, separators=(",", ":")) if shape else "")
 
-    def named(self, kind: str, entry: Any, names: _Names) -> None:
-        """Add the name of a category or licence; what has none is left out, as boxes need neither."""
-        if isinstance(entry, dict):
-            names.add(self.number(kind, entry.get("id")), scalars.text(entry.get("name")))
-
-    def read(self, path: Path) -> None:
-        """Take every element of the file, in whatever order its arrays stand."""
-        for name, entry in stream_arrays(path):
-            try:
-                if name == "images":
-                    self.image(entry)
-                elif name == "annotations":
-                    self.annotation(entry)
-                elif name == "categories":
-                    self.named("category", entry, self.categories)
-                elif name == "licenses":
-                    self.named("license", entry, self.licences)
-            except BadEntryError as error:
-                if name == "images":
-                    self.dropped_pictures[str(error)] += 1
-                elif name == "annotations":
-                    self.dropped_boxes[str(error)] += 1
-
-
-def _size(entry: dict[str, Any]) -> tuple[Size, str]:
-    """Return the size, and what is wrong with it; half a size says nothing of how the picture was turned."""
-    try:
-        width, height = scalars.side(entry.get("width")), scalars.side(entry.get("height"))
-    except ValueError:
-        return (None, None), BAD_SIZE
-    return ((width, height) if width and height else (None, None)), ""
+    def _add_name(self, kind: str, entry: dict[str, Any]) -> None:
+        number, name = self._number(kind, entry.get("id")), parsing.text(entry.get("name"))
+        names = self.names[kind]
+        names[number] = name if names.get(number, name) == name else None
 
 
 def _merged(known: _Image | None, found: _Image) -> _Image:
     """Return one entry for two of the same file."""
     if known is None:
         return found
-    sizes = {size for size in (known.size, found.size) if size != (None, None)}
+    sizes = {known.size, found.size} - {None}
     problem = known.problem or found.problem or (OTHER_SIZES if len(sizes) > 1 else "")
-    size = next(iter(sizes)) if len(sizes) == 1 else (None, None)
+    size = next(iter(sizes)) if len(sizes) == 1 else None
     return _Image(known.name, size, known.licence if known.licence >= 0 else found.licence, problem)
 
 
-@dataclass
-class _Joined:
-    """Which picture each id stands for.
-
-    Attributes:
-        rows: of the table of pictures, by number of the id; absent where the id has no picture.
-        reasons: why, for ids that are in ``images``; others have no picture.
-        entries: what is known of each picture, by row.
-        bad: rows that cannot be used, as their entries contradict each other.
-    """
-
-    rows: dict[int, int] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)
-    entries: dict[int, _Image] = field(default_factory=dict)
-    bad: set[int] = field(default_factory=set)
-
-
-def _join(found: _Collector, matcher: NameMatcher) -> _Joined:
-    """Give every id of ``images`` its picture; ``rows`` are those of all files."""
-    unclear = {number for number, image in found.images.items() if image.problem == AMBIGUOUS_ID}
-    usable = {number: image for number, image in found.images.items() if number not in unclear}
+def _join(found: _Contents, matcher: NameMatcher) -> tuple[dict[int, int], dict[int, str], dict[int, _Image]]:
+    """Return the row of each id's file, why others in ``images`` have none, and what is known of each row."""
+    unclear = [number for number, image in found.images.items() if image.problem == AMBIGUOUS_ID]
+    reasons = dict.fromkeys(unclear, AMBIGUOUS_ID)
+    usable = {number: image for number, image in found.images.items() if number not in reasons}
     matched = matcher.match(image.name for image in usable.values())
-    joined = _Joined(reasons=dict.fromkeys(unclear, AMBIGUOUS_ID))
+    rows: dict[int, int] = {}
+    entries: dict[int, _Image] = {}
     for number, image in usable.items():
         row = matched[image.name]
         if row is None or row == AMBIGUOUS:
-            joined.reasons[number] = MISSING if row is None else AMBIGUOUS_NAME
+            reasons[number] = MISSING if row is None else AMBIGUOUS_NAME
         else:
-            joined.rows[number] = row
-            joined.entries[row] = _merged(joined.entries.get(row), image)
-    joined.bad = {row for row, image in joined.entries.items() if image.problem}
-    for number in [number for number, row in joined.rows.items() if row in joined.bad]:
-        joined.reasons[number] = joined.entries[joined.rows.pop(number)].problem
-    return joined
+            rows[number] = row
+            entries[row] = _merged(entries.get(row), image)
+    reasons |= {number: entries[row].problem for number, row in rows.items() if entries[row].problem}
+    return {number: row for number, row in rows.items() if number not in reasons}, reasons, entries
 
 
-def _pictures(files: pl.DataFrame, found: _Collector, joined: _Joined) -> pl.DataFrame:
-    columns: dict[str, list[Any]] = {"width": [], "height": [], "licence": []}
-    for row in range(files.height):
-        image = joined.entries.get(row)
-        width, height = image.size if image else (None, None)
-        columns["width"].append(width)
-        columns["height"].append(height)
-        columns["licence"].append(found.licences.names.get(image.licence) if image else None)
-    kinds = {"width": pl.Int32, "height": pl.Int32, "licence": pl.String}
-    stem = pl.col("name").str.replace(r"\.[^.]*$", "")
-    known = [pl.Series(name, values, kinds[name]) for name, values in columns.items()]
-    good = pl.Series((row not in joined.bad for row in range(files.height)), dtype=pl.Boolean)
-    return complete(
-        files.select("path", "name", "bytes").with_columns(*known, stem.alias("key")).filter(good)
-    )
-
-
-def _boxes(found: _Collector, joined: _Joined) -> tuple[pl.DataFrame, Counter[str]]:
-    """Return the table of boxes whose picture is there, and what was dropped."""
-    columns: dict[str, Any] = {"image": pl.Series(found.image_ids, dtype=pl.Int32)}
-    for position, name in enumerate(("x1", "y1", "x2", "y2")):
-        columns[name] = pl.Series(found.boxes[position::4], dtype=pl.Float64)
-    columns["category"] = pl.Series(found.category_ids, dtype=pl.Int32)
-    columns["flags"] = pl.Series(found.flags, dtype=pl.UInt8)
+def _boxes(
+    found: _Contents, rows: dict[int, int], reasons: dict[int, str]
+) -> tuple[pl.DataFrame, Counter[str]]:
+    """Return the table of boxes whose image is there, sorted by image, and what was dropped."""
+    columns: dict[str, Any] = {
+        "id": pl.Series(found.image_ids, dtype=pl.Int32),
+        "category": pl.Series(found.category_ids, dtype=pl.Int32),
+        "flags": pl.Series(found.flags, dtype=pl.UInt8),
+    }
     if found.masks:
         columns["mask"] = pl.Series(found.shapes, dtype=pl.String)
-    mask = pl.col("mask") if found.masks else pl.lit(None, pl.String)
-    reason = _looked_up("image", joined.reasons, pl.String)
-    before = sorted(joined.bad)  # rows that the table of pictures leaves out
-    rows = {number: row - bisect.bisect(before, row) for number, row in joined.rows.items()}
-    contradictory = [number for number, name in found.categories.names.items() if name is None]
-    bad_number = (mask.fill_null("") == "") & ~pl.all_horizontal(pl.col("x1", "y1", "x2", "y2").is_finite())
-    label = _looked_up("category", found.categories.names, pl.String).fill_null("")
+    for position, name in enumerate(CORNERS):
+        columns[name] = pl.Series(found.boxes[position::4], dtype=pl.Float64)
+    names = found.names["category"]
+    mask = pl.col("mask").replace("", None) if found.masks else pl.lit(None, pl.String)
     frame = pl.DataFrame(columns).with_columns(
-        _looked_up("image", rows, pl.UInt32).alias("picture"),
-        label.cast(pl.Categorical).alias("label"),
-        mask.replace("", None).alias("mask"),
+        _looked_up("id", rows, pl.UInt32).alias("image"),
+        _looked_up("category", names, pl.String).fill_null("").cast(pl.Categorical).alias("label"),
+        mask.alias("mask"),
     )
+    contradictory = [number for number, name in names.items() if name is None]
+    drawn = pl.col("mask").is_null()
     problem = (
-        pl.when(pl.col("picture").is_null())
-        .then(reason.fill_null(MISSING))
+        pl.when(pl.col("image").is_null())
+        .then(_looked_up("id", reasons, pl.String).fill_null(MISSING))
         .when(pl.col("category").is_in(contradictory))
         .then(pl.lit(AMBIGUOUS_CATEGORY))
-        .when(bad_number)
+        .when(drawn & ~pl.all_horizontal(pl.col(*CORNERS).is_finite()))
         .then(pl.lit(BAD_NUMBER))
     )
     frame = frame.with_columns(problem.alias("problem"))
     lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem").len()
-    hollow = [
-        pl.when(pl.col("mask").is_null()).then(pl.col(name)).alias(name) for name in ("x1", "y1", "x2", "y2")
-    ]
-    boxes = frame.filter(pl.col("problem").is_null()).with_columns(hollow).select(list(BOX_COLUMNS))
-    return boxes.sort("picture", maintain_order=True), Counter(dict(lost.iter_rows()))
+    corners = [pl.when(drawn).then(pl.col(name)).alias(name) for name in CORNERS]
+    boxes = frame.filter(pl.col("problem").is_null()).with_columns(corners).select(list(BOX_COLUMNS))
+    return boxes, Counter(dict(lost.iter_rows()))
 
 
 def _looked_up(column: str, table: dict[int, Any], kind: Any) -> pl.Expr:
@@ -270,40 +215,39 @@ def _looked_up(column: str, table: dict[int, Any], kind: Any) -> pl.Expr:
 
 
 def read_coco(path: Path, images: Path, masks: bool = False) -> Annotations:
-    """Read a COCO JSON and the pictures it names.
+    """Read a COCO JSON and the images it names.
 
     Args:
         path: the JSON.
         images: the folder that ``file_name`` starts from.
         masks: take ``segmentation`` where given; it then gives the box.
-
-    Raises:
-        UserError: the JSON is none, holds no images, or names none of the folder's pictures.
     """
-    found = _Collector(masks)
+    found = _Contents(masks)
     found.read(path)
-    if not found.images and not found.dropped_pictures:
+    if not found.images and not found.dropped_images:
         raise UserError(f"'{path}' holds no 'images'; is it a COCO annotation file?")
     if not found.images:
-        raise UserError(f"no entry of 'images' in '{path}' can be used: {_listed(found.dropped_pictures)}")
-    files, dropped = find_pictures([images])
+        listed = ", ".join(f"{count} {reason}" for reason, count in found.dropped_images.items())
+        raise UserError(f"no entry of 'images' in '{path}' can be used: {listed}")
+    files, dropped = find_images([images])
     matcher = NameMatcher(files["name"].to_list(), images)
-    joined = _join(found, matcher)
-    missing = [found.images[number].name for number, reason in joined.reasons.items() if reason == MISSING]
-    if missing and not joined.rows:
-        raise UserError(f"no picture of the annotations is there: {matcher.explain(missing, path)}")
-    dropped += found.dropped_pictures + _dropped_files(found, joined)
-    boxes, lost = _boxes(found, joined)
+    rows, reasons, entries = _join(found, matcher)
+    missing = [found.images[number].name for number, reason in reasons.items() if reason == MISSING]
+    if missing and not rows:
+        raise UserError(f"no image of the annotations is there: {matcher.explain(missing, path)}")
+    # Names are counted, not entries.
+    lost_names = {(found.images[number].name, reason) for number, reason in reasons.items()}
+    dropped += found.dropped_images + Counter(reason for _, reason in lost_names)
+    licences = found.names["license"]
+    sized = {row: image.size for row, image in entries.items() if image.size}
+    table = complete(
+        files.select("path", "name", "bytes", pl.col("name").str.replace(r"\.[^.]*$", "").alias("key")),
+        width={row: size[0] for row, size in sized.items()},
+        height={row: size[1] for row, size in sized.items()},
+        licence={row: licences.get(image.licence) for row, image in entries.items()},
+    )
+    good = [row for row in range(table.height) if row not in entries or not entries[row].problem]
+    boxes, lost = _boxes(found, rows, reasons)
+    table, boxes = take_images(table, boxes, np.array(good, np.int64))
     notes = [matcher.explain(missing, path)] if missing else []
-    pictures = _pictures(files, found, joined)
-    return Annotations(pictures, boxes, False, +dropped, +(found.dropped_boxes + lost), notes)
-
-
-def _dropped_files(found: _Collector, joined: _Joined) -> Counter[str]:
-    """Count names, not entries, that have no picture."""
-    names = {(found.images[number].name, reason) for number, reason in joined.reasons.items()}
-    return Counter(reason for _, reason in names)
-
-
-def _listed(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return Annotations(table, boxes, False, +dropped, +(found.dropped_boxes + lost), notes)

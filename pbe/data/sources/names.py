@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from pbe.data.sources.texts import shown
+from pbe.data.sources.parsing import shown
 
 AMBIGUOUS_NAME = "ambiguous name"
 AMBIGUOUS = -1
@@ -30,14 +30,8 @@ _DRIVE = re.compile(r"[A-Za-z]:(?=/|$)")
 
 
 @dataclass(frozen=True)
-class _Claim:
-    """A name's best file.
-
-    Attributes:
-        row: of the file.
-        common: how many parts of both paths are the same, from the end.
-        parts: of the name.
-    """
+class _Match:
+    """A name's best file: its row, how many parts of both paths agree from the end, and the name's parts."""
 
     row: int
     common: int
@@ -107,79 +101,67 @@ class NameMatcher:
             return {name: self._exact[name] for name in different}
         self._look_closer()
         found: dict[str, int | None] = {}
-        claims: dict[str, _Claim] = {}
+        same: dict[str, _Match] = {}  # names that are a file's own, also after cleaning
+        partial: dict[str, _Match] = {}  # names of which an end fits
         for name in different:
-            row = self._same(name)
-            claim = self._longest_end(name) if row is None else row
-            if isinstance(claim, _Claim):
-                claims[name] = claim
-            else:
-                found[name] = claim
-        if not claims:
+            cleaned = clean_name(name)
+            rows = [self._exact[name]] if name in self._exact else self._cleaned.get(cleaned, [])
+            match = AMBIGUOUS if len(rows) > 1 else rows[0] if rows else self._longest_end(name)
+            if isinstance(match, _Match):
+                partial[name] = match
+                continue
+            found[name] = match
+            if match is not None and match != AMBIGUOUS:
+                parts = tuple(cleaned.split("/"))
+                same[name] = _Match(match, _common_end(parts, self._paths[match]), parts)
+        if not partial:
             return found
-        same = {name: self._claim(name, row) for name, row in found.items() if row not in (None, AMBIGUOUS)}
-        sure = bool(same) or any(self._covers(claim) for claim in claims.values())
-        taken = {claim.row for claim in same.values()}
-        unclear = self._doubly_named(same, claims)
+        sure = bool(same) or any(self._covers(match) for match in partial.values())
+        taken = {match.row for match in same.values()}
         refused: dict[str, int | None] = {
             name: None
-            for name, claim in claims.items()
-            if claim.row in taken or (sure and not self._covers(claim))
+            for name, match in partial.items()
+            if match.row in taken or (sure and not self._covers(match))
         }
-        refused |= _rivals({name: claim for name, claim in claims.items() if name not in refused})
-        left = {name: claim for name, claim in claims.items() if refused.get(name, 0) is not None}
-        strange = _strange_folders(left, same, claims, self._paths)
-        refused = strange | refused
-        return found | {name: claim.row for name, claim in claims.items()} | refused | unclear
+        refused |= _rivals({name: match for name, match in partial.items() if name not in refused})
+        left = {name: match for name, match in partial.items() if refused.get(name, 0) is not None}
+        refused = _strange_folders(left, same, partial, self._paths) | refused
+        rows_found = {name: match.row for name, match in partial.items()}
+        return found | rows_found | refused | self._doubly_named(same, partial)
 
-    def _doubly_named(self, same: dict[str, _Claim], claims: dict[str, _Claim]) -> dict[str, int | None]:
+    def _covers(self, match: _Match) -> bool:
+        """Whether all of the name, or all of the file's name within the root, is the common end."""
+        return match.common >= min(len(match.parts), len(self._paths[match.row]) - self._above)
+
+    def _doubly_named(self, same: dict[str, _Match], partial: dict[str, _Match]) -> dict[str, int | None]:
         """Refuse a file's own name and a longer one that starts above the root, if both are there.
 
         ``1.jpg`` and ``camA/1.jpg`` are two images of one set, and the folder ``camA`` holds the second.
         """
-        owners = {claim.row: name for name, claim in same.items()}
+        owners = {match.row: name for name, match in same.items()}
         refused: dict[str, int | None] = {}
-        for name, claim in claims.items():
-            inside = len(self._paths[claim.row]) - self._above
-            if claim.row in owners and claim.common == len(claim.parts) > inside:
-                refused |= {name: AMBIGUOUS, owners[claim.row]: AMBIGUOUS}
+        for name, match in partial.items():
+            inside = len(self._paths[match.row]) - self._above
+            if match.row in owners and match.common == len(match.parts) > inside:
+                refused |= {name: AMBIGUOUS, owners[match.row]: AMBIGUOUS}
         return refused
 
-    def _claim(self, name: str, row: int | None) -> _Claim:
-        parts = tuple(clean_name(name).split("/"))
-        return _Claim(row or 0, _common_end(parts, self._paths[row or 0], False), parts)
-
-    def _covers(self, claim: _Claim) -> bool:
-        """Whether all of the name, or all of the file's name within the root, is the common end."""
-        return claim.common >= min(len(claim.parts), len(self._paths[claim.row]) - self._above)
-
-    def _same(self, name: str) -> int | None:
-        """Return the row of the file that is called so, also after cleaning; AMBIGUOUS if two are."""
-        if name in self._exact:
-            return self._exact[name]
-        rows = self._cleaned.get(clean_name(name), ())
-        return None if not rows else rows[0] if len(rows) == 1 else AMBIGUOUS
-
-    def _longest_end(self, name: str) -> _Claim | int | None:
+    def _longest_end(self, name: str) -> _Match | int | None:
         for folded in (False, True):
-            for spelling in _spellings(name):
+            for spelling in filter(None, _spellings(name)):
                 parts = tuple(spelling.split("/"))
-                rows = self._rows(parts, folded) if spelling else ()
+                if folded:
+                    rows = self._folded_ends.get(parts[-1].casefold())
+                else:
+                    rows = (len(parts) > 1 and self._ends.get(parts[-2:])) or self._ends.get(parts[-1:])
                 if not rows:
                     continue
                 common = [_common_end(parts, self._paths[row], folded) for row in rows]
                 best = max(common)
                 if common.count(best) > 1:
                     return AMBIGUOUS
-                return _Claim(rows[common.index(best)], best, parts)
+                return _Match(rows[common.index(best)], best, parts)
         return None
-
-    def _rows(self, parts: Parts, folded: bool) -> Sequence[int]:
-        """Return the files among which the one with the longest common end is."""
-        if folded:
-            return self._folded_ends.get(parts[-1].casefold(), ())
-        close: Sequence[int] = self._ends.get(parts[-2:], ()) if len(parts) > 1 else ()
-        return close or self._ends.get(parts[-1:], ())
 
     def nearest(self, name: str) -> str:
         """Return the file whose name is most like ``name``; empty if none is."""
@@ -189,10 +171,9 @@ class NameMatcher:
         if same:
             return same
         pool = self.names[:MAX_COMPARED]
+        ends = {each.rpartition("/")[2]: each for each in pool}
         found = difflib.get_close_matches(cleaned, pool, 1, 0.6)
-        if not found:
-            ends = {each.rpartition("/")[2]: each for each in pool}
-            found = [ends[end] for end in difflib.get_close_matches(cleaned.rpartition("/")[2], ends, 1, 0.6)]
+        found = found or [ends[last] for last in difflib.get_close_matches(end[1:], ends, 1, 0.6)]
         return found[0] if found else ""
 
     def explain(self, names: Sequence[str], source: Path | str) -> str:
@@ -201,11 +182,11 @@ class NameMatcher:
         hint = f"; the nearest file is {shown(nearest)}" if nearest else "; no file there has a name like it"
         others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         if not self.names:
-            hint = ", which holds no pictures"
+            hint = ", which holds no images"
         return f"'{source}' names {shown(names[0])}{others}, which is not in '{self.root}'{hint}"
 
 
-def _common_end(left: Parts, right: Parts, folded: bool) -> int:
+def _common_end(left: Parts, right: Parts, folded: bool = False) -> int:
     count = 0
     for one, other in zip(reversed(left), reversed(right), strict=False):
         if one != other and not (folded and one.casefold() == other.casefold()):
@@ -214,16 +195,16 @@ def _common_end(left: Parts, right: Parts, folded: bool) -> int:
     return count
 
 
-def _rivals(claims: dict[str, _Claim]) -> dict[str, int | None]:
-    """Refuse names that claim a file which another name fits better (None) or as well (AMBIGUOUS)."""
+def _rivals(matches: dict[str, _Match]) -> dict[str, int | None]:
+    """Refuse names that match a file that another name fits better (None) or as well (AMBIGUOUS)."""
     by_row: dict[int, dict[Parts, int]] = defaultdict(dict)
-    for claim in claims.values():
-        by_row[claim.row][claim.parts] = claim.common
+    for match in matches.values():
+        by_row[match.row][match.parts] = match.common
     refused: dict[str, int | None] = {}
-    for name, claim in claims.items():
-        rivals = by_row[claim.row]
+    for name, match in matches.items():
+        rivals = by_row[match.row]
         best = max(rivals.values())
-        if claim.common < best:
+        if match.common < best:
             refused[name] = None
         elif list(rivals.values()).count(best) > 1:
             refused[name] = AMBIGUOUS
@@ -231,7 +212,7 @@ def _rivals(claims: dict[str, _Claim]) -> dict[str, int | None]:
 
 
 def _strange_folders(
-    left: dict[str, _Claim], same: dict[str, _Claim], every: dict[str, _Claim], paths: Sequence[Parts]
+    left: dict[str, _Match], same: dict[str, _Match], every: dict[str, _Match], paths: Sequence[Parts]
 ) -> dict[str, int | None]:
     """Refuse names of a folder where another folder's names fit the same folder of files better.
 
@@ -240,27 +221,26 @@ def _strange_folders(
     ``val`` copied into one, are believed as long as no last part occurs in both.
     """
     folders: dict[Parts, dict[Parts, int]] = defaultdict(dict)
-    for claim in (*same.values(), *left.values()):
-        target = paths[claim.row][:-1]
-        folders[target][claim.folder] = _common_end(claim.folder, target, False)
+    for match in (*same.values(), *left.values()):
+        target = paths[match.row][:-1]
+        folders[target][match.folder] = _common_end(match.folder, target)
     ends: dict[Parts, set[str]] = defaultdict(set)
-    for claim in (*same.values(), *every.values()):
-        ends[claim.folder].add(claim.parts[-1])
+    for match in (*same.values(), *every.values()):
+        ends[match.folder].add(match.parts[-1])
     refused: dict[str, int | None] = {}
-    for name, claim in left.items():
-        rivals = folders[paths[claim.row][:-1]]
+    for name, match in left.items():
+        rivals = folders[paths[match.row][:-1]]
         if len(rivals) == 1:
             continue
-        own = rivals[claim.folder]
-        others = [folder for folder in rivals if not _fits(folder, claim.folder)]
+        own = rivals[match.folder]
+        # Of two folders one may be the end of the other.
+        others = [
+            folder
+            for folder in rivals
+            if _common_end(folder, match.folder) < min(len(folder), len(match.folder))
+        ]
         if any(rivals[folder] > own for folder in others):
             refused[name] = None
-        elif any(rivals[folder] == own and ends[folder] & ends[claim.folder] for folder in others):
+        elif any(rivals[folder] == own and ends[folder] & ends[match.folder] for folder in others):
             refused[name] = AMBIGUOUS
     return refused
-
-
-def _fits(one: Parts, other: Parts) -> bool:
-    """Whether one folder is the end of the other."""
-    short = min(len(one), len(other))
-    return not short or one[-short:] == other[-short:]

@@ -1,13 +1,13 @@
-"""Open Images, versions 4 to 7: the CSVs of boxes, class names and licences, and the folders of pictures.
+"""Open Images, versions 4 to 7: the CSVs of boxes, class names and licences, and the folders of images.
 
 A folder may hold the parts under these names or under ``annotations/`` and ``images/``::
 
     oidv6-train-annotations-bbox.csv      or train-annotations-bbox.csv; validation-..., test-...
     oidv7-class-descriptions-boxable.csv  or class-descriptions-boxable.csv: names for /m/01g317 (optional)
     *train-images*.csv                    licence and author (optional)
-    train_0 ... train_9 train_a ... train_f, or train/, or the pictures themselves; validation/, test/
+    train_0 ... train_9 train_a ... train_f, or train/, or the images themselves; validation/, test/
 
-Coordinates are shares of the picture's width and height.
+Coordinates are shares of the image's width and height.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 
 import polars as pl
 
-from pbe.data.sources.files import complete, find_pictures, need_folder
-from pbe.data.sources.records import MISSING, Annotations
-from pbe.data.sources.scalars import number_column
-from pbe.data.sources.tables import Table, flag_bits, join_boxes, scan_table
-from pbe.data.sources.texts import read_text, shown
+from pbe.data.sources.annotations import MISSING, Annotations, complete, find_images
+from pbe.data.sources.csv_table import Table, flag_bits, join_boxes, scan_table
+from pbe.data.sources.image_files import need_folder
+from pbe.data.sources.parsing import number_column, read_text, shown
 from pbe.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -41,13 +40,7 @@ FLAG_COLUMNS = {
 def _find(folder: Path, *patterns: str, alike: bool = False) -> Path | None:
     """Return the file that matches the first pattern that fits any, in the folder or in ``annotations/``.
 
-    Args:
-        folder: see the module.
-        patterns: of file names.
-        alike: any of several files will do.
-
-    Raises:
-        UserError: several match it.
+    Several that match it are an error, unless they are ``alike``: then any will do.
     """
     for pattern in patterns:
         for place in (folder, folder / "annotations"):
@@ -60,41 +53,26 @@ def _find(folder: Path, *patterns: str, alike: bool = False) -> Path | None:
     return None
 
 
-def picture_folders(folder: Path, split: str) -> list[Path]:
-    """Return the folders that hold a split's pictures.
-
-    Raises:
-        UserError: there are none.
-    """
+def _image_folders(folder: Path, split: str) -> list[Path]:
+    """Return the folders that hold a split's images."""
+    names = (*TRAIN_FOLDERS, split) if split == "train" else (split,)
     for place in (folder / "images", folder):
-        parts = (
-            [place / name for name in TRAIN_FOLDERS if (place / name).is_dir()] if split == "train" else []
-        )
-        if (place / split).is_dir():
-            parts.append(place / split)
+        parts = [place / name for name in names if (place / name).is_dir()]
         if parts:
             return parts
     flat = folder / "images" if (folder / "images").is_dir() else folder
     if any(flat.glob("*.jpg")):
         return [flat]
     wanted = "train_0 ... train_f or train" if split == "train" else split
-    raise UserError(
-        f"'{folder}' holds no pictures of the {split} split: no folder {wanted}, in images/ or not"
-    )
+    raise UserError(f"'{folder}' holds no images of the {split} split: no folder {wanted}, in images/ or not")
 
 
-def scan_boxes(path: Path, names: dict[str, str]) -> tuple[Table, pl.LazyFrame]:
+def _scan_boxes(path: Path, names: dict[str, str]) -> tuple[Table, pl.LazyFrame]:
     """Return an annotation CSV, and its boxes, lazily, as :func:`join_boxes` takes them.
 
     Columns may stand in any order, and others among them. A flag that is -1 (unknown) or has no column
-    counts as not set. A coordinate that is no number is null.
-
-    Args:
-        path: of the CSV.
-        names: of classes, by code; codes without a name stay.
-
-    Raises:
-        UserError: a column is missing.
+    counts as not set. A coordinate that is no number is null. ``names`` are those of classes by code; codes
+    without a name stay.
     """
     table = scan_table(path)
     absent = [name for name in ("ImageID", "LabelName", *COORDINATES.values()) if name not in table.names]
@@ -113,11 +91,7 @@ def scan_boxes(path: Path, names: dict[str, str]) -> tuple[Table, pl.LazyFrame]:
 
 
 def _class_names(folder: Path) -> dict[str, str]:
-    """Return names by /m/ code; empty where there is no such file. Older files have no header.
-
-    Raises:
-        UserError: a line is not ``code,name``, or a code has two names.
-    """
+    """Return names by /m/ code; empty where there is no such file. Older files have no header."""
     path = _find(folder, "oidv*class-descriptions-boxable*.csv", "class-descriptions-boxable*.csv")
     if path is None:
         return {}
@@ -125,31 +99,30 @@ def _class_names(folder: Path) -> dict[str, str]:
     lines = csv.reader(io.StringIO(read_text(path)))
     try:
         for line in lines:
+            place = f"'{path}', line {lines.line_num}"
             if not line or line[:1] == ["LabelName"]:
                 continue
             if len(line) != 2:
-                raise UserError(f"'{path}', line {lines.line_num}: {len(line)} fields where code,name belong")
+                raise UserError(f"{place}: {len(line)} fields where code,name belong")
             code, name = line[0].strip(), line[1].strip()
             if names.setdefault(code, name) != name:
-                raise UserError(
-                    f"'{path}', line {lines.line_num}: a second name for {shown(code)}, {shown(name)}"
-                )
+                raise UserError(f"{place}: a second name for {shown(code)}, {shown(name)}")
     except csv.Error as error:
         raise UserError(f"'{path}', line {lines.line_num}: {error}") from error
     return names
 
 
-def _with_licences(pictures: pl.DataFrame, folder: Path, split: str) -> pl.DataFrame:
+def _with_licences(images: pl.DataFrame, folder: Path, split: str) -> pl.DataFrame:
     path = _find(folder, f"*{split}-images*.csv", "image_ids_and_rotation.csv", alike=True)
     if path is None:
-        return complete(pictures)
+        return images
     table = scan_table(path)
     if not {"ImageID", "License", "Author"} <= set(table.names):
-        return complete(pictures)
+        return images
     facts = table.rows.select(
         pl.col("ImageID").alias("key"), pl.col("License").alias("licence"), pl.col("Author").alias("author")
     )
-    known = pictures.lazy().drop("licence", "author", strict=False)
+    known = images.lazy().drop("licence", "author")
     joined = known.join(facts.unique("key", keep="any"), on="key", how="left", maintain_order="left")
     return complete(table.collect(joined))
 
@@ -158,12 +131,9 @@ def read_open_images(folder: Path, images: Path | None = None, split: str = "tra
     """Read one split.
 
     Args:
-        folder: holds the annotations and, unless ``images`` is given, the pictures.
-        images: holds the pictures, in the folders above.
+        folder: holds the annotations and, unless ``images`` is given, the images.
+        images: holds the images, in the folders above.
         split: ``train``, ``validation`` or ``test``.
-
-    Raises:
-        UserError: the CSV or the pictures are missing.
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}' is none of Open Images'; it must be one of {', '.join(SPLITS)}")
@@ -172,13 +142,13 @@ def read_open_images(folder: Path, images: Path | None = None, split: str = "tra
     if path is None:
         raise UserError(f"'{folder}' holds no {split}-annotations-bbox.csv, in annotations/ or not")
     root = images or folder
-    pictures, dropped = find_pictures(picture_folders(root, split), stems=True, root=root)
-    table, boxes = scan_boxes(path, _class_names(folder))
-    found = join_boxes(_with_licences(pictures, folder, split), boxes, table, True, dropped)
+    files, dropped = find_images(_image_folders(root, split), stems=True, root=root)
+    table, boxes = _scan_boxes(path, _class_names(folder))
+    found = join_boxes(_with_licences(files, folder, split), boxes, table, True, dropped)
     if not found.boxes.height and found.dropped_boxes[MISSING]:
         wanted = table.collect(boxes.select(pl.col("key").first())).item()
         raise UserError(
-            f"no picture of the boxes is there: '{path}' names {shown(wanted)}, which is not in '{root}';"
-            f" pictures there are called like {shown(pictures['key'].first())}"
+            f"no image of the boxes is there: '{path}' names {shown(wanted)}, which is not in '{root}';"
+            f" images there are called like {shown(files['key'].first())}"
         )
     return found

@@ -1,12 +1,13 @@
-"""YOLO: ``images/`` and ``labels/``, a text a picture, a line a box: class, centre, width, height.
+"""YOLO: ``images/`` and ``labels/``, a text an image, a line a box: class, centre, width, height.
 
-Numbers are shares of the picture's width and height. A longer line is what ``data.yaml`` says: with
+Numbers are shares of the image's width and height. A longer line is what ``data.yaml`` says: with
 ``kpt_shape`` or ``task: pose`` a box and keypoints, which are left out, else a polygon (class, then x y in
 turn), whose bounds are the box. Class names stand in ``classes.txt``, ``obj.names`` or ``data.yaml``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,11 +17,10 @@ from typing import Any
 
 import polars as pl
 
-from pbe.data.sources import scalars
-from pbe.data.sources.files import complete, find_files, find_pictures, need_folder
+from pbe.data.sources import parsing
+from pbe.data.sources.annotations import BAD_NUMBER, MISSING, Annotations, box_table, complete, find_images
+from pbe.data.sources.image_files import find_files, need_folder
 from pbe.data.sources.names import AMBIGUOUS_NAME, NameMatcher
-from pbe.data.sources.records import BAD_NUMBER, MISSING, Annotations, box_table
-from pbe.data.sources.texts import encoding_of
 from pbe.data.sources.yolo_layout import NAME_FILES, Form, Place, class_names, find_metadata, find_places
 from pbe.errors import UserError
 
@@ -28,11 +28,9 @@ OTHER_FORM = "line of another form than data.yaml says"
 ODD = "polygon with an odd number of coordinates"
 NO_SHARE = "polygon beyond 0 to 1"
 UNCLEAR_FORM = "polygon or keypoints, which data.yaml does not say"
-BEYOND = 0.05  # of a polygon's coordinates outside the picture
+BEYOND = 0.05  # of a polygon's coordinates outside the image
 NEAR = 0.02  # of a keypoint outside its box
 POSES = 0.8  # of all lines of more than a box: so many that may be poses make all of them unclear
-
-Corners = tuple[float, float, float, float]
 
 
 class BadLineError(Exception):
@@ -41,28 +39,18 @@ class BadLineError(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """A line that is a box or a polygon.
+    """A line that is a box or a polygon."""
 
-    Attributes:
-        label: number of the class.
-        corners: x1 y1 x2 y2, shares.
-        numbers: how many follow the class, where they may be a polygon as well as a pose; else 0.
-    """
-
-    label: int
-    corners: Corners
-    numbers: int = 0
+    label: int  # number of the class
+    corners: tuple[float, float, float, float]  # x1 y1 x2 y2, shares
+    numbers: int = 0  # how many follow the class, where they may be a polygon as well as a pose
 
 
 def parse_line(line: str, form: Form) -> Line:
-    """Read a line.
-
-    Raises:
-        BadLineError: it is no box.
-    """
+    """Read a line; BadLineError where it is no box."""
     words = line.split()
-    label = scalars.whole(words[0])
-    numbers = [scalars.number(word) for word in words[1:]]
+    label = parsing.whole(words[0])
+    numbers = [parsing.number(word) for word in words[1:]]
     if label is None or len(numbers) < 4 or not all(map(math.isfinite, numbers)):
         raise BadLineError(BAD_NUMBER)
     if form.task == "pose":
@@ -79,72 +67,60 @@ def parse_line(line: str, form: Form) -> Line:
         raise BadLineError(ODD)
     if not may_be_pose and (min(points) < -BEYOND or max(points) > 1 + BEYOND):
         raise BadLineError(NO_SHARE)
-    return Line(label, _bounds(points), len(points) if may_be_pose else 0)
+    bounds = min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
+    return Line(label, bounds, len(points) if may_be_pose else 0)
 
 
-def _box(numbers: Sequence[float]) -> Corners:
+def _box(numbers: Sequence[float]) -> tuple[float, float, float, float]:
     x, y, width, height = numbers[:4]
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _bounds(points: Sequence[float]) -> Corners:
-    return min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2])
-
-
 def _may_be_pose(numbers: Sequence[float]) -> bool:
-    """Whether numbers can be a box inside the picture and keypoints inside the box."""
+    """Whether numbers can be a box inside the image and keypoints inside the box."""
     x1, y1, x2, y2 = _box(numbers)
     if x1 < -NEAR or y1 < -NEAR or x2 > 1 + NEAR or y2 > 1 + NEAR or x2 <= x1 or y2 <= y1:
         return False
     rest = numbers[4:]
-    forms = []
-    if len(rest) % 2 == 0:
-        forms.append(list(zip(rest[::2], rest[1::2], strict=True)))
-    if len(rest) % 3 == 0 and set(rest[2::3]) <= {0.0, 1.0, 2.0}:
-        forms.append(list(zip(rest[::3], rest[1::3], strict=True)))
+    steps = [2] if len(rest) % 2 == 0 else []
+    if len(rest) % 3 == 0 and set(rest[2::3]) <= {0.0, 1.0, 2.0}:  # each with its visibility
+        steps.append(3)
     return any(
         all(
             (x, y) == (0, 0) or (x1 - NEAR <= x <= x2 + NEAR and y1 - NEAR <= y <= y2 + NEAR)
-            for x, y in points
+            for x, y in zip(rest[::step], rest[1::step], strict=True)
         )
-        for points in forms
+        for step in steps
     )
 
 
 @dataclass
-class _Found:
-    """Rows of the table of boxes, and what was dropped.
+class _Collected:
+    """Rows of the table of boxes, and what was dropped."""
 
-    Attributes:
-        names: of classes.
-        form: of lines.
-        unclear: lines that may be poses, with the row of their picture.
-        polygons: lines with more than a box that are none.
-    """
-
-    names: dict[int, str]
-    form: Form
+    names: dict[int, str]  # of classes
+    form: Form  # of lines
     boxes: list[tuple[Any, ...]] = field(default_factory=list)
-    unclear: list[tuple[int, Line]] = field(default_factory=list)
-    polygons: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    pictures: Counter[str] = field(default_factory=Counter)
+    unclear: list[tuple[int, Line]] = field(default_factory=list)  # may be poses, with their image's row
+    polygons: int = 0  # lines with more than a box that are no poses
+    dropped_images: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
-    def take(self, row: int, line: str) -> None:
-        """Take a line of a picture, or count why not."""
+    def add_line(self, row: int, line: str) -> None:
+        """Take a line of an image, or count why not."""
         try:
             found = parse_line(line, self.form)
         except BadLineError as error:
-            self.dropped[str(error)] += 1
+            self.dropped_boxes[str(error)] += 1
             return
         if found.numbers:
             self.unclear.append((row, found))
             return
         self.polygons += len(line.split()) > 6
-        self._add(row, found)
+        self._add_box(row, found)
 
-    def _add(self, row: int, line: Line) -> None:
+    def _add_box(self, row: int, line: Line) -> None:
         name = self.names.get(line.label, str(line.label))
         self.boxes.append((row, *line.corners, name, 0, None))
 
@@ -155,11 +131,11 @@ class _Found:
         left_out = len(lengths) == 1 and share >= POSES
         for row, line in self.unclear:
             if left_out:
-                self.dropped[UNCLEAR_FORM] += 1
+                self.dropped_boxes[UNCLEAR_FORM] += 1
             elif line.numbers % 2 or max(line.corners) > 1 + BEYOND:
-                self.dropped[ODD if line.numbers % 2 else NO_SHARE] += 1
+                self.dropped_boxes[ODD if line.numbers % 2 else NO_SHARE] += 1
             else:
-                self._add(row, line)
+                self._add_box(row, line)
         return left_out
 
 
@@ -169,93 +145,82 @@ def _read_lines(path: Path) -> list[str]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    text = content.decode(encoding_of(content[:4]), errors="replace")
+    text = content.decode(parsing.encoding_of(content[:4]), errors="replace")
     return [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
-def _stray(path: Path, form: Form) -> list[str] | None:
-    """Return the lines of a text without a picture; None where it is no label but a README or the like."""
-    lines = _read_lines(path)
+def _is_label(lines: Sequence[str], form: Form) -> bool:
+    """Whether all lines are boxes: a text without an image may be a README or the like."""
     try:
         for line in lines:
             parse_line(line, form)
     except BadLineError:
-        return None
-    return lines
+        return False
+    return True
 
 
-def _texts(labels: Path) -> dict[str, str]:
-    """Return the texts below a folder by their name without ending."""
-    names = [name for name, _ in find_files(labels)[0] if name.lower().endswith(".txt")]
-    return {name[:-4]: name for name in names if name.rpartition("/")[2] not in NAME_FILES}
-
-
-def read_yolo(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
-    """Read a YOLO folder; ``images/a/b.jpg`` belongs to ``labels/a/b.txt``.
-
-    A picture whose text is empty or missing has no boxes.
-
-    Args:
-        folder: holds ``labels/`` (or the texts themselves, then beside the pictures) and ``images/``; or
-            splits that do, of which one is read.
-        images: the folder of pictures, if it is another.
-        split: of a set of splits: ``train``, ``validation`` or ``test``.
-
-    Raises:
-        UserError: a folder is missing, ``data.yaml`` is damaged, or no text has a picture.
-    """
-    need_folder(folder, "the YOLO folder")
-    metadata = find_metadata(folder)
-    places, note = find_places(folder, images, metadata, split)
-    found = _Found(class_names(folder, places, metadata), metadata.form())
-    found.notes += [note] if note else []
-    tables: list[pl.DataFrame] = []
-    for place in places:
-        start = sum(table.height for table in tables)
-        tables.append(_read_place(place, start, found))
-    if found.settle():
-        found.notes.append(f"'{folder}': {UNCLEAR_FORM}: write kpt_shape, or task: segment, into data.yaml")
-    pictures = complete(pl.concat(tables))
-    boxes = box_table(found.boxes)
-    if found.pictures[MISSING] and not (boxes.height or found.dropped[UNCLEAR_FORM]):
-        raise UserError(f"no picture of the labels is there: {found.notes[-1]}")
-    return Annotations(pictures, boxes, True, +found.pictures, +found.dropped, found.notes)
-
-
-def _read_place(place: Place, start: int, found: _Found) -> pl.DataFrame:
-    """Read the texts of a folder, and return its pictures; ``start`` is the row of the first."""
-    pictures, bad = find_pictures([place.images])
-    found.pictures += bad
-    texts = _texts(place.labels)
-    stems = [name.rpartition(".")[0] for name in pictures["name"].to_list()]
+def _read_place(place: Place, start: int, found: _Collected) -> pl.DataFrame:
+    """Read the texts of a folder, and return its images; ``start`` is the row of the first."""
+    images, dropped = find_images([place.images])
+    found.dropped_images += dropped
+    names = (name for name, _ in find_files(place.labels)[0] if name.lower().endswith(".txt"))
+    texts = {name[:-4]: name for name in names if name.rpartition("/")[2] not in NAME_FILES}
+    stems = [name.rpartition(".")[0] for name in images["name"].to_list()]
     owners = _owners(texts, stems)
     lost = []
     for stem, name in texts.items():
         rows = owners.get(stem, [])
-        lines = _read_lines(place.labels / name) if rows else _stray(place.labels / name, found.form)
+        lines = _read_lines(place.labels / name)
         if len(rows) == 1:
-            for line in lines or ():
-                found.take(start + rows[0], line)
-        elif lines or (lines is not None and place.labels != place.images):
+            for line in lines:
+                found.add_line(start + rows[0], line)
+        elif (rows or _is_label(lines, found.form)) and (lines or place.labels != place.images):
             reason = AMBIGUOUS_NAME if rows else MISSING
-            found.pictures[reason] += 1
-            found.dropped[reason] += len(lines)
+            found.dropped_images[reason] += 1
+            found.dropped_boxes[reason] += len(lines)
             lost += [] if rows else [stem]
     if lost:
         found.notes.append(NameMatcher(stems, place.images).explain(lost, place.labels))
-    return pictures.with_columns(pl.Series("key", stems, pl.String))
+    return images.with_columns(pl.Series("key", stems, pl.String))
 
 
 def _owners(texts: Iterable[str], stems: Sequence[str]) -> dict[str, list[int]]:
-    """Return the rows of the pictures that each text may belong to, in other letters only if none fits."""
+    """Return the rows of the images that each text may belong to, in other letters only if none fits."""
     exact: dict[str, list[int]] = defaultdict(list)
     folded: dict[str, list[int]] = defaultdict(list)
     for row, stem in enumerate(stems):
         exact[stem].append(row)
         folded[stem.casefold()].append(row)
     owners = {stem: exact[stem] for stem in texts if stem in exact}
-    taken = {row for rows in owners.values() for row in rows}
+    taken = set(itertools.chain.from_iterable(owners.values()))
     for stem in texts:
         if stem not in owners:
             owners[stem] = [row for row in folded.get(stem.casefold(), ()) if row not in taken]
     return owners
+
+
+def read_yolo(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
+    """Read a YOLO folder; ``images/a/b.jpg`` belongs to ``labels/a/b.txt``.
+
+    An image whose text is empty or missing has no boxes.
+
+    Args:
+        folder: holds ``labels/`` (or the texts themselves, then beside the images) and ``images/``; or
+            splits that do, of which one is read.
+        images: the folder of images, if it is another.
+        split: of a set of splits: ``train``, ``validation`` or ``test``.
+    """
+    need_folder(folder, "the YOLO folder")
+    metadata = find_metadata(folder)
+    places, note = find_places(folder, images, metadata, split)
+    found = _Collected(class_names(folder, places, metadata), metadata.form(), notes=[note] if note else [])
+    tables: list[pl.DataFrame] = []
+    for place in places:
+        tables.append(_read_place(place, sum(table.height for table in tables), found))
+    if found.settle():
+        found.notes.append(f"'{folder}': {UNCLEAR_FORM}: write kpt_shape, or task: segment, into data.yaml")
+    boxes = box_table(found.boxes)
+    if found.dropped_images[MISSING] and not (boxes.height or found.dropped_boxes[UNCLEAR_FORM]):
+        raise UserError(f"no image of the labels is there: {found.notes[-1]}")
+    table = complete(pl.concat(tables))
+    return Annotations(table, boxes, True, +found.dropped_images, +found.dropped_boxes, found.notes)

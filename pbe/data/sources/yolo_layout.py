@@ -1,15 +1,14 @@
-"""Where a YOLO set keeps pictures, labels and class names, and what its ``data.yaml`` says of the labels."""
+"""Where a YOLO set keeps images, labels and class names, and what its ``data.yaml`` says of the labels."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pbe.data.sources.scalars import whole
-from pbe.data.sources.texts import read_text, read_yaml, shown
+from pbe.data.sources.parsing import read_text, read_yaml, shown, whole
 from pbe.errors import UserError
 
 NAME_FILES = ("classes.txt", "obj.names")
@@ -21,7 +20,7 @@ TASKS = ("detect", "segment", "pose", "obb")
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of pictures and the folder of their texts, which may be the same."""
+    """A folder of images and the folder of their texts, which may be the same."""
 
     images: Path
     labels: Path
@@ -29,30 +28,25 @@ class Place:
 
 @dataclass(frozen=True)
 class Form:
-    """What the metadata say of a line of a label.
+    """What the metadata say of a line of a label; empty and 0 where they say nothing."""
 
-    Attributes:
-        task: one of :data:`TASKS`; empty where they say nothing.
-        keypoints: numbers that follow the box of a pose; 0 where they say nothing.
-    """
+    task: str = ""  # one of TASKS
+    keypoints: int = 0  # numbers that follow the box of a pose
 
-    task: str = ""
-    keypoints: int = 0
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 @dataclass(frozen=True)
 class Metadata:
     """A ``data.yaml``: its path and what it holds; None and nothing where there is none."""
 
-    path: Path | None
-    values: dict[str, Any]
+    path: Path | None = None
+    values: dict[str, Any] = field(default_factory=dict)
 
     def form(self) -> Form:
-        """Return what it says of the labels.
-
-        Raises:
-            UserError: ``task`` or ``kpt_shape`` is none.
-        """
+        """Return what it says of the labels."""
         task, shape = self.values.get("task", ""), self.values.get("kpt_shape")
         task = "" if task in NOTHING else task
         if task and task not in TASKS:
@@ -67,11 +61,7 @@ class Metadata:
         return Form(task or "pose", numbers[0] * numbers[1])
 
     def class_names(self) -> dict[int, str]:
-        """Return names by class number.
-
-        Raises:
-            UserError: ``names`` is missing or neither list nor mapping of names.
-        """
+        """Return names by class number."""
         names = self.values.get("names")
         pairs = list(names.items()) if isinstance(names, dict) else list(enumerate(names or ()))
         if not isinstance(names, list | dict) or not pairs:
@@ -84,30 +74,21 @@ class Metadata:
         return {int(whole(number) or 0): name for number, name in pairs}
 
     def split(self, split: str) -> list[str]:
-        """Return the folders of pictures that it names for a split; none where it names none.
-
-        Raises:
-            UserError: it names something else.
-        """
-        key = next((key for key in SPLITS[split] if self.values.get(key)), None)
-        value = self.values[key] if key else []
-        paths = [value] if isinstance(value, str) else value
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        """Return the folders of images that it names for a split; none where it names none."""
+        key = next((key for key in SPLITS.get(split, ()) if self.values.get(key)), None)
+        paths = _as_list(self.values[key]) if key else []
+        if not all(isinstance(path, str) for path in paths):
             raise UserError(f"'{self.path}': {key} is no path and no list of paths")
         if any(path.lower().endswith(".txt") for path in paths):
             raise UserError(
-                f"'{self.path}': {key} is a list of pictures, {shown(paths[0])};"
-                " name their folder instead: yolo:FOLDER@PICTURES"
+                f"'{self.path}': {key} is a list of images, {shown(paths[0])};"
+                " name their folder instead: yolo:FOLDER@IMAGES"
             )
         return paths
 
 
 def find_metadata(folder: Path) -> Metadata:
-    """Return the ``data.yaml`` of a set: in its folder, or above that of a split, where it names the split.
-
-    Raises:
-        UserError: it is damaged, or several files could be it.
-    """
+    """Return the ``data.yaml`` of a set: in its folder, or above it where that names it as a split."""
     for name in YAML_NAMES:
         if (folder / name).is_file():
             return Metadata(folder / name, read_yaml(folder / name))
@@ -121,29 +102,22 @@ def find_metadata(folder: Path) -> Metadata:
     if named:
         return Metadata(named[0], read[named[0]])
     for above in folder.resolve().parents[:2]:
-        for name in YAML_NAMES:
-            if (above / name).is_file():
-                values = read_yaml(above / name)
-                if _names_folder(values, folder.resolve().relative_to(above)):
-                    return Metadata(above / name, values)
-    return Metadata(None, {})
+        for path in (above / name for name in YAML_NAMES):
+            values = read_yaml(path) if path.is_file() else {}
+            if _names_folder(values, folder.resolve().relative_to(above)):
+                return Metadata(path, values)
+    return Metadata()
 
 
 def _names_folder(values: dict[str, Any], folder: Path) -> bool:
     """Whether a split of a ``data.yaml`` lies in a folder, whose path is within that of the file."""
-    paths = [values.get(key) for keys in SPLITS.values() for key in keys]
-    flat = [path for value in paths for path in (value if isinstance(value, list) else [value])]
-    words = [re.split(r"[/\\]", path) for path in flat if isinstance(path, str)]
+    paths = [path for keys in SPLITS.values() for key in keys for path in _as_list(values.get(key))]
     own = set(folder.parts) - {"images", "labels"}
-    return any(own <= set(parts) for parts in words)
+    return any(own <= set(re.split(r"[/\\]", path)) for path in paths if isinstance(path, str))
 
 
 def class_names(folder: Path, places: Sequence[Place], metadata: Metadata) -> dict[int, str]:
-    """Return names by class number, of ``classes.txt``, ``obj.names`` or ``data.yaml``; empty without one.
-
-    Raises:
-        UserError: a file is damaged or holds no names, or two files give a class different names.
-    """
+    """Return names by class number, of ``classes.txt``, ``obj.names`` or ``data.yaml``; empty without one."""
     folders = dict.fromkeys((folder, folder / "labels", *(place.labels for place in places)))
     paths = [place / name for place in folders for name in NAME_FILES if (place / name).is_file()]
     found = {path: dict(enumerate(line.strip() for line in read_text(path).split("\n"))) for path in paths}
@@ -162,37 +136,32 @@ def class_names(folder: Path, places: Sequence[Place], metadata: Metadata) -> di
 
 
 def find_places(folder: Path, images: Path | None, metadata: Metadata, split: str) -> tuple[list[Place], str]:
-    """Return the folders of pictures and labels, and a note on the split where one was chosen.
+    """Return the folders of images and labels, and a note on the split where one was chosen.
 
     Of splits one is read: of those that ``data.yaml`` names (``images/train``, or ``train/images``), or of
     folders that hold ``images/`` and ``labels/``. Without any, ``images/`` and ``labels/`` are read whole.
-
-    Raises:
-        UserError: the folders that ``data.yaml`` names are not there, or only other splits are.
     """
+    labels = folder / "labels"
     if images is not None:
-        return [Place(images, folder / "labels" if (folder / "labels").is_dir() else folder)], ""
-    own = metadata.path is not None and metadata.path.parent == folder
-    if (folder / "labels").is_dir():
-        return _inner_places(folder, metadata if own else Metadata(None, {}), split)
-    named = metadata.split(split) if own and split in SPLITS else []
-    if named:
-        found = [_resolve(folder, str(metadata.values.get("path") or ""), path) for path in named]
-        lost = next((path for path, place in zip(named, found, strict=True) if place is None), None)
-        if lost is None:
-            places = [Place(path, labels_of(path)) for path in found if path is not None]
-            return places, f"'{folder}': the split {split} of {metadata.path}, {shown(', '.join(named))}"
-        if _splits(folder) or not _holds_texts(folder):
-            raise UserError(
-                f"'{metadata.path}' names {shown(lost)} for {split}, which is not there;"
-                f" name a folder with images/ and labels/: yolo:{folder}/{_example(folder)}"
-            )
-    splits = _splits(folder)
-    wanted = next((name for name in SPLITS.get(split, ()) if name in splits), None)
+        return [Place(images, labels if labels.is_dir() else folder)], ""
+    if metadata.path is not None and metadata.path.parent != folder:
+        metadata = Metadata()
+    if labels.is_dir():
+        return _inner_places(folder, metadata, split)
+    named, splits = metadata.split(split), _split_folders(folder)
+    found = [_resolve(folder, metadata, path) for path in named]
+    lost = next((path for path, place in zip(named, found, strict=True) if place is None), None)
+    if named and lost is None:
+        places = [Place(path, _labels_of(path)) for path in found if path is not None]
+        return places, f"'{folder}': the split {split} of {metadata.path}, {shown(', '.join(named))}"
+    if named and (splits or not any(folder.rglob("*.txt"))):
+        raise UserError(
+            f"'{metadata.path}' names {shown(lost)} for {split}, which is not there;"
+            f" name a folder with images/ and labels/: yolo:{folder}/{next(iter(splits), 'train')}"
+        )
+    wanted = next((folder / name for name in SPLITS.get(split, ()) if name in splits), None)
     if wanted:
-        return [
-            Place(folder / wanted / "images", folder / wanted / "labels")
-        ], f"'{folder}': the split {wanted}"
+        return [Place(wanted / "images", wanted / "labels")], f"'{folder}': the split {wanted.name}"
     if splits:
         raise UserError(f"'{folder}' holds {', '.join(splits)}; name one: yolo:{folder / splits[0]}")
     return [Place(folder, folder)], ""
@@ -201,9 +170,9 @@ def find_places(folder: Path, images: Path | None, metadata: Metadata, split: st
 def _inner_places(folder: Path, metadata: Metadata, split: str) -> tuple[list[Place], str]:
     """Return the folders of a split within ``images/`` and ``labels/``, or the two themselves."""
     values = [metadata.values.get(key) for key in SPLITS.get(split, ())]
-    named = [path for value in values for path in (value if isinstance(value, list) else [value]) if path]
-    root, images = str(metadata.values.get("path") or ""), (folder / "images").resolve()
-    found = [_resolve(folder, root, path) for path in named if isinstance(path, str)]
+    named = [path for value in values for path in _as_list(value) if path]
+    images = (folder / "images").resolve()
+    found = [_resolve(folder, metadata, path) for path in named if isinstance(path, str)]
     ends = [path.resolve().relative_to(images) for path in found if path and images in path.resolve().parents]
     if ends and len(ends) == len(named):
         places = [Place(folder / "images" / end, folder / "labels" / end) for end in ends]
@@ -213,19 +182,20 @@ def _inner_places(folder: Path, metadata: Metadata, split: str) -> tuple[list[Pl
     return [Place(folder / "images", folder / "labels")], note
 
 
-def labels_of(images: Path) -> Path:
-    """Return where the labels of a folder of pictures lie: in ``labels`` instead of ``images``, or there."""
+def _labels_of(images: Path) -> Path:
+    """Return where the labels of a folder of images lie: in ``labels`` instead of ``images``, or there."""
     parts = list(images.parts)
-    for position in range(len(parts) - 1, -1, -1):
-        if parts[position] == "images":
-            labels = Path(*parts[:position], "labels", *parts[position + 1 :])
-            return labels if labels.is_dir() else images
-    return images / "labels" if (images / "labels").is_dir() else images
+    if "images" not in parts:
+        return images / "labels" if (images / "labels").is_dir() else images
+    last = len(parts) - 1 - parts[::-1].index("images")
+    labels = Path(*parts[:last], "labels", *parts[last + 1 :])
+    return labels if labels.is_dir() else images
 
 
-def _resolve(folder: Path, root: str, path: str) -> Path | None:
+def _resolve(folder: Path, metadata: Metadata, path: str) -> Path | None:
     """Return the folder that ``data.yaml`` means: as it stands, or, written elsewhere, by its last parts."""
-    path, root = path.replace("\\", "/"), root.replace("\\", "/")
+    root = str(metadata.values.get("path") or "").replace("\\", "/")
+    path = path.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     ends = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
     for candidate in (folder / root / path, folder / path, *ends):
@@ -235,15 +205,7 @@ def _resolve(folder: Path, root: str, path: str) -> Path | None:
     return None
 
 
-def _splits(folder: Path) -> list[str]:
+def _split_folders(folder: Path) -> list[str]:
     """Return the folders below that hold ``images/`` and ``labels/``."""
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return [path.name for path in inner if (path / "images").is_dir() and (path / "labels").is_dir()]
-
-
-def _example(folder: Path) -> str:
-    return next(iter(_splits(folder)), "train")
-
-
-def _holds_texts(folder: Path) -> bool:
-    return next(folder.rglob("*.txt"), None) is not None

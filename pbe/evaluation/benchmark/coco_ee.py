@@ -11,12 +11,12 @@ from zipfile import BadZipFile
 import cv2
 import numpy as np
 
-from pbe.data.packing.merge import held_out
+from pbe.data.packing.plan import held_out
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import UnusablePictureError, decode_picture
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
-from pbe.data.sources.records import Annotations, PictureRecord, SourceBox
+from pbe.data.sources.annotations import Annotations, ImageRecord, SourceBox
+from pbe.data.sources.image_files import UnreadableImageError, inspect_image
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.files import ID_LIST, PARTS, case_path, new_benchmark, write_case, write_ids
 
@@ -195,7 +195,7 @@ def _usable(box: SourceBox) -> bool:
 
 
 def _places(
-    record: PictureRecord, settings: BuildSettings, objects: dict[str, list[Exemplar]], lost: Counter[str]
+    record: ImageRecord, settings: BuildSettings, objects: dict[str, list[Exemplar]], lost: Counter[str]
 ) -> list[_Place]:
     """Return the boxes of an image that can be masked, and count by reason those that cannot."""
     found = []
@@ -220,15 +220,15 @@ def _read(path: Path, width: int, height: int) -> np.ndarray | None:
     """Return an image as training sees it, uint8 ``h w 3`` BGR; None if damaged, turned or of other size."""
     try:
         encoded = path.read_bytes()
-        header = inspect_picture(encoded)
+        header = inspect_image(encoded)
         if header.orientation != 1 or header.stored_size != (width, height):
             return None
         return cv2.cvtColor(decode_picture(encoded), cv2.COLOR_RGB2BGR)
-    except (OSError, UnreadablePictureError, UnusablePictureError):
+    except (OSError, UnreadableImageError, UnusablePictureError):
         return None
 
 
-def _exemplars(records: Iterable[PictureRecord], settings: BuildSettings) -> dict[str, list[Exemplar]]:
+def _exemplars(records: Iterable[ImageRecord], settings: BuildSettings) -> dict[str, list[Exemplar]]:
     by_label: dict[str, list[Exemplar]] = {}
     for record in records:
         for box in filter(_usable, record.boxes):
@@ -275,7 +275,7 @@ def _render(image: np.ndarray, place: _Place, size: int) -> tuple[np.ndarray, np
     return square, mask
 
 
-def _number(record: PictureRecord, taken: set[int]) -> int:
+def _number(record: ImageRecord, taken: set[int]) -> int:
     """Return the image's own number where its name is one and free, else the first free one."""
     stem = Path(record.name).stem
     number = int(stem) if stem.isdecimal() and len(stem) <= 12 else len(taken)
@@ -326,7 +326,7 @@ def build_benchmark(
     return len(ids)
 
 
-def _sorted_records(sources: Annotations, validation_share: float, bad: list[Path]) -> list[PictureRecord]:
+def _sorted_records(sources: Annotations, validation_share: float, bad: list[Path]) -> list[ImageRecord]:
     records = sorted(sources.records(bad), key=lambda record: record.name)
     if not validation_share:
         return records
@@ -340,8 +340,8 @@ def _sorted_records(sources: Annotations, validation_share: float, bad: list[Pat
 
 
 def _others(
-    sources: Annotations, exemplars: Annotations | None, records: list[PictureRecord]
-) -> Iterable[PictureRecord]:
+    sources: Annotations, exemplars: Annotations | None, records: list[ImageRecord]
+) -> Iterable[ImageRecord]:
     """Return the images that objects are taken from."""
     if exemplars is None:
         return records
@@ -356,7 +356,7 @@ def _others(
 
 def _annotated(found: Annotations) -> set[str]:
     """Return the paths of the images that have boxes: two files of annotations may divide one folder."""
-    return set(found.pictures["path"].gather(found.boxes["picture"].unique()).to_list())
+    return set(found.images["path"].gather(found.boxes["image"].unique()).to_list())
 
 
 def _require(count: int, wanted: int, lost: Counter[str]) -> None:
@@ -373,7 +373,7 @@ def _require(count: int, wanted: int, lost: Counter[str]) -> None:
 
 
 def _write_cases(
-    chosen: Iterable[tuple[PictureRecord, list[_Place]]],
+    chosen: Iterable[tuple[ImageRecord, list[_Place]]],
     objects: dict[str, list[Exemplar]],
     folder: Path,
     settings: BuildSettings,

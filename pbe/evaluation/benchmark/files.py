@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.data.packing.index import write_whole
+from pbe.data.packing.records import write_whole
 from pbe.errors import UserError
 from pbe.files import make_folder
 

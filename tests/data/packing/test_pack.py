@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.index import load_index, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
+from pbe.data.packing.records import index_keys, load_index, read_summary
+from pbe.data.packing.request import PackRequest
 from pbe.data.samples.decode import decode_picture
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.image_files import turn_boxes, turn_image
 from pbe.data.sources.masks import read_mask_folder
-from pbe.data.sources.pictures import turn_boxes, turn_image
 from pbe.errors import UserError
 from tests.commands import prepare as prepare_data
-from tests.data.packing_support import make_plain, noise, pack, pack_straight, request_of, run
+from tests.data.packing.support import make_plain, noise, pack, pack_straight, request_of, run
 
 ODD_BOXES = """\
 file,x1,y1,x2,y2,label,is_group_of
@@ -54,7 +54,7 @@ gone.jpg,10,10,60,60,cat,0
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """A folder of pictures of every odd kind, with ``boxes.csv``."""
+    """A folder of images of every odd kind, with ``boxes.csv``."""
     folder = tmp_path / "odd"
     folder.mkdir()
     for number, name in enumerate(("ok.jpg", "alone.jpg", "hollow.jpg", "cut.jpg", "cut.png")):
@@ -84,22 +84,22 @@ def test_counts_of_odd_files_against_a_hand_count(odd: Path, tmp_path: Path) -> 
     assert result.tally.pictures == 7
     assert result.tally.dropped_pictures == {
         "without boxes": 1,
-        "picture missing": 1,
+        "image missing": 1,
         "no box left": 1,
         "unreadable: cut short": 2,
-        "unreadable: no picture": 1,
+        "unreadable: no image": 1,
     }
     assert result.tally.boxes == 8
     assert result.tally.dropped_boxes == {
         "is_group_of": 1,
         "no area": 2,
-        "outside the picture": 1,
+        "outside the image": 1,
         "area too small": 1,
         "area too large": 1,
         "not a number": 1,
-        "picture missing": 1,
-        "picture dropped: unreadable: cut short": 3,
-        "picture dropped: unreadable: no picture": 1,
+        "image missing": 1,
+        "image dropped: unreadable: cut short": 3,
+        "image dropped: unreadable: no image": 1,
     }
     assert result.tally.events == {
         "encoded again: animated": 2,
@@ -122,8 +122,8 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
     run(request_of(odd, out, shard_pictures=3))
     summary = read_summary(out)
     assert summary is not None
-    pictures = ShardPictures(out)
-    assert len(pictures) == summary["pictures"] == 7
+    images = ShardPictures(out)
+    assert len(images) == summary["pictures"] == 7
     position = 0
     for shard in summary["shards"]:
         tar, index = (out / shard["name"]).read_bytes(), (out / shard["index"]).read_bytes()
@@ -131,25 +131,25 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
         assert len(tar) == shard["bytes"]
         assert digest(index).hex() == shard["index_blake2b"]
         table = load_index(index)
-        assert (len(table), len(table.boxes)) == (shard["pictures"], shard["boxes"])
-        for row in range(len(table)):
-            entry = pictures[position]
-            assert entry.key == table.key(row)
-            assert entry.picture == (table.picture_offset[row], table.picture_size[row])
-            assert entry.annotation == (table.json_offset[row], table.json_size[row])
-            encoded, annotation = pictures.picture(position), pictures.annotation(position)
-            assert digest(encoded) == table.picture_hash[row].tobytes()
+        assert (len(table["width"]), len(table["boxes"])) == (shard["pictures"], shard["boxes"])
+        for row, key in enumerate(index_keys(table)):
+            entry = images[position]
+            assert entry.key == key
+            assert entry.picture == (table["picture_offset"][row], table["picture_size"][row])
+            assert entry.annotation == (table["json_offset"][row], table["json_size"][row])
+            encoded, annotation = images.picture(position), images.annotation(position)
+            assert digest(encoded) == table["picture_hash"][row].tobytes()
             image = decode_picture(encoded)
             assert image.shape == (annotation["height"], annotation["width"], 3)
-            assert image.shape[:2] == (table.height[row], table.width[row])
-            rows = table.box_rows(row)
-            assert [box["xyxy"] for box in annotation["boxes"]] == table.boxes[rows].tolist()
-            labels = [summary["labels"][label] for label in table.labels[rows]]
+            assert image.shape[:2] == (table["height"][row], table["width"][row])
+            rows = slice(table["box_end"][row - 1] if row else 0, table["box_end"][row])
+            assert [box["xyxy"] for box in annotation["boxes"]] == table["boxes"][rows].tolist()
+            labels = [summary["labels"][label] for label in table["labels"][rows]]
             assert [box["label"] for box in annotation["boxes"]] == labels
             position += 1
-    names = {pictures.annotation(position)["source"] for position in range(len(pictures))}
+    names = {images.annotation(position)["source"] for position in range(len(images))}
     assert "ünï code 1.png" in names
-    boxes = next(a for a in map(pictures.annotation, range(7)) if a["source"] == "ok.jpg")["boxes"]
+    boxes = next(a for a in map(images.annotation, range(7)) if a["source"] == "ok.jpg")["boxes"]
     assert [box["xyxy"] for box in boxes] == [[0, 20, 50, 80], [0, 0, 100, 40], [10, 10, 60, 60]]
     assert boxes[0]["is_group_of"] is True
 
@@ -157,7 +157,7 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("frame", ["stored", "displayed"])
 def test_boxes_follow_the_exif_orientation(tmp_path: Path, orientation: int, frame: str) -> None:
-    """A white rectangle in a black picture: its box has to lie on it whichever frame it was drawn in."""
+    """A white rectangle in a black image: its box has to lie on it whichever frame it was drawn in."""
     stored = np.zeros((60, 90, 3), np.uint8)
     stored[10:40, 20:70] = 255
     exif = Image.Exif()
@@ -175,15 +175,15 @@ def test_boxes_follow_the_exif_orientation(tmp_path: Path, orientation: int, fra
     settings = PackSettings(exif_frame=frame)
     request = PackRequest(lambda: [read_coco(tmp_path / "a.json", tmp_path)], [], settings, tmp_path / "out")
     run(request)
-    pictures = ShardPictures(tmp_path / "out")
-    image = decode_picture(pictures.picture(0))
+    images = ShardPictures(tmp_path / "out")
+    image = decode_picture(images.picture(0))
     assert np.array_equal(image, shown)
-    x1, y1, x2, y2 = (int(value) for value in pictures.annotation(0)["boxes"][0]["xyxy"])
+    x1, y1, x2, y2 = (int(value) for value in images.annotation(0)["boxes"][0]["xyxy"])
     assert image[y1:y2, x1:x2].all()
     assert image.sum() == image[y1:y2, x1:x2].sum()
 
 
-def test_a_picture_of_another_size_than_annotated_is_dropped(tmp_path: Path) -> None:
+def test_an_image_of_another_size_than_annotated_is_dropped(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.jpg")
     noise(seed=1).save(tmp_path / "b.jpg")
     images = [{"id": n, "file_name": f"{c}.jpg", "width": 100 + n, "height": 80} for n, c in enumerate("ab")]
@@ -192,8 +192,8 @@ def test_a_picture_of_another_size_than_annotated_is_dropped(tmp_path: Path) -> 
     result = run(
         PackRequest(lambda: [read_coco(tmp_path / "a.json", tmp_path)], [], PackSettings(), tmp_path / "out")
     )
-    assert result.tally.dropped_pictures == {"annotated for a picture of another size": 1}
-    assert result.tally.dropped_boxes == {"picture dropped: annotated for a picture of another size": 1}
+    assert result.tally.dropped_pictures == {"annotated for an image of another size": 1}
+    assert result.tally.dropped_boxes == {"image dropped: annotated for an image of another size": 1}
 
 
 def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
         drawn = decode_rle(box["mask"])
         assert drawn.shape == (160 * scale, 200 * scale)
         assert abs(drawn.sum() / scale**2 - (mask > 0).sum()) < 0.03 * (mask > 0).sum()
-        assert load_index(out / "shard-000000.index.npz").has_mask.tolist() == [True]
+        assert load_index(out / "shard-000000.index.npz")["has_mask"].tolist() == [True]
 
 
 def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
@@ -226,23 +226,23 @@ def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
     for name in ("a.bmp", "b.tga", "c.ppm", "d.tiff", "e.gif"):
         Image.fromarray(pixels).save(tmp_path / name)
         lines.append(f"{name},10,10,60,60")
-    (tmp_path / "f.heic").write_bytes(b"no picture that Pillow knows")
+    (tmp_path / "f.heic").write_bytes(b"no image that Pillow knows")
     (tmp_path / "boxes.csv").write_text("\n".join([*lines, "f.heic,10,10,60,60"]))
     result = run(request_of(tmp_path, tmp_path / "out"))
-    assert result.tally.dropped_pictures == {"unreadable: no picture": 1}
-    pictures = ShardPictures(tmp_path / "out")
+    assert result.tally.dropped_pictures == {"unreadable: no image": 1}
+    images = ShardPictures(tmp_path / "out")
     for position in range(4):
-        assert np.array_equal(decode_picture(pictures.picture(position)), pixels)
+        assert np.array_equal(decode_picture(images.picture(position)), pixels)
 
 
 def test_smaller_copies(odd: Path, tmp_path: Path) -> None:
     result = run(request_of(odd, tmp_path / "out", max_side=50))
     assert result.tally.events["encoded again: too long"] == 5
-    pictures = ShardPictures(tmp_path / "out")
-    for position in range(len(pictures)):
-        annotation = pictures.annotation(position)
+    images = ShardPictures(tmp_path / "out")
+    for position in range(len(images)):
+        annotation = images.annotation(position)
         assert max(annotation["width"], annotation["height"]) == 50
-        assert decode_picture(pictures.picture(position)).shape[:2] == (
+        assert decode_picture(images.picture(position)).shape[:2] == (
             annotation["height"],
             annotation["width"],
         )
@@ -259,12 +259,8 @@ def straight(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_keys_are_plain_and_unique(straight: dict[str, bytes]) -> None:
-    keys = [
-        load_index(data).key(position)
-        for name, data in straight.items()
-        if name.endswith(".npz")
-        for position in range(len(load_index(data)))
-    ]
+    indexes = [load_index(data) for name, data in straight.items() if name.endswith(".npz")]
+    keys = [key for index in indexes for key in index_keys(index)]
     assert len(set(keys)) == 30
     assert all("." not in key and " " not in key for key in keys)
     assert sum(key.startswith("a_b-") for key in keys) == 3
@@ -302,17 +298,17 @@ def test_settings_that_make_no_sense(settings: dict[str, object], complaint: str
         PackSettings(**settings).check()  # type: ignore[arg-type]
 
 
-def test_shuffling_keeps_boxes_with_their_pictures(plain: Path) -> None:
+def test_shuffling_keeps_boxes_with_their_images(plain: Path) -> None:
     found = [read_csv(plain / "boxes.csv", plain)]
     straight, shuffled = (make_plan(found, PackSettings(shuffle=seed)) for seed in (None, 3))
-    pairs = [dict(zip(p.pictures["name"], p.boxes["y2"], strict=True)) for p in (straight, shuffled)]
+    pairs = [dict(zip(p.images["name"], p.boxes["y2"], strict=True)) for p in (straight, shuffled)]
     assert pairs[0] == pairs[1]
     assert list(pairs[0]) != list(pairs[1])
 
 
 def test_shards_close_by_bytes(plain: Path) -> None:
     found = [read_csv(plain / "boxes.csv", plain)]
-    sizes = found[0].pictures["bytes"].to_list()
+    sizes = found[0].images["bytes"].to_list()
     plan = make_plan(found, PackSettings(shard_bytes=sizes[0] + 1))
     starts = [0, *plan.shards[:-1]]
     for start, end in zip(starts, plan.shards, strict=True):

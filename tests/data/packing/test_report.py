@@ -10,15 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.duplicates import as_void, exact_pairs, near_duplicates, near_pairs
+from pbe.data.packing.duplicates import as_void, exact_pairs, near_duplicates, near_pairs, perceptual_hash
 from pbe.data.packing.pack import PackResult
-from pbe.data.packing.pixels import perceptual_hash
 from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.records import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
 from pbe.data.packing.report import make_report, write_report
-from pbe.data.packing.tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
+from pbe.data.packing.request import PackRequest
 from pbe.data.sources.csv_table import read_csv
-from tests.data.packing_support import pack
+from tests.data.packing.support import pack
 
 
 def scene(seed: int) -> np.ndarray:
@@ -28,26 +27,26 @@ def scene(seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackRequest, PackResult, Path]:
-    """Six pictures: a, a copy of its file, a smaller copy, and three of their own; and a benchmark folder."""
+    """Six images: a, a copy of its file, a smaller copy, and three of their own; and a benchmark folder."""
     folder = tmp_path_factory.mktemp("report")
     bench = folder / "bench"
     bench.mkdir()
-    pictures = {
+    images = {
         "a": scene(1),
         "b": scene(2),
         "c<script>": scene(3),
         "flat": np.full((240, 320, 3), 90, np.uint8),
     }
-    pictures["small"] = cv2.resize(pictures["a"], (160, 120), interpolation=cv2.INTER_AREA)
-    for name, image in pictures.items():
+    images["small"] = cv2.resize(images["a"], (160, 120), interpolation=cv2.INTER_AREA)
+    for name, image in images.items():
         cv2.imwrite(str(folder / f"{name}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     (folder / "copy.jpg").write_bytes((folder / "a.jpg").read_bytes())
     (bench / "same.jpg").write_bytes((folder / "b.jpg").read_bytes())
-    cv2.imwrite(str(bench / "similar.png"), cv2.resize(pictures["c<script>"], (512, 384)))
+    cv2.imwrite(str(bench / "similar.png"), cv2.resize(images["c<script>"], (512, 384)))
     cv2.imwrite(str(bench / "other.png"), scene(9))
     (bench / "junk.png").write_bytes(b"junk")
     lines = ["file,x1,y1,x2,y2,label"]
-    for name in pictures:
+    for name in images:
         lines.append(f"{name}.jpg,10,10,110,70,<b>cat</b>")
     lines += ["copy.jpg,10,10,110,70,dog", "copy.jpg,10,10,70,110,dog", "copy.jpg,10,10,11,11,dog"]
     (folder / "boxes.csv").write_text("\n".join(lines))
@@ -62,7 +61,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackRequest, PackR
 
 def test_numbers_against_a_hand_count(packed: tuple[PackRequest, PackResult, Path]) -> None:
     report = make_report(*packed)
-    # The benchmark's pictures lie below the folder too, and have no boxes.
+    # The benchmark's images lie below the folder too, and have no boxes.
     assert report["pictures"] == {"seen": 10, "kept": 6, "dropped": {"without boxes": 4}}
     assert report["boxes"] == {"seen": 8, "kept": 7, "dropped": {"area too small": 1}}
     assert report["labels"] == {"<b>cat</b>": 5, "dog": 2}

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pbe.data.packing.pixels import encode_again, first_frame
+from pbe.data.packing.worker import encode_again
 from pbe.data.samples.colour import convert_profile, on_white, to_srgb
 from pbe.data.samples.decode import decode_picture
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
+from pbe.data.sources.image_files import UnreadableImageError, first_frame, inspect_image
 
 GAMMA = 563 / 256
 # Columns are the primaries, adapted to D50: Adobe RGB (1998) as published, and sRGB.
@@ -84,7 +84,7 @@ def test_wide_gamut_becomes_srgb(pixels: np.ndarray, kind: str, options: dict[st
 
 def test_files_encoded_again_keep_their_colours(pixels: np.ndarray) -> None:
     data = encoded(pixels, "png", icc_profile=wide_gamut())
-    again, extension = encode_again(data, inspect_picture(data), 20, 95)
+    again, extension = encode_again(data, inspect_image(data), 20, 95)
     assert extension == "png"
     assert b"iCCP" not in again
     small = cv2.resize(decode_picture(data), (20, 16), interpolation=cv2.INTER_AREA)
@@ -145,5 +145,5 @@ def test_palettes_with_a_transparent_colour(pixels: np.ndarray) -> None:
 
 @pytest.mark.parametrize("values", [np.float32([[0.1, 0.9]]), np.int32([[0, 70_000]]), np.int32([[-1, 9]])])
 def test_numbers_that_are_no_colours(values: np.ndarray) -> None:
-    with pytest.raises(UnreadablePictureError, match="no colours"):
+    with pytest.raises(UnreadableImageError, match="no colours"):
         first_frame(encoded(values, "tiff"))

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pbe.config import DataConfig, SampleConfig
 from pbe.data.dataset import ExemplarDataset
-from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.request import PackRequest
 from pbe.data.preview import OBJECT_COLUMNS, make_row, sheet_html
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import Crop
@@ -28,7 +28,7 @@ from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
 from pbe.data.shards.index import read_members
 from pbe.data.sources.masks import read_mask_folder
 from scripts.sample_properties import check_sample
-from tests.data.packing_support import pack
+from tests.data.packing.support import pack
 from tests.scripts.test_sample_properties import cases, settings_of_samples
 
 SIZE, EXEMPLAR = 64, 32

@@ -20,7 +20,7 @@ from pbe.data.samples.decode import UnusablePictureError
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.shards.tar_members import read_members
 from pbe.errors import UserError
-from tests.data.packing_support import noise
+from tests.data.packing.support import noise
 
 NOTE = json.dumps(
     {"width": 100, "height": 80, "boxes": [{"xyxy": [10, 10, 60, 60], "label": "dog"}]}

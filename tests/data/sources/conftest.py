@@ -1,4 +1,4 @@
-"""Pictures for the fixtures of annotation sources; the annotations themselves are written by hand."""
+"""Images for the fixtures of annotation sources; the annotations themselves are written by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Save a picture of noise: ``save(name, width, height, mode, **options of Pillow)``."""
+    """Save an image of noise: ``save(name, width, height, mode, **options of Pillow)``."""
 
     def write(name: str, width: int = 40, height: int = 30, mode: str = "RGB", **options: object) -> Path:
         path = tmp_path / name

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.coco import read_coco
-from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
 
 Save = Callable[..., Path]
@@ -35,14 +35,14 @@ def left_sides(found: Annotations) -> dict[str, list[float]]:
     return {record.name: [box.x1 for box in record.boxes] for record in found.records()}
 
 
-def test_several_entries_for_one_file_are_one_picture(tmp_path: Path, save: Save) -> None:
+def test_several_entries_for_one_file_are_one_image(tmp_path: Path, save: Save) -> None:
     save("pics/a.jpg")
     entries = [image(1, "a.jpg"), image(2, "./a.jpg", width=None), image(3, "a.jpg", license=7)]
     found = read(tmp_path, entries, [box(1, 1), box(2, 2), box(3, 3)], licenses=[{"id": "7", "name": "by"}])
     assert left_sides(found) == {"a.jpg": [1, 2, 3]}
-    assert found.pictures.select("width", "height", "licence").rows() == [(40, 30, "by")]
+    assert found.images.select("width", "height", "licence").rows() == [(40, 30, "by")]
     assert not found.dropped_boxes
-    assert not found.dropped_pictures
+    assert not found.dropped_images
 
 
 def test_entries_that_contradict_each_other_are_left_out(tmp_path: Path, save: Save) -> None:
@@ -51,8 +51,8 @@ def test_entries_that_contradict_each_other_are_left_out(tmp_path: Path, save: S
     images = [image(1, "a.jpg"), image(2, "a.jpg", width=80), image(3, "b.jpg"), image(3.0, "c.jpg")]
     found = read(tmp_path, [*images, image(4, "d.jpg")], [box(1), box(2), box("3"), box(4)])
     assert left_sides(found) == {"b.jpg": [], "c.jpg": [], "d.jpg": [5]}
-    assert found.dropped_boxes == {"annotated with several sizes": 2, "id of several pictures": 1}
-    assert found.dropped_pictures == {"annotated with several sizes": 1, "id of several pictures": 2}
+    assert found.dropped_boxes == {"annotated with several sizes": 2, "id of several images": 1}
+    assert found.dropped_images == {"annotated with several sizes": 1, "id of several images": 2}
 
 
 def test_the_same_name_in_two_folders(tmp_path: Path, save: Save) -> None:
@@ -62,7 +62,7 @@ def test_the_same_name_in_two_folders(tmp_path: Path, save: Save) -> None:
     assert left_sides(read(tmp_path, images, boxes)) == {"camA/1.jpg": [1], "camB/1.jpg": [2]}
     found = read(tmp_path, images, boxes, "pics/camB")
     assert left_sides(found) == {"1.jpg": [2]}
-    assert found.dropped_boxes == found.dropped_pictures == {"picture missing": 1}
+    assert found.dropped_boxes == found.dropped_images == {"image missing": 1}
     assert "'camA/1.jpg', which is not in" in found.notes[0]
     found = read(tmp_path, [image(1, "1.jpg"), *images], [box(1, 9)])
     assert left_sides(found) == {"camA/1.jpg": [], "camB/1.jpg": []}, "id 1 has two names"
@@ -78,7 +78,7 @@ def test_a_name_of_the_folder_above(tmp_path: Path, save: Save) -> None:
     images = [image(1, "1.jpg"), image(2, "camB/1.jpg"), image(3, "camB/2.jpg")]
     found = read(tmp_path, images, [box(1, 1), box(2, 2), box(3, 3)], "pics/camB")
     assert left_sides(found) == {"1.jpg": [], "2.jpg": [3]}
-    assert found.dropped_boxes == found.dropped_pictures == {"ambiguous name": 2}
+    assert found.dropped_boxes == found.dropped_images == {"ambiguous name": 2}
 
 
 @pytest.mark.parametrize(("own", "named"), [("img_a", "img_a"), (1, "1"), ("1", 1.0), (2**70, str(2**70))])
@@ -117,11 +117,11 @@ def test_sizes_of_every_type(tmp_path: Path, save: Save) -> None:
     pairs = enumerate(zip(names, sizes + bad, strict=True))
     images = [image(number, name, width=width, height=height) for number, (name, (width, height)) in pairs]
     found = read(tmp_path, images, [box(number) for number in range(len(names))])
-    known = dict(found.pictures.select("name", pl_size()).rows())
+    known = dict(found.images.select("name", pl_size()).rows())
     assert [known[name] for name in names[: len(sizes)]] == [True, True, True, False, False, False, False]
-    assert found.dropped_pictures == {"width or height that no picture has": len(bad)}
-    assert found.dropped_boxes == found.dropped_pictures, "their boxes are not said to lack a picture"
-    assert found.pictures.height == len(sizes), "what is dropped is not counted without boxes as well"
+    assert found.dropped_images == {"width or height that no image has": len(bad)}
+    assert found.dropped_boxes == found.dropped_images, "their boxes are not said to lack an image"
+    assert found.images.height == len(sizes), "what is dropped is not counted without boxes as well"
 
 
 def pl_size() -> Any:
@@ -136,12 +136,12 @@ def test_entries_that_are_none_are_counted(tmp_path: Path, save: Save) -> None:
     boxes = [None, {}, box([]), box(1, bbox=[1, 2]), box(1, bbox="1,2,3,4"), box(1, bbox={}), box(1)]
     found = read(tmp_path, [*entries, image(1, "a.jpg")], boxes)
     assert left_sides(found) == {"a.jpg": [5]}
-    assert found.dropped_pictures == {"entry without id, file name or box": len(entries)}
+    assert found.dropped_images == {"entry without id, file name or box": len(entries)}
     assert found.dropped_boxes == {"entry without id, file name or box": len(boxes) - 1}
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_pictures_without_any_box(tmp_path: Path, save: Save, masks: bool) -> None:
+def test_images_without_any_box(tmp_path: Path, save: Save, masks: bool) -> None:
     save("pics/a.jpg")
     read(tmp_path, [image(1, "a.jpg")], [])
     found = read_coco(tmp_path / "a.json", tmp_path / "pics", masks)
@@ -203,7 +203,7 @@ def test_json_of_other_encodings(tmp_path: Path, save: Save, encoding: str) -> N
     assert left_sides(read_coco(tmp_path / "a.json", tmp_path / "pics")) == {"ä.jpg": [5]}
 
 
-def test_files_that_systems_leave_are_no_pictures(tmp_path: Path, save: Save) -> None:
+def test_files_that_systems_leave_are_no_images(tmp_path: Path, save: Save) -> None:
     save("pics/a.jpg")
     for name in ("._a.jpg", ".DS_Store", "Thumbs.db", "__MACOSX/b.jpg", "__MACOSX/._a.jpg"):
         (tmp_path / "pics" / name).parent.mkdir(exist_ok=True)

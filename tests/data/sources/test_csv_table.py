@@ -36,8 +36,8 @@ def test_spreadsheets(tmp_path: Path, save: Save, content: bytes) -> None:
     (record,) = found.records()
     assert [(box.x1, box.y1, box.x2, box.y2, box.label) for box in record.boxes] == [(1.5, 2, 30, 20, "dog")]
     assert not found.dropped_boxes
-    assert not found.dropped_pictures
-    assert found.pictures["key"].to_list() == ["a"]
+    assert not found.dropped_images
+    assert found.images["key"].to_list() == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_lines_are_counted_by_what_is_wrong_with_them(tmp_path: Path, save: Save
     assert found.dropped_boxes == {
         "flag that is neither yes nor no": 1,
         "ambiguous name": 1,
-        "picture missing": 1,
+        "image missing": 1,
     }
-    assert found.dropped_pictures == {"ambiguous name": 1, "picture missing": 1}
+    assert found.dropped_images == {"ambiguous name": 1, "image missing": 1}
     assert "'gone.jpg', which is not in" in found.notes[0]

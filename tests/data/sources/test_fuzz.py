@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
-from pbe.data.sources.reading import SourceOptions, read_source
+from pbe.data.sources.read import SourceOptions, read_source
 from tests.fuzzing import damaged_bytes, damaged_json, damaged_text, outcome
 
 COCO = {
@@ -103,7 +103,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def pictures() -> dict[str, bytes]:
+def images() -> dict[str, bytes]:
     values = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(values).save(file, "JPEG")
@@ -113,7 +113,7 @@ def pictures() -> dict[str, bytes]:
 def read(source: str, masks: bool) -> Counter[str]:
     """Read a source with all that is in it, masks included; what was dropped."""
     found = read_source(source, SourceOptions(masks=masks))
-    dropped = found.dropped_pictures + found.dropped_boxes
+    dropped = found.dropped_images + found.dropped_boxes
     for record in found.records():
         for box in record.boxes:
             try:
@@ -135,10 +135,10 @@ def damage(name: str, rng: random.Random) -> bytes:
     return damaged_bytes(content, rng)
 
 
-def fuzz(name: str, folder: Path, pictures: dict[str, bytes], rounds: int) -> set[str]:
+def fuzz(name: str, folder: Path, images: dict[str, bytes], rounds: int) -> set[str]:
     """Read a set whose file is damaged in as many ways; what comes of it."""
     case = CASES[name]
-    for path, file in (pictures | case.files).items():
+    for path, file in (images | case.files).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(file)
     source = case.source.replace("{}", str(folder))
@@ -155,9 +155,9 @@ def fuzz(name: str, folder: Path, pictures: dict[str, bytes], rounds: int) -> se
 
 @pytest.mark.parametrize("name", CASES)
 def test_damage_is_read_or_refused_in_one_line(
-    name: str, tmp_path: Path, pictures: dict[str, bytes], capfd: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, images: dict[str, bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = fuzz(name, tmp_path, pictures, 25)
+    outcomes = fuzz(name, tmp_path, images, 25)
     assert capfd.readouterr().err == ""
     assert len(outcomes) > 1, "some damage is noticed"
 
@@ -165,5 +165,5 @@ def test_damage_is_read_or_refused_in_one_line(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CASES)
-def test_much_damage(name: str, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    fuzz(name, tmp_path, pictures, 1000)
+def test_much_damage(name: str, tmp_path: Path, images: dict[str, bytes]) -> None:
+    fuzz(name, tmp_path, images, 1000)

@@ -98,11 +98,11 @@ def test_owners_of_masks(tmp_path: Path, save: Save) -> None:
         "ä.jpg": 1,
         "B.JPG": 1,
     }
-    assert found.dropped_boxes == {"mask without a picture": 1}
-    assert "masks/c.png' (1 in all) belongs to no picture" in found.notes[0]
+    assert found.dropped_boxes == {"mask without an image": 1}
+    assert "masks/c.png' (1 in all) belongs to no image" in found.notes[0]
     text = next(found.records()).boxes[0].mask
     assert mask_box(load_mask(text, 40, 30).pixels) == (8, 4, 20, 10)
     for path in (tmp_path / "images").iterdir():
         path.rename(path.with_name(f"x{path.name}"))
-    with pytest.raises(UserError, match="no mask has a picture"):
+    with pytest.raises(UserError, match="no mask has an image"):
         read_mask_folder(tmp_path)

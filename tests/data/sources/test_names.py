@@ -90,7 +90,7 @@ def test_a_mismatch_is_explained_in_a_line() -> None:
         " the nearest file is 'sub/photo_1.jpg'"
     )
     assert "no file there has a name like it" in matcher.explain(["qqqqqqq"], "boxes.json")
-    assert "holds no pictures" in NameMatcher([], Path("p")).explain(["a\nb"], "boxes.json")
+    assert "holds no images" in NameMatcher([], Path("p")).explain(["a\nb"], "boxes.json")
 
 
 def test_the_nearest_file_is_first_one_of_the_same_name() -> None:

@@ -41,8 +41,8 @@ def test_version_4(tmp_path: Path, save: Callable[..., Path]) -> None:
     assert [b.label for b in first.boxes] == ["Müsli", "Person, any", "Person, any"]
     assert [b.flags for b in first.boxes] == [set(), {"is_truncated"}, {"is_group_of", "is_depiction"}]
     assert second.boxes == ()
-    assert found.dropped_pictures == {"picture missing": 1}
-    assert found.dropped_boxes == {"picture missing": 1}
+    assert found.dropped_images == {"image missing": 1}
+    assert found.dropped_boxes == {"image missing": 1}
 
 
 def test_version_6_columns_in_another_order_and_windows_line_ends(
@@ -70,20 +70,20 @@ def test_other_splits_flat(tmp_path: Path, save: Callable[..., Path], split: str
     assert read_open_images(tmp_path, split=split).boxes.height == 3
 
 
-def test_a_picture_that_lies_in_two_folders_counts_once(tmp_path: Path, save: Callable[..., Path]) -> None:
+def test_a_image_that_lies_in_two_folders_counts_once(tmp_path: Path, save: Callable[..., Path]) -> None:
     save("train_0/000002b66c9c498e.jpg")
     save("train_1/000002b66c9c498e.jpg")
     (tmp_path / "train-annotations-bbox.csv").write_text(V4)
     found = read_open_images(tmp_path)
     assert found.boxes.height == 3
-    assert found.dropped_pictures["picture found twice"] == 1
+    assert found.dropped_images["image found twice"] == 1
 
 
 def test_complaints(tmp_path: Path, save: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="no train-annotations-bbox"):
         read_open_images(tmp_path)
     (tmp_path / "train-annotations-bbox.csv").write_text("ImageID,XMin\na,1\n")
-    with pytest.raises(UserError, match="no pictures of the train split"):
+    with pytest.raises(UserError, match="no images of the train split"):
         read_open_images(tmp_path)
     save("train/a.jpg")
     with pytest.raises(UserError, match="lacks the columns LabelName, YMin, XMax, YMax"):

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.sources import json_stream
+from pbe.data.sources import parsing
+from pbe.data.sources.annotations import ImageRecord
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.masks import BadMaskError, load_mask, mask_box, read_mask_folder
-from pbe.data.sources.records import PictureRecord
 from pbe.data.sources.voc import read_voc
 from pbe.data.sources.yolo import read_yolo
 from pbe.errors import UserError
@@ -51,7 +51,7 @@ VOC = """\
 """
 
 
-def corners(record: PictureRecord) -> list[tuple[float, float, float, float]]:
+def corners(record: ImageRecord) -> list[tuple[float, float, float, float]]:
     return [(box.x1, box.y1, box.x2, box.y2) for box in record.boxes]
 
 
@@ -67,7 +67,7 @@ def coco(tmp_path: Path, save: Save) -> Path:
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_coco(coco: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    monkeypatch.setattr(parsing, "CHUNK", chunk)
     found = read_coco(coco, coco.parent / "val")
     records = {record.name: record for record in found.records()}
     dog = records["ünï code 1.jpg"]
@@ -76,8 +76,8 @@ def test_coco(coco: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert dog.boxes[1].flags == {"is_group_of"}
     assert dog.licence == "Attribution License"
     assert records["empty.png"].boxes == records["unknown.jpg"].boxes == ()
-    assert found.dropped_pictures == {"picture missing": 1, "entry without id, file name or box": 1}
-    assert found.dropped_boxes == {"picture missing": 1, "entry without id, file name or box": 1}
+    assert found.dropped_images == {"image missing": 1, "entry without id, file name or box": 1}
+    assert found.dropped_boxes == {"image missing": 1, "entry without id, file name or box": 1}
 
 
 def test_coco_masks(coco: Path) -> None:
@@ -99,10 +99,10 @@ def test_json_that_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"a\.json' (is not valid JSON|holds a list)"):
-        list(json_stream.stream_arrays(path))
+        list(parsing.stream_arrays(path))
 
 
-def test_json_without_pictures(tmp_path: Path) -> None:
+def test_json_without_images(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"annotations": []}')
     with pytest.raises(UserError, match="no 'images'"):
         read_coco(tmp_path / "a.json", tmp_path)
@@ -123,9 +123,9 @@ def test_voc(tmp_path: Path, save: Save) -> None:
         ("dog", {"is_truncated"}),
         ("cat", {"is_difficult"}),
     ]
-    assert (second.width, second.height) == (40, 30), "a size of zero is read from the picture"
-    assert found.dropped_pictures == {"picture missing": 1, "unreadable annotation": 1}
-    assert found.dropped_boxes == {"not a number": 2, "picture missing": 3}
+    assert (second.width, second.height) == (40, 30), "a size of zero is read from the image"
+    assert found.dropped_images == {"image missing": 1, "unreadable annotation": 1}
+    assert found.dropped_boxes == {"not a number": 2, "image missing": 3}
     first = next(read_voc(tmp_path, one_based=False).records())
     assert corners(first)[0] == (1, 3, 40, 30)
 
@@ -146,36 +146,36 @@ def test_yolo(tmp_path: Path, save: Save) -> None:
     assert np.allclose(corners(first), [(25, 20, 75, 30), (-10, -5, 30, 15), (0, 0, 50, 50)])
     assert [box.label for box in first.boxes] == ["a dog", "cat", "2"]
     assert second.boxes == third.boxes == ()
-    assert found.dropped_pictures == {"picture missing": 1}
-    assert found.dropped_boxes == {"not a number": 2, "picture missing": 1}
+    assert found.dropped_images == {"image missing": 1}
+    assert found.dropped_boxes == {"not a number": 2, "image missing": 1}
     (tmp_path / "labels" / "classes.txt").write_text("Hund\nKatze\n")
     (tmp_path / "data.yaml").unlink()
     assert next(read_yolo(tmp_path).records()).boxes[0].label == "Hund"
 
 
 def test_csv(tmp_path: Path, save: Save) -> None:
-    save("pictures/sub/a b.jpg")
+    save("images/sub/a b.jpg")
     (tmp_path / "boxes.csv").write_bytes(
         b"label,y2,file,x1,y1,x2,is_group_of\r\ncat,20,sub\\a b.jpg,1,2,10.5,1\r\n"
         b'"dog, big",NaN,sub/a b.jpg,1,2,10,0\r\nowl,20,gone.jpg,1,2,10,0\r\n'
     )
-    found = read_csv(tmp_path / "boxes.csv", tmp_path / "pictures")
+    found = read_csv(tmp_path / "boxes.csv", tmp_path / "images")
     (record,) = found.records()
     big, cat = record.boxes
     assert corners(record)[1] == (1, 2, 10.5, 20)
     assert (cat.label, big.label) == ("cat", "dog, big")
     assert (cat.flags, big.flags) == ({"is_group_of"}, set())
     assert big.y2 != big.y2
-    assert found.dropped_boxes == {"picture missing": 1}
+    assert found.dropped_boxes == {"image missing": 1}
     (tmp_path / "boxes.csv").write_text("file,x,y,width,height\nsub/a b.jpg,0.1,0.2,0.5,0.5\n")
-    (record,) = read_csv(tmp_path / "boxes.csv", tmp_path / "pictures", relative=True).records()
+    (record,) = read_csv(tmp_path / "boxes.csv", tmp_path / "images", relative=True).records()
     assert np.allclose(corners(record), [(4, 6, 24, 21)])
     (tmp_path / "boxes.csv").write_text("file,x1\na,1\n")
     with pytest.raises(UserError, match="lacks the columns x1, y1, x2, y2"):
-        read_csv(tmp_path / "boxes.csv", tmp_path / "pictures")
+        read_csv(tmp_path / "boxes.csv", tmp_path / "images")
     (tmp_path / "boxes.csv").write_text("")
     with pytest.raises(UserError, match="is not a CSV"):
-        read_csv(tmp_path / "boxes.csv", tmp_path / "pictures")
+        read_csv(tmp_path / "boxes.csv", tmp_path / "images")
 
 
 def test_mask_folder(tmp_path: Path, save: Save) -> None:
@@ -188,7 +188,7 @@ def test_mask_folder(tmp_path: Path, save: Save) -> None:
         cv2.imwrite(str(tmp_path / "masks" / name), mask)
     found = read_mask_folder(tmp_path)
     assert [len(record.boxes) for record in found.records()] == [2, 1, 2]
-    assert found.dropped_boxes == {"mask without a picture": 1}
+    assert found.dropped_boxes == {"mask without an image": 1}
     text = next(found.records()).boxes[0].mask
     assert mask_box(load_mask(text, 40, 30).pixels) == (8, 4, 20, 10)
     for values, reason in (

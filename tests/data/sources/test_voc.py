@@ -1,4 +1,4 @@
-"""Pascal VOC as tools write it: XMLs whose names are not their pictures'."""
+"""Pascal VOC as tools write it: XMLs whose names are not their images'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def left_sides(folder: Path, **options: object) -> dict[str, list[float]]:
     return {record.name: [box.x1 for box in record.boxes] for record in records}
 
 
-def test_the_filename_counts_where_no_picture_has_the_xmls_name(tmp_path: Path, save: Save) -> None:
+def test_the_filename_counts_where_no_image_has_the_xmls_name(tmp_path: Path, save: Save) -> None:
     for name in ("IMG_1.jpg", "2.jpg", "other.jpg", "3.jpg"):
         save(f"JPEGImages/{name}")
     write(tmp_path / "Annotations/0001.xml", "C:\\set\\IMG_1.jpg", 11)
@@ -35,12 +35,12 @@ def test_the_filename_counts_where_no_picture_has_the_xmls_name(tmp_path: Path, 
     assert left_sides(tmp_path) == {"IMG_1.jpg": [10], "2.jpg": [20], "3.jpg": [30], "other.jpg": []}
     write(tmp_path / "Annotations/3.xml", "other.jpg", 31)
     found = read_voc(tmp_path)
-    assert found.dropped_pictures == {"annotation whose name and <filename> are two pictures": 1}
-    assert found.dropped_boxes == {"annotation whose name and <filename> are two pictures": 1}
+    assert found.dropped_images == {"annotation whose name and <filename> are two images": 1}
+    assert found.dropped_boxes == {"annotation whose name and <filename> are two images": 1}
     assert found.boxes.height == 2
 
 
-def test_two_pictures_of_one_stem(tmp_path: Path, save: Save) -> None:
+def test_two_images_of_one_stem(tmp_path: Path, save: Save) -> None:
     save("JPEGImages/a.jpg")
     save("JPEGImages/a.png")
     write(tmp_path / "Annotations/a.xml", "a.png")
@@ -49,7 +49,7 @@ def test_two_pictures_of_one_stem(tmp_path: Path, save: Save) -> None:
     assert read_voc(tmp_path).dropped_boxes == {"ambiguous name": 1}
 
 
-def test_xmls_beside_their_pictures(tmp_path: Path, save: Save) -> None:
+def test_xmls_beside_their_images(tmp_path: Path, save: Save) -> None:
     save("a.jpg")
     write(tmp_path / "a.xml", "a.jpg")
     (tmp_path / "._a.xml").write_bytes(b"\x00\x05")
@@ -69,14 +69,14 @@ def test_values_of_every_form(tmp_path: Path, save: Save) -> None:
     assert found.dropped_boxes == {
         "not a number": 1,
         "flag that is neither yes nor no": 1,
-        "width or height that no picture has": 1,
+        "width or height that no image has": 1,
     }
     assert "3.jpg" not in records, "what is dropped is not counted without boxes as well"
     write(tmp_path / "Annotations/x.xml", "3.jpg")
     assert "names 'x.jpg', which is not in" in read_voc(tmp_path).notes[0], "3.jpg has its own XML"
     (tmp_path / "Annotations/3.xml").rename(tmp_path / "Annotations/y.xml")
     write(tmp_path / "Annotations/y.xml", "3.jpg", width=-3)
-    assert read_voc(tmp_path).dropped_boxes["width or height that no picture has"] == 2
+    assert read_voc(tmp_path).dropped_boxes["width or height that no image has"] == 2
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path, save: Save) -> None:
@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, save: Save) -> None:
     (tmp_path / "Annotations/b.xml").write_text("<annotation>")
     (tmp_path / "Annotations/c.xml").write_text("<html/>")
     found = read_voc(tmp_path)
-    assert found.dropped_pictures == {"unreadable annotation": 2}
+    assert found.dropped_images == {"unreadable annotation": 2}
     assert "b.xml' cannot be read: no element found: line 1, column 12" in found.notes[0]
     (tmp_path / "JPEGImages/a.jpg").rename(tmp_path / "JPEGImages/a_1.jpg")
     with pytest.raises(UserError, match=r"'a\.jpg', which is not in .* the nearest file is 'a_1\.jpg'"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.data.sources.records import Annotations
+from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.yolo import read_yolo
 from pbe.errors import UserError
 
@@ -137,15 +137,15 @@ def test_splits(tmp_path: Path, save: Save, train: str) -> None:
     write(tmp_path / "README.roboflow.txt", "a set")
     write(tmp_path / "data.yaml", f"train: {train}\nval: valid/images\nnames: [dog]\n")
     found = read_yolo(tmp_path)
-    assert found.pictures["name"].to_list() == ["train.jpg"]
+    assert found.images["name"].to_list() == ["train.jpg"]
     assert found.boxes["label"].to_list() == ["dog"]
-    assert not found.dropped_pictures
+    assert not found.dropped_images
     assert "the split train of" in found.notes[0]
-    assert read_yolo(tmp_path, split="validation").pictures["name"].to_list() == ["valid.jpg"]
+    assert read_yolo(tmp_path, split="validation").images["name"].to_list() == ["valid.jpg"]
     found = read_yolo(tmp_path / "train")
-    assert (found.boxes["label"].to_list(), +found.dropped_pictures) == (["dog"], {})
+    assert (found.boxes["label"].to_list(), +found.dropped_images) == (["dog"], {})
     (tmp_path / "data.yaml").unlink()
-    assert read_yolo(tmp_path).pictures["name"].to_list() == ["train.jpg"]
+    assert read_yolo(tmp_path).images["name"].to_list() == ["train.jpg"]
     with pytest.raises(UserError, match="holds train, valid; name one: yolo:"):
         read_yolo(tmp_path, split="test")
 
@@ -158,9 +158,9 @@ def test_splits_within_images_and_labels(tmp_path: Path, save: Save) -> None:
     metadata = "path: ../datasets/x\ntrain: images/train\nval: images/val\nnames: [dog]\n"
     write(tmp_path / "data.yaml", metadata)
     found = read_yolo(tmp_path)
-    assert (found.pictures["name"].to_list(), found.boxes["label"].to_list()) == (["train.jpg"], ["dog"])
+    assert (found.images["name"].to_list(), found.boxes["label"].to_list()) == (["train.jpg"], ["dog"])
     assert "the split train of" in found.notes[0]
-    assert read_yolo(tmp_path, split="validation").pictures["name"].to_list() == ["val.jpg"]
+    assert read_yolo(tmp_path, split="validation").images["name"].to_list() == ["val.jpg"]
     assert "all of images/ is read, not a split test" in read_yolo(tmp_path, split="test").notes[0]
     found = read_yolo(tmp_path / "labels/train", tmp_path / "images/train")
     assert found.boxes["label"].to_list() == ["dog"], "data.yaml is above the folder of labels"
@@ -177,7 +177,7 @@ def test_a_split_that_is_not_there(tmp_path: Path, save: Save) -> None:
     with pytest.raises(UserError, match=r"names '/content/other' for train, which is not there; name .*/one"):
         read_yolo(tmp_path)
     write(tmp_path / "data.yaml", "train: train.txt\nnames: [dog]\n")
-    with pytest.raises(UserError, match=r"is a list of pictures, 'train.txt'; name their folder"):
+    with pytest.raises(UserError, match=r"is a list of images, 'train.txt'; name their folder"):
         read_yolo(tmp_path)
 
 
@@ -188,20 +188,20 @@ def test_an_older_export_of_cvat(tmp_path: Path, save: Save) -> None:
     write(tmp_path / "obj.names", "dog\n")
     write(tmp_path / "obj.data", "classes = 1\n")
     found = read_yolo(tmp_path)
-    assert (found.boxes["label"].to_list(), +found.dropped_pictures) == (["dog"], {})
+    assert (found.boxes["label"].to_list(), +found.dropped_images) == (["dog"], {})
 
 
-def test_texts_and_pictures_that_do_not_fit(tmp_path: Path, save: Save) -> None:
+def test_texts_and_images_that_do_not_fit(tmp_path: Path, save: Save) -> None:
     for name in ("a.jpg", "b.jpg", "b.png", "C.JPG"):
         save(f"images/{name}")
     for name in ("a", "b", "c", "gone"):
         write(tmp_path / f"labels/{name}.txt", LINE)
     found = read_yolo(tmp_path)
     assert [len(record.boxes) for record in found.records()] == [1, 1, 0, 0]
-    assert found.dropped_boxes == found.dropped_pictures
-    assert found.dropped_boxes == {"ambiguous name": 1, "picture missing": 1}
+    assert found.dropped_boxes == found.dropped_images
+    assert found.dropped_boxes == {"ambiguous name": 1, "image missing": 1}
     assert "'gone', which is not in" in found.notes[0]
     for name in ("a", "b", "c"):
         (tmp_path / f"labels/{name}.txt").unlink()
-    with pytest.raises(UserError, match="no picture of the labels is there"):
+    with pytest.raises(UserError, match="no image of the labels is there"):
         read_yolo(tmp_path)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.packing.merge import held_out
+from pbe.data.packing.plan import held_out
+from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.csv_table import read_csv
-from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import coco_ee
 from pbe.evaluation.benchmark.coco_ee import (
@@ -248,7 +248,7 @@ def test_images_that_packing_holds_out_make_a_benchmark(
     splits: tuple[Annotations, Annotations], tmp_path: Path
 ) -> None:
     sources, _ = splits
-    names = sources.pictures["name"].to_list()
+    names = sources.images["name"].to_list()
     wanted = {int(Path(name).stem) for name, out in zip(names, held_out(names, 0.5), strict=True) if out}
     settings = BuildSettings(cases=0, size=32)
     build_benchmark(sources, None, tmp_path / "bench", settings, validation_share=0.5)
@@ -275,7 +275,7 @@ def test_colours_are_those_that_training_sees(tmp_path: Path) -> None:
 def test_command_line(
     splits: tuple[Annotations, Annotations], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    val, train = (Path(found.pictures["path"][0]).parent for found in splits)
+    val, train = (Path(found.images["path"][0]).parent for found in splits)
     bench = tmp_path / "bench"
     sources = ["--sources", f"csv:{val / 'boxes.csv'}", "--exemplars", f"csv:{train / 'boxes.csv'}"]
     assert command.main([*sources, "--out", str(bench), "--cases", "3"]) == 0

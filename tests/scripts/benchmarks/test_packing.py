@@ -29,10 +29,10 @@ def test_synthetic_open_images_is_one(tmp_path: Path) -> None:
     assert (table["XMax"] >= table["XMin"]).all()
     assert table.columns[:5] == ["ImageID", "Source", "LabelName", "Confidence", "XMin"]
     found = read_open_images(tmp_path / "oi")
-    assert found.pictures.height == 400
-    assert found.pictures["bytes"].unique().to_list() == [295_000]
-    assert found.pictures["licence"].null_count() == 0
-    assert 0 < found.dropped_pictures.total() < 60
+    assert found.images.height == 400
+    assert found.images["bytes"].unique().to_list() == [295_000]
+    assert found.images["licence"].null_count() == 0
+    assert 0 < found.dropped_images.total() < 60
     assert found.boxes.height + found.dropped_boxes.total() == 3000
 
 

@@ -15,7 +15,7 @@ import pytest
 from pbe.data.shards.format import ShardWriter
 from pbe.errors import UserError
 from tests.commands import prepare as prepare_data
-from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of, run
+from tests.data.packing.support import contents, make_plain, pack, pack_straight, request_of, run
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_full_disk(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "add", full)
-        with pytest.raises(UserError, match="No space left on device; afterwards the same command"):
+        with pytest.raises(UserError, match="No space left on device; afterwards the same command resumes"):
             pack(request, workers=0)
     assert not list(request.out.glob("*.tar"))
     assert not list(request.out.glob(".*.tmp"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pbe.errors import UserError
-from tests.data.packing_support import contents, make_plain, pack, pack_straight, request_of
+from tests.data.packing.support import contents, make_plain, pack, pack_straight, request_of
 
 
 class RemoteTask:

@@ -1,4 +1,4 @@
-"""Headers of picture files: damage in the metadata is none in the pixels."""
+"""Headers of image files: damage in the metadata is none in the pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
+from pbe.data.sources.image_files import UnreadableImageError, inspect_image
 
 VALUES = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
 
@@ -41,8 +41,8 @@ DAMAGED = {
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_metadata_harm_no_pixel(kind: str, recwarn: pytest.WarningsRecorder) -> None:
-    header = inspect_picture(DAMAGED[kind])
-    assert (header.width, header.height, header.orientation, header.frames) == (40, 30, 1, 1)
+    header = inspect_image(DAMAGED[kind])
+    assert (*header.stored_size, header.orientation, header.frames) == (40, 30, 1, 1)
     assert header.extension == {"J": "jpg", "P": "png", "W": "webp"}[kind[0]]
     assert not recwarn.list
 
@@ -51,12 +51,12 @@ def test_damaged_metadata_harm_no_pixel(kind: str, recwarn: pytest.WarningsRecor
 def test_orientations(orientation: int, expected: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert inspect_picture(encoded("JPEG", exif=exif)).orientation == expected
+    assert inspect_image(encoded("JPEG", exif=exif)).orientation == expected
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"text", encoded("PNG")[:200], encoded("JPEG")[:200], b"\xff\xd8\xff\xd9" * 9]
 )
 def test_damaged_pixels_are_refused(content: bytes) -> None:
-    with pytest.raises(UnreadablePictureError):
-        inspect_picture(content)
+    with pytest.raises(UnreadableImageError):
+        inspect_image(content)

@@ -1,4 +1,4 @@
-"""What the tests of packing share: pictures of noise, a request, and everything that a packing leaves."""
+"""What the tests of packing share: images of noise, a request, and everything that a packing leaves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.pack import PackResult, pack_all
 from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.request import PackRequest
+from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.csv_table import read_csv
-from pbe.data.sources.records import Annotations
 
 
 def noise(width: int = 100, height: int = 80, seed: int = 0) -> Image.Image:
@@ -44,7 +44,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def make_plain(folder: Path) -> Path:
-    """Fill a folder with 30 pictures of a box each, and names that collide once dots and spaces are gone."""
+    """Fill a folder with 30 images of a box each, and names that collide once dots and spaces are gone."""
     lines = ["file,x1,y1,x2,y2,label"]
     for number in range(30):
         name = ("a b.jpg", "a.b.jpg", "a_b.jpg")[number] if number < 3 else f"p{number}.jpg"

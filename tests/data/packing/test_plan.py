@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.data.packing.claim import PackRequest
-from pbe.data.packing.merge import held_out
 from pbe.data.packing.pack import PackResult
-from pbe.data.packing.plan import PackSettings
+from pbe.data.packing.plan import PackSettings, held_out
+from pbe.data.packing.request import PackRequest
 from pbe.data.shards.archive import ShardPictures
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
 from tests.commands import prepare as prepare_data
-from tests.data.packing_support import contents, noise, run
+from tests.data.packing.support import contents, noise, run
 
 
 def make_images(folder: Path, names: list[str]) -> Path:
@@ -46,8 +45,8 @@ def packed(
         tmp_path / "out",
     )
     result = run(request)
-    pictures = ShardPictures(request.out)
-    notes = [pictures.annotation(number) for number in range(len(pictures))]
+    images = ShardPictures(request.out)
+    notes = [images.annotation(number) for number in range(len(images))]
     return result, {note["source"]: [tuple(box["xyxy"]) for box in note["boxes"]] for note in notes}
 
 
@@ -182,8 +181,8 @@ def split(table: Path, out: Path, *options: str) -> dict[str, set[str]]:
     assert prepare_data.main([*arguments, *options]) == 0
     found = {}
     for side in ("train", "validation"):
-        pictures = ShardPictures(out / side)
-        found[side] = {pictures.annotation(number)["source"] for number in range(len(pictures))}
+        images = ShardPictures(out / side)
+        found[side] = {images.annotation(number)["source"] for number in range(len(images))}
     return found
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.packing import claim as packing_claim
 from pbe.errors import UserError
 from tests.commands import prepare as prepare_data
-from tests.data.packing_support import contents, make_plain, noise, pack, request_of, run
+from tests.data.packing.support import contents, make_plain, noise, pack, request_of, run
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_a_run_that_waited_for_one_that_failed(plain: Path, tmp_path: Path) -> N
     reached, go_on = threading.Event(), threading.Event()
 
     def fail() -> None:
-        with packing_claim.reserved(request):
+        with request.planning():
             reached.set()
             go_on.wait(30)
             raise UserError("a mistake")

@@ -11,7 +11,7 @@ import pytest
 
 from pbe.data.datamodule import CounterSampler, CountingLoader
 from tests.commands import prepare as prepare_data
-from tests.data.packing_support import noise
+from tests.data.packing.support import noise
 from tests.data.test_datamodule import make_module
 
 PICTURES, BOXES = 24, 48

@@ -1,16 +1,16 @@
-"""Naming a source in a word, ``KIND:PATH`` or ``KIND:PATH@PICTURES``, and reading it."""
+"""Naming a source in a word, ``KIND:PATH`` or ``KIND:PATH@IMAGES``, and reading it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
-from pbe.data.sources.files import need_file
+from pbe.data.sources.image_files import need_file
 from pbe.data.sources.masks import read_mask_folder
 from pbe.data.sources.open_images import read_open_images
-from pbe.data.sources.records import Annotations
 from pbe.data.sources.voc import read_voc
 from pbe.data.sources.yolo import read_yolo
 from pbe.errors import UserError
@@ -36,22 +36,14 @@ class SourceOptions:
 
 
 def parse_source(text: str) -> tuple[str, Path, Path | None]:
-    """Split KIND:PATH@PICTURES; the pictures may be left out.
-
-    Raises:
-        UserError: it is not of this form.
-    """
+    """Split KIND:PATH@IMAGES; the images may be left out."""
     kind, separator, rest = text.partition(":")
     if kind not in KINDS or not separator or not rest:
         raise UserError(
-            f"source '{text}' is not KIND:PATH or KIND:PATH@PICTURES with a kind of {', '.join(KINDS)}"
+            f"source '{text}' is not KIND:PATH or KIND:PATH@IMAGES with a kind of {', '.join(KINDS)}"
         )
     whole = Path(rest).expanduser()
-    cuts = [
-        place
-        for place, character in enumerate(rest)
-        if character == "@" and rest[:place] and rest[place + 1 :]
-    ]
+    cuts = [place for place, sign in enumerate(rest) if sign == "@" and 0 < place < len(rest) - 1]
     if whole.exists() or not cuts:
         return kind, whole, None
     parts = [(Path(rest[:cut]).expanduser(), Path(rest[cut + 1 :]).expanduser()) for cut in cuts]
@@ -62,11 +54,7 @@ def parse_source(text: str) -> tuple[str, Path, Path | None]:
 
 
 def read_source(text: str, options: SourceOptions) -> Annotations:
-    """Read the annotations of one source.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """Read the annotations of one source."""
     kind, path, images = parse_source(text)
     if kind == "open-images":
         return read_open_images(path, images, options.split)

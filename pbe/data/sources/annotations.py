@@ -1,0 +1,223 @@
+"""What every source yields: images and their boxes, as columns for millions and as typed records for one.
+
+``Annotations`` holds two tables. Coordinates are either all relative (0 to 1) or all in pixels; an image's
+size may be unknown until its file is opened, which :meth:`Annotations.records` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pbe.data.sources.image_files import (
+    UnreadableImageError,
+    find_files,
+    inspect_image,
+    is_image,
+    need_folder,
+)
+from pbe.errors import UserError
+
+FLAGS = ("is_group_of", "is_depiction", "is_occluded", "is_truncated", "is_inside", "is_difficult")
+FLAG_BITS = {name: 1 << position for position, name in enumerate(FLAGS)}
+CORNERS = ("x1", "y1", "x2", "y2")
+
+# Reasons that several sources count under.
+MISSING = "image missing"
+BAD_NUMBER = "not a number"
+BAD_FLAG = "flag that is neither yes nor no"
+BAD_SIZE = "width or height that no image has"
+AMBIGUOUS_ID = "id of several images"
+OTHER_SIZES = "annotated with several sizes"
+BAD_NAME = "file name is not UTF-8"
+TWICE = "image found twice"
+AMBIGUOUS_STEM = "different images of one name"
+
+IMAGE_COLUMNS: dict[str, Any] = {
+    "path": pl.String,
+    "name": pl.String,
+    "key": pl.String,
+    "bytes": pl.Int64,
+    "width": pl.Int32,
+    "height": pl.Int32,
+    "licence": pl.String,
+    "author": pl.String,
+}
+BOX_COLUMNS: dict[str, Any] = {
+    "image": pl.UInt32,
+    **dict.fromkeys(CORNERS, pl.Float64),
+    "label": pl.Categorical,
+    "flags": pl.UInt8,
+    "mask": pl.String,
+}
+
+
+@dataclass(frozen=True)
+class SourceBox:
+    """A box in pixels of its image, x2 and y2 exclusive, with what its source says about it.
+
+    The corners may lie outside the image or be NaN (then ``mask`` gives the box). ``label`` and ``mask`` are
+    empty where the source names none; :mod:`pbe.data.sources.masks` says what ``mask`` may hold.
+    """
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    label: str = ""
+    flags: frozenset[str] = frozenset()
+    mask: str = ""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image with its boxes; licence and author are empty where not given."""
+
+    path: Path
+    name: str  # of the file within its source
+    width: int  # pixels, in the frame that the boxes were drawn in
+    height: int
+    boxes: tuple[SourceBox, ...]
+    licence: str = ""
+    author: str = ""
+
+
+@dataclass
+class Annotations:
+    """The images of one source that exist, and their boxes.
+
+    ``images`` has :data:`IMAGE_COLUMNS`, with null where the source gives no size, and ``boxes`` has
+    :data:`BOX_COLUMNS`, sorted by ``image``, a row of ``images``. ``notes`` are lines for the user: what was
+    decided, and the first of the names without a file.
+    """
+
+    images: pl.DataFrame
+    boxes: pl.DataFrame
+    relative: bool  # coordinates are shares of width and height instead of pixels
+    dropped_images: Counter[str] = field(default_factory=Counter)  # what could not be used, by reason
+    dropped_boxes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def records(self, unreadable: list[Path] | None = None) -> Iterator[ImageRecord]:
+        """Yield every image with its boxes in pixels; sizes that are not given are read from the files.
+
+        Args:
+            unreadable: takes images of unknown size that cannot be opened, and are passed over; without it
+                they are a UserError.
+        """
+        start = 0
+        rows = pl.Series(range(self.images.height), dtype=pl.UInt32)
+        ends = self.boxes["image"].search_sorted(rows, "right")
+        for row, end in zip(self.images.iter_rows(named=True), ends.to_list(), strict=True):
+            width, height, path = row["width"], row["height"], Path(row["path"])
+            first, start = start, end
+            if width is None or height is None:
+                try:
+                    width, height = inspect_image(path.read_bytes()).displayed_size
+                except (OSError, UnreadableImageError) as error:
+                    if unreadable is None:
+                        raise UserError(f"'{path}' cannot be read: {error}") from error
+                    unreadable.append(path)
+                    continue
+            across, down = (width, height) if self.relative else (1, 1)
+            own = self.boxes.slice(first, end - first).iter_rows(named=True)
+            boxes = tuple(_typed_box(box, across, down) for box in own)
+            licence, author = row["licence"] or "", row["author"] or ""
+            yield ImageRecord(path, row["name"], width, height, boxes, licence, author)
+
+
+def _typed_box(row: dict[str, Any], across: int, down: int) -> SourceBox:
+    x1, y1, x2, y2 = (math.nan if row[name] is None else row[name] for name in CORNERS)
+    return SourceBox(
+        x1=x1 * across,
+        y1=y1 * down,
+        x2=x2 * across,
+        y2=y2 * down,
+        label=str(row["label"] or ""),
+        flags=flag_names(row["flags"]),
+        mask=row["mask"] or "",
+    )
+
+
+def flag_names(bits: int) -> frozenset[str]:
+    """Return the names of the flags set in ``bits``."""
+    return frozenset(name for name, bit in FLAG_BITS.items() if bits & bit)
+
+
+def complete(images: pl.DataFrame, **columns: Mapping[int, Any]) -> pl.DataFrame:
+    """Return a table with every column of :data:`IMAGE_COLUMNS`, in their order; what is left out is null.
+
+    Args:
+        images: some of the columns.
+        columns: values of others by row.
+    """
+    given = [
+        pl.Series(name, [values.get(row) for row in range(images.height)], IMAGE_COLUMNS[name])
+        for name, values in columns.items()
+    ]
+    table = images.with_columns(given)
+    absent = [name for name in IMAGE_COLUMNS if name not in table.columns]
+    return table.with_columns(pl.lit(None).alias(name) for name in absent).select(
+        pl.col(name).cast(kind) for name, kind in IMAGE_COLUMNS.items()
+    )
+
+
+def find_images(
+    folders: Sequence[Path], *, stems: bool = False, root: Path | None = None
+) -> tuple[pl.DataFrame, Counter[str]]:
+    """Return the table of all images below some folders, sorted by name, and what was dropped.
+
+    Args:
+        folders: walked in this order.
+        stems: the key is the file's name without folders and ending; of files with the same key and number of
+            bytes the first is taken, of others none. Else it is the name within the root, ending included.
+        root: names are within this folder; with none, within each of ``folders``.
+    """
+    schema = {name: IMAGE_COLUMNS[name] for name in ("name", "bytes")}
+    tables = [pl.DataFrame(schema={"path": pl.String, **schema})]
+    dropped: Counter[str] = Counter()
+    for folder in folders:
+        files, bad = find_files(need_folder(folder, "the folder of images"))
+        dropped[BAD_NAME] += bad
+        start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
+        table = pl.DataFrame([file for file in files if is_image(file[0])], schema=schema, orient="row")
+        within, name = pl.lit(f"{folder}/") + pl.col("name"), pl.lit(start) + pl.col("name")
+        tables.append(table.select(within.alias("path"), name.alias("name"), "bytes"))
+    table = pl.concat(tables)
+    stem = pl.col("name").str.replace(r"^.*/", "").str.replace(r"\.[^.]*$", "")
+    table = table.with_columns((stem if stems else pl.col("name")).alias("key"))
+    copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
+    unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
+    alike = int(copies.sum())
+    dropped[TWICE] += alike - unique.height
+    dropped[AMBIGUOUS_STEM] += table.height - alike
+    return complete(unique), +dropped
+
+
+def box_table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
+    """Return a table of boxes from tuples in the order of :data:`BOX_COLUMNS`, sorted by image."""
+    table = pl.DataFrame(rows, schema={**BOX_COLUMNS, "label": pl.String}, orient="row")
+    return table.with_columns(pl.col("label").cast(pl.Categorical)).sort("image", maintain_order=True)
+
+
+def take_images(
+    images: pl.DataFrame, boxes: pl.DataFrame, rows: np.ndarray
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return some rows of ``images``, in the order given, and their boxes, renumbered and sorted."""
+    gone = np.iinfo(np.uint32).max
+    place = np.full(images.height, gone, np.uint32)
+    place[rows] = np.arange(len(rows), dtype=np.uint32)
+    moved = place[boxes["image"].to_numpy()]
+    taken = boxes.with_columns(pl.Series("image", moved))
+    if (moved == gone).any():
+        taken = taken.filter(pl.col("image") != gone)
+    if not taken["image"].is_sorted():  # sorting takes far more memory than the rows
+        taken = taken.sort("image", maintain_order=True)
+    return images[rows], taken
