@@ -11,7 +11,7 @@ from PIL import Image
 
 from pbe.data.samples.colour import convert_profile
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import UnusablePictureError, decode, decode_picture
+from pbe.data.samples.decode import UnusableImageError, decode, decode_image
 from pbe.data.sources.pictures import PictureHeader, UnreadablePictureError
 
 HASH_SIDE, HASH_BITS = 32, 8
@@ -24,14 +24,14 @@ NO_RANGE = "values beyond 16 bits, which are no colours"
 def _decode(encoded: bytes, flag: int) -> np.ndarray:
     try:
         return decode(encoded, flag)
-    except UnusablePictureError as error:
+    except UnusableImageError as error:
         raise UnreadablePictureError(CANNOT_DECODE) from error
 
 
 def _decode_colours(encoded: bytes) -> np.ndarray:
     try:
-        return decode_picture(encoded)
-    except UnusablePictureError as error:
+        return decode_image(encoded)
+    except UnusableImageError as error:
         raise UnreadablePictureError(CANNOT_DECODE) from error
 
 

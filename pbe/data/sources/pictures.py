@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
+from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusableImageError, decode
 
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 STARTS = {JPEG_START: "jpg", PNG_START: "png"}
@@ -116,7 +116,7 @@ def _by_pixels(encoded: bytes, error: Exception) -> PictureHeader:
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
         try:
             height, width = decode(encoded, flags).shape[:2]
-        except UnusablePictureError as damage:
+        except UnusableImageError as damage:
             raise UnreadablePictureError(_reason(error)) from damage
         return PictureHeader(start, width, height, 1, 1)
     raise UnreadablePictureError(_reason(error)) from error

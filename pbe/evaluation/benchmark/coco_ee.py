@@ -14,7 +14,7 @@ import numpy as np
 from pbe.data.packing.merge import held_out
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import UnusablePictureError, decode_picture
+from pbe.data.samples.decode import UnusableImageError, decode_image
 from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
 from pbe.data.sources.records import Annotations, PictureRecord, SourceBox
 from pbe.errors import UserError
@@ -223,8 +223,8 @@ def _read(path: Path, width: int, height: int) -> np.ndarray | None:
         header = inspect_picture(encoded)
         if header.orientation != 1 or header.stored_size != (width, height):
             return None
-        return cv2.cvtColor(decode_picture(encoded), cv2.COLOR_RGB2BGR)
-    except (OSError, UnreadablePictureError, UnusablePictureError):
+        return cv2.cvtColor(decode_image(encoded), cv2.COLOR_RGB2BGR)
+    except (OSError, UnreadablePictureError, UnusableImageError):
         return None
 
 

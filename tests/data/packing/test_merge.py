@@ -15,7 +15,7 @@ from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.merge import held_out
 from pbe.data.packing.pack import PackResult
 from pbe.data.packing.plan import PackSettings
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
 from scripts import prepare_data
@@ -46,7 +46,7 @@ def packed(
         tmp_path / "out",
     )
     result = run(request)
-    pictures = ShardPictures(request.out)
+    pictures = ShardImages(request.out)
     notes = [pictures.annotation(number) for number in range(len(pictures))]
     return result, {note["source"]: [tuple(box["xyxy"]) for box in note["boxes"]] for note in notes}
 
@@ -112,7 +112,7 @@ def test_shares_and_pixels_of_one_image(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     result = run(request)
-    boxes = ShardPictures(request.out).annotation(0)["boxes"]
+    boxes = ShardImages(request.out).annotation(0)["boxes"]
     assert [(box["label"], box["xyxy"]) for box in boxes] == [
         ("cat", [10, 10, 60, 60]),
         ("dog", [20, 20, 70, 60]),
@@ -182,7 +182,7 @@ def split(table: Path, out: Path, *options: str) -> dict[str, set[str]]:
     assert prepare_data.main([*arguments, *options]) == 0
     found = {}
     for side in ("train", "validation"):
-        pictures = ShardPictures(out / side)
+        pictures = ShardImages(out / side)
         found[side] = {pictures.annotation(number)["source"] for number in range(len(pictures))}
     return found
 
