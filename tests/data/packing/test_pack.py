@@ -135,7 +135,7 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
         for row in range(len(table)):
             entry = pictures[position]
             assert entry.key == table.key(row)
-            assert entry.picture == (table.picture_offset[row], table.picture_size[row])
+            assert entry.image == (table.picture_offset[row], table.picture_size[row])
             assert entry.annotation == (table.json_offset[row], table.json_size[row])
             encoded, annotation = pictures.image(position), pictures.annotation(position)
             assert digest(encoded) == table.picture_hash[row].tobytes()
