@@ -43,17 +43,24 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
+def is_section(item: Field[Any]) -> bool:
+    """Tell whether a field holds a section of its own."""
+    return isinstance(item.default_factory, type) and is_dataclass(item.default_factory)
+
+
 def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
     """Yield the dotted name and the dataclass of each section, the whole one first under an empty name."""
     yield prefix.rstrip("."), cls
     for item in fields(cls):
-        if isinstance(item.default_factory, type) and is_dataclass(item.default_factory):
-            yield from sections(item.default_factory, f"{prefix}{item.name}.")
+        if is_section(item):
+            yield from sections(item.default_factory, f"{prefix}{item.name}.")  # type: ignore[arg-type]
 
 
 def row(key: str, item: Field[Any], meaning: str) -> str:
     """Return the table row of one value."""
-    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    default: Any = item.default
+    if item.default_factory is not MISSING:
+        default = item.default_factory()
     allowed = ", ".join(f"`{each}`" for each in item.metadata.get("choices", ()) if each != "")
     if "range" in item.metadata:
         low, high = item.metadata["range"]
@@ -71,7 +78,7 @@ def configuration() -> str:
     ]
     for name, cls in sections(Config):
         told = meanings(cls)
-        own = [item for item in fields(cls) if not is_dataclass(item.default_factory)]
+        own = [item for item in fields(cls) if not is_section(item)]
         if missing := [item.name for item in own if item.name not in told]:
             raise UserError(f"{cls.__name__} has no docstring under: {', '.join(missing)}")
         parts.append(f"## {name or 'The whole'}\n\n{inspect.getdoc(cls)}")
