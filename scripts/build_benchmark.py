@@ -18,8 +18,9 @@ from pbe.data.sources.reading import SourceOptions, read_source
 from pbe.data.sources.records import Annotations
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.coco_ee import SIZE, BuildSettings, build_benchmark, read_benchmark
-from pbe.evaluation.benchmark.toy_export import IMAGE_SIZE, export_toy_benchmark
+from pbe.evaluation.benchmark.build import BuildSettings, build_benchmark
+from pbe.evaluation.benchmark.coco_ee import SIZE, read_benchmark
+from pbe.evaluation.benchmark.toy import IMAGE_SIZE, export_toy_benchmark
 
 MAKING = frozenset({"out", "cases", "seed", "size"})
 # Which options go with each of the three things to do.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pbe.cli.parser import Parser, run_command
 from pbe.editing.batch.records import write_picture
 from pbe.errors import UserError
-from pbe.evaluation.metrics.set_scores import PictureFolder, read_picture
+from pbe.evaluation.metrics.sets import ImageFolder, read_image
 from pbe.evaluation.metrics.towers import centre_crop
 from pbe.files import make_folder
 
@@ -53,7 +53,7 @@ def crop(options: argparse.Namespace) -> int:
     """
     if options.size < 1 or options.workers < 1:
         raise UserError("--size and --workers must be at least 1")
-    paths = PictureFolder(options.pictures).paths
+    paths = ImageFolder(options.pictures).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise UserError(f"'{options.pictures}' holds {times} pictures with the name '{name}'")
@@ -79,7 +79,7 @@ def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np
     """Make the first square that is there once more: others of the folder were made as it was."""
     for source in done[:1]:
         try:
-            found = read_picture(_target(source, out))
+            found = read_image(_target(source, out))
         except UserError:
             return  # scoring names it
         if not np.array_equal(found, make_square(source)):
@@ -87,7 +87,7 @@ def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np
 
 
 def _square(source: Path, size: int, resampling: Image.Resampling) -> np.ndarray:
-    return np.ascontiguousarray(centre_crop(read_picture(source), size, resampling))
+    return np.ascontiguousarray(centre_crop(read_image(source), size, resampling))
 
 
 def _write(source: Path, out: Path, make_square: Callable[[Path], np.ndarray]) -> int:

@@ -26,16 +26,16 @@ from pbe.editing.batch.runner import pick_device
 from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
 from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
-from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
-from pbe.evaluation.benchmark.toy_scores import markdown_table, score_edits
-from pbe.evaluation.metrics.features import LiteFeatures
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.benchmark.toy_run import GUIDANCE, make_edits, score_edits
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings
+from pbe.evaluation.metrics.towers import load_tower
+from pbe.evaluation.report.sheets import sheet
+from pbe.evaluation.report.tables import markdown
 from pbe.files import expand_home, make_folder, write_text
 
 TOY_BATCH = 32
@@ -240,20 +240,21 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--threads must be 0 or more, --sheet at least 1")
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = EditSettings(
-        GUIDANCE if options.guidance is None else tuple(options.guidance),
-        options.solver,
-        options.steps,
-        options.seed,
-        TOY_BATCH if options.batch_size is None else options.batch_size,
+    scales = GUIDANCE if options.guidance is None else options.guidance
+    settings = GenerateSettings(
+        solver=options.solver,
+        steps=options.steps,
+        seed=options.seed,
+        batch_size=TOY_BATCH if options.batch_size is None else options.batch_size,
     )
+    at_scales(settings, scales)
     device = pick_device(options.device or "cpu")
     pipe = PaintByExample.from_pretrained(
         options.model, device=device, dtype=torch_dtype(options.dtype), raw_weights=options.raw_weights
     )
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     make_folder(options.out)
-    features = LiteFeatures()
+    tower = load_tower("lite2", None, None)
     config = pipe.model.config
     cases = make_benchmark(
         ToyWorld(options.world),
@@ -263,10 +264,10 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
         objects=options.objects,
     )
     started = time.perf_counter()
-    with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
-        edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
+    with tqdm(total=2 * len(scales) * len(cases), unit="edit", desc="edit") as bar:
+        edits = make_edits(pipe, cases, scales, settings, lambda done, _total: bar.update(done - bar.n))
     edited = time.perf_counter()
-    scores = score_edits(cases, edits, features, seed=options.seed)
+    scores = score_edits(cases, edits, tower, seed=options.seed)
     seconds = {"edit": round(edited - started, 2), "score": round(time.perf_counter() - edited, 2)}
     report = {
         "benchmark": {"name": "toy", "seed": options.seed, "image_size": config.image_size},
@@ -283,10 +284,10 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         **scores.to_dict(),
     }
-    table = markdown_table(scores)
+    table = markdown(scores.table())
     write_json(options.out / "scores.json", report)
     write_text(options.out / "scores.md", table)
-    shown = {label: pictures[: options.sheet] for label, pictures in benchmark_rows(cases, edits).items()}
+    shown = {label: pictures[: options.sheet] for label, pictures in edits.rows(cases).items()}
     write_picture(options.out / "grid.png", Image.fromarray(sheet(shown)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {options.out}")
     return report

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from pbe.cli.parser import Parser, run_command
 from pbe.editing.pretrained import usable_device
 from pbe.errors import UserError
-from pbe.evaluation.metrics.mixture import COMPONENTS, Mixture, check_fit, fit_mixture
-from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.quality import COMPONENTS, Mixture, check_fit, fit_mixture
+from pbe.evaluation.metrics.sets import ImageFolder
 from pbe.evaluation.metrics.towers import load_tower
 from pbe.files import check_file, expand_home
 
@@ -51,7 +51,7 @@ def fit(options: argparse.Namespace) -> Mixture:
         raise UserError(f"--out is '{options.out}'; its name must end in .safetensors")
     if options.components < 1 or options.batch_size < 1:
         raise UserError("--components and --batch-size must be at least 1")
-    pictures = PictureFolder(options.pictures)
+    pictures = ImageFolder(options.pictures)
     check_fit(len(pictures.paths), options.components, options.seed)
     device = str(usable_device(options.device, "--device"))
     check_file(options.out, make=False)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from pbe.cli.parser import Parser, run_command
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.study.making import KEY, StudySettings, make_study, parse_systems
 from pbe.evaluation.study.tables import read_key, read_rankings, study_markdown, summarise
 

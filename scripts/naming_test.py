@@ -22,9 +22,9 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.batch.records import write_picture
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
-from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_cases
-from pbe.evaluation.benchmark.toy_export import EXEMPLAR_SIZE, IMAGE_SIZE
+from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.toy import EXEMPLAR_SIZE, IMAGE_SIZE, ToyCase, make_benchmark
+from pbe.evaluation.benchmark.toy_run import edit_cases
 from pbe.evaluation.metrics.features import to_grey
 from pbe.evaluation.study.naming import (
     ANSWERS,
@@ -101,19 +101,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(cases)} images: give {sheets} to the judge and keep {options.out / KEY} to yourself")
 
 
-def edit(pipe: PaintByExample, cases: list[BenchmarkCase], options: argparse.Namespace) -> np.ndarray:
+def edit(pipe: PaintByExample, cases: list[ToyCase], options: argparse.Namespace) -> np.ndarray:
     """Edit every case with its own exemplar; return uint8 ``n s s 3``."""
     pipe.set_progress_bar_config(disable=True)
-    settings = EditSettings((options.guidance,), options.solver, options.steps, options.seed)
+    settings = GenerateSettings(options.guidance, options.solver, options.steps, options.seed, batch_size=32)
     with tqdm(total=len(cases), unit="edit", desc="edit") as bar:
-        return edit_cases(
-            pipe,
-            cases,
-            [case.exemplar for case in cases],
-            options.guidance,
-            settings,
-            lambda done, _total: bar.update(done - bar.n),
-        )
+        return edit_cases(pipe, cases, settings, progress=bar.update)
 
 
 def main(arguments: list[str] | None = None) -> int:

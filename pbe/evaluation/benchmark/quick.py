@@ -13,14 +13,16 @@ from pbe.config import ModelConfig
 from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_cases
-from pbe.evaluation.benchmark.toy_scores import Row, Scorer
-from pbe.evaluation.metrics.bootstrap import CHOICE, derangement
-from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.benchmark.toy_run import Row, Scorer, edit_cases
+from pbe.evaluation.metrics.bootstrap import derangement
+from pbe.evaluation.metrics.towers import load_tower
 from pbe.models import LatentDiffusion
 from pbe.training.resume.callback import ends_step
 from pbe.training.tasks.diffusion import DiffusionTask
+
+LOGGED = ("auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity")
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,14 @@ class QuickScorer:
         config: sizes of images and exemplars are its own; the models must share them.
         settings: how edits are made.
         world: objects and panoramas; None takes those that ship.
-
-    Raises:
-        UserError: fewer than two objects, more than there are, or no such solver.
     """
 
     def __init__(
         self, config: ModelConfig, settings: QuickSettings | None = None, world: ToyWorld | None = None
     ) -> None:
         self.settings = settings = settings or QuickSettings()
-        self.edit_settings = EditSettings(
-            (settings.guidance,), settings.solver, settings.steps, settings.seed, settings.batch_size
+        self.edit_settings = GenerateSettings(
+            settings.guidance, settings.solver, settings.steps, settings.seed, settings.batch_size
         )
         self.sizes = image_size, exemplar_size = _sizes(config)
         self.partner = derangement(settings.objects, settings.seed, "partner")
@@ -77,16 +76,13 @@ class QuickScorer:
             exemplar_size=exemplar_size,
             objects=settings.objects,
         )
-        self.scorer = Scorer(self.cases, LiteFeatures(), settings.seed)
+        self.scorer = Scorer(self.cases, load_tower("lite2", None, None), settings.seed)
 
     def score(self, model: LatentDiffusion) -> Row:
         """Edit the cases with a model and score the edits; the model itself is left as it is.
 
         Args:
             model: on any device, in any type and mode.
-
-        Raises:
-            UserError: its images or exemplars are of another size than the cases.
         """
         if _sizes(model.config) != self.sizes:
             raise UserError(
@@ -95,10 +91,10 @@ class QuickScorer:
             )
         pipe = PaintByExample(copy.deepcopy(model).to(dtype=self.settings.dtype).eval())
         pipe.set_progress_bar_config(disable=True)
-        scale, exemplars = self.settings.guidance, [case.exemplar for case in self.cases]
+        others = [self.cases[place].exemplar for place in self.partner]
         own, shuffled = (
-            self.scorer.regions(edit_cases(pipe, self.cases, shown, scale, self.edit_settings))
-            for shown in (exemplars, [exemplars[place] for place in self.partner])
+            self.scorer.regions(edit_cases(pipe, self.cases, self.edit_settings, shown))
+            for shown in (None, others)
         )
         return self.scorer.row(own, self.scorer.similarity(shuffled))
 
@@ -109,14 +105,8 @@ def _sizes(config: ModelConfig) -> tuple[int, int]:
 
 def quick_values(row: Row) -> dict[str, float]:
     """Return what a training run logs of a row: AUC and first-of-20, each also in grey, and similarity."""
-    named = {
-        "auc": row.auc,
-        "grey_auc": row.grey_auc,
-        f"first_of_{CHOICE}": row.first,
-        f"grey_first_of_{CHOICE}": row.grey_first,
-        "similarity": row.similarity,
-    }
-    return {name: estimate.value for name, estimate in named.items() if estimate is not None}
+    found = {name: getattr(row, name) for name in LOGGED}
+    return {name: estimate.value for name, estimate in found.items() if estimate is not None}
 
 
 class ScoreCallback(pl.Callback):

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pbe.data.samples.crops import resize_area
+from pbe.evaluation.metrics.base import Batch, CaseMeasure, ScoreCard
 from pbe.evaluation.metrics.features import mask_bounds
-from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
-from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
 from pbe.evaluation.metrics.warps import explained, refine, sample, warp_grid
 
 SIZES = (16, 32, 64)  # the grid is searched on the first, and its best refined on the others
@@ -114,25 +113,13 @@ def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-class CopyPasteMeasure(Measure):
-    """``copy-paste`` of the edits, ``copy-paste-true`` of the true objects, and their paired difference."""
+def copy_paste_measure() -> CaseMeasure:
+    """Make ``copy-paste`` of the edits, ``copy-paste-true`` of the true objects, and their difference."""
 
-    def __init__(self) -> None:
-        self.values: dict[int, np.ndarray] = {}
-
-    def update(self, batch: Batch) -> None:
-        """Measure edits and real pictures of a batch."""
+    def measure(batch: Batch) -> np.ndarray:
         pairs = [np.stack([e, c.image]) for e, c in zip(batch.edits, batch.cases, strict=True)]
         masks, exemplars = [c.mask for c in batch.cases], [c.exemplar for c in batch.cases]
-        self.values.update(zip(batch.positions, explained_shares(pairs, masks, exemplars), strict=True))
+        both = explained_shares(pairs, masks, exemplars)
+        return np.column_stack([both, both[:, 0] - both[:, 1]])
 
-    def finish(self, outcome: Outcome) -> list[Score]:
-        """Make the three scores."""
-        both = np.full((outcome.count, 2), np.nan)
-        both[list(self.values)] = list(self.values.values())
-        columns = (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
-        card = ScoreCard(**(CARD.to_dict() | {"reference_sha256": outcome.cases_sha256}))
-        return [
-            case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
-            for name, values in zip(NAMES, columns, strict=True)
-        ]
+    return CaseMeasure(measure, CARD)

@@ -11,8 +11,7 @@ import numpy as np
 
 from pbe.data.randomness import generator
 from pbe.errors import UserError
-from pbe.evaluation.metrics.bootstrap import resample_counts
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.metrics.bootstrap import Bootstrap, resample_counts
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Args:
         a: ``(n, d)`` features.
         b: ``(m, d)``.
-
-    Raises:
-        UserError: fewer than two rows, other widths, or numbers that are not finite.
     """
     a, b = _pair(a, b)
     (mean_a, root_a), (mean_b, root_b) = _root(a), _root(b)
@@ -135,9 +131,6 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     Args:
         a: ``(n, d)`` features.
         b: ``(m, d)``.
-
-    Raises:
-        UserError: fewer than two rows, other widths, or numbers that are not finite.
     """
     a, b = _pair(a, b)
     return _off_diagonal_mean(a) + _off_diagonal_mean(b) - 2.0 * float(np.mean(kernel_sums(a, b)))

@@ -20,8 +20,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder, claim_folder, is_whole, read_settings
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
 
 SETTINGS = GenerateSettings(

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 
 from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
-from pbe.evaluation.metrics.frechet import frechet_distance, kernel_distance
-from pbe.evaluation.metrics.mixture import load_mixture, quality
-from pbe.evaluation.metrics.region_similarity import cosines, paper_cosines, raster_crop
-from pbe.evaluation.metrics.results import Bootstrap, Score
+from pbe.evaluation.metrics.base import Batch, Score
+from pbe.evaluation.metrics.bootstrap import Bootstrap, cosines
+from pbe.evaluation.metrics.features import region
+from pbe.evaluation.metrics.frechet import frechet_distance, kernel, kernel_distance
+from pbe.evaluation.metrics.quality import load_mixture, quality
+from pbe.evaluation.metrics.regions import paper_cosines, raster_crop
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
-from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.sets import ImageFolder
 from pbe.evaluation.metrics.towers import (
     TOWERS,
     LiteTower,
@@ -89,8 +91,6 @@ def test_papers_region_score_by_hand(weights):
     one_row = np.zeros_like(cases[1].mask)
     one_row[5, 3:9] = 255  # first and last pixel are in the same row: the original's crop is empty
     cases[1] = replace(cases[1], mask=one_row)
-    from pbe.evaluation.metrics.measures import Batch
-
     values = paper_cosines(tower, Batch([0, 1, 2], cases, edits))
     assert np.isnan(values).tolist() == [False, True, False]
     mean, std = (torch.tensor(x)[:, None, None] for x in (tower.spec.mean, tower.spec.std))
@@ -105,9 +105,8 @@ def test_papers_region_score_by_hand(weights):
 
 def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     cases, edits = make(9)
-    monkeypatch.setitem(
-        METRICS, "kid", replace(METRICS["kid"], make=lambda tools: tools.kernel("kid", "clean", "clip"))
-    )
+    kid = replace(METRICS["kid"], make=lambda tools: tools.distance(kernel, "clip"))
+    monkeypatch.setitem(METRICS, "kid", kid)
     found = by_name(score(cases, edits, settings("clip-fid", "kid", batch_size=4)))
     tower = load_tower("clip", SMALL, settings().weights["clip"])
     a, b = tower.whole(edits), tower.whole([case.image for case in cases])
@@ -251,14 +250,14 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
 
 def test_real_pictures_are_read_into_arrays_of_their_own(tmp_path):
     Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "a.png")
-    (batch,) = PictureFolder(tmp_path).batches(2)
+    (batch,) = ImageFolder(tmp_path).batches(2)
     assert batch.edits[0].shape == (6, 8, 3)
     assert batch.edits[0].flags.writeable, "torch warns of arrays that are not"
     chunks = (b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), b"IDAT")
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    with pytest.raises(UserError, match=r"b\.png' cannot be read: Image size"):
-        list(PictureFolder(tmp_path).batches(2))
+    with pytest.raises(UserError, match=r"b\.png' cannot be read as an image: Image size"):
+        list(ImageFolder(tmp_path).batches(2))
 
 
 def test_what_lacks_its_weights_is_not_run_and_says_what_it_needs():
@@ -273,12 +272,10 @@ def test_what_lacks_its_weights_is_not_run_and_says_what_it_needs():
 def test_toy_scores_are_those_of_the_toy_benchmark(features):
     cases, edits = make(4)
     found = by_name(score(cases, edits, ScoreSettings(("toy-fd", "toy-similarity"), bootstrap=FEW)))
-    masks = np.stack([case.mask for case in cases])
-    expected = cosines(
-        features.of_regions(np.stack(edits), masks), features.of_pictures([case.exemplar for case in cases])
-    )
+    regions = [region(edit, case.mask) for case, edit in zip(cases, edits, strict=True)]
+    expected = cosines(features.squashed(regions), features.squashed([case.exemplar for case in cases]))
     assert found["toy-similarity"].per_case == pytest.approx(expected, abs=1e-5)
-    assert found["toy-similarity"].card.weights_sha256 == features.card.sha256
+    assert found["toy-similarity"].card.weights_sha256 == features.sha256
     assert found["toy-fd"].family == "toy"
     assert isinstance(load_tower("lite2", None, None), LiteTower)
 

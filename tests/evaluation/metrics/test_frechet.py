@@ -10,6 +10,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from pbe.errors import UserError
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.frechet import (
     Distance,
     frechet,
@@ -18,7 +19,6 @@ from pbe.evaluation.metrics.frechet import (
     kernel_distance,
     leave_groups_out,
 )
-from pbe.evaluation.metrics.results import Bootstrap
 
 
 def exact(mean: list[float], deviation: list[float]) -> np.ndarray:

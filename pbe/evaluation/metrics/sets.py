@@ -1,80 +1,74 @@
-"""Scores of whole sets of edits against real pictures, from the features of a tower."""
+"""Scores of whole sets of edits against real images, from the features of a tower."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pbe.errors import UserError
+from pbe.evaluation.metrics.base import Batch, Measure, Metric, Outcome, Score, ScoreCard, reasons
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.frechet import Distance
-from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
-from pbe.evaluation.metrics.results import Bootstrap, Family, Score, ScoreCard, not_run, reasons
 from pbe.evaluation.metrics.towers import Tower
 
 Compare = Callable[[np.ndarray, np.ndarray, Bootstrap], Distance]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+# What Pillow raises for files that are no image, are damaged, or claim to be too large to be opened.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class SetMeasure(Measure):
-    """A distance between the features of all edits and those of real pictures.
+    """A distance between the features of all edits and those of real images.
 
     Args:
-        name: of the score.
-        family: of the score.
-        tower: makes the features of whole pictures.
+        tower: makes the features of whole images.
         compare: the distance.
-        own_reference: take the true pictures of the cases, since no other real pictures are given.
+        own_reference: take the true images of the cases, since no other real images are given.
         notes: for the card.
     """
 
-    def __init__(
-        self, name: str, family: Family, tower: Tower, compare: Compare, own_reference: bool, notes: str
-    ) -> None:
-        self.name, self.family, self.tower, self.compare = name, family, tower, compare
+    def __init__(self, tower: Tower, compare: Compare, own_reference: bool, notes: str) -> None:
+        self.tower, self.compare = tower, compare
         self.own_reference, self.notes = own_reference, notes
         self.edits: list[np.ndarray] = []
         self.real: list[np.ndarray] = []
 
     def update(self, batch: Batch) -> None:
-        """Collect the features of edits, and of true pictures where they are the reference."""
+        """Collect the features of edits, and of true images where they are the reference."""
         self.edits.append(edit_features(self.tower, batch))
         if self.own_reference:
             images = [case.image for case in batch.cases]
             self.real.append(batch.shared(self.tower.key, "true pictures", lambda: self.tower.whole(images)))
 
     def update_reference(self, batch: Batch) -> None:
-        """Collect the features of real pictures."""
+        """Collect the features of real images."""
         self.real.append(edit_features(self.tower, batch))
 
-    def finish(self, outcome: Outcome) -> list[Score]:
-        """Measure the distance; fewer than two pictures have none, nor have features that are not finite."""
+    def finish(self, metric: Metric, outcome: Outcome) -> list[Score]:
+        """Measure the distance; fewer than two images have none, nor have features that are not finite."""
         features, real = np.concatenate(self.edits), np.concatenate(self.real)
         finite = np.isfinite(features).all(axis=1)
         excluded = dict(outcome.excluded)
         if not finite.all():
             excluded["features not finite"] = int(np.sum(~finite))
         features = features[finite]
+        card = self._card(len(features), len(real), excluded, outcome)
         broken = int(np.sum(~np.isfinite(real).all(axis=1)))
-        why = ""
         if broken:
             why = f"features of {broken} of {len(real)} real pictures are not finite; check the weights"
-        elif min(len(features), len(real)) < 2:
+            return metric.not_run(why, card)
+        if min(len(features), len(real)) < 2:
             why = f"needs at least two pictures on either side, not {len(features)} and {len(real)}"
-            why += f" ({reasons(excluded)})" if excluded else ""
-        if why:
-            card = self._card(len(features), len(real), excluded, outcome)
-            return [replace(not_run(self.name, self.family, "lower", why), card=card)]
+            return metric.not_run(why + (f" ({reasons(excluded)})" if excluded else ""), card)
         found = self.compare(features, real, outcome.bootstrap)
         low, high = found.interval(outcome.bootstrap.level)
-        card = self._card(len(features), len(real), excluded, outcome)
-        return [Score(self.name, self.family, found.value, low, high, card, None, "lower")]
+        return [Score(metric.name, metric.family, found.value, low, high, card, None, metric.better)]
 
-    def _card(self, pictures: int, real: int, excluded: dict[str, int], outcome: Outcome) -> ScoreCard:
+    def _card(self, edits: int, real: int, excluded: dict[str, int], outcome: Outcome) -> ScoreCard:
         source = "the cases' own true pictures" if self.own_reference else "a folder"
         bootstrap = outcome.bootstrap
         return ScoreCard(
@@ -82,7 +76,7 @@ class SetMeasure(Measure):
             weights_sha256=self.tower.sha256,
             resize_filter=self.tower.whole_filter,
             crop_rule="whole pictures",
-            pictures=pictures,
+            pictures=edits,
             excluded=excluded,
             reference_sha256=outcome.cases_sha256 if self.own_reference else outcome.reference_sha256,
             interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
@@ -96,15 +90,8 @@ def edit_features(tower: Tower, batch: Batch) -> np.ndarray:
     return batch.shared(tower.key, "edits", lambda: tower.whole(batch.edits))
 
 
-class PictureFolder:
-    """The pictures right in a folder, in the order of their names.
-
-    Args:
-        folder: holds PNG, JPEG or WebP files.
-
-    Raises:
-        UserError: no such folder, or no picture in it.
-    """
+class ImageFolder:
+    """The images right in a folder (PNG, JPEG or WebP), in the order of their names."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -115,27 +102,19 @@ class PictureFolder:
         self.digest = hashlib.sha256()
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Read all pictures, batch by batch, and hash names and bytes on the way.
-
-        Raises:
-            UserError: a picture cannot be read.
-        """
+        """Read all images, batch by batch, and hash names and bytes on the way."""
         for start in range(0, len(self.paths), size):
-            pictures = []
+            images = []
             for path in self.paths[start : start + size]:
-                pictures.append(read_picture(path))
+                images.append(read_image(path))
                 self.digest.update(path.name.encode() + b"\0" + path.read_bytes())
-            yield Batch(list(range(start, start + len(pictures))), [], pictures)
+            yield Batch(list(range(start, start + len(images))), [], images)
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a real picture as uint8 RGB ``h w 3``.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+def read_image(path: Path, mode: str = "RGB") -> np.ndarray:
+    """Read an image as uint8, ``h w 3`` for mode ``RGB``, ``h w`` for ``L``."""
     try:
-        with Image.open(path) as picture:
-            return np.array(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the reference picture '{path}' cannot be read: {error}") from error
+        with Image.open(path) as image:
+            return np.array(image.convert(mode))
+    except UNREADABLE as error:
+        raise UserError(f"'{path}' cannot be read as an image: {error}") from error
