@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.checkpoints.precision import DTYPES
 from pbe.cli.parser import Parser, run_command
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "models", nargs="+", type=expand_home, metavar="MODEL", help="models in any layout, of one size"
     )
     parser.add_argument("--objects", type=int, default=quick.objects, help="(default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=quick.guidance, help="(default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=quick.guidance_scale, help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=quick.steps, help="(default %(default)s)")
     parser.add_argument("--solver", default=quick.solver, help="see docs/solvers.md (default %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="(default %(default)s)")
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = QuickSettings(
-        options.objects, options.guidance, options.steps, options.solver, dtype=torch_dtype(options.dtype)
+        options.guidance, options.solver, options.steps, dtype=options.dtype, objects=options.objects
     )
     scorer: QuickScorer | None = None
     for path in options.models:

@@ -183,10 +183,11 @@ def build_benchmark(
     settings: BuildSettings,
     validation_share: float = 0.0,
 ) -> int:
-    """Make a benchmark in the form of COCOEE; the same arguments give the same files.
+    """Make a benchmark in the form of COCOEE, and return the number of cases.
 
     Every case is a source image with one of its boxes as the mask, and another image's object of the same
-    label. Images that are damaged, or turned by EXIF, are passed over. The folder is there when all of it is.
+    label. Images that are damaged, or turned by EXIF, are passed over. The same arguments give the same
+    files, and the folder is there when all of it is.
 
     Args:
         sources: images to edit, a validation split.
@@ -194,9 +195,6 @@ def build_benchmark(
         folder: the new ``test_bench`` folder.
         settings: how many, and of what sizes.
         validation_share: take only those of the sources that packing holds out with this share; 0: all.
-
-    Returns:
-        The number of cases.
     """
     settings.check()
     damaged: list[Path] = []
@@ -288,16 +286,8 @@ def write_own_exemplars(source: Path, folder: Path, exemplar_size: int) -> int:
     """Write a benchmark's cases to a new folder with the true object, cut by its mask's box, as exemplar.
 
     A model that copies its exemplar paints such a case best of all, and pays for it where the exemplar
-    stands in another pose; one that has understood the object loses nothing. The folder is there when all
-    of it is.
-
-    Args:
-        source: a benchmark in COCOEE's layout.
-        folder: made when missing; must be empty.
-        exemplar_size: sides of the exemplars, pixels.
-
-    Returns:
-        The number of cases.
+    stands in another pose; one that has understood the object loses nothing. The exemplars are squares of
+    ``exemplar_size`` pixels. The folder is there when all of it is. Returns the number of cases.
     """
     cases = BenchmarkFolder(source)
     with new_benchmark(folder) as partial:

@@ -60,10 +60,7 @@ def new_benchmark(folder: Path) -> Iterator[Path]:
     """Give a folder to write cases to, which takes its place only when all went well.
 
     Until then the cases lie in a hidden folder beside it, which goes away with whatever goes wrong; what a
-    killed run left there is replaced.
-
-    Args:
-        folder: the new ``test_bench`` folder; it may be there if it is empty.
+    killed run left there is replaced. The folder itself may be there if it is empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' is not empty; name a new folder")
@@ -161,13 +158,7 @@ def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> lis
 def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE) -> list[int]:
     """Return the numbers of a benchmark folder's cases, in the order of its list.
 
-    Args:
-        folder: the ``test_bench`` folder.
-        pixels: open and check every image.
-        size: sides that they must then have; 0 means any.
-
-    Raises:
-        UserError: something is missing; the message lists what.
+    A UserError lists what :func:`find_problems` finds; it explains the arguments.
     """
     folder = Path(folder)
     problems = find_problems(folder, pixels=pixels, size=size)
@@ -184,11 +175,10 @@ class BenchmarkFolder(Sequence[Case]):
     """The cases of a folder in COCOEE's layout, of any image size, read when they are asked for.
 
     Args:
-        folder: with ``GT_3500``, ``Mask_bbox_3500``, ``Ref_3500`` and ``id_list.npy``.
+        folder: the ``test_bench`` folder.
         first: take so many cases, the first of the list; 0 means all of them.
 
     Attributes:
-        folder: as given.
         ids: of the cases, in the order of the list.
         numbers: of all cases of the folder, also where the first ones are taken.
     """

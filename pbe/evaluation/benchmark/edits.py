@@ -24,9 +24,9 @@ from pbe.files import make_folder
 SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 PNG_DEPTH = 24  # where a PNG's header has its bits a channel
-EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of pictures that become 8-bit RGB without loss
+EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of images that become 8-bit RGB without loss
 MISSING, DAMAGED = "missing", "damaged"
-NOT_RGB, OTHER_SIZE = "not an 8-bit RGB picture", "of another size than its case"
+NOT_RGB, OTHER_SIZE = "not an 8-bit RGB image", "of another size than its case"
 MODELS_OWN = "the model's"
 # What edits were made with where their note is older than the setting.
 BEFORE: dict[str, Any] = {"preserve_background": True, "conventions": MODELS_OWN, "raw_weights": False}
@@ -50,11 +50,7 @@ def find_edit_fault(path: Path, size: tuple[int, int]) -> str:
     """Return why the header of an edit's file says that it cannot be scored; empty if it does not.
 
     Greys and palettes are taken, since they become RGB without loss; transparency and more than eight bits
-    would not.
-
-    Args:
-        path: of the edit.
-        size: height and width of its case.
+    would not. ``size`` is the height and width of the case.
     """
     try:
         with path.open("rb") as file:
@@ -88,7 +84,7 @@ def claim_folder(
 ) -> None:
     """Note in a folder what its edits are made of, or check that it is the same as before.
 
-    A note without pictures, as a start that failed leaves it, is written anew.
+    A note without images, as a start that failed leaves it, is written anew.
     """
     wanted = {"format": FORMAT, "model": model, "benchmark": benchmark.sha256, "settings": settings}
     path = make_folder(folder) / SETTINGS
@@ -97,7 +93,7 @@ def claim_folder(
         raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
     edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
     if edited and not noted:
-        raise UserError(f"'{folder}' holds pictures but no {SETTINGS}; name another folder for new edits")
+        raise UserError(f"'{folder}' holds images but no {SETTINGS}; name another folder for new edits")
     differing = list(_differences(noted, wanted))
     if edited and differing:
         raise UserError(
@@ -139,9 +135,7 @@ class EditFolder(Sequence[np.ndarray | None]):
         benchmark: whose cases they are of.
 
     Attributes:
-        folder: as given.
-        benchmark: as given.
-        extra: names of pictures that belong to no case.
+        extra: names of images that belong to no case.
         faults: why edits that are there cannot be used, by id, as far as they were read.
     """
 
@@ -211,11 +205,8 @@ class EditFolder(Sequence[np.ndarray | None]):
 def timed(folder: Path, *, note: bool = True) -> Iterator[None]:
     """Add the wall time spent inside to the folder's, if images were made in it, also when it fails.
 
-    A run that is killed outright adds nothing.
-
-    Args:
-        folder: of edits; its time stands in ``seconds.json`` beside it.
-        note: write it; False in processes that another one speaks for.
+    It stands in ``seconds.json`` beside the folder. A run that is killed outright adds nothing, nor does one
+    with ``note`` off, in processes that another one speaks for.
     """
     started, before = time.perf_counter(), _images(folder)
     try:

@@ -126,12 +126,7 @@ class GenerateSettings:
 
 
 def groups_of(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Split positions into runs of at most ``batch_size`` neighbours with images of one size.
-
-    Args:
-        sizes: height and width by position.
-        batch_size: at least 1.
-    """
+    """Split positions into runs of at most ``batch_size`` neighbours with images of one (height, width)."""
     groups: list[list[int]] = []
     for position, size in enumerate(sizes):
         last = groups[-1] if groups else []
@@ -160,16 +155,9 @@ def edit_batch(
     settings: GenerateSettings,
     exemplars: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Edit some cases of one size at once; noise belongs to (seed, case), not to the batch.
+    """Edit some cases of one size at once, with their own exemplars or others; return uint8 ``b h w 3``.
 
-    Args:
-        pipe: the pipeline.
-        cases: with images ``h w 3``.
-        settings: how they are edited.
-        exemplars: other ones than the cases' own, in the order of the cases.
-
-    Returns:
-        The edits, uint8 ``b h w 3``.
+    Noise belongs to (seed, case), not to the batch.
     """
     output = pipe(
         [case.exemplar for case in cases] if exemplars is None else list(exemplars),
@@ -264,11 +252,8 @@ def generate(
     Args:
         model: as :meth:`PaintByExample.from_pretrained` takes it, loaded by each process; or a pipeline.
         benchmark: the cases.
-        out_folder: made when missing; its ``settings.json`` says what the images are edits of.
+        out_folder: made when missing, and returned; its ``settings.json`` says what made the edits.
         settings: how to edit; None means the defaults.
-
-    Returns:
-        The folder.
     """
     settings, folder = settings or GenerateSettings(), Path(out_folder)
     source = model if isinstance(model, PaintByExample) else Hub().find(str(model))

@@ -25,12 +25,10 @@ PREFERRED = ("region", "similarity", "copy-paste", "seam")
 
 @dataclass(frozen=True)
 class PageSettings:
-    """What the page shows.
+    """What the page shows: so many of the best, worst and random edits each.
 
-    Attributes:
-        shown: edits of each kind (best, worst, random).
-        rank_by: score that best and worst are chosen by; empty chooses one.
-        seed: of the random ones.
+    Best and worst are chosen by the score ``rank_by``, empty: by one that tells edits apart; the random ones
+    belong to ``seed``.
     """
 
     shown: int = 8
@@ -48,15 +46,9 @@ class ShownEdits:
 
 
 def ranking_score(scores: Sequence[Score], name: str = "") -> Score | None:
-    """Return the score that edits are ranked by.
+    """Return the score that edits are ranked by, which must have numbers for single edits.
 
-    Args:
-        scores: of the edits.
-        name: of one with a number for each case; empty takes the first that tells edits apart, region
-            similarities before others.
-
-    Returns:
-        None where there is none and none was asked for.
+    Without a ``name`` it is the first that tells edits apart, region similarities before others, or None.
     """
     usable = [one for one in scores if one.per_case is not None and np.isfinite(one.per_case).any()]
     if name:
@@ -70,16 +62,11 @@ def ranking_score(scores: Sequence[Score], name: str = "") -> Score | None:
 
 
 def picks(score: Score | None, available: Sequence[int], count: int, seed: int) -> dict[str, list[int]]:
-    """Choose which edits to show.
-
-    Args:
-        score: to rank by, or None: then there are random ones only.
-        available: positions of the cases whose edits can be shown.
-        count: how many of each kind.
-        seed: of the random ones.
+    """Choose ``count`` of each kind of edits to show, among the positions that can be shown.
 
     Returns:
-        Kind to positions: best first, worst first, random ones in the benchmark's order.
+        Kind to positions: best first and worst first, where there is a score, and random ones in the
+        benchmark's order.
     """
     chosen: dict[str, list[int]] = {}
     if score is not None and score.per_case is not None:
@@ -100,7 +87,7 @@ def show_edits(run: ScoredEdits, edits: EditFolder, settings: PageSettings) -> S
     chosen = picks(ranking, available, settings.shown, settings.seed)
     groups = [(kind, [_strip(edits, i, ranking) for i in positions]) for kind, positions in chosen.items()]
     note = (
-        "Each strip: the picture with its hole, the exemplar, the edit, and the true object; "
+        "Each strip: the masked image, the exemplar, the edit, and the true object; "
         f"large ones are reduced to {TILE} pixels."
     )
     if ranking is not None:
@@ -113,7 +100,7 @@ def _strip(edits: EditFolder, position: int, ranking: Score | None) -> list[Tile
     caption = case.id.lstrip("0") or "0"
     if ranking is not None and ranking.per_case is not None and np.isfinite(ranking.per_case[position]):
         caption += f": {ranking.per_case[position]:.3f}"
-    shown = {"hole": case.masked, "exemplar": case.exemplar}
+    shown = {"masked": case.masked, "exemplar": case.exemplar}
     shown |= {} if edit is None else {caption: edit}
     return [Tile(name, fit(image)) for name, image in (shown | {"true object": case.image}).items()]
 

@@ -40,14 +40,9 @@ class Seconds:
 
 @dataclass
 class BenchmarkRun:
-    """One evaluation: sets of edits of one benchmark with their scores.
+    """One evaluation: sets of edits of one benchmark with their scores, in the folder ``out``.
 
-    Attributes:
-        benchmark: the cases.
-        out: folder of the results.
-        settings: of scoring.
-        reference: folder of real images for scores of sets, or None.
-        page: what the page shows.
+    Sets are compared with the true images, or with the real ones of the folder ``reference``.
     """
 
     benchmark: BenchmarkFolder
@@ -69,10 +64,8 @@ class BenchmarkRun:
     def generate(self, model: str | Path, scales: Sequence[float], settings: GenerateSettings) -> bool:
         """Generate the edits of a model at each guidance scale, into ``edits/guidance_*`` of the folder.
 
-        They come before all sets that were taken.
-
-        Returns:
-            False in all processes but the first, which are to end here.
+        They come before all sets that were taken. Returns False in all processes but the first, which are to
+        end here.
         """
         labels = [f"guidance {scale:g}" for scale in scales]
         folders = [self.out / "edits" / f"guidance_{scale:g}" for scale in scales]

@@ -20,7 +20,7 @@ from pbe.evaluation.report.tables import Table, markdown
 PAPER_TOWER = TOWERS["clip"].architecture
 PAIRED_NOTE = (
     "Means of the differences of single cases, over those that both sets have, with the interval of a paired "
-    "bootstrap over pictures. Infinite numbers, such as the PSNR of pixels that were kept, are left out."
+    "bootstrap over images. Infinite numbers, such as the PSNR of pixels that were kept, are left out."
 )
 CARD_NAMES = {
     "feature_model": "feature model",
@@ -46,7 +46,7 @@ PUBLISHED: dict[str, tuple[str, str, str]] = {
     OURS: ("3.18 (published)", "77.80 (published)", "84.97 (unverified)"),
 }
 PUBLISHED_NOTE = (
-    "Published numbers belong to the 3500 cases of COCOEE, with COCO test2017 as the real pictures. FID is a "
+    "Published numbers belong to the 3500 cases of COCOEE, with COCO test2017 as the real images. FID is a "
     "Fréchet distance of CLIP ViT-B/32 features, not of Inception's. "
     "Published: seen in the leaderboard of bcmi/Awesome-Generative-Image-Composition. "
     "Unverified: recalled from the paper, which was not at hand."
@@ -55,12 +55,7 @@ PUBLISHED_NOTE = (
 
 @dataclass(frozen=True)
 class ScoredEdits:
-    """Scores of one set of edits.
-
-    Attributes:
-        label: of the set, such as ``guidance 5``.
-        scores: in the same order for every set of a run.
-    """
+    """Scores of one set of edits, in the same order for every set of a run."""
 
     label: str
     scores: Sequence[Score]
@@ -89,12 +84,10 @@ def _other_tower(one: Score) -> str:
 
 
 def score_tables(runs: Sequence[ScoredEdits], *, coco_ee: bool) -> list[Table]:
-    """Return a table for each family that has scores; the paper's family has the published numbers beside it.
+    """Return a table for each family that has scores, of one or more sets.
 
-    Args:
-        runs: at least one, all with the same scores.
-        coco_ee: the scores are of all of COCOEE; published numbers are no comparison to any others, and left
-            out.
+    Where they are of all of COCOEE, the paper's family has the published numbers beside it, which are no
+    comparison to any others.
     """
     tables = []
     for family, meaning in FAMILIES.items():
@@ -155,12 +148,7 @@ def _other_towers(run: ScoredEdits) -> str:
 
 
 def paired_tables(runs: Sequence[ScoredEdits], bootstrap: Bootstrap) -> list[Table]:
-    """Return a table for each family of what every set has more than the first, case by case.
-
-    Args:
-        runs: all with the same scores; one alone has no differences.
-        bootstrap: how intervals are made.
-    """
+    """Return a table for each family of what every set has more than the first, case by case."""
     tables = []
     for family, meaning in FAMILIES.items() if len(runs) > 1 else ():
         rows = []

@@ -29,7 +29,7 @@ SPLIT = "test"
 SIZES = (0.55, 0.85)  # longest side of an object, a share of the scene's short side
 ENLARGE = 0.15  # most that a side of the box moves outwards, a share of the box
 MIN_TURN = 10.0  # degrees between the hidden object and its exemplar
-MIN_KEEP = 0.15  # share of the picture outside the mask
+MIN_KEEP = 0.15  # share of the image outside the mask
 MAX_TRIES = 50
 
 
@@ -89,21 +89,11 @@ def export_toy_benchmark(
     exemplar_size: int = EXEMPLAR_SIZE,
     objects: int = 0,
 ) -> int:
-    """Write the toy benchmark to a new folder; a case's number is its object's place in the archive.
+    """Write the toy benchmark to a new folder, and return the number of cases.
 
-    The images are those of :func:`make_benchmark` with the same seed and sizes, bit for bit. The folder is
-    there when all of it is.
-
-    Args:
-        world: objects and panoramas.
-        folder: made when missing; must be empty.
-        seed: of all draws.
-        image_size: sides of the scenes, pixels.
-        exemplar_size: sides of the exemplars, pixels.
-        objects: the first so many test objects; 0 means all 181.
-
-    Returns:
-        The number of cases.
+    The first so many ``objects`` (0: all 181) become cases; a case's number is its object's place in the
+    archive. The images are those of :func:`make_benchmark` with the same seed and sizes, bit for bit. The
+    folder is there when all of it is.
     """
     if min(image_size, exemplar_size) < MIN_SIZE:
         raise UserError(f"images and exemplars of a benchmark need sides of at least {MIN_SIZE} pixels")
@@ -158,7 +148,7 @@ def _other_pose(pose: ObjectPose, rng: np.random.Generator) -> ObjectPose:
 def _scene(
     world: ToyWorld, panorama: str, rgba: np.ndarray, pose: ObjectPose, rng: np.random.Generator
 ) -> Scene:
-    """Render one object, wholly or nearly so in the picture, before a view of ``panorama``."""
+    """Render one object, wholly or nearly so in the image, before a view of ``panorama``."""
     config = SceneConfig()
     sides = [config.short_side, int(rng.integers(config.short_side, config.max_long_side + 1))]
     width, height = rng.permutation(sides)

@@ -75,14 +75,9 @@ def make_edits(
     settings: GenerateSettings,
     progress: Progress | None = None,
 ) -> ToyEdits:
-    """Edit every case twice at every guidance scale.
+    """Edit every case, at least two, twice at every guidance scale; the others are compared with the first.
 
-    Args:
-        pipe: the pipeline; pixels outside the mask are kept.
-        cases: at least two.
-        scales: the first is what the others are compared with.
-        settings: solver, steps, seed and batch size.
-        progress: called with (edits made, edits in all) after each batch.
+    ``progress`` is called with (edits made, edits in all) after each batch.
     """
     partner = derangement(len(cases), settings.seed, "partner")
     total, made = 2 * len(scales) * len(cases), 0
@@ -175,10 +170,7 @@ class Row:
 class Scorer:
     """Turns sets of edits of the same cases into rows; the exemplars' features are made once.
 
-    Args:
-        cases: of the benchmark.
-        tower: makes the features.
-        seed: of the bootstrap.
+    ``seed`` is that of the bootstrap.
     """
 
     def __init__(self, cases: Sequence[Case], tower: Tower, seed: int = 0) -> None:
@@ -204,12 +196,10 @@ class Scorer:
         return [cosine(painted, shown if partner is None else shown[partner]) for painted, shown in pairs]
 
     def row(self, regions: Features, negative: Features, base: np.ndarray | None = None) -> Row:
-        """Score one kind of edit.
+        """Score the features of what was painted with the cases' own exemplars.
 
-        Args:
-            regions: features of what was painted with the cases' own exemplars.
-            negative: similarities ``(n,)`` of the negatives.
-            base: similarities ``(n,)`` in colour that the gain is over.
+        ``negative`` are the similarities ``(n,)`` of the negatives, ``base`` those in colour that the gain is
+        over.
         """
         positive, seed = self.similarity(regions), self.seed
         auc, grey_auc = (auc_interval(*pair, seed=seed) for pair in zip(positive, negative, strict=True))

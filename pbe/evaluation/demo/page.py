@@ -82,12 +82,7 @@ class TrainingCurve:
 
 
 def read_training(path: Path, timesteps: Sequence[int]) -> TrainingCurve:
-    """Read the curves of a run.
-
-    Args:
-        path: its ``metrics.csv``.
-        timesteps: of the validation grid.
-    """
+    """Read the curves of a run from its ``metrics.csv``, with ``timesteps`` of the validation grid."""
     validation = read_curve(path, "val/loss")
     if len(validation) < 2 or validation[0][0] != 0:
         raise UserError(
@@ -198,7 +193,7 @@ def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
             f"AUC, right against shuffled exemplar, at guidance {scale:g} ({auc.low:.2f} to {auc.high:.2f}); "
             f"{row.grey_auc.value:.2f} with all images turned grey; the true objects reach "
             f"{ceiling.auc.value:.2f} and {ceiling.grey_auc.value:.2f}",
-        ),
+        )
     ]
     if first is not None and row.grey_first_of_20 is not None and ceiling.first_of_20 is not None:
         figures.append(
@@ -220,14 +215,9 @@ def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
 def page_values(
     cases: Sequence[ToyCase], edits: ToyEdits, scores: ToyScores, curve: TrainingCurve, shown: int
 ) -> dict[str, Any]:
-    """Return what the page shows of edits, scores and training; the caller adds the run's other facts.
+    """Return what the page shows of edits (the first ``shown``), scores and training.
 
-    Args:
-        cases: that were edited.
-        edits: of the shipped model.
-        scores: of these edits.
-        curve: of the training run.
-        shown: number of cases whose edits appear.
+    The caller adds the run's other facts.
     """
     table = scores.table()
     explained = (

@@ -249,7 +249,7 @@ def next_steps(options: argparse.Namespace) -> list[tuple[str, str]]:
     example = options.out / "example"
     files = f"--image {example}/image.png --mask {example}/mask.png --exemplar {example}/exemplar.png"
     return [
-        ("Edit a picture of your own; these files are the first case of this page:",
+        ("Edit an image of your own; these files are the first case of this page:",
          f"python sample.py --model {options.model} {files} --out outputs/edit"),
         ("Score the shipped model on all test objects:",
          f"python scripts/evaluate.py --model {options.model} --out outputs/evaluation"),

@@ -206,7 +206,7 @@ def case_score(
         family: of the score.
         better: which direction.
         values: ``(n,)`` in the order of the cases; what is not finite is left out.
-        card: of the score; pictures, exclusions and interval are filled in.
+        card: what is known; images, exclusions and interval are filled in.
         bootstrap: how the interval is made.
         excluded: cases known to be left out, by reason; others that are not finite are counted as such.
         finish: monotonic map from the mean to the score, such as mean squared error to decibels.
@@ -217,7 +217,7 @@ def case_score(
     surprising = len(values) - count - sum(excluded.values())
     if surprising > 0:
         excluded["not a finite number"] = surprising
-    interval = bootstrap.mean_text() if count > 1 else "none: one picture has none"
+    interval = bootstrap.mean_text() if count > 1 else "none: one image has none"
     card = replace(card, pictures=count, excluded=excluded, interval=interval)
     if not count:
         why = f"not run: no case is left to score ({reasons(excluded)})"
@@ -231,11 +231,7 @@ def case_score(
 class Batch:
     """Some cases with their edits, each uint8 ``h w 3`` of the size of its case's image.
 
-    Attributes:
-        positions: places of the cases in the benchmark.
-        cases: the cases.
-        edits: the edits.
-        memo: features that several measures share, made once a batch.
+    ``positions`` are the cases' places in the benchmark; ``memo`` holds features that several measures share.
     """
 
     positions: list[int]
@@ -275,15 +271,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the registry of metrics.
+    """A row of the registry of metrics; ``names`` are those of its scores where they are not just its own.
 
-    Attributes:
-        name: of the metric.
-        family: of its scores.
-        better: which direction.
-        make: the measure, from :class:`pbe.evaluation.metrics.scoring.Tools`; raises NotRunError where
-            something it needs is not there.
-        names: of its scores where they are not just the metric's own.
+    ``make`` gets :class:`pbe.evaluation.metrics.scoring.Tools` and makes the measure; it raises NotRunError
+    where something is missing.
     """
 
     name: str
@@ -320,8 +311,7 @@ class CaseMeasure(Measure):
     Args:
         measure: the numbers ``(b,)`` of a batch, or ``(b, k)`` for ``k`` scores; NaN leaves a case out.
         card: what is known beforehand.
-        finish: see :func:`case_score`.
-        show: likewise.
+        finish: see :func:`case_score`, as for ``show``.
         against_images: the edits are compared with their cases, whose hash the card then bears; if not, the
             card says itself what they are compared with.
     """

@@ -59,7 +59,7 @@ class Bootstrap:
 
     def mean_text(self) -> str:
         """Say how :meth:`of_mean` makes its interval."""
-        return f"{self.level:.0%} percentile bootstrap over pictures, {self.resamples} resamples"
+        return f"{self.level:.0%} percentile bootstrap over images, {self.resamples} resamples"
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -94,9 +94,7 @@ def derangement(n: int, *key: int | str) -> np.ndarray:
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Return the chance that a positive exceeds a negative, ties counting half (Mann-Whitney).
 
-    Args:
-        positive: ``(n,)`` scores of the positives.
-        negative: ``(m,)`` scores of the negatives; every positive meets every negative.
+    Every one of the ``(n,)`` positives meets every one of the ``(m,)`` negatives.
     """
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, side="left")
@@ -120,12 +118,8 @@ def first_of(regions: np.ndarray, exemplars: np.ndarray, choice: int = CHOICE) -
     """Return whether each region resembles its own exemplar more than those of :func:`others`, ``(n,)``.
 
     A value is 1 where it does and 0 where it does not; where the own exemplar ties with k others for the
-    first place it is 1 / (k + 1), so that chance is ``1 / choice`` whatever the ties.
-
-    Args:
-        regions: ``(n, d)`` features of the painted regions, in the order of the benchmark's numbers.
-        exemplars: ``(n, d)`` features of their exemplars.
-        choice: exemplars that each region is compared with, its own among them.
+    first place it is 1 / (k + 1), so that chance is ``1 / choice`` whatever the ties. The features ``(n, d)``
+    are in the order of the benchmark's numbers.
     """
     drawn = others(len(regions), choice)
     own = cosine(regions, exemplars)
@@ -153,17 +147,10 @@ def auc_interval(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Estimate:
-    """Return :func:`auc` with a bootstrap interval over objects.
+    """Return :func:`auc` of ``(n,)`` positives and negatives with a bootstrap interval over objects.
 
     Object i brings ``positive[i]`` and ``negative[i]`` into a resample together, since both come from
     the same scene, mask and noise.
-
-    Args:
-        positive: ``(n,)``.
-        negative: ``(n,)``.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
-        level: share that the interval holds.
     """
     n = len(positive)
     wins = (positive[:, None] > negative[None, :]) + 0.5 * (positive[:, None] == negative[None, :])

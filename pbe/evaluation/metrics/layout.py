@@ -28,17 +28,13 @@ COPY_CARD = ScoreCard(
 TRUE_CARD = ScoreCard(
     resize_filter=f"area, to {GRID} x {GRID}",
     crop_rule="bounding box of the mask",
-    notes="correlation of the region's colour layout with the real picture's",
+    notes="correlation of the region's colour layout with the real image's",
 )
 
 
-def layout(picture: np.ndarray) -> np.ndarray:
-    """Return a picture's colours on the grid, each channel's mean taken off; float64 ``(8, 8, 3)``.
-
-    Args:
-        picture: uint8 ``h w 3``.
-    """
-    small = resize_area(picture, GRID, GRID).astype(np.float64)
+def layout(image: np.ndarray) -> np.ndarray:
+    """Return an image's colours on the grid less each channel's mean, float64 ``(8, 8, 3)``."""
+    small = resize_area(image, GRID, GRID).astype(np.float64)
     return small - small.mean(axis=(0, 1))
 
 
@@ -49,24 +45,13 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def layout_copy(part: np.ndarray, exemplar: np.ndarray) -> float:
-    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2.
-
-    Args:
-        part: the region, uint8 ``h w 3``.
-        exemplar: uint8 ``e f 3``.
-    """
+    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2."""
     own, shown = layout(part), layout(exemplar)
     return agreement(own, shown) - agreement(own, shown[:, ::-1])
 
 
 def layout_true(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
-    """Return the correlation of an edit's layout inside the mask's box with the real picture's, -1 to 1.
-
-    Args:
-        image: the real picture, uint8 ``h w 3``.
-        edit: uint8 ``h w 3``.
-        mask: uint8 ``h w``, above 127 = repainted.
-    """
+    """Return the correlation of an edit's layout inside the mask's box with the real image's, -1 to 1."""
     return agreement(layout(region(edit, mask)), layout(region(image, mask)))
 
 

@@ -33,22 +33,20 @@ ALEXNET_SIDE = 31  # pixels; of anything smaller its second pooling leaves nothi
 SEAM_FLOOR = 1.0  # squared grey levels; the rounding of bytes alone makes steps of that size
 SEAM_CARD = ScoreCard(
     crop_rule="pairs of neighbouring pixels on either side of the mask's border",
-    notes="geometric mean of the ratio of squared steps, edit to real picture; 1 = no more seam than the "
-    "real picture has, below 1 = smoother than it",
+    notes="geometric mean of the ratio of squared steps, edit to real image; 1 = no more seam than the "
+    "real image has, below 1 = smoother than it",
 )
 COLOUR_NOTES = "distance of the mean colours in CIELAB (D65), about 2 of which the eye just sees"
-SSIM_NOTES = "Gaussian window of 11 pixels, sigma 1.5, on each of R, G and B; the hole as in the real picture"
+SSIM_NOTES = (
+    "Gaussian window of 11 pixels, sigma 1.5, on each of R, G and B; the masked region as in the real image"
+)
 
 
 def border_energy(image: np.ndarray, masked: np.ndarray) -> float:
     """Return the mean squared step across a mask's border, squared grey levels; NaN without a border.
 
-    A step is the difference of two neighbouring pixels, one of which is masked; the mean is over all such
-    pairs, along rows and columns, and the channels.
-
-    Args:
-        image: uint8 ``h w 3``.
-        masked: bool ``h w``.
+    A step is the difference of two neighbouring pixels of the image (uint8 ``h w 3``), one of which is masked
+    (bool ``h w``); the mean is over all such pairs, along rows and columns, and the channels.
     """
     total, count = 0.0, 0
     for pixels, inside in ((image, masked), (image.swapaxes(0, 1), masked.swapaxes(0, 1))):
@@ -62,14 +60,8 @@ def border_energy(image: np.ndarray, masked: np.ndarray) -> float:
 def seam(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
     """Return the ratio of the border's energy in the edit to that in the real image, both at least one.
 
-    Args:
-        image: the real image, uint8 ``h w 3``.
-        edit: uint8 ``h w 3``.
-        mask: uint8 ``h w``, above 127 = repainted.
-
-    Returns:
-        1 where the edit has the real image's step, more where its seam shows; NaN where the mask has no
-        border inside the image.
+    It is 1 where the edit has the real image's step, more where its seam shows; NaN where the mask (uint8
+    ``h w``, above 127 = repainted) has no border inside the image.
     """
     masked = mask > 127
     return (border_energy(edit, masked) + SEAM_FLOOR) / (border_energy(image, masked) + SEAM_FLOOR)
@@ -82,12 +74,7 @@ def seam_measure() -> CaseMeasure:
 
 
 def mean_lab(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """Return the mean CIELAB colour, float64 ``(3,)``, of a region; NaN if it is empty.
-
-    Args:
-        image: uint8 ``h w 3`` sRGB.
-        region: bool ``h w``.
-    """
+    """Return the mean CIELAB colour, float64 ``(3,)``, of a region (bool ``h w``); NaN if it is empty."""
     if not region.any():
         return np.full(3, np.nan)
     pixels = image[region].astype(np.float32)[None] / 255.0
@@ -140,12 +127,8 @@ def fill_masked(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> np.nda
 def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the structural similarity at every pixel and channel (Wang et al. 2004, eq. 13).
 
-    Args:
-        a: uint8 ``h w c``.
-        b: uint8 ``h w c``.
-
-    Returns:
-        Float64 ``h w c`` up to 1, with a Gaussian window of 11 pixels, sigma 1.5, mirrored at the borders.
+    Of two images, uint8 ``h w c``, float64 ``h w c`` up to 1, with a Gaussian window of 11 pixels, sigma 1.5,
+    mirrored at the borders.
     """
     x, y = a.astype(np.float64), b.astype(np.float64)
     mean_x, mean_y = _window(x), _window(y)
@@ -182,12 +165,8 @@ def ssim_measure() -> CaseMeasure:
 def load_lpips(weights: str | None, device: str = "cpu") -> nn.Module:
     """Build LPIPS on AlexNet (torchmetrics', which brings the learned weights of the layers).
 
-    Args:
-        weights: torchvision's state dict of AlexNet on ImageNet, ``alexnet-owt-7be5be79.pth``.
-        device: where it runs.
-
-    Raises:
-        NotRunError: no weights are given, or torchmetrics is not installed.
+    ``weights`` is torchvision's state dict of AlexNet on ImageNet, ``alexnet-owt-7be5be79.pth``; NotRunError
+    where there is none, or no torchmetrics.
     """
     if weights is None:
         raise NotRunError("needs the weights of torchvision's AlexNet: --tower-weights lpips=FILE")
@@ -232,7 +211,7 @@ class LpipsMeasure(CaseMeasure):
 
     def __init__(self, weights: str | None, device: str = "cpu") -> None:
         network, self.small = load_lpips(weights, device), 0
-        notes = "of the whole pictures, the hole as in the real one"
+        notes = "of the whole images, the masked region as in the real one"
         card = ScoreCard(
             "LPIPS 0.1 on AlexNet", file_sha256(Path(weights or "")), "none", OUTSIDE, notes=notes
         )

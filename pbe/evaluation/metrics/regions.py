@@ -38,14 +38,11 @@ FIRST_OF_NOTES = (
 
 
 def raster_crop(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the crop of the paper's script, ``(x1, y1, x2, y2)`` with the ends left out.
+    """Return the crop ``(x1, y1, x2, y2)`` of a mask (uint8 ``h w``) as the paper's script makes it.
 
     Its corners are the first and the last pixel equal to 255 in raster order, and both ends are excluded
     though they belong to the masked region: right for boxes but for their last row and column, and possibly
     empty for other shapes.
-
-    Args:
-        mask: uint8 ``h w`` with at least one pixel of 255, else the crop is empty.
     """
     white = np.argwhere(mask == 255)
     if not len(white):

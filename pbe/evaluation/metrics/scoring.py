@@ -12,16 +12,7 @@ import numpy as np
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics import copy_paste, layout, pixels
-from pbe.evaluation.metrics.base import (
-    Batch,
-    Case,
-    Measure,
-    Metric,
-    NotRunError,
-    Outcome,
-    Score,
-    reasons,
-)
+from pbe.evaluation.metrics.base import Batch, Case, Measure, Metric, NotRunError, Outcome, Score, reasons
 from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.frechet import frechet, kernel
 from pbe.evaluation.metrics.quality import QualityMeasure, load_mixture
@@ -90,9 +81,7 @@ class ScoreSettings:
 class Tools:
     """What measures are made with: the settings, and towers that are loaded once.
 
-    Args:
-        settings: of the scoring.
-        own_reference: sets are compared with the true images of the cases.
+    With ``own_reference`` sets are compared with the true images of the cases.
     """
 
     def __init__(self, settings: ScoreSettings, own_reference: bool) -> None:
@@ -280,9 +269,9 @@ def find_fault(case: Case, edit: np.ndarray | None) -> str:
     if edit is None:
         return "missing"
     if edit.dtype != np.uint8 or edit.ndim != 3 or edit.shape[2] != 3:
-        return "not an 8-bit RGB picture"
+        return "not an 8-bit RGB image"
     if edit.shape != case.image.shape:
         return "of another size than its case"
     if case.mask.shape != edit.shape[:2]:
         return "with a mask of another size"
-    return "" if np.any(case.mask > 127) else "without a hole in the mask"
+    return "" if np.any(case.mask > 127) else "with an empty mask"

@@ -22,13 +22,9 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class SetMeasure(Measure):
-    """A distance between the features of all edits and those of real images.
+    """A distance between the features of all whole edits and those of real images.
 
-    Args:
-        tower: makes the features of whole images.
-        compare: the distance.
-        own_reference: take the true images of the cases, since no other real images are given.
-        notes: for the card.
+    With ``own_reference`` these are the true images of the cases, since no others are given.
     """
 
     def __init__(self, tower: Tower, compare: Compare, own_reference: bool, notes: str) -> None:
@@ -42,7 +38,7 @@ class SetMeasure(Measure):
         self.edits.append(edit_features(self.tower, batch))
         if self.own_reference:
             images = [case.image for case in batch.cases]
-            self.real.append(batch.shared(self.tower.key, "true pictures", lambda: self.tower.whole(images)))
+            self.real.append(batch.shared(self.tower.key, "true images", lambda: self.tower.whole(images)))
 
     def update_reference(self, batch: Batch) -> None:
         """Collect the features of real images."""
@@ -59,29 +55,29 @@ class SetMeasure(Measure):
         card = self._card(len(features), len(real), excluded, outcome)
         broken = int(np.sum(~np.isfinite(real).all(axis=1)))
         if broken:
-            why = f"features of {broken} of {len(real)} real pictures are not finite; check the weights"
+            why = f"features of {broken} of {len(real)} real images are not finite; check the weights"
             return metric.not_run(why, card)
         if min(len(features), len(real)) < 2:
-            why = f"needs at least two pictures on either side, not {len(features)} and {len(real)}"
+            why = f"needs at least two images on either side, not {len(features)} and {len(real)}"
             return metric.not_run(why + (f" ({reasons(excluded)})" if excluded else ""), card)
         found = self.compare(features, real, outcome.bootstrap)
         low, high = found.interval(outcome.bootstrap.level)
         return [Score(metric.name, metric.family, found.value, low, high, card, None, metric.better)]
 
     def _card(self, edits: int, real: int, excluded: dict[str, int], outcome: Outcome) -> ScoreCard:
-        source = "the cases' own true pictures" if self.own_reference else "a folder"
+        source = "the cases' own true images" if self.own_reference else "a folder"
         bootstrap = outcome.bootstrap
         return ScoreCard(
             feature_model=self.tower.spec.architecture,
             weights_sha256=self.tower.sha256,
             resize_filter=self.tower.whole_filter,
-            crop_rule="whole pictures",
+            crop_rule="whole images",
             pictures=edits,
             excluded=excluded,
             reference_sha256=outcome.cases_sha256 if self.own_reference else outcome.reference_sha256,
             interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
             "resamples of the edits",
-            notes=f"{self.notes}{'; ' if self.notes else ''}{real} real pictures from {source}",
+            notes=f"{self.notes}{'; ' if self.notes else ''}{real} real images from {source}",
         )
 
 
@@ -95,10 +91,10 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"the reference '{folder}' is no folder of pictures")
+            raise UserError(f"the reference '{folder}' is no folder of images")
         self.paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         if not self.paths:
-            raise UserError(f"the reference folder '{folder}' holds no picture")
+            raise UserError(f"the reference folder '{folder}' holds no image")
         self.digest = hashlib.sha256()
 
     def batches(self, size: int) -> Iterator[Batch]:

@@ -82,14 +82,7 @@ OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 class Tower:
-    """A frozen network that turns images into features, float32 ``(n, width)``.
-
-    Args:
-        spec: its architecture and input.
-        network: ``(b, 3, s, s)`` normalised to ``(b, width)``.
-        sha256: of its weights.
-        device: where it runs.
-    """
+    """A frozen network, ``(b, 3, s, s)`` normalised to ``(b, width)``, that turns images into features."""
 
     whole_filter, squashed_filter = WHOLE, SQUASHED
 
@@ -157,10 +150,7 @@ def centre_crop(
 ) -> np.ndarray:
     """Show an image as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out.
 
-    Args:
-        image: uint8 ``h w 3``.
-        size: sides of the result, pixels.
-        resampling: Pillow's antialiased filter; bicubic is CLIP's.
+    The image is uint8 ``h w 3``, the filter one of Pillow's antialiased; bicubic is CLIP's.
     """
     height, width = image.shape[:2]
     short = min(height, width)
@@ -178,11 +168,8 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
         architecture: another one than the role's own; its input stays the role's.
         weights: a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of all of CLIP or of
             its image tower), for ``clip`` also a tag of open_clip, which may download. None: not
-            given; Lite2 has its package.
+            given, a NotRunError; Lite2 has its package.
         device: where it runs.
-
-    Raises:
-        NotRunError: no weights are given.
     """
     spec = TOWERS[role]
     if architecture is not None and role not in OTHERS_ALLOWED:

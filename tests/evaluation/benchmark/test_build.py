@@ -87,7 +87,7 @@ def test_hole_and_exemplar_belong_together(bench: Path) -> None:
         wanted = 255 if case.number % 2 else 200
         inner = cv2.erode(mask, np.ones((15, 15), np.uint8)) > 0
         outer = cv2.dilate(mask, np.ones((15, 15), np.uint8)) == 0
-        assert np.all(image[inner] == wanted), "the hole lies on the object"
+        assert np.all(image[inner] == wanted), "the masked region lies on the object"
         assert np.all(image[outer] == case.number % 100)
         assert exemplar.shape == (80, 100, 3), "the exemplar is the object of another picture"
         assert np.all(exemplar == wanted), "and of the same label"

@@ -24,7 +24,7 @@ from pbe.evaluation.metrics.towers import Tower
 from pbe.training.tasks.diffusion import DiffusionTask
 from scripts.score_checkpoints import main
 
-SETTINGS = QuickSettings(objects=20, guidance=3.0, steps=1, batch_size=16, dtype=torch.float32)
+SETTINGS = QuickSettings(objects=20, guidance_scale=3.0, steps=1, batch_size=16, dtype="fp32")
 NAMES = ["auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity"]
 
 
@@ -60,7 +60,7 @@ def test_bfloat16_moves_the_scores_little(pipe):
     few = dataclasses.replace(SETTINGS, objects=4)
     exact, rough = (
         quick_values(QuickScorer(pipe.model.config, settings).score(pipe.model))
-        for settings in (few, dataclasses.replace(few, dtype=torch.bfloat16))
+        for settings in (few, dataclasses.replace(few, dtype="bf16"))
     )
     assert rough["similarity"] == pytest.approx(exact["similarity"], abs=0.01)
 

@@ -115,7 +115,7 @@ def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     card = found["clip-fid"].card
     assert (card.pictures, card.feature_model, card.weights_sha256) == (9, SMALL, tower.sha256)
     assert card.weights_sha256 == file_sha256(Path(settings().weights["clip"]))
-    assert "9 real pictures from the cases' own" in card.notes
+    assert "9 real images from the cases' own" in card.notes
     assert found["clip-fid"].low < found["clip-fid"].value < found["clip-fid"].high
 
 
@@ -129,7 +129,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_pictures(settings, tmp_p
     (found,) = score(cases, edits, settings("clip-fid", batch_size=2), folder)
     tower = load_tower("clip", SMALL, settings().weights["clip"])
     assert found.value == pytest.approx(frechet_distance(tower.whole(edits), tower.whole(real)), rel=1e-4)
-    assert "5 real pictures from a folder" in found.card.notes
+    assert "5 real images from a folder" in found.card.notes
     (own,) = score(cases, edits, settings("clip-fid"))
     assert len({found.card.reference_sha256, own.card.reference_sha256, ""}) == 3
     (folder / "4.png").write_bytes(b"no picture")
@@ -137,7 +137,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_pictures(settings, tmp_p
         score(cases, edits, settings("clip-fid"), folder)
     with pytest.raises(UserError, match="is no folder"):
         score(cases, edits, settings("clip-fid"), tmp_path / "none")
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="holds no image"):
         score(cases, edits, settings("clip-fid"), _empty(tmp_path))
 
 
@@ -150,7 +150,7 @@ def test_a_single_picture_has_no_distance_but_the_other_scores(settings):
     cases, edits = make(1)
     fid, region = score(cases, edits, settings("clip-fid", "region-clip"))
     assert not fid.run
-    assert fid.why_not == "not run: needs at least two pictures on either side, not 1 and 1"
+    assert fid.why_not == "not run: needs at least two images on either side, not 1 and 1"
     assert (fid.card.pictures, fid.card.feature_model) == (1, SMALL)
     assert region.run
 
@@ -175,7 +175,7 @@ def test_features_that_are_not_finite_are_left_out(settings, monkeypatch):
     cases[1] = replace(cases[1], image=cases[1].image.copy())
     cases[1].image[0, 0] = 7
     found, seam = score(cases, edits, settings("clip-fid", "seam"))
-    assert found.why_not == ("not run: features of 1 of 5 real pictures are not finite; check the weights")
+    assert found.why_not == ("not run: features of 1 of 5 real images are not finite; check the weights")
     assert found.card.reference_sha256
     assert seam.run, "what else was scored is not lost"
 
@@ -200,7 +200,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     (few,) = score(cases[:7], edits[:7], settings("qs", mixture=out))
     assert (few.run, few.why_not) == (
         False,
-        "not run: it is made of whole batches of 50 pictures, and there are 7",
+        "not run: it is made of whole batches of 50 images, and there are 7",
     )
     stranger = tmp_path / "stranger.safetensors"  # of the same weights in another network
     noted = load_mixture(out)
@@ -225,7 +225,7 @@ def test_fitting_says_what_is_wrong(tmp_path, capsys):
     [
         (["--device", "foo"], "--device 'foo' cannot be used here"),
         (["--seed", "-1"], "the seed of the fit is 0 to 2**32 - 1, not -1"),
-        (["--components", "3"], "3 components need more than 3 pictures"),
+        (["--components", "3"], "3 components need more than 3 images"),
         (["--out", "FOLDER.safetensors"], "it is a folder"),
         (["--out", "x" * 300 + ".safetensors"], "cannot write"),
     ],

@@ -104,8 +104,8 @@ def test_bad_edits_are_left_out_and_counted():
         assert one.card.excluded == {
             "missing": 1,
             "of another size than its case": 1,
-            "not an 8-bit RGB picture": 2,
-            "without a hole in the mask": 1,
+            "not an 8-bit RGB image": 2,
+            "with an empty mask": 1,
         }
         assert np.isnan(one.per_case).tolist() == [True] * 5 + [False] * 3
         assert one.value == good[name].value
