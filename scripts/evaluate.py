@@ -28,7 +28,8 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
-from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
+from pbe.evaluation.benchmark.page import PageSettings
+from pbe.evaluation.benchmark.run import BenchmarkRun
 from pbe.evaluation.benchmark.toy import make_benchmark
 from pbe.evaluation.benchmark.toy_run import GUIDANCE, make_edits, score_edits
 from pbe.evaluation.metrics.bootstrap import Bootstrap

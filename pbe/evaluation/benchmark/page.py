@@ -56,9 +56,14 @@ def ranking_score(scores: Sequence[Score], name: str = "") -> Score | None:
             if one.name == name:
                 return one
         raise UserError(f"edits cannot be ranked by '{name}'; there are: {', '.join(s.name for s in usable)}")
-    telling = [one for one in usable if np.ptp(one.per_case[np.isfinite(one.per_case)]) > 0.0]  # type: ignore[index]
+    telling = [one for one in usable if _spread(one) > 0.0]
     preferred = (one for part in PREFERRED for one in telling if part in one.name)
     return next(preferred, telling[0] if telling else None)
+
+
+def _spread(score: Score) -> float:
+    assert score.per_case is not None
+    return float(np.ptp(score.per_case[np.isfinite(score.per_case)]))
 
 
 def picks(score: Score | None, available: Sequence[int], count: int, seed: int) -> dict[str, list[int]]:
