@@ -255,8 +255,7 @@ def run_toy(options: argparse.Namespace) -> dict[str, Any]:
     )
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     make_folder(options.out)
-    tower = load_tower("lite2", None, None)
-    config = pipe.model.config
+    tower, config = load_tower("lite2", None, None), pipe.model.config
     cases = make_benchmark(
         ToyWorld(options.world),
         seed=options.seed,
