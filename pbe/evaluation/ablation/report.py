@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from pbe.evaluation.ablation.results import Results, gather
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.statistics import Difference
 from pbe.evaluation.ablation.tables import changes, difference_table, latex, markdown, score_table
-from pbe.evaluation.metrics.results import FAMILIES
-from pbe.evaluation.report.html import Table, page_environment
-from pbe.files import make_folder, write_output
+from pbe.evaluation.metrics.base import FAMILIES
+from pbe.evaluation.report.tables import Table
+from pbe.files import make_folder
+from pbe.html import render_page
 
-TEMPLATE = "ablation/page.html.j2"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def write_report(ablation: Ablation, plan: Plan) -> Path:
     results, folder = gather(ablation, plan), make_folder(plan.results)
     sections, changed = sections_of(results), changes_of(results)
     write_json(folder / "results.json", results.to_dict())
-    write_output(folder / "tables.md", markdown_page(results, sections, changed).encode())
-    write_output(folder / "tables.tex", "\n".join(_latex_parts(sections)).encode())
+    _write(folder / "tables.md", markdown_page(results, sections, changed).encode())
+    _write(folder / "tables.tex", "\n".join(_latex_parts(sections)).encode())
     pictures = {"strip": png(strip(results, ablation.config.evaluation.strip_cases))}
     if ablation.config.evaluation.plot_y:
         try:
@@ -57,8 +59,8 @@ def write_report(ablation: Ablation, plan: Plan) -> Path:
         except UserError as error:  # a score that wants weights that are not here; the rest stands
             print(f"no plot: {error}")
     for name, content in pictures.items():
-        write_output(folder / f"{name}.png", content)
-    write_output(folder / "index.html", page(results, sections, changed, pictures).encode())
+        _write(folder / f"{name}.png", content)
+    _write(folder / "index.html", page(results, sections, changed, pictures).encode())
     return folder / "index.html"
 
 
@@ -150,7 +152,21 @@ def page(
         name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()
     }
     config = results.ablation.config
-    return page_environment().get_template(TEMPLATE).render(
-        title=config.title or f"Ablation {config.name}", sections=sections, changed=changed, pictures=shown,
-        not_run=results.not_run, seeds=config.seeds,
-    )  # fmt: skip
+    return render_page(
+        TEMPLATE,
+        title=config.title or f"Ablation {config.name}",
+        sections=sections,
+        changed=changed,
+        pictures=shown,
+        not_run=results.not_run,
+        seeds=config.seeds,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
