@@ -1,10 +1,10 @@
-"""Paint an exemplar into a picture: ``python sample.py --help``; docs/sampling.md has the details."""
+"""``python sample.py`` is ``pbe edit``: paint an exemplar into an image; docs/sampling.md has the details."""
 
 from __future__ import annotations
 
 import sys
 
-from pbe.editing.cli import main
+from pbe.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["edit", *sys.argv[1:]]))

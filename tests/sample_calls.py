@@ -9,8 +9,13 @@ import pytest
 from PIL import Image
 
 from pbe.checkpoints.native import save_model
-from pbe.editing.cli import main
+from pbe.cli.main import main as pbe
 from tests.editing.tiny_model import make_tiny_model
+
+
+def main(call: list[str]) -> int:
+    """Run ``pbe edit`` as sample.py does."""
+    return pbe(["edit", *call])
 
 
 def write_model(folder: Path) -> Path:

@@ -13,7 +13,6 @@ import pytest
 
 from pbe.cli.main import make_app
 from pbe.config import load_config
-from pbe.editing.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("reproduce", "evaluation")
@@ -40,11 +39,9 @@ def commands(page: str) -> list[list[str]]:
 def accept(words: list[str]) -> None:
     """Parse a command as its program does; raises what the program would say."""
     script, *arguments = words
-    if script == "sample.py" or words[:2] == ["pbe", "edit"]:
-        build_parser().parse_args(arguments[script == "pbe" :])
-        return
-    if script in ("train.py", "pbe"):
-        arguments = ["train", *arguments] if script == "train.py" else arguments
+    if script in ("train.py", "sample.py", "pbe"):
+        called = {"train.py": ["train"], "sample.py": ["edit"], "pbe": []}[script]
+        arguments = [*called, *arguments]
         _, bound, _ = make_app().parse_args(arguments, print_error=False, exit_on_error=False)
         if arguments[0] in ("train", "inspect", "cache"):
             load_config(ROOT / bound.args[0], list(bound.args[1:]))

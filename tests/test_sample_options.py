@@ -16,11 +16,10 @@ import torch
 from PIL import Image, ImageCms
 
 from pbe.config import Config, to_dict
-from pbe.editing.batch.runner import memory_told
-from pbe.editing.cli import main
+from pbe.editing.batch.runner import memory_errors
 from pbe.errors import UserError
 from tests.editing.tiny_model import make_tiny_model
-from tests.sample_calls import arguments, complaint, pixels, write_files, write_model
+from tests.sample_calls import arguments, complaint, main, pixels, write_files, write_model
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +210,9 @@ def test_an_output_too_large_for_its_format(model: Path, files: Path, capsys: py
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 )
 def test_too_little_memory_is_one_line(error: Exception):
-    with pytest.raises(UserError, match="out of memory: a smaller --batch-size"), memory_told():
+    with pytest.raises(UserError, match="out of memory: a smaller --batch-size"), memory_errors():
         raise error
-    with pytest.raises(RuntimeError, match="a defect"), memory_told():
+    with pytest.raises(RuntimeError, match="a defect"), memory_errors():
         raise RuntimeError("a defect")
 
 
@@ -223,11 +222,12 @@ def test_too_little_memory_is_one_line(error: Exception):
         (["--device", "meta"], "--device 'meta' cannot be used here: it holds no numbers"),
         (["--device", ""], "--device '' cannot be used here"),
         (["--height", "99999999999999999999"], "--height is 99999999999999999999; it must be at most 65535"),
-        (["--margin", "1e300"], "--margin is 1e+300; it must be at most 65535"),
+        (["--margin", "1e300"], "--margin is 1e+300; it must lie between 0 and 65535"),
         (["--num-images", "1000000000000"], "--num-images is 1000000000000; it must be at most 1000000"),
         (["--image", "/dev/zero"], "image '/dev/zero' is not a regular file"),
         (["--seed", str(2**64)], f"--seed is {2**64}; it must lie between 0 and"),
-        (["--steps", "2.0"], "argument --steps: invalid int value: '2.0'"),
+        (["--steps", "2.0"], "--steps is 2.0; it must be a whole number"),
+        (["--height", "2.5"], "--height is 2.5; it must be a whole number"),
     ],
 )
 def test_values_that_no_computer_can_use(

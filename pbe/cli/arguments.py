@@ -52,6 +52,14 @@ def tidy(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -
             del argument.tokens[: starts[-1]]
 
 
+def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse whole numbers with a point, which would be rounded in silence."""
+    for argument in arguments:
+        for each in argument.tokens:
+            if argument.hint in (int, int | None) and "." in each.value:
+                raise UserError(f"{argument.name} is {each.value}; it must be a whole number")
+
+
 def parse_part(text: str, option: str) -> tuple[int, int]:
     """Read ``I/N``, part I of N counted from 0, that an option holds."""
     part, _, parts = text.partition("/")

@@ -107,7 +107,7 @@ def _square(source: Path, size: int, resampling: str) -> np.ndarray:
 def _write(source: Path, out: Path, make_square: Callable[[Path], np.ndarray]) -> int:
     from PIL import Image
 
-    from pbe.editing.batch.records import write_picture
+    from pbe.editing.batch.records import write_image
 
-    write_picture(_target(source, out), Image.fromarray(make_square(source)))
+    write_image(_target(source, out), Image.fromarray(make_square(source)))
     return 1

@@ -1,16 +1,54 @@
-"""``pbe edit``: paint an exemplar into an image."""
+"""``pbe edit`` and ``sample.py``: paint an exemplar into the masked part of images."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+import warnings
+from dataclasses import dataclass
 
-from cyclopts import App, Parameter
+from pbe.cli.arguments import SETTINGS, Switch
+from pbe.editing.settings import EditCommand
 
-edit = App(name="edit", help="Paint an exemplar into the masked part of an image.", help_flags=[])
+NOISY = ("PIL", "torch", "timm", "open_clip")
 
 
-@edit.default
-def _edit(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
-    from pbe.editing.cli import main
+@SETTINGS
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(EditCommand):
+    """Options of ``pbe edit``."""
 
-    return main(arguments)
+    preserve_background: Switch = True
+    """keep every pixel outside the mask bit by bit"""
+
+
+def edit(*, settings: EditOptions) -> None:
+    """Paint an exemplar into the masked part of an image.
+
+    pbe edit --model M --image I --mask M --exemplar E --out FOLDER
+    pbe edit --model M --pairs FILE --out FOLDER
+
+    In the folder of --out each edit leaves NAME_SEED.png and NAME_SEED.json (every setting to repeat it) and
+    each image NAME_SEED_grid.png. An entry of a --pairs file has image, mask and exemplar (paths relative to
+    the file) and, if you like, name and seed. See docs/sampling.md.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it then raises
+    with warnings.catch_warnings():
+        for package in NOISY:  # what their users can do nothing about; what matters here is an error
+            warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+        _edit(settings.checked())
+
+
+def _edit(command: EditCommand) -> None:
+    """Check everything, then load the model and edit."""
+    from pbe.editing.batch.jobs import check_files, check_format, output_folder
+    from pbe.editing.batch.pairs import collect_jobs
+    from pbe.files import make_folder
+
+    jobs = collect_jobs(command)
+    folder = output_folder(command, jobs)
+    checked = check_files(jobs, quiet=command.quiet)
+    check_format(command, checked[0].size)
+    make_folder(folder)
+    from pbe.editing.batch.runner import edit_all  # imports torch, which takes seconds
+
+    edit_all(checked, command)

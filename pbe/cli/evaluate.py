@@ -337,7 +337,7 @@ def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, h
     """Write scores, table and sheet, and print the table."""
     from PIL import Image
 
-    from pbe.editing.batch.records import write_json, write_picture
+    from pbe.editing.batch.records import write_image, write_json
     from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
     from pbe.evaluation.benchmark.toy_scores import markdown_table
     from pbe.files import write_text
@@ -346,5 +346,5 @@ def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, h
     write_json(out / "scores.json", {**head, **scores.to_dict()})
     write_text(out / "scores.md", table)
     rows = {label: images[: settings.toy.sheet] for label, images in benchmark_rows(cases, edits).items()}
-    write_picture(out / "grid.png", Image.fromarray(sheet(rows)))
+    write_image(out / "grid.png", Image.fromarray(sheet(rows)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {out}")

@@ -52,7 +52,7 @@ def make_app() -> App:
     from cyclopts import App, Parameter
 
     from pbe import __version__
-    from pbe.cli.arguments import tidy
+    from pbe.cli.arguments import refuse_fractions, tidy
 
     app = App(
         name="pbe",
@@ -62,10 +62,10 @@ def make_app() -> App:
             negative_bool=(),  # no --no- form for every switch,
             negative_iterable=(),  # no --empty- form for every list
             consume_multiple=True,
-            allow_repeating=True,  # the last one counts
+            allow_repeating=True,  # the last counts, so that a call can be changed by adding to it
             show_default=_show_default,
         ),
-        config=tidy,
+        config=(tidy, refuse_fractions),
         help_format="plaintext",
         help_on_error=False,
         print_error=False,

@@ -63,7 +63,7 @@ def make(*, settings: MakeSettings) -> None:
     import torch
 
     from pbe.data.toy.scenes import ToyWorld
-    from pbe.editing.batch.records import write_picture
+    from pbe.editing.batch.records import write_image
     from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.toy import make_benchmark
     from pbe.evaluation.benchmark.toy_export import EXEMPLAR_SIZE, IMAGE_SIZE
@@ -92,7 +92,7 @@ def make(*, settings: MakeSettings) -> None:
     questions = naming.make_questions(world, cases, settings.seed)
     sheets = make_folder(settings.out / "sheets")  # not before there is something to put into it
     for number, sheet in enumerate(naming.naming_sheets(questions, images), 1):
-        write_picture(sheets / f"sheet_{number}.png", sheet)
+        write_image(sheets / f"sheet_{number}.png", sheet)
     naming.write_form(sheets / naming.ANSWERS, questions)
     key = settings.out / naming.KEY
     naming.write_key(key, questions, shown)

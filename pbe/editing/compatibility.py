@@ -17,57 +17,43 @@ from tqdm import tqdm
 
 from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
-from pbe.diffusion.solvers.choice import SolverChoice
-from pbe.editing.components import OURS
-from pbe.editing.conventions import get_conventions
+from pbe.diffusion.solvers import SolverChoice
+from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, nearest, read_arguments, solver_of
 from pbe.editing.hub import Hub, upload
-from pbe.editing.pretrained import read_theirs
-from pbe.editing.problems import EditAttributeError, EditTypeError, EditValueError
 from pbe.editing.safety import SafetyChecker, usable_checker
-from pbe.editing.sampling import Progress
-from pbe.editing.schedulers import ReadOnly, Scheduler, solver_of
+from pbe.editing.settings import get_conventions
+from pbe.errors import EditAttributeError, EditTypeError, EditValueError
 from pbe.models import LatentDiffusion
 
-INSIDE = "a step inside a call here; pipe.model has the networks' own methods"
-FILES = "a model's files are written by save_pretrained and read by from_pretrained"
 PARTS = "PaintByExample(**pipe.components) makes a pipeline that shares parts"
-# What diffusers' class has and a pipeline here has not, and why.
-NOT_HERE: dict[str, str] = {
-    "check_inputs": INSIDE,
-    "config_name": FILES,
-    "decode_latents": INSIDE + ", such as decode_latents",
-    "disable_freeu": "FreeU changes the UNet's skips, which are those it was trained with here",
-    "enable_freeu": "FreeU changes the UNet's skips, which are those it was trained with here",
-    "enable_group_offload": "enable_model_cpu_offload keeps idle networks on the CPU",
-    "extract_init_dict": FILES,
-    "from_config": FILES,
-    "fuse_qkv_projections": "queries, keys and values are projected separately",
-    "get_config_dict": FILES,
-    "has_compatibles": "pipe.scheduler.compatibles lists what can be assigned to pipe.scheduler",
-    "hf_device_map": "all networks lie on pipe.device",
-    "ignore_for_config": FILES,
-    "image_processor": INSIDE,
-    "load_config": FILES,
-    "maybe_free_model_hooks": "disable_cpu_offload() ends the offloading",
-    "model_cpu_offload_seq": "enable_model_cpu_offload moves each network when it is needed",
-    "numpy_to_pil": "output_type='pil' gives PIL images",
-    "parameters": "pipe.model.parameters() are the weights",
-    "prepare_extra_step_kwargs": INSIDE,
-    "prepare_latents": INSIDE,
-    "prepare_mask_latents": INSIDE,
-    "register_for_auto_class": FILES,
-    "register_modules": PARTS,
-    "register_to_config": PARTS,
-    "reset_device_map": "pipe.to(device) moves all networks",
-    "run_safety_checker": "pipe.safety_checker(images) looks at images",
-    "save_config": FILES,
-    "set_use_memory_efficient_attention_xformers": "PyTorch's own memory-efficient attention runs always",
-    "to_json_file": FILES,
-    "to_json_string": FILES,
-    "unfuse_qkv_projections": "queries, keys and values are projected separately",
-    "text_encoder": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
-    "tokenizer": "the exemplar is the condition, and exemplar_encoder encodes it; there is no text",
+# What diffusers' class has and a pipeline here has not, by what there is instead.
+INSTEAD = {
+    "a step inside a call here; pipe.model has the networks' own methods": (
+        "check_inputs decode_latents image_processor prepare_extra_step_kwargs prepare_latents "
+        "prepare_mask_latents"
+    ),
+    "a model's files are written by save_pretrained and read by from_pretrained": (
+        "config_name extract_init_dict from_config get_config_dict ignore_for_config load_config "
+        "register_for_auto_class save_config to_json_file to_json_string"
+    ),
+    PARTS: "register_modules register_to_config",
+    "FreeU changes the UNet's skips, which are those it was trained with here": "disable_freeu enable_freeu",
+    "PyTorch's own memory-efficient attention runs always": "set_use_memory_efficient_attention_xformers",
+    "all networks lie on pipe.device": "hf_device_map",
+    "disable_cpu_offload() ends the offloading": "maybe_free_model_hooks",
+    "enable_model_cpu_offload keeps idle networks on the CPU": "enable_group_offload",
+    "enable_model_cpu_offload moves each network when it is needed": "model_cpu_offload_seq",
+    "output_type='pil' gives PIL images": "numpy_to_pil",
+    "pipe.model.parameters() are the weights": "parameters",
+    "pipe.safety_checker(images) looks at images": "run_safety_checker",
+    "pipe.scheduler.compatibles lists what can be assigned to pipe.scheduler": "has_compatibles",
+    "pipe.to(device) moves all networks": "reset_device_map",
+    "queries, keys and values are projected separately": "fuse_qkv_projections unfuse_qkv_projections",
+    "the exemplar is the condition, and exemplar_encoder encodes it; there is no text": (
+        "text_encoder tokenizer"
+    ),
 }
+NOT_HERE = {name: reason for reason, names in INSTEAD.items() for name in names.split()}
 TEXT = "the exemplar is the condition; there is no text"
 # Arguments of other pipelines' calls, and why they have no place here.
 NOT_IN_A_CALL = {
@@ -86,7 +72,7 @@ class DiffusersNames:
     model: LatentDiffusion
     safety_checker: Any
     _choice: SolverChoice
-    _progress: Progress
+    _bar: dict[str, Any]
     _name_or_path = ""
 
     usage: property  # of the pipeline
@@ -138,36 +124,24 @@ class DiffusersNames:
         return self._name_or_path
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off.
-
-        Raises:
-            EditTypeError: tqdm has no such argument.
-        """
+        """Set tqdm's arguments for the bar, in place of earlier ones: ``disable=True`` turns it off."""
         known = [*inspect.signature(tqdm.__init__).parameters][1:-1]  # neither self nor **kwargs
         for name in settings:
             if name not in known:
                 raise EditTypeError(
                     f"the progress bar has no setting '{name}'; there are: {', '.join(known)}"
                 )
-        self._progress.settings = settings
+        self._bar = settings
 
     def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm[Any]:
-        """Return a bar with the settings of this pipeline's.
-
-        Raises:
-            EditValueError: neither an iterable nor a total.
-        """
+        """Return a bar with the settings of this pipeline's."""
         if iterable is None and total is None:
             raise EditValueError("progress_bar needs an iterable or a total")
-        return tqdm(iterable, total=total, **self._progress.settings)
+        return tqdm(iterable, total=total, **self._bar)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **parts: Any) -> Self:
-        """Return a pipeline that shares the parts of another; arguments take the place of some.
-
-        Raises:
-            EditTypeError: no pipeline of this project, or a part that there is none of.
-        """
+        """Return a pipeline that shares the parts of another; arguments take the place of some."""
         if not isinstance(pipeline, DiffusersNames):
             raise EditTypeError(f"from_pipe: {type(pipeline).__name__}; it must be a PaintByExample")
         own = {OURS.get(name, name): part for name, part in parts.items()}
@@ -186,20 +160,12 @@ class DiffusersNames:
         token: str | bool | None = None,
         **others: Any,
     ) -> Path:
-        """Fetch what :meth:`from_pretrained` would, and return the folder.
+        """Fetch what :meth:`from_pretrained` would, and return the folder; arguments are as there.
 
-        Args:
-            pretrained_model_name: as there; a path that exists is returned as it is.
-            revision: as there, and so are all others.
-            cache_dir: likewise.
-            local_files_only: likewise.
-            token: likewise.
-            others: ``variant``, ``use_safetensors``, ``force_download``.
-
-        Raises:
-            UserError: no such model, or an argument that has no meaning here.
+        A path that exists is returned as it is; ``others`` are ``variant``, ``use_safetensors``,
+        ``force_download``.
         """
-        theirs = read_theirs(others)
+        theirs = read_arguments(others)
         hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
         return hub.find(pretrained_model_name)
 
@@ -224,9 +190,6 @@ class DiffusersNames:
 
         Returns:
             The address of the commit.
-
-        Raises:
-            UserError: the model cannot be saved so, or the Hub does not take it.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)
@@ -264,9 +227,7 @@ class DiffusersNames:
         """Refuse arguments that the call does not have, such as those of diffusers' other pipelines."""
         known = [*inspect.signature(type(self).__call__).parameters][1:-1]
         for name in others:
-            near = difflib.get_close_matches(name, known, n=1)
-            instead = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(known)}"
-            reason = f": {NOT_IN_A_CALL[name]}" if name in NOT_IN_A_CALL else instead
+            reason = f": {NOT_IN_A_CALL[name]}" if name in NOT_IN_A_CALL else nearest(name, known)
             raise EditTypeError(f"the call has no argument '{name}'{reason}")
 
     def _instead(self, name: str) -> str:

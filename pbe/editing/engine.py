@@ -1,49 +1,203 @@
-"""One batch of edits through the networks: conditions, latents, the solver, and pictures again."""
+"""One batch of edits through the networks: conditions, latents, the solver, and images again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
 from pbe.diffusion.noise import Generators, draw_noise
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.editing.conditioning import Conditioning, prepared_predictor
-from pbe.editing.conventions import Conventions
-from pbe.editing.exemplars import CropSettings, Exemplar, exemplar_pixels
+from pbe.diffusion.solvers import Callback, SolverChoice, get_solver
 from pbe.editing.inputs import Batch
 from pbe.editing.placement import View
-from pbe.editing.preprocess import mask_at_latent_size, network_inputs
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.editing.sampling import Progress, Sampling
+from pbe.editing.preprocess import (
+    CropSettings,
+    Exemplar,
+    exemplar_pixels,
+    mask_at_latent_size,
+    network_inputs,
+)
+from pbe.editing.settings import Conventions, EditSettings
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from pbe.models.known_pixels import known_pixels
 from pbe.models.latent_diffusion import masked_image
 
+ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # of so many steps; gives what is told of each
+
+
+def choose_solver(solver: str | SolverChoice) -> SolverChoice:
+    """Return the choice that a name stands for."""
+    if isinstance(solver, SolverChoice):
+        return solver
+    if not isinstance(solver, str):
+        raise EditTypeError(f"solver: {type(solver).__name__}; it must be a name or a SolverChoice")
+    try:
+        return SolverChoice(get_solver(solver).name)
+    except UserError as error:
+        raise EditValueError(str(error)) from error
+
+
+def merge_choice(default: SolverChoice, settings: EditSettings) -> SolverChoice:
+    """Return the solver that settings ask for; what they leave open is as in the default."""
+    choice = default if settings.solver is None else choose_solver(settings.solver)
+    spacing, karras = settings.spacing or choice.spacing, settings.karras or choice.karras
+    return replace(choice, spacing=spacing, karras=karras)
+
+
+def count_steps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> int:
+    """Check that a solver takes the settings, and return the number of steps that it will report."""
+    solver = choice.solver
+    if settings.eta and solver.noise != "eta":
+        kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
+        raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
+    try:
+        return len(solver.grid(schedule, settings.steps, choice.spacing, choice.karras, choice.settings))
+    except UserError as error:
+        raise EditValueError(str(error)) from error
+
+
+def solve(
+    choice: SolverChoice,
+    settings: EditSettings,
+    predict: PredictNoise,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    generator: Generators,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
+    return choice.solver(
+        predict,
+        x_T,
+        schedule,
+        settings.steps,
+        eta=settings.eta,
+        generator=generator,
+        callback=callback,
+        spacing=choice.spacing,
+        karras=choice.karras,
+        settings=choice.settings,
+    )
+
+
+def network_timesteps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> Tensor:
+    """Run the solver on a single number, to learn the timesteps ``(n,)`` of its calls of the network."""
+    asked: list[Tensor] = []
+
+    def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        asked.append(timesteps)
+        return torch.zeros_like(x_t)
+
+    solve(choice, settings, predict, torch.zeros(1, 1, 1, 1), schedule, generator=torch.Generator())
+    return torch.cat(asked)
+
+
+def check_callback(callback: Any) -> None:
+    """Check that a callback is None or can be called with (step, timestep, latents)."""
+    if callback is None:
+        return
+    if not callable(callback):
+        raise EditTypeError(f"callback: {type(callback).__name__}; it must be a function")
+    try:
+        signature = inspect.signature(callback)
+    except (TypeError, ValueError):  # some that are written in C do not say what they take
+        return
+    try:
+        signature.bind(0, 0.0, None)
+    except TypeError as error:
+        wanted = "it must take three arguments: step, timestep and latents"
+        raise EditTypeError(f"callback: {wanted} ({error})") from error
+
+
+@contextmanager
+def progress_bar(
+    total: int, *, bar: dict[str, Any], callback: Callback | None, every: int
+) -> Iterator[Callback]:
+    """Show a bar of so many steps; yield what moves it and calls the user's callback every n-th step."""
+    with tqdm(**({"total": total, "desc": "painting", "unit": "step"} | bar)) as shown:
+
+        def step(index: int, timestep: float, latents: Tensor) -> None:
+            shown.update()
+            if callback is not None and index % every == 0:
+                callback(index, timestep, latents)
+
+        yield step
+
 
 @dataclass(frozen=True)
-class Given:
-    """What a call gives instead of having it drawn or encoded; fields as in the pipeline's call."""
+class Conditioning:
+    """Condition ``(b, tokens, context_dim)`` and masked image of a batch of edits.
 
-    generator: Generators
-    latents: Tensor | None
-    masked_image_latents: Tensor | None
-    exemplar_embeds: Tensor | None
+    The masked image is latents ``(b, z, h, w)`` and ``keep_mask`` ``(b, 1, h, w)`` at latent size, 1 = keep.
+    """
+
+    condition: Tensor
+    masked_latents: Tensor
+    keep_mask: Tensor
+
+    def part(self, which: slice) -> Conditioning:
+        """Return the conditioning of some of the batch."""
+        return Conditioning(self.condition[which], self.masked_latents[which], self.keep_mask[which])
+
+
+def noise_predictor(
+    model: LatentDiffusion, schedule: NoiseSchedule, conditioning: Conditioning, guidance_scale: float
+) -> PredictNoise:
+    """Close a model over its conditioning, guided, as the predictor of the noise that solvers take.
+
+    Latents stay float32 whatever the type of the weights; the model may predict eps or v.
+    """
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    doubled = tuple(torch.cat([x, x]) for x in fixed)
+    dtype = model.unet.conv_in.weight.dtype
+
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        masked_latents, keep_mask = fixed if len(x_t) == len(fixed[0]) else doubled
+        return model.predict(x_t.to(dtype), timesteps, condition, masked_latents, keep_mask).float()
+
+    null = model.null_condition(*conditioning.condition.shape[:2])
+    predict = guided(network, conditioning.condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
+
+
+def prepared_predictor(
+    model: LatentDiffusion,
+    schedule: NoiseSchedule,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    timesteps: Tensor,
+) -> PredictNoise:
+    """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
+
+    Weights must stay as they are while it is used, and lie whole in memory; ``timesteps`` ``(n,)`` are all
+    that the solver will ask for.
+    """
+    condition, dtype = conditioning.condition, model.dtype
+    null = model.null_condition(*condition.shape[:2])
+    both = condition if guidance_scale == 1.0 else torch.cat([null, condition])  # in the order of `guided`
+    fixed = (conditioning.masked_latents, conditioning.keep_mask)
+    prepared = model.prepare(both, *fixed, timesteps.to(model.device))
+
+    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
+
+    predict = guided(network, condition, null, guidance_scale)
+    return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and the conventions of one call.
-
-    Attributes:
-        model: the networks.
-        schedule: their noise schedule.
-        crop: how exemplars are cropped, where the conventions crop them.
-        conventions: of the call.
-    """
+    """A model and the conventions of one call; ``crop`` says how exemplars are cropped, where they are."""
 
     model: LatentDiffusion
     schedule: NoiseSchedule
@@ -56,51 +210,39 @@ class Engine:
         pixels = exemplar_pixels(exemplars, self.model.config.exemplar_encoder, crop)
         return self.model.encode_exemplar(pixels.to(self.model.device, self.model.dtype))
 
+    def with_spacing(self, choice: SolverChoice) -> SolverChoice:
+        """Return the choice with the conventions' timestep spacing where it has none of its own."""
+        if choice.spacing is not None or choice.name not in self.conventions.leading:
+            return choice
+        return replace(choice, spacing="leading")
+
     def sample(
-        self, batch: Batch, view: View, sampling: Sampling, given: Given, progress: Progress
+        self, batch: Batch, view: View, settings: EditSettings, choice: SolverChoice, show: ShowSteps
     ) -> Tensor:
         """Return the latents of a batch of edits, ``(edits, z, h, w)`` float32.
 
-        Noise is drawn on the CPU in this order: starting noise, noise of the masked pictures' posterior,
+        Noise is drawn on the CPU in this order: starting noise, noise of the masked images' posterior,
         noise of the solver.
-
-        Args:
-            batch: exemplars, and how edits belong to pictures.
-            view: what the model is shown of the pictures.
-            sampling: solver and guidance.
-            given: generators, and what is given instead of drawn or encoded.
-            progress: the bar.
-
-        Raises:
-            EditTypeError, EditValueError: something given does not fit.
-            EditValueError: the latents are not finite.
         """
-        images, keep = network_inputs(view.pictures, view.holes, view.size, self.model.size_multiple)
-        x_T = self._start(batch, images, given)
+        images, keep = network_inputs(view.images, view.masks, view.size, self.model.size_multiple)
+        x_T = self._start(batch, images)
         conditioning = Conditioning(
-            self._condition(batch, given),
-            self._masked_latents(batch, masked_image(images, keep), x_T, given),
+            self._condition(batch),
+            self._masked_latents(batch, masked_image(images, keep), x_T),
             self._keep_mask(batch, keep, x_T),
         )
-        scale = max(sampling.guidance_scale, self.conventions.guidance_floor)
-        steps, timesteps = sampling.check(self.schedule), sampling.timesteps(self.schedule)
+        scale = max(settings.guidance_scale, self.conventions.guidance_floor)
+        steps = count_steps(choice, settings, self.schedule)
+        timesteps = network_timesteps(choice, settings, self.schedule)
         predict = prepared_predictor(self.model, self.schedule, conditioning, scale, timesteps)
-        with progress.watched(sampling, steps) as step:
-            sampled = sampling.run(predict, x_T, self.schedule, given.generator, step)
+        with show(steps) as step:
+            generator = batch.generator
+            sampled = solve(choice, settings, predict, x_T, self.schedule, generator=generator, callback=step)
         _require_finite(sampled, f", or too large a guidance_scale ({scale:g})")
         return sampled
 
     def decode(self, latents: Tensor, batch: Batch, view: View) -> Tensor:
-        """Return pictures ``(edits, 3, h, w)`` float32, about [-1, 1], at the working size.
-
-        Args:
-            latents: one an edit.
-            batch: how edits belong to pictures.
-            view: what the model is shown of the pictures.
-
-        Raises:
-            EditValueError: they are not finite.
-        """
+        """Return images ``(edits, 3, h, w)`` float32, about [-1, 1], at the working size."""
         height, width = view.size
         known = self._known(batch, view) if self.model.config.autoencoder.mask_aware_decoder else None
         painted = self.model.decode_latents(latents.to(self.model.dtype), known)
@@ -110,12 +252,12 @@ class Engine:
 
     def _known(self, batch: Batch, view: View) -> Tensor:
         """Return what a mask-aware decoder is told, one an edit."""
-        images, keep = network_inputs(view.pictures, view.holes, view.size, self.model.size_multiple)
+        images, keep = network_inputs(view.images, view.masks, view.size, self.model.size_multiple)
         known = batch.spread(known_pixels(images, keep), "image")
         return known.to(self.model.device, self.model.dtype)
 
-    def _condition(self, batch: Batch, given: Given) -> Tensor:
-        embeds = given.exemplar_embeds
+    def _condition(self, batch: Batch) -> Tensor:
+        embeds = batch.exemplar_embeds
         rows = self.encode(batch.exemplars) if embeds is None else embeds
         return batch.spread(rows.to(self.model.device, self.model.dtype), "exemplar_embeds")
 
@@ -124,25 +266,25 @@ class Engine:
         small = mask_at_latent_size(keep, size, self.conventions.mask_mode)
         return batch.spread(small.to(self.model.device, self.model.dtype), "mask_image")
 
-    def _start(self, batch: Batch, images: Tensor, given: Given) -> Tensor:
+    def _start(self, batch: Batch, images: Tensor) -> Tensor:
         """Return the starting noise ``(edits, z, h, w)`` float32: the one given, or a draw."""
         factor = self.model.autoencoder.downsampling
         channels = self.model.config.autoencoder.latent_channels
         shape = (len(batch), channels, images.shape[-2] // factor, images.shape[-1] // factor)
-        if given.latents is None:
-            return draw_noise(shape, given.generator).to(self.model.device)
-        return check_latents(given.latents, "latents", shape, (len(batch),)).to(self.model.device)
+        if batch.latents is None:
+            return draw_noise(shape, batch.generator).to(self.model.device)
+        return check_latents(batch.latents, "latents", shape, (len(batch),)).to(self.model.device)
 
-    def _masked_latents(self, batch: Batch, hidden: Tensor, x_T: Tensor, given: Given) -> Tensor:
-        """Return latents of the pictures with their holes greyed, one an edit, in the type of the weights."""
+    def _masked_latents(self, batch: Batch, hidden: Tensor, x_T: Tensor) -> Tensor:
+        """Return latents of the images with the masked region greyed, one an edit, in the weights' type."""
         device, dtype, name = self.model.device, self.model.dtype, "masked_image_latents"
-        shape, generator = tuple(x_T.shape), given.generator
-        if given.masked_image_latents is not None:
-            counts = (1, len(batch.pictures), len(batch))
-            rows = check_latents(given.masked_image_latents, name, shape, counts)
+        shape, generator = tuple(x_T.shape), batch.generator
+        if batch.masked_image_latents is not None:
+            counts = (1, len(batch.images), len(batch))
+            rows = check_latents(batch.masked_image_latents, name, shape, counts)
             return batch.spread(rows, name).to(device, dtype)
         if self.conventions.share_posterior:
-            shape = (len(batch.pictures), *shape[1:])
+            shape = (len(batch.images), *shape[1:])
             generator = list(generator)[:: batch.copies] if isinstance(generator, Sequence) else generator
         else:
             hidden = batch.spread(hidden, "image")
@@ -151,29 +293,14 @@ class Engine:
 
 
 def _require_finite(made: Tensor, more: str = "") -> None:
-    """Refuse infinite numbers and those that are none, which would become black.
-
-    Raises:
-        EditValueError: there are some.
-    """
+    """Refuse NaN and infinite numbers, which would become black."""
     if not torch.isfinite(made).all():
         causes = f"damaged weights, or float16 is too small{more}"
         raise EditValueError(f"the model gave infinite numbers: {causes}")
 
 
 def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
-    """Check latents that a call gives, and return them in float32.
-
-    Args:
-        latents: what is given.
-        name: what errors call it.
-        shape: one of every edit's.
-        counts: possible numbers of rows.
-
-    Raises:
-        EditTypeError: no floating-point tensor.
-        EditValueError: another shape, or values that are not finite.
-    """
+    """Check latents that a call gives, one of ``counts`` rows of a shape like ``shape``; return float32."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise EditTypeError(f"{name}: {kind}; it must be a floating-point torch.Tensor")

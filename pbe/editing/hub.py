@@ -27,7 +27,7 @@ from pbe.checkpoints.folders import (
     is_pickle,
     variant_of,
 )
-from pbe.editing.places import require_place
+from pbe.editing.settings import existing_path
 from pbe.errors import UserError
 from pbe.files import expand_home
 
@@ -63,11 +63,8 @@ class Hub:
         """Return the path of a model: the one given, or that of a download.
 
         A path that exists comes before a repository of the same name.
-
-        Raises:
-            UserError: there is no such path and no such repository, or the Hub cannot be reached.
         """
-        path = require_place(path_or_hub_id)
+        path = existing_path(path_or_hub_id)
         return self._download(str(path_or_hub_id)) if path is None else path
 
     def _download(self, name: str) -> Path:
@@ -139,11 +136,7 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> str:
-    """Put a folder's files into a repository, made when missing; return the commit's address.
-
-    Raises:
-        UserError: no such name, no right to write, or the Hub cannot be reached.
-    """
+    """Put a folder's files into a repository, made when missing; return the commit's address."""
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -158,21 +151,11 @@ def upload(
 
 
 def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> list[str]:
-    """Choose what to download of a repository.
+    """Choose what to download of a repository: settings, and the weights of every network once.
 
-    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories
-    hold the same weights several times.
-
-    Args:
-        files: paths in the repository.
-        name: of the repository, for errors.
-        choice: which copies; where it leaves that open, safetensors come before pickles and variants last.
-
-    Returns:
-        Settings, and the weights of every network once.
-
-    Raises:
-        UserError: there are no weights, or several checkpoints.
+    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories hold
+    the same weights several times. Where ``choice`` leaves it open, safetensors come before pickles and
+    variants last.
     """
     listed = sorted(files)
     if "model_index.json" in listed:

@@ -1,6 +1,6 @@
-"""Pictures and masks of every kind, brought to two plain forms.
+"""Images and masks of every kind, brought to two plain forms.
 
-A picture is ``h w 3``, RGB, uint8 or (from floating-point input) float32 in [-1, 1]; a mask is bool ``h w``,
+An image is ``h w 3``, RGB, uint8 or (from floating-point input) float32 in [-1, 1]; a mask is bool ``h w``,
 True = repaint. No torch here: command lines check their files before they load it.
 """
 
@@ -15,9 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from pbe.editing.colour import carried, lab_to_srgb, profile_of
-from pbe.editing.image_files import decode_image, first_line, needed_turn
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.editing.image_files import carried, decode_image, first_line, lab_to_srgb, needed_turn, profile_of
+from pbe.errors import EditTypeError, EditValueError, warn_once
 from pbe.mask_reading import BY_LUMINANCE, MASK_FROM, UnclearMaskError, read_mask_image
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -33,9 +32,9 @@ class LoadedFile:
     """A file that was read.
 
     Attributes:
-        pixels: the picture (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
+        pixels: the image (uint8 ``h w 3``) or the mask (bool ``h w``, True = repaint).
         sha256: of the file's bytes, in hexadecimal.
-        carried: of an image to edit: what goes along with the edit, see :func:`pbe.editing.colour.carried`.
+        carried: of an image to edit: what goes along with the edit, see :func:`image_files.carried`.
         read_by: of a mask: what decided, see :func:`pbe.mask_reading.read_mask_image`.
     """
 
@@ -45,42 +44,33 @@ class LoadedFile:
     read_by: str = ""
 
 
-def read_picture(path: str | Path, what: str = "image") -> LoadedFile:
-    """Read a picture file: upright by its EXIF tag, 8 bits, RGB, transparent parts on white, first frame.
+def read_image(path: str | Path, what: str = "image") -> LoadedFile:
+    """Read an image file: upright by its EXIF tag, 8 bits, RGB, transparent parts on white, first frame.
 
-    Args:
-        path: the file.
-        what: how an error calls it. The colours of an ``image`` stay numbers of its own colour profile, which
-            goes along with the edit; those of anything else are brought to sRGB.
-
-    Raises:
-        EditValueError: the file is missing, empty, damaged or not a picture.
+    The colours of what is called an ``image`` stay numbers of its own colour profile, which goes along with
+    the edit; those of anything else are brought to sRGB.
     """
     image, digest = _open(Path(path), what)
     named = f"{what} '{path}'"
     if what != "image":
-        return LoadedFile(_named(lambda: picture_from_image(image, named), named), digest)
-    pixels = _named(lambda: picture_from_image(image, named, own_profile=True), named)
+        return LoadedFile(_named(lambda: pixels_of(image, named), named), digest)
+    pixels = _named(lambda: pixels_of(image, named, own_profile=True), named)
     return LoadedFile(pixels, digest, carried(image, named))
 
 
 def read_mask(path: str | Path) -> LoadedFile:
-    """Read a mask file; see :func:`pbe.mask_reading.read_mask_image` for what a mask may look like.
-
-    Raises:
-        EditValueError: the file is missing, empty, damaged, not a picture or no mask, or has no hole.
-    """
+    """Read a mask file; see :func:`pbe.mask_reading.read_mask_image` for what a mask may look like."""
     image, digest = _open(Path(path), "mask")
     named = f"mask '{path}'"
     mask, read_by = _named(lambda: mask_from_image(image), named)
-    require_hole(mask, named)
+    require_masked(mask, named)
     return LoadedFile(mask, digest, read_by=read_by)
 
 
 def _open(path: Path, what: str) -> tuple[Image.Image, str]:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise EditValueError(f"{what} '{path}' is not a regular file, so it cannot be read twice")
+            raise EditValueError(f"{what} '{path}' is not a regular file")
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise EditValueError(f"{what} '{path}' does not exist") from error
@@ -103,19 +93,12 @@ def _named(convert: Callable[[], T], named: str) -> T:
         raise EditValueError(f"{named}: {error}") from error
 
 
-def picture_from_image(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
-    """Return uint8 ``h w 3`` of a Pillow image of any mode; transparent parts are laid on white.
+def pixels_of(image: Image.Image, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
+    """Return uint8 ``h w 3`` of a Pillow image of any mode but floating point.
 
-    Greys of 16 bits are divided by 257. The EXIF orientation is left to :func:`read_picture`.
-
-    Args:
-        image: of any mode but floating point.
-        what: how a remark calls it.
-        own_profile: whether colours stay numbers of the image's own RGB profile, where it has one; else they
-            are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
-
-    Raises:
-        EditValueError: the image has no pixels, cannot be decoded, or its mode has no meaning as a picture.
+    Transparent parts are laid on white. Greys of 16 bits are divided by 257. The EXIF orientation is left to
+    :func:`read_image`. With ``own_profile`` colours stay numbers of the image's own RGB profile, where it has
+    one; else they are converted to sRGB. Profiles of grey, CMYK and L*a*b* are always converted.
     """
     _require_pixels(image.size)
     profile = profile_of(image, what)
@@ -149,24 +132,20 @@ def _flat(image: Image.Image, what: str) -> Image.Image:
 
 
 def mask_from_image(image: Image.Image) -> tuple[np.ndarray, str]:
-    """Return bool ``h w``, True = repaint, of a Pillow image of any mode, and what decided.
-
-    Raises:
-        EditValueError: it is no mask; the text says why.
-    """
+    """Return bool ``h w``, True = repaint, of a Pillow image of any mode, and what decided."""
     try:
         image.load()
         mask, read_by = read_mask_image(image)
     except UnclearMaskError as error:
         raise EditValueError(f"{error}; {PAINT_WHITE}") from error
-    except Exception as error:  # as in picture_from_image
+    except Exception as error:  # as in pixels_of
         raise EditValueError(f"the mask is damaged or cannot be decoded: {first_line(error)}") from error
     return mask > 0, read_by
 
 
 def _require_pixels(size: tuple[int, int]) -> None:
     if min(size) < 1:
-        raise EditValueError(f"a picture of {size[0]}x{size[1]} pixels has nothing to edit")
+        raise EditValueError(f"an image of {size[0]}x{size[1]} pixels has nothing to edit")
 
 
 def _eight_bits(image: Image.Image, what: str) -> Image.Image:
@@ -177,77 +156,60 @@ def _eight_bits(image: Image.Image, what: str) -> Image.Image:
     clear = image.info.get("transparency", -1)
     deep = values.max() > 255
     if not deep and values.any():
-        say_once(f"{what}: none of its 16-bit greys is above 255; they are taken as greys of 8 bits")
+        warn_once(f"{what}: none of its 16-bit greys is above 255; they are taken as greys of 8 bits")
     greys = (values + DEEP_STEP // 2) // DEEP_STEP if deep else values
     return Image.fromarray(np.where(values == clear, 255, greys).astype(np.uint8))
 
 
-def as_picture(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
+def as_image(value: Any, what: str = "image", *, own_profile: bool = False) -> np.ndarray:
     """Return ``h w 3`` of a Pillow image or of an array ``h w``, ``h w 1``, ``h w 3`` or ``h w 4``.
 
-    An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8.
-
-    Args:
-        value: the picture.
-        what: how an error calls it.
-        own_profile: see :func:`picture_from_image`.
-
-    Raises:
-        EditTypeError: anything else.
-        EditValueError: an array of another shape or beyond its range, or a picture without pixels.
+    An array is uint8, or floating point in [0, 1]. The latter gives float32 in [-1, 1], the rest uint8. For
+    ``own_profile`` see :func:`pixels_of`.
     """
     if isinstance(value, np.ndarray):
         if np.issubdtype(value.dtype, np.floating):
-            return _float_picture(_plain(value, what, channels=(1, 3, 4)), what)
+            return _float_image(_plain(value, what, channels=(1, 3, 4)), what)
         if value.dtype != np.uint8:
             raise EditTypeError(f"{what}: an array of {value.dtype}; it must be uint8, or float in [0, 1]")
         plain = np.ascontiguousarray(_plain(value, what, channels=(1, 3, 4)))
         if plain.max() == 1:
-            say_once(f"{what}: a uint8 array whose largest value is 1 is nearly black; white is 255")
+            warn_once(f"{what}: a uint8 array whose largest value is 1 is nearly black; white is 255")
         value = Image.fromarray(plain)
     if not isinstance(value, Image.Image):
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
     _tell_turn(value, what)
-    return _named(lambda: picture_from_image(value, what, own_profile=own_profile), what)
+    return _named(lambda: pixels_of(value, what, own_profile=own_profile), what)
 
 
-def _float_picture(values: np.ndarray, what: str) -> np.ndarray:
+def _float_image(values: np.ndarray, what: str) -> np.ndarray:
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point array must lie in [0, 1]")
     colours = values[:, :, None] if values.ndim == 2 else values
-    if colours.shape[2] == 4:  # laid on white, like every transparent picture
+    if colours.shape[2] == 4:  # laid on white, like every transparent image
         alpha = colours[:, :, 3:]
         colours = colours[:, :, :3] * alpha + (1.0 - alpha)
     return np.broadcast_to(colours * 2.0 - 1.0, (*values.shape[:2], 3)).astype(np.float32)
 
 
-def as_mask(value: Any, what: str = "mask_image", half_is_hole: bool = True) -> np.ndarray:
+def as_mask(value: Any, what: str = "mask_image", half_is_masked: bool = True) -> np.ndarray:
     """Return bool ``h w``, True = repaint, of a Pillow image or an array ``h w`` or ``h w 1``.
 
     An array is bool, uint8, which is read as an image of these greys, or floating point in [0, 1] (above 0.5
-    repaints). What else than luminance decided is told.
-
-    Args:
-        value: the mask.
-        what: how an error calls it.
-        half_is_hole: whether a floating-point value of exactly 0.5 repaints.
-
-    Raises:
-        EditTypeError: anything else.
-        EditValueError: another shape, values outside [0, 1], or no hole.
+    repaints, and with ``half_is_masked`` 0.5 too). What else than luminance decided is told.
     """
     if isinstance(value, np.ndarray):
-        hole = _hole(_plain(value, what, channels=(1,)), what, half_is_hole)
+        mask = _mask_of_array(_plain(value, what, channels=(1,)), what, half_is_masked)
     elif isinstance(value, Image.Image):
         _tell_turn(value, what)
-        hole = _told_mask(value, what)
+        mask = _told_mask(value, what)
     else:
         raise EditTypeError(f"{what}: {type(value).__name__}; it must be {EXPECTED}, or a list of these")
-    require_hole(hole, what)
-    return hole
+    require_masked(mask, what)
+    return mask
 
 
-def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
+def _mask_of_array(values: np.ndarray, what: str, half_is_masked: bool) -> np.ndarray:
     if values.dtype == np.uint8:
         return _told_mask(Image.fromarray(np.ascontiguousarray(values)), what)
     if values.dtype == bool:
@@ -256,18 +218,20 @@ def _hole(values: np.ndarray, what: str, half_is_hole: bool) -> np.ndarray:
         raise EditTypeError(f"{what}: an array of {values.dtype}; it must be bool, uint8 or float")
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise EditValueError(f"{what}: a floating-point mask must lie in [0, 1]")
-    return values >= 0.5 if half_is_hole else values > 0.5
+    return values >= 0.5 if half_is_masked else values > 0.5
 
 
 def _tell_turn(image: Image.Image, what: str) -> None:
     if needed_turn(image) is not None:
-        say_once(f"{what}: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns it upright")
+        warn_once(
+            f"{what}: its EXIF orientation is not applied; PIL.ImageOps.exif_transpose turns it upright"
+        )
 
 
 def _told_mask(image: Image.Image, what: str) -> np.ndarray:
     mask, read_by = _named(lambda: mask_from_image(image), what)
     if read_by != BY_LUMINANCE and mask.any():
-        say_once(f"{what}: {decision(mask, read_by)}")
+        warn_once(f"{what}: {decision(mask, read_by)}")
     return mask
 
 
@@ -286,37 +250,24 @@ def _plain(values: np.ndarray, what: str, channels: tuple[int, ...]) -> np.ndarr
     raise EditValueError(f"{what}: an array of shape {values.shape}; it must be {forms}")
 
 
-def require_hole(hole: np.ndarray, what: str) -> None:
-    """Refuse a mask without a single pixel to repaint.
-
-    Raises:
-        EditValueError: no pixel of ``hole`` (bool ``h w``) is True.
-    """
-    if not hole.any():
-        raise EditValueError(f"{what} has no hole: {PAINT_WHITE}")
+def require_masked(mask: np.ndarray, what: str) -> None:
+    """Refuse a mask without a single pixel to repaint."""
+    if not mask.any():
+        raise EditValueError(f"{what} has no masked region: {PAINT_WHITE}")
 
 
-def fit_mask(hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize a mask, bool ``h w``, to ``size`` (height, width) by nearest neighbour.
-
-    Raises:
-        EditValueError: the hole is so thin that nothing of it is left.
-    """
-    if hole.shape == size:
-        return hole
-    resized = Image.fromarray(hole.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask, bool ``h w``, to ``size`` (height, width) by nearest neighbour."""
+    if mask.shape == size:
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize(size[::-1], Image.Resampling.NEAREST)
     fitted = np.asarray(resized) > 0
-    require_hole(fitted, f"the mask, resized from {_by(hole.shape)} to the picture's {_by(size)} pixels,")
+    require_masked(fitted, f"the mask, resized from {_by(mask.shape)} to the image's {_by(size)} pixels,")
     return fitted
 
 
 def aspect_remark(mask: tuple[int, ...], size: tuple[int, ...]) -> str | None:
-    """Return a remark where a mask of this size is stretched to fit an image; None where the aspects agree.
-
-    Args:
-        mask: height and width of the mask.
-        size: height and width of the image.
-    """
+    """Return a remark where a mask (height, width) is stretched to fit an image; None where aspects agree."""
     expected = mask[1] * size[0] / size[1]
     if abs(mask[0] - expected) <= 1 + OTHER_ASPECT * max(mask[0], expected):
         return None
@@ -326,3 +277,32 @@ def aspect_remark(mask: tuple[int, ...], size: tuple[int, ...]) -> str | None:
 
 def _by(size: tuple[int, ...]) -> str:
     return f"{size[1]}x{size[0]}"
+
+
+GREY = np.uint8(128)
+
+
+def to_unit(image: np.ndarray) -> np.ndarray:
+    """Return float32 in [0, 1] of an image that is uint8 or float32 in [-1, 1]."""
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(255.0)
+    return image / np.float32(2.0) + np.float32(0.5)
+
+
+def composite(source: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the edit inside the mask (bool ``h w``) and the source everywhere else, with a hard seam.
+
+    The source is ``h w 3``, uint8 or float32 in [-1, 1], the edit and the result float32 in [0, 1]; outside
+    the mask :func:`to_bytes` gives back a uint8 source's very bytes.
+    """
+    return np.where(mask[:, :, None], edit, to_unit(source))
+
+
+def grey_out(source: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return an image (uint8 ``h w 3``) with its mask (bool ``h w``) at mid-grey, to be looked at."""
+    return np.where(mask[:, :, None], GREY, source)
+
+
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """Round a float image in [0, 1] to uint8 of the same shape."""
+    return np.round(image * np.float32(255.0)).astype(np.uint8)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.diffusion.noise import Generators
-from pbe.editing.colour import carried
-from pbe.editing.exemplars import Exemplar
-from pbe.editing.images import as_mask, as_picture, aspect_remark, fit_mask
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.editing.image_files import carried
+from pbe.editing.images import as_image, as_mask, aspect_remark, fit_mask
+from pbe.editing.preprocess import Exemplar
+from pbe.errors import EditTypeError, EditValueError, warn_once
 
 
 @dataclass(frozen=True)
@@ -23,114 +23,110 @@ class Batch:
     """What a batch of edits is made from.
 
     Attributes:
-        exemplars: one, or one a picture; none where the condition is given.
-        pictures: ``h w 3``, uint8 or float32 in [-1, 1], all of one size; one that several exemplars or masks
+        exemplars: one, or one an image; none where the condition is given.
+        images: ``h w 3``, uint8 or float32 in [-1, 1], all of one size; one that several exemplars or masks
             share stands here several times.
-        holes: bool ``h w`` of the pictures' size, one a picture.
-        copies: edits of each picture, which follow one another.
-        carried: what goes along with the edits of each picture, see :func:`pbe.editing.colour.carried`.
+        masks: bool ``h w`` of the images' size, one an image.
+        copies: edits of each image, which follow one another.
+        carried: what goes along with the edits of each image, see :func:`pbe.editing.image_files.carried`.
+        generator: of all noise, or one an edit; see the pipeline's call.
+        latents: given instead of drawn; likewise.
+        masked_image_latents: given instead of encoded; likewise.
+        exemplar_embeds: given instead of encoded exemplars; likewise.
     """
 
     exemplars: list[Exemplar]
-    pictures: list[np.ndarray]
-    holes: list[np.ndarray]
+    images: list[np.ndarray]
+    masks: list[np.ndarray]
     copies: int
     carried: list[dict[str, Any]] = field(default_factory=list)
+    generator: Generators = None
+    latents: Tensor | None = None
+    masked_image_latents: Tensor | None = None
+    exemplar_embeds: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.pictures) * self.copies
+        return len(self.images) * self.copies
 
     def spread(self, rows: Tensor, what: str) -> Tensor:
-        """Repeat rows, given once, once a picture or once an edit, to one an edit.
-
-        Raises:
-            EditValueError: another number of rows.
-        """
-        if len(rows) not in (1, len(self.pictures), len(self)):
+        """Repeat rows, given once, once an image or once an edit, to one an edit."""
+        if len(rows) not in (1, len(self.images), len(self)):
             raise EditValueError(
-                f"{what}: {len(rows)} for {len(self)} edits; give one, one a picture or one an edit"
+                f"{what}: {len(rows)} for {len(self)} edits; give one, one an image or one an edit"
             )
         return rows.repeat_interleave(len(self) // len(rows), dim=0)
 
 
-def matched(
+def match_inputs(
     example_image: Any,
     image: Any,
     mask_image: Any,
     copies: int = 1,
     *,
     conditions: int = 0,
-    half_is_hole: bool = True,
+    half_is_masked: bool = True,
 ) -> Batch:
-    """Pair exemplars, pictures and masks: each comes once, or once for each picture of the batch.
+    """Pair exemplars, images and masks: each comes once, or once for each image of the batch.
 
     Args:
-        example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.images.as_picture` takes them,
+        example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.images.as_image` takes them,
             uint8 tensors, or float tensors ``(3, s, s)`` normalised for the image tower; single, in lists or
             batched.
-        image: picture(s): PIL images, arrays, or tensors ``(3, h, w)`` or ``(b, 3, h, w)``, uint8 or floating
+        image: image(s): PIL images, arrays, or tensors ``(3, h, w)`` or ``(b, 3, h, w)``, uint8 or floating
             point in [-1, 1].
         mask_image: mask(s): PIL images, arrays, or tensors ``(h, w)``, ``(1, h, w)``, ``(b, h, w)``,
             ``(b, 1, h, w)`` or ``(b, h, w, 1)``: bool, uint8, or floating point in [0, 1]. Tensors belong to
-            tensors: pictures and masks are both such or neither.
-        copies: edits of each picture.
+            tensors: images and masks are both such or neither.
+        copies: edits of each image.
         conditions: number of conditions that are given instead of exemplars; 0 means that exemplars are.
-        half_is_hole: whether a floating-point mask value of exactly 0.5 repaints.
-
-    Raises:
-        EditTypeError: something that is no picture, or a tensor beside something else.
-        EditValueError: numbers that do not match, pictures of different sizes, a mask without a hole.
+        half_is_masked: whether a floating-point mask value of exactly 0.5 repaints.
     """
     exemplars = [] if conditions else read_exemplars(example_image)
     tensors = _has_tensors(image)
     if tensors != _has_tensors(mask_image):
         raise EditTypeError("image and mask_image must both be tensors, or neither of them")
-    images = _split(image, "image", _unbatch_pictures)
-    pictures = [_picture(each) for each in images]
-    tags = [carried(each) if isinstance(each, Image.Image) else {} for each in images]
-    masks = _split(mask_image, "mask_image", _unbatch_masks)
-    _refuse_channels(masks, mask_image, len(pictures), len(exemplars) or conditions)
-    holes = [as_mask(_to_array(each, "mask_image"), half_is_hole=half_is_hole) for each in masks]
-    count = _count(len(exemplars), len(pictures), len(holes), copies, conditions)
-    size = _one_size(pictures)
-    if tensors and any(hole.shape != size for hole in holes):
+    given = _split(image, "image", _unbatch_images)
+    images = [_image(each) for each in given]
+    tags = [carried(each) if isinstance(each, Image.Image) else {} for each in given]
+    given_masks = _split(mask_image, "mask_image", _unbatch_masks)
+    _refuse_channels(given_masks, mask_image, len(images), len(exemplars) or conditions)
+    masks = [as_mask(_to_array(each, "mask_image"), half_is_masked=half_is_masked) for each in given_masks]
+    count = _count(len(exemplars), len(images), len(masks), copies, conditions)
+    size = _one_size(images)
+    if tensors and any(mask.shape != size for mask in masks):
         raise EditValueError(
             f"tensors of image and mask_image must have one height and width; image has {size}"
         )
-    for hole in holes:
-        if remark := aspect_remark(hole.shape, size):
-            say_once(f"mask_image: {remark}")
-    holes = [fit_mask(hole, size) for hole in holes]
-    pictures, holes = (items * (count // len(items)) for items in (pictures, holes))
-    return Batch(exemplars, pictures, holes, copies, tags * (count // len(tags)))
+    for mask in masks:
+        if remark := aspect_remark(mask.shape, size):
+            warn_once(f"mask_image: {remark}")
+    masks = [fit_mask(mask, size) for mask in masks]
+    images, masks = (items * (count // len(items)) for items in (images, masks))
+    return Batch(exemplars, images, masks, copies, tags * (count // len(tags)))
 
 
 def read_exemplars(value: Any) -> list[Exemplar]:
-    """Return the exemplars of a call, as :func:`matched` takes them.
-
-    Raises:
-        EditTypeError, EditValueError: something that is no exemplar.
-    """
-    return [_exemplar(each) for each in _split(value, "example_image", _unbatch_pictures)]
+    """Return the exemplars of a call, as :func:`match_inputs` takes them."""
+    return [_exemplar(each) for each in _split(value, "example_image", _unbatch_images)]
 
 
-def _count(exemplars: int, pictures: int, masks: int, copies: int, conditions: int) -> int:
-    """Return the number of pictures once every one has its exemplar and its mask."""
-    scenes = max(pictures, masks)
+def _count(exemplars: int, images: int, masks: int, copies: int, conditions: int) -> int:
+    """Return the number of images once every one has its exemplar and its mask."""
+    scenes = max(images, masks)
     per_edit = conditions == scenes * copies  # each edit has a condition of its own
     count = scenes if per_edit else max(exemplars, conditions, scenes)
     shown = 1 if per_edit else exemplars or conditions
-    if not {shown, pictures, masks} <= {1, count}:
-        have = f"{exemplars or conditions} exemplars, {pictures} pictures and {masks} masks"
+    if not {shown, images, masks} <= {1, count}:
+        have = f"{exemplars or conditions} exemplars, {images} images and {masks} masks"
         raise EditValueError(f"{have} do not pair up: give one of each, or the same number")
     return count
 
 
-def _one_size(pictures: Sequence[np.ndarray]) -> tuple[int, int]:
-    sizes = {picture.shape[:2] for picture in pictures}
+def _one_size(images: Sequence[np.ndarray]) -> tuple[int, int]:
+    sizes = {image.shape[:2] for image in images}
     if len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        raise EditValueError(f"pictures of one batch must have one size, these have {listed}")
+        raise EditValueError(f"images of one batch must have one size, these have {listed}")
     height, width = sizes.pop()
     return height, width
 
@@ -146,11 +142,11 @@ def _split(value: Any, what: str, unbatch: Callable[[Any, str], list[Any]]) -> l
     if not isinstance(value, list | tuple):
         return unbatch(value, what)
     if not value:
-        raise EditValueError(f"{what}: an empty list of pictures")
+        raise EditValueError(f"{what}: an empty list of images")
     return [item for each in value for item in unbatch(each, what)]
 
 
-def _unbatch_pictures(value: Any, what: str) -> list[Any]:
+def _unbatch_images(value: Any, what: str) -> list[Any]:
     if not isinstance(value, np.ndarray | Tensor):
         return [value]
     if isinstance(value, Tensor):
@@ -180,15 +176,15 @@ def _unbatch_masks(value: Any, what: str) -> list[Any]:
     return _items(value, what) if value.ndim == 3 else [value]
 
 
-def _refuse_channels(masks: Sequence[Any], given: Any, pictures: int, exemplars: int) -> None:
+def _refuse_channels(masks: Sequence[Any], given: Any, images: int, exemplars: int) -> None:
     """Refuse one mask whose colour channels come first, which would count as a batch of masks.
 
-    Three different masks for one picture are a batch, and that is told; three that are the same once cut at
+    Three different masks for one image are a batch, and that is told; three that are the same once cut at
     half of the largest value, or of which one is empty then, are the channels of a single mask.
     """
     only = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
     shape = tuple(getattr(only, "shape", ()))
-    if (pictures, exemplars) != (1, 1) or shape[:-2] not in ((3,), (4,)) or len(masks) != shape[0]:
+    if (images, exemplars) != (1, 1) or shape[:-2] not in ((3,), (4,)) or len(masks) != shape[0]:
         return
     planes = np.stack([_to_array(each, "mask_image") for each in masks[:3]])
     if planes.dtype.kind not in "buif" or planes.size == 0 or not np.isfinite(planes).all():
@@ -200,14 +196,14 @@ def _refuse_channels(masks: Sequence[Any], given: Any, pictures: int, exemplars:
             f"mask_image: shape {shape} means a batch of masks, and these are the colours of one; "
             "give it as (h, w) or (1, h, w)"
         )
-    say_once(
+    warn_once(
         f"mask_image: shape {shape} is taken as {len(masks)} masks of one image, which give as many edits"
     )
 
 
 def _items(values: np.ndarray | Tensor, what: str) -> list[Any]:
     if len(values) == 0:
-        raise EditValueError(f"{what}: a batch without pictures")
+        raise EditValueError(f"{what}: a batch without images")
     return list(values)
 
 
@@ -216,24 +212,24 @@ def _exemplar(value: Any) -> Exemplar:
         if not np.isfinite(_to_array(value, "example_image")).all():
             raise EditValueError("example_image: its values must be finite numbers")
         if value.numel() and value.min() >= 0.0 and value.max() <= 1.0:
-            say_once(
+            warn_once(
                 "example_image: a float tensor is taken as normalised for the image tower, and all values of "
                 "this one lie in [0, 1]; give plain pixels as uint8, as an array or as a PIL image"
             )
         return value
-    return as_picture(_channels_last(value, "example_image"), "example_image")
+    return as_image(_channels_last(value, "example_image"), "example_image")
 
 
-def _picture(value: Any) -> np.ndarray:
+def _image(value: Any) -> np.ndarray:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
-        return as_picture(_channels_last(value, "image"), own_profile=True)
+        return as_image(_channels_last(value, "image"), own_profile=True)
     pixels = np.ascontiguousarray(_to_array(value, "image").transpose(1, 2, 0).astype(np.float32))
     if 0 in pixels.shape:
         raise EditValueError(f"image: a tensor of shape {tuple(value.shape)} has nothing to edit")
     if not ((pixels >= -1.0) & (pixels <= 1.0)).all():
         raise EditValueError("image: a floating-point tensor must lie in [-1, 1]")
     if pixels.min() >= 0.0:
-        say_once(
+        warn_once(
             "image: a float tensor is taken to lie in [-1, 1], and no value of this one is below 0; "
             "if it lies in [0, 1], give image * 2 - 1"
         )
@@ -262,12 +258,7 @@ def _to_array(value: Any, what: str) -> Any:
 
 
 def check_generator(generator: Generators, count: int) -> None:
-    """Check that ``generator`` is None, one CPU generator, or ``count`` of them.
-
-    Raises:
-        EditTypeError: something else than a generator.
-        EditValueError: a generator of another device, or another number of them.
-    """
+    """Check that ``generator`` is None, one CPU generator, or ``count`` of them."""
     several = isinstance(generator, Sequence)
     if several and len(generator) != count:  # type: ignore[arg-type]
         raise EditValueError(f"{len(generator)} generators for {count} images")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The pipeline a person calls: an exemplar, a picture and a mask in, edited pictures out."""
+"""The pipeline a person calls: an exemplar, an image and a mask in, edited images out."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
-from pbe.editing.batch.jobs import MARGIN
+from pbe.diffusion.solvers import Callback, SolverChoice
 from pbe.editing.compatibility import DiffusersNames
-from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of
-from pbe.editing.compositing import to_bytes, to_unit
-from pbe.editing.conventions import get_conventions
-from pbe.editing.engine import Engine, Given
-from pbe.editing.exemplars import check_embeds, crop_settings
+from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_arguments
+from pbe.editing.engine import (
+    Engine,
+    check_callback,
+    choose_solver,
+    count_steps,
+    merge_choice,
+    progress_bar,
+)
 from pbe.editing.hub import Hub
-from pbe.editing.inputs import Batch, check_generator, matched, read_exemplars
-from pbe.editing.memory import MemorySettings
-from pbe.editing.offload import Offload
-from pbe.editing.output import OUTPUT_TYPES, EditOutput, as_output, to_pictures
-from pbe.editing.placement import Placement, View, put_back
-from pbe.editing.preprocess import check_count
-from pbe.editing.pretrained import check_saving, load_parts, preprocessor_of, read_theirs
-from pbe.editing.problems import EditValueError
+from pbe.editing.images import to_bytes, to_unit
+from pbe.editing.inputs import Batch, check_generator, match_inputs, read_exemplars
+from pbe.editing.loading import (
+    NETWORKS,
+    PipelineSchedule,
+    assemble,
+    full_schedule,
+    load_parts,
+    own_names,
+    schedule_of,
+)
+from pbe.editing.offload import MemorySettings, Offload
+from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_output, to_images
+from pbe.editing.placement import View, choose_view, place_back, resize_batch
+from pbe.editing.preprocess import check_embeds, crop_settings
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
-from pbe.editing.sampling import Callback, Progress, Sampling, choose_solver, with_spacing
-from pbe.editing.watermark import add_watermark
+from pbe.editing.settings import EditSettings, check_count, get_conventions
+from pbe.errors import EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 
@@ -45,29 +55,22 @@ logger = logging.getLogger(__name__)
 
 
 class PaintByExample(MemorySettings, DiffusersNames):
-    """Paints an exemplar into the hole of a picture (Yang et al., CVPR 2023).
+    """Paints an exemplar into the masked region of an image (Yang et al., CVPR 2023).
 
     Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
     networks it then shares.
 
     Args:
         model: the networks, in evaluation mode, on the device and in the type they are to run in.
-        unet: a network in place of the model's; all four parts or a model.
+        unet: a network in place of the model's; all three or a model.
         autoencoder: likewise.
         exemplar_encoder: likewise.
-        noise_schedule: likewise; that of another pipeline brings its settings along.
+        noise_schedule: of the networks; that of another pipeline brings its settings along.
         safety_checker: looks at what was painted, or None.
         solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
         conventions: ``original`` or ``diffusers``; None is the schedule's.
         watermark: put the original's invisible watermark into every image; None is the schedule's.
         theirs: parts by diffusers' names: ``vae``, ``image_encoder``, ``scheduler``, ``feature_extractor``.
-
-    Attributes:
-        model: the networks.
-        noise_schedule: the model's noise schedule.
-        safety_checker: or None.
-        conventions: name of the conventions of calls that name none.
-        watermark: whether pictures get the watermark.
     """
 
     def __init__(
@@ -89,7 +92,8 @@ class PaintByExample(MemorySettings, DiffusersNames):
         if model is None:
             self.model, schedule = assemble(parts)
         else:
-            self.model, schedule = model, schedule_of(model)
+            self.model = model
+            schedule = schedule_of(model) if noise_schedule is None else full_schedule(noise_schedule)
         if theirs.get("feature_extractor") is not None:
             schedule = replace(schedule, preprocessor=preprocessor_of(theirs["feature_extractor"]))
         self.noise_schedule = schedule
@@ -98,7 +102,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         self.conventions = schedule.conventions if conventions is None else conventions
         self._choice = schedule.solver if solver is None else choose_solver(solver)
         self._crop = crop_settings(self.model.config.exemplar_encoder, schedule.preprocessor)
-        self._progress = Progress()
+        self._bar: dict[str, Any] = {}
         self._offload: Offload | None = None
         if theirs.get("scheduler") is not None:
             self.scheduler = theirs["scheduler"]
@@ -145,14 +149,11 @@ class PaintByExample(MemorySettings, DiffusersNames):
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
                 ``image_encoder``, ``scheduler`` and ``feature_extractor``.
-
-        Raises:
-            UserError: nothing usable is there, in one line that says what is wrong.
         """
-        theirs = read_theirs(others, dtype, device, inspect.signature(cls.from_pretrained))
-        hub = Hub(revision, cache_dir, local_files_only, token, theirs.files, theirs.force_download)
+        given = read_arguments(others, dtype, device, inspect.signature(cls.from_pretrained))
+        hub = Hub(revision, cache_dir, local_files_only, token, given.files, given.force_download)
         path = pretrained_model_name_or_path
-        parts = load_parts(path, config, solver, safety_checker, hub, theirs, raw_weights=raw_weights)
+        parts = load_parts(path, config, solver, safety_checker, hub, given, raw_weights=raw_weights)
         pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
         return pipe
@@ -176,10 +177,6 @@ class PaintByExample(MemorySettings, DiffusersNames):
             safe_serialization: as in diffusers, but True only.
             variant: likewise, None only.
             push_to_hub: likewise, False only.
-
-        Raises:
-            EditValueError: an argument of diffusers that cannot be followed.
-            UserError: an unknown layout, a model that it cannot hold, or a folder that cannot be written.
         """
         check_saving(layout, dtype, safe_serialization, variant, push_to_hub)
         folder, checker = expand_home(str(folder)), self.safety_checker
@@ -211,7 +208,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
 
     @property
     def autoencoder(self) -> nn.Module:
-        """Pictures to latents and back."""
+        """Images to latents and back."""
         return self.model.autoencoder
 
     @property
@@ -256,32 +253,16 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
     ) -> int:
-        """Return how many steps such a call makes: a few solvers and spacings make more than are asked for.
-
-        Raises:
-            EditTypeError, EditValueError: an argument that cannot be used.
-        """
-        choice = self._chosen(solver, conventions)
-        return Sampling(choice, num_inference_steps, 1.0, eta, None, 1).check(self.noise_schedule)
-
-    def _chosen(self, solver: str | SolverChoice | None, conventions: str | None) -> SolverChoice:
+        """Return how many steps such a call makes; a few solvers and spacings make more than asked for."""
+        settings = EditSettings(steps=num_inference_steps, eta=eta).checked()
         choice = self._choice if solver is None else choose_solver(solver)
-        return with_spacing(choice, self._engine(conventions).conventions)
+        return count_steps(self._engine(conventions).with_spacing(choice), settings, self.noise_schedule)
 
     @torch.no_grad()
     def encode_exemplar(self, images: Any, conventions: str | None = None) -> Tensor:
-        """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``.
-
-        Args:
-            images: exemplars as in a call.
-            conventions: likewise.
-
-        Raises:
-            EditTypeError, EditValueError: no exemplars.
-        """
+        """Return the condition of exemplars, ``(b, tokens, channels)``, for ``exemplar_embeds``."""
         return self._engine(conventions).encode(read_exemplars(images))
 
-    @torch.no_grad()
     def __call__(
         self,
         example_image: Any,
@@ -307,67 +288,109 @@ class PaintByExample(MemorySettings, DiffusersNames):
         region: str = "full",
         conventions: str | None = None,
         solver: str | SolverChoice | None = None,
-        margin: float = MARGIN,
+        margin: float = EditSettings.margin,
         feather: float | None = None,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
-        """Paint the exemplar into the masked part of the picture; docs/pipeline.md explains every argument.
+        """Paint the exemplar into the masked part of the image; docs/pipeline.md explains every argument.
 
         Returns:
-            The edits, picture by picture; without ``return_dict`` the tuple (images, nsfw_content_detected).
-
-        Raises:
-            EditTypeError, EditValueError: an argument that cannot be used, in one clear line.
+            The edits, image by image; without ``return_dict`` the tuple (images, nsfw_content_detected).
         """
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
-        engine = self._engine(conventions)
-        choice = self._chosen(solver, conventions)
-        sampling = Sampling(choice, num_inference_steps, guidance_scale, eta, callback, callback_steps)
-        placement = Placement(region, height, width, margin, feather, preserve_background)
-        given = Given(generator, latents, masked_image_latents, exemplar_embeds)
-        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        if output_type not in OUTPUT_TYPES:
-            raise EditValueError(f"no output_type '{output_type}'; there are: {', '.join(OUTPUT_TYPES)}")
-        sampling.check(self.noise_schedule)
-        placement.check()
-        batch = self._batch(engine, given, num_images_per_prompt, example_image, image, mask_image)
-        batch = placement.resized(batch)
-        view = placement.view(batch, self.model.config.image_size, engine.conventions.largest_side)
-        sampled = engine.sample(batch, view, sampling, given, self._progress)
-        if output_type == "latent":
-            output = EditOutput(sampled, None, view.size)
-        else:
-            edits, flags = self._finish(engine.decode(sampled, batch, view), batch, view, placement)
-            output = EditOutput(as_output(edits, output_type, batch.carried), flags, view.size)
+        settings = EditSettings(
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            num_images=num_images_per_prompt,
+            conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked
+            region=region,  # type: ignore[arg-type]
+            margin=margin,
+            feather=feather,
+            height=height,
+            width=width,
+            preserve_background=preserve_background,
+        )
+        output = self.edit(
+            example_image,
+            image,
+            mask_image,
+            settings.checked(),
+            choice=None if solver is None else choose_solver(solver),
+            generator=generator,
+            latents=latents,
+            masked_image_latents=masked_image_latents,
+            exemplar_embeds=exemplar_embeds,
+            output_type=output_type,
+            callback=callback,
+            callback_steps=callback_steps,
+        )
         return output if return_dict else output.to_tuple()
 
-    def _engine(self, conventions: str | None) -> Engine:
-        manner = get_conventions(self.conventions if conventions is None else conventions)
-        return Engine(self.model, self.noise_schedule, self._crop, manner)
+    @torch.no_grad()
+    def edit(
+        self,
+        example_image: Any,
+        image: Any,
+        mask_image: Any,
+        settings: EditSettings,
+        *,
+        choice: SolverChoice | None = None,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        callback_steps: int = 1,
+        generator: Generators = None,
+        exemplar_embeds: Tensor | None = None,
+        **given: Tensor | None,
+    ) -> EditOutput:
+        """Do what a call does, with settings that are checked; the other arguments are the call's.
 
-    def _batch(self, engine: Engine, given: Given, copies: int, *inputs: Any) -> Batch:
-        example_image, image, mask_image = inputs
-        embeds = given.exemplar_embeds
+        ``choice`` is the solver of settings that name none (None: the pipeline's own), and ``given`` takes
+        ``latents`` and ``masked_image_latents``.
+        """
+        engine = self._engine(settings.conventions)
+        choice = engine.with_spacing(merge_choice(choice or self._choice, settings))
+        check_callback(callback)
+        every = check_count("callback_steps", callback_steps, kind=EditValueError)
+        if output_type not in OUTPUT_TYPES:
+            raise EditValueError(f"no output_type '{output_type}'; there are: {', '.join(OUTPUT_TYPES)}")
+        count_steps(choice, settings, self.noise_schedule)
         conditions = 0
-        if embeds is not None:
-            conditions = len(check_embeds(embeds, self.model.config.unet.context_dim))
-        half_is_hole = engine.conventions.half_is_hole
-        batch = matched(
-            example_image, image, mask_image, copies, conditions=conditions, half_is_hole=half_is_hole
+        if exemplar_embeds is not None:
+            conditions = len(check_embeds(exemplar_embeds, self.model.config.unet.context_dim))
+        batch = match_inputs(
+            example_image,
+            image,
+            mask_image,
+            settings.num_images,
+            conditions=conditions,
+            half_is_masked=engine.conventions.half_is_masked,
         )
-        check_generator(given.generator, len(batch))
-        return batch
+        check_generator(generator, len(batch))
+        batch = replace(batch, generator=generator, exemplar_embeds=exemplar_embeds, **given)
+        batch = resize_batch(batch, settings)
+        view = choose_view(batch, settings, self.model.config.image_size, engine.conventions.largest_side)
+        show = partial(progress_bar, bar=self._bar, callback=callback, every=every)
+        sampled = engine.sample(batch, view, settings, choice, show)
+        if output_type == "latent":
+            return EditOutput(sampled, None, view.size)
+        edits, flags = self._finish(engine.decode(sampled, batch, view), batch, view, settings)
+        return EditOutput(as_output(edits, output_type, batch.carried), flags, view.size)
+
+    def _engine(self, conventions: str | None) -> Engine:
+        chosen = get_conventions(self.conventions if conventions is None else conventions)
+        return Engine(self.model, self.noise_schedule, self._crop, chosen)
 
     def _finish(
-        self, painted: Tensor, batch: Batch, view: View, placement: Placement
+        self, painted: Tensor, batch: Batch, view: View, settings: EditSettings
     ) -> tuple[list[np.ndarray], list[bool] | None]:
-        """Put what was painted, ``(edits, 3, h, w)``, back into the pictures; blacken what is flagged."""
-        flags = flags_of(self.safety_checker, to_pictures(painted))
+        """Put what was painted, ``(edits, 3, h, w)``, back into the images; blacken what is flagged."""
+        flags = flags_of(self.safety_checker, to_images(painted))
         edits = []
         for index, each in enumerate(painted):
-            edit = put_back(each, index // batch.copies, batch, view, placement)
+            edit = place_back(each, index // batch.copies, batch, view, settings)
             if flags is not None and flags[index]:
                 edit = np.zeros_like(edit)
             edits.append(to_unit(add_watermark(to_bytes(edit))) if self.watermark else edit)

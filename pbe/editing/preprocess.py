@@ -1,10 +1,11 @@
-"""From pictures and masks to what the networks take: sizes, padding, and the mask at latent size."""
+"""From images, masks and exemplars to what the networks take: sizes, padding, masks at latent size, crops."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.config import ExemplarEncoderConfig
+from pbe.editing.images import to_bytes, to_unit
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models.latent_diffusion import latent_mask
+from pbe.models.tower_facts import follow_tower
 
 Size = tuple[int, int]  # height, width
-MOST = 2**31 - 1  # of any count; libraries below this one overflow beyond it
 
 
 def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
-    """Return the (height, width) at which a whole picture is edited.
+    """Return the (height, width) at which a whole image is edited.
 
-    A picture of at most ``(2 image_size)^2`` pixels is edited as it is. A larger one is reduced until its
-    short side is ``image_size``, and further where it would still have more pixels than that.
-
-    Args:
-        size: height and width of the picture.
-        image_size: the model's training resolution.
-        largest_side: pictures of at most the square of this many pixels are edited as they are, too.
+    An image of at most ``(2 image_size)^2`` pixels, where ``image_size`` is the model's training resolution,
+    is edited as it is, and so is one of at most ``largest_side^2``. A larger one is reduced until its short
+    side is ``image_size``, and further where it would still have more pixels than that.
     """
     limit = (2 * image_size) ** 2
     pixels, scale = size[0] * size[1], 1.0
@@ -39,64 +38,25 @@ def working_size(size: Size, image_size: int, largest_side: int = 0) -> Size:
     return height, width
 
 
-def check_count(name: str, value: object, kind: type[EditTypeError | EditValueError] = EditTypeError) -> int:
-    """Return a setting that is a whole number from 1 up, of whatever numeric type, as an int.
-
-    Args:
-        name: what errors call it.
-        value: the setting: an int, or a float or numpy scalar without a fraction.
-        kind: error for anything that is no whole number.
-
-    Raises:
-        EditTypeError: it is no whole number; ``kind`` in its place.
-        EditValueError: it is below 1, or absurdly large.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise kind(f"{name}: {type(value).__name__}; it must be an int")
-    number = int(value) if isinstance(value, Integral) else check_number(name, value)
-    if number < 1 or not math.isfinite(number):
-        raise EditValueError(f"{name} is {value}; it must be at least 1")
-    if number > MOST:
-        raise EditValueError(f"{name} is too large: {value}; it must be at most {MOST}")
-    if number != int(number):
-        raise kind(f"{name} is {value}; it must be a whole number")
-    return int(number)
-
-
-def check_number(name: str, value: object) -> float:
-    """Return a setting that is a number of any numeric type, numpy's among them, as a float.
-
-    Raises:
-        EditTypeError: it is none.
-        EditValueError: it is beyond the floats.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise EditTypeError(f"{name}: {type(value).__name__}; it must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise EditValueError(f"{name} is too large a number") from error
-
-
-def resize_picture(picture: np.ndarray, size: Size) -> np.ndarray:
+def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
     """Resize ``h w 3``, uint8 or float32, to (height, width), bicubic and antialiased; the type stays."""
-    if picture.shape[:2] == size:
-        return picture
-    if picture.dtype == np.uint8:
-        return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
-    channels = [Image.fromarray(picture[:, :, index]) for index in range(3)]
+    if image.shape[:2] == size:
+        return image
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    channels = [Image.fromarray(image[:, :, index]) for index in range(3)]
     resized = [channel.resize(size[::-1], Image.Resampling.BICUBIC) for channel in channels]
     return np.stack([np.asarray(channel) for channel in resized], axis=2).clip(-1.0, 1.0)
 
 
-def reduce_mask(hole: np.ndarray, size: Size) -> np.ndarray:
-    """Resize a mask, bool ``h w``; a pixel that any part of the hole touches is a hole.
+def reduce_mask(mask: np.ndarray, size: Size) -> np.ndarray:
+    """Resize a mask, bool ``h w``; a pixel that any part of the mask touches is a mask.
 
-    So nothing of what is to be replaced stays visible at the border of a reduced hole.
+    So nothing of what is to be replaced stays visible at the border of a reduced mask.
     """
-    if hole.shape == size:
-        return hole
-    cover = Image.fromarray(hole.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    if mask.shape == size:
+        return mask
+    cover = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
     return np.asarray(cover) > 0.0
 
 
@@ -121,39 +81,210 @@ def pad(array: np.ndarray, pads: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def network_inputs(
-    pictures: Sequence[np.ndarray], holes: Sequence[np.ndarray], size: Size, multiple: int
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], size: Size, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """Resize, pad and stack pictures and masks.
+    """Resize images and masks to the working size, pad them to multiples of ``multiple``, and stack them.
 
-    Args:
-        pictures: ``h w 3`` each, uint8 or float32 in [-1, 1].
-        holes: bool ``h w`` each.
-        size: the working size.
-        multiple: the padded sides are multiples of this.
-
-    Returns:
-        Images ``(b, 3, H, W)`` float32 in [-1, 1] and keep masks ``(b, 1, H, W)`` float32, 1 = keep.
+    Images are ``h w 3``, uint8 or float32 in [-1, 1], masks bool ``h w``. Returns images ``(b, 3, H, W)``
+    float32 in [-1, 1] and keep masks ``(b, 1, H, W)`` float32, 1 = keep.
     """
-    padded = [to_signed(pad_to_multiple(resize_picture(picture, size), multiple)) for picture in pictures]
-    images = rearrange(torch.from_numpy(np.stack(padded)), "b h w c -> b c h w").contiguous()
-    keep = [~pad_to_multiple(reduce_mask(hole, size), multiple) for hole in holes]
-    return images, torch.from_numpy(np.stack(keep)).float()[:, None]
+    padded = [to_signed(pad_to_multiple(resize_image(image, size), multiple)) for image in images]
+    stacked = rearrange(torch.from_numpy(np.stack(padded)), "b h w c -> b c h w").contiguous()
+    keep = [~pad_to_multiple(reduce_mask(mask, size), multiple) for mask in masks]
+    return stacked, torch.from_numpy(np.stack(keep)).float()[:, None]
 
 
-def to_signed(picture: np.ndarray) -> np.ndarray:
-    """Return float32 in [-1, 1] of a picture that is uint8 or that already."""
-    if picture.dtype != np.uint8:
-        return picture
-    return picture.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+def to_signed(image: np.ndarray) -> np.ndarray:
+    """Return float32 in [-1, 1] of an image that is uint8 or that already."""
+    if image.dtype != np.uint8:
+        return image
+    return image.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def mask_at_latent_size(keep: Tensor, size: Size, mode: str) -> Tensor:
     """Resize keep masks ``(b, 1, H, W)`` to latent size without antialias.
 
-    Args:
-        keep: 1 = keep.
-        size: of the latents.
-        mode: ``bilinear``, as the original does, or ``nearest``, as diffusers does (the top left pixel of
-            each block).
+    ``mode`` is ``bilinear``, as in the original, or ``nearest``, as in diffusers (top left pixel of each
+    block).
     """
     return F.interpolate(keep, size=size, mode="nearest") if mode == "nearest" else latent_mask(keep, size)
+
+
+Exemplar = np.ndarray | Tensor  # an image, or pixels normalised for the tower
+BICUBIC = 3
+FILTERS = {2: "bilinear", BICUBIC: "bicubic"}  # Pillow's numbers, which preprocessor_config.json holds
+SOURCE = "preprocessor_config.json"
+RESCALE = 1 / 255  # of a byte
+ALWAYS = ("do_center_crop", "do_rescale", "do_normalize")  # steps that cannot be left out here
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How CLIP's processor brings an exemplar to the tower: the fields of ``preprocessor_config.json``.
+
+    Attributes:
+        shortest_edge: length that the shorter side is resized to; 0 leaves the size.
+        crop: side of the square taken from the centre.
+        resample: ``bilinear`` or ``bicubic``, antialiased.
+        mean: of the tower's pixels, by channel.
+        std: likewise.
+    """
+
+    shortest_edge: int
+    crop: int
+    resample: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | None = None) -> CropSettings:
+    """Return the settings of a ``preprocessor_config.json`` of any age.
+
+    What it leaves open follows from the tower. A crop of another size than the tower's is an error, and so is
+    a step that is switched off.
+    """
+    found, config = preprocessor or {}, replace(config)
+    follow_tower(config)  # what it leaves open is the tower's own
+    size = config.image_size
+    filter_number = found.get("resample", BICUBIC)
+    if filter_number not in tuple(FILTERS):
+        raise UserError(f"{SOURCE}: resample {filter_number} is not supported; it must be 2 or 3")
+    for key in ALWAYS:
+        if not found.get(key, True):
+            raise UserError(f"{SOURCE}: {key} is {found[key]!r}, which is not supported (only true)")
+    factor = found.get("rescale_factor", RESCALE)
+    if not _is_real(factor) or not math.isclose(factor, RESCALE, rel_tol=1e-5):
+        raise UserError(f"{SOURCE}: rescale_factor is {factor!r}, which is not supported (only 1/255)")
+    crop = _side(found.get("crop_size", size), "crop_size")
+    if crop != size:
+        raise UserError(f"{SOURCE}: crop_size is {crop}, but the image tower takes {size} px")
+    return CropSettings(
+        shortest_edge=_side(found.get("size", size), "size") if found.get("do_resize", True) else 0,
+        crop=crop,
+        resample=FILTERS[filter_number],
+        mean=_by_channel(found.get("image_mean", config.mean), "image_mean"),
+        std=_by_channel(found.get("image_std", config.std), "image_std", above=0.0),
+    )
+
+
+def _by_channel(value: Any, key: str, above: float = -math.inf) -> tuple[float, ...]:
+    """Return a number for each of three channels, all of them larger than ``above``."""
+    numbers = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(numbers) != 3 or not all(_is_real(each) and above < each < math.inf for each in numbers):
+        kind = "numbers above 0" if above == 0.0 else "numbers"
+        raise UserError(f"{SOURCE}: {key} is {value!r}; it must be three {kind}")
+    return numbers
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
+    """Return the ``preprocessor_config.json`` that :func:`crop_settings` reads these settings from."""
+    numbers = {name: number for number, name in FILTERS.items()}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": bool(settings.shortest_edge),
+        "size": {"shortest_edge": settings.shortest_edge or settings.crop},
+        "resample": numbers[settings.resample],
+        "do_center_crop": True,
+        "crop_size": {"height": settings.crop, "width": settings.crop},
+        "do_rescale": True,
+        "rescale_factor": RESCALE,
+        "do_normalize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "do_convert_rgb": True,
+    }
+
+
+def _side(value: Any, key: str) -> int:
+    """Return the length that a size of the file stands for: a number, a shortest edge, or a square."""
+    if isinstance(value, dict):
+        first, *others = [*value.values()] or [None]
+        value = first if all(side == first for side in others) else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{SOURCE}: {key} must be one length in pixels")
+    return value
+
+
+def clip_crop(
+    image: np.ndarray, size: int, shortest_edge: int | None = None, resample: str = "bicubic"
+) -> np.ndarray:
+    """Resize the shorter side and cut the square out of the centre, as CLIP's image processor does.
+
+    The numbers are those of torchvision's uint8 resize, which the processor uses.
+
+    Args:
+        image: uint8 ``h w 3``.
+        size: side of the square; where the image is smaller the rest is black.
+        shortest_edge: length for the shorter side; None means ``size``, 0 leaves the size.
+        resample: ``bicubic`` or ``bilinear``, antialiased.
+    """
+    height, width = image.shape[:2]
+    edge = (size if shortest_edge is None else shortest_edge) or min(height, width)
+    short = min(height, width)
+    resized = tuple(max(1, edge if side == short else int(edge * side / short)) for side in (height, width))
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
+    if resized != (height, width):
+        pixels = F.interpolate(pixels, resized, mode=resample, antialias=True)
+    missing = [max(size - side, 0) for side in resized]
+    (top, left), (bottom, right) = ([m // 2 for m in missing], [(m + 1) // 2 for m in missing])
+    pixels = F.pad(pixels, (left, right, top, bottom))
+    start = [int((side - size) / 2) if side > size else 0 for side in resized]
+    square = pixels[0, :, start[0] : start[0] + size, start[1] : start[1] + size]
+    return rearrange(square, "c h w -> h w c").numpy()
+
+
+def exemplar_pixels(
+    exemplars: Sequence[Exemplar], config: ExemplarEncoderConfig, settings: CropSettings | None
+) -> Tensor:
+    """Return what the tower takes, ``(b, 3, s, s)`` float32, normalised.
+
+    Images (``h w 3``, uint8 or float32 in [-1, 1]) are cropped as ``settings`` say, or squashed whole,
+    bicubic, as the original does it, where these are None; tensors are normalised for the tower already.
+    """
+    ready = [
+        _checked(each, config.image_size) if isinstance(each, Tensor) else _normalised(each, config, settings)
+        for each in exemplars
+    ]
+    return torch.stack(ready)
+
+
+def _normalised(image: np.ndarray, config: ExemplarEncoderConfig, settings: CropSettings | None) -> Tensor:
+    size = config.image_size
+    if settings is None:
+        square, mean, std = resize_image(image, (size, size)), config.mean, config.std
+    else:
+        array = image if image.dtype == np.uint8 else to_bytes(to_unit(image))
+        square = clip_crop(array, size, settings.shortest_edge, settings.resample)
+        mean, std = list(settings.mean), list(settings.std)
+    pixels = torch.from_numpy(np.array(square))
+    pixels = pixels.float() / 255.0 if square.dtype == np.uint8 else pixels / 2.0 + 0.5
+    return rearrange((pixels - torch.tensor(mean)) / torch.tensor(std), "h w c -> c h w")
+
+
+def _checked(pixels: Tensor, size: int) -> Tensor:
+    if tuple(pixels.shape) != (3, size, size):
+        raise EditValueError(
+            "example_image: a float tensor is taken as pixels normalised for the image tower and must be "
+            f"(3, {size}, {size}) or (b, 3, {size}, {size}), not {tuple(pixels.shape)}"
+        )
+    return pixels.float().cpu()
+
+
+def check_embeds(embeds: Any, context_dim: int) -> Tensor:
+    """Check a condition given instead of exemplars, ``(b, tokens, context_dim)``, and return it."""
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point():
+        raise EditTypeError(
+            f"exemplar_embeds: {type(embeds).__name__}; it must be a floating-point torch.Tensor"
+        )
+    if embeds.ndim != 3 or embeds.shape[2] != context_dim or 0 in embeds.shape:
+        raise EditValueError(
+            f"exemplar_embeds have the shape {tuple(embeds.shape)}; they must be (b, tokens, {context_dim})"
+        )
+    if not torch.isfinite(embeds).all():
+        raise EditValueError("exemplar_embeds: its values must be finite numbers")
+    return embeds

@@ -1,6 +1,6 @@
-"""The safety checker of Stable Diffusion: CLIP's picture tower and the directions of unwanted concepts.
+"""The safety checker of Stable Diffusion: CLIP's image tower and the directions of unwanted concepts.
 
-A picture is flagged when its embedding comes closer to a concept than the concept's threshold allows. Three
+An image is flagged when its embedding comes closer to a concept than the concept's threshold allows. Three
 further concepts call for special care: close to one of them, every threshold is a little lower.
 """
 
@@ -28,9 +28,8 @@ from pbe.checkpoints.layout import Entry, to_foreign, to_native
 from pbe.checkpoints.strict import check_shapes, checked, shapes
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
-from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings, preprocessor_config
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.errors import UserError
+from pbe.editing.preprocess import CropSettings, clip_crop, crop_settings, preprocessor_config
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.files import make_folder
 from pbe.models.tower import build_tower
 
@@ -68,12 +67,7 @@ class CheckerSizes:
 
 
 class SafetyChecker(nn.Module):
-    """Tells which pictures must not be shown.
-
-    Args:
-        sizes: of the tower and the concepts.
-        crop: how pictures are brought to the tower; None is CLIP's own way.
-    """
+    """Tells which images must not be shown; ``crop`` brings them to the tower, None is CLIP's own way."""
 
     concepts: Tensor
     concept_thresholds: Tensor
@@ -98,19 +92,11 @@ class SafetyChecker(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: np.ndarray | Sequence[Image.Image]) -> list[bool]:
-        """Return for each picture whether it is flagged.
-
-        Args:
-            images: float ``(b, h, w, 3)`` in [0, 1], or PIL images of any size.
-
-        Raises:
-            EditTypeError: something else.
-            EditValueError: the numbers are not finite, so that nothing can be said of the pictures.
-        """
-        pictures = _as_bytes(images)
-        if not pictures:
+        """Return for each image, PIL or float ``(b, h, w, 3)`` in [0, 1], whether it is flagged."""
+        arrays = _as_bytes(images)
+        if not arrays:
             return []
-        margins = self.margins(torch.stack([self._pixels(picture) for picture in pictures]))
+        margins = self.margins(torch.stack([self._pixels(array) for array in arrays]))
         if not bool(margins.isfinite().all()):
             raise EditValueError("the safety checker gave infinite numbers; load it in float32 or bfloat16")
         return (margins > 0).any(dim=1).tolist()
@@ -118,8 +104,7 @@ class SafetyChecker(nn.Module):
     def margins(self, pixels: Tensor) -> Tensor:
         """Return by how much each concept is closer than allowed, ``(b, concepts)`` float32; above 0 flags.
 
-        Args:
-            pixels: ``(b, 3, s, s)`` normalised for the tower.
+        ``pixels`` are ``(b, 3, s, s)``, normalised for the tower.
         """
         weight = self.projection.weight
         embedding = self.projection(self.tower(pixels.to(weight.device, weight.dtype))).float()
@@ -130,9 +115,9 @@ class SafetyChecker(nn.Module):
         scores = scores + careful * SPECIAL_CARE + 0.0 * special.sum(dim=1, keepdim=True)
         return torch.round(scores, decimals=DECIMALS)
 
-    def _pixels(self, picture: np.ndarray) -> Tensor:
+    def _pixels(self, image: np.ndarray) -> Tensor:
         """Map uint8 ``h w 3`` to the tower's pixels ``(3, s, s)``."""
-        square = clip_crop(picture, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
+        square = clip_crop(image, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
         pixels = (torch.from_numpy(square).float() / 255.0 - torch.tensor(self.crop.mean)) / torch.tensor(
             self.crop.std
         )
@@ -149,7 +134,7 @@ def _as_bytes(images: np.ndarray | Sequence[Image.Image]) -> list[np.ndarray]:
             raise EditTypeError(f"safety checker: {images.dtype} {images.shape}; it takes float (b, h, w, 3)")
         return list(np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8))
     if not all(isinstance(image, Image.Image) for image in images):
-        raise EditTypeError("safety checker: pictures must be PIL images or one float array (b, h, w, 3)")
+        raise EditTypeError("safety checker: images must be PIL images or one float array (b, h, w, 3)")
     return [np.asarray(image.convert("RGB")) for image in images]
 
 
@@ -161,15 +146,9 @@ def load_safety_checker(
 ) -> SafetyChecker:
     """Load a published safety checker, such as a copy of ``CompVis/stable-diffusion-safety-checker``.
 
-    Args:
-        folder: ``config.json`` and the weights, as safetensors or as a pickle, which is read without running
-            anything in it; ``preprocessor_config.json`` is used where there is one.
-        device: where it runs.
-        dtype: type of the weights in memory; None means float32.
-        files: which copy of the weights, where there are several.
-
-    Raises:
-        UserError: missing or damaged file; keys that do not fit; NaN; or no safety checker at all.
+    The folder holds ``config.json`` and the weights, as safetensors or as a pickle, which is read without
+    running anything in it; ``preprocessor_config.json`` is used where there is one. ``dtype`` None means
+    float32.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json")
@@ -194,11 +173,7 @@ def load_safety_checker(
 
 
 def usable_checker(checker: Any) -> Any:
-    """Return a checker that a pipeline can call with images; None stands for none.
-
-    Raises:
-        EditTypeError: it cannot be called so, as diffusers' checkers cannot.
-    """
+    """Return a checker that a pipeline can call with images; None stands for none."""
     if checker is None or isinstance(checker, SafetyChecker):
         return checker
     function = checker.forward if isinstance(checker, nn.Module) else checker
@@ -213,11 +188,7 @@ def usable_checker(checker: Any) -> Any:
 
 
 def flags_of(checker: Any, images: np.ndarray) -> list[bool] | None:
-    """Return what a checker says of images, float ``(b, h, w, 3)`` in [0, 1]; None without a checker.
-
-    Raises:
-        EditTypeError: it answers with anything but one bool an image.
-    """
+    """Return what a checker says of images, float ``(b, h, w, 3)`` in [0, 1]; None without a checker."""
     if checker is None:
         return None
     found = checker(images)
@@ -227,11 +198,7 @@ def flags_of(checker: Any, images: np.ndarray) -> list[bool] | None:
 
 
 def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
-    """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
+    """Write a checker in the published layout: ``config.json``, ``preprocessor_config.json``, safetensors."""
     folder = make_folder(folder)
     state = {key: value.cpu() for key, value in checker.state_dict().items()}
     tensors = to_foreign(_entries(checker), lazies(state))

@@ -21,7 +21,7 @@ from torch import Tensor
 from pbe.data.toy.scenes import ToyWorld
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
-from pbe.editing.conditioning import Conditioning, noise_predictor
+from pbe.editing.engine import Conditioning, noise_predictor
 from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion

@@ -10,7 +10,7 @@ from tests.commands import options_of
 # Script that was, and the subcommand that it is: its options.
 OPTIONS = {
     ("train.py", "train"): "--dry-run --find-batch-size --memory-limit",
-    ("pbe/editing/cli.py", "edit"): (
+    ("sample.py", "edit"): (
         "--model --config --raw-weights --revision --cache-dir --offline --safety-checker --image --mask "
         "--exemplar --name --pairs --out --output --watermark --solver --spacing --karras --steps "
         "--guidance-scale --eta --seed --num-images --conventions --region --margin --feather --height "
@@ -69,7 +69,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("script", "command"), [key for key in OPTIONS if key[1] != "edit"])
+@pytest.mark.parametrize(("script", "command"), list(OPTIONS))
 def test_a_subcommand_takes_the_options_of_its_script(script: str, command: str) -> None:
     lost = set(OPTIONS[script, command].split()) - options_of(command)
     assert not lost, f"{script} took {', '.join(sorted(lost))}"
@@ -78,7 +78,6 @@ def test_a_subcommand_takes_the_options_of_its_script(script: str, command: str)
 def test_every_option_says_what_it_does() -> None:
     app = make_app()
     for command in COMMANDS:
-        if command != "edit":
-            arguments = find_app(app, command).assemble_argument_collection(parse_docstring=True)
-            silent = [each.name for each in arguments if not each.children and not each.parameter.help]
-            assert not silent, f"pbe {command}: {silent} lack a docstring"
+        arguments = find_app(app, command).assemble_argument_collection(parse_docstring=True)
+        silent = [each.name for each in arguments if not each.children and not each.parameter.help]
+        assert not silent, f"pbe {command}: {silent} lack a docstring"

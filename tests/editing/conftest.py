@@ -27,7 +27,7 @@ SCHEDULERS = {
 
 @dataclass
 class Scene:
-    """An exemplar, a picture and a mask with a box as its hole."""
+    """An exemplar, an image and a mask with a box as its hole."""
 
     exemplar: Image.Image
     picture: Image.Image

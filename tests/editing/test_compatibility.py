@@ -17,7 +17,7 @@ from torch import nn
 from pbe.checkpoints.saving import save_checkpoint
 from pbe.editing import EditOutput, PaintByExample, PaintByExamplePipeline, StableDiffusionPipelineOutput
 from pbe.editing.compatibility import NOT_HERE
-from pbe.editing.exemplars import crop_settings
+from pbe.editing.preprocess import crop_settings
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene

@@ -12,7 +12,7 @@ from PIL import Image
 
 @pytest.fixture
 def workplace(tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the pictures and the model that the page speaks of."""
+    """A folder with the images and the model that the page speaks of."""
     rng = np.random.default_rng(0)
     for name, size in (("exemplar", (40, 50)), ("picture", (64, 80))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / f"{name}.png")

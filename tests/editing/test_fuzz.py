@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.editing import cli
-from pbe.editing.batch.jobs import MAX_SEED, check_name
+from pbe.editing.batch.jobs import check_name
 from pbe.editing.batch.pairs import read_pairs
-from pbe.editing.images import read_mask, read_picture
-from pbe.editing.inputs import matched
+from pbe.editing.images import read_image, read_mask
+from pbe.editing.inputs import match_inputs
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.settings import MAX_SEED
 from pbe.errors import UserError
+from tests.sample_calls import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged files
 
@@ -153,9 +154,9 @@ def test_image_files(tmp_path: Path, seeds: range):
     for seed in seeds:
         rng = random.Random(seed)
         path.write_bytes(odd_file(rng))
-        picture = ours(read_picture, path, seed=seed)
+        picture = ours(read_image, path, seed=seed)
         mask = ours(read_mask, path, seed=seed)
-        ours(read_picture, path, "exemplar", seed=seed)
+        ours(read_image, path, "exemplar", seed=seed)
         for found in (picture, mask):
             assert not isinstance(found, UserError) or str(path) in str(found), f"seed {seed}: {found}"
         if not isinstance(picture, UserError):
@@ -205,11 +206,11 @@ def test_what_a_call_is_given(seeds: range):
         rng = random.Random(seed)
         whole = [Image.new(mode, (6, 8), 255) for mode in ("RGB", "RGB", "L")]
         given = [odd_input(rng) if rng.random() < 0.5 else each for each in whole]
-        batch = ours(matched, *given, seed=seed)
+        batch = ours(match_inputs, *given, seed=seed)
         if isinstance(batch, UserError):
             continue
         made += 1
-        for picture, hole in zip(batch.pictures, batch.holes, strict=True):
+        for picture, hole in zip(batch.images, batch.masks, strict=True):
             assert picture.shape == (*hole.shape, 3), f"seed {seed}"
             assert picture.dtype == np.uint8 or (picture.dtype == np.float32 and np.abs(picture).max() <= 1)
             assert hole.dtype == bool, f"seed {seed}"
@@ -278,7 +279,7 @@ def test_the_command_line(
         for _ in range(rng.randrange(1, 4)):
             word = rng.choice(WORDS) if rng.random() < 0.9 else "".join(rng.choices(string.printable, k=5))
             call += [rng.choice(OPTIONS), word]
-        code = ours(cli.main, call, seed=seed)
+        code = ours(main, call, seed=seed)
         printed = capsys.readouterr().err
         assert code in (0, 2), f"seed {seed}: {call}"
         if code == 2:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.editing.inputs import check_generator, matched
-from pbe.editing.problems import EditTypeError, EditValueError, say_once
+from pbe.editing.inputs import check_generator, match_inputs
+from pbe.errors import EditTypeError, EditValueError, warn_once
 
 H, W = 12, 10
 BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
@@ -28,9 +28,9 @@ def tensor_mask() -> torch.Tensor:
     ids=str.__class__,
 )
 def test_forms_of_pictures(image: Any):
-    batch = matched(PICTURE, image, MASK)
+    batch = match_inputs(PICTURE, image, MASK)
     assert len(batch) == 1
-    found = batch.pictures[0]
+    found = batch.images[0]
     as_bytes = found if found.dtype == np.uint8 else np.round((found + 1.0) * 127.5)
     np.testing.assert_array_equal(as_bytes, BYTES)
 
@@ -49,7 +49,7 @@ def test_forms_of_pictures(image: Any):
     ids=str.__class__,
 )
 def test_forms_of_picture_tensors(image: Any):
-    found = matched(PICTURE, image, tensor_mask()).pictures[0]
+    found = match_inputs(PICTURE, image, tensor_mask()).images[0]
     as_bytes = found if found.dtype == np.uint8 else np.round((found + 1.0) * 127.5)
     np.testing.assert_allclose(as_bytes, BYTES, atol=1 if getattr(image, "dtype", None) == torch.half else 0)
 
@@ -72,7 +72,7 @@ def test_forms_of_picture_tensors(image: Any):
     ids=str.__class__,
 )
 def test_forms_of_masks(mask: Any):
-    (found,) = matched(PICTURE, PICTURE, mask).holes
+    (found,) = match_inputs(PICTURE, PICTURE, mask).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
@@ -81,40 +81,42 @@ def test_forms_of_mask_tensors(form: str):
     plain = tensor_mask()
     masks = {"h w": plain, "1 h w": plain[None], "1 1 h w": plain[None, None], "bool": plain.bool()}
     masks |= {"1 h w 1": plain[None, :, :, None], "uint8": (plain * 255).to(torch.uint8), "list": [plain]}
-    (found,) = matched(PICTURE, SIGNED, masks[form]).holes
+    (found,) = match_inputs(PICTURE, SIGNED, masks[form]).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
 def test_exemplars_may_be_tensors_of_their_own():
     pixels = torch.randn(2, 3, 8, 8)
-    batch = matched(pixels, PICTURE, MASK)
+    batch = match_inputs(pixels, PICTURE, MASK)
     assert [torch.equal(a, b) for a, b in zip(batch.exemplars, pixels, strict=True)] == [True, True]
     assert len(batch) == 2
-    whole = matched((pixels * 50 + 100).clamp(0, 255).to(torch.uint8), [PICTURE] * 2, MASK)
+    whole = match_inputs((pixels * 50 + 100).clamp(0, 255).to(torch.uint8), [PICTURE] * 2, MASK)
     assert whole.exemplars[0].shape == (8, 8, 3)
 
 
 def test_one_half_belongs_to_the_hole_or_not():
     half = np.where(HOLE, 0.5, 0.0)
-    np.testing.assert_array_equal(matched(PICTURE, PICTURE, half).holes[0], HOLE)
-    with pytest.raises(EditValueError, match="has no hole"):
-        matched(PICTURE, PICTURE, half, half_is_hole=False)
+    np.testing.assert_array_equal(match_inputs(PICTURE, PICTURE, half).masks[0], HOLE)
+    with pytest.raises(EditValueError, match="has no masked region"):
+        match_inputs(PICTURE, PICTURE, half, half_is_masked=False)
     grey = Image.fromarray(np.where(HOLE, 128, 127).astype(np.uint8))
     for rule in (True, False):
-        np.testing.assert_array_equal(matched(PICTURE, PICTURE, grey, half_is_hole=rule).holes[0], HOLE)
+        np.testing.assert_array_equal(
+            match_inputs(PICTURE, PICTURE, grey, half_is_masked=rule).masks[0], HOLE
+        )
 
 
 def test_pairing():
     pictures = [np.full((4, 4, 3), value, np.uint8) for value in (1, 2)]
     exemplars = [np.full((2, 2, 3), value, np.uint8) for value in (3, 4)]
-    batch = matched(exemplars, pictures, np.ones((2, 2), bool), copies=3)
+    batch = match_inputs(exemplars, pictures, np.ones((2, 2), bool), copies=3)
     assert len(batch) == 6
-    assert [each[0, 0, 0] for each in batch.pictures] == [1, 2]
-    assert all(hole.shape == (4, 4) for hole in batch.holes)
+    assert [each[0, 0, 0] for each in batch.images] == [1, 2]
+    assert all(hole.shape == (4, 4) for hole in batch.masks)
     rows = batch.spread(torch.tensor([[3], [4]]), "rows")
     assert rows.flatten().tolist() == [3, 3, 3, 4, 4, 4]
-    assert len(matched(exemplars, pictures[0], np.ones((4, 4), bool)).pictures) == 2
-    assert len(matched(exemplars[0], pictures, np.ones((4, 4), bool)).exemplars) == 1
+    assert len(match_inputs(exemplars, pictures[0], np.ones((4, 4), bool)).images) == 2
+    assert len(match_inputs(exemplars[0], pictures, np.ones((4, 4), bool)).exemplars) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,13 +126,13 @@ def test_pairing():
 def test_conditions_count_like_exemplars_or_like_edits(
     conditions: int, pictures: int, copies: int, edits: int
 ):
-    batch = matched(None, [BYTES] * pictures, HOLE, copies, conditions=conditions)
+    batch = match_inputs(None, [BYTES] * pictures, HOLE, copies, conditions=conditions)
     assert len(batch) == edits
     assert len(batch.spread(torch.zeros(conditions, 1), "rows")) == edits
 
 
 def test_rows_that_do_not_fit():
-    batch = matched(PICTURE, [BYTES] * 2, HOLE, copies=2)
+    batch = match_inputs(PICTURE, [BYTES] * 2, HOLE, copies=2)
     with pytest.raises(EditValueError, match="rows: 3 for 4 edits"):
         batch.spread(torch.zeros(3, 1), "rows")
 
@@ -149,12 +151,12 @@ def test_rows_that_do_not_fit():
         ({"mask_image": HOLE * 2.0}, EditValueError, r"mask must lie in \[0, 1\]"),
         ({"mask_image": BYTES}, EditValueError, "mask_image: an array of shape"),
         ({"mask_image": HOLE.astype(int)}, EditTypeError, "an array of int64"),
-        ({"mask_image": ~np.ones((H, W), bool)}, EditValueError, "has no hole"),
+        ({"mask_image": ~np.ones((H, W), bool)}, EditValueError, "has no masked region"),
         ({"image": []}, EditValueError, "image: an empty list"),
         (
             {"example_image": [PICTURE] * 2, "image": [PICTURE] * 3},
             EditValueError,
-            "2 exemplars, 3 pictures and 1 masks",
+            "2 exemplars, 3 images and 1 masks",
         ),
         ({"image": [PICTURE] * 3, "mask_image": [MASK] * 2}, EditValueError, "do not pair up"),
         ({"image": [BYTES, BYTES[1:]]}, EditValueError, "must have one size, these have 10x11, 10x12"),
@@ -165,13 +167,13 @@ def test_rows_that_do_not_fit():
             "a tensor of torch.int64",
         ),
         ({"example_image": torch.zeros(8, 8)}, EditValueError, r"must be \(3, h, w\) or \(b, 3, h, w\)"),
-        ({"image": np.zeros((0, 4, 4, 3), np.uint8)}, EditValueError, "a batch without pictures"),
+        ({"image": np.zeros((0, 4, 4, 3), np.uint8)}, EditValueError, "a batch without images"),
         ({"image": np.zeros((4, 0, 3), np.uint8)}, EditValueError, "0x4 pixels"),
     ],
 )
 def test_what_cannot_be_used(call: dict[str, Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message) as raised:
-        matched(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
+        match_inputs(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
     assert "\n" not in str(raised.value)
 
 
@@ -198,7 +200,7 @@ def test_what_cannot_be_used(call: dict[str, Any], kind: type[Exception], messag
 )
 def test_tensors_that_cannot_be_used(call: dict[str, Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
-        matched(**({"example_image": PICTURE, "image": SIGNED, "mask_image": tensor_mask()} | call))
+        match_inputs(**({"example_image": PICTURE, "image": SIGNED, "mask_image": tensor_mask()} | call))
 
 
 RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
@@ -225,16 +227,16 @@ RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
     ],
 )
 def test_what_looks_like_a_slip_is_told(call: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
-    matched(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
+    warn_once.cache_clear()
+    match_inputs(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
     assert told in caplog.text
 
 
 def test_what_is_right_needs_no_word(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
-    matched(PICTURE, SIGNED, tensor_mask())
-    matched(torch.randn(3, 8, 8), BYTES, HOLE)
-    matched(PICTURE, PICTURE, MASK.resize((2 * W, 2 * H)))
+    warn_once.cache_clear()
+    match_inputs(PICTURE, SIGNED, tensor_mask())
+    match_inputs(torch.randn(3, 8, 8), BYTES, HOLE)
+    match_inputs(PICTURE, PICTURE, MASK.resize((2 * W, 2 * H)))
     assert caplog.text == ""
 
 
@@ -251,28 +253,28 @@ def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
     with pytest.raises(
         EditValueError, match=r"shape \(\d, 12, 10\) means a batch of masks, and these are the"
     ):
-        matched(PICTURE, image, mask)
+        match_inputs(PICTURE, image, mask)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_batch_of_masks_without_numbers_is_told_as_such(value: float):
     with pytest.raises(EditValueError, match=r"a floating-point mask must lie in \[0, 1\]"):
-        matched(PICTURE, SIGNED, torch.full((3, H, W), value))
+        match_inputs(PICTURE, SIGNED, torch.full((3, H, W), value))
 
 
 def test_a_batch_of_masks_is_one(caplog: pytest.LogCaptureFixture):
-    say_once.cache_clear()
+    warn_once.cache_clear()
     other = torch.ones(H, W)
-    assert len(matched(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
+    assert len(match_inputs(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
     assert "shape (3, 12, 10) is taken as 3 masks of one image, which give as many edits" in caplog.text
     same = torch.stack([tensor_mask()] * 3)
-    assert len(matched([PICTURE] * 3, SIGNED, same)) == 3
-    assert len(matched(PICTURE, SIGNED.expand(3, -1, -1, -1), same)) == 3
-    assert len(matched(PICTURE, SIGNED, list(same))) == 3
+    assert len(match_inputs([PICTURE] * 3, SIGNED, same)) == 3
+    assert len(match_inputs(PICTURE, SIGNED.expand(3, -1, -1, -1), same)) == 3
+    assert len(match_inputs(PICTURE, SIGNED, list(same))) == 3
 
 
 def test_a_mask_tensor_with_its_channel_last():
-    (found,) = matched(PICTURE, SIGNED, tensor_mask()[:, :, None]).holes
+    (found,) = match_inputs(PICTURE, SIGNED, tensor_mask()[:, :, None]).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
@@ -283,9 +285,9 @@ def test_tensors_without_plain_numbers_are_refused(kind: str):
 
     for given in ((PICTURE, odd(SIGNED), tensor_mask()), (PICTURE, SIGNED, odd(tensor_mask()))):
         with pytest.raises(EditTypeError, match="cannot be read; give a plain one"):
-            matched(*given)
+            match_inputs(*given)
     with pytest.raises(EditTypeError, match=r"example_image: a .* cannot be read; give a plain one"):
-        matched(odd(torch.randn(3, 8, 8)), PICTURE, MASK)
+        match_inputs(odd(torch.randn(3, 8, 8)), PICTURE, MASK)
 
 
 def test_generators_are_checked():

@@ -29,7 +29,7 @@ def aware() -> LatentDiffusion:
 
 
 def edit(model: LatentDiffusion, shift: int = 0, count: int = 1) -> np.ndarray:
-    """Return edits whose latents are the same, whatever the picture: what differs is the decoder's doing."""
+    """Return edits whose latents are the same, whatever the image: what differs is the decoder's doing."""
     rows = np.arange(32, dtype=np.uint8)[:, None, None] * 4 + shift
     picture, mask = np.broadcast_to(rows, (32, 32, 3)).copy(), np.zeros((32, 32), np.uint8)
     mask[8:24, 8:24] = 255

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from pbe.checkpoints.native import save_model
 from pbe.diffusion.solvers import ddim
 from pbe.editing import PaintByExample
-from pbe.editing.problems import EditTypeError, EditValueError
-from pbe.errors import UserError
+from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene, make_scene
 from tests.editing.tiny_model import make_tiny_model
@@ -282,7 +281,7 @@ def test_from_pretrained(tiny_model: LatentDiffusion, pipe: PaintByExample, scen
         ),
         ({"latents": np.zeros((1, 4, 8, 10))}, "latents: ndarray"),
         ({"generator": 7}, "generator: int"),
-        ({"mask_image": Image.new("L", (40, 32))}, "mask_image has no hole"),
+        ({"mask_image": Image.new("L", (40, 32))}, "mask_image has no masked region"),
         ({"image": "a.png"}, "image: str; it must be a PIL image"),
         ({"image": Image.new("RGB", (0, 3))}, "0x3 pixels"),
     ],

@@ -14,7 +14,7 @@ from torch import nn
 from pbe.diffusion.solvers import SOLVERS
 from pbe.diffusion.solvers.scheduler_config import SolverChoice
 from pbe.editing import EditOutput, PaintByExample
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.errors import EditTypeError, EditValueError
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene, make_scene
 
@@ -56,7 +56,7 @@ def test_every_form_of_input_gives_the_same_edit(
 
 
 def test_an_exemplar_tensor_is_what_the_tower_takes(pipe: PaintByExample, scene: Scene):
-    from pbe.editing.exemplars import exemplar_pixels
+    from pbe.editing.preprocess import exemplar_pixels
 
     config = pipe.model.config.exemplar_encoder
     pixels = exemplar_pixels([np.array(scene.exemplar)], config, None)

@@ -1,20 +1,29 @@
+"""From images, masks and exemplars to what the networks take."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
 
+from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import (
-    check_count,
+    check_embeds,
+    clip_crop,
+    crop_settings,
+    exemplar_pixels,
     mask_at_latent_size,
     network_inputs,
     pad_to_multiple,
     reduce_mask,
-    resize_picture,
+    resize_image,
     to_signed,
     working_size,
 )
-from pbe.editing.problems import EditTypeError, EditValueError
+from pbe.editing.settings import check_count
+from pbe.errors import EditTypeError, EditValueError, UserError
 
 
 @pytest.mark.parametrize(
@@ -80,9 +89,9 @@ def test_the_padding_reflects_the_hole_too():
 
 def test_float_pictures_are_resized_like_bytes():
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    ours = resize_picture(to_signed(picture), (10, 12))
+    ours = resize_image(to_signed(picture), (10, 12))
     assert ours.dtype == np.float32
-    assert np.abs(ours - to_signed(resize_picture(picture, (10, 12)))).max() <= 1.5 / 127.5
+    assert np.abs(ours - to_signed(resize_image(picture, (10, 12)))).max() <= 1.5 / 127.5
 
 
 def test_the_mask_at_latent_size():
@@ -99,3 +108,92 @@ def test_the_mask_at_latent_size():
 def test_counts(value: object, kind: type[Exception]):
     with pytest.raises(kind, match="steps"):
         check_count("steps", value)
+
+
+TOWER = ExemplarEncoderConfig(image_size=32, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_the_original_squashes_bicubically():
+    exemplar = picture(10, 30)
+    square = np.asarray(Image.fromarray(exemplar).resize((32, 32), Image.Resampling.BICUBIC))
+    expected = (square / 255.0 - np.array(TOWER.mean)) / np.array(TOWER.std)
+    pixels = exemplar_pixels([exemplar, exemplar], TOWER, None)
+    assert pixels.shape == (2, 3, 32, 32)
+    np.testing.assert_allclose(pixels[1].permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 91), (91, 50), (20, 31), (33, 32), (200, 67), (7, 7)])
+def test_cropping_is_that_of_clips_processor(size: tuple[int, int]):
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=TOWER.mean,
+        image_std=TOWER.std,
+    )
+    exemplar = picture(*size)
+    expected = processor(images=Image.fromarray(exemplar), return_tensors="pt").pixel_values
+    ours = exemplar_pixels([exemplar], TOWER, crop_settings(TOWER, processor.to_dict()))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(exemplar_pixels([exemplar], TOWER, crop_settings(TOWER)), ours)
+
+
+def test_a_crop_larger_than_the_resized_picture_is_black_around_it():
+    square = clip_crop(np.full((8, 8, 3), 200, np.uint8), 12, shortest_edge=0)
+    assert square.shape == (12, 12, 3)
+    assert (square[2:10, 2:10] == 200).all()
+    assert square.sum() == 200 * 8 * 8 * 3
+
+
+def test_settings_of_any_age():
+    old = crop_settings(TOWER, {"size": 32, "crop_size": 32, "resample": 2})
+    new = crop_settings(TOWER, {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}})
+    assert (old.shortest_edge, old.crop, old.resample) == (32, 32, "bilinear")
+    assert (new.shortest_edge, new.crop, new.resample) == (32, 32, "bicubic")
+    assert crop_settings(TOWER, {"do_resize": False}).shortest_edge == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resample": 0}, "resample 0 is not supported"),
+        ({"crop_size": 64}, "crop_size is 64, but the image tower takes 32"),
+        ({"resample": []}, r"resample \[\] is not supported"),
+        ({"crop_size": {"height": [], "width": []}}, "crop_size must be one length"),
+        ({"size": {}}, "size must be one length"),
+        ({"do_center_crop": False}, r"do_center_crop is False, which is not supported \(only true\)"),
+        ({"do_normalize": None}, "do_normalize is None"),
+        ({"rescale_factor": 1 / 127.5}, r"rescale_factor is 0.0078.*, which is not supported \(only 1/255\)"),
+        ({"rescale_factor": None}, "rescale_factor is None"),
+        ({"image_mean": 3}, "image_mean is 3; it must be three numbers"),
+        ({"image_mean": None}, "image_mean is None"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean is .'a'"),
+        ({"image_mean": [0.5, 0.5, float("nan")]}, "image_mean is .*nan"),
+        ({"image_std": [0.5, 0.5]}, "image_std is .* three numbers above 0"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std is .* three numbers above 0"),
+        ({"size": {"height": 3, "width": 4}}, "size must be one length"),
+    ],
+)
+def test_settings_that_are_not_supported(settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        crop_settings(TOWER, settings)
+
+
+def test_tensors_pass_as_they_are():
+    pixels = torch.randn(3, 32, 32)
+    assert torch.equal(exemplar_pixels([pixels], TOWER, None)[0], pixels)
+    with pytest.raises(EditValueError, match=r"must be \(3, 32, 32\) or \(b, 3, 32, 32\), not \(3, 16, 32\)"):
+        exemplar_pixels([pixels[:, ::2]], TOWER, None)
+
+
+def test_conditions_are_checked():
+    assert check_embeds(torch.zeros(2, 1, 5), 5).shape == (2, 1, 5)
+    with pytest.raises(EditTypeError, match="exemplar_embeds: list"):
+        check_embeds([[0.0]], 5)
+    with pytest.raises(EditTypeError, match="floating-point"):
+        check_embeds(torch.zeros(1, 1, 5, dtype=torch.int64), 5)
+    with pytest.raises(EditValueError, match=r"must be \(b, tokens, 5\)"):
+        check_embeds(torch.zeros(2, 5), 5)

@@ -53,7 +53,7 @@ def folder(reference: StableDiffusionSafetyChecker, tmp_path: Path) -> Path:
 
 
 def pictures(count: int = 24) -> np.ndarray:
-    """Float pictures in [0, 1] of many kinds: noise of every coarseness and colour."""
+    """Float images in [0, 1] of many kinds: noise of every coarseness and colour."""
     rng = np.random.default_rng(0)
     result = []
     for index in range(count):
@@ -65,7 +65,7 @@ def pictures(count: int = 24) -> np.ndarray:
 
 
 def their_flags(reference: StableDiffusionSafetyChecker, images: np.ndarray) -> list[bool]:
-    """What diffusers' pipeline says, which turns the pictures into PIL images for CLIP's processor."""
+    """What diffusers' pipeline says, which turns the images into PIL images for CLIP's processor."""
     processor = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     as_pil = [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
     pixels = processor(as_pil, return_tensors="pt").pixel_values
@@ -100,7 +100,7 @@ def test_flags_are_those_of_diffusers(activation: str, tmp_path: Path) -> None:
 
 
 def closest(checker: SafetyChecker, images: np.ndarray) -> np.ndarray:
-    """Cosine of each picture's closest concept."""
+    """Cosine of each image's closest concept."""
     checker.concept_thresholds.zero_()
     checker.special_thresholds.fill_(2.0)
     pixels = torch.stack([checker._pixels(np.round(image * 255).astype(np.uint8)) for image in images])

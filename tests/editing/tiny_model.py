@@ -11,7 +11,7 @@ IMAGE_SIZE = 32
 
 
 def make_tiny_model(prediction: str = "eps", seed: int = 0) -> LatentDiffusion:
-    """Return a model for 32 px pictures: 4x4 px a latent, sides in multiples of 8 px."""
+    """Return a model for 32 px images: 4x4 px a latent, sides in multiples of 8 px."""
     torch.manual_seed(seed)
     model = LatentDiffusion(
         ModelConfig(

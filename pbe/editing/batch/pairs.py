@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pbe.editing.batch.jobs import FILE_KEYS, MAX_SEED, Job, check_name
-from pbe.editing.problems import EditValueError
-from pbe.errors import UserError
+from pbe.editing.batch.jobs import FILE_KEYS, Job, check_name, single_job
+from pbe.editing.settings import MAX_SEED, EditCommand
+from pbe.errors import EditValueError, UserError
 from pbe.files import expand_home
 
 PAIR_KEYS = (*FILE_KEYS, "name", "seed")
@@ -24,6 +24,15 @@ ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # as
 BETWEEN = re.compile(r"[\s,]*")  # entries of an array; a comma too many does no harm
 
 
+def collect_jobs(command: EditCommand) -> list[Job]:
+    """Return the jobs of ``--image``, ``--mask`` and ``--exemplar``, or of ``--pairs``."""
+    if command.pairs is None:
+        return [single_job(command)]
+    if extra := [key for key in (*FILE_KEYS, "name") if getattr(command, key) is not None]:
+        raise UserError(f"--pairs and --{extra[0]} contradict each other; give one of them")
+    return read_pairs(Path(command.pairs), command.seed)
+
+
 def read_pairs(path: Path, seed: int) -> list[Job]:
     """Read jobs from a file of pairs.
 
@@ -31,9 +40,6 @@ def read_pairs(path: Path, seed: int) -> list[Job]:
     ``image``, ``mask`` and ``exemplar`` (paths, relative to the file's folder) and optionally ``name``
     (default: the line's number in four digits, in an array the entry's, and the image's stem) and ``seed``
     (default: ``seed``); null and empty cells stand for what is left out. Blank lines are skipped.
-
-    Raises:
-        UserError: the file cannot be read or holds no pairs, or a line is malformed (its number is named).
     """
     jobs = []
     try:

@@ -1,4 +1,4 @@
-"""What an edit leaves behind: the picture, a grid to look at, and a JSON with every setting to repeat it."""
+"""What an edit leaves behind: the image, a grid to look at, and a JSON with every setting to repeat it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 
 CELL = 512  # longest side of a grid's cell, pixels
@@ -39,55 +39,48 @@ PACKAGES = ("pbe", "torch", "numpy", "pillow", "open_clip_torch", "timm", "safet
 
 
 def make_grid(
-    source: np.ndarray, hole: np.ndarray, exemplar: np.ndarray, edits: Sequence[Image.Image]
+    source: np.ndarray, mask: np.ndarray, exemplar: np.ndarray, edits: Sequence[Image.Image]
 ) -> Image.Image:
-    """Lay source, masked source (hole grey), exemplar and edits side by side, seven a row.
+    """Lay source, masked source (mask grey), exemplar and edits side by side, seven a row.
 
     Args:
         source: uint8 ``h w 3``.
-        hole: bool ``h w``.
+        mask: bool ``h w``.
         exemplar: uint8 ``h w 3``, shown with its own aspect.
-        edits: pictures of the source's size.
+        edits: images of the source's size.
     """
-    pictures = [Image.fromarray(array) for array in (source, grey_out(source, hole), exemplar)] + list(edits)
+    cells = [Image.fromarray(array) for array in (source, grey_out(source, mask), exemplar)] + list(edits)
     height, width = source.shape[:2]
     scale = min(1.0, CELL / max(height, width))
     cell = (max(1, round(width * scale)), max(1, round(height * scale)))
-    columns = min(len(pictures), COLUMNS)
-    rows = -(-len(pictures) // columns)
+    columns = min(len(cells), COLUMNS)
+    rows = -(-len(cells) // columns)
     grid = Image.new("RGB", (columns * (cell[0] + GAP) - GAP, rows * (cell[1] + GAP) - GAP), "white")
-    for index, picture in enumerate(pictures):
-        fitted = ImageOps.pad(picture, cell, color="white") if picture.size != cell else picture
+    for index, image in enumerate(cells):
+        fitted = ImageOps.pad(image, cell, color="white") if image.size != cell else image
         grid.paste(fitted, (index % columns * (cell[0] + GAP), index // columns * (cell[1] + GAP)))
     return grid
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture atomically, in the format of its ending: without loss, but for JPEG.
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write an image atomically, in the format of its ending: without loss, but for JPEG.
 
-    The colour profile and the resolution in the picture's ``info`` are written too, where the format holds
+    The colour profile and the resolution in the image's ``info`` are written too, where the format holds
     them (WebP has no place for a resolution).
-
-    Raises:
-        UserError: the file cannot be written.
     """
     buffer = io.BytesIO()
     kind, settings = FORMATS[path.suffix.lower()]
-    carried = {key: picture.info[key] for key in ("icc_profile", "dpi") if picture.info.get(key)}
+    carried = {key: image.info[key] for key in ("icc_profile", "dpi") if image.info.get(key)}
     try:
-        picture.save(buffer, kind, **settings, **carried)
+        image.save(buffer, kind, **settings, **carried)
     except (OSError, ValueError) as error:  # WebP ends at 16383 pixels, JPEG at 65535
-        size = f"{picture.width}x{picture.height}"
+        size = f"{image.width}x{image.height}"
         raise UserError(f"cannot write '{path}', {size}, as {kind}: {str(error) or 'too large'}") from error
     _write(path, buffer.getvalue())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # What is not UTF-8 in a path is a lone surrogate in Python, and its backslash form is JSON's own.
     _write(path, text.encode(errors="backslashreplace"))

@@ -1,12 +1,11 @@
-"""The part of ``sample.py`` that edits: batches of jobs through the pipeline, and their output files."""
+"""Edits batches of jobs with a pipeline, and writes their output files."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,144 +16,102 @@ from tqdm import tqdm
 
 from pbe.checkpoints.precision import torch_dtype
 from pbe.checkpoints.runs import of_run
-from pbe.editing.batch.jobs import Job, output_stem
+from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
 from pbe.editing.batch.records import (
     make_grid,
     model_digests,
     repeat_command,
     versions,
+    write_image,
     write_json,
-    write_picture,
 )
-from pbe.editing.cli import build_parser
+from pbe.editing.engine import merge_choice
 from pbe.editing.hub import Hub
-from pbe.editing.images import LoadedFile, fit_mask, read_mask, read_picture
+from pbe.editing.loading import usable_device
+from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.pretrained import usable_device
+from pbe.editing.settings import EditCommand
 from pbe.errors import UserError
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
+# What a record holds of the settings, and what the command that repeats an edit holds where it was given.
+RECORDED = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
+GIVEN = (
+    *("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
+    *("solver", "spacing", "karras", "margin", "feather", "height", "width"),
+)
+Batch = list[tuple[LoadedJob, int]]  # jobs and numbers of their edits
 
 
-@dataclass
-class Work:
-    """A job with its files read and the edits made so far."""
-
-    job: Job
-    image: LoadedFile
-    mask: LoadedFile
-    exemplar: LoadedFile
-    edits: list[Image.Image] = field(default_factory=list)
-
-
-def load_work(job: Job) -> Work:
-    """Read the files of a job, the mask at the picture's size.
-
-    Raises:
-        UserError: a file changed since it was checked and cannot be used any more.
-    """
-    image, mask = read_picture(job.image), read_mask(job.mask)
-    mask = replace(mask, pixels=fit_mask(mask.pixels, image.pixels.shape[:2]))
-    return Work(job, image, mask, read_picture(job.exemplar, "exemplar"))
-
-
-def batches(
-    jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], num_images: int, batch_size: int
-) -> Iterator[list[tuple[Work, int]]]:
-    """Yield batches of (work, number of the edit) in order, each of pictures of one size."""
-    batch: list[tuple[Work, int]] = []
-    last_size = None
-    for job, size in zip(jobs, sizes, strict=True):
-        work = load_work(job)
+def batches(jobs: Sequence[CheckedJob], num_images: int, batch_size: int) -> Iterator[Batch]:
+    """Yield batches of (job, number of the edit) in order, each of images of one size."""
+    batch: Batch = []
+    for checked in jobs:
+        loaded = checked.take()
         for index in range(num_images):
-            if batch and (len(batch) == batch_size or size != last_size):
+            if batch and (len(batch) == batch_size or checked.size != batch[-1][0].size):
                 yield batch
                 batch = []
-            batch.append((work, index))
-            last_size = size
+            batch.append((loaded, index))
     yield batch
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; ``auto`` is a CUDA GPU where there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """Return the device of that name; ``auto`` is a CUDA GPU where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return usable_device(name, "--device")
 
 
-def load_pipeline(options: argparse.Namespace, device: torch.device) -> tuple[PaintByExample, Path]:
-    """Return the pipeline that a command line asks for, and where its model lies.
-
-    Raises:
-        UserError: the model cannot be used, or not like this.
-    """
-    hub = Hub(options.revision, options.cache_dir, options.offline)
-    place = hub.find(options.model)
+def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByExample, Path]:
+    """Return the pipeline that a command asks for, and where its model lies."""
+    hub = Hub(command.revision, command.cache_dir, command.offline)
+    place = hub.find(command.model)
     pipe = PaintByExample.from_pretrained(
         place,
-        config=options.config,
-        dtype=torch_dtype(options.dtype),
-        device="cpu" if options.cpu_offload else device,
-        solver=options.solver,
-        conventions=options.conventions,
-        safety_checker=None if options.safety_checker == "none" else options.safety_checker,
-        watermark=options.watermark or None,
-        cache_dir=options.cache_dir,
-        local_files_only=options.offline,
-        raw_weights=options.raw_weights,
+        config=command.config,
+        dtype=torch_dtype(command.dtype),
+        device="cpu" if command.cpu_offload else device,
+        solver=command.solver,
+        conventions=command.conventions,
+        safety_checker=None if command.safety_checker == "none" else command.safety_checker,
+        watermark=command.watermark or None,
+        cache_dir=command.cache_dir,
+        local_files_only=command.offline,
+        raw_weights=command.raw_weights,
     )
-    if options.spacing or options.karras:
-        choice = pipe.choice
-        spacing, karras = options.spacing or choice.spacing, options.karras or choice.karras
-        pipe.solver = replace(choice, spacing=spacing, karras=karras)
-    if options.attention_slicing:
-        pipe.enable_attention_slicing(queries=options.attention_slicing)
-    if options.cpu_offload:
+    if command.attention_slicing:
+        pipe.enable_attention_slicing(queries=command.attention_slicing)
+    if command.cpu_offload:
         pipe.enable_cpu_offload(device)
     pipe.set_progress_bar_config(disable=True)  # the bar here counts the steps of all jobs
     return pipe, place
 
 
-def edit_all(jobs: Sequence[Job], sizes: Sequence[tuple[int, int]], options: argparse.Namespace) -> None:
-    """Edit every job and write its files; a bar on stderr counts solver steps.
-
-    Args:
-        jobs: checked jobs.
-        sizes: height and width of each job's picture.
-        options: parsed command line.
-
-    Raises:
-        UserError: the model or the device cannot be used, or a file cannot be written.
-    """
-    device = pick_device(options.device)
-    pipe, place = load_pipeline(options, device)
-    total = len(jobs) * options.num_images * pipe.solver_steps(options.steps, options.eta)
-    shared = _shared_record(options, pipe, place, device)
-    with tqdm(total=total, desc="editing", unit="step", mininterval=0.5, disable=options.quiet) as bar:
+def edit_all(jobs: Sequence[CheckedJob], command: EditCommand) -> None:
+    """Edit every job and write its files; a bar on stderr counts solver steps."""
+    device = pick_device(command.device)
+    pipe, place = load_pipeline(command, device)
+    pipe.solver = merge_choice(pipe.choice, command)
+    total = len(jobs) * command.num_images * pipe.solver_steps(command.steps, command.eta)
+    shared = _shared_record(command, pipe, place, device)
+    with tqdm(total=total, desc="editing", unit="step", mininterval=0.5, disable=command.quiet) as bar:
 
         def advance(step: int, timestep: float, latents: Tensor) -> None:
             bar.update(len(latents))
 
-        for batch in batches(jobs, sizes, options.num_images, options.batch_size):
-            with memory_told():
-                output = edit_batch(pipe, batch, options, advance)
+        for batch in batches(jobs, command.num_images, command.batch_size):
+            with memory_errors():
+                output = edit_batch(pipe, batch, command, advance)
             flags = output.nsfw_content_detected or [False] * len(batch)
-            for (work, index), edit, flag in zip(batch, output.images, flags, strict=True):
+            for (loaded, index), edit, flag in zip(batch, output.images, flags, strict=True):
                 made = {"edited_at": list(output.edited_at), "blackened": flag}
-                _finish(work, index, edit, shared | made, options)
+                _finish(loaded, index, edit, shared | made, command)
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
-    """Turn every way of running out of memory into one line.
-
-    Raises:
-        UserError: there was not enough.
-    """
+def memory_errors() -> Iterator[None]:
+    """Turn every way of running out of memory into one line."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -165,104 +122,84 @@ def memory_told() -> Iterator[None]:
         raise UserError(f"out of memory: {LESS_MEMORY}") from error
 
 
-def edit_batch(
-    pipe: PaintByExample, batch: Sequence[tuple[Work, int]], options: argparse.Namespace, callback: Any
-) -> Any:
+def edit_batch(pipe: PaintByExample, batch: Batch, command: EditCommand, callback: Any) -> EditOutput:
     """Edit one batch; edit k of a job draws all its noise from its own generator, seeded ``seed + k``."""
-    return pipe(
-        [work.exemplar.pixels for work, _ in batch],
-        [work.image.pixels for work, _ in batch],
-        [work.mask.pixels for work, _ in batch],
-        height=options.height,
-        width=options.width,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        eta=options.eta,
-        generator=[torch.Generator().manual_seed(work.job.seed + index) for work, index in batch],
-        preserve_background=options.preserve_background,
-        region=options.region,
-        margin=options.margin,
-        feather=options.feather,
+    return pipe.edit(
+        [loaded.exemplar.pixels for loaded, _ in batch],
+        [loaded.image.pixels for loaded, _ in batch],
+        [loaded.mask.pixels for loaded, _ in batch],
+        replace(command, num_images=1),
+        generator=[torch.Generator().manual_seed(loaded.job.seed + index) for loaded, index in batch],
         callback=callback,
     )
 
 
 def _finish(
-    work: Work, index: int, edit: Image.Image, shared: dict[str, Any], options: argparse.Namespace
+    loaded: LoadedJob, index: int, edit: Image.Image, shared: dict[str, Any], command: EditCommand
 ) -> None:
     """Write the edit and its JSON, and the grid once the job has all its edits."""
-    stem = output_stem(work.job, index)
-    edit.info.update(work.image.carried)
-    target = Path(options.output) if options.output else Path(options.out) / f"{stem}.png"
-    write_picture(target, edit)
-    write_json(target.with_suffix(".json"), _record(work, index, shared, options))
-    if options.output is None:
-        work.edits.append(edit)
-    if len(work.edits) == options.num_images:
-        grid = make_grid(work.image.pixels, work.mask.pixels, work.exemplar.pixels, work.edits)
-        grid.info.update(work.image.carried)
-        write_picture(target.with_name(f"{output_stem(work.job, 0)}_grid.png"), grid)
-        work.edits.clear()
+    stem = output_stem(loaded.job, index)
+    edit.info.update(loaded.image.carried)
+    target = Path(command.output) if command.output else Path(str(command.out)) / f"{stem}.png"
+    write_image(target, edit)
+    write_json(target.with_suffix(".json"), _record(loaded, index, shared, command))
+    if command.output is None:
+        loaded.edits.append(edit)
+    if len(loaded.edits) == command.num_images:
+        grid = make_grid(loaded.image.pixels, loaded.mask.pixels, loaded.exemplar.pixels, loaded.edits)
+        grid.info.update(loaded.image.carried)
+        write_image(target.with_name(f"{output_stem(loaded.job, 0)}_grid.png"), grid)
+        loaded.edits.clear()
     written = str(target).encode(errors="backslashreplace").decode()  # not UTF-8, perhaps
     tqdm.write(written, file=sys.stdout)
 
 
 def _shared_record(
-    options: argparse.Namespace, pipe: PaintByExample, place: Path, device: torch.device
+    command: EditCommand, pipe: PaintByExample, place: Path, device: torch.device
 ) -> dict[str, Any]:
-    same = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
     if place.is_dir():  # of a run, of which the files that were loaded count
-        place, _ = of_run(place, raw_weights=options.raw_weights)
+        place, _ = of_run(place, raw_weights=command.raw_weights)
     return {
-        "model": {"folder": options.model, "sha256": model_digests(place)},
+        "model": {"folder": command.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
         "conventions": pipe.conventions,
-        **{name: getattr(options, name) for name in same},
+        **{name: getattr(command, name) for name in RECORDED},
         "spacing": pipe.choice.spacing,
         "karras": pipe.choice.karras,
         "watermark": pipe.watermark,
         "device": str(device),
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
+        "dtype": command.dtype,
+        "batch_size": command.batch_size,
         "versions": versions(),
     }
 
 
-def _record(work: Work, index: int, shared: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    job, seed = work.job, work.job.seed + index
+def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: EditCommand) -> dict[str, Any]:
+    job, seed = loaded.job, loaded.job.seed + index
     inputs: dict[str, dict[str, Any]] = {
-        key: {"path": str(getattr(job, key)), "sha256": getattr(work, key).sha256}
-        for key in ("image", "mask", "exemplar")
+        key: {"path": str(getattr(job, key)), "sha256": getattr(loaded, key).sha256} for key in FILE_KEYS
     }
-    repaints = {"read_by": work.mask.read_by, "repaints": round(float(work.mask.pixels.mean()), 6)}
-    kept = {"out": options.out, "name": job.name} if options.output is None else {"output": options.output}
-    command = {
-        "model": options.model,
+    kept = {"out": command.out, "name": job.name} if command.output is None else {"output": command.output}
+    usual = {each.name: each.default for each in fields(command) if each.default is not MISSING}
+    given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) != usual[name]}
+    repeat = {
+        "model": command.model,
         **kept,
         **{key: file["path"] for key, file in inputs.items()},
         "seed": seed,
-        "steps": options.steps,
-        "guidance-scale": options.guidance_scale,
-        "eta": options.eta,
+        "steps": command.steps,
+        "guidance-scale": command.guidance_scale,
+        "eta": command.eta,
         "device": shared["device"],
-        "dtype": options.dtype,
+        "dtype": command.dtype,
         "conventions": shared["conventions"],
-        "region": options.region,
-        **_given(options),
-        "preserve-background" if options.preserve_background else "no-preserve-background": True,
+        "region": command.region,
+        **{name.replace("_", "-"): value for name, value in given.items()},
+        "preserve-background" if command.preserve_background else "no-preserve-background": True,
     }
-    size = list(work.image.pixels.shape[:2])
-    own = {"name": job.name, "seed": seed, "size": size}
-    inputs["mask"] |= repaints
-    return inputs | own | shared | {"repeat": repeat_command(command)}
-
-
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what else of the command line shapes an edit, where it was given."""
-    names = ("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark")
-    more = ("solver", "spacing", "karras", "margin", "feather", "height", "width")
-    defaults = build_parser()
-    values = {name: getattr(options, name) for name in (*names, *more)}
-    return {
-        name.replace("_", "-"): value for name, value in values.items() if value != defaults.get_default(name)
+    inputs["mask"] |= {
+        "read_by": loaded.mask.read_by,
+        "repaints": round(float(loaded.mask.pixels.mean()), 6),
     }
+    own = {"name": job.name, "seed": seed, "size": list(loaded.size)}
+    return inputs | own | shared | {"repeat": repeat_command(repeat)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import BY_ROW
 from pbe.evaluation.ablation.results import Results

@@ -30,12 +30,12 @@ from pbe.checkpoints.precision import torch_dtype
 from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
-from pbe.editing.batch.records import write_picture
-from pbe.editing.compositing import to_bytes
-from pbe.editing.conventions import get_conventions
+from pbe.editing.batch.records import write_image
 from pbe.editing.hub import Hub
+from pbe.editing.images import to_bytes
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
+from pbe.editing.settings import get_conventions
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder, Case
 from pbe.evaluation.benchmark.edit_files import MODELS_OWN, claim_folder, is_whole, model_identity
@@ -202,7 +202,7 @@ class _EditTask(pl.LightningModule):
         cases = [self.benchmark[position] for position in group]
         for position, edit in zip(group, self._edit(cases), strict=True):
             if position in missing:
-                write_picture(self._path(position), Image.fromarray(edit))
+                write_image(self._path(position), Image.fromarray(edit))
 
     def _edit(self, cases: Sequence[Case]) -> Any:
         settings = self.settings

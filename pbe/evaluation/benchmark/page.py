@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pbe.data.randomness import permutation
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder

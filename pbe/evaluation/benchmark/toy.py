@@ -18,7 +18,7 @@ from pbe.data.samples.masks import Box, rectangle_mask
 from pbe.data.samples.sample import cut_exemplar
 from pbe.data.toy.scenes import Scene, SceneConfig, ToyWorld, aim_view, draw_centre, draw_light, paste_sprite
 from pbe.data.toy.sprites import ObjectPose, draw_pose, render_sprite
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 
 SPLIT = "test"

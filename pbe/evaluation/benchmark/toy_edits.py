@@ -12,7 +12,7 @@ import torch
 
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
-from pbe.editing.compositing import to_bytes, to_unit
+from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from pbe.editing.batch.pairs import read_pairs
-from pbe.editing.compositing import grey_out
-from pbe.editing.images import read_mask, read_picture
+from pbe.editing.images import grey_out, read_image, read_mask
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
@@ -138,7 +137,7 @@ def edit_outside(pipe: PaintByExample, pairs: Path, settings: EditSettings) -> l
     """
     strips = []
     for job in read_pairs(pairs, settings.seed):
-        image, exemplar = read_picture(job.image).pixels, read_picture(job.exemplar, "exemplar").pixels
+        image, exemplar = read_image(job.image).pixels, read_image(job.exemplar, "exemplar").pixels
         hole = read_mask(job.mask).pixels
         captioned = [("masked", grey_out(image, hole)), ("exemplar", exemplar)]
         for scale in settings.guidance:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from pbe.data.randomness import permutation
-from pbe.editing.batch.records import write_json, write_picture
-from pbe.editing.compositing import grey_out
+from pbe.editing.batch.records import write_image, write_json
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
 from pbe.evaluation.benchmark.edit_files import EditFolder
@@ -165,7 +165,7 @@ def _group(
 def _address(name: str, picture: np.ndarray, copy_to: Path | None) -> str:
     if copy_to is None:
         return data_uri(picture)
-    write_picture(make_folder(copy_to / PICTURES) / f"{name}.png", Image.fromarray(picture))
+    write_image(make_folder(copy_to / PICTURES) / f"{name}.png", Image.fromarray(picture))
     return f"{PICTURES}/{name}.png"
 
 

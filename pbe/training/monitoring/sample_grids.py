@@ -15,7 +15,7 @@ from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule
 from pbe.data.dataset import collate, describe
 from pbe.diffusion.solvers import plms
-from pbe.editing.conditioning import Conditioning, noise_predictor
+from pbe.editing.engine import Conditioning, noise_predictor
 from pbe.errors import UserError
 from pbe.models.latent_diffusion import masked_image
 from pbe.training.tasks.autoencoder import AutoencoderTask

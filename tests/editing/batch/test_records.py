@@ -14,8 +14,8 @@ from pbe.editing.batch.records import (
     model_digests,
     repeat_command,
     versions,
+    write_image,
     write_json,
-    write_picture,
 )
 from pbe.errors import UserError
 
@@ -43,15 +43,15 @@ def test_large_and_long_grids_stay_handy():
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path):
-    write_picture(tmp_path / "a.png", Image.new("RGB", (3, 3)))
+    write_image(tmp_path / "a.png", Image.new("RGB", (3, 3)))
     write_json(tmp_path / "a.json", {"é": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png"]
     assert (tmp_path / "a.json").read_text() == '{\n  "é": 1\n}\n'
     with pytest.raises(UserError, match="cannot write"):
-        write_picture(tmp_path / "none" / "a.png", Image.new("RGB", (3, 3)))
+        write_image(tmp_path / "none" / "a.png", Image.new("RGB", (3, 3)))
     (tmp_path / "b.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        write_picture(tmp_path / "b.png", Image.new("RGB", (3, 3)))
+        write_image(tmp_path / "b.png", Image.new("RGB", (3, 3)))
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -66,7 +66,7 @@ def test_digests_and_versions(tmp_path: Path):
 
 
 def test_the_command_survives_odd_names():
-    command = repeat_command({"image": "my picture's.png", "seed": 3, "preserve-background": True})
-    assert shlex.split(command)[2:] == ["--image", "my picture's.png", "--seed", "3", "--preserve-background"]
+    command = repeat_command({"image": "my image's.png", "seed": 3, "preserve-background": True})
+    assert shlex.split(command)[2:] == ["--image", "my image's.png", "--seed", "3", "--preserve-background"]
     command = repeat_command({"image": "-x.png", "out": "~"})
     assert shlex.split(command)[2:] == ["--image=-x.png", "--out", "~"]

@@ -18,14 +18,14 @@ def test_a_signal_ends_edits_and_what_is_made_stays(pipe, bench_files, tmp_path,
         "guidance_scale": 1.0, "solver": "ddim", "steps": 1, "seed": 0, "batch_size": 1, "accelerator": "cpu",
     }  # fmt: skip
     job = {"model": str(tmp_path / "model"), "benchmark": str(bench_files), "settings": settings}
-    write, written = generation.write_picture, []
+    write, written = generation.write_image, []
 
     def write_and_be_told_to_end(path: Path, picture: object) -> None:
         written.append(write(path, picture))  # type: ignore[arg-type]
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(generation, "write_picture", write_and_be_told_to_end)
+    monkeypatch.setattr(generation, "write_image", write_and_be_told_to_end)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
         make_edits(job, tmp_path)

@@ -73,13 +73,13 @@ def test_killed_and_started_again_writes_the_same_files(model, benchmark, edited
 import os, signal
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.generation import BenchmarkFolder, GenerateSettings
-write, written = generation.write_picture, []
+write, written = generation.write_image, []
 def write_and_die(path, picture):
     if len(written) == 3:
         path.with_name(f".{{os.getpid()}}.partial").write_bytes(b"half a pic")
         os.kill(os.getpid(), signal.SIGKILL)
     written.append(write(path, picture))
-generation.write_picture = write_and_die
+generation.write_image = write_and_die
 generation.generate({str(model)!r}, BenchmarkFolder({str(benchmark.folder)!r}), {str(out)!r}, {SETTINGS!r})
 """
     died = subprocess.run([sys.executable, "-c", program], cwd=project_root, capture_output=True, timeout=200)
@@ -304,7 +304,7 @@ def test_what_goes_wrong_comes_out_and_leaves_no_trace(
     torch.set_num_threads(2)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(generation, "write_picture", fail)
+            patch.setattr(generation, "write_image", fail)
             with pytest.raises(type(error)):
                 generate(model, benchmark, tmp_path / "out", SETTINGS)
         assert torch.get_num_threads() == 2

@@ -84,8 +84,8 @@ def test_page_is_blinded_and_whole(study):
 def test_what_is_published_tells_nobody_whose_an_edit_is(systems, bench_files, tmp_path, monkeypatch):
     """Who knows the systems, the seed, the pictures and this program still lacks the salt of the key."""
     order: list[str] = []
-    write = making.write_picture
-    monkeypatch.setattr(making, "write_picture", lambda path, it: (order.append(path.stem), write(path, it)))
+    write = making.write_image
+    monkeypatch.setattr(making, "write_image", lambda path, it: (order.append(path.stem), write(path, it)))
     seen = []
     for name in ("one", "two"):
         order.clear()

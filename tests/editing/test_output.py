@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.editing.watermark import METHOD, TEXT, add_watermark
+from pbe.editing.output import METHOD, TEXT, add_watermark
 from pbe.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pbe.diffusion.solvers import SOLVERS, Settings, SolverChoice
 from pbe.editing import PaintByExample
-from pbe.editing.schedulers import ReadOnly, Scheduler
+from pbe.editing.diffusers_inputs import ReadOnly, Scheduler
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import SCHEDULERS
 from tests.editing.tiny_model import make_tiny_model

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pbe.editing.placement import MOST_ENLARGED, Box, paste, region_box, seam
 from pbe.editing.preprocess import network_inputs
-from pbe.editing.region import MOST_ENLARGED, Box, paste, region_box, seam
 
 TARGET = (64, 64)
 

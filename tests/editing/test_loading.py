@@ -19,9 +19,8 @@ from pbe.checkpoints.usage import Usage
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.diffusion.solvers import SOLVERS, Settings, SolverChoice, scheduler_from_solver
 from pbe.editing import PaintByExample
-from pbe.editing.problems import say_once
 from pbe.editing.safety import CheckerSizes, SafetyChecker
-from pbe.errors import UserError
+from pbe.errors import UserError, warn_once
 from pbe.models import AutoencoderKL, LatentDiffusion, UNet
 from tests.editing.conftest import Scene
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
@@ -222,7 +221,7 @@ def test_a_missing_checker_is_said_once(
     clip_model: LatentDiffusion, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     PaintByExample(clip_model).save_pretrained(tmp_path)
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert PaintByExample.from_pretrained(tmp_path).safety_checker is None

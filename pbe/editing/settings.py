@@ -1,0 +1,284 @@
+"""Settings of an edit and of the command that edits; conventions of preparing inputs. No torch here.
+
+Annotations are evaluated (no ``from __future__``): a command line reads them in a class of another module.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import numpy as np
+
+from pbe.errors import EditTypeError, EditValueError
+from pbe.files import expand_home
+from pbe.resources import find_model
+
+SolverName = Literal[
+    "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms"
+]
+SpacingName = Literal["uniform", "leading", "linspace", "trailing"]
+ConventionsName = Literal["original", "diffusers"]
+Region = Literal["full", "mask"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+MAX_COUNT = 2**31 - 1  # libraries below this one overflow beyond it
+MAX_SEED = 2**63 - 1
+MAX_SIDE = 65535  # of sizes, margins and feathers in pixels; more is a slip of the keyboard
+MAX_IMAGES = 1_000_000  # of one image; each has a file name that is checked beforehand
+# The ranges of all settings: whole numbers from 1 to a largest, numbers from 0 to a largest.
+COUNTS = {
+    "steps": MAX_COUNT,
+    "num_images": MAX_IMAGES,
+    "height": MAX_SIDE,
+    "width": MAX_SIDE,
+    "batch_size": MAX_COUNT,
+    "attention_slicing": MAX_COUNT,
+}
+NUMBERS = {"guidance_scale": math.inf, "eta": 1.0, "margin": MAX_SIDE, "feather": MAX_SIDE}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CALL_NAMES = {"steps": "num_inference_steps", "num_images": "num_images_per_prompt"}  # as in diffusers
+
+
+def option_name(field: str) -> str:
+    """Return the option of a command line that sets a field of :class:`EditCommand`."""
+    return f"--{field.replace('_', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """How images are edited: the same for the pipeline's call, the command line and the records."""
+
+    solver: SolverName | None = None
+    """default: the model's, plms where it names none"""
+    spacing: SpacingName | None = None
+    """of the timesteps (default: the solver's)"""
+    karras: bool = False
+    """noise levels after Karras et al."""
+    steps: int = 50
+    """steps of the solver"""
+    guidance_scale: float = 5.0
+    """1 turns guidance off"""
+    eta: float = 0.0
+    """ancestral noise, 0 to 1, ddim only"""
+    seed: int = 0
+    """edit k of an image has seed + k"""
+    num_images: int = 1
+    """edits of each image"""
+    conventions: ConventionsName | None = None
+    """of preparing the inputs (default: the model's)"""
+    region: Region = "full"
+    """edit the whole image, or the mask's surroundings at the model's size"""
+    margin: float = 0.5
+    """around the mask, as a share of its longer side"""
+    feather: float | None = None
+    """width of that region's seam in pixels (default: by size)"""
+    height: int | None = None
+    """of the result; with --region mask, of what the model sees"""
+    width: int | None = None
+    """likewise"""
+    preserve_background: bool = True
+    """keep every pixel outside the mask bit by bit"""
+
+    def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
+        """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
+        values = vars(self)
+        found: dict[str, object] = {"seed": check_seed(named("seed"), self.seed)}
+        optional = ("height", "width", "feather", "attention_slicing")
+        for name in (each for each in values if not (each in optional and values[each] is None)):
+            if name in COUNTS:
+                found[name] = check_count(named(name), values[name], COUNTS[name])
+            elif name in NUMBERS:
+                found[name] = check_number(named(name), values[name], NUMBERS[name])
+        if not isinstance(self.preserve_background, bool | np.bool_):
+            kind = type(self.preserve_background).__name__
+            raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
+        if self.region not in get_args(Region):
+            raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")
+        if self.eta and self.solver not in (None, "ddim"):
+            raise EditValueError(f"{named('eta')} above 0 is for {named('solver')} ddim, not {self.solver}")
+        return replace(self, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditCommand(EditSettings):
+    """Everything that the command which edits takes; in paths a leading ``~`` is the home folder."""
+
+    model: str
+    """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
+    config: str | None = None
+    """YAML with the sizes of a checkpoint that does not give its own"""
+    raw_weights: bool = False
+    """the plain weights of a training, not the average"""
+    revision: str | None = None
+    """branch, tag or commit of a model on the Hub (default: main)"""
+    cache_dir: str | None = None
+    """folder where models of the Hub are kept"""
+    offline: bool = False
+    """take models from that cache only"""
+    safety_checker: str = "auto"
+    """folder or owner/name; auto takes the model's own, none turns it off"""
+    image: str | None = None
+    """image to edit"""
+    mask: str | None = None
+    """mask, white = repaint; resized to the image"""
+    exemplar: str | None = None
+    """image of what is to be painted in"""
+    name: str | None = None
+    """stem of the output files (default: the image's)"""
+    pairs: str | None = None
+    """many edits instead: JSON lines, a JSON array or CSV"""
+    out: str | None = None
+    """folder where the edits go"""
+    output: str | None = None
+    """or the file of a single edit; its JSON lies beside it"""
+    watermark: bool = False
+    """put an invisible watermark into the edits"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "fp32"
+    """of the weights"""
+    batch_size: int = 4
+    """edits at once"""
+    cpu_offload: bool = False
+    """keep idle networks off the accelerator"""
+    attention_slicing: int | None = None
+    """queries of attention at a time"""
+    quiet: bool = False
+    """no progress bars"""
+
+    def __post_init__(self) -> None:
+        paths = ("model", "config", "cache_dir", "safety_checker", "image", "mask", "exemplar", "pairs")
+        for name in (*paths, "out", "output"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, expand_home(getattr(self, name)))
+
+    def checked(self, named: Callable[[str], str] = option_name) -> Self:
+        """Return the command with every value checked, and that its models may exist."""
+        found = super().checked(named)
+        existing_path(self.model, named("model"))
+        if self.safety_checker not in ("auto", "none"):
+            existing_path(self.safety_checker, named("safety_checker"))
+        return found
+
+
+def existing_path(path_or_hub_id: str | Path, option: str = "") -> Path | None:
+    """Return a path that exists, or the model that ships; None for what may be ``owner/name`` on the Hub.
+
+    A path that exists comes first; a leading ``~`` is the home folder. ``option`` is that of a command line.
+    """
+    name = find_model(expand_home(str(path_or_hub_id)))
+    if os.path.exists(name):  # of a Path, exists() raises for names that no system can have
+        return Path(name)
+    if isinstance(path_or_hub_id, Path) or not HUB_ID.fullmatch(name):
+        kinds = "a model's folder, a checkpoint file or a Hub id (owner/name)"
+        raise EditValueError(f"{option and option + ' '}'{name}' does not exist; give {kinds}")
+    return None
+
+
+def check_count(
+    name: str,
+    value: object,
+    largest: int = MAX_COUNT,
+    kind: type[EditTypeError | EditValueError] = EditTypeError,
+) -> int:
+    """Return a setting that is a whole number from 1 to ``largest``, of whatever numeric type, as an int.
+
+    ``kind`` is the error for anything that is no whole number, ``name`` what errors call the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise kind(f"{name}: {type(value).__name__}; it must be an int")
+    number = int(value) if isinstance(value, Integral) else _float(name, value)
+    if number < 1 or not math.isfinite(number):
+        raise EditValueError(f"{name} is {value}; it must be at least 1")
+    if number > largest:
+        raise EditValueError(f"{name} is {value}; it must be at most {largest}")
+    if number != int(number):
+        raise kind(f"{name} is {value}; it must be a whole number")
+    return int(number)
+
+
+def check_number(name: str, value: object, largest: float = math.inf) -> float:
+    """Return a setting that is a finite number from 0 up, of whatever numeric type, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise EditTypeError(f"{name}: {type(value).__name__}; it must be a number")
+    number = _float(name, value)
+    if not (math.isfinite(number) and 0.0 <= number <= largest):
+        wanted = "be a number from 0 up" if largest == math.inf else f"lie between 0 and {largest:g}"
+        raise EditValueError(f"{name} is {value}; it must {wanted}")
+    return number
+
+
+def check_seed(name: str, value: int) -> int:
+    """Return a seed that generators take."""
+    if not 0 <= value <= MAX_SEED:
+        raise EditValueError(f"{name} is {value}; it must lie between 0 and {MAX_SEED}")
+    return value
+
+
+def _float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise EditValueError(f"{name} is too large a number") from error
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Where the original's inference and diffusers' pipeline differ.
+
+    Attributes:
+        name: ``original`` or ``diffusers``.
+        crop_exemplar: the exemplar goes through CLIP's processor (shortest edge, centre crop) instead of
+            being squashed whole.
+        mask_mode: interpolation of the keep mask to latent size, never antialiased.
+        half_is_masked: a mask value of exactly one half is repainted.
+        share_posterior: the masked image's posterior is drawn once an image, not once an edit.
+        guidance_floor: guidance scales below count as this.
+        leading: solvers that take timesteps in ``leading`` spacing where none is asked for.
+        largest_side: images up to the square of this many pixels a side are edited at their own size
+            whatever size the model was trained at.
+    """
+
+    name: str
+    crop_exemplar: bool
+    mask_mode: str
+    half_is_masked: bool
+    share_posterior: bool
+    guidance_floor: float
+    leading: frozenset[str]
+    largest_side: int
+
+
+ORIGINAL = Conventions(
+    name="original",
+    crop_exemplar=False,
+    mask_mode="bilinear",
+    half_is_masked=True,
+    share_posterior=False,
+    guidance_floor=0.0,
+    leading=frozenset(),
+    largest_side=0,
+)
+DIFFUSERS = Conventions(
+    name="diffusers",
+    crop_exemplar=True,
+    mask_mode="nearest",
+    half_is_masked=False,
+    share_posterior=True,
+    guidance_floor=1.0,
+    leading=frozenset({"ddim", "plms"}),
+    largest_side=1024,
+)
+CONVENTIONS = {each.name: each for each in (ORIGINAL, DIFFUSERS)}
+
+
+def get_conventions(name: str) -> Conventions:
+    """Return the conventions of that name."""
+    if name not in tuple(CONVENTIONS):
+        raise EditValueError(f"no conventions '{name}'; there are: {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]
