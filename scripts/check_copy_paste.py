@@ -17,7 +17,7 @@ import numpy as np
 from pbe.cli.parser import Parser, run_command
 from pbe.data.randomness import generator
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
+from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
 from pbe.evaluation.metrics.bootstrap import auc
 from pbe.evaluation.metrics.copy_paste import explained_shares
 from pbe.evaluation.metrics.features import mask_bounds, region
@@ -28,7 +28,7 @@ KINDS = ("pasted", "true", "inpainted", "grey")
 LAYOUT_KINDS = ("stretched", "mirrored", "true", "inpainted")
 
 
-def paste(case: BenchmarkCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
+def paste(case: ToyCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
     """Return the case's scene with its exemplar warped over the hole and a tenth brighter.
 
     Args:
@@ -52,19 +52,19 @@ def paste(case: BenchmarkCase, turn: float, scale: float, flip: float, shift: fl
     return edit
 
 
-def paste_at_random(case: BenchmarkCase, seed: int) -> np.ndarray:
+def paste_at_random(case: ToyCase, seed: int) -> np.ndarray:
     """Return :func:`paste` turned up to 25 degrees, scaled by 0.8 to 1.05, a little shifted, or mirrored."""
     rng = generator(seed, "paste", case.index)
     flip = -1.0 if rng.random() < 0.5 else 1.0
     return paste(case, rng.uniform(-25, 25), rng.uniform(0.8, 1.05), flip, rng.uniform(-0.1, 0.1))
 
 
-def inpaint(case: BenchmarkCase) -> np.ndarray:
+def inpaint(case: ToyCase) -> np.ndarray:
     """Return the scene with its hole filled by OpenCV."""
     return cv2.inpaint(case.image, (case.mask > 127).astype(np.uint8), 3, cv2.INPAINT_TELEA)
 
 
-def shares_by_kind(cases: Sequence[BenchmarkCase], seed: int) -> dict[str, np.ndarray]:
+def shares_by_kind(cases: Sequence[ToyCase], seed: int) -> dict[str, np.ndarray]:
     """Return the explained shares ``(n,)`` of each of :data:`KINDS`."""
     pictures = {
         "pasted": [paste_at_random(case, seed) for case in cases],
@@ -76,7 +76,7 @@ def shares_by_kind(cases: Sequence[BenchmarkCase], seed: int) -> dict[str, np.nd
     return {kind: explained_shares(pictures[kind], masks, exemplars) for kind in KINDS}
 
 
-def layouts_by_kind(cases: Sequence[BenchmarkCase]) -> dict[str, np.ndarray]:
+def layouts_by_kind(cases: Sequence[ToyCase]) -> dict[str, np.ndarray]:
     """Return ``layout-copy`` and ``layout-true``, ``(n, 2)``, of each of :data:`LAYOUT_KINDS`.
 
     ``stretched`` has the exemplar over the hole as it is, ``mirrored`` its mirror image.
@@ -88,7 +88,7 @@ def layouts_by_kind(cases: Sequence[BenchmarkCase]) -> dict[str, np.ndarray]:
         "inpainted": [inpaint(case) for case in cases],
     }
 
-    def both(case: BenchmarkCase, edit: np.ndarray) -> tuple[float, float]:
+    def both(case: ToyCase, edit: np.ndarray) -> tuple[float, float]:
         copied = layout_copy(region(edit, case.mask), case.exemplar)
         return copied, layout_true(case.image, edit, case.mask)
 

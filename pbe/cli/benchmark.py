@@ -108,18 +108,19 @@ def build_from_sources(settings: BuildSettings, cases: int | None) -> None:
         raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
     if settings.exemplars_split and not settings.exemplars:
         raise UserError("--exemplars-split goes with --exemplars only")
-    from pbe.evaluation.benchmark import coco_ee
+    from pbe.evaluation.benchmark import build as building
+    from pbe.evaluation.benchmark.coco_ee import SIZE
 
     assert settings.sources is not None
     assert settings.out is not None
     if cases is None:
-        cases = coco_ee.BuildSettings().cases if settings.exemplars else 0
-    size = coco_ee.SIZE if settings.size is None else settings.size
-    chosen = coco_ee.BuildSettings(cases, settings.seed or 0, size)
+        cases = building.BuildSettings().cases if settings.exemplars else 0
+    size = SIZE if settings.size is None else settings.size
+    chosen = building.BuildSettings(cases, settings.seed or 0, size)
     chosen.check()
     sources = _read(settings.sources, settings.sources_split or "validation")
     exemplars = _read(settings.exemplars, settings.exemplars_split or "train") if settings.exemplars else None
-    count = coco_ee.build_benchmark(sources, exemplars, settings.out, chosen, share or 0.0)
+    count = building.build_benchmark(sources, exemplars, settings.out, chosen, share or 0.0)
     print(f"{count} cases: {settings.out}")
 
 
@@ -132,7 +133,7 @@ def _read(source: str, split: str) -> Annotations:
 def export_toy(settings: BuildSettings, cases: int) -> None:
     """Write the toy benchmark as files."""
     from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
-    from pbe.evaluation.benchmark.toy_export import IMAGE_SIZE, export_toy_benchmark
+    from pbe.evaluation.benchmark.toy import IMAGE_SIZE, export_toy_benchmark
 
     assert settings.out is not None
     size = IMAGE_SIZE if settings.size is None else settings.size

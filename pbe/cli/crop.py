@@ -53,10 +53,10 @@ def make_squares(settings: CropSettings) -> int:
 
     from tqdm import tqdm
 
-    from pbe.evaluation.metrics.set_scores import PictureFolder
+    from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.files import make_folder
 
-    paths = PictureFolder(settings.pictures).paths
+    paths = ImageFolder(settings.pictures).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
         raise UserError(f"'{settings.pictures}' holds {times} pictures with the name '{name}'")
@@ -82,11 +82,11 @@ def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np
     """Make the first square that is there once more: others of the folder were made as it was."""
     import numpy as np
 
-    from pbe.evaluation.metrics.set_scores import read_picture
+    from pbe.evaluation.metrics.sets import read_image
 
     for source in done[:1]:
         try:
-            found = read_picture(_target(source, out))
+            found = read_image(_target(source, out))
         except UserError:
             return  # scoring names it
         if not np.array_equal(found, make_square(source)):
@@ -97,11 +97,11 @@ def _square(source: Path, size: int, resampling: str) -> np.ndarray:
     import numpy as np
     from PIL import Image
 
-    from pbe.evaluation.metrics.set_scores import read_picture
+    from pbe.evaluation.metrics.sets import read_image
     from pbe.evaluation.metrics.towers import centre_crop
 
     kernel = Image.Resampling[resampling.upper()]
-    return np.ascontiguousarray(centre_crop(read_picture(source), size, kernel))
+    return np.ascontiguousarray(centre_crop(read_image(source), size, kernel))
 
 
 def _write(source: Path, out: Path, make_square: Callable[[Path], np.ndarray]) -> int:

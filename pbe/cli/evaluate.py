@@ -181,10 +181,11 @@ def run_benchmark(settings: EvaluateSettings) -> None:
         raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = generate_settings(settings)
     from pbe.editing.batch.runner import pick_device
-    from pbe.evaluation.benchmark.cases import BenchmarkFolder
-    from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
-    from pbe.evaluation.benchmark.toy_edits import GUIDANCE
-    from pbe.evaluation.metrics.results import Bootstrap
+    from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+    from pbe.evaluation.benchmark.page import PageSettings
+    from pbe.evaluation.benchmark.run import BenchmarkRun
+    from pbe.evaluation.benchmark.toy_run import GUIDANCE
+    from pbe.evaluation.metrics.bootstrap import Bootstrap
     from pbe.evaluation.metrics.scoring import ScoreSettings
 
     score_settings = ScoreSettings(
@@ -269,25 +270,26 @@ def run_toy(settings: EvaluateSettings) -> None:
 
     from pbe.data.toy.scenes import ToyWorld
     from pbe.editing.batch.runner import pick_device
+    from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
     from pbe.evaluation.benchmark.toy import make_benchmark
-    from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
-    from pbe.evaluation.benchmark.toy_scores import score_edits
-    from pbe.evaluation.metrics.features import LiteFeatures
+    from pbe.evaluation.benchmark.toy_run import GUIDANCE, make_edits, score_edits
+    from pbe.evaluation.metrics.towers import load_tower
     from pbe.files import make_folder
 
     if sampling.threads:
         torch.set_num_threads(sampling.threads)
-    edit_settings = EditSettings(
-        GUIDANCE if sampling.guidance is None else tuple(sampling.guidance),
-        sampling.solver,
-        sampling.steps,
-        sampling.seed,
-        TOY_BATCH if sampling.batch_size is None else sampling.batch_size,
+    scales = GUIDANCE if sampling.guidance is None else sampling.guidance
+    edit_settings = GenerateSettings(
+        solver=sampling.solver,
+        steps=sampling.steps,
+        seed=sampling.seed,
+        batch_size=TOY_BATCH if sampling.batch_size is None else sampling.batch_size,
     )
+    at_scales(edit_settings, scales)  # checks them
     device = pick_device(sampling.device or "cpu")
     pipe = load_pipeline(source, sampling.dtype, device)
     make_folder(source.out)
-    features = LiteFeatures()
+    tower = load_tower("lite2", None, None)
     config = pipe.model.config
     cases = make_benchmark(
         ToyWorld(toy.world),
@@ -297,10 +299,10 @@ def run_toy(settings: EvaluateSettings) -> None:
         objects=toy.objects,
     )
     started = time.perf_counter()
-    with tqdm(total=2 * len(edit_settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
-        edits = make_edits(pipe, cases, edit_settings, lambda done, _total: bar.update(done - bar.n))
+    with tqdm(total=2 * len(scales) * len(cases), unit="edit", desc="edit") as bar:
+        edits = make_edits(pipe, cases, scales, edit_settings, lambda done, _: bar.update(done - bar.n))
     edited = time.perf_counter()
-    scores = score_edits(cases, edits, features, seed=sampling.seed)
+    scores = score_edits(cases, edits, tower, seed=sampling.seed)
     seconds = {"edit": round(edited - started, 2), "score": round(time.perf_counter() - edited, 2)}
     used = {
         "solver": edit_settings.solver,
@@ -338,13 +340,13 @@ def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, h
     from PIL import Image
 
     from pbe.editing.batch.records import write_image, write_json
-    from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
-    from pbe.evaluation.benchmark.toy_scores import markdown_table
+    from pbe.evaluation.report.sheets import sheet
+    from pbe.evaluation.report.tables import markdown
     from pbe.files import write_text
 
-    out, seconds, table = settings.source.out, head["seconds"], markdown_table(scores)
+    out, seconds, table = settings.source.out, head["seconds"], markdown(scores.table())
     write_json(out / "scores.json", {**head, **scores.to_dict()})
     write_text(out / "scores.md", table)
-    rows = {label: images[: settings.toy.sheet] for label, images in benchmark_rows(cases, edits).items()}
+    rows = {label: images[: settings.toy.sheet] for label, images in edits.rows(cases).items()}
     write_image(out / "grid.png", Image.fromarray(sheet(rows)))
     print(f"\n{table}\nedited in {seconds['edit']} s, scored in {seconds['score']} s: {out}")

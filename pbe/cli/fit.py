@@ -50,11 +50,11 @@ def fit(*, settings: FitSettings) -> None:
     from tqdm import tqdm
 
     from pbe.editing.loading import usable_device
-    from pbe.evaluation.metrics.mixture import check_fit, fit_mixture
-    from pbe.evaluation.metrics.set_scores import PictureFolder
+    from pbe.evaluation.metrics.quality import check_fit, fit_mixture
+    from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.evaluation.metrics.towers import load_tower
 
-    images = PictureFolder(settings.pictures)
+    images = ImageFolder(settings.pictures)
     check_fit(len(images.paths), settings.components, settings.seed)
     device = str(usable_device(settings.device, "--device"))
     check_file(settings.out, make=False)

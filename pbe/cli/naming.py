@@ -65,8 +65,7 @@ def make(*, settings: MakeSettings) -> None:
     from pbe.data.toy.scenes import ToyWorld
     from pbe.editing.batch.records import write_image
     from pbe.editing.pipeline import PaintByExample
-    from pbe.evaluation.benchmark.toy import make_benchmark
-    from pbe.evaluation.benchmark.toy_export import EXEMPLAR_SIZE, IMAGE_SIZE
+    from pbe.evaluation.benchmark.toy import EXEMPLAR_SIZE, IMAGE_SIZE, make_benchmark
     from pbe.evaluation.metrics.features import to_grey
     from pbe.evaluation.study import naming
     from pbe.files import make_folder
@@ -103,19 +102,15 @@ def edit(pipe: PaintByExample, cases: list[Any], settings: MakeSettings) -> np.n
     """Edit every case with its own exemplar; return uint8 ``n s s 3``."""
     from tqdm import tqdm
 
-    from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_cases
+    from pbe.evaluation.benchmark.generation import GenerateSettings
+    from pbe.evaluation.benchmark.toy_run import edit_cases
 
     pipe.set_progress_bar_config(disable=True)
-    chosen = EditSettings((settings.guidance,), settings.solver, settings.steps, settings.seed)
+    chosen = GenerateSettings(
+        settings.guidance, settings.solver, settings.steps, settings.seed, batch_size=32
+    )
     with tqdm(total=len(cases), unit="edit", desc="edit") as bar:
-        return edit_cases(
-            pipe,
-            cases,
-            [case.exemplar for case in cases],
-            settings.guidance,
-            chosen,
-            lambda done, _total: bar.update(done - bar.n),
-        )
+        return edit_cases(pipe, cases, chosen, progress=bar.update)
 
 
 @SETTINGS

@@ -50,18 +50,17 @@ def score(*models: Model, settings: ScoreSettings = ScoreSettings()) -> None:
         raise UserError("--threads must be 0 or more, --objects at least 2")
     import torch
 
-    from pbe.checkpoints.precision import torch_dtype
     from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, quick_values
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     quick = QuickSettings(
-        settings.objects,
         settings.guidance,
-        settings.steps,
         settings.solver,
-        dtype=torch_dtype(settings.dtype),
+        settings.steps,
+        dtype=settings.dtype,
+        objects=settings.objects,
     )
     scorer: QuickScorer | None = None
     for path in models:

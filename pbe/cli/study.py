@@ -35,7 +35,7 @@ def make(*, settings: MakeSettings) -> None:
 
     pbe study make --systems ours=outputs/ours theirs=results/theirs --benchmark data/bench --out study
     """
-    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.study.making import KEY, StudySettings, make_study, parse_systems
 
     chosen = StudySettings(settings.groups, settings.seed, settings.title, settings.copy)

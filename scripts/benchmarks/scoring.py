@@ -11,9 +11,17 @@ import cv2
 import numpy as np
 
 from pbe.data.toy.scenes import ToyWorld
-from pbe.evaluation.benchmark.cases import BenchmarkFolder, case_id
-from pbe.evaluation.benchmark.edit_files import EditFolder
-from pbe.evaluation.benchmark.files import GT, ID_LIST, MASK, PARTS, REF, case_path
+from pbe.evaluation.benchmark.coco_ee import (
+    GT,
+    ID_LIST,
+    MASK,
+    PARTS,
+    REF,
+    BenchmarkFolder,
+    case_id,
+    case_path,
+)
+from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import make_case
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.files import make_folder

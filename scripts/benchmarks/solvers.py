@@ -22,7 +22,7 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.editing.engine import Conditioning, noise_predictor
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
+from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
 from pbe.files import make_folder
 from pbe.models import LatentDiffusion
 from pbe.models.latent_diffusion import latent_mask, masked_image
@@ -121,7 +121,7 @@ def make_bench(model: LatentDiffusion, world: ToyWorld, *, cases: int, guidance:
     return Bench(model, schedule, predict, start, path, hole)
 
 
-def condition_on(model: LatentDiffusion, cases: Sequence[BenchmarkCase]) -> Conditioning:
+def condition_on(model: LatentDiffusion, cases: Sequence[ToyCase]) -> Conditioning:
     """Encode exemplars and masked scenes (the mean of the posterior)."""
 
     def stacked(pictures: Sequence[np.ndarray]) -> Tensor:

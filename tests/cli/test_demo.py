@@ -11,8 +11,8 @@ from PIL import Image
 
 from pbe.checkpoints.native import save_model
 from pbe.config import load_config
-from pbe.evaluation.benchmark.sheets import BAND_GAP, GAP
 from pbe.evaluation.demo import stages
+from pbe.evaluation.report.sheets import BAND_GAP, GAP
 from pbe.models import LatentDiffusion
 from pbe.models.tower import load_pretrained
 from tests.commands import demo, evaluate
@@ -124,7 +124,7 @@ def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
         (["--objects", "182"], "182 benchmark objects asked for; there are 181"),
         (["--steps", "-1"], "--steps 0 or more"),
         (["--seconds", "nan"], "--seconds must be a number above 0"),
-        (["--guidance", "1", "-1"], "guidance scales are numbers from 0 up, not 1.0, -1.0"),
+        (["--guidance", "1", "-1"], "the guidance scale is -1.0; it must be a number from 0 up"),
         (["--guidance", "3", "3"], "each once"),
         (["--sampling-steps", "0"], "number of steps is 0"),
         (["--sampling-steps", "501"], "number of steps is 501; it must lie between 1 and 500"),
@@ -182,7 +182,7 @@ def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):
         ([], "is not a model folder"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here"),
         (["--solver", "magic"], "no solver 'magic'"),
-        (["--steps", "0"], "the number of steps is 0"),
+        (["--steps", "0"], "steps is 0"),
         (["--dtype", "int8"], 'Invalid value "int8" for --dtype'),
     ],
 )

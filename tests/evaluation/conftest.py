@@ -10,9 +10,8 @@ import torch
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_benchmark
-from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
-from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.benchmark.toy import ToyCase, export_toy_benchmark, make_benchmark
+from pbe.evaluation.metrics.towers import Tower, load_tower
 from pbe.models import LatentDiffusion
 
 SIZE, EXEMPLAR = 32, 48
@@ -24,7 +23,7 @@ def world() -> ToyWorld:
 
 
 @pytest.fixture(scope="session")
-def cases(world: ToyWorld) -> list[BenchmarkCase]:
+def cases(world: ToyWorld) -> list[ToyCase]:
     return make_benchmark(world, seed=3, image_size=SIZE, exemplar_size=EXEMPLAR, objects=6)
 
 
@@ -37,8 +36,8 @@ def bench_files(world: ToyWorld, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def features() -> LiteFeatures:
-    return LiteFeatures()
+def features() -> Tower:
+    return load_tower("lite2", None, None)
 
 
 @pytest.fixture(scope="session")

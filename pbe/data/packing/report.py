@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from pbe.data.packing.claim import PackRequest
 from pbe.data.packing.duplicates import Hashes, as_void, exact_pairs, hash_folder, matches, near_duplicates
 from pbe.data.packing.index import load_index, read_summary, write_whole
 from pbe.data.packing.pack import PackResult
 from pbe.data.packing.tally import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
+from pbe.html import render_page
 
-TEMPLATE = "report.html.j2"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 EXAMPLES = 200
 LABELS_SHOWN = 50
@@ -148,20 +148,14 @@ def _histogram_bars(histogram: dict[str, list[float]]) -> list[Bar]:
 
 def render(report: dict[str, Any]) -> str:
     """Return the page's HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     charts = [
         ("Boxes kept, by their share of the picture's area", _histogram_bars(report["histograms"]["area"])),
         ("Boxes kept, by width over height", _histogram_bars(report["histograms"]["aspect"])),
         ("Pictures kept, by number of boxes", _histogram_bars(report["histograms"]["boxes_per_picture"])),
     ]
     labels = dict(list(report["labels"].items())[:LABELS_SHOWN])
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        TEMPLATE,
         report=report,
         charts=charts,
         bars=_bars,

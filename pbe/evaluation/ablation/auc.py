@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pbe.evaluation.benchmark.cases import Case
-from pbe.evaluation.metrics.features import LiteFeatures, region
-from pbe.evaluation.metrics.results import Bootstrap, Score, ScoreCard, case_score
+from pbe.evaluation.metrics.base import Case, Score, ScoreCard, case_score
+from pbe.evaluation.metrics.bootstrap import Bootstrap
+from pbe.evaluation.metrics.features import TOWER, region
+from pbe.evaluation.metrics.towers import load_tower
 
 NAME = "toy-exemplar-auc"
 BATCH = 64
@@ -25,18 +26,18 @@ def exemplar_auc(cases: Sequence[Case], edits: Sequence[np.ndarray], bootstrap: 
         edits: uint8 ``h w 3``, one a case.
         bootstrap: how the interval is made.
     """
-    features = LiteFeatures()
+    tower = load_tower("lite2", None, None)
     regions, exemplars = [], []
     for start in range(0, len(cases), BATCH):
         places = range(start, min(start + BATCH, len(cases)))
         batch = [cases[place] for place in places]
         shown = [region(edits[place], case.mask) for place, case in zip(places, batch, strict=True)]
-        regions.append(features.of_pictures(shown))
-        exemplars.append(features.of_pictures([case.exemplar for case in batch]))
+        regions.append(tower.squashed(shown))
+        exemplars.append(tower.squashed([case.exemplar for case in batch]))
     values = own_share(np.concatenate(regions), np.concatenate(exemplars))
     card = ScoreCard(
-        feature_model=features.card.tower,
-        weights_sha256=features.card.sha256,
+        feature_model=TOWER,
+        weights_sha256=tower.sha256,
         resize_filter="bilinear to 128 x 128",
         crop_rule="bounding box of the mask's pixels above 127, whole; exemplars whole",
         notes="share of other cases' exemplars that the region resembles less than its own; ties half",

@@ -14,9 +14,9 @@ from pbe.evaluation.ablation.config import BY_ROW
 from pbe.evaluation.ablation.results import Results
 from pbe.evaluation.ablation.scoring import EditFolder
 from pbe.evaluation.ablation.stages import Stage
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.sheets import sheet
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.metrics.bootstrap import Estimate
+from pbe.evaluation.report.sheets import sheet
 
 
 def plot(results: Results) -> bytes:

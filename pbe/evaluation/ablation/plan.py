@@ -16,7 +16,7 @@ from pbe.evaluation.ablation.fingerprints import FileHashes, cache_settings, sha
 from pbe.evaluation.ablation.pose import NAMES as POSE
 from pbe.evaluation.ablation.scoring import identities
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings
 
 FORMAT = 3  # of the stages' results; a newer one makes all of them again

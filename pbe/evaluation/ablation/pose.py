@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from pbe.evaluation.benchmark.cases import Case
+from pbe.evaluation.metrics.base import Case, Score, case_score
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.layout import TRUE_CARD, layout_true
-from pbe.evaluation.metrics.results import Bootstrap, Score, ScoreCard, case_score
 
 NAMES = ("layout-true-own", "pose-gap")
 
@@ -37,11 +38,8 @@ def pose_scores(
         case = cases[place]
         pair = (edits[place], own[place])
         values[place] = [layout_true(case.image, edit, case.mask) for edit in pair]
-    known = TRUE_CARD.to_dict()
-    own_card = ScoreCard(**(known | {"notes": f"{known['notes']}; exemplars cut from it"}))
-    gap_card = ScoreCard(
-        **(known | {"notes": "layout-true from own exemplars, less that from the benchmark's"})
-    )
+    own_card = replace(TRUE_CARD, notes=f"{TRUE_CARD.notes}; exemplars cut from it")
+    gap_card = replace(TRUE_CARD, notes="layout-true from own exemplars, less that from the benchmark's")
     return [
         case_score(NAMES[0], "clean", "higher", values[:, 1], own_card, bootstrap),
         case_score(NAMES[1], "clean", "lower", values[:, 1] - values[:, 0], gap_card, bootstrap),

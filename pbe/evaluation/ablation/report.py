@@ -15,11 +15,12 @@ from pbe.evaluation.ablation.results import Results, gather
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.statistics import Difference
 from pbe.evaluation.ablation.tables import changes, difference_table, latex, markdown, score_table
-from pbe.evaluation.metrics.results import FAMILIES
-from pbe.evaluation.report.html import Table, page_environment
+from pbe.evaluation.metrics.base import FAMILIES
+from pbe.evaluation.report.tables import Table
 from pbe.files import make_folder
+from pbe.html import render_page
 
-TEMPLATE = "ablation/page.html.j2"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,15 @@ def page(
         name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()
     }
     config = results.ablation.config
-    return page_environment().get_template(TEMPLATE).render(
-        title=config.title or f"Ablation {config.name}", sections=sections, changed=changed, pictures=shown,
-        not_run=results.not_run, seeds=config.seeds,
-    )  # fmt: skip
+    return render_page(
+        TEMPLATE,
+        title=config.title or f"Ablation {config.name}",
+        sections=sections,
+        changed=changed,
+        pictures=shown,
+        not_run=results.not_run,
+        seeds=config.seeds,
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

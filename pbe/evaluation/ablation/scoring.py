@@ -19,11 +19,11 @@ from pbe.evaluation.ablation.auc import exemplar_auc
 from pbe.evaluation.ablation.config import EvaluationConfig
 from pbe.evaluation.ablation.pose import pose_scores
 from pbe.evaluation.ablation.stages import fingerprint_of, write_json
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.metrics.mixture import load_mixture
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.metrics.bootstrap import Bootstrap
+from pbe.evaluation.metrics.quality import load_mixture
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.sets import ImageFolder
 from pbe.evaluation.metrics.towers import TOWERS, file_sha256
 
 SCORES = "scores.json"
@@ -94,7 +94,7 @@ def identities(options: EvaluationConfig) -> dict[str, Any]:
         load_mixture(Path(options.mixture))
         found["mixture"] = file_sha256(Path(options.mixture))
     if options.reference:
-        paths = PictureFolder(Path(options.reference)).paths
+        paths = ImageFolder(Path(options.reference)).paths
         found["reference"] = fingerprint_of([(path.name, file_sha256(path)) for path in paths])
     return found
 

@@ -12,7 +12,7 @@ from pbe.evaluation.ablation.fingerprints import ASIDE
 from pbe.evaluation.ablation.plan import Cell
 from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
 from pbe.evaluation.metrics.bootstrap import Estimate
-from pbe.evaluation.report.html import Table
+from pbe.evaluation.report.tables import Table
 
 ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 LATEX = {

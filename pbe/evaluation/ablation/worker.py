@@ -62,7 +62,7 @@ def make_scenes(job: dict[str, Any], folder: Path) -> int:
 def make_benchmark(job: dict[str, Any], folder: Path) -> int:
     """Write the toy benchmark into ``cases``."""
     from pbe.data.toy.scenes import ToyWorld
-    from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
+    from pbe.evaluation.benchmark.toy import export_toy_benchmark
 
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,7 +78,7 @@ def _replace(partial: Path, final: Path) -> None:
 
 def make_own_benchmark(job: dict[str, Any], folder: Path) -> int:
     """Write a benchmark's cases with the hidden objects as exemplars into ``cases``."""
-    from pbe.evaluation.benchmark.own import write_own_exemplars
+    from pbe.evaluation.benchmark.build import write_own_exemplars
 
     partial = folder / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -105,7 +105,7 @@ def make_training(job: dict[str, Any], folder: Path) -> int:
 
 def make_edits(job: dict[str, Any], folder: Path) -> int:
     """Edit the benchmark's cases into ``pictures``; those that are there are not made again."""
-    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.benchmark.generation import GenerateSettings, generate
 
     settings = GenerateSettings(**job["settings"], devices=1, progress=False)

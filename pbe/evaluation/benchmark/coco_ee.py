@@ -1,46 +1,96 @@
-"""COCOEE, the paper's benchmark: its folders, a check of them, and a builder of sets of the same form."""
+"""COCOEE, the paper's benchmark: the layout of its folder, a check of it, and its cases, read one by one.
+
+A case is three PNGs that share an id of twelve digits, listed in ``id_list.npy`` (int64)::
+
+    test_bench/GT_3500/000000000139_GT.png            source, 512 x 512
+    test_bench/Mask_bbox_3500/000000000139_mask.png   white (255) is repainted, a filled box
+    test_bench/Ref_3500/000000000139_ref.png          exemplar, any size
+    test_bench/id_list.npy
+
+The ids are file names and nothing else: many of the released ones are no ids of COCO.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import overload
 from zipfile import BadZipFile
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from pbe.data.packing.merge import held_out
-from pbe.data.randomness import generator
-from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import UnusablePictureError, decode_picture
-from pbe.data.sources.pictures import UnreadablePictureError, inspect_picture
-from pbe.data.sources.records import Annotations, PictureRecord, SourceBox
+from pbe.data.packing.index import write_whole
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.files import ID_LIST, PARTS, case_path, new_benchmark, write_case, write_ids
+from pbe.evaluation.metrics.base import Case
+from pbe.evaluation.metrics.sets import UNREADABLE, read_image
+from pbe.files import make_folder
 
+GT, MASK, REF = ("GT_3500", "GT"), ("Mask_bbox_3500", "mask"), ("Ref_3500", "ref")
+PARTS = (GT, MASK, REF)
+ID_LIST = "id_list.npy"
 SIZE = 512
 MIN_SIZE = 16
-MAX_SHARE = 0.5
-DRAWS = 10
 PROBLEMS_SHOWN = 20
-DAMAGED = "images damaged, turned by EXIF or of another size than annotated"
-# Of an object to show: its file, the width and height it is annotated for, and its box.
-Exemplar = tuple[Path, int, int, SourceBox]
 
 
-@dataclass(frozen=True)
-class Case:
-    """The three files of a case."""
-
-    number: int
-    image: Path
-    mask: Path
-    exemplar: Path
+def case_id(number: int) -> str:
+    """Return the id of a benchmark's case as its files are named: at least twelve digits."""
+    return f"{number:012d}"
 
 
-def _ids(folder: Path, problems: list[str]) -> list[int]:
+def case_path(folder: Path, part: tuple[str, str], number: int) -> Path:
+    """Return the path of one file of a case; ``part`` is :data:`GT`, :data:`MASK` or :data:`REF`."""
+    return folder / part[0] / f"{case_id(number)}_{part[1]}.png"
+
+
+def case_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """Return the paths of a case's image, mask and exemplar."""
+    return case_path(folder, GT, number), case_path(folder, MASK, number), case_path(folder, REF, number)
+
+
+@contextmanager
+def new_benchmark(folder: Path) -> Iterator[Path]:
+    """Give a folder to write cases to, which takes its place only when all went well.
+
+    Until then the cases lie in a hidden folder beside it, which goes away with whatever goes wrong; what a
+    killed run left there is replaced. The folder itself may be there if it is empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is not empty; name a new folder")
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, _ in PARTS:
+            make_folder(partial / name)
+        yield partial
+        partial.replace(folder)
+    except OSError as error:
+        raise UserError(f"the benchmark '{folder}' cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_case(folder: Path, number: int, image: np.ndarray, mask: np.ndarray, exemplar: np.ndarray) -> None:
+    """Write the three files of a case; images are uint8 RGB ``h w 3``, masks ``h w``."""
+    for path, pixels in zip(case_paths(folder, number), (image, mask, exemplar), strict=True):
+        stored = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        write_whole(path, cv2.imencode(".png", stored)[1].tobytes())
+
+
+def write_ids(folder: Path, numbers: Iterable[int]) -> None:
+    """Write the list of the cases, which comes last: a folder without it is not whole."""
+    with (folder / ID_LIST).open("wb") as file:
+        np.save(file, np.array(list(numbers), np.int64), allow_pickle=False)
+
+
+def _read_ids(folder: Path, problems: list[str]) -> list[int]:
     try:
         listed = np.load(folder / ID_LIST, allow_pickle=False)
         if not isinstance(listed, np.ndarray):
@@ -54,38 +104,29 @@ def _ids(folder: Path, problems: list[str]) -> list[int]:
         return []
     if not ids:
         problems.append(f"{ID_LIST} is empty: a benchmark without cases")
-    for number, count in Counter(ids).items():
-        if count > 1:
-            problems.append(f"{ID_LIST} names {number} {count} times")
+    problems += [f"{ID_LIST} names {number} {n} times" for number, n in Counter(ids).items() if n > 1]
     return list(dict.fromkeys(ids))
 
 
-def _check_case(case: Case, size: int) -> Iterable[str]:
-    image, mask = cv2.imread(str(case.image)), cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
-    for path, read in (
-        (case.image, image),
-        (case.mask, mask),
-        (case.exemplar, cv2.imread(str(case.exemplar))),
-    ):
-        if read is None:
+def _check_case(paths: Sequence[Path], size: int) -> Iterator[str]:
+    """Yield what is wrong with the files of a case, which are there."""
+    modes = (cv2.IMREAD_COLOR, cv2.IMREAD_GRAYSCALE, cv2.IMREAD_COLOR)
+    image, mask, exemplar = (cv2.imread(str(path), mode) for path, mode in zip(paths, modes, strict=True))
+    for path, pixels in zip(paths, (image, mask, exemplar), strict=True):
+        if pixels is None:
             yield f"{path.parent.name}/{path.name} cannot be read"
-    if image is not None or size:
-        yield from _check_sizes(case, image, mask, size)
+    # Without a size asked for, the mask has to fit its image.
+    wanted = (size, size) if size else None if image is None else image.shape[:2]
+    for path, pixels in zip(paths[:2], (image, mask), strict=True):
+        if wanted and pixels is not None and pixels.shape[:2] != wanted:
+            height, width = pixels.shape[:2]
+            yield f"{path.name} is {width} x {height}, not {wanted[1]} x {wanted[0]}"
     if mask is None:
         return
     if not set(np.unique(mask).tolist()) <= {0, 255}:
-        yield f"{case.mask.name} holds other values than 0 and 255"
+        yield f"{paths[1].name} holds other values than 0 and 255"
     elif not mask.any() or mask.all():
-        yield f"{case.mask.name} is all {'white' if mask.any() else 'black'}"
-
-
-def _check_sizes(case: Case, image: np.ndarray | None, mask: np.ndarray | None, size: int) -> Iterable[str]:
-    """Compare with the size asked for, or the mask with its picture where ``size`` is 0."""
-    height, width = image.shape[:2] if image is not None and not size else (size, size)
-    if image is not None and image.shape[:2] != (height, width):
-        yield f"{case.image.name} is {image.shape[1]} x {image.shape[0]}, not {width} x {height}"
-    if mask is not None and mask.shape != (height, width):
-        yield f"{case.mask.name} is {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}"
+        yield f"{paths[1].name} is all {'white' if mask.any() else 'black'}"
 
 
 def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> list[str]:
@@ -93,18 +134,17 @@ def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> lis
 
     Args:
         folder: the ``test_bench`` folder.
-        pixels: open every picture too.
-        size: sides that pictures and masks must have; 0 means that a mask must fit its picture.
+        pixels: open every image too.
+        size: sides that images and masks must have; 0 means that a mask must fit its image.
     """
     problems = [f"the folder {name} is missing" for name, _ in PARTS if not (folder / name).is_dir()]
-    ids = _ids(folder, problems)
+    ids = _read_ids(folder, problems)
     for number in ids:
-        case = _case(folder, number)
-        paths = (case.image, case.mask, case.exemplar)
+        paths = case_paths(folder, number)
         gone = [path for path in paths if path.parent.is_dir() and not path.is_file()]
         problems += [f"{path.parent.name}/{path.name} is missing" for path in gone]
         if pixels and all(path.is_file() for path in paths):
-            problems += _check_case(case, size)
+            problems += _check_case(paths, size)
     for part in PARTS:
         wanted = {case_path(folder, part, number) for number in ids}
         extra = sorted(set((folder / part[0]).glob("*.png")) - wanted) if ids else []
@@ -115,21 +155,10 @@ def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> lis
     return problems
 
 
-def _case(folder: Path, number: int) -> Case:
-    image, mask, exemplar = (case_path(folder, part, number) for part in PARTS)
-    return Case(number, image, mask, exemplar)
+def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE) -> list[int]:
+    """Return the numbers of a benchmark folder's cases, in the order of its list.
 
-
-def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE) -> list[Case]:
-    """Return the cases of a benchmark folder, in the order of its list.
-
-    Args:
-        folder: the ``test_bench`` folder.
-        pixels: open and check every picture.
-        size: sides that they must then have; 0 means any.
-
-    Raises:
-        UserError: something is missing; the message lists what.
+    A UserError lists what :func:`find_problems` finds; it explains the arguments.
     """
     folder = Path(folder)
     problems = find_problems(folder, pixels=pixels, size=size)
@@ -139,261 +168,80 @@ def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE
         raise UserError(
             f"'{folder}' is no whole benchmark: {shown}{f'; and {rest} more' if rest > 0 else ''}"
         )
-    return [_case(folder, number) for number in _ids(folder, [])]
+    return _read_ids(folder, [])
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """What cases are made of.
-
-    Attributes:
-        cases: how many; 0 means as many as there are.
-        seed: of every choice.
-        size: sides of the images and masks, pixels.
-        min_share: smallest share of the square that the mask covers.
-        max_share: largest.
-        min_exemplar_side: pixels of the exemplar's shorter side.
-    """
-
-    cases: int = 3500
-    seed: int = 0
-    size: int = SIZE
-    min_share: float = 0.02
-    max_share: float = MAX_SHARE
-    min_exemplar_side: float = 64.0
-
-    def check(self) -> None:
-        """Raise a UserError for a value that makes no sense."""
-        if self.size < MIN_SIZE:
-            raise UserError(
-                f"images of a benchmark need sides of at least {MIN_SIZE} pixels, not {self.size}"
-            )
-        if self.cases < 0:
-            raise UserError("the number of cases must be at least 1, or 0 for as many as there are")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A box of a source image with the square around it: left, top and side in pixels."""
-
-    label: str
-    box: tuple[float, float, float, float]
-    square: tuple[int, int, int]
-
-
-def _square(box: SourceBox, width: int, height: int) -> tuple[int, int, int] | None:
-    """Return the largest square of the picture, as centred on the box as it can be; None if none holds it."""
-    side = min(width, height)
-    x = round(min(max((box.x1 + box.x2 - side) / 2, 0), width - side))
-    y = round(min(max((box.y1 + box.y2 - side) / 2, 0), height - side))
-    inside = x <= box.x1 and y <= box.y1 and box.x2 <= x + side and box.y2 <= y + side
-    return (x, y, side) if inside else None
-
-
-def _usable(box: SourceBox) -> bool:
-    return bool(box.label) and "is_group_of" not in box.flags and box.x2 > box.x1 and box.y2 > box.y1
-
-
-def _places(
-    record: PictureRecord, settings: BuildSettings, objects: dict[str, list[Exemplar]], lost: Counter[str]
-) -> list[_Place]:
-    """Return the boxes of an image that can be masked, and count by reason those that cannot."""
-    found = []
-    for box in record.boxes:
-        square = _square(box, record.width, record.height)
-        share = (box.x2 - box.x1) * (box.y2 - box.y1) / min(record.width, record.height) ** 2
-        others = (each for each in objects.get(box.label, ()) if each[0] != record.path)
-        if not _usable(box):
-            lost["empty, a group or without a label"] += 1
-        elif not settings.min_share <= share <= settings.max_share:
-            lost[f"not {settings.min_share:.0%} to {settings.max_share:.0%} of the square"] += 1
-        elif square is None:
-            lost["longer than the short side"] += 1
-        elif next(others, None) is None:
-            lost[f"no other image's object of its label, {settings.min_exemplar_side:g} px or more"] += 1
-        else:
-            found.append(_Place(box.label, (box.x1, box.y1, box.x2, box.y2), square))
-    return found
-
-
-def _read(path: Path, width: int, height: int) -> np.ndarray | None:
-    """Return an image as training sees it, uint8 ``h w 3`` BGR; None if damaged, turned or of other size."""
-    try:
-        encoded = path.read_bytes()
-        header = inspect_picture(encoded)
-        if header.orientation != 1 or header.stored_size != (width, height):
-            return None
-        return cv2.cvtColor(decode_picture(encoded), cv2.COLOR_RGB2BGR)
-    except (OSError, UnreadablePictureError, UnusablePictureError):
-        return None
-
-
-def _exemplars(records: Iterable[PictureRecord], settings: BuildSettings) -> dict[str, list[Exemplar]]:
-    by_label: dict[str, list[Exemplar]] = {}
-    for record in records:
-        for box in filter(_usable, record.boxes):
-            corners = (max(box.x1, 0), max(box.y1, 0), min(box.x2, record.width), min(box.y2, record.height))
-            if min(corners[2] - corners[0], corners[3] - corners[1]) >= settings.min_exemplar_side:
-                by_label.setdefault(box.label, []).append((record.path, record.width, record.height, box))
-    return by_label
-
-
-def _draw_other(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> Exemplar:
-    """Return one of the objects that is not of the image itself; there is one."""
-    for _ in range(DRAWS):  # the image itself is seldom drawn: no need to go through all of them
-        choice = choices[int(rng.integers(len(choices)))]
-        if choice[0] != own:
-            return choice
-    others = [choice for choice in choices if choice[0] != own]
-    return others[int(rng.integers(len(others)))]
-
-
-def _cut_exemplar(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> np.ndarray | None:
-    """Return the crop of one of the exemplars; None where a few draws all hit damaged images."""
-    for _ in range(DRAWS):
-        path, width, height, box = _draw_other(choices, own, rng)
-        image = _read(path, width, height)
-        if image is not None:
-            x1, y1 = max(round(box.x1), 0), max(round(box.y1), 0)
-            return image[y1 : round(min(box.y2, height)), x1 : round(min(box.x2, width))]
-    return None
-
-
-def _render(image: np.ndarray, place: _Place, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the square image, uint8 ``s s 3``, and its mask, uint8 ``s s``, 255 = repaint."""
-    x, y, side = place.square
-    part = image[y : y + side, x : x + side]
-    if side > size:
-        square = resize_area(part, size, size)
-    else:
-        square = cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC)
-    x1, y1, x2, y2 = (
-        (value - start) * size / side for value, start in zip(place.box, (x, y, x, y), strict=True)
-    )
-    mask = np.zeros((size, size), np.uint8)
-    mask[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))] = 255
-    return square, mask
-
-
-def _number(record: PictureRecord, taken: set[int]) -> int:
-    """Return the image's own number where its name is one and free, else the first free one."""
-    stem = Path(record.name).stem
-    number = int(stem) if stem.isdecimal() and len(stem) <= 12 else len(taken)
-    while number in taken:
-        number += 1
-    return number
-
-
-def build_benchmark(
-    sources: Annotations,
-    exemplars: Annotations | None,
-    folder: Path,
-    settings: BuildSettings,
-    validation_share: float = 0.0,
-) -> int:
-    """Make a benchmark in the form of COCOEE; the same arguments give the same files.
-
-    Every case is a source image with one of its boxes as the mask, and another image's object of the same
-    label. Images that are damaged, or turned by EXIF, are passed over. The folder is there when all of it is.
+class BenchmarkFolder(Sequence[Case]):
+    """The cases of a folder in COCOEE's layout, of any image size, read when they are asked for.
 
     Args:
-        sources: images to edit, a validation split.
-        exemplars: images to take objects from, another split; None takes them from the sources too.
-        folder: the new ``test_bench`` folder.
-        settings: how many, and of what sizes.
-        validation_share: take only those of the sources that packing holds out with this share; 0: all.
+        folder: the ``test_bench`` folder.
+        first: take so many cases, the first of the list; 0 means all of them.
 
-    Returns:
-        The number of cases.
-
-    Raises:
-        UserError: the splits share files, the folder holds something, or there are too few cases.
+    Attributes:
+        ids: of the cases, in the order of the list.
+        numbers: of all cases of the folder, also where the first ones are taken.
     """
-    settings.check()
-    damaged: list[Path] = []
-    records = _sorted_records(sources, validation_share, damaged)
-    objects = _exemplars(_others(sources, exemplars, records), settings)
-    lost = Counter({DAMAGED: len(damaged)}) if damaged else Counter[str]()
-    every = [(record, _places(record, settings, objects, lost)) for record in records]
-    usable = [(record, places) for record, places in every if places]
-    _require(len(usable), settings.cases, lost)
-    with new_benchmark(folder) as partial:
-        order = generator(settings.seed, "benchmark").permutation(len(records))
-        chosen = (every[int(position)] for position in order)
-        ids = _write_cases(chosen, objects, partial, settings, lost)
-        _require(len(ids), settings.cases, lost)
-        write_ids(partial, sorted(ids))
-    return len(ids)
+
+    def __init__(self, folder: str | Path, first: int = 0) -> None:
+        self.folder = Path(folder)
+        self.numbers = read_benchmark(self.folder)
+        if not 0 <= first <= len(self.numbers):
+            raise UserError(f"'{folder}' has {len(self.numbers)} cases; it has no first {first}")
+        self._first = self.numbers[: first or None]
+        self.ids = [case_id(number) for number in self._first]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Case: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Case]: ...
+    def __getitem__(self, index: int | slice) -> Case | list[Case]:
+        """Read a case, or several; damaged files and masks that do not fit or are empty are UserErrors."""
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        paths = case_paths(self.folder, self._first[index])
+        image, mask = read_image(paths[0]), read_image(paths[1], "L")
+        if mask.shape != image.shape[:2]:
+            (h, w), (height, width) = mask.shape, image.shape[:2]
+            raise UserError(
+                f"'{paths[1]}' has another size than its image: {w} x {h}, the image {width} x {height}"
+            )
+        mask = np.where(mask > 127, 255, 0).astype(np.uint8)
+        if not mask.any():
+            raise UserError(f"'{paths[1]}' is black: nothing is to be painted")
+        return Case(self.ids[index], image, mask, read_image(paths[2]))
+
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every image, from the files' headers."""
+        return [_header_size(case_path(self.folder, GT, number)) for number in self._first]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Names the cases: the hash of all ids and files' bytes, in the order of the list."""
+        return self._hash(self._first)
+
+    @cached_property
+    def whole_sha256(self) -> str:
+        """The same of all cases of the folder, where the first ones are taken."""
+        return self.sha256 if len(self) == len(self.numbers) else self._hash(self.numbers)
+
+    def _hash(self, numbers: Iterable[int]) -> str:
+        digest = hashlib.sha256()
+        for number in numbers:
+            for path in case_paths(self.folder, number):
+                content = path.read_bytes()
+                digest.update(f"{case_id(number)} {path.parent.name} {len(content)}\n".encode())
+                digest.update(content)
+        return digest.hexdigest()
 
 
-def _sorted_records(sources: Annotations, validation_share: float, bad: list[Path]) -> list[PictureRecord]:
-    records = sorted(sources.records(bad), key=lambda record: record.name)
-    if not validation_share:
-        return records
-    wanted = held_out([record.name for record in records], validation_share)
-    kept = [record for record, inside in zip(records, wanted, strict=True) if inside]
-    if not kept:
-        raise UserError(
-            f"a share of {validation_share:g} holds none of {len(records)} images out; take a larger one"
-        )
-    return kept
-
-
-def _others(
-    sources: Annotations, exemplars: Annotations | None, records: list[PictureRecord]
-) -> Iterable[PictureRecord]:
-    """Return the images that objects are taken from."""
-    if exemplars is None:
-        return records
-    shared = _annotated(sources) & _annotated(exemplars)
-    if shared:
-        raise UserError(
-            f"sources and exemplars share {len(shared)} pictures, such as '{min(shared)}'; "
-            "name one of them alone to take objects from its other images"
-        )
-    return exemplars.records([])
-
-
-def _annotated(found: Annotations) -> set[str]:
-    """Return the paths of the images that have boxes: two files of annotations may divide one folder."""
-    return set(found.pictures["path"].gather(found.boxes["picture"].unique()).to_list())
-
-
-def _require(count: int, wanted: int, lost: Counter[str]) -> None:
-    """Refuse too few cases, with what was in the way.
-
-    Raises:
-        UserError: there are fewer than wanted, or none.
-    """
-    if count >= max(wanted, 1):
-        return
-    why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
-    made, fewer = (f"only {count} of {wanted} cases", " or fewer cases") if wanted else ("no case", "")
-    raise UserError(f"{made} could be made{f' ({why})' if why else ''}; take more images{fewer}")
-
-
-def _write_cases(
-    chosen: Iterable[tuple[PictureRecord, list[_Place]]],
-    objects: dict[str, list[Exemplar]],
-    folder: Path,
-    settings: BuildSettings,
-    lost: Counter[str],
-) -> set[int]:
-    """Write as many cases as are wanted, an image each; return their numbers."""
-    ids: set[int] = set()
-    for record, places in chosen:
-        if settings.cases and len(ids) == settings.cases:
-            break
-        if not places:
-            continue
-        rng = generator(settings.seed, "benchmark", record.name)
-        place = places[int(rng.integers(len(places)))]
-        image = _read(record.path, record.width, record.height)
-        exemplar = None if image is None else _cut_exemplar(objects[place.label], record.path, rng)
-        if image is None or exemplar is None:
-            lost[DAMAGED] += 1
-            continue
-        number = _number(record, ids)
-        write_case(folder, number, *_render(image, place, settings.size), exemplar)
-        ids.add(number)
-    return ids
+def _header_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except UNREADABLE as error:
+        raise UserError(f"'{path}' cannot be read as an image: {error}") from error

@@ -1,4 +1,4 @@
-"""Edits of a whole benchmark, one PNG a case, on all devices through Lightning's ``Trainer.predict``.
+"""Edits of a benchmark's cases: by one call, or of all of them as PNGs, on all devices through Lightning.
 
 The same settings give the same files, to the byte on one kind of machine: a case's noise belongs to
 (seed, id), cases are edited in groups that depend on their position only (rounding follows the batch), and
@@ -12,10 +12,11 @@ import os
 import signal
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
@@ -37,8 +38,9 @@ from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import get_conventions
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder, Case
-from pbe.evaluation.benchmark.edit_files import MODELS_OWN, claim_folder, is_whole, model_identity
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import MODELS_OWN, claim_folder, is_whole, model_identity
+from pbe.evaluation.metrics.base import Case
 
 # What Lightning says of things that are meant to be so: batches are small and read by the main process.
 NEEDLESS_ADVICE = (
@@ -55,7 +57,7 @@ GROUPS_A_PROCESS = 2  # fewer are not worth the start of another process on the 
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """How a benchmark is edited. Where it runs is not part of what the pictures are.
+    """How a benchmark is edited. Where it runs is not part of what the images are.
 
     Attributes:
         guidance_scale: at least 0; 1 turns guidance off.
@@ -74,9 +76,6 @@ class GenerateSettings:
         strategy: Lightning's; ``auto`` starts processes where there are several devices.
         num_nodes: machines, started by torchrun or SLURM.
         progress: show a bar.
-
-    Raises:
-        UserError: a value that cannot be used.
     """
 
     guidance_scale: float = 5.0
@@ -119,7 +118,7 @@ class GenerateSettings:
             raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that pictures depend on."""
+        """Return the settings that images depend on."""
         fields = asdict(self)
         where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
         identity = {name: value for name, value in fields.items() if name not in where}
@@ -127,12 +126,7 @@ class GenerateSettings:
 
 
 def groups_of(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Split positions into runs of at most ``batch_size`` neighbours with pictures of one size.
-
-    Args:
-        sizes: height and width by position.
-        batch_size: at least 1.
-    """
+    """Split positions into runs of at most ``batch_size`` neighbours with images of one (height, width)."""
     groups: list[list[int]] = []
     for position, size in enumerate(sizes):
         last = groups[-1] if groups else []
@@ -143,9 +137,42 @@ def groups_of(sizes: Sequence[tuple[int, int]], batch_size: int) -> list[list[in
     return groups
 
 
-def noise_of(seed: int, case: str) -> torch.Generator:
-    """Return torch's CPU generator for the noise of the case with that id."""
-    return torch.Generator().manual_seed(int(generator(seed, "edit-noise", case).integers(2**62)))
+def at_scales(settings: GenerateSettings, scales: Sequence[float]) -> list[GenerateSettings]:
+    """Return the settings at each guidance scale; there must be one, and each once."""
+    if not scales or len({f"{scale:g}" for scale in scales}) != len(scales):
+        raise UserError("guidance scales must be given, each once")
+    return [replace(settings, guidance_scale=scale) for scale in scales]
+
+
+def noise_of(seed: int, key: str | int) -> torch.Generator:
+    """Return torch's CPU generator for the noise of the case with that key, its id as a rule."""
+    return torch.Generator().manual_seed(int(generator(seed, "edit-noise", key).integers(2**62)))
+
+
+def edit_batch(
+    pipe: PaintByExample,
+    cases: Sequence[Case],
+    settings: GenerateSettings,
+    exemplars: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Edit some cases of one size at once, with their own exemplars or others; return uint8 ``b h w 3``.
+
+    Noise belongs to (seed, case), not to the batch.
+    """
+    output = pipe(
+        [case.exemplar for case in cases] if exemplars is None else list(exemplars),
+        [case.image for case in cases],
+        [case.mask for case in cases],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[noise_of(settings.seed, case.noise_key) for case in cases],
+        output_type="np",
+        preserve_background=settings.preserve_background,
+        conventions=settings.conventions,
+        solver=settings.solver,
+    )
+    assert isinstance(output, EditOutput)
+    return to_bytes(output.images)
 
 
 class _EditTask(pl.LightningModule):
@@ -200,26 +227,9 @@ class _EditTask(pl.LightningModule):
         group = self.groups[batch]
         missing = set(self._missing(group))
         cases = [self.benchmark[position] for position in group]
-        for position, edit in zip(group, self._edit(cases), strict=True):
+        for position, edit in zip(group, edit_batch(self.pipe, cases, self.settings), strict=True):
             if position in missing:
                 write_image(self._path(position), Image.fromarray(edit))
-
-    def _edit(self, cases: Sequence[Case]) -> Any:
-        settings = self.settings
-        output = self.pipe(
-            [case.exemplar for case in cases],
-            [case.image for case in cases],
-            [case.mask for case in cases],
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            generator=[noise_of(settings.seed, case.id) for case in cases],
-            output_type="np",
-            preserve_background=settings.preserve_background,
-            conventions=settings.conventions,
-            solver=settings.solver,
-        )
-        assert isinstance(output, EditOutput)
-        return to_bytes(output.images)
 
     def _path(self, position: int) -> Path:
         return self.folder / f"{self.benchmark.ids[position]}.png"
@@ -242,14 +252,8 @@ def generate(
     Args:
         model: as :meth:`PaintByExample.from_pretrained` takes it, loaded by each process; or a pipeline.
         benchmark: the cases.
-        out_folder: made when missing; its ``settings.json`` says what the pictures are edits of.
+        out_folder: made when missing, and returned; its ``settings.json`` says what made the edits.
         settings: how to edit; None means the defaults.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: the folder holds edits of another model, benchmark or settings; a case cannot be read.
     """
     settings, folder = settings or GenerateSettings(), Path(out_folder)
     source = model if isinstance(model, PaintByExample) else Hub().find(str(model))

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from pbe.data.randomness import permutation
-from pbe.editing.images import grey_out
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder
-from pbe.evaluation.benchmark.tables import ScoredEdits, ScoreTable, card_facts
-from pbe.evaluation.metrics.results import Score
-from pbe.evaluation.report.html import Tile, page_environment
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import EditFolder
+from pbe.evaluation.benchmark.tables import ScoredEdits, card_facts
+from pbe.evaluation.metrics.base import Score
+from pbe.html import Tile
 
-TEMPLATE = "benchmark/page.html.j2"
-TILE = 256  # longest side of a picture on the page
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+TILE = 256  # longest side of an image on the page
 # Scores that tell good edits from bad ones come first where no other is asked for.
 PREFERRED = ("region", "similarity", "copy-paste", "seam")
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSettings:
+    """What the page shows: so many of the best, worst and random edits each.
+
+    Best and worst are chosen by the score ``rank_by``, empty: by one that tells edits apart; the random ones
+    belong to ``seed``.
+    """
+
+    shown: int = 8
+    rank_by: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ShownEdits:
     """Edits of one set: (name, strips of tiles) for the best, the worst and random ones."""
 
     title: str
@@ -32,47 +45,10 @@ class Section:
     groups: list[tuple[str, list[list[Tile]]]]
 
 
-@dataclass
-class EvaluationPage:
-    """Everything the page shows; all texts are escaped.
-
-    Attributes:
-        title: of the page.
-        lead: what was evaluated on what.
-        tables: of scores.
-        sections: edits of each set.
-        cards: (score, facts).
-        facts: (what, value), how the edits were made.
-        warnings: what a reader must not miss, such as exclusions.
-    """
-
-    title: str
-    lead: str
-    tables: list[ScoreTable]
-    sections: list[Section] = field(default_factory=list)
-    cards: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def render_page(page: EvaluationPage) -> str:
-    """Return the page's HTML, which holds its pictures and needs no network."""
-    return page_environment().get_template(TEMPLATE).render(page=page)
-
-
 def ranking_score(scores: Sequence[Score], name: str = "") -> Score | None:
-    """Return the score that edits are ranked by.
+    """Return the score that edits are ranked by, which must have numbers for single edits.
 
-    Args:
-        scores: of the edits.
-        name: of one with a number for each case; empty takes the first that tells edits apart, region
-            similarities before others.
-
-    Returns:
-        None where there is none and none was asked for.
-
-    Raises:
-        UserError: the score asked for is not there or has no numbers for single edits.
+    Without a ``name`` it is the first that tells edits apart, region similarities before others, or None.
     """
     usable = [one for one in scores if one.per_case is not None and np.isfinite(one.per_case).any()]
     if name:
@@ -81,11 +57,8 @@ def ranking_score(scores: Sequence[Score], name: str = "") -> Score | None:
                 return one
         raise UserError(f"edits cannot be ranked by '{name}'; there are: {', '.join(s.name for s in usable)}")
     telling = [one for one in usable if _spread(one) > 0.0]
-    for part in PREFERRED:
-        for one in telling:
-            if part in one.name:
-                return one
-    return telling[0] if telling else None
+    preferred = (one for part in PREFERRED for one in telling if part in one.name)
+    return next(preferred, telling[0] if telling else None)
 
 
 def _spread(score: Score) -> float:
@@ -94,16 +67,11 @@ def _spread(score: Score) -> float:
 
 
 def picks(score: Score | None, available: Sequence[int], count: int, seed: int) -> dict[str, list[int]]:
-    """Choose which edits to show.
-
-    Args:
-        score: to rank by, or None: then there are random ones only.
-        available: positions of the cases whose edits can be shown.
-        count: how many of each kind.
-        seed: of the random ones.
+    """Choose ``count`` of each kind of edits to show, among the positions that can be shown.
 
     Returns:
-        Kind to positions: best first, worst first, random ones in the benchmark's order.
+        Kind to positions: best first and worst first, where there is a score, and random ones in the
+        benchmark's order.
     """
     chosen: dict[str, list[int]] = {}
     if score is not None and score.per_case is not None:
@@ -116,37 +84,20 @@ def picks(score: Score | None, available: Sequence[int], count: int, seed: int) 
     return chosen | {"Random": sorted(available[int(i)] for i in shuffled)}
 
 
-def show_edits(
-    label: str,
-    edits: EditFolder,
-    scores: Sequence[Score],
-    *,
-    rank_by: str = "",
-    count: int = 8,
-    seed: int = 0,
-) -> Section:
-    """Return the section of the page that shows a set of edits.
-
-    Args:
-        label: of the set.
-        edits: to show, which are read here.
-        scores: of these edits.
-        rank_by: see :func:`ranking_score`.
-        count: edits of each kind.
-        seed: of the random ones.
-    """
-    ranking = ranking_score(scores, rank_by)
+def show_edits(run: ScoredEdits, edits: EditFolder, settings: PageSettings) -> ShownEdits:
+    """Return what the page shows of a set of edits, which are read here."""
+    ranking = ranking_score(run.scores, settings.rank_by)
     left_out = edits.left_out
     available = [i for i, each in enumerate(edits.benchmark.ids) if each not in left_out]
-    chosen = picks(ranking, available, count, seed)
+    chosen = picks(ranking, available, settings.shown, settings.seed)
     groups = [(kind, [_strip(edits, i, ranking) for i in positions]) for kind, positions in chosen.items()]
     note = (
-        "Each strip: the picture with its hole, the exemplar, the edit, and the true object; "
+        "Each strip: the masked image, the exemplar, the edit, and the true object; "
         f"large ones are reduced to {TILE} pixels."
     )
     if ranking is not None:
         note += f" Best and worst are by {ranking.name} ({ranking.better} is better)."
-    return Section(f"Edits: {label}", note, groups)
+    return ShownEdits(f"Edits: {run.label}", note, groups)
 
 
 def _strip(edits: EditFolder, position: int, ranking: Score | None) -> list[Tile]:
@@ -154,19 +105,19 @@ def _strip(edits: EditFolder, position: int, ranking: Score | None) -> list[Tile
     caption = case.id.lstrip("0") or "0"
     if ranking is not None and ranking.per_case is not None and np.isfinite(ranking.per_case[position]):
         caption += f": {ranking.per_case[position]:.3f}"
-    shown = {"hole": grey_out(case.image, case.mask > 127), "exemplar": case.exemplar}
+    shown = {"masked": case.masked, "exemplar": case.exemplar}
     shown |= {} if edit is None else {caption: edit}
-    return [Tile(name, fit(picture)) for name, picture in (shown | {"true object": case.image}).items()]
+    return [Tile(name, fit(image)) for name, image in (shown | {"true object": case.image}).items()]
 
 
-def fit(picture: np.ndarray, side: int = TILE) -> np.ndarray:
-    """Return a picture, uint8 ``h w 3``, reduced to at most ``side`` pixels on its longer side."""
-    height, width = picture.shape[:2]
+def fit(image: np.ndarray, side: int = TILE) -> np.ndarray:
+    """Return an image, uint8 ``h w 3``, reduced to at most ``side`` pixels on its longer side."""
+    height, width = image.shape[:2]
     if max(height, width) <= side:
-        return picture
+        return image
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def cards_of(runs: Sequence[ScoredEdits]) -> list[tuple[str, list[tuple[str, str]]]]:

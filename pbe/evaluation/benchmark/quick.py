@@ -7,67 +7,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
+from pbe.checkpoints.precision import torch_dtype
 from pbe.config import ModelConfig
 from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_cases
-from pbe.evaluation.benchmark.toy_scores import Row, Scorer
-from pbe.evaluation.metrics.bootstrap import CHOICE, derangement
-from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.benchmark.toy_run import Row, Scorer, edit_cases
+from pbe.evaluation.metrics.bootstrap import derangement
+from pbe.evaluation.metrics.towers import load_tower
 from pbe.models import LatentDiffusion
 from pbe.training.resume.callback import ends_step
 from pbe.training.tasks.diffusion import DiffusionTask
 
+LOGGED = ("auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity")
+
 
 @dataclass(frozen=True)
-class QuickSettings:
-    """How a model is scored quickly.
+class QuickSettings(GenerateSettings):
+    """How a model is scored quickly, on the first so many ``objects`` of the toy benchmark.
 
-    Attributes:
-        objects: the first so many of the toy benchmark.
-        guidance: guidance scale.
-        steps: of the solver.
-        solver: its name.
-        seed: of benchmark, noise, shuffling and bootstrap.
-        batch_size: edits at a time; on a CPU more than 32 gain nothing.
-        dtype: of the weights while edits are made. bfloat16 halves the time on a CPU that knows it.
+    On a CPU batches of more than 32 gain nothing, and bfloat16 halves the time where the CPU knows it.
     """
 
-    objects: int = 90
-    guidance: float = 5.0
-    steps: int = 20
     solver: str = "ddim"
-    seed: int = 0
+    steps: int = 20
     batch_size: int = 32
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bf16"
+    objects: int = 90
 
 
 class QuickScorer:
     """Scores one model after another on the same cases, which are made once, as their features are.
 
     Nothing is drawn from PyTorch's global generators: a run that is scored on its way draws what it would
-    have drawn without.
-
-    Args:
-        config: sizes of images and exemplars are its own; the models must share them.
-        settings: how edits are made.
-        world: objects and panoramas; None takes those that ship.
-
-    Raises:
-        UserError: fewer than two objects, more than there are, or no such solver.
+    have drawn without. The models share the config's sizes of images and exemplars.
     """
 
     def __init__(
         self, config: ModelConfig, settings: QuickSettings | None = None, world: ToyWorld | None = None
     ) -> None:
         self.settings = settings = settings or QuickSettings()
-        self.edit_settings = EditSettings(
-            (settings.guidance,), settings.solver, settings.steps, settings.seed, settings.batch_size
-        )
         self.sizes = image_size, exemplar_size = _sizes(config)
         self.partner = derangement(settings.objects, settings.seed, "partner")
         self.cases = make_benchmark(
@@ -77,28 +59,24 @@ class QuickScorer:
             exemplar_size=exemplar_size,
             objects=settings.objects,
         )
-        self.scorer = Scorer(self.cases, LiteFeatures(), settings.seed)
+        self.scorer = Scorer(self.cases, load_tower("lite2", None, None), settings.seed)
 
     def score(self, model: LatentDiffusion) -> Row:
-        """Edit the cases with a model and score the edits; the model itself is left as it is.
+        """Edit the cases with a model and score the edits.
 
-        Args:
-            model: on any device, in any type and mode.
-
-        Raises:
-            UserError: its images or exemplars are of another size than the cases.
+        The model may be on any device, in any type and mode, and is left as it is.
         """
         if _sizes(model.config) != self.sizes:
             raise UserError(
                 f"images and exemplars of {_sizes(model.config)} px, not {self.sizes} as the cases have: "
                 "score models of different sizes by calls of their own"
             )
-        pipe = PaintByExample(copy.deepcopy(model).to(dtype=self.settings.dtype).eval())
+        pipe = PaintByExample(copy.deepcopy(model).to(dtype=torch_dtype(self.settings.dtype)).eval())
         pipe.set_progress_bar_config(disable=True)
-        scale, exemplars = self.settings.guidance, [case.exemplar for case in self.cases]
+        others = [self.cases[place].exemplar for place in self.partner]
         own, shuffled = (
-            self.scorer.regions(edit_cases(pipe, self.cases, shown, scale, self.edit_settings))
-            for shown in (exemplars, [exemplars[place] for place in self.partner])
+            self.scorer.regions(edit_cases(pipe, self.cases, self.settings, shown))
+            for shown in (None, others)
         )
         return self.scorer.row(own, self.scorer.similarity(shuffled))
 
@@ -109,22 +87,14 @@ def _sizes(config: ModelConfig) -> tuple[int, int]:
 
 def quick_values(row: Row) -> dict[str, float]:
     """Return what a training run logs of a row: AUC and first-of-20, each also in grey, and similarity."""
-    named = {
-        "auc": row.auc,
-        "grey_auc": row.grey_auc,
-        f"first_of_{CHOICE}": row.first,
-        f"grey_first_of_{CHOICE}": row.grey_first,
-        "similarity": row.similarity,
-    }
-    return {name: estimate.value for name, estimate in named.items() if estimate is not None}
+    found = {name: getattr(row, name) for name in LOGGED}
+    return {name: estimate.value for name, estimate in found.items() if estimate is not None}
 
 
 class ScoreCallback(pl.Callback):
     """Scores the averaged weights of a training of the toy model on its way; rows ``toy/...`` of its log.
 
-    Args:
-        every: optimizer steps between scores.
-        settings: how edits are made.
+    ``every`` is the number of optimizer steps between scores.
     """
 
     def __init__(self, every: int, settings: QuickSettings | None = None) -> None:

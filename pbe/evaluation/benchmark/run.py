@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -14,52 +13,22 @@ from tqdm import tqdm
 
 from pbe.editing.batch.records import versions, write_json
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import published
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import SETTINGS, EditFolder, read_settings
-from pbe.evaluation.benchmark.generation import GenerateSettings, generate, is_first_process
-from pbe.evaluation.benchmark.page import (
-    EvaluationPage,
-    cards_of,
-    describe,
-    exclusions,
-    ranking_score,
-    render_page,
-    show_edits,
-)
-from pbe.evaluation.benchmark.tables import (
-    ScoredEdits,
-    markdown,
-    paired_tables,
-    published_number,
-    score_tables,
-)
-from pbe.evaluation.benchmark.times import read_times, timed
+from pbe.evaluation.benchmark import page, tables
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import SETTINGS, EditFolder, read_settings, read_times, timed
+from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, generate, is_first_process
+from pbe.evaluation.benchmark.page import PageSettings
+from pbe.evaluation.benchmark.tables import ScoredEdits
 from pbe.evaluation.metrics.scoring import ScoreSettings, check_tools, score
-from pbe.evaluation.report.html import write_html
 from pbe.files import make_folder, write_text
+from pbe.html import render_page, write_html
 
 TITLE = "Evaluation of edits"
 
 
-@dataclass(frozen=True)
-class PageSettings:
-    """What the page shows.
-
-    Attributes:
-        shown: edits of each kind (best, worst, random).
-        rank_by: score that best and worst are chosen by; empty chooses one.
-        seed: of the random ones.
-    """
-
-    shown: int = 8
-    rank_by: str = ""
-    seed: int = 0
-
-
 @dataclass
 class Seconds:
-    """Wall time by stage; of generating over all runs that made the pictures."""
+    """Wall time by stage; of generating over all runs that made the images."""
 
     generate: float = 0.0
     score: float = 0.0
@@ -71,14 +40,9 @@ class Seconds:
 
 @dataclass
 class BenchmarkRun:
-    """One evaluation: sets of edits of one benchmark with their scores.
+    """One evaluation: sets of edits of one benchmark with their scores, in the folder ``out``.
 
-    Attributes:
-        benchmark: the cases.
-        out: folder of the results.
-        settings: of scoring.
-        reference: folder of real pictures for scores of sets, or None.
-        page: what the page shows.
+    Sets are compared with the true images, or with the real ones of the folder ``reference``.
     """
 
     benchmark: BenchmarkFolder
@@ -91,12 +55,7 @@ class BenchmarkRun:
     seconds: Seconds = field(default_factory=Seconds)
 
     def check(self) -> None:
-        """Try everything that is needed after the edits are made, before any time is spent on making them.
-
-        Raises:
-            UserError: the folder cannot be written to; weights, mixture or real pictures cannot be used;
-                edits cannot be ranked as asked for.
-        """
+        """Try everything that is needed after the edits are made, before any time is spent on making them."""
         make_folder(self.out)
         names = check_tools(self.settings, self.reference)
         if self.page.rank_by and self.page.rank_by not in names:
@@ -105,29 +64,23 @@ class BenchmarkRun:
     def generate(self, model: str | Path, scales: Sequence[float], settings: GenerateSettings) -> bool:
         """Generate the edits of a model at each guidance scale, into ``edits/guidance_*`` of the folder.
 
-        They come before all sets that were taken.
-
-        Returns:
-            False in all processes but the first, which are to end here.
-
-        Raises:
-            UserError: see :func:`pbe.evaluation.benchmark.generation.generate`; scales are repeated or none.
+        They come before all sets that were taken. Returns False in all processes but the first, which are to
+        end here.
         """
-        every = [dataclasses.replace(settings, guidance_scale=scale) for scale in scales]
-        labels = {f"guidance {scale:g}": self.out / "edits" / f"guidance_{scale:g}" for scale in scales}
-        if not labels or len(labels) != len(scales):
-            raise UserError("guidance scales must be given, each once")
+        labels = [f"guidance {scale:g}" for scale in scales]
+        folders = [self.out / "edits" / f"guidance_{scale:g}" for scale in scales]
+        every = at_scales(settings, scales)
         for label in labels:
             self._refuse_twice(label)
-        for folder, one in zip(labels.values(), every, strict=True):
+        for folder, one in zip(folders, every, strict=True):
             with timed(folder, note=is_first_process()):
                 generate(model, self.benchmark, folder, one)
         if not is_first_process():
             return False
         times = read_times(self.out / "edits")
-        self.seconds.generate = sum(times.get(folder.name, 0.0) for folder in labels.values())
+        self.seconds.generate = sum(times.get(folder.name, 0.0) for folder in folders)
         others, self.edits = self.edits, []
-        for label, folder in labels.items():
+        for label, folder in zip(labels, folders, strict=True):
             self.take(folder, label)
         self.edits += others
         return True
@@ -137,12 +90,7 @@ class BenchmarkRun:
             raise UserError(f"two sets of edits are called '{label}'; name them as in NAME=DIR")
 
     def take(self, folder: Path, label: str) -> None:
-        """Take a folder of finished edits.
-
-        Raises:
-            UserError: it holds no edits of the benchmark, or edits noted as those of another one; the label
-                is used.
-        """
+        """Take a folder of finished edits."""
         self._refuse_twice(label)
         noted = read_settings(folder).get("benchmark", self.benchmark.sha256)
         if noted != self.benchmark.sha256 and noted != self.benchmark.whole_sha256:
@@ -150,11 +98,7 @@ class BenchmarkRun:
         self.edits.append((label, EditFolder(folder, self.benchmark)))
 
     def score(self) -> None:
-        """Score all sets of edits.
-
-        Raises:
-            UserError: see :func:`pbe.evaluation.metrics.scoring.score`; edits cannot be ranked as asked for.
-        """
+        """Score all sets of edits."""
         started = time.perf_counter()
         for label, edits in self.edits:
             with tqdm(total=len(edits), desc=f"score {label}", unit="edit") as bar:
@@ -166,38 +110,31 @@ class BenchmarkRun:
                     lambda done, _total, bar=bar: bar.update(done - bar.n),  # type: ignore[misc]
                     edits.why_not,
                 )
-            ranking_score(made, self.page.rank_by)
+            page.ranking_score(made, self.page.rank_by)
             self.scored.append(ScoredEdits(label, made))
-            if line := exclusions(edits):
+            if line := page.exclusions(edits):
                 print(f"left out: {line}", file=sys.stderr)
         self.seconds.score = time.perf_counter() - started
 
     def write(self) -> str:
-        """Write ``scores.json``, ``scores.md`` and ``index.html``; return the tables as Markdown.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
-        tables = score_tables(self.scored, coco_ee=self._coco_ee())
-        tables += paired_tables(self.scored, self.settings.bootstrap)
+        """Write ``scores.json``, ``scores.md`` and ``index.html``; return the tables as Markdown."""
+        made = tables.score_tables(self.scored, coco_ee=self._coco_ee())
+        made += tables.paired_tables(self.scored, self.settings.bootstrap)
         write_json(self.out / "scores.json", self.to_dict())
-        write_text(self.out / "scores.md", markdown(TITLE, tables, self.scored))
-        page = EvaluationPage(TITLE, describe(self.benchmark), tables, cards=cards_of(self.scored))
-        page.warnings = [line for _, edits in self.edits if (line := exclusions(edits))]
-        page.sections = [
-            show_edits(
-                label,
-                edits,
-                scored.scores,
-                rank_by=self.page.rank_by,
-                count=self.page.shown,
-                seed=self.page.seed,
-            )
-            for (label, edits), scored in zip(self.edits, self.scored, strict=True)
-        ]
-        page.facts = list(self._facts())
-        write_html(render_page(page), self.out / "index.html")
-        return markdown(TITLE, tables)
+        write_text(self.out / "scores.md", tables.markdown_page(TITLE, made, self.scored))
+        sets = list(zip(self.scored, (edits for _, edits in self.edits), strict=True))
+        html = render_page(
+            page.TEMPLATE,
+            title=TITLE,
+            lead=page.describe(self.benchmark),
+            tables=made,
+            sections=[page.show_edits(scored, edits, self.page) for scored, edits in sets],
+            cards=page.cards_of(self.scored),
+            facts=self._facts(),
+            warnings=[line for _, edits in sets if (line := page.exclusions(edits))],
+        )
+        write_html(html, self.out / "index.html")
+        return tables.markdown_page(TITLE, made)
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [("benchmark, SHA-256", self.benchmark.sha256)]
@@ -235,12 +172,12 @@ class BenchmarkRun:
         }
 
     def _coco_ee(self) -> bool:
-        return published.is_coco_ee([int(each) for each in self.benchmark.ids])
+        return tables.is_coco_ee([int(each) for each in self.benchmark.ids])
 
     def _published(self) -> dict[str, Any] | None:
         """Return the paper's numbers for scores of COCOEE; None of any other benchmark."""
         if not self._coco_ee():
             return None
-        by_score = [list(each) for each in zip(*(run.scores for run in self.scored), strict=True)]
-        names = {each[0].name: str(number) for each in by_score if (number := published_number(each))}
-        return {"method": published.OURS, "numbers": names, "note": published.NOTE}
+        by_score = zip(*(run.scores for run in self.scored), strict=True)
+        numbers = {each[0].name: number for each in by_score if (number := tables.published_number(each))}
+        return {"method": tables.OURS, "numbers": numbers, "note": tables.PUBLISHED_NOTE}

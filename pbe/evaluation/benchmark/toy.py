@@ -1,6 +1,7 @@
 """The toy benchmark: every test object hidden in an unseen scene, with an exemplar of it in another pose.
 
-A case is a pure function of the seed and the object's place in the archive, so that a part of the
+Its cases are made in memory, or written to a folder in COCOEE's layout and edited and scored as the paper's
+are. A case is a pure function of the seed and the object's place in the archive, so that a part of the
 benchmark is made of the same cases as the whole.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -18,33 +20,32 @@ from pbe.data.samples.masks import Box, rectangle_mask
 from pbe.data.samples.sample import cut_exemplar
 from pbe.data.toy.scenes import Scene, SceneConfig, ToyWorld, aim_view, draw_centre, draw_light, paste_sprite
 from pbe.data.toy.sprites import ObjectPose, draw_pose, render_sprite
-from pbe.editing.images import grey_out
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.coco_ee import MIN_SIZE, case_id, new_benchmark, write_case, write_ids
+from pbe.evaluation.metrics.base import Case
 
+IMAGE_SIZE, EXEMPLAR_SIZE = 64, 128  # what the toy model that ships was trained at
 SPLIT = "test"
 SIZES = (0.55, 0.85)  # longest side of an object, a share of the scene's short side
 ENLARGE = 0.15  # most that a side of the box moves outwards, a share of the box
 MIN_TURN = 10.0  # degrees between the hidden object and its exemplar
-MIN_KEEP = 0.15  # share of the picture outside the mask
+MIN_KEEP = 0.15  # share of the image outside the mask
 MAX_TRIES = 50
 
 
 @dataclass(frozen=True)
-class BenchmarkCase:
-    """One hidden object; pictures are uint8 RGB, ``s`` is the image size and ``e`` the exemplar's.
+class ToyCase(Case):
+    """A case with what is known of it because it was rendered.
 
     Attributes:
-        index: the object's place among the archive's test objects.
+        index: the object's place among the archive's test objects, which the noise of its edits belongs to.
         key: file stem of the object.
         name: of the object.
         panorama: behind the scene.
         exemplar_panorama: behind the exemplar, another one.
-        pose: of the hidden object.
+        pose: of the masked object.
         exemplar_pose: of the exemplar: the other flip, at least ten degrees away, another light.
-        image: the scene with the true object, ``s s 3``.
-        mask: 255 = repaint, ``s s``; the box, enlarged.
-        box: the true object in pixels of ``image``.
-        exemplar: ``e e 3``.
+        box: the true object in pixels of ``image``; the mask is that box, enlarged.
     """
 
     index: int
@@ -54,20 +55,17 @@ class BenchmarkCase:
     exemplar_panorama: str
     pose: ObjectPose
     exemplar_pose: ObjectPose
-    image: np.ndarray
-    mask: np.ndarray
     box: Box
-    exemplar: np.ndarray
 
     @property
-    def masked(self) -> np.ndarray:
-        """The scene with the hole at mid-grey, ``s s 3``."""
-        return grey_out(self.image, self.mask > 127)
+    def noise_key(self) -> int:
+        """The object's place, whatever the folder that the case may be read from."""
+        return self.index
 
 
 def make_benchmark(
     world: ToyWorld, *, seed: int, image_size: int, exemplar_size: int, objects: int = 0
-) -> list[BenchmarkCase]:
+) -> list[ToyCase]:
     """Make the cases of the toy benchmark.
 
     Args:
@@ -76,29 +74,48 @@ def make_benchmark(
         image_size: sides of the scenes, pixels.
         exemplar_size: sides of the exemplars, pixels.
         objects: how many, in an order that the seed shuffles; 0 means all of them.
-
-    Raises:
-        UserError: there are not that many test objects.
     """
     available = check_count(world, objects)
     order = permutation(available, seed, "benchmark-order")[: objects or available]
     return [make_case(world, int(index), seed, image_size, exemplar_size) for index in order]
 
 
-def check_count(world: ToyWorld, objects: int) -> int:
-    """Return the number of test objects.
+def export_toy_benchmark(
+    world: ToyWorld,
+    folder: Path,
+    seed: int = 0,
+    *,
+    image_size: int = IMAGE_SIZE,
+    exemplar_size: int = EXEMPLAR_SIZE,
+    objects: int = 0,
+) -> int:
+    """Write the toy benchmark to a new folder, and return the number of cases.
 
-    Raises:
-        UserError: ``objects`` is negative or more than there are.
+    The first so many ``objects`` (0: all 181) become cases; a case's number is its object's place in the
+    archive. The images are those of :func:`make_benchmark` with the same seed and sizes, bit for bit. The
+    folder is there when all of it is.
     """
+    if min(image_size, exemplar_size) < MIN_SIZE:
+        raise UserError(f"images and exemplars of a benchmark need sides of at least {MIN_SIZE} pixels")
+    count = check_count(world, objects)
+    with new_benchmark(folder) as partial:
+        for index in range(objects or count):
+            case = make_case(world, index, seed, image_size, exemplar_size)
+            write_case(partial, index, case.image, case.mask, case.exemplar)
+        write_ids(partial, range(objects or count))
+    return objects or count
+
+
+def check_count(world: ToyWorld, objects: int) -> int:
+    """Return the number of test objects."""
     available = len(world.objects(SPLIT))
     if not 0 <= objects <= available:
         raise UserError(f"{objects} benchmark objects asked for; there are {available}")
     return available
 
 
-def make_case(world: ToyWorld, index: int, seed: int, image_size: int, exemplar_size: int) -> BenchmarkCase:
-    """Make the case of test object ``index``; see :class:`BenchmarkCase`."""
+def make_case(world: ToyWorld, index: int, seed: int, image_size: int, exemplar_size: int) -> ToyCase:
+    """Make the case of test object ``index``; see :class:`ToyCase`."""
     toy = world.objects(SPLIT)[index]
     rng = generator(seed, "benchmark", index)
     names = world.panoramas(SPLIT)
@@ -116,9 +133,8 @@ def make_case(world: ToyWorld, index: int, seed: int, image_size: int, exemplar_
     shown = _scene(world, other, rgba, exemplar_pose, rng)
     piece = cut_exemplar(shown.image, Box(*shown.boxes[0]), SampleConfig().exemplar_padding)
     exemplar = resize(piece, exemplar_size, exemplar_size)
-    return BenchmarkCase(
-        index, toy.key, toy.name, behind, other, pose, exemplar_pose, image, mask, box, exemplar
-    )
+    about = (index, toy.key, toy.name, behind, other, pose, exemplar_pose, box)
+    return ToyCase(case_id(index), image, mask, exemplar, *about)
 
 
 def _other_pose(pose: ObjectPose, rng: np.random.Generator) -> ObjectPose:
@@ -132,7 +148,7 @@ def _other_pose(pose: ObjectPose, rng: np.random.Generator) -> ObjectPose:
 def _scene(
     world: ToyWorld, panorama: str, rgba: np.ndarray, pose: ObjectPose, rng: np.random.Generator
 ) -> Scene:
-    """Render one object, wholly or nearly so in the picture, before a view of ``panorama``."""
+    """Render one object, wholly or nearly so in the image, before a view of ``panorama``."""
     config = SceneConfig()
     sides = [config.short_side, int(rng.integers(config.short_side, config.max_long_side + 1))]
     width, height = rng.permutation(sides)

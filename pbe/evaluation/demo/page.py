@@ -1,10 +1,17 @@
-"""What the demo's page says: the report made of a training run, a set of edits and their scores."""
+"""What the demo's page says of a training run, a set of edits and their scores."""
 
 from __future__ import annotations
 
+import base64
+import io
+import math
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +21,20 @@ from pbe.editing.images import grey_out, read_image, read_mask
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.sheets import at_side
-from pbe.evaluation.benchmark.toy import BenchmarkCase
-from pbe.evaluation.benchmark.toy_edits import BenchmarkEdits, EditSettings
-from pbe.evaluation.benchmark.toy_scores import Scores, score_table
-from pbe.evaluation.demo.charts import Line, line_chart, smooth
+from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
+from pbe.evaluation.benchmark.toy import ToyCase
+from pbe.evaluation.benchmark.toy_run import ToyEdits, ToyScores
 from pbe.evaluation.metrics.bootstrap import CHOICE
-from pbe.evaluation.report.html import Figure, Report, Table, Tile
+from pbe.evaluation.report.sheets import at_side
+from pbe.evaluation.report.tables import Table
 from pbe.evaluation.study.naming import readable
+from pbe.html import Tile
 from pbe.training.monitoring.loggers import read_curve
 
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+PACKAGES = ("torch", "pytorch-lightning", "numpy", "opencv-python-headless", "timm", "open-clip-torch")
+SOFT, ACCENT, SECOND = "#7d858e", "#d0633a", "#3f87c9"  # each reads on a light and on a dark page
+Points = Sequence[tuple[float, float]]
 TITLE = "Paint by Example on the toy world"
 LEAD = (
     "An image, a mask and an exemplar go in; out comes the image with the exemplar's object painted into the "
@@ -70,15 +81,7 @@ class TrainingCurve:
 
 
 def read_training(path: Path, timesteps: Sequence[int]) -> TrainingCurve:
-    """Read the curves of a run.
-
-    Args:
-        path: its ``metrics.csv``.
-        timesteps: of the validation grid.
-
-    Raises:
-        UserError: the validation loss was not logged before the first step and after the last.
-    """
+    """Read the curves of a run from its ``metrics.csv``, with ``timesteps`` of the validation grid."""
     validation = read_curve(path, "val/loss")
     if len(validation) < 2 or validation[0][0] != 0:
         raise UserError(
@@ -91,15 +94,40 @@ def read_training(path: Path, timesteps: Sequence[int]) -> TrainingCurve:
     return TrainingCurve(read_curve(path, "train/loss_simple"), validation, by_timestep)
 
 
-def training_chart(curve: TrainingCurve) -> str:
-    """Draw training and validation losses against the step."""
-    lines = [
-        Line("training, each logged step", curve.train, "raw"),
-        Line("training, running mean", smooth(curve.train), "main"),
-        Line("validation, fixed grid", curve.validation, "second", marks=True),
-    ]
-    title = "Loss of the model trained just now"
-    return line_chart(lines, title=title, x_label="optimizer step", y_label="mean squared error")
+def smooth(points: Points, share: float = 0.05) -> list[tuple[float, float]]:
+    """Return the running mean over a window of ``share`` of the points, shorter at the start."""
+    window = max(1, round(share * len(points)))
+    values = [y for _, y in points]
+    parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(points)))
+    return [(x, sum(part) / len(part)) for (x, _), part in zip(points, parts, strict=True)]
+
+
+def training_chart(train: Points, validation: Points) -> str:
+    """Draw training and validation losses against the step; return an SVG image as a ``data:`` address."""
+    from matplotlib import rc_context  # slow to import
+    from matplotlib.figure import Figure
+
+    numbers = [number for point in (*train, *validation) for number in point]
+    if not (train and validation) or not all(map(math.isfinite, numbers)):
+        raise UserError("the losses of the training run are missing, or some are not finite numbers")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pbe", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(
+            *zip(*train, strict=True), color=ACCENT, alpha=0.3, lw=1, label="training, each logged step"
+        )
+        axes.plot(*zip(*smooth(train), strict=True), color=ACCENT, label="training, running mean")
+        axes.plot(*zip(*validation, strict=True), "o-", color=SECOND, ms=4, label="validation, fixed grid")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step", color=SOFT)
+        axes.set_ylabel("mean squared error", color=SOFT)
+        axes.tick_params(colors=SOFT)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(SOFT)
+        axes.legend(frameon=False, labelcolor=SOFT)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def loss_table(curve: TrainingCurve) -> Table:
@@ -114,11 +142,11 @@ def _fall(before: float, after: float) -> list[str]:
     return [f"{before:.4f}", f"{after:.4f}", f"{100.0 * (after / before - 1.0):+.1f} %"]
 
 
-def edit_strips(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits, count: int) -> list[list[Tile]]:
+def edit_strips(cases: Sequence[ToyCase], edits: ToyEdits, count: int) -> list[list[Tile]]:
     """Return strips for the first ``count`` cases: masked, exemplar, edits by guidance, true object."""
     strips = []
     for index, case in enumerate(cases[:count]):
-        painted = [(f"guidance {scale:g}", pictures[index]) for scale, pictures in edits.own.items()]
+        painted = [(f"guidance {scale:g}", edited[index]) for scale, edited in edits.own.items()]
         shown = [("masked", case.masked), ("exemplar", case.exemplar), *painted]
         strips.append(tiles([*shown, (f"hidden: {readable(case.name)}", case.image)]))
     return strips
@@ -126,101 +154,105 @@ def edit_strips(cases: Sequence[BenchmarkCase], edits: BenchmarkEdits, count: in
 
 def tiles(captioned: Sequence[tuple[str, np.ndarray]]) -> list[Tile]:
     """Return captioned images, uint8 ``h w 3``, as tiles that are large enough to look at."""
-    return [Tile(caption, at_side(picture, TILE)) for caption, picture in captioned]
+    return [Tile(caption, at_side(image, TILE)) for caption, image in captioned]
 
 
-def edit_outside(pipe: PaintByExample, pairs: Path, settings: EditSettings) -> list[list[Tile]]:
-    """Edit triples of files at every guidance scale, each from its job's seed; return a strip for each.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+def edit_outside(
+    pipe: PaintByExample, pairs: Path, scales: Sequence[float], settings: GenerateSettings
+) -> list[list[Tile]]:
+    """Edit triples of files at every guidance scale, each from its job's seed; return a strip for each."""
     strips = []
     for job in read_pairs(pairs, settings.seed):
         image, exemplar = read_image(job.image).pixels, read_image(job.exemplar, "exemplar").pixels
-        hole = read_mask(job.mask).pixels
-        captioned = [("masked", grey_out(image, hole)), ("exemplar", exemplar)]
-        for scale in settings.guidance:
+        mask = read_mask(job.mask).pixels
+        captioned = [("masked", grey_out(image, mask)), ("exemplar", exemplar)]
+        for each in at_scales(settings, scales):
             edit = pipe(
                 exemplar,
                 image,
-                hole,
-                num_inference_steps=settings.steps,
-                guidance_scale=scale,
+                mask,
+                num_inference_steps=each.steps,
+                guidance_scale=each.guidance_scale,
                 generator=torch.Generator().manual_seed(job.seed),
-                solver=settings.solver,
+                solver=each.solver,
             )
             assert isinstance(edit, EditOutput)
-            captioned.append((f"guidance {scale:g}", np.asarray(edit.images[0])))
+            captioned.append((f"guidance {each.guidance_scale:g}", np.asarray(edit.images[0])))
         strips.append(tiles([*captioned, ("photograph", image)]))
     return strips
 
 
-def headline(scores: Scores, curve: TrainingCurve) -> list[Figure]:
-    """Return the page's headline numbers, at the last guidance scale that was edited."""
+def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
+    """Return the page's headline numbers and what they mean, at the last guidance scale that was edited."""
     scale, row = list(scores.guidance.items())[-1]
-    auc, first, ceiling = row.auc, row.first, scores.ceiling
+    auc, first, ceiling = row.auc, row.first_of_20, scores.ceiling
     figures = [
-        Figure(
+        (
             f"{auc.value:.2f}",
             f"AUC, right against shuffled exemplar, at guidance {scale:g} ({auc.low:.2f} to {auc.high:.2f}); "
             f"{row.grey_auc.value:.2f} with all images turned grey; the true objects reach "
             f"{ceiling.auc.value:.2f} and {ceiling.grey_auc.value:.2f}",
-        ),
+        )
     ]
-    if first is not None and row.grey_first is not None and ceiling.first is not None:
+    if first is not None and row.grey_first_of_20 is not None and ceiling.first_of_20 is not None:
         figures.append(
-            Figure(
+            (
                 f"{100 * first.value:.0f} %",
                 f"of the edits resemble their own exemplar most of {CHOICE} "
                 f"({100 * first.low:.0f} to {100 * first.high:.0f}), "
-                f"{100 * row.grey_first.value:.0f} % in grey; of the true objects "
-                f"{100 * ceiling.first.value:.0f} %",
+                f"{100 * row.grey_first_of_20.value:.0f} % in grey; of the true objects "
+                f"{100 * ceiling.first_of_20.value:.0f} %",
             )
         )
     change = f"{curve.before:.2f} → {curve.after:.2f}"
-    steps = curve.validation[-1][0]
-    return [*figures, Figure(change, f"validation loss of a new model in {steps} optimizer steps")]
+    return [
+        *figures,
+        (change, f"validation loss of a new model in {curve.validation[-1][0]} optimizer steps"),
+    ]
 
 
-def build_report(
-    cases: Sequence[BenchmarkCase],
-    edits: BenchmarkEdits,
-    scores: Scores,
-    curve: TrainingCurve,
-    grids: list[tuple[str, np.ndarray]],
-    shown: int,
-    outside: list[list[Tile]] | None = None,
-) -> Report:
-    """Assemble the page but for stages, machine and next steps, which the caller knows.
+def page_values(
+    cases: Sequence[ToyCase], edits: ToyEdits, scores: ToyScores, curve: TrainingCurve, shown: int
+) -> dict[str, Any]:
+    """Return what the page shows of edits (the first ``shown``), scores and training.
 
-    Args:
-        cases: that were edited.
-        edits: of the shipped model.
-        scores: of these edits.
-        curve: of the training run.
-        grids: caption and picture (uint8 ``h w 3``).
-        shown: number of cases whose edits appear.
-        outside: strips of edits outside the toy world.
+    The caller adds the run's other facts.
     """
-    head, rows, note = score_table(scores)
+    table = scores.table()
     explained = (
-        f"{note} AUC: how often a region painted with its exemplar resembles that exemplar more than a "
+        f"{table.note} AUC: how often a region painted with its exemplar resembles that exemplar more than a "
         "region painted with a shuffled one does (same scenes, masks and noise); 0.5 is chance. First of "
         f"{CHOICE}: how often its own exemplar is the most similar of {CHOICE}; {1 / CHOICE:g} is chance. "
         "Grey: all images turned grey first, so that colour cannot tell. No edit can be expected to score "
         "above what the autoencoder lets through."
     )
-    return Report(
-        title=TITLE,
-        lead=LEAD,
-        figures=headline(scores, curve),
-        edits=edit_strips(cases, edits, shown),
-        edits_note=EDITS_NOTE,
-        outside=outside or [],
-        outside_note=OUTSIDE_NOTE,
-        curve=training_chart(curve),
-        losses=loss_table(curve),
-        grids=[Tile(caption, picture) for caption, picture in grids],
-        scores=Table(head, rows, explained),
-    )
+    return {
+        "title": TITLE,
+        "lead": LEAD,
+        "figures": headline(scores, curve),
+        "edits": edit_strips(cases, edits, shown),
+        "edits_note": EDITS_NOTE,
+        "outside_note": OUTSIDE_NOTE,
+        "curve": training_chart(curve.train, curve.validation),
+        "losses": loss_table(curve),
+        "scores": Table(table.head, table.rows, explained),
+    }
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """Return what the run ran on: processor, cores, Python and the packages that matter."""
+    facts = [
+        ("Processor", _processor()),
+        ("Cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads"),
+        ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+    ]
+    return facts + [(name, metadata.version(name)) for name in PACKAGES]
+
+
+def _processor() -> str:
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

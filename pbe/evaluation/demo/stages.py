@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,25 +24,34 @@ from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import uniform_timesteps
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.sheets import edit_rows, sheet
-from pbe.evaluation.benchmark.toy import BenchmarkCase, check_count, make_benchmark
-from pbe.evaluation.benchmark.toy_edits import BenchmarkEdits, EditSettings, make_edits
-from pbe.evaluation.benchmark.toy_scores import Scores, markdown_table, score_edits
-from pbe.evaluation.demo.page import TrainingCurve, build_report, edit_outside, read_training
+from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
+from pbe.evaluation.benchmark.toy import ToyCase, check_count, make_benchmark
+from pbe.evaluation.benchmark.toy_run import ToyEdits, ToyScores, make_edits, score_edits
+from pbe.evaluation.demo.page import (
+    TEMPLATE,
+    TrainingCurve,
+    edit_outside,
+    machine_facts,
+    page_values,
+    read_training,
+)
 from pbe.evaluation.demo.settings import DemoSettings
-from pbe.evaluation.metrics.features import LiteFeatures
-from pbe.evaluation.report.html import Stage, Tile, machine_facts, write_page
+from pbe.evaluation.metrics.towers import load_tower
+from pbe.evaluation.report.sheets import sheet
+from pbe.evaluation.report.tables import markdown
 from pbe.files import make_folder
+from pbe.html import Tile, render_page, write_html
 from pbe.resources import packaged
 from pbe.training.monitoring.loggers import read_rows
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS
 
-EDITS = "edits.png"  # the first sixteen cases, which the README shows
 RENDER = ("-m", "pbe.cli", "toy", "render")
+EDITS, SHOWN = "edits.png", 16  # the first cases, which the README shows
 OWN_FOLDERS = ("scenes", "cache", "pilot", "run")
 MARKER = ".made-by-demo"
 PILOT_STEPS, PILOT_SKIP = 14, 4
 MIN_STEPS = 20
+BATCH = 32  # edits at a time
 
 
 class StageError(Exception):
@@ -53,12 +62,12 @@ class Clock:
     """Prints a heading for each stage and keeps how long it took.
 
     Attributes:
-        stages: those that are done.
-        notes: what came out, set by the running stage.
+        stages: those that are done: name, seconds, and a sentence on what came out.
+        note: that sentence, set by the running stage.
     """
 
     def __init__(self) -> None:
-        self.stages: list[Stage] = []
+        self.stages: list[tuple[str, float, str]] = []
         self.note = ""
 
     @contextmanager
@@ -73,16 +82,12 @@ class Clock:
         except Exception as error:
             raise StageError(f"stage '{name}' failed: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - started
-        self.stages.append(Stage(name, seconds, self.note))
+        self.stages.append((name, seconds, self.note))
         print(f"   {self.note} ({seconds:.1f} s)", flush=True)
 
 
 def check(options: DemoSettings) -> Config:
-    """Find mistakes before minutes have passed; return the training configuration.
-
-    Raises:
-        UserError: bad numbers, no model, bad configuration.
-    """
+    """Find mistakes before minutes have passed; return the training configuration."""
     if min(options.scenes, options.objects, options.shown) < 2:
         raise UserError("--scenes, --objects and --shown must be at least 2")
     if not (math.isfinite(options.seconds) and options.seconds > 0) or options.steps < 0:
@@ -91,14 +96,14 @@ def check(options: DemoSettings) -> Config:
         raise UserError(f"no model at '{options.model}', where it ships with the project (or: pbe toy train)")
     model = load_model_config(options.model)
     uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
-    edit_settings(options)
+    at_scales(edit_settings(options), options.guidance)
     check_count(ToyWorld(DEFAULT_WORLD), options.objects)
     return training_config(options, 1, "run")
 
 
-def edit_settings(options: DemoSettings) -> EditSettings:
-    """Return how the benchmark is edited; UserError for scales that cannot be used."""
-    return EditSettings(tuple(options.guidance), steps=options.sampling_steps, seed=options.seed)
+def edit_settings(options: DemoSettings) -> GenerateSettings:
+    """Return how the benchmark is edited, at whatever guidance scale."""
+    return GenerateSettings(steps=options.sampling_steps, seed=options.seed, batch_size=BATCH)
 
 
 def training_config(options: DemoSettings, steps: int, name: str) -> Config:
@@ -129,11 +134,7 @@ def training_config(options: DemoSettings, steps: int, name: str) -> Config:
 
 
 def clean(out: Path) -> None:
-    """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one.
-
-    Raises:
-        UserError: the folder holds such things but no demo made it, or it cannot be written to.
-    """
+    """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one."""
     marker = make_folder(out) / MARKER
     if not marker.exists() and any((out / name).exists() for name in (*OWN_FOLDERS, "index.html")):
         raise UserError(f"'{out}' holds files that no demo made; give another --out")
@@ -194,7 +195,7 @@ def _finished(stopped_by: int) -> None:
         raise KeyboardInterrupt
 
 
-def edit(options: DemoSettings, clock: Clock) -> tuple[list[BenchmarkCase], BenchmarkEdits, list[list[Tile]]]:
+def edit(options: DemoSettings, clock: Clock) -> tuple[list[ToyCase], ToyEdits, list[list[Tile]]]:
     """Stage four: the shipped model edits unseen scenes, right and shuffled exemplars, and photographs."""
     pipe = PaintByExample.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
@@ -203,28 +204,40 @@ def edit(options: DemoSettings, clock: Clock) -> tuple[list[BenchmarkCase], Benc
     cases = make_benchmark(
         ToyWorld(), seed=options.seed, image_size=size, exemplar_size=exemplar_size, objects=options.objects
     )
-    settings = edit_settings(options)
-    with tqdm(total=2 * len(settings.guidance) * len(cases), unit="edit", desc="edit") as bar:
-        edits = make_edits(pipe, cases, settings, lambda done, _total: bar.update(done - bar.n))
-    outside = edit_outside(pipe, packaged("data/examples/outside/pairs.jsonl"), settings)
+    scales, settings = options.guidance, edit_settings(options)
+    with tqdm(total=2 * len(scales) * len(cases), unit="edit", desc="edit") as bar:
+        edits = make_edits(pipe, cases, scales, settings, lambda done, _total: bar.update(done - bar.n))
+    outside = edit_outside(pipe, packaged("data/examples/outside/pairs.jsonl"), scales, settings)
     clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
     return cases, edits, outside
 
 
-def score(options: DemoSettings, clock: Clock, cases: list[BenchmarkCase], edits: BenchmarkEdits) -> Scores:
+def score(options: DemoSettings, clock: Clock, cases: list[ToyCase], edits: ToyEdits) -> ToyScores:
     """Stage five: similarity of painted regions to their exemplars."""
-    scores = score_edits(cases, edits, LiteFeatures(), seed=options.seed)
+    scores = score_edits(cases, edits, load_tower("lite2", None, None), seed=options.seed)
     scale, row = list(scores.guidance.items())[-1]
-    print(markdown_table(scores))
+    print(markdown(scores.table()))
     clock.note = f"AUC {row.auc} at guidance {scale:g}"
     return scores
 
 
-def write_examples(case: BenchmarkCase, folder: Path) -> None:
+def write_examples(case: ToyCase, folder: Path) -> None:
     """Write one case as files for ``sample.py``: image.png, mask.png, exemplar.png."""
     folder.mkdir(exist_ok=True)
     for name in ("image", "mask", "exemplar"):
         Image.fromarray(getattr(case, name)).save(folder / f"{name}.png")
+
+
+def write_sheet(cases: Sequence[ToyCase], edits: ToyEdits, path: Path) -> None:
+    """Write four rows: masked scene, exemplar, edit at the last guidance scale, true object."""
+    count, last = len(cases), list(edits.own.values())[-1]
+    rows = {
+        "masked": [case.masked for case in cases],
+        "exemplar": [case.exemplar for case in cases],
+        "edit": list(last[:count]),
+        "hidden": [case.image for case in cases],
+    }
+    Image.fromarray(sheet(rows, tile=128, columns=8)).save(path)
 
 
 def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
@@ -232,7 +245,7 @@ def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
     example = options.out / "example"
     files = f"--image {example}/image.png --mask {example}/mask.png --exemplar {example}/exemplar.png"
     return [
-        ("Edit a picture of your own; these files are the first case of this page:",
+        ("Edit an image of your own; these files are the first case of this page:",
          f"pbe edit --model {options.model} {files} --out outputs/edit"),
         ("Score the shipped model on all test objects:",
          f"pbe evaluate --model {options.model} --out outputs/evaluation"),
@@ -251,7 +264,6 @@ def run(options: DemoSettings) -> Path:
     """Run all stages; return the path of the page.
 
     Raises:
-        UserError: something that the user can put right.
         StageError: a stage failed otherwise. Neither leaves a page behind.
     """
     started, clock = time.perf_counter(), Clock()
@@ -274,14 +286,18 @@ def run(options: DemoSettings) -> Path:
             f"Edits of validation scenes by the model trained just now, after {steps} steps: "
             f"source, masked, exemplar (augmented), and guidance {scales}."
         )
-        grids = [(caption, np.asarray(Image.open(grid)))]
-        report = build_report(cases, edits, scores, curve, grids, options.shown, outside)
-        report.stages, report.steps = clock.stages, next_steps(options)
-        report.machine = [*machine_facts(), ("Peak memory", f"{peak_memory():.2f} GB")]
+        page = render_page(
+            TEMPLATE,
+            **page_values(cases, edits, scores, curve, options.shown),
+            outside=outside,
+            grids=[Tile(caption, np.asarray(Image.open(grid)))],
+            stages=clock.stages,
+            machine=[*machine_facts(), ("Peak memory", f"{peak_memory():.2f} GB")],
+            steps=next_steps(options),
+        )
         write_examples(cases[0], options.out / "example")
-        rows = {name: shown[:16] for name, shown in edit_rows(cases, edits).items()}
-        Image.fromarray(sheet(rows, tile=128, columns=8)).save(options.out / EDITS)
-        write_page(report, options.out / "index.html")
+        write_sheet(cases[:SHOWN], edits, options.out / EDITS)
+        write_html(page, options.out / "index.html")
         clock.note = f"{options.out / 'index.html'}"
     total = time.perf_counter() - started
     print(f"\n{total:.0f} s in all, peak memory {peak_memory():.2f} GB, page: {options.out / 'index.html'}")

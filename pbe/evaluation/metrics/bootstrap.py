@@ -1,4 +1,4 @@
-"""Scores from features: similarities, areas under the curve and their bootstrap intervals, in plain numpy."""
+"""Similarities of features, areas under the curve, and bootstrap intervals, in plain numpy."""
 
 from __future__ import annotations
 
@@ -27,27 +27,61 @@ class Estimate:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine similarity of matching rows of two ``(n, d)`` arrays, ``(n,)`` float64 in [-1, 1].
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made.
 
-    Raises:
-        UserError: a row is zero or not finite, so that it has no direction.
+    Attributes:
+        seed: of the resampling.
+        level: of the intervals, in (0, 1).
+        resamples: for means over cases, at least 1.
+        set_resamples: for scores of whole sets, each of which is a distance anew; at least 2.
     """
+
+    seed: int = 0
+    level: float = LEVEL
+    resamples: int = RESAMPLES
+    set_resamples: int = 50
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no interval."""
+        if not 0.0 < self.level < 1.0:
+            raise UserError(f"the level of an interval must lie between 0 and 1, not {self.level}")
+        if self.resamples < 1 or self.set_resamples < 2:
+            raise UserError(
+                f"the bootstrap takes at least 1 resample of cases and 2 of sets, not {self.resamples} and "
+                f"{self.set_resamples}"
+            )
+
+    def of_mean(self, values: np.ndarray) -> Estimate:
+        """Return the mean of ``(n,)`` finite values with its percentile interval."""
+        return mean_interval(values, seed=self.seed, resamples=self.resamples, level=self.level)
+
+    def mean_text(self) -> str:
+        """Say how :meth:`of_mean` makes its interval."""
+        return f"{self.level:.0%} percentile bootstrap over images, {self.resamples} resamples"
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosines of matching rows, ``(n,)`` float64; NaN where a row is zero or not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    if not np.all(np.isfinite(lengths)) or np.any(lengths == 0.0):
-        bad = int(np.sum(~np.isfinite(lengths) | (lengths == 0.0)))
-        raise UserError(f"{bad} of {len(lengths)} feature vectors are zero or not finite; check the pictures")
-    return np.sum(a * b, axis=1) / lengths
+    return np.sum(a * b, axis=1) / np.where(lengths > 0.0, lengths, np.nan)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return :func:`cosines` of features of which none may be zero or not finite; a UserError if one is."""
+    found = cosines(a, b)
+    bad = int(np.sum(~np.isfinite(found)))
+    if bad:
+        raise UserError(f"{bad} of {len(found)} feature vectors are zero or not finite; check the images")
+    return found
 
 
 def derangement(n: int, *key: int | str) -> np.ndarray:
     """Return a permutation of ``0 .. n-1`` without fixed points, int64 ``(n,)``, that belongs to ``key``.
 
     It follows one random cycle through all of them, so no place keeps its own.
-
-    Raises:
-        UserError: ``n`` below 2, where there is none.
     """
     if n < 2:
         raise UserError(f"shuffled exemplars need at least two objects, not {n}")
@@ -60,9 +94,7 @@ def derangement(n: int, *key: int | str) -> np.ndarray:
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Return the chance that a positive exceeds a negative, ties counting half (Mann-Whitney).
 
-    Args:
-        positive: ``(n,)`` scores of the positives.
-        negative: ``(m,)`` scores of the negatives; every positive meets every negative.
+    Every one of the ``(n,)`` positives meets every one of the ``(m,)`` negatives.
     """
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, side="left")
@@ -74,9 +106,6 @@ def others(n: int, choice: int = CHOICE) -> np.ndarray:
     """Return the other objects that each of ``n`` is laid beside, int64 ``(n, choice - 1)``.
 
     They are drawn without replacement. The draw belongs to the place and to ``n`` alone, to no seed.
-
-    Raises:
-        UserError: there are fewer than ``choice`` objects.
     """
     if n < choice:
         raise UserError(f"one of {choice} needs at least {choice} objects, not {n}")
@@ -89,15 +118,8 @@ def first_of(regions: np.ndarray, exemplars: np.ndarray, choice: int = CHOICE) -
     """Return whether each region resembles its own exemplar more than those of :func:`others`, ``(n,)``.
 
     A value is 1 where it does and 0 where it does not; where the own exemplar ties with k others for the
-    first place it is 1 / (k + 1), so that chance is ``1 / choice`` whatever the ties.
-
-    Args:
-        regions: ``(n, d)`` features of the painted regions, in the order of the benchmark's numbers.
-        exemplars: ``(n, d)`` features of their exemplars.
-        choice: exemplars that each region is compared with, its own among them.
-
-    Raises:
-        UserError: fewer than ``choice`` objects, or a feature without a direction.
+    first place it is 1 / (k + 1), so that chance is ``1 / choice`` whatever the ties. The features ``(n, d)``
+    are in the order of the benchmark's numbers.
     """
     drawn = others(len(regions), choice)
     own = cosine(regions, exemplars)
@@ -125,17 +147,10 @@ def auc_interval(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Estimate:
-    """Return :func:`auc` with a bootstrap interval over objects.
+    """Return :func:`auc` of ``(n,)`` positives and negatives with a bootstrap interval over objects.
 
     Object i brings ``positive[i]`` and ``negative[i]`` into a resample together, since both come from
     the same scene, mask and noise.
-
-    Args:
-        positive: ``(n,)``.
-        negative: ``(n,)``.
-        seed: of the resampling.
-        resamples: number of bootstrap samples.
-        level: share that the interval holds.
     """
     n = len(positive)
     wins = (positive[:, None] > negative[None, :]) + 0.5 * (positive[:, None] == negative[None, :])

@@ -1,12 +1,12 @@
 """Copy-paste score: how much of the painted region an affine warp of the exemplar explains.
 
-Both pictures are brought to 64 px and freed of their coarse shading (a Gaussian is taken off), so that
+Both images are brought to 64 px and freed of their coarse shading (a Gaussian is taken off), so that
 structure counts and smooth fills, which any smooth piece of the exemplar would explain, do not. The best
 affine warp, mirrored or not, with a gain for each channel then explains a share of the region's energy,
 up to 1. What the warped exemplar does not cover stays unexplained.
 
 The number means little alone: a true object in a similar pose is explained in part as well. So the same
-is measured for the real picture's object, and the paired difference is the score to look at.
+is measured for the real image's object, and the paired difference is the score to look at.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pbe.data.samples.crops import resize_area
+from pbe.evaluation.metrics.base import Batch, CaseMeasure, ScoreCard
 from pbe.evaluation.metrics.features import mask_bounds
-from pbe.evaluation.metrics.measures import Batch, Measure, Outcome
-from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
 from pbe.evaluation.metrics.warps import explained, refine, sample, warp_grid
 
 SIZES = (16, 32, 64)  # the grid is searched on the first, and its best refined on the others
@@ -39,49 +38,44 @@ CARD = ScoreCard(
 )
 
 
-def region_pyramid(picture: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def region_pyramid(image: np.ndarray, mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the region's structure and its mask at each of :data:`SIZES`, finest last.
 
-    Args:
-        picture: uint8 ``h w 3``.
-        mask: uint8 ``h w``.
-
-    Returns:
-        Pairs of float32 ``s s 3`` and ``s s``.
+    Of an image, uint8 ``h w 3``, and its mask, uint8 ``h w``, pairs of float32 ``s s 3`` and ``s s``.
     """
     x1, y1, x2, y2 = mask_bounds(mask)
-    part, hole = picture[y1:y2, x1:x2], (mask[y1:y2, x1:x2] > 127).astype(np.float32)
-    weights = (resize_area(hole, size, size) for size in SIZES)
+    part, weight = image[y1:y2, x1:x2], (mask[y1:y2, x1:x2] > 127).astype(np.float32)
+    weights = (resize_area(weight, size, size) for size in SIZES)
     return [(structure(part, size), w) for size, w in zip(SIZES, weights, strict=True)]
 
 
-def structure(picture: np.ndarray, size: int) -> np.ndarray:
-    """Stretch a picture, uint8 ``h w 3``, to a square and take its shading off; float32 ``s s 3``."""
-    small = resize_area(picture, size, size).astype(np.float32) / 255.0
+def structure(image: np.ndarray, size: int) -> np.ndarray:
+    """Stretch an image, uint8 ``h w 3``, to a square and take its shading off; float32 ``s s 3``."""
+    small = resize_area(image, size, size).astype(np.float32) / 255.0
     return small - cv2.GaussianBlur(small, (0, 0), SHADING * size, borderType=cv2.BORDER_REFLECT)
 
 
 def explained_shares(
-    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Return how much of each masked region its exemplar explains, float64 ``(n,)`` from 0 to 1.
 
     Args:
-        pictures: uint8 ``h w 3`` each, or several of a case: ``v h w 3``, which returns ``(n, v)``.
+        images: uint8 ``h w 3`` each, or several of a case: ``v h w 3``, which returns ``(n, v)``.
         masks: uint8 ``h w`` each.
         exemplars: uint8 ``e f 3`` each.
     """
-    parts = [slice(i, i + AT_ONCE) for i in range(0, len(pictures), AT_ONCE)]
+    parts = [slice(i, i + AT_ONCE) for i in range(0, len(images), AT_ONCE)]
     with torch.inference_mode():
-        shares = [_shares(pictures[part], masks[part], exemplars[part]) for part in parts]
+        shares = [_shares(images[part], masks[part], exemplars[part]) for part in parts]
     result = np.concatenate(shares)
-    return result[:, 0] if pictures[0].ndim == 3 else result
+    return result[:, 0] if images[0].ndim == 3 else result
 
 
 def _shares(
-    pictures: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
+    images: Sequence[np.ndarray], masks: Sequence[np.ndarray], exemplars: Sequence[np.ndarray]
 ) -> np.ndarray:
-    versions = [one[None] if one.ndim == 3 else one for one in pictures]
+    versions = [one[None] if one.ndim == 3 else one for one in images]
     regions = [[region_pyramid(v, m) for v in one] for one, m in zip(versions, masks, strict=True)]
     views = len(versions[0])
     warps = _start(regions, exemplars)
@@ -110,29 +104,17 @@ def _start(
     return torch.stack(found)
 
 
-def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+def _stack(images: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-class CopyPasteMeasure(Measure):
-    """``copy-paste`` of the edits, ``copy-paste-true`` of the true objects, and their paired difference."""
+def copy_paste_measure() -> CaseMeasure:
+    """Make ``copy-paste`` of the edits, ``copy-paste-true`` of the true objects, and their difference."""
 
-    def __init__(self) -> None:
-        self.values: dict[int, np.ndarray] = {}
-
-    def update(self, batch: Batch) -> None:
-        """Measure edits and real pictures of a batch."""
+    def measure(batch: Batch) -> np.ndarray:
         pairs = [np.stack([e, c.image]) for e, c in zip(batch.edits, batch.cases, strict=True)]
         masks, exemplars = [c.mask for c in batch.cases], [c.exemplar for c in batch.cases]
-        self.values.update(zip(batch.positions, explained_shares(pairs, masks, exemplars), strict=True))
+        both = explained_shares(pairs, masks, exemplars)
+        return np.column_stack([both, both[:, 0] - both[:, 1]])
 
-    def finish(self, outcome: Outcome) -> list[Score]:
-        """Make the three scores."""
-        both = np.full((outcome.count, 2), np.nan)
-        both[list(self.values)] = list(self.values.values())
-        columns = (both[:, 0], both[:, 1], both[:, 0] - both[:, 1])
-        card = ScoreCard(**(CARD.to_dict() | {"reference_sha256": outcome.cases_sha256}))
-        return [
-            case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
-            for name, values in zip(NAMES, columns, strict=True)
-        ]
+    return CaseMeasure(measure, CARD)

@@ -11,8 +11,7 @@ import numpy as np
 
 from pbe.data.randomness import generator
 from pbe.errors import UserError
-from pbe.evaluation.metrics.bootstrap import resample_counts
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.metrics.bootstrap import Bootstrap, resample_counts
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Distance:
 def _checked(features: np.ndarray, what: str) -> np.ndarray:
     features = np.asarray(features, np.float64)
     if len(features) < 2:
-        raise UserError(f"a distance of sets needs at least two pictures; the {what} have {len(features)}")
+        raise UserError(f"a distance of sets needs at least two images; the {what} have {len(features)}")
     if not np.all(np.isfinite(features)):
-        raise UserError(f"features of the {what} are not finite; check pictures and weights")
+        raise UserError(f"features of the {what} are not finite; check images and weights")
     return features
 
 
@@ -54,14 +53,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return ``|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`` (Dowson and Landau 1982, eq. 4).
 
     The trace of the root is the sum of the singular values of the product of the covariances' factors,
-    which needs no matrix root and holds for singular covariances too.
-
-    Args:
-        a: ``(n, d)`` features.
-        b: ``(m, d)``.
-
-    Raises:
-        UserError: fewer than two rows, other widths, or numbers that are not finite.
+    which needs no matrix root and holds for singular covariances too. ``a`` is ``(n, d)``, ``b`` ``(m, d)``.
     """
     a, b = _pair(a, b)
     (mean_a, root_a), (mean_b, root_b) = _root(a), _root(b)
@@ -71,7 +63,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _checked(a, "edits"), _checked(b, "reference pictures")
+    a, b = _checked(a, "edits"), _checked(b, "reference images")
     if a.shape[1] != b.shape[1]:
         raise UserError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared")
     return a, b
@@ -82,7 +74,7 @@ def frechet(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
 
     The error is that of the jackknife over ``bootstrap.set_resamples`` groups of rows (Efron and Tibshirani
     1993, section 11.5): a bootstrap draws rows twice, which takes rank from the covariance and
-    misleads where there are fewer pictures than features.
+    misleads where there are fewer images than features.
     """
     value = frechet_distance(a, b)
     a, b = _pair(a, b)
@@ -131,13 +123,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Return the unbiased squared maximum mean discrepancy under the cubic kernel (Binkowski et al. 2018).
 
     All pairs are taken at once; the customary mean over random subsets estimates the same with more noise.
-
-    Args:
-        a: ``(n, d)`` features.
-        b: ``(m, d)``.
-
-    Raises:
-        UserError: fewer than two rows, other widths, or numbers that are not finite.
+    ``a`` is ``(n, d)``, ``b`` ``(m, d)``.
     """
     a, b = _pair(a, b)
     return _off_diagonal_mean(a) + _off_diagonal_mean(b) - 2.0 * float(np.mean(kernel_sums(a, b)))
@@ -146,7 +132,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
     """Return :func:`kernel_distance` with its standard error over the rows of ``a``.
 
-    A picture that a resample draws twice is not compared with itself.
+    An image that a resample draws twice is not compared with itself.
     """
     a, b = _pair(a, b)
     within = (a @ a.T / a.shape[1] + 1.0) ** 3
@@ -155,7 +141,7 @@ def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
     found = []
     for counts in resample_counts(len(a), bootstrap.set_resamples, bootstrap.seed):
         pairs = counts.sum() ** 2 - np.sum(counts**2)
-        if pairs == 0.0:  # one picture alone, again and again: only very small sets can draw that
+        if pairs == 0.0:  # one image alone, again and again: only very small sets can draw that
             continue
         found.append(counts @ within @ counts / pairs + constant - 2.0 * (counts @ across) / counts.sum())
     value = float(within.sum() / (len(a) * (len(a) - 1))) + constant - 2.0 * float(across.mean())

@@ -10,14 +10,11 @@ says nothing alone; whether the exemplar decided anything is another question (s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pbe.data.samples.crops import resize_area
+from pbe.evaluation.metrics.base import Batch, CaseMeasure, ScoreCard, by_case
 from pbe.evaluation.metrics.features import region
-from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Measure, Outcome
-from pbe.evaluation.metrics.results import Score, ScoreCard, case_score
 
 GRID = 8
 NAMES = ("layout-copy", "layout-copy-true")
@@ -31,17 +28,13 @@ COPY_CARD = ScoreCard(
 TRUE_CARD = ScoreCard(
     resize_filter=f"area, to {GRID} x {GRID}",
     crop_rule="bounding box of the mask",
-    notes="correlation of the region's colour layout with the real picture's",
+    notes="correlation of the region's colour layout with the real image's",
 )
 
 
-def layout(picture: np.ndarray) -> np.ndarray:
-    """Return a picture's colours on the grid, each channel's mean taken off; float64 ``(8, 8, 3)``.
-
-    Args:
-        picture: uint8 ``h w 3``.
-    """
-    small = resize_area(picture, GRID, GRID).astype(np.float64)
+def layout(image: np.ndarray) -> np.ndarray:
+    """Return an image's colours on the grid less each channel's mean, float64 ``(8, 8, 3)``."""
+    small = resize_area(image, GRID, GRID).astype(np.float64)
     return small - small.mean(axis=(0, 1))
 
 
@@ -52,55 +45,30 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def layout_copy(part: np.ndarray, exemplar: np.ndarray) -> float:
-    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2.
-
-    Args:
-        part: the region, uint8 ``h w 3``.
-        exemplar: uint8 ``e f 3``.
-    """
+    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2."""
     own, shown = layout(part), layout(exemplar)
     return agreement(own, shown) - agreement(own, shown[:, ::-1])
 
 
 def layout_true(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
-    """Return the correlation of an edit's layout inside the mask's box with the real picture's, -1 to 1.
-
-    Args:
-        image: the real picture, uint8 ``h w 3``.
-        edit: uint8 ``h w 3``.
-        mask: uint8 ``h w``, above 127 = repainted.
-    """
+    """Return the correlation of an edit's layout inside the mask's box with the real image's, -1 to 1."""
     return agreement(layout(region(edit, mask)), layout(region(image, mask)))
 
 
-class LayoutCopyMeasure(Measure):
-    """``layout-copy`` of the edits, and ``layout-copy-true`` of the true objects."""
+def layout_copy_measure() -> CaseMeasure:
+    """Make ``layout-copy`` of the edits, and ``layout-copy-true`` of the true objects."""
 
-    def __init__(self) -> None:
-        self.values: dict[int, list[float]] = {}
-
-    def update(self, batch: Batch) -> None:
-        """Measure edits and real pictures of a batch."""
-        for position, case, edit in zip(batch.positions, batch.cases, batch.edits, strict=True):
-            parts: Sequence[np.ndarray] = [region(edit, case.mask), region(case.image, case.mask)]
-            self.values[position] = [layout_copy(part, case.exemplar) for part in parts]
-
-    def finish(self, outcome: Outcome) -> list[Score]:
-        """Make the two scores."""
-        both = np.full((outcome.count, 2), np.nan)
-        both[list(self.values)] = list(self.values.values())
-        card = ScoreCard(**(COPY_CARD.to_dict() | {"reference_sha256": outcome.cases_sha256}))
-        return [
-            case_score(name, "clean", "lower", values, card, outcome.bootstrap, excluded=outcome.excluded)
-            for name, values in zip(NAMES, both.T, strict=True)
+    def measure(batch: Batch) -> np.ndarray:
+        pairs = zip(batch.cases, batch.edits, strict=True)
+        rows = [
+            [layout_copy(region(image, case.mask), case.exemplar) for image in (edit, case.image)]
+            for case, edit in pairs
         ]
+        return np.array(rows)
+
+    return CaseMeasure(measure, COPY_CARD)
 
 
 def layout_true_measure() -> CaseMeasure:
     """Make the measure ``layout-true``."""
-
-    def measure(batch: Batch) -> list[float]:
-        pairs = zip(batch.cases, batch.edits, strict=True)
-        return [layout_true(case.image, edit, case.mask) for case, edit in pairs]
-
-    return CaseMeasure("layout-true", "clean", "higher", measure, TRUE_CARD)
+    return CaseMeasure(by_case(layout_true), TRUE_CARD)

@@ -1,4 +1,4 @@
-"""Scores of finished edits, chosen by name, in one pass that holds one batch of pictures at a time."""
+"""Scores of finished edits, chosen by name, in one pass that holds one batch of images at a time."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.colour import colour_measure
-from pbe.evaluation.metrics.copy_paste import NAMES as COPY_PASTE, CopyPasteMeasure
-from pbe.evaluation.metrics.first_of import NAMES as FIRST_OF, FirstOfMeasure
+from pbe.evaluation.metrics import copy_paste, layout, pixels
+from pbe.evaluation.metrics.base import Batch, Case, Measure, Metric, NotRunError, Outcome, Score, reasons
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.frechet import frechet, kernel
-from pbe.evaluation.metrics.layout import NAMES as LAYOUT_COPY, LayoutCopyMeasure, layout_true_measure
-from pbe.evaluation.metrics.measures import Batch, Case, Measure, NotRunError, Outcome
-from pbe.evaluation.metrics.mixture import QualityMeasure, load_mixture
-from pbe.evaluation.metrics.outside import lpips_measure, psnr_measure, ssim_measure
-from pbe.evaluation.metrics.region_similarity import paper_region_measure, region_measure
-from pbe.evaluation.metrics.results import Better, Bootstrap, Family, Score, not_run, reasons
-from pbe.evaluation.metrics.seam import seam_measure
-from pbe.evaluation.metrics.set_scores import PictureFolder, SetMeasure
+from pbe.evaluation.metrics.quality import QualityMeasure, load_mixture
+from pbe.evaluation.metrics.regions import (
+    FIRST_OF,
+    FIRST_OF_SCORES,
+    FirstOfMeasure,
+    corrected_region_measure,
+    paper_region_measure,
+    region_measure,
+)
+from pbe.evaluation.metrics.sets import Compare, ImageFolder, SetMeasure
 from pbe.evaluation.metrics.towers import OTHERS_ALLOWED, TOWERS, Tower, load_tower
 
 Progress = Callable[[int, int], None]
@@ -43,9 +45,6 @@ class ScoreSettings:
         mixture: file of the Gaussian mixture of QS.
         drop_remainder: QS leaves out the cases that fill no batch of fifty, as the original does.
         device: where the towers run.
-
-    Raises:
-        UserError: an unknown or repeated metric, an unknown role, or an empty batch.
     """
 
     metrics: tuple[str, ...] = ()
@@ -82,9 +81,7 @@ class ScoreSettings:
 class Tools:
     """What measures are made with: the settings, and towers that are loaded once.
 
-    Args:
-        settings: of the scoring.
-        own_reference: sets are compared with the true pictures of the cases.
+    With ``own_reference`` sets are compared with the true images of the cases.
     """
 
     def __init__(self, settings: ScoreSettings, own_reference: bool) -> None:
@@ -100,17 +97,13 @@ class Tools:
             )
         return self._towers[role]
 
-    def frechet(self, name: str, family: Family, role: str, notes: str = "") -> Measure:
-        """Make a Frechet distance on a tower's features."""
-        return SetMeasure(name, family, self.tower(role), frechet, self.own_reference, notes)
-
-    def kernel(self, name: str, family: Family, role: str, notes: str = "") -> Measure:
-        """Make a kernel distance on a tower's features."""
-        return SetMeasure(name, family, self.tower(role), kernel, self.own_reference, notes)
+    def distance(self, compare: Compare, role: str, notes: str = "") -> Measure:
+        """Make a distance of sets on a tower's features."""
+        return SetMeasure(self.tower(role), compare, self.own_reference, notes)
 
     def lpips(self) -> Measure:
         """Make LPIPS outside the mask; raise NotRunError where its weights are not given."""
-        return lpips_measure(self.settings.weights.get("lpips"), self.settings.device)
+        return pixels.LpipsMeasure(self.settings.weights.get("lpips"), self.settings.device)
 
     def quality(self) -> Measure:
         """Make QS; raise NotRunError where no mixture is given."""
@@ -120,58 +113,37 @@ class Tools:
         return QualityMeasure(tower, self.settings.mixture, self.settings.drop_remainder)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A row of the registry.
-
-    Attributes:
-        family: of its scores.
-        better: which direction.
-        make: the measure; raises NotRunError where something it needs is not there.
-        scores: names of its scores where they are not just the metric's own.
-    """
-
-    family: Family
-    better: Better
-    make: Callable[[Tools], Measure]
-    scores: tuple[str, ...] = ()
-
-
 KID = "unbiased, cubic kernel, over all pairs rather than subsets"
 TOY_FD = "Frechet distance on EfficientNet-Lite2 features; no FID"
 CLIP_FID = "the original's FID: CLIP features without normalisation"
-METRICS: dict[str, Metric] = {
-    "clip-fid": Metric("paper", "lower", lambda tools: tools.frechet("clip-fid", "paper", "clip", CLIP_FID)),
-    "qs": Metric("paper", "higher", lambda tools: tools.quality()),
-    "region-clip": Metric(
-        "paper", "higher", lambda tools: paper_region_measure("region-clip", tools.tower("clip"))
+ROWS = (
+    Metric("clip-fid", "paper", "lower", lambda tools: tools.distance(frechet, "clip", CLIP_FID)),
+    Metric("qs", "paper", "higher", lambda tools: tools.quality()),
+    Metric("region-clip", "paper", "higher", lambda tools: paper_region_measure(tools.tower("clip"))),
+    Metric(
+        "region-clip-corrected",
+        "paper",
+        "higher",
+        lambda tools: corrected_region_measure(tools.tower("clip")),
     ),
-    "region-clip-corrected": Metric(
-        "paper", "higher", lambda tools: paper_region_measure("region-clip-corrected", tools.tower("clip"))
-    ),
-    "fid": Metric("clean", "lower", lambda tools: tools.frechet("fid", "clean", "inception")),
-    "kid": Metric("clean", "lower", lambda tools: tools.kernel("kid", "clean", "inception", KID)),
-    "clip-similarity": Metric(
-        "clean", "higher", lambda tools: region_measure("clip-similarity", "clean", tools.tower("clip"))
-    ),
-    "dino-similarity": Metric(
-        "clean", "higher", lambda tools: region_measure("dino-similarity", "clean", tools.tower("dino"))
-    ),
-    "lpips-outside": Metric("clean", "lower", lambda tools: tools.lpips()),
-    "psnr-outside": Metric("clean", "higher", lambda tools: psnr_measure()),
-    "ssim-outside": Metric("clean", "higher", lambda tools: ssim_measure()),
-    "seam": Metric("clean", "lower", lambda tools: seam_measure()),
-    "copy-paste": Metric("clean", "lower", lambda tools: CopyPasteMeasure(), COPY_PASTE),
-    "layout-copy": Metric("clean", "lower", lambda tools: LayoutCopyMeasure(), LAYOUT_COPY),
-    "layout-true": Metric("clean", "higher", lambda tools: layout_true_measure()),
-    "colour-inside": Metric("clean", "lower", lambda tools: colour_measure("inside")),
-    "colour-outside": Metric("clean", "lower", lambda tools: colour_measure("outside")),
-    "toy-fd": Metric("toy", "lower", lambda tools: tools.frechet("toy-fd", "toy", "lite2", TOY_FD)),
-    "toy-similarity": Metric(
-        "toy", "higher", lambda tools: region_measure("toy-similarity", "toy", tools.tower("lite2"))
-    ),
-    FIRST_OF[0]: Metric("toy", "higher", lambda tools: FirstOfMeasure(tools.tower("lite2")), FIRST_OF),
-}
+    Metric("fid", "clean", "lower", lambda tools: tools.distance(frechet, "inception")),
+    Metric("kid", "clean", "lower", lambda tools: tools.distance(kernel, "inception", KID)),
+    Metric("clip-similarity", "clean", "higher", lambda tools: region_measure(tools.tower("clip"))),
+    Metric("dino-similarity", "clean", "higher", lambda tools: region_measure(tools.tower("dino"))),
+    Metric("lpips-outside", "clean", "lower", lambda tools: tools.lpips()),
+    Metric("psnr-outside", "clean", "higher", lambda tools: pixels.psnr_measure()),
+    Metric("ssim-outside", "clean", "higher", lambda tools: pixels.ssim_measure()),
+    Metric("seam", "clean", "lower", lambda tools: pixels.seam_measure()),
+    Metric("copy-paste", "clean", "lower", lambda tools: copy_paste.copy_paste_measure(), copy_paste.NAMES),
+    Metric("layout-copy", "clean", "lower", lambda tools: layout.layout_copy_measure(), layout.NAMES),
+    Metric("layout-true", "clean", "higher", lambda tools: layout.layout_true_measure()),
+    Metric("colour-inside", "clean", "lower", lambda tools: pixels.colour_measure("inside")),
+    Metric("colour-outside", "clean", "lower", lambda tools: pixels.colour_measure("outside")),
+    Metric("toy-fd", "toy", "lower", lambda tools: tools.distance(frechet, "lite2", TOY_FD)),
+    Metric("toy-similarity", "toy", "higher", lambda tools: region_measure(tools.tower("lite2"))),
+    Metric(FIRST_OF, "toy", "higher", lambda tools: FirstOfMeasure(tools.tower("lite2")), FIRST_OF_SCORES),
+)
+METRICS: dict[str, Metric] = {row.name: row for row in ROWS}
 
 
 def score(
@@ -189,16 +161,13 @@ def score(
         edits: one for each case, in the same order, uint8 ``h w 3`` of the size of its case's image; read
             likewise. None where an edit is missing: the case is left out, and the cards say so.
         settings: which scores, with what.
-        reference: folder of real pictures that Frechet and kernel distances compare with; None takes the
-            true pictures of the cases.
+        reference: folder of real images that Frechet and kernel distances compare with; None takes the
+            true images of the cases.
         progress: called with (cases scored, cases in all) after each batch.
         why_absent: asked for the reason where an edit at a position is None.
 
     Returns:
         The scores in the order of the settings; those that lack something (weights) with ``run`` False.
-
-    Raises:
-        UserError: not as many edits as cases, or not one edit that can be scored.
     """
     if len(cases) != len(edits):
         raise UserError(f"there are {len(edits)} edits for {len(cases)} cases; there must be one for each")
@@ -216,8 +185,8 @@ def score(
     if left_out == len(cases):
         raise UserError(f"no edit can be scored: {reasons(excluded) or 'the benchmark is empty'}")
     outcome = Outcome(len(cases), excluded, digest.hexdigest(), settings.bootstrap, reference_sha256)
-    made = {name: measure.finish(outcome) for name, measure in measures.items()}
-    return [one for name in settings.chosen for one in made.get(name, absent.get(name, []))]
+    made = {name: measure.finish(METRICS[name], outcome) for name, measure in measures.items()}
+    return [one for name in settings.chosen for one in (made | absent)[name]]
 
 
 def check_tools(settings: ScoreSettings, reference: Path | None = None) -> list[str]:
@@ -225,17 +194,14 @@ def check_tools(settings: ScoreSettings, reference: Path | None = None) -> list[
 
     Returns:
         Names of the scores that will have a number for each case.
-
-    Raises:
-        UserError: weights, mixture or the folder of real pictures cannot be used.
     """
     if reference is not None:
-        PictureFolder(reference)
+        ImageFolder(reference)
     if settings.mixture is not None:
         load_mixture(settings.mixture)
     made, _ = _measures(Tools(replace(settings, device="cpu"), own_reference=reference is None))
     by_case = [name for name, measure in made.items() if not isinstance(measure, SetMeasure)]
-    return [one for name in by_case for one in METRICS[name].scores or (name,)]
+    return [one for name in by_case for one in METRICS[name].scores]
 
 
 def _measures(tools: Tools) -> tuple[dict[str, Measure], dict[str, list[Score]]]:
@@ -243,25 +209,23 @@ def _measures(tools: Tools) -> tuple[dict[str, Measure], dict[str, list[Score]]]
     measures: dict[str, Measure] = {}
     absent: dict[str, list[Score]] = {}
     for name in tools.settings.chosen:
-        row = METRICS[name]
         try:
-            measures[name] = row.make(tools)
+            measures[name] = METRICS[name].make(tools)
         except NotRunError as error:
-            names = row.scores or (name,)
-            absent[name] = [not_run(one, row.family, row.better, str(error)) for one in names]
+            absent[name] = METRICS[name].not_run(str(error))
     return measures, absent
 
 
 def _read_reference(folder: Path | None, measures: dict[str, Measure], batch_size: int) -> str:
-    """Show the real pictures to those measures that need them; return their hash."""
+    """Show the real images to those measures that need them; return their hash."""
     wanting = [measure for measure in measures.values() if isinstance(measure, SetMeasure)]
     if folder is None or not wanting:
         return ""
-    pictures = PictureFolder(folder)
-    for batch in pictures.batches(batch_size):
+    images = ImageFolder(folder)
+    for batch in images.batches(batch_size):
         for measure in wanting:
             measure.update_reference(batch)
-    return pictures.digest.hexdigest()
+    return images.digest.hexdigest()
 
 
 def _batches(
@@ -292,7 +256,7 @@ def _batches(
 
 
 def _case_digest(case: Case) -> bytes:
-    """Return the SHA-256 of what scores compare an edit with: name, true picture, mask, exemplar, shapes."""
+    """Return the SHA-256 of what scores compare an edit with: name, true image, mask, exemplar, shapes."""
     arrays = (case.image, case.mask, case.exemplar)
     digest = hashlib.sha256(json.dumps([case.id, *(array.shape for array in arrays)]).encode())
     for array in arrays:
@@ -305,9 +269,9 @@ def find_fault(case: Case, edit: np.ndarray | None) -> str:
     if edit is None:
         return "missing"
     if edit.dtype != np.uint8 or edit.ndim != 3 or edit.shape[2] != 3:
-        return "not an 8-bit RGB picture"
+        return "not an 8-bit RGB image"
     if edit.shape != case.image.shape:
         return "of another size than its case"
     if case.mask.shape != edit.shape[:2]:
         return "with a mask of another size"
-    return "" if np.any(case.mask > 127) else "without a hole in the mask"
+    return "" if np.any(case.mask > 127) else "with an empty mask"

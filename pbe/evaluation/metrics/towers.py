@@ -26,6 +26,7 @@ from pbe.checkpoints.readers import is_program
 from pbe.checkpoints.tower_weights import image_tower, load_strictly, read_state
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.evaluation.metrics.base import NotRunError
 from pbe.evaluation.metrics.features import (
     RESIZE_FILTER,
     SIZE as LITE_SIZE,
@@ -33,7 +34,6 @@ from pbe.evaluation.metrics.features import (
     build_lite,
     to_input,
 )
-from pbe.evaluation.metrics.measures import NotRunError
 from pbe.models.tower import build_tower, lite_weights, tagged_tower
 
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
@@ -82,14 +82,7 @@ OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 class Tower:
-    """A frozen network that turns pictures into features, float32 ``(n, width)``.
-
-    Args:
-        spec: its architecture and input.
-        network: ``(b, 3, s, s)`` normalised to ``(b, width)``.
-        sha256: of its weights.
-        device: where it runs.
-    """
+    """A frozen network, ``(b, 3, s, s)`` normalised to ``(b, width)``, that turns images into features."""
 
     whole_filter, squashed_filter = WHOLE, SQUASHED
 
@@ -98,17 +91,17 @@ class Tower:
         self.key = f"{spec} {sha256}"  # under which features are shared
         self.network = network.eval().requires_grad_(False).to(device)
 
-    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the features of pictures, uint8 ``h w 3``, shown as :attr:`whole_filter` says."""
-        return self.run([self.normalise(centre_crop(one, self.spec.size)) for one in pictures])
+    def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features of images, uint8 ``h w 3``, shown as :attr:`whole_filter` says."""
+        return self.run([self.normalise(centre_crop(one, self.spec.size)) for one in images])
 
-    def squashed(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the features of pictures, uint8 ``h w 3``, shown as :attr:`squashed_filter` says."""
-        return self.run([self.normalise(squash(one, self.spec.size)) for one in pictures])
+    def squashed(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the features of images, uint8 ``h w 3``, shown as :attr:`squashed_filter` says."""
+        return self.run([self.normalise(squash(one, self.spec.size)) for one in images])
 
-    def normalise(self, picture: np.ndarray) -> Tensor:
-        """Return a picture, uint8 ``h w 3``, normalised for the network, float32 ``(3, h, w)``."""
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
+    def normalise(self, image: np.ndarray) -> Tensor:
+        """Return an image, uint8 ``h w 3``, normalised for the network, float32 ``(3, h, w)``."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
         mean, std = torch.tensor(self.spec.mean), torch.tensor(self.spec.std)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
@@ -119,27 +112,27 @@ class Tower:
 
 
 class LiteTower(Tower):
-    """EfficientNet-Lite2 as the toy world's scores have always used it."""
+    """EfficientNet-Lite2 as the toy world's scores have always used it: images stretched to the square."""
 
     whole_filter = squashed_filter = RESIZE_FILTER
 
-    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the features of pictures stretched to the square."""
-        return self.run([to_input(one)[0] for one in pictures])
+    def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the 1280 pooled features of images."""
+        return self.run([to_input(one)[0] for one in images])
 
     squashed = whole
 
 
 class InceptionTower(Tower):
-    """torch-fidelity's Inception, which brings its own resize; pictures may differ in size."""
+    """torch-fidelity's Inception, which brings its own resize; images may differ in size."""
 
     whole_filter = squashed_filter = INCEPTION
 
-    def whole(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the 2048 pooled features of pictures."""
+    def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the 2048 pooled features of images."""
         features = []
         with torch.inference_mode():
-            for one in pictures:
+            for one in images:
                 pixels = torch.from_numpy(np.array(one)).permute(2, 0, 1)[None]
                 features.append(self.network(pixels.to(self.device))[0].float().cpu().numpy())
         return np.concatenate(features)
@@ -147,25 +140,22 @@ class InceptionTower(Tower):
     squashed = whole
 
 
-def squash(picture: np.ndarray, size: int) -> np.ndarray:
-    """Stretch a picture, uint8 ``h w 3``, to a square with Pillow's antialiased bicubic filter."""
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
+def squash(image: np.ndarray, size: int) -> np.ndarray:
+    """Stretch an image, uint8 ``h w 3``, to a square with Pillow's antialiased bicubic filter."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def centre_crop(
-    picture: np.ndarray, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+    image: np.ndarray, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Show a picture as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out.
+    """Show an image as CLIP's own preprocessing does: the shorter side to ``size``, the middle cut out.
 
-    Args:
-        picture: uint8 ``h w 3``.
-        size: sides of the result, pixels.
-        resampling: Pillow's antialiased filter; bicubic is CLIP's.
+    The image is uint8 ``h w 3``, the filter one of Pillow's antialiased; bicubic is CLIP's.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     short = min(height, width)
     scaled = (size * width // short, size * height // short)
-    resized = np.asarray(Image.fromarray(picture).resize(scaled, resampling))
+    resized = np.asarray(Image.fromarray(image).resize(scaled, resampling))
     top, left = round((scaled[1] - size) / 2), round((scaled[0] - size) / 2)
     return resized[top : top + size, left : left + size]
 
@@ -178,12 +168,8 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
         architecture: another one than the role's own; its input stays the role's.
         weights: a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of all of CLIP or of
             its image tower), for ``clip`` also a tag of open_clip, which may download. None: not
-            given; Lite2 has its package.
+            given, a NotRunError; Lite2 has its package.
         device: where it runs.
-
-    Raises:
-        NotRunError: no weights are given.
-        UserError: the architecture is unknown, or the weights cannot be read or are another network's.
     """
     spec = TOWERS[role]
     if architecture is not None and role not in OTHERS_ALLOWED:
@@ -208,32 +194,25 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
 
 
 def build_network(spec: TowerSpec) -> nn.Module:
-    """Return the untrained network of a specification.
-
-    Raises:
-        UserError: the architecture is unknown, or is for pictures of another size.
-    """
+    """Return the untrained network of a specification."""
     name = spec.architecture
     if name.startswith("vit/"):
         return build_tower(ExemplarEncoderConfig(tower=name, image_size=spec.size))[0]
     if name.startswith("timm/"):
-        if not timm.is_model(name.removeprefix("timm/")):
-            raise UserError(f"timm has no model '{name.removeprefix('timm/')}'")
-        _check_side(name, spec.size)
-        return timm.create_model(name.removeprefix("timm/"), pretrained=False, num_classes=0)
+        model = name.removeprefix("timm/")
+        if not timm.is_model(model):
+            raise UserError(f"timm has no model '{model}'")
+        known = timm.get_pretrained_cfg(model)
+        if known is not None and known.fixed_input_size and known.input_size[-1] != spec.size:
+            side = known.input_size[-1]
+            raise UserError(f"{name} takes images of {side} pixels; the score's have {spec.size}")
+        return timm.create_model(model, pretrained=False, num_classes=0)
     known = open_clip.get_model_config(name)
     if known is None:
         raise UserError(f"'{name}' is no architecture of open_clip.list_models(), nor timm/<name>")
     vision = dict(known["vision_cfg"]) | {"image_size": spec.size}
     quick = bool(known.get("quick_gelu", False))
     return _build_vision_tower(known["embed_dim"], CLIPVisionCfg(**vision), quick_gelu=quick)
-
-
-def _check_side(name: str, size: int) -> None:
-    """Refuse a network of timm's that takes no other size than another one."""
-    known = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-    if known is not None and known.fixed_input_size and known.input_size[-1] != size:
-        raise UserError(f"{name} takes pictures of {known.input_size[-1]} pixels; the score's have {size}")
 
 
 def _load_lite(spec: TowerSpec, weights: str | None, device: str) -> Tower:

@@ -1,6 +1,6 @@
-"""Affine warps of one small picture onto another: a fixed grid of them, and Gauss-Newton from its best.
+"""Affine warps of one small image onto another: a fixed grid of them, and Gauss-Newton from its best.
 
-All coordinates are those of ``grid_sample`` without aligned corners: both pictures span [-1, 1] squared,
+All coordinates are those of ``grid_sample`` without aligned corners: both images span [-1, 1] squared,
 whatever their aspect, so that the identity is the exemplar stretched over the region. A warp is a matrix
 ``2 3`` that takes a place of the region to the place of the exemplar that is shown there.
 """
@@ -34,31 +34,25 @@ def warp_grid(flips: bool = True) -> Tensor:
 
 
 def places(size: int) -> Tensor:
-    """Return the pixel centres of a square picture as ``(x, y, 1)``, float32 ``(size * size, 3)``."""
+    """Return the pixel centres of a square image as ``(x, y, 1)``, float32 ``(size * size, 3)``."""
     axis = (torch.arange(size) + 0.5) * 2 / size - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x, y, torch.ones_like(x)], dim=-1).view(-1, 3)
 
 
-def sample(pictures: Tensor, warps: Tensor, size: int) -> Tensor:
-    """Show pictures through warps; what lies beyond a picture is zero.
+def sample(images: Tensor, warps: Tensor, size: int) -> Tensor:
+    """Show images ``(b, c, h, w)`` through ``k`` warps each, ``(b, k, 2, 3)``; return ``(b, k, c, size^2)``.
 
-    Args:
-        pictures: ``(b, c, h, w)``.
-        warps: ``(b, k, 2, 3)``, ``k`` for each picture.
-        size: side of the outputs.
-
-    Returns:
-        ``(b, k, c, size * size)``.
+    What lies beyond an image is zero.
     """
     b, k = warps.shape[:2]
     grid = torch.einsum("bkij,nj->bkni", warps, places(size))
-    shown = F.grid_sample(pictures, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    shown = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return shown.view(b, -1, k, size * size).transpose(1, 2)
 
 
 def explained(target: Tensor, shown: Tensor, weight: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Return the share of a target's energy that warped pictures explain, a gain for each channel free.
+    """Return the share of a target's energy that warped images explain, a gain for each channel free.
 
     Args:
         target: ``(b, c, n)``.
@@ -78,13 +72,13 @@ def explained(target: Tensor, shown: Tensor, weight: Tensor, floor: float) -> tu
     return (gains * cross).sum(-1) / (total + target.shape[1] * noise)[:, None], gains
 
 
-def gradients(pictures: Tensor) -> Tensor:
-    """Return pictures with their derivatives along x and y, ``(b, 3 c, h, w)``; a side is two long."""
-    size = pictures.shape[-1]
-    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
+def gradients(images: Tensor) -> Tensor:
+    """Return images with their derivatives along x and y, ``(b, 3 c, h, w)``; a side is two long."""
+    size = images.shape[-1]
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     along_x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * size / 4
     along_y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) * size / 4
-    return torch.cat([pictures, along_x, along_y], dim=1)
+    return torch.cat([images, along_x, along_y], dim=1)
 
 
 def refine(
@@ -92,22 +86,14 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Improve warps by damped Gauss-Newton steps on the squared error; keep the best of each.
 
-    Args:
-        exemplar: ``(b, c, s, s)``.
-        target: ``(b, c, s, s)``.
-        weight: ``(b, s, s)``.
-        warps: ``(b, k, 2, 3)`` to start from.
-        floor: see :func:`explained`.
-        steps: how many.
-
-    Returns:
-        The best shares ``(b, k)`` and their warps.
+    Exemplars and targets are ``(b, c, s, s)``, their weights ``(b, s, s)``, the warps to start from
+    ``(b, k, 2, 3)``; ``floor`` is that of :func:`explained`. Returns the best shares ``(b, k)`` and warps.
     """
     size, channels = target.shape[-1], target.shape[1]
-    pictures, goal, mask = gradients(exemplar), target.flatten(2), weight.flatten(1)
+    images, goal, mask = gradients(exemplar), target.flatten(2), weight.flatten(1)
     best, best_warps = torch.full(warps.shape[:2], -1.0), warps
     for step in range(steps + 1):
-        shown, along_x, along_y = sample(pictures, warps, size).split(channels, dim=2)
+        shown, along_x, along_y = sample(images, warps, size).split(channels, dim=2)
         share, gains = explained(goal, shown, mask, floor)
         better = (share > best) & allowed(warps)
         best = torch.where(better, share, best)
@@ -131,11 +117,8 @@ def allowed(warps: Tensor) -> Tensor:
 def _newton_step(error: Tensor, slopes: Tensor, weight: Tensor, size: int) -> Tensor:
     """Return the change of the warps, ``(b, k, 2, 3)``.
 
-    Args:
-        error: ``(b, k, c, n)``.
-        slopes: ``(b, k, 2, c, n)`` derivatives of what is shown, along x and y.
-        weight: ``(b, n)``.
-        size: side of the pictures.
+    ``error`` is ``(b, k, c, n)``, ``slopes`` are the derivatives of what is shown along x and y,
+    ``(b, k, 2, c, n)``, and ``weight`` is ``(b, n)``.
     """
     basis = places(size)  # n 3
     pairs = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # n 9

@@ -1,1 +1,1 @@
-"""Report pages and tables."""
+"""What reports are made of: tables of texts, and sheets of images."""

@@ -22,12 +22,12 @@ from pbe.data.randomness import permutation
 from pbe.editing.batch.records import write_image, write_json
 from pbe.editing.images import grey_out
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder
-from pbe.evaluation.report.html import data_uri, page_environment, write_html
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.files import expand_home, make_folder
+from pbe.html import data_uri, render_page, write_html
 
-TEMPLATE = "study/page.html.j2"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 KEY = "key.json"
 KEY_FORMAT = "pbe-study-key-1"
 PAGE = "page"
@@ -106,7 +106,7 @@ def make_study(
     )
     questions = [{"id": name, "text": text} for name, text in QUESTIONS.items()]
     data = {"study": study, "title": settings.title, "questions": questions, "groups": groups}
-    page = page_environment().get_template(TEMPLATE).render(title=settings.title, data=data)
+    page = render_page(TEMPLATE, title=settings.title, data=data)
     write_html(page, published / "index.html")
     return published / "index.html"
 

@@ -19,9 +19,9 @@ from scipy.stats import binomtest
 from pbe.data.randomness import generator
 from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.sheets import at_side
-from pbe.evaluation.benchmark.toy import SPLIT, BenchmarkCase
+from pbe.evaluation.benchmark.toy import SPLIT, ToyCase
 from pbe.evaluation.metrics.bootstrap import LEVEL, Estimate
+from pbe.evaluation.report.sheets import at_side
 from pbe.files import write_text
 
 LETTERS = "abcd"
@@ -63,7 +63,7 @@ def readable(name: str) -> str:
     return UNNAMED.get(name, name)
 
 
-def make_questions(world: ToyWorld, cases: Sequence[BenchmarkCase], seed: int = 0) -> list[Question]:
+def make_questions(world: ToyWorld, cases: Sequence[ToyCase], seed: int = 0) -> list[Question]:
     """Draw three further names for each case from those of all other test objects, and an order of the four.
 
     The draw belongs to seed and object, so edits, true images and other models get the same questions.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pbe.evaluation.ablation.auc import exemplar_auc, own_share
-from pbe.evaluation.benchmark.cases import Case
-from pbe.evaluation.benchmark.toy import BenchmarkCase
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.benchmark.toy import ToyCase
+from pbe.evaluation.metrics.base import Case
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 
 
 def test_the_share_of_exemplars_that_are_further() -> None:
@@ -18,7 +18,7 @@ def test_the_share_of_exemplars_that_are_further() -> None:
     np.testing.assert_allclose(own_share(regions, exemplars), [1.0, 0.5, 0.75])
 
 
-def test_pasted_exemplars_are_found_and_those_of_others_are_not(cases: list[BenchmarkCase]) -> None:
+def test_pasted_exemplars_are_found_and_those_of_others_are_not(cases: list[ToyCase]) -> None:
     mask = np.full(cases[0].exemplar.shape[:2], 255, np.uint8)
     shown = [Case(str(i), case.exemplar, mask, case.exemplar) for i, case in enumerate(cases)]
     own = [case.exemplar for case in cases]

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from pbe.evaluation.ablation.pose import NAMES, pose_scores
-from pbe.evaluation.benchmark.toy import BenchmarkCase
-from pbe.evaluation.metrics.results import Bootstrap
+from pbe.evaluation.benchmark.toy import ToyCase
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 
 FEW = Bootstrap(resamples=200)
 
 
-def pasted(case: BenchmarkCase, exemplar: np.ndarray) -> np.ndarray:
+def pasted(case: ToyCase, exemplar: np.ndarray) -> np.ndarray:
     x, y, width, height = cv2.boundingRect(case.mask)
     edit = case.image.copy()
     edit[y : y + height, x : x + width] = cv2.resize(exemplar, (width, height), interpolation=cv2.INTER_AREA)
     return edit
 
 
-def test_a_copier_pays_for_the_pose_and_one_who_knows_the_object_does_not(cases: list[BenchmarkCase]) -> None:
+def test_a_copier_pays_for_the_pose_and_one_who_knows_the_object_does_not(cases: list[ToyCase]) -> None:
     own = [case.image for case in cases]  # a copy of the hidden object in its place is the picture itself
     copier = pose_scores(cases, [pasted(case, case.exemplar) for case in cases], own, FEW)
     assert [one.name for one in copier] == list(NAMES)
@@ -33,7 +33,7 @@ def test_a_copier_pays_for_the_pose_and_one_who_knows_the_object_does_not(cases:
     assert knower[1].card.pictures == len(cases)
 
 
-def test_the_gap_is_paired(cases: list[BenchmarkCase]) -> None:
+def test_the_gap_is_paired(cases: list[ToyCase]) -> None:
     """Swapping the roles of the edits turns the sign of every case's gap."""
     first = [case.image for case in cases]
     second = [pasted(case, case.exemplar) for case in cases]

@@ -24,10 +24,10 @@ from pbe.evaluation.ablation.results import compare, estimate_of, gather
 from pbe.evaluation.ablation.scoring import GIVEN, Measured
 from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
-from pbe.evaluation.benchmark.toy_export import export_toy_benchmark
+from pbe.evaluation.benchmark.toy import export_toy_benchmark
+from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
 from pbe.evaluation.metrics.bootstrap import Estimate
-from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
-from pbe.evaluation.report.html import Table
+from pbe.evaluation.report.tables import Table
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CASES = 6
@@ -207,7 +207,7 @@ def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> 
         ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
         ({"mixture": str(tmp_path / "none")}, "no mixture"),
         ({"mixture": str(weights)}, "cannot be read as a mixture"),
-        ({"reference": str(tmp_path / "none")}, "no folder of pictures"),
+        ({"reference": str(tmp_path / "none")}, "no folder of images"),
     ):
         with pytest.raises(UserError, match=message):
             scores_of(tmp_path, **given)

@@ -1,317 +1,104 @@
-"""COCOEE's folders: built, checked, damaged; and the builder's rules."""
+"""The toy benchmark as files, and a benchmark's folder read as cases."""
 
 from __future__ import annotations
 
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.packing.merge import held_out
-from pbe.data.sources.csv_table import read_csv
-from pbe.data.sources.records import Annotations
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import coco_ee
-from pbe.evaluation.benchmark.coco_ee import (
-    SIZE,
-    BuildSettings,
-    build_benchmark,
-    find_problems,
-    read_benchmark,
-)
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import is_whole
+from pbe.evaluation.benchmark.toy import export_toy_benchmark, make_case
 from tests.commands import build_benchmark as command
-from tests.data.samples.test_colour import in_srgb, wide_gamut
-
-
-def split(folder: Path, start: int, count: int) -> Annotations:
-    """Pictures of a grey ground with one bright box; cats in even ones and dogs in odd ones."""
-    folder.mkdir()
-    lines = ["file,x1,y1,x2,y2,label"]
-    for number in range(start, start + count):
-        image = np.full((300, 400, 3), number % 100, np.uint8)
-        image[100:180, 200:300] = 255 if number % 2 else 200
-        cv2.imwrite(str(folder / f"{number:012d}.png"), image)
-        lines += [
-            f"{number:012d}.png,200,100,300,180,{'dog' if number % 2 else 'cat'}",
-            f"{number:012d}.png,0,0,400,300,sky",
-        ]
-    (folder / "boxes.csv").write_text("\n".join(lines))
-    return read_csv(folder / "boxes.csv", folder)
-
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Annotations, Annotations]:
-    folder = tmp_path_factory.mktemp("splits")
-    return split(folder / "val", 1000, 8), split(folder / "train", 0, 6)
 
 
 @pytest.fixture
-def bench(splits: tuple[Annotations, Annotations], tmp_path: Path) -> Path:
-    assert build_benchmark(*splits, tmp_path / "bench", BuildSettings(cases=5)) == 5
-    return tmp_path / "bench"
+def bench(bench_files: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(bench_files, tmp_path / "bench"))
 
 
-def test_built_benchmark_is_whole_and_deterministic(
-    splits: tuple[Annotations, Annotations], bench: Path, tmp_path: Path
-) -> None:
-    assert find_problems(bench) == []
-    cases = read_benchmark(bench, pixels=True)
-    assert len(cases) == 5
-    build_benchmark(*splits, tmp_path / "again", BuildSettings(cases=5))
-    files = [path.relative_to(bench) for path in sorted(bench.rglob("*.*"))]
-    assert len(files) == 16
-    assert all((bench / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
+def test_exported_cases_are_the_benchmark_bit_for_bit(world, bench_files):
+    folder = BenchmarkFolder(bench_files)
+    assert folder.ids == [f"{index:012d}" for index in range(7)]
+    for index in (0, 6):
+        wanted, read = make_case(world, index, 0, 32, 48), folder[index]
+        assert read.id == f"{index:012d}"
+        for name in ("image", "mask", "exemplar"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(wanted, name))
+    assert folder.sizes == [(32, 32)] * 7
+    assert [case.id for case in folder[2:4]] == folder.ids[2:4]
 
 
-def test_hole_and_exemplar_belong_together(bench: Path) -> None:
-    for case in read_benchmark(bench):
-        image, exemplar = cv2.imread(str(case.image)), cv2.imread(str(case.exemplar))
-        mask = cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
-        assert image.shape == (SIZE, SIZE, 3)
-        wanted = 255 if case.number % 2 else 200
-        inner = cv2.erode(mask, np.ones((15, 15), np.uint8)) > 0
-        outer = cv2.dilate(mask, np.ones((15, 15), np.uint8)) == 0
-        assert np.all(image[inner] == wanted), "the hole lies on the object"
-        assert np.all(image[outer] == case.number % 100)
-        assert exemplar.shape == (80, 100, 3), "the exemplar is the object of another picture"
-        assert np.all(exemplar == wanted), "and of the same label"
-        assert (mask > 0).mean() <= 0.5
-
-
-def test_list_of_what_is_missing(bench: Path) -> None:
-    one, two, three, four, _ = read_benchmark(bench)
-    one.image.unlink()
-    two.exemplar.write_bytes(b"junk")
-    cv2.imwrite(str(three.image), np.zeros((256, 512, 3), np.uint8))
-    cv2.imwrite(str(three.mask), np.full((SIZE, SIZE), 127, np.uint8))
-    cv2.imwrite(str(four.mask), np.zeros((SIZE, SIZE), np.uint8))
-    (bench / "Ref_3500" / "stray.png").write_bytes(b"")
-    problems = find_problems(bench)
-    assert problems == [
-        f"GT_3500/{one.image.name} is missing",
-        f"Ref_3500/{two.exemplar.name} cannot be read",
-        f"{three.image.name} is 512 x 256, not 512 x 512",
-        f"{three.mask.name} holds other values than 0 and 255",
-        f"{four.mask.name} is all black",
-        "Ref_3500 holds 1 files that id_list.npy does not name: stray.png ...",
-    ]
-    with pytest.raises(UserError, match=r"no whole benchmark: GT_3500/.* is missing"):
-        read_benchmark(bench)
-
-
-def test_a_picture_that_cannot_be_read_has_no_size(bench: Path) -> None:
-    one = read_benchmark(bench)[0]
-    one.image.write_bytes(b"junk")
-    assert find_problems(bench, size=0) == [f"GT_3500/{one.image.name} cannot be read"]
-
-
-def test_folders_and_lists_that_are_none(tmp_path: Path) -> None:
-    assert find_problems(tmp_path) == [
-        "the folder GT_3500 is missing",
-        "the folder Mask_bbox_3500 is missing",
-        "the folder Ref_3500 is missing",
-        "id_list.npy is missing",
-    ]
-    (tmp_path / "id_list.npy").write_bytes(b"junk")
-    assert "is no list of numbers" in find_problems(tmp_path)[-1]
-    np.save(tmp_path / "id_list.npy", np.array([1.0, np.inf]))
-    assert "is no list of numbers" in find_problems(tmp_path)[-1]
-    with (tmp_path / "id_list.npy").open("wb") as file:
-        np.savez(file, ids=np.array([7]))
-    assert "is no list of numbers (it is an archive" in find_problems(tmp_path)[-1]
-    (tmp_path / "id_list.npy").write_bytes((tmp_path / "id_list.npy").read_bytes()[:60])
-    assert "is no list of numbers" in find_problems(tmp_path)[-1]
-    np.save(tmp_path / "id_list.npy", np.zeros(0, np.int64))
-    assert find_problems(tmp_path)[-1] == "id_list.npy is empty: a benchmark without cases"
-    np.save(tmp_path / "id_list.npy", np.array([7, 7]))
-    assert "id_list.npy names 7 2 times" in find_problems(tmp_path)
-
-
-def test_complaints_of_the_builder(splits: tuple[Annotations, Annotations], tmp_path: Path) -> None:
-    sources, exemplars = splits
-    with pytest.raises(UserError, match="share 8 pictures"):
-        build_benchmark(sources, sources, tmp_path / "a", BuildSettings())
-    with pytest.raises(UserError, match="only 8 of 9 cases"):
-        build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=9))
-    with pytest.raises(UserError, match="take objects from its other images"):
-        build_benchmark(sources, sources, tmp_path / "a", BuildSettings())
-    with pytest.raises(UserError, match="at least 16"):
-        build_benchmark(sources, exemplars, tmp_path / "a", BuildSettings(size=8))
-    assert sorted(tmp_path.iterdir()) == [], "nothing is claimed, nothing is left"
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="is not empty"):
-        build_benchmark(sources, exemplars, tmp_path / "b", BuildSettings(cases=1))
-    assert [path.name for path in tmp_path.rglob("*")] == ["b", "mine.txt"]
-
-
-def test_what_is_in_the_way_is_counted(splits: tuple[Annotations, Annotations], tmp_path: Path) -> None:
-    """The sky fills the whole image in all of them; no train object of 200 px is there."""
-    sources, exemplars = splits
-    with pytest.raises(UserError) as raised:
-        build_benchmark(sources, exemplars, tmp_path / "a", BuildSettings(min_exemplar_side=200.0))
-    assert "only 0 of 3500 cases could be made (" in str(raised.value)
-    assert "not 2% to 50% of the square: 8" in str(raised.value)
-    assert "no other image's object of its label, 200 px or more: 8" in str(raised.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_damaged_image_of_unknown_size_is_passed_over(tmp_path: Path) -> None:
-    found = split(tmp_path / "all", 0, 6)
-    (tmp_path / f"all/{2:012d}.png").write_bytes(b"junk")
-    assert build_benchmark(found, None, tmp_path / "bench", BuildSettings(cases=0)) == 5
-    with pytest.raises(UserError, match=r"only 5 of 6 cases could be made \(.*damaged.*: 1"):
-        build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
-
-
-def test_two_files_of_boxes_over_one_folder(tmp_path: Path) -> None:
-    split(tmp_path / "all", 0, 8)
-    header, *lines = (tmp_path / "all/boxes.csv").read_text().split("\n")
-    parts = []
-    for name, part in (("one", lines[:8]), ("two", lines[8:]), ("both", lines[6:])):
-        (tmp_path / f"{name}.csv").write_text("\n".join([header, *part]))
-        parts.append(read_csv(tmp_path / f"{name}.csv", tmp_path / "all"))
-    assert build_benchmark(parts[0], parts[1], tmp_path / "bench", BuildSettings(cases=4)) == 4
-    with pytest.raises(UserError, match="share 1 pictures"):
-        build_benchmark(parts[0], parts[2], tmp_path / "other", BuildSettings(cases=4))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_build_leaves_nothing_and_can_be_started_again(
-    splits: tuple[Annotations, Annotations],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-) -> None:
-    out = tmp_path / "bench"
-    out.mkdir()
-    write, written = coco_ee.write_case, []
-
-    def fail(*arguments: object) -> None:
-        if len(written) == 2:
-            raise error
-        written.append(write(*arguments))  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(coco_ee, "write_case", fail)
-        with pytest.raises((KeyboardInterrupt, UserError), match=r"^$|cannot be written: No space left"):
-            build_benchmark(*splits, out, BuildSettings(cases=5))
-    assert [path.name for path in tmp_path.rglob("*")] == ["bench"]
-    (tmp_path / ".bench.partial").mkdir()  # as a run leaves it that was killed
-    (tmp_path / ".bench.partial" / "stray.png").write_bytes(b"half")
-    assert build_benchmark(*splits, out, BuildSettings(cases=5)) == 5
-    assert find_problems(out) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["bench"]
-
-
-def test_as_many_as_there_are_at_another_size(
-    splits: tuple[Annotations, Annotations], tmp_path: Path
-) -> None:
-    assert build_benchmark(*splits, tmp_path / "all", BuildSettings(cases=0, size=96)) == 8
-    for case in read_benchmark(tmp_path / "all", pixels=True, size=96):
-        image = cv2.imread(str(case.image))
-        mask = cv2.imread(str(case.mask), cv2.IMREAD_GRAYSCALE)
-        # The box is 100 x 80 of a square of 300; the mask is what it touches.
-        assert cv2.boundingRect(mask)[2:] in ((32, 26), (33, 26), (33, 27), (32, 27))
-        inner = cv2.erode(mask, np.ones((5, 5), np.uint8)) > 0
-        assert np.all(image[inner] == (255 if case.number % 2 else 200))
-
-
-def test_one_annotation_file_gives_a_benchmark_of_its_own(
-    splits: tuple[Annotations, Annotations], tmp_path: Path
-) -> None:
-    """Every exemplar is an object of the same label in another image."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    lines = ["file,x1,y1,x2,y2,label"]
-    for number in range(6):
-        image = np.full((200, 200, 3), 10, np.uint8)
-        image[50:130, 40:140] = 40 * number + 20  # its own shade
-        cv2.imwrite(str(folder / f"{number}.png"), image)
-        lines += [f"{number}.png,40,50,140,130,{'only' if number == 5 else 'thing'}"]
-    (folder / "boxes.csv").write_text("\n".join(lines))
-    found = read_csv(folder / "boxes.csv", folder)
-    assert build_benchmark(found, None, tmp_path / "bench", BuildSettings(cases=0)) == 5
-    shades = {}
-    for case in read_benchmark(tmp_path / "bench", pixels=True):
-        shades[case.number] = int(cv2.imread(str(case.exemplar))[40, 50, 0])
-    assert set(shades) == {0, 1, 2, 3, 4}, "the only one of its label has no exemplar"
-    assert all(shade != 40 * number + 20 for number, shade in shades.items())
-    assert set(shades.values()) <= {20, 60, 100, 140, 180}
-    with pytest.raises(UserError, match=r"only 5 of 6 cases .*no other image's object of its label"):
-        build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
-
-
-def test_images_that_packing_holds_out_make_a_benchmark(
-    splits: tuple[Annotations, Annotations], tmp_path: Path
-) -> None:
-    sources, _ = splits
-    names = sources.pictures["name"].to_list()
-    wanted = {int(Path(name).stem) for name, out in zip(names, held_out(names, 0.5), strict=True) if out}
-    settings = BuildSettings(cases=0, size=32)
-    build_benchmark(sources, None, tmp_path / "bench", settings, validation_share=0.5)
-    assert {case.number for case in read_benchmark(tmp_path / "bench")} <= wanted
-    with pytest.raises(UserError, match="holds none of 8 images out; take a larger one"):
-        build_benchmark(sources, None, tmp_path / "none", settings, validation_share=1e-9)
-
-
-def test_colours_are_those_that_training_sees(tmp_path: Path) -> None:
-    """The images of a benchmark carry no profile, so that one of a source has to be applied."""
-    folder, flat = tmp_path / "mine", np.full((64, 64, 3), (200, 100, 50), np.uint8)
-    folder.mkdir()
-    for number in range(2):
-        Image.fromarray(flat).save(folder / f"{number}.png", icc_profile=wide_gamut())
-    (folder / "boxes.csv").write_text("file,x1,y1,x2,y2,label\n0.png,8,8,40,40,a\n1.png,8,8,40,40,a")
-    settings = BuildSettings(cases=0, size=32, min_exemplar_side=16)
-    assert build_benchmark(read_csv(folder / "boxes.csv", folder), None, tmp_path / "bench", settings) == 2
-    for case in read_benchmark(tmp_path / "bench"):
-        for path in (case.image, case.exemplar):
-            pixels = np.asarray(Image.open(path))
-            assert abs(pixels - in_srgb(flat)[: len(pixels), : len(pixels)]).max() < 2
-
-
-def test_command_line(
-    splits: tuple[Annotations, Annotations], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    val, train = (Path(found.pictures["path"][0]).parent for found in splits)
-    bench = tmp_path / "bench"
-    sources = ["--sources", f"csv:{val / 'boxes.csv'}", "--exemplars", f"csv:{train / 'boxes.csv'}"]
-    assert command.main([*sources, "--out", str(bench), "--cases", "3"]) == 0
-    assert command.main(["--check", str(bench)]) == 0
-    assert "3 cases, all whole" in capsys.readouterr().out
-    assert command.main(["--check", str(tmp_path)]) == 2
-    assert "GT_3500 is missing" in capsys.readouterr().err
-    assert command.main(["--out", "x"]) == 2
-    assert command.main([*sources, "--out", str(tmp_path / "all"), "--cases", "all", "--size", "64"]) == 0
-    assert command.main(["--check", str(tmp_path / "all"), "--size", "64"]) == 0
-    assert "8 cases, all whole" in capsys.readouterr().out
-    one = ["--sources", f"csv:{val / 'boxes.csv'}", "--out", str(tmp_path / "one")]
-    assert command.main(one) == 0
-    assert command.main(["--check", str(tmp_path / "one")]) == 0
-    for wrong in (["--size", "0"], ["--size", "8"], ["--cases", "0"], ["--validation-share", "1"]):
-        left = sorted(tmp_path.iterdir())
-        assert command.main([*sources, "--out", str(tmp_path / "new"), *wrong]) == 2
-        assert "at least" in (said := capsys.readouterr().err) or "between 0 and 1" in said
-        assert sorted(tmp_path.iterdir()) == left
-
-
-WORLD = ("--world", "w.npz")
+def test_command_exports_and_checks_small_pictures(tmp_path, capsys):
+    out = tmp_path / "toy"
+    assert command.main(["--toy", "--out", str(out), "--cases", "2"]) == 0
+    assert BenchmarkFolder(out)[1].image.shape == (64, 64, 3)
+    assert command.main(["--check", str(out), "--size", "0"]) == 0
+    assert command.main(["--check", str(out), "--size", "64"]) == 0
+    assert command.main(["--check", str(out)]) == 2
+    assert "64 x 64, not 512 x 512" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("what", "option"),
+    ("arguments", "message"),
     [
-        (("--check", "a"), ("--cases", "all")), (("--check", "a"), ("--toy",)), (("--check", "a"), WORLD),
-        (("--check", "a"), ("--exemplars", "csv:b")), (("--toy", "--out", "a"), ("--sources", "csv:b")),
-        (("--toy", "--out", "a"), ("--sources-split", "train")),
-        (("--sources", "csv:b", "--out", "a"), WORLD),
-        (("--sources", "csv:b", "--out", "a"), ("--exemplars-split", "train")),
+        (["--toy"], "or --toy and --out"),
+        (["--toy", "--out", "OUT", "--sources", "coco:a@b"], "--sources does not go with --toy"),
+        (["--toy", "--out", "OUT", "--cases", "999"], "999 benchmark objects"),
+        (["--toy", "--out", "OUT", "--cases", "0"], "at least 1"),
+        (["--toy", "--out", "OUT", "--size", "4"], "at least 16"),
+        (["--check", "OUT", "--size", "-1"], "--size must be 0 or more"),
     ],
-)  # fmt: skip
-def test_an_option_that_would_be_ignored_is_refused(
-    what: tuple[str, ...], option: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main([*what, *option]) == 2
-    assert f"error: {option[0]} " in capsys.readouterr().err
+)
+def test_bad_options_of_the_export(tmp_path, capsys, arguments, message):
+    out = str(tmp_path / "out")
+    assert command.main([out if each == "OUT" else each for each in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_not_exported_into(world, bench):
+    with pytest.raises(UserError, match="not empty"):
+        export_toy_benchmark(world, bench)
+
+
+def test_hash_names_pictures_and_their_places(bench, bench_files):
+    first = BenchmarkFolder(bench_files).sha256
+    assert BenchmarkFolder(bench).sha256 == first
+    one, two = (bench / "Ref_3500" / f"{index:012d}_ref.png" for index in (0, 1))
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    assert BenchmarkFolder(bench).sha256 != first
+
+
+def test_bad_files_are_named(bench):
+    folder = BenchmarkFolder(bench)
+    (bench / "Ref_3500" / "000000000000_ref.png").write_bytes(b"no picture")
+    Image.new("L", (32, 32)).save(bench / "Mask_bbox_3500" / "000000000001_mask.png")
+    Image.new("L", (16, 32), 255).save(bench / "Mask_bbox_3500" / "000000000002_mask.png")
+    for index, message in ((0, "000000000000_ref.png' cannot be read"), (1, "is black"), (2, "16 x 32")):
+        with pytest.raises(UserError, match=message):
+            folder[index]
+    content = (bench / "GT_3500" / "000000000004_GT.png").read_bytes()
+    claimed = b"IHDR" + struct.pack(">II", 30_000, 30_000) + content[24:29]  # the size, and its checksum
+    huge = content[:12] + claimed + struct.pack(">I", zlib.crc32(claimed)) + content[33:]
+    (bench / "GT_3500" / "000000000004_GT.png").write_bytes(huge)
+    for read in (lambda: folder[4], lambda: folder.sizes):
+        with pytest.raises(
+            UserError, match=r"000000000004_GT\.png' cannot be read as an image: .*exceeds limit"
+        ):
+            read()
+    assert not is_whole(bench / "GT_3500" / "000000000004_GT.png", (30_000, 30_000))
+    (bench / "GT_3500" / "000000000003_GT.png").unlink()
+    with pytest.raises(UserError, match=r"000000000003_GT\.png is missing"):
+        BenchmarkFolder(bench)
+    np.save(bench / "id_list.npy", np.zeros(0, np.int64))
+    with pytest.raises(UserError, match="without cases"):
+        BenchmarkFolder(bench)

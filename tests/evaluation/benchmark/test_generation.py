@@ -20,8 +20,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.edit_files import EditFolder, claim_folder, is_whole, read_settings
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
 
 SETTINGS = GenerateSettings(
@@ -132,7 +132,7 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
     with pytest.raises(UserError, match="of another benchmark"):
         generate(model, other, edited, SETTINGS)
     Image.new("RGB", (32, 32)).save(tmp_path / "stray.png")
-    with pytest.raises(UserError, match=r"holds pictures but no settings\.json"):
+    with pytest.raises(UserError, match=r"holds images but no settings\.json"):
         generate(model, benchmark, tmp_path, SETTINGS)
     with pytest.raises(UserError, match="nowhere"):
         generate("nowhere/model", benchmark, tmp_path / "new", SETTINGS)
@@ -269,8 +269,8 @@ def test_edits_that_are_no_8_bit_rgb_are_left_out(benchmark, tmp_path):
     grey.convert("RGB").save(tmp_path / f"{ids[6]}.png", transparency=(0, 0, 0))
     edits = EditFolder(tmp_path, benchmark)
     assert [each is not None for each in edits] == [False, False, False, True, True, False, False]
-    assert edits.left_out == dict.fromkeys([*ids[:3], *ids[5:]], "not an 8-bit RGB picture")
-    assert edits.why_not(0) == "not an 8-bit RGB picture"
+    assert edits.left_out == dict.fromkeys([*ids[:3], *ids[5:]], "not an 8-bit RGB image")
+    assert edits.why_not(0) == "not an 8-bit RGB image"
     for position in (3, 4):
         np.testing.assert_array_equal(edits[position], np.stack([np.array(grey)] * 3, axis=2))
 

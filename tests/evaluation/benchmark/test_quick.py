@@ -16,15 +16,15 @@ import torch
 from pbe.checkpoints.native import save_model
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, ScoreCallback, quick_values
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_edits import EditSettings, make_edits
-from pbe.evaluation.benchmark.toy_scores import score_edits
-from pbe.evaluation.metrics.features import LiteFeatures
+from pbe.evaluation.benchmark.toy_run import make_edits, score_edits
+from pbe.evaluation.metrics.towers import Tower
 from pbe.training.tasks.diffusion import DiffusionTask
 from tests.commands import score as command
 
-SETTINGS = QuickSettings(objects=20, guidance=3.0, steps=1, batch_size=16, dtype=torch.float32)
+SETTINGS = QuickSettings(objects=20, guidance_scale=3.0, steps=1, batch_size=16, dtype="fp32")
 NAMES = ["auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity"]
 
 
@@ -33,10 +33,10 @@ def scorer(pipe: PaintByExample) -> QuickScorer:
     return QuickScorer(pipe.model.config, SETTINGS)
 
 
-def test_the_row_is_that_of_the_whole_benchmark_cut_short(pipe, world, features: LiteFeatures, scorer):
+def test_the_row_is_that_of_the_whole_benchmark_cut_short(pipe, world, features: Tower, scorer):
     cases = make_benchmark(world, seed=0, image_size=32, exemplar_size=48, objects=20)
-    settings = EditSettings((3.0,), "ddim", 1, 0, batch_size=16)
-    expected = score_edits(cases, make_edits(pipe, cases, settings), features).guidance[3.0]
+    settings = GenerateSettings(solver="ddim", steps=1, batch_size=16)
+    expected = score_edits(cases, make_edits(pipe, cases, [3.0], settings), features).guidance[3.0]
     row = scorer.score(pipe.model)
     assert row == expected
     assert list(quick_values(row)) == NAMES
@@ -60,7 +60,7 @@ def test_bfloat16_moves_the_scores_little(pipe):
     few = dataclasses.replace(SETTINGS, objects=4)
     exact, rough = (
         quick_values(QuickScorer(pipe.model.config, settings).score(pipe.model))
-        for settings in (few, dataclasses.replace(few, dtype=torch.bfloat16))
+        for settings in (few, dataclasses.replace(few, dtype="bf16"))
     )
     assert rough["similarity"] == pytest.approx(exact["similarity"], abs=0.01)
 
@@ -70,7 +70,7 @@ def test_bfloat16_moves_the_scores_little(pipe):
     [
         ({"objects": 182}, "there are 181"),
         ({"solver": "magic"}, "no solver"),
-        ({"steps": 0}, "number of steps"),
+        ({"steps": 0}, "steps is 0"),
     ],
 )
 def test_settings_that_cannot_be_used(pipe, change, message):

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import published, run as benchmark_run
+from pbe.evaluation.benchmark import run as benchmark_run, tables as published
+from pbe.evaluation.benchmark.edits import TIMES, read_times, timed
 from pbe.evaluation.benchmark.page import fit, picks, ranking_score
-from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
-from pbe.evaluation.benchmark.times import TIMES, read_times, timed
-from pbe.evaluation.metrics.results import Score, ScoreCard, not_run
+from pbe.evaluation.benchmark.tables import ScoredEdits, markdown_page, score_tables
+from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
 from tests.commands import evaluate as command
 
 METRICS = ["psnr-outside", "seam", "colour-inside"]
@@ -324,7 +324,7 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     assert ours == [published.OURS, "3.18 (published)", "77.80 (published)", "84.97 (unverified)"]
     marked = [cell for row in reported.rows[:-1] for cell in row[1:]]
     assert all(cell.endswith("(unverified)") for cell in marked)
-    text = markdown("T", tables, [ScoredEdits("mine", scores)])
+    text = markdown_page("T", tables, [ScoredEdits("mine", scores)])
     assert text.count("\n## ") == 4
     assert "- **seam**, mine. pictures: 1; left out: nothing; notes: a <note>" in text
     assert "**clip-fid**" not in text
@@ -334,7 +334,7 @@ def test_published_numbers_stand_beside_coco_ee_alone(evaluated, bench_files, tm
     scores = [made("qs", "paper", [60.0]), made("seam", "clean", [1.0])]
     tables = score_tables([ScoredEdits("mine", scores)], coco_ee=False)
     assert [table.head for table in tables] == [["score", "better", "pictures", "mine"]] * 2
-    assert "published" not in markdown("T", tables)
+    assert "published" not in markdown_page("T", tables)
     # A whole evaluation on other cases, with a score of the paper's family.
     out, theirs = tmp_path / "out", evaluated / "edits" / "guidance_3"
     line = ["--benchmark", bench_files, "--out", out, "--edits", theirs, "--metrics", "region-clip", "seam"]

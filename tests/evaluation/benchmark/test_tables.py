@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pbe.evaluation.benchmark.tables import ScoredEdits, markdown, score_tables
+from pbe.evaluation.benchmark.tables import ScoredEdits, markdown_page, score_tables
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from tests.evaluation.metrics.test_scoring import make
 
@@ -18,7 +18,7 @@ def test_a_table_names_what_left_a_score_without_cases():
     cases = [replace(case, mask=np.full_like(case.mask, 255)) for case in cases]
     scores = score(cases, [None, *edits[1:]], SETTINGS)
     run = ScoredEdits("mine", scores)
-    text = markdown("T", score_tables([run], coco_ee=False), [run])
+    text = markdown_page("T", score_tables([run], coco_ee=False), [run])
     assert "psnr-outside not run: no case is left to score (1 missing, 3 not a finite number)" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 
@@ -12,26 +13,52 @@ from PIL import Image
 from skimage import data
 
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.sheets import at_side, edit_rows
-from pbe.evaluation.benchmark.toy_edits import BenchmarkEdits, EditSettings
-from pbe.evaluation.demo.page import TILE, edit_outside, edit_strips
+from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.toy_run import ToyEdits
+from pbe.evaluation.demo.page import (
+    TILE,
+    edit_outside,
+    edit_strips,
+    machine_facts,
+    smooth,
+    training_chart,
+)
+from pbe.evaluation.report.sheets import at_side
 from pbe.evaluation.study.naming import readable
 
 FOLDER = Path("data/examples/outside")
 
 
-def test_small_images_are_enlarged_by_lanczos_and_large_ones_averaged():
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    expected = Image.fromarray(image).resize((40, 40), Image.Resampling.LANCZOS)
-    assert np.array_equal(at_side(image, 40), np.asarray(expected))
-    assert np.array_equal(at_side(image, 16), image)
-    blocks = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
-    assert np.abs(at_side(image, 8) - blocks).max() <= 0.51
+@pytest.mark.parametrize("points", [[], [(0, float("nan"))], [(0, 1.0), (1, float("inf"))]])
+def test_a_chart_without_numbers_is_refused(points):
+    good = [(0, 1.0), (1, 0.5)]
+    for curves in ((points, good), (good, points)):
+        with pytest.raises(UserError, match="losses of the training run are missing"):
+            training_chart(*curves)
+
+
+def test_the_chart_is_the_same_svg_each_time():
+    chart = training_chart([(0, 2.0), (100, 1.0)], [(0, 2.0), (50, 1.5), (100, 1.0)])
+    assert chart == training_chart([(0, 2.0), (100, 1.0)], [(0, 2.0), (50, 1.5), (100, 1.0)])
+    svg = base64.b64decode(chart.removeprefix("data:image/svg+xml;base64,")).decode()
+    for text in ("training, running mean", "validation, fixed grid", "optimizer step", "mean squared error"):
+        assert text in svg
+
+
+def test_smoothing_by_hand():
+    points = [(float(i), float(v)) for i, v in enumerate([4, 2, 0, 6])]
+    assert smooth(points, share=0.5) == [(0.0, 4.0), (1.0, 3.0), (2.0, 1.0), (3.0, 3.0)]
+
+
+def test_machine_facts_name_versions():
+    facts = dict(machine_facts())
+    assert facts["torch"].startswith("2.")
+    assert facts["Processor"]
 
 
 def test_strips_are_the_first_cases_in_the_benchmarks_order(cases):
     edits = np.stack([np.full_like(case.image, 9 * place) for place, case in enumerate(cases)])
-    made = BenchmarkEdits({1.0: edits, 5.0: edits + 1}, {1.0: edits, 5.0: edits}, np.arange(6), edits)
+    made = ToyEdits({1.0: edits, 5.0: edits + 1}, {1.0: edits, 5.0: edits}, np.arange(6), edits)
     strips = edit_strips(cases, made, 4)
     assert len(strips) == 4
     for place, strip in enumerate(strips):
@@ -43,11 +70,19 @@ def test_strips_are_the_first_cases_in_the_benchmarks_order(cases):
             f"hidden: {readable(cases[place].name)}",
         ]
         assert [tile.caption for tile in strip] == captions
-        assert {tile.picture.shape for tile in strip} == {(TILE, TILE, 3)}
-        assert np.all(strip[3].picture == 9 * place + 1)
-    rows = edit_rows(cases, made)
-    assert list(rows) == ["masked", "exemplar", "edit", "hidden"]
-    assert np.array_equal(rows["edit"], edits + 1)
+        assert {tile.image.shape for tile in strip} == {(TILE, TILE, 3)}
+        assert np.all(strip[3].image == 9 * place + 1)
+    rows = made.rows(cases)
+    assert list(rows) == [
+        "masked",
+        "exemplar",
+        "guidance 1",
+        "guidance 5",
+        "shuffled exemplar",
+        "its edit, guidance 5",
+        "source: true object",
+    ]
+    assert np.array_equal(rows["guidance 5"], edits + 1)
 
 
 @pytest.mark.parametrize("kind", ["image", "exemplar"])
@@ -68,8 +103,8 @@ def test_photographs_are_what_their_note_says(project_root: Path, name: str, kin
 
 
 def test_edits_outside_keep_the_photograph_around_the_mask(project_root: Path, pipe):
-    settings = EditSettings((1.0, 3.0), "ddim", 1, seed=5)
-    strips = edit_outside(pipe, project_root / FOLDER / "pairs.jsonl", settings)
+    settings = GenerateSettings(solver="ddim", steps=1, seed=5)
+    strips = edit_outside(pipe, project_root / FOLDER / "pairs.jsonl", (1.0, 3.0), settings)
     assert [tile.caption for tile in strips[0]] == [
         "masked",
         "exemplar",
@@ -84,6 +119,6 @@ def test_edits_outside_keep_the_photograph_around_the_mask(project_root: Path, p
     edit = pipe(
         exemplar, image, mask, num_inference_steps=1, guidance_scale=3.0, generator=draw, solver="ddim"
     )
-    assert np.array_equal(strips[0][3].picture, at_side(np.asarray(edit.images[0]), TILE))
+    assert np.array_equal(strips[0][3].image, at_side(np.asarray(edit.images[0]), TILE))
     with pytest.raises(UserError, match="cannot be read"):
-        edit_outside(pipe, project_root / "nowhere.jsonl", settings)
+        edit_outside(pipe, project_root / "nowhere.jsonl", (1.0,), settings)

@@ -8,24 +8,24 @@ import pytest
 import torch
 
 from pbe.data.toy.scenes import ToyWorld
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_case
+from pbe.evaluation.benchmark.toy import ToyCase, make_case
+from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import auc
 from pbe.evaluation.metrics.copy_paste import NAMES, explained_shares
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.warps import MAX_STRETCH, allowed, explained, refine, sample, warp_grid
 from scripts.check_copy_paste import main, paste, shares_by_kind
-from tests.evaluation.metrics.test_scoring import Made
 
 COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def toy(world: ToyWorld) -> list[BenchmarkCase]:
+def toy(world: ToyWorld) -> list[ToyCase]:
     return [make_case(world, index, 0, 64, 64) for index in range(0, 7 * COUNT, 7)]
 
 
 @pytest.fixture(scope="module")
-def shares(toy: list[BenchmarkCase]) -> dict[str, np.ndarray]:
+def shares(toy: list[ToyCase]) -> dict[str, np.ndarray]:
     return shares_by_kind(toy, 0)
 
 
@@ -76,7 +76,7 @@ def test_it_is_deterministic_and_other_cases_change_nothing(toy):
 
 
 def test_the_metric_gives_edit_true_object_and_their_difference(toy):
-    cases = [Made(str(case.index), case.image, case.mask, case.exemplar) for case in toy[:4]]
+    cases = [Case(str(case.index), case.image, case.mask, case.exemplar) for case in toy[:4]]
     edits = [paste(case, 8.0, 0.95, 1.0, 0.02) for case in toy[:4]]
     found = score(cases, edits, ScoreSettings(("copy-paste",), batch_size=3))
     assert tuple(one.name for one in found) == NAMES

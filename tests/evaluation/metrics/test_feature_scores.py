@@ -17,12 +17,14 @@ from torch.nn import functional as F
 
 from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
-from pbe.evaluation.metrics.frechet import frechet_distance, kernel_distance
-from pbe.evaluation.metrics.mixture import load_mixture, quality
-from pbe.evaluation.metrics.region_similarity import cosines, paper_cosines, raster_crop
-from pbe.evaluation.metrics.results import Bootstrap, Score
+from pbe.evaluation.metrics.base import Batch, Score
+from pbe.evaluation.metrics.bootstrap import Bootstrap, cosines
+from pbe.evaluation.metrics.features import region
+from pbe.evaluation.metrics.frechet import frechet_distance, kernel, kernel_distance
+from pbe.evaluation.metrics.quality import load_mixture, quality
+from pbe.evaluation.metrics.regions import paper_cosines, raster_crop
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
-from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics.sets import ImageFolder
 from pbe.evaluation.metrics.towers import (
     TOWERS,
     LiteTower,
@@ -89,8 +91,6 @@ def test_papers_region_score_by_hand(weights):
     one_row = np.zeros_like(cases[1].mask)
     one_row[5, 3:9] = 255  # first and last pixel are in the same row: the original's crop is empty
     cases[1] = replace(cases[1], mask=one_row)
-    from pbe.evaluation.metrics.measures import Batch
-
     values = paper_cosines(tower, Batch([0, 1, 2], cases, edits))
     assert np.isnan(values).tolist() == [False, True, False]
     mean, std = (torch.tensor(x)[:, None, None] for x in (tower.spec.mean, tower.spec.std))
@@ -105,9 +105,8 @@ def test_papers_region_score_by_hand(weights):
 
 def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     cases, edits = make(9)
-    monkeypatch.setitem(
-        METRICS, "kid", replace(METRICS["kid"], make=lambda tools: tools.kernel("kid", "clean", "clip"))
-    )
+    kid = replace(METRICS["kid"], make=lambda tools: tools.distance(kernel, "clip"))
+    monkeypatch.setitem(METRICS, "kid", kid)
     found = by_name(score(cases, edits, settings("clip-fid", "kid", batch_size=4)))
     tower = load_tower("clip", SMALL, settings().weights["clip"])
     a, b = tower.whole(edits), tower.whole([case.image for case in cases])
@@ -116,7 +115,7 @@ def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     card = found["clip-fid"].card
     assert (card.pictures, card.feature_model, card.weights_sha256) == (9, SMALL, tower.sha256)
     assert card.weights_sha256 == file_sha256(Path(settings().weights["clip"]))
-    assert "9 real pictures from the cases' own" in card.notes
+    assert "9 real images from the cases' own" in card.notes
     assert found["clip-fid"].low < found["clip-fid"].value < found["clip-fid"].high
 
 
@@ -130,7 +129,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_pictures(settings, tmp_p
     (found,) = score(cases, edits, settings("clip-fid", batch_size=2), folder)
     tower = load_tower("clip", SMALL, settings().weights["clip"])
     assert found.value == pytest.approx(frechet_distance(tower.whole(edits), tower.whole(real)), rel=1e-4)
-    assert "5 real pictures from a folder" in found.card.notes
+    assert "5 real images from a folder" in found.card.notes
     (own,) = score(cases, edits, settings("clip-fid"))
     assert len({found.card.reference_sha256, own.card.reference_sha256, ""}) == 3
     (folder / "4.png").write_bytes(b"no picture")
@@ -138,7 +137,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_pictures(settings, tmp_p
         score(cases, edits, settings("clip-fid"), folder)
     with pytest.raises(UserError, match="is no folder"):
         score(cases, edits, settings("clip-fid"), tmp_path / "none")
-    with pytest.raises(UserError, match="holds no picture"):
+    with pytest.raises(UserError, match="holds no image"):
         score(cases, edits, settings("clip-fid"), _empty(tmp_path))
 
 
@@ -151,7 +150,7 @@ def test_a_single_picture_has_no_distance_but_the_other_scores(settings):
     cases, edits = make(1)
     fid, region = score(cases, edits, settings("clip-fid", "region-clip"))
     assert not fid.run
-    assert fid.why_not == "not run: needs at least two pictures on either side, not 1 and 1"
+    assert fid.why_not == "not run: needs at least two images on either side, not 1 and 1"
     assert (fid.card.pictures, fid.card.feature_model) == (1, SMALL)
     assert region.run
 
@@ -176,7 +175,7 @@ def test_features_that_are_not_finite_are_left_out(settings, monkeypatch):
     cases[1] = replace(cases[1], image=cases[1].image.copy())
     cases[1].image[0, 0] = 7
     found, seam = score(cases, edits, settings("clip-fid", "seam"))
-    assert found.why_not == ("not run: features of 1 of 5 real pictures are not finite; check the weights")
+    assert found.why_not == ("not run: features of 1 of 5 real images are not finite; check the weights")
     assert found.card.reference_sha256
     assert seam.run, "what else was scored is not lost"
 
@@ -201,7 +200,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     (few,) = score(cases[:7], edits[:7], settings("qs", mixture=out))
     assert (few.run, few.why_not) == (
         False,
-        "not run: it is made of whole batches of 50 pictures, and there are 7",
+        "not run: it is made of whole batches of 50 images, and there are 7",
     )
     stranger = tmp_path / "stranger.safetensors"  # of the same weights in another network
     noted = load_mixture(out)
@@ -226,7 +225,7 @@ def test_fitting_says_what_is_wrong(tmp_path, capsys):
     [
         (["--device", "foo"], "--device 'foo' cannot be used here"),
         (["--seed", "-1"], "the seed of the fit is 0 to 2**32 - 1, not -1"),
-        (["--components", "3"], "3 components need more than 3 pictures"),
+        (["--components", "3"], "3 components need more than 3 images"),
         (["--out", "FOLDER.safetensors"], "it is a folder"),
         (["--out", "x" * 300 + ".safetensors"], "cannot write"),
     ],
@@ -251,14 +250,14 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
 
 def test_real_pictures_are_read_into_arrays_of_their_own(tmp_path):
     Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "a.png")
-    (batch,) = PictureFolder(tmp_path).batches(2)
+    (batch,) = ImageFolder(tmp_path).batches(2)
     assert batch.edits[0].shape == (6, 8, 3)
     assert batch.edits[0].flags.writeable, "torch warns of arrays that are not"
     chunks = (b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), b"IDAT")
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    with pytest.raises(UserError, match=r"b\.png' cannot be read: Image size"):
-        list(PictureFolder(tmp_path).batches(2))
+    with pytest.raises(UserError, match=r"b\.png' cannot be read as an image: Image size"):
+        list(ImageFolder(tmp_path).batches(2))
 
 
 def test_what_lacks_its_weights_is_not_run_and_says_what_it_needs():
@@ -273,12 +272,10 @@ def test_what_lacks_its_weights_is_not_run_and_says_what_it_needs():
 def test_toy_scores_are_those_of_the_toy_benchmark(features):
     cases, edits = make(4)
     found = by_name(score(cases, edits, ScoreSettings(("toy-fd", "toy-similarity"), bootstrap=FEW)))
-    masks = np.stack([case.mask for case in cases])
-    expected = cosines(
-        features.of_regions(np.stack(edits), masks), features.of_pictures([case.exemplar for case in cases])
-    )
+    regions = [region(edit, case.mask) for case, edit in zip(cases, edits, strict=True)]
+    expected = cosines(features.squashed(regions), features.squashed([case.exemplar for case in cases]))
     assert found["toy-similarity"].per_case == pytest.approx(expected, abs=1e-5)
-    assert found["toy-similarity"].card.weights_sha256 == features.card.sha256
+    assert found["toy-similarity"].card.weights_sha256 == features.sha256
     assert found["toy-fd"].family == "toy"
     assert isinstance(load_tower("lite2", None, None), LiteTower)
 

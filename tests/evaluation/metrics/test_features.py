@@ -8,11 +8,12 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.features import SIZE, TOWER, LiteFeatures, mask_bounds, region, to_grey, to_input
+from pbe.evaluation.metrics.features import SIZE, TOWER, mask_bounds, region, to_grey, to_input
+from pbe.evaluation.metrics.towers import Tower
 from pbe.models.tower import lite_weights
 
 
-def test_features_are_those_of_the_weights_own_package(features: LiteFeatures):
+def test_features_are_those_of_the_weights_own_package(features: Tower):
     pictures = list(np.random.default_rng(0).integers(0, 256, (3, 40, 57, 3), dtype=np.uint8))
     reference = EfficientNet.from_pretrained(
         "efficientnet-lite2", weights_path=str(lite_weights(TOWER)), image_size=SIZE
@@ -20,15 +21,14 @@ def test_features_are_those_of_the_weights_own_package(features: LiteFeatures):
     with torch.no_grad():
         maps = reference.extract_features(torch.cat([to_input(picture) for picture in pictures]))
     expected = maps.mean(dim=(2, 3)).numpy()
-    found = features.of_pictures(pictures, batch_size=2)
-    assert found.shape == (3, features.card.width) == (3, 1280)
+    found = np.concatenate([features.squashed(pictures[:2]), features.squashed(pictures[2:])])
+    assert found.shape == (3, 1280)
     assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
 
 
-def test_the_card_names_the_weights(features: LiteFeatures):
-    card = features.card.to_dict()
-    assert card["sha256"] == hashlib.sha256(lite_weights(TOWER).read_bytes()).hexdigest()
-    assert (card["tower"], card["input_size"]) == ("tf_efficientnet_lite2", 128)
+def test_the_card_names_the_weights(features: Tower):
+    assert features.sha256 == hashlib.sha256(lite_weights(TOWER).read_bytes()).hexdigest()
+    assert (features.spec.architecture, features.spec.size) == ("timm/tf_efficientnet_lite2", 128)
 
 
 def test_region_by_hand():
@@ -54,21 +54,16 @@ def test_resizing_by_hand():
 
 
 def test_empty_mask_and_wrong_size_are_refused():
-    with pytest.raises(UserError, match="without a hole"):
+    with pytest.raises(UserError, match="an empty mask"):
         mask_bounds(np.zeros((4, 4), np.uint8))
     with pytest.raises(UserError, match="but its mask"):
         region(np.zeros((4, 4, 3), np.uint8), np.full((5, 4), 255, np.uint8))
 
 
-def test_grey_is_the_luma_of_bt601(features: LiteFeatures):
+def test_grey_is_the_luma_of_bt601(features: Tower):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     grey = to_grey(picture)
     luma = picture @ np.array([0.299, 0.587, 0.114])
     assert grey.dtype == np.uint8
     assert np.abs(grey - luma[..., None]).max() <= 0.51  # rounded, with weights of 14 bits
     assert np.array_equal(to_grey(grey), grey)
-    expected = features.of_pictures([grey])
-    assert np.array_equal(features.of_pictures([picture], grey=True), expected)
-    mask = np.full((1, 20, 30), 255, np.uint8)
-    assert np.array_equal(features.of_regions(picture[None], mask, grey=True), expected)
-    assert not np.allclose(features.of_pictures([picture]), expected)

@@ -10,6 +10,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from pbe.errors import UserError
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.frechet import (
     Distance,
     frechet,
@@ -18,7 +19,6 @@ from pbe.evaluation.metrics.frechet import (
     kernel_distance,
     leave_groups_out,
 )
-from pbe.evaluation.metrics.results import Bootstrap
 
 
 def exact(mean: list[float], deviation: list[float]) -> np.ndarray:
@@ -124,9 +124,9 @@ def test_interval_is_the_normal_one():
 @pytest.mark.parametrize("measure", [frechet_distance, kernel_distance])
 def test_bad_features_are_refused(measure):
     good = np.random.default_rng(6).normal(size=(5, 3))
-    with pytest.raises(UserError, match="at least two pictures; the edits have 1"):
+    with pytest.raises(UserError, match="at least two images; the edits have 1"):
         measure(good[:1], good)
-    with pytest.raises(UserError, match="at least two pictures; the reference pictures have 0"):
+    with pytest.raises(UserError, match="at least two images; the reference images have 0"):
         measure(good, good[:0])
     with pytest.raises(UserError, match="of the edits are not finite"):
         measure(np.where(good > 0, np.nan, good), good)

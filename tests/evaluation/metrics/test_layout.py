@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from pbe.data.toy.scenes import ToyWorld
-from pbe.evaluation.benchmark.toy import BenchmarkCase, make_case
+from pbe.evaluation.benchmark.toy import ToyCase, make_case
+from pbe.evaluation.metrics.base import Case
+from pbe.evaluation.metrics.bootstrap import Bootstrap
 from pbe.evaluation.metrics.layout import GRID, NAMES, agreement, layout, layout_copy, layout_true
-from pbe.evaluation.metrics.results import Bootstrap
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from tests.evaluation.metrics.test_scoring import Made
 
 COUNT = 16
 
 
 @pytest.fixture(scope="module")
-def toy(world: ToyWorld) -> list[BenchmarkCase]:
+def toy(world: ToyWorld) -> list[ToyCase]:
     return [make_case(world, index, 0, 64, 64) for index in range(0, 11 * COUNT, 11)]
 
 
-def pasted(case: BenchmarkCase, exemplar: np.ndarray) -> np.ndarray:
+def pasted(case: ToyCase, exemplar: np.ndarray) -> np.ndarray:
     x, y, width, height = cv2.boundingRect(case.mask)
     edit = case.image.copy()
     edit[y : y + height, x : x + width] = cv2.resize(exemplar, (width, height), interpolation=cv2.INTER_AREA)
@@ -62,7 +62,7 @@ def test_two_halves_worked_by_hand():
 def test_copies_are_high_mirrored_copies_low_and_true_objects_below_zero(toy):
     """The toy benchmark's exemplars face the other way than the hidden objects."""
     settings = ScoreSettings(metrics=("layout-copy", "layout-true"), bootstrap=Bootstrap(resamples=200))
-    cases = [Made(str(i), case.image, case.mask, case.exemplar) for i, case in enumerate(toy)]
+    cases = [Case(str(i), case.image, case.mask, case.exemplar) for i, case in enumerate(toy)]
 
     def scored(edits: list[np.ndarray]) -> dict[str, float]:
         return {one.name: one.value for one in score(cases, edits, settings)}

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.results import Score
+from pbe.evaluation.metrics.base import Score
+from pbe.evaluation.metrics.pixels import seam
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from pbe.evaluation.metrics.seam import seam
 from pbe.evaluation.metrics.towers import TOWERS, TowerSpec, build_network, load_tower
 from tests.evaluation.metrics.test_feature_scores import FEW, SMALL, random_weights
 from tests.evaluation.metrics.test_scoring import by_name, make
@@ -151,7 +151,7 @@ def test_lite2_weights_that_are_junk_or_anothers_are_one_line(tmp_path):
 
 
 def test_towers_of_another_input_size_are_refused():
-    with pytest.raises(UserError, match="takes pictures of 518 pixels; the score's have 224"):
+    with pytest.raises(UserError, match="takes images of 518 pixels; the score's have 224"):
         build_network(TowerSpec("timm/vit_small_patch14_dinov2"))
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,24 +10,16 @@ import torch
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics import outside, scoring
-from pbe.evaluation.metrics.measures import NotRunError
-from pbe.evaluation.metrics.results import Bootstrap, Score, short_number
-from pbe.evaluation.metrics.scoring import METRICS, Metric, ScoreSettings, score
-from pbe.evaluation.metrics.set_scores import PictureFolder
+from pbe.evaluation.metrics import pixels, scoring
+from pbe.evaluation.metrics.base import Case, Metric, NotRunError, Score, short_number
+from pbe.evaluation.metrics.bootstrap import Bootstrap
+from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
+from pbe.evaluation.metrics.sets import ImageFolder
 
 PIXELS = ("psnr-outside", "ssim-outside", "seam", "colour-inside", "colour-outside")
 
 
-@dataclass(frozen=True)
-class Made:
-    id: str
-    image: np.ndarray
-    mask: np.ndarray
-    exemplar: np.ndarray
-
-
-def make(count: int, size: int = 24, seed: int = 0) -> tuple[list[Made], list[np.ndarray]]:
+def make(count: int, size: int = 24, seed: int = 0) -> tuple[list[Case], list[np.ndarray]]:
     """Random cases, and edits that change the hole only."""
     rng = np.random.default_rng(seed)
     cases, edits = [], []
@@ -37,7 +29,7 @@ def make(count: int, size: int = 24, seed: int = 0) -> tuple[list[Made], list[np
         mask[6:18, 5:15] = 255
         exemplar = rng.integers(0, 256, (16, 12, 3), dtype=np.uint8)
         edit = np.where(mask[..., None] > 0, rng.integers(0, 256, image.shape, dtype=np.uint8), image)
-        cases.append(Made(f"{index:03d}", image, mask, exemplar))
+        cases.append(Case(f"{index:03d}", image, mask, exemplar))
         edits.append(edit)
     return cases, edits
 
@@ -112,8 +104,8 @@ def test_bad_edits_are_left_out_and_counted():
         assert one.card.excluded == {
             "missing": 1,
             "of another size than its case": 1,
-            "not an 8-bit RGB picture": 2,
-            "without a hole in the mask": 1,
+            "not an 8-bit RGB image": 2,
+            "with an empty mask": 1,
         }
         assert np.isnan(one.per_case).tolist() == [True] * 5 + [False] * 3
         assert one.value == good[name].value
@@ -173,11 +165,11 @@ def test_small_numbers_are_not_rounded_to_nothing(number, text):
 
 def test_a_reference_that_pillow_deems_too_large_is_one_line(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    batch = next(PictureFolder(tmp_path).batches(1))
+    batch = next(ImageFolder(tmp_path).batches(1))
     assert batch.edits[0].flags.writeable
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(UserError, match=r"a\.png' cannot be read: .*exceeds limit"):
-        next(PictureFolder(tmp_path).batches(1))
+    with pytest.raises(UserError, match=r"a\.png' cannot be read as an image: .*exceeds limit"):
+        next(ImageFolder(tmp_path).batches(1))
 
 
 def test_settings_refuse_what_is_not_there():
@@ -193,7 +185,7 @@ def test_a_score_that_lacks_its_weights_says_so(monkeypatch):
     def lacking(settings):
         raise NotRunError("needs the weights of a tower")
 
-    monkeypatch.setitem(METRICS, "two", Metric("paper", "lower", lacking, scores=("one", "other")))
+    monkeypatch.setitem(METRICS, "two", Metric("two", "paper", "lower", lacking, ("one", "other")))
     cases, edits = make(2)
     first, second, seam = score(cases, edits, ScoreSettings(("two", "seam")))
     assert (first.name, second.name, seam.name) == ("one", "other", "seam")
@@ -204,6 +196,15 @@ def test_a_score_that_lacks_its_weights_says_so(monkeypatch):
     )
     assert first.to_dict()["value"] is None
     assert seam.run
+
+
+def test_a_score_comes_back_from_its_dictionary():
+    cases, edits = make(4)
+    for one in score(cases, [None, *edits[1:]], ScoreSettings((*PIXELS, "fid"))):
+        again = Score.from_dict(json.loads(json.dumps(one.to_dict())))
+        assert again.to_dict() == one.to_dict()
+        assert (again.card, again.text()) == (one.card, one.text())
+        assert one.per_case is None or np.array_equal(again.per_case, one.per_case, equal_nan=True)
 
 
 def test_intervals_come_from_the_settings():
@@ -275,7 +276,7 @@ class Shrinking(torch.nn.Module):
 
 
 def test_pictures_too_small_for_lpips_are_left_out_of_it_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(outside, "load_lpips", lambda *_: Shrinking())
+    monkeypatch.setattr(pixels, "load_lpips", lambda *_: Shrinking())
     (tmp_path / "any.pth").write_bytes(b"any")
     settings = ScoreSettings(("lpips-outside", "seam"), weights={"lpips": str(tmp_path / "any.pth")})
     small, large = make(2, size=30), make(2, size=31)

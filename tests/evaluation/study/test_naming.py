@@ -13,9 +13,9 @@ from scipy.stats import binom
 
 from pbe.checkpoints.native import save_model
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.sheets import at_side
+from pbe.evaluation.benchmark.generation import GenerateSettings, edit_batch
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_edits import EditSettings, edit_batch
+from pbe.evaluation.report.sheets import at_side
 from pbe.evaluation.study.naming import (
     LETTERS,
     TILE,
@@ -156,7 +156,7 @@ def test_the_command_from_edits_to_the_share(tmp_path: Path, pipe, world, capsys
     assert sorted(path.name for path in sheets.iterdir()) == ["answers.csv", "sheet_1.png"]
     cases = make_benchmark(world, seed=0, image_size=32, exemplar_size=48, objects=2)
     exemplars = [case.exemplar for case in cases]
-    edits = edit_batch(pipe, cases, exemplars, 2.0, EditSettings((2.0,), "ddim", 1))
+    edits = edit_batch(pipe, cases, GenerateSettings(2.0, "ddim", 1), exemplars)
     with Image.open(sheets / "sheet_1.png") as sheet:
         shown = np.asarray(sheet.crop((20, 20, 20 + TILE, 20 + TILE)))
     assert np.array_equal(shown, at_side(edits[0], TILE))
@@ -188,7 +188,7 @@ def test_the_true_images_need_no_model(tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["make", "--out", "x"], "one of the arguments --model --true is required"),
+        (["make", "--out", "x"], "give --model or --true, and only one of them"),
         (["make", "--true", "--out", "x", "--objects", "0"], "--objects must be at least 1"),
         (["make", "--true", "--out", "x", "--objects", "182"], "there are 181"),
         (["score", "none.csv", "--key", "none.csv"], "cannot be read"),

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.study import making
 from pbe.evaluation.study.making import StudySettings, make_study
 from pbe.evaluation.study.tables import kendall_w, read_key, read_rankings, study_markdown, summarise

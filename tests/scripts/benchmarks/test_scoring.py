@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.evaluation.benchmark.cases import BenchmarkFolder
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from scripts import benchmark
 from scripts.benchmarks import scoring as timing
 

@@ -9,9 +9,16 @@ import pytest
 from skimage.color import rgb2lab
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from pbe.evaluation.metrics.colour import colour_shift, mean_lab
-from pbe.evaluation.metrics.outside import decibels, squared_error_outside, ssim_map, ssim_outside
-from pbe.evaluation.metrics.seam import border_energy, seam
+from pbe.evaluation.metrics.pixels import (
+    border_energy,
+    colour_shift,
+    decibels,
+    mean_lab,
+    seam,
+    squared_error_outside,
+    ssim_map,
+    ssim_outside,
+)
 
 
 @pytest.fixture

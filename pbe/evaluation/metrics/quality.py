@@ -1,4 +1,4 @@
-"""The quality score (QS): how likely an edit's features are under a Gaussian mixture of real pictures'.
+"""The quality score (QS): how likely an edit's features are under a Gaussian mixture of real images'.
 
 The mixture is kept as plain tensors (safetensors). The authors' own is a pickle, which is not read.
 """
@@ -9,6 +9,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.measures import Batch, CaseMeasure, Outcome
-from pbe.evaluation.metrics.results import Score, ScoreCard
-from pbe.evaluation.metrics.set_scores import edit_features
+from pbe.evaluation.metrics.base import Batch, CaseMeasure, Metric, Outcome, Score, ScoreCard
+from pbe.evaluation.metrics.sets import edit_features
 from pbe.evaluation.metrics.towers import Tower, file_sha256
 
 COMPONENTS = 20
@@ -49,7 +49,7 @@ class Mixture:
         x = np.asarray(features, np.float64)
         if x.shape[1] != self.means.shape[1]:
             raise UserError(
-                f"the mixture is of {self.means.shape[1]} numbers a picture, the features are of {x.shape[1]}"
+                f"the mixture is of {self.means.shape[1]} numbers an image, the features are of {x.shape[1]}"
             )
         log_parts = np.stack([self._log_part(x, index) for index in range(len(self.weights))])
         peak = log_parts.max(axis=0)
@@ -64,11 +64,7 @@ class Mixture:
         return np.log(self.weights[index]) - 0.5 * np.sum(white**2, axis=0) - log_det - constant
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors; the file appears under its name only when it is complete.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write it as safetensors; the file appears under its name only when it is complete."""
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.float64))
             for name in ("weights", "means", "cholesky")
@@ -84,11 +80,7 @@ class Mixture:
 
 
 def load_mixture(path: Path) -> Mixture:
-    """Read a mixture.
-
-    Raises:
-        UserError: no such file, or no mixture of this project's.
-    """
+    """Read a mixture."""
     if not path.is_file():
         raise UserError(f"there is no mixture '{path}'; pbe fit makes one")
     stranger = f"'{path}' is no mixture made by pbe fit"
@@ -111,35 +103,14 @@ def load_mixture(path: Path) -> Mixture:
     return Mixture(weights, means, factors, card)
 
 
-def _estimator() -> type:
-    """Return scikit-learn's mixture.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        from sklearn.mixture import GaussianMixture
-    except ImportError as error:
-        raise UserError("fitting a mixture needs scikit-learn: pip install 'pbe[evaluation]'") from error
-    return GaussianMixture
-
-
-def check_fit(pictures: int, components: int, seed: int) -> None:
-    """Check what a fit needs, before features are made.
-
-    Args:
-        pictures: number of them.
-        components: of the mixture.
-        seed: of the start, 0 to 2**32 - 1.
-
-    Raises:
-        UserError: scikit-learn is not installed, the seed is out of range, or there are too few pictures.
-    """
-    _estimator()
+def check_fit(images: int, components: int, seed: int) -> None:
+    """Check what a fit needs before features are made; the seed of its start is 0 to 2**32 - 1."""
+    if find_spec("sklearn") is None:
+        raise UserError("fitting a mixture needs scikit-learn: pip install 'pbe[evaluation]'")
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed of the fit is 0 to 2**32 - 1, not {seed}")
-    if pictures <= components:
-        raise UserError(f"{components} components need more than {pictures} pictures")
+    if images <= components:
+        raise UserError(f"{components} components need more than {images} images")
 
 
 def fit_mixture(
@@ -147,42 +118,31 @@ def fit_mixture(
 ) -> Mixture:
     """Fit a mixture by scikit-learn's expectation maximisation, with its defaults, as the original did.
 
-    Args:
-        features: ``(n, d)``, more rows than components.
-        card: see :class:`Mixture`.
-        components: of the mixture.
-        seed: of the start.
-
-    Raises:
-        UserError: as :func:`check_fit`, or the features are broken or no mixture fits them.
+    There must be more rows of features, ``(n, d)``, than components.
     """
     check_fit(len(features), components, seed)
     if not np.isfinite(features).all():
-        raise UserError("some features are not finite; check pictures and weights")
-    fitted = _estimator()(components, covariance_type="full", random_state=seed)
+        raise UserError("some features are not finite; check images and weights")
+    from sklearn.mixture import GaussianMixture
+
+    fitted = GaussianMixture(components, covariance_type="full", random_state=seed)
     try:
         fitted.fit(np.asarray(features, np.float64))
         factors = np.linalg.cholesky(fitted.covariances_)
     except (ValueError, np.linalg.LinAlgError) as error:
-        raise UserError(f"the fit fails; try fewer components or more pictures: {error}") from error
+        raise UserError(f"the fit fails; try fewer components or more images: {error}") from error
     return Mixture(fitted.weights_, fitted.means_, factors, card)
 
 
 def quality(log_likelihood: np.ndarray) -> np.ndarray:
-    """Return the original's quality of each picture, 0 to 100: ``clip(log-likelihood / 300, 0, 1) x 100``."""
+    """Return the original's quality of each image, 0 to 100: ``clip(log-likelihood / 300, 0, 1) x 100``."""
     return 100.0 * np.clip(np.asarray(log_likelihood, np.float64) / SCALE, 0.0, 1.0)
 
 
 class QualityMeasure(CaseMeasure):
-    """QS.
+    """QS, with CLIP's tower and the mixture of a file.
 
-    Args:
-        tower: CLIP's.
-        path: of the mixture.
-        drop_remainder: leave out the last cases that fill no batch of fifty, as the original does.
-
-    Raises:
-        UserError: the mixture cannot be read, or is of another tower's features.
+    ``drop_remainder`` leaves out the last cases that fill no batch of fifty, as the original does.
     """
 
     def __init__(self, tower: Tower, path: Path, drop_remainder: bool) -> None:
@@ -197,7 +157,7 @@ class QualityMeasure(CaseMeasure):
             tower.spec.architecture,
             tower.sha256,
             tower.whole_filter,
-            "whole pictures",
+            "whole images",
             reference_sha256=file_sha256(path),
             notes=f"mixture of {len(self.mixture.weights)} Gaussians, whose file's hash the reference is"
             + ("; in batches of 50, the remainder dropped" if drop_remainder else ""),
@@ -211,9 +171,9 @@ class QualityMeasure(CaseMeasure):
             values[finite] = quality(self.mixture.log_likelihood(features[finite]))
             return values
 
-        super().__init__("qs", "paper", "higher", measure, card, against_images=False)
+        super().__init__(measure, card, against_images=False)
 
-    def finish(self, outcome: Outcome) -> list[Score]:
+    def finish(self, metric: Metric, outcome: Outcome) -> list[Score]:
         """Average over the cases, but for the remainder where it is dropped."""
         over = len(self.values) % BATCH if self.drop_remainder else 0
         if over:
@@ -221,8 +181,8 @@ class QualityMeasure(CaseMeasure):
                 del self.values[position]
             reason = f"after the last whole batch of {BATCH}"
             outcome = outcome.with_excluded(reason, over)
-        scores = super().finish(outcome)
+        scores = super().finish(metric, outcome)
         if over and not self.values:
-            why = f"not run: it is made of whole batches of {BATCH} pictures, and there are {over}"
+            why = f"not run: it is made of whole batches of {BATCH} images, and there are {over}"
             return [replace(one, why_not=why) for one in scores]
         return scores

@@ -1,10 +1,12 @@
-"""Folders of edits: whose edits they are, and which of them can be used."""
+"""Folders of edits: whose edits they are, which of them can be used, and how long they took to make."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,19 +17,20 @@ from PIL import Image
 from pbe.editing.batch.records import model_digests, write_json
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.cases import UNREADABLE, BenchmarkFolder, read_pixels
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.metrics.sets import SUFFIXES, UNREADABLE, read_image
 from pbe.files import make_folder
 
 SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 PNG_DEPTH = 24  # where a PNG's header has its bits a channel
-EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of pictures that become 8-bit RGB without loss
+EXACT_MODES = ("RGB", "L", "P")  # Pillow's, of images that become 8-bit RGB without loss
 MISSING, DAMAGED = "missing", "damaged"
-NOT_RGB, OTHER_SIZE = "not an 8-bit RGB picture", "of another size than its case"
+NOT_RGB, OTHER_SIZE = "not an 8-bit RGB image", "of another size than its case"
 MODELS_OWN = "the model's"
 # What edits were made with where their note is older than the setting.
 BEFORE: dict[str, Any] = {"preserve_background": True, "conventions": MODELS_OWN, "raw_weights": False}
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+TIMES = "seconds.json"
 
 
 def is_whole(path: Path, size: tuple[int, int]) -> bool:
@@ -37,8 +40,8 @@ def is_whole(path: Path, size: tuple[int, int]) -> bool:
             file.seek(-len(PNG_END), 2)
             if file.read() != PNG_END:
                 return False
-        with Image.open(path) as picture:
-            return (picture.height, picture.width) == size
+        with Image.open(path) as image:
+            return (image.height, image.width) == size
     except UNREADABLE:
         return False
 
@@ -47,17 +50,13 @@ def find_edit_fault(path: Path, size: tuple[int, int]) -> str:
     """Return why the header of an edit's file says that it cannot be scored; empty if it does not.
 
     Greys and palettes are taken, since they become RGB without loss; transparency and more than eight bits
-    would not.
-
-    Args:
-        path: of the edit.
-        size: height and width of its case.
+    would not. ``size`` is the height and width of the case.
     """
     try:
         with path.open("rb") as file:
             start = file.read(PNG_DEPTH + 1)
-        with Image.open(path) as picture:
-            mode, info, found = picture.mode, picture.info, (picture.height, picture.width)
+        with Image.open(path) as image:
+            mode, info, found = image.mode, image.info, (image.height, image.width)
     except UNREADABLE:
         return DAMAGED
     deep = start.startswith(PNG_START) and start[PNG_DEPTH] > 8  # which Pillow would cut to eight bits
@@ -67,11 +66,7 @@ def find_edit_fault(path: Path, size: tuple[int, int]) -> str:
 
 
 def model_identity(model: Path | PaintByExample) -> dict[str, str]:
-    """Return hashes that name a model: of its files, or of a pipeline's weights.
-
-    Raises:
-        UserError: there are no files.
-    """
+    """Return hashes that name a model: of its files, or of a pipeline's weights."""
     if isinstance(model, PaintByExample):
         digest = hashlib.sha256()
         for name, tensor in sorted(model.model.state_dict().items()):
@@ -89,10 +84,7 @@ def claim_folder(
 ) -> None:
     """Note in a folder what its edits are made of, or check that it is the same as before.
 
-    A note without pictures, as a start that failed leaves it, is written anew.
-
-    Raises:
-        UserError: the folder holds edits made with something else, or of unknown origin.
+    A note without images, as a start that failed leaves it, is written anew.
     """
     wanted = {"format": FORMAT, "model": model, "benchmark": benchmark.sha256, "settings": settings}
     path = make_folder(folder) / SETTINGS
@@ -101,7 +93,7 @@ def claim_folder(
         raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
     edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
     if edited and not noted:
-        raise UserError(f"'{folder}' holds pictures but no {SETTINGS}; name another folder for new edits")
+        raise UserError(f"'{folder}' holds images but no {SETTINGS}; name another folder for new edits")
     differing = list(_differences(noted, wanted))
     if edited and differing:
         raise UserError(
@@ -143,13 +135,8 @@ class EditFolder(Sequence[np.ndarray | None]):
         benchmark: whose cases they are of.
 
     Attributes:
-        folder: as given.
-        benchmark: as given.
-        extra: names of pictures that belong to no case.
+        extra: names of images that belong to no case.
         faults: why edits that are there cannot be used, by id, as far as they were read.
-
-    Raises:
-        UserError: there is no such folder, no edit of any case, or two of one.
     """
 
     def __init__(self, folder: Path, benchmark: BenchmarkFolder) -> None:
@@ -207,8 +194,40 @@ class EditFolder(Sequence[np.ndarray | None]):
         fault = find_edit_fault(path, self.benchmark.sizes[index])
         if not fault:
             try:
-                return read_pixels(path, "RGB")
+                return read_image(path)
             except UserError:
                 fault = DAMAGED
         self.faults[case] = fault
         return None
+
+
+@contextmanager
+def timed(folder: Path, *, note: bool = True) -> Iterator[None]:
+    """Add the wall time spent inside to the folder's, if images were made in it, also when it fails.
+
+    It stands in ``seconds.json`` beside the folder. A run that is killed outright adds nothing, nor does one
+    with ``note`` off, in processes that another one speaks for.
+    """
+    started, before = time.perf_counter(), _images(folder)
+    try:
+        yield
+    finally:
+        if note and _images(folder) != before:
+            times = read_times(folder.parent)
+            earlier = times.get(folder.name, 0.0) if before else 0.0
+            spent = earlier + time.perf_counter() - started
+            write_json(folder.parent / TIMES, times | {folder.name: round(spent, 2)})
+
+
+def read_times(folder: Path) -> dict[str, float]:
+    """Return the seconds noted by name of folder; none where there is no such note."""
+    try:
+        content = json.loads((folder / TIMES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    times = content if isinstance(content, dict) else {}
+    return {name: float(spent) for name, spent in times.items() if isinstance(spent, int | float)}
+
+
+def _images(folder: Path) -> set[tuple[str, int]]:
+    return {(path.name, path.stat().st_mtime_ns) for path in folder.glob("*.png")}

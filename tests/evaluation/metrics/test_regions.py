@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pbe.evaluation.benchmark.toy_scores import Scorer
-from pbe.evaluation.metrics.first_of import NAMES
+from pbe.evaluation.benchmark.toy_run import Scorer
+from pbe.evaluation.metrics.base import Case
+from pbe.evaluation.metrics.regions import FIRST_OF_SCORES as NAMES
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from tests.evaluation.metrics.test_scoring import Made, by_name, make
+from tests.evaluation.metrics.test_scoring import by_name, make
 
 SETTINGS = ScoreSettings(("toy-first-of-20",), batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[list[Made], list[np.ndarray]]:
+def made() -> tuple[list[Case], list[np.ndarray]]:
     """Edits that hold their case's exemplar in 12 of 22 cases, and another one's in the rest."""
     cases, edits = make(22)
     for place, edit in enumerate(edits):
@@ -30,22 +31,19 @@ def test_they_are_the_toy_paths_numbers(made, features):
     cases, edits = made
     found = by_name(score(cases, edits, SETTINGS))
     assert tuple(found) == NAMES
-    numbered = [_Numbered(case, place) for place, case in enumerate(cases)]
-    scorer = Scorer(numbered, features)
+    scorer = Scorer(cases, features)
     for images, end in ((np.stack(edits), ""), (np.stack([case.image for case in cases]), "-true")):
         regions = scorer.regions(images)
         row = scorer.row(regions, scorer.similarity(regions, np.roll(np.arange(22), 1)))
-        for name, expected in (("toy-first-of-20", row.first), ("toy-first-of-20-grey", row.grey_first)):
+        for name, expected in (
+            ("toy-first-of-20", row.first_of_20),
+            ("toy-first-of-20-grey", row.grey_first_of_20),
+        ):
             one = found[name + end]
             assert (one.value, one.low, one.high) == (expected.value, expected.low, expected.high)
             assert (one.family, one.better, one.card.pictures) == ("toy", "higher", 22)
-            assert one.card.weights_sha256 == features.card.sha256
+            assert one.card.weights_sha256 == features.sha256
     assert found["toy-first-of-20"].value > found["toy-first-of-20-true"].value  # random holes say nothing
-
-
-class _Numbered:
-    def __init__(self, case: Made, index: int) -> None:
-        self.index, self.mask, self.exemplar = index, case.mask, case.exemplar
 
 
 def test_cases_left_out_are_among_no_ones_others(made):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.mixture import GaussianMixture
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.mixture import Mixture, fit_mixture, load_mixture, quality
+from pbe.evaluation.metrics.quality import Mixture, fit_mixture, load_mixture, quality
 
 
 def clusters(n: int = 300, width: int = 4) -> np.ndarray:
@@ -101,9 +101,9 @@ def test_a_fit_that_fails_is_one_line(monkeypatch):
 
 def test_bad_features_are_refused():
     features = clusters()
-    with pytest.raises(UserError, match="20 components need more than 5 pictures"):
+    with pytest.raises(UserError, match="20 components need more than 5 images"):
         fit_mixture(features[:5], {})
     with pytest.raises(UserError, match="not finite"):
         fit_mixture(np.where(features > 0, np.nan, features), {}, components=2)
-    with pytest.raises(UserError, match="of 4 numbers a picture, the features are of 3"):
+    with pytest.raises(UserError, match="of 4 numbers an image, the features are of 3"):
         fit_mixture(features, {}, components=2).log_likelihood(features[:, :3])
