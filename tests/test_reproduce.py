@@ -36,15 +36,12 @@ def commands(page: str) -> list[list[str]]:
     return found
 
 
-TOP = {"train.py": "train", "sample.py": "edit"}
-
-
 def accept(words: list[str]) -> None:
     """Parse a command as its program does; raises what the program would say."""
     script, *arguments = words
-    if script in TOP:
-        script, arguments = "pbe", [TOP[script], *arguments]
-    if script == "pbe":
+    if script in ("train.py", "sample.py", "pbe"):
+        called = {"train.py": ["train"], "sample.py": ["edit"], "pbe": []}[script]
+        arguments = [*called, *arguments]
         _, bound, _ = make_app().parse_args(arguments, print_error=False, exit_on_error=False)
         if arguments[0] in ("train", "inspect", "cache"):
             load_config(ROOT / bound.args[0], list(bound.args[1:]))

@@ -33,7 +33,7 @@ def test_a_configuration_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "files", lambda _: tmp_path / "pbe")
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "pbe" / "resources.py"))
     assert packaged("configs/toy.yaml") == tmp_path / "configs/toy.yaml"
     (tmp_path / "pbe" / "_resources").mkdir(parents=True)
     assert packaged("configs/toy.yaml") == tmp_path / "pbe/_resources/configs/toy.yaml"

@@ -62,7 +62,7 @@ def make_app() -> App:
             negative_bool=(),  # no --no- form for every switch,
             negative_iterable=(),  # no --empty- form for every list
             consume_multiple=True,
-            allow_repeating=True,  # the last one counts
+            allow_repeating=True,  # the last counts, so that a call can be changed by adding to it
             show_default=_show_default,
         ),
         config=(tidy, refuse_fractions),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pbe.editing.compositing import to_bytes, to_unit
+from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.pipeline import PaintByExample
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, edit_batch
 from pbe.evaluation.metrics.base import Case

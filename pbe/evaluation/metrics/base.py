@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pbe.editing.compositing import grey_out
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.metrics.bootstrap import Bootstrap
 

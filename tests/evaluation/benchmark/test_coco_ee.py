@@ -15,7 +15,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import is_whole
 from pbe.evaluation.benchmark.toy import export_toy_benchmark, make_case
-from scripts import build_benchmark as command
+from tests.commands import build_benchmark as command
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pbe.evaluation.benchmark.edits import TIMES, read_times, timed
 from pbe.evaluation.benchmark.page import fit, picks, ranking_score
 from pbe.evaluation.benchmark.tables import ScoredEdits, markdown_page, score_tables
 from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
-from scripts import evaluate as command
+from tests.commands import evaluate as command
 
 METRICS = ["psnr-outside", "seam", "colour-inside"]
 EDIT = ["--solver", "ddim", "--steps", "2", "--batch-size", "2", "--device", "cpu"]

@@ -32,9 +32,9 @@ from pbe.evaluation.metrics.towers import (
     TowerSpec,
     build_network,
     centre_crop,
-    file_sha256,
     load_tower,
 )
+from pbe.files import sha256_of
 from tests.checkpoints.test_tower_weights import save_program
 from tests.commands import fit as fit_mixture
 from tests.evaluation.metrics.test_scoring import by_name, make
@@ -114,7 +114,7 @@ def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     assert found["kid"].value == pytest.approx(kernel_distance(a, b), rel=1e-3)
     card = found["clip-fid"].card
     assert (card.pictures, card.feature_model, card.weights_sha256) == (9, SMALL, tower.sha256)
-    assert card.weights_sha256 == file_sha256(Path(settings().weights["clip"]))
+    assert card.weights_sha256 == sha256_of(Path(settings().weights["clip"]))
     assert "9 real images from the cases' own" in card.notes
     assert found["clip-fid"].low < found["clip-fid"].value < found["clip-fid"].high
 
@@ -320,7 +320,7 @@ def test_weights_of_all_of_clip_serve_its_image_tower(weights, tmp_path):
     program = save_program(whole | {"input_resolution": torch.tensor(224)}, tmp_path / "ViT-B-32.pt")
     scripted = load_tower("clip", SMALL, str(program))
     assert np.array_equal(plain.whole(picture), scripted.whole(picture))
-    assert scripted.sha256 == file_sha256(program), "the sum that OpenAI publishes is of the archive"
+    assert scripted.sha256 == sha256_of(program), "the sum that OpenAI publishes is of the archive"
     with pytest.raises(UserError, match="is a TorchScript program, no state dict of torch-fidelity's"):
         load_tower("inception", None, str(program))
 
