@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class EditSettings:
     def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
         """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
         values = vars(self)
-        found: dict[str, object] = {"seed": check_seed(named("seed"), self.seed)}
+        found: dict[str, Any] = {"seed": check_seed(named("seed"), self.seed)}
         optional = ("height", "width", "feather", "attention_slicing")
         for name in (each for each in values if not (each in optional and values[each] is None)):
             if name in COUNTS:
