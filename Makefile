@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTES
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-slow lint format toy-model clean
+.PHONY: help demo setup test test-slow test-wheel lint format wheel toy-model clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,12 @@ test: lint ## everything that must pass: lint, then the tests
 test-slow: $(DEV_READY) ## the tests that take minutes
 	@status=0; $(PYTEST) -m slow || status=$$?; \
 	if [ $$status -eq 5 ]; then echo "no test is marked slow"; status=0; fi; exit $$status
+
+wheel: $(DEV_READY) ## build dist/pbe-*.whl, with configurations, toy world and toy model in it
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## install that wheel in a fresh environment outside the clone and use it
+	$(BIN)/python scripts/check_wheel.py dist/pbe-*.whl
 
 lint: $(DEV_READY) ## ruff (rules, format, docstrings), mypy, import-linter
 	$(BIN)/ruff check .

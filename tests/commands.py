@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pbe.cli.main import main
+from pbe.cli.main import find_app, main, make_app
 
 
 class Command:
@@ -16,6 +16,12 @@ class Command:
     def main(self, arguments: Sequence[str]) -> int:
         """Run it as ``pbe`` does."""
         return main([*self.words, *arguments])
+
+
+def options_of(command: str) -> set[str]:
+    """The options that a subcommand takes."""
+    found = find_app(make_app(), command).assemble_argument_collection()
+    return {name for each in found for name in (*each.names, *each.negatives)}
 
 
 ablate = Command("ablate")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from pbe.editing.settings import EditCommand, option_name
+from pbe.cli.main import COMMANDS, GROUPS
+from tests.commands import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -106,9 +106,9 @@ def makefile_targets() -> set[str]:
 
 
 def declared_flags(script: str) -> set[str]:
-    """The flags that the parser of a script declares; those of sample.py are the fields of a dataclass."""
-    if script == "sample.py":
-        return {option_name(each.name) for each in fields(EditCommand)} | {"--no-preserve-background"}
+    """The flags that the parser of a script declares."""
+    if script in ("train.py", "sample.py"):
+        return options_of("train" if script == "train.py" else "edit")
     source = (ROOT / script).read_text()
     flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
     return flags | {f"--no-{flag[2:]}" for flag in flags} if "BooleanOptionalAction" in source else flags
@@ -163,7 +163,7 @@ def test_environment_makefile_and_workflow_agree() -> None:
         for step in job["steps"]
         if "setup-python" in step.get("uses", "")
     ]
-    assert versions == [PROJECT["requires-python"].removeprefix(">=")]
+    assert set(versions) == {PROJECT["requires-python"].removeprefix(">=")}
 
 
 def test_package_imports_only_what_it_declares() -> None:
@@ -271,6 +271,14 @@ def test_pages_name_commands_that_exist(page: str) -> None:
         flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
         unknown = {flag for flag in flags if flag not in declared_flags(script)}
         assert not unknown, f"{page}: {script} has no {', '.join(sorted(unknown))}"
+    for rest in re.findall(r"(?:^|\s)(?:-m pbe\.cli|pbe) ([a-z][^\n|;&#]*)", code):
+        command = next((name for name in COMMANDS if f"{rest} ".startswith(f"{name} ")), None)
+        if command is None and rest.strip() in GROUPS:
+            continue
+        assert command, f"{page} calls 'pbe {rest}', which there is not"
+        flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
+        unknown = flags - options_of(command)
+        assert not unknown, f"{page}: pbe {command} has no {', '.join(sorted(unknown))}"
 
 
 def test_make_help_lists_every_target() -> None:

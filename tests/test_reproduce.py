@@ -19,14 +19,18 @@ PAGES = ("reproduce", "evaluation")
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of every command of a page's blocks that calls a file of ours, from that file's name on."""
+    """The words of every command of a page that calls ``pbe`` or a file of ours, from that on."""
     text = (ROOT / "docs" / f"{page}.md").read_text()
-    inline = re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    inline = re.findall(
+        r"`((?:python|pbe [^`]*--[a-z-]+) [^`]+)`",
+        re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL),
+    )
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + [each.replace("\n", " ") for each in inline]
     found = []
     for line in lines:
-        ours = re.search(r"(?:^|\s)((?:scripts/)?\w+\.py(?:\s.*)?)$", line)
+        line = line.replace("-m pbe.cli ", "pbe ")
+        ours = re.search(r"(?:^|\s)((?:(?:scripts/)?\w+\.py|pbe)(?:\s.*)?)$", line)
         if ours and not line.startswith("#") and "--help" not in line:
             found.append(shlex.split(ours.group(1), comments=True))
     return found
@@ -35,17 +39,15 @@ def commands(page: str) -> list[list[str]]:
 def accept(words: list[str]) -> None:
     """Parse a command as its program does; raises what the program would say."""
     script, *arguments = words
-    if script == "train.py":
-        config, *overrides = [word for word in arguments if word != "--dry-run"]
-        load_config(ROOT / config, overrides)
-    elif script == "pbe inspect":  # its flags are looked up by tests/test_project.py
-        load_config(ROOT / arguments[0], [])
-    elif script == "sample.py":
-        make_app().parse_args(["edit", *arguments])
-    else:
-        module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        parse = getattr(module, "parse", None) or module.make_parser().parse_args
-        assert isinstance(parse(arguments), argparse.Namespace)
+    if script in ("train.py", "sample.py", "pbe"):
+        called = {"train.py": ["train"], "sample.py": ["edit"], "pbe": []}[script]
+        arguments = [*called, *arguments]
+        _, bound, _ = make_app().parse_args(arguments, print_error=False, exit_on_error=False)
+        if arguments[0] in ("train", "inspect", "cache"):
+            load_config(ROOT / bound.args[0], list(bound.args[1:]))
+        return
+    module: Any = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    assert isinstance(module.parse(arguments), argparse.Namespace)
 
 
 @pytest.mark.parametrize("words", [words for page in PAGES for words in commands(page)], ids=" ".join)
@@ -54,17 +56,16 @@ def test_commands_are_accepted(words: list[str]) -> None:
 
 
 def test_the_pages_have_the_steps() -> None:
-    scripts = [words[0] for words in commands("reproduce")]
-    steps = ["pbe prepare", "pbe convert", "train.py", "pbe evaluate"]
-    places = [scripts.index(step) for step in steps]
+    steps = [words[words[0] == "pbe"] for words in commands("reproduce")]
+    places = [steps.index(step) for step in ("prepare", "convert", "train.py", "evaluate")]
     assert places == sorted(places)
-    assert scripts.count("train.py") == 3, "asking first, 8 GPUs, 64 GPUs"
+    assert steps.count("train.py") == 3, "asking first, 8 GPUs, 64 GPUs"
 
 
 def test_bad_commands_are_noticed() -> None:
     for words in (
         ["train.py", "configs/paper.yaml", "trainer.max_step=3"],
-        ["pbe evaluate", "--model", "m", "--out", "o", "--beauty"],
+        ["pbe", "evaluate", "--model", "m", "--out", "o", "--beauty"],
     ):
         with pytest.raises(Exception, match=r"max_step|beauty"):
             accept(words)

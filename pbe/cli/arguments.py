@@ -32,15 +32,24 @@ Model = Annotated[str, Parameter(converter=_model, metavar="MODEL")]
 Switch = Annotated[bool, Parameter(negative_bool="no-")]
 """On unless ``--no-...`` is given; plain ``bool`` has no such form."""
 Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
-"""One value each time; of other lists several values may follow the option."""
+"""One value each time. Several values may follow the option of any other list, and the last time counts."""
+Several = Annotated[list[str], Parameter(consume_multiple=1)]
+"""Several values each time, and all times count."""
+ANY_NUMBER = (0, None)  # what cyclopts makes of consume_multiple=True, the command's default
 Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
 
 
-def expand_paths(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Put the home folder in place of a leading ``~`` of paths: shells leave it alone in ``--out=~/x``."""
+def tidy(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Put the home folder in place of a leading ``~`` of paths, and let the last of repeated options count.
+
+    Shells leave ``~`` alone in ``--out=~/x``; cyclopts itself would join the values of a repeated list.
+    """
     for argument in arguments:
         if "Path" in str(argument.hint):
             argument.tokens[:] = [each.evolve(value=expand_home(each.value)) for each in argument.tokens]
+        starts = [place for place, each in enumerate(argument.tokens) if each.keyword and each.index == 0]
+        if starts and argument.parameter.consume_multiple == ANY_NUMBER:
+            del argument.tokens[: starts[-1]]
 
 
 def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -27,15 +27,12 @@ def doctor() -> int:
         print(f"  {name:20} {_version(name) or 'missing'}")
     for line in (*_devices(), *_memory(), *_resources()):
         print(line)
-    extras = _missing()
-    for extra, missing in extras.items():
+    missing = _missing()
+    for extra, requirements in missing.items():
         what = f"extra '{extra}'" if extra else "needed by everything"
-        if missing:
-            command = f'{sys.executable} -m pip install "pbe[{extra}]"' if extra else "pip install pbe"
-            print(f"{what}: {', '.join(missing)} missing; {command}")
-        else:
-            print(f"{what}: complete")
-    return 1 if extras[""] else 0
+        quoted = " ".join(f'"{each}"' for each in requirements)
+        print(f"{what}: " + (f"{sys.executable} -m pip install {quoted}" if quoted else "complete"))
+    return 1 if missing[""] else 0
 
 
 def _version(distribution: str) -> str:
@@ -77,16 +74,16 @@ def _resources() -> Iterator[str]:
 
 
 def _missing() -> dict[str, list[str]]:
-    """Return the distributions that are missing, for the package itself ('') and each of its extras."""
+    """Return the requirements that are not installed: of the package ('') and of each of its extras."""
     try:
         package = importlib.metadata.metadata("pbe")
-    except importlib.metadata.PackageNotFoundError:
-        return {"": ["pbe itself (it is not installed, only on the path)"]}
+    except importlib.metadata.PackageNotFoundError:  # on the path only
+        return {"": [f"-e{packaged('.')}"]}
     missing: dict[str, list[str]] = {"": [], **{each: [] for each in package.get_all("Provides-Extra", [])}}
     for line in package.get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")
         name = re.split(r"[\s<>=!~(\[]", requirement.strip(), maxsplit=1)[0]
         extra = EXTRA.search(marker)
         if name != "pbe" and not _version(name):
-            missing[extra[1] if extra else ""].append(name)
+            missing[extra[1] if extra else ""].append(requirement.strip())
     return missing

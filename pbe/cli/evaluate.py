@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from pbe.cli.arguments import SETTINGS, Dtype, Model, Switch
+from pbe.cli.arguments import SETTINGS, Dtype, Model, Several, Switch
 from pbe.errors import UserError
 from pbe.files import expand_home
 from pbe.resources import packaged
 
 if TYPE_CHECKING:
+    import torch
+
+    from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.generation import GenerateSettings
 
 TOY_BATCH = 32
@@ -36,7 +39,7 @@ class Source:
     """the plain weights of a training, not the average"""
     benchmark: Path | None = None
     """folder in COCOEE's layout; without one, the toy world's objects are edited"""
-    edits: list[str] = field(default_factory=list)
+    edits: Several = field(default_factory=list)
     """[NAME=]DIR: finished edits <id>.png, one set or more, instead of a model or beside it"""
     out: Path
     """folder for scores, tables and images"""
@@ -261,14 +264,11 @@ def run_toy(settings: EvaluateSettings) -> None:
     source, sampling, toy = settings.source, settings.sampling, settings.toy
     if sampling.threads < 0 or toy.sheet < 1:
         raise UserError("--threads must be 0 or more, --sheet at least 1")
-    assert source.model is not None
     import torch
     from tqdm import tqdm
 
-    from pbe.checkpoints.precision import torch_dtype
     from pbe.data.toy.scenes import ToyWorld
     from pbe.editing.batch.runner import pick_device
-    from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.toy import make_benchmark
     from pbe.evaluation.benchmark.toy_edits import GUIDANCE, EditSettings, make_edits
     from pbe.evaluation.benchmark.toy_scores import score_edits
@@ -285,10 +285,7 @@ def run_toy(settings: EvaluateSettings) -> None:
         TOY_BATCH if sampling.batch_size is None else sampling.batch_size,
     )
     device = pick_device(sampling.device or "cpu")
-    pipe = PaintByExample.from_pretrained(
-        source.model, device=device, dtype=torch_dtype(sampling.dtype), raw_weights=source.raw_weights
-    )
-    pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
+    pipe = load_pipeline(source, sampling.dtype, device)
     make_folder(source.out)
     features = LiteFeatures()
     config = pipe.model.config
@@ -305,7 +302,6 @@ def run_toy(settings: EvaluateSettings) -> None:
     edited = time.perf_counter()
     scores = score_edits(cases, edits, features, seed=sampling.seed)
     seconds = {"edit": round(edited - started, 2), "score": round(time.perf_counter() - edited, 2)}
-    benchmark = {"name": "toy", "seed": sampling.seed, "image_size": config.image_size}
     used = {
         "solver": edit_settings.solver,
         "steps": edit_settings.steps,
@@ -315,8 +311,26 @@ def run_toy(settings: EvaluateSettings) -> None:
         "batch_size": edit_settings.batch_size,
         "threads": torch.get_num_threads(),
     }
-    head = {"benchmark": benchmark, "model": source.model, "sampling": used, "seconds": seconds}
+    head = {
+        "benchmark": {"name": "toy", "seed": sampling.seed, "image_size": config.image_size},
+        "model": source.model,
+        "sampling": used,
+        "seconds": seconds,
+    }
     write_toy(settings, cases, edits, scores, head)
+
+
+def load_pipeline(source: Source, dtype: str, device: torch.device) -> PaintByExample:
+    """Load the model whose edits of the toy world's objects are scored."""
+    from pbe.checkpoints.precision import torch_dtype
+    from pbe.editing.pipeline import PaintByExample
+
+    assert source.model is not None
+    pipe = PaintByExample.from_pretrained(
+        source.model, device=device, dtype=torch_dtype(dtype), raw_weights=source.raw_weights
+    )
+    pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
+    return pipe
 
 
 def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, head: dict[str, Any]) -> None:

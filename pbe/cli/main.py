@@ -52,7 +52,7 @@ def make_app() -> App:
     from cyclopts import App, Parameter
 
     from pbe import __version__
-    from pbe.cli.arguments import expand_paths, refuse_fractions
+    from pbe.cli.arguments import refuse_fractions, tidy
 
     app = App(
         name="pbe",
@@ -65,7 +65,7 @@ def make_app() -> App:
             allow_repeating=True,  # the last counts, so that a call can be changed by adding to it
             show_default=_show_default,
         ),
-        config=(expand_paths, refuse_fractions),
+        config=(tidy, refuse_fractions),
         help_format="plaintext",
         help_on_error=False,
         print_error=False,

@@ -12,8 +12,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
-
 from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
 from pbe.resources import find_model
@@ -94,6 +92,8 @@ class EditSettings:
                 found[name] = check_count(named(name), values[name], COUNTS[name])
             elif name in NUMBERS:
                 found[name] = check_number(named(name), values[name], NUMBERS[name])
+        import numpy as np  # not at the top: options are listed without it
+
         if not isinstance(self.preserve_background, bool | np.bool_):
             kind = type(self.preserve_background).__name__
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")

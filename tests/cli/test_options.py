@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pbe.cli.main import COMMANDS, find_app, make_app
+from tests.commands import options_of
 
 # Script that was, and the subcommand that it is: its options.
 OPTIONS = {
@@ -66,13 +67,6 @@ OPTIONS = {
     ("scripts/train_toy_model.py", "toy train"): "--out --score-every",
     ("scripts/crop_pictures.py", "benchmark crop"): "--pictures --out --size --filter --workers",
 }
-
-
-def options_of(command: str) -> set[str]:
-    """The options that a subcommand takes."""
-    return {
-        name for each in find_app(make_app(), command).assemble_argument_collection() for name in each.names
-    }
 
 
 @pytest.mark.parametrize(("script", "command"), list(OPTIONS))
