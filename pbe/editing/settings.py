@@ -92,10 +92,8 @@ class EditSettings:
                 found[name] = check_count(named(name), values[name], COUNTS[name])
             elif name in NUMBERS:
                 found[name] = check_number(named(name), values[name], NUMBERS[name])
-        import numpy as np  # not at the top: options are listed without it
-
-        if not isinstance(self.preserve_background, bool | np.bool_):
-            kind = type(self.preserve_background).__name__
+        kind = type(self.preserve_background).__name__
+        if kind not in ("bool", "bool_"):  # Python's or numpy's, which is not imported here
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
         if self.region not in get_args(Region):
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")
