@@ -50,11 +50,7 @@ class Sorted:
 
 
 def sort_out(weights: Weights) -> Sorted:
-    """Take off what wraps the names of a state dict, at any depth, and tell its averages by their names.
-
-    Raises:
-        UserError: the same weight under several names.
-    """
+    """Take off what wraps the names of a state dict, at any depth, and tell its averages by their names."""
     plain: Lazies = {}
     average: Lazies = {}
     strangers: Lazies = {}
@@ -110,9 +106,6 @@ def choose(
         expected: every name of the model, in the layout of the file.
         source: for errors.
         raw_weights: take the plain ones.
-
-    Raises:
-        UserError: an average that lacks weights or fits none, or ``raw_weights`` where there are none.
     """
     expected = list(expected)
     if not found.average:

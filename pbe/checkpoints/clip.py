@@ -56,11 +56,7 @@ class TowerSizes:
 
 
 def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
-    """Return the sizes of a configured tower.
-
-    Raises:
-        UserError: it is not a plain vision transformer of CLIP, which is all that the other layouts know.
-    """
+    """Return the sizes of a configured tower."""
     if match := NAME.fullmatch(config.tower):
         width, layers, patch, heads, mlp = (int(size) for size in match.groups()[:5])
         return TowerSizes(width, layers, patch, heads, mlp, quick_gelu=match[6] is not None)

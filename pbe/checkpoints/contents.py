@@ -48,11 +48,7 @@ class Weights:
 
 
 def state_of(content: object, source: str) -> Weights:
-    """Find the state dict in what a pickle holds: the content itself, or wrapped once or more.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find the state dict in what a pickle holds: the content itself, or wrapped once or more."""
     config = _config(content)
     extra: list[str] = []
     extra_bytes = 0

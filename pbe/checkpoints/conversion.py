@@ -72,10 +72,6 @@ def convert(
         dtype: type of the floating-point weights; None keeps each tensor's own.
         verify: read the files again, compare every tensor, run each network on a random input with the
             source's weights and with the files', and leave nothing behind when they differ.
-
-    Raises:
-        UserError: the layout cannot hold the model, the target cannot be written to or holds other files
-            of a model, the weights are not finite, or the verification fails.
     """
     target = Path(target)
     check_layout(opened.config, layout)

@@ -63,11 +63,7 @@ def to_native(entries: Iterable[Entry], foreign: Lazies) -> Lazies:
 
 
 def empty_model(config: ModelConfig) -> LatentDiffusion:
-    """Build the model without memory for its weights, on the meta device.
-
-    Raises:
-        UserError: sizes of which no model can be made.
-    """
+    """Build the model without memory for its weights, on the meta device."""
     check_sizes(config)
     try:
         with torch.device("meta"):
@@ -89,9 +85,6 @@ def check_sizes(config: Any, section: str = "model") -> None:
     Args:
         config: the section of a configuration.
         section: its name, for errors.
-
-    Raises:
-        UserError: names the number.
     """
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{section}.{field.name}"

@@ -71,10 +71,6 @@ def load_checkpoint(
         dtype: type of the weights in memory; None means float32.
         files: which copies of the weights, where a folder holds several.
         raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
-
-    Raises:
-        UserError: nothing there, damaged, not such a model (the error says what it looks like), missing,
-            unexpected or misshapen keys, an incomplete average, or weights that are not finite.
     """
     opened = open_checkpoint(path, config, files, raw_weights=raw_weights)
     model = build(opened, dtype or torch.float32).to(device)

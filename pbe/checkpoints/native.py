@@ -37,9 +37,6 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         folder: made when missing.
         model: the weights.
         dtype: type of the floating-point tensors in the files; None keeps each tensor's own.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
     """
     with staged(Path(folder)) as staging:
         for part in PARTS:
@@ -79,11 +76,7 @@ def part_of(native: Lazies, part: str) -> Lazies:
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read the model's configuration of a native folder.
-
-    Raises:
-        UserError: no such folder, no or broken ``config.json``, or another format.
-    """
+    """Read the model's configuration of a native folder."""
     content, path = _read_config(Path(folder)), Path(folder) / CONFIG_NAME
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: it has no 'model' section; copy the model again")
@@ -91,11 +84,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load_usage(folder: Path) -> Usage:
-    """Read how the model of a native folder is to be run; a folder that does not say holds an empty one.
-
-    Raises:
-        UserError: as :func:`load_config`, or an entry that is not known.
-    """
+    """Read how the model of a native folder is to be run; a folder that does not say holds an empty one."""
     return usage_from_json(_read_config(folder).get(KEY), folder / CONFIG_NAME)
 
 
@@ -115,9 +104,6 @@ def open_native(folder: Path, config: ModelConfig | None = None) -> Opened:
     Args:
         folder: written by :func:`save_model`.
         config: sizes; None reads the folder's own.
-
-    Raises:
-        UserError: as :func:`load_model`.
     """
     sizes = config or load_config(folder)
     native = native_shapes(sizes)
@@ -146,10 +132,6 @@ def load_model(
         folder: written by :func:`save_model`.
         device: where the model goes.
         dtype: type of the weights in memory; None means float32.
-
-    Raises:
-        UserError: missing or damaged file; missing, extra or misshapen keys (the first ten are listed);
-            weights that are not finite.
     """
     return build(open_native(Path(folder)), dtype or torch.float32).to(device)
 
@@ -164,9 +146,5 @@ def load_part(
 
 
 def check_keys(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
-    """Compare a state dict with what ``module`` expects.
-
-    Raises:
-        UserError: lists missing, extra and misshapen keys, the first ten of each and their number.
-    """
+    """Compare a state dict with what ``module`` expects."""
     check_shapes(shapes(lazies(state)), shapes(lazies(module.state_dict())), source)

@@ -42,11 +42,7 @@ class Opened:
 
 
 def numbers(opened: Opened) -> Lazies:
-    """Return the tensors of a model with counters and indices as whole numbers, whatever the files hold.
-
-    Raises:
-        UserError: weights that are no floating-point numbers.
-    """
+    """Return the tensors of a model with counters and indices as whole numbers, whatever the files hold."""
     wrong = [
         key
         for key, tensor in opened.tensors.items()

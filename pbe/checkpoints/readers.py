@@ -48,11 +48,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a file of weights, whatever its name, without reading its numbers.
-
-    Raises:
-        UserError: no such file, not a file of weights, damaged, or a pickle that asks for more than tensors.
-    """
+    """Open a file of weights, whatever its name, without reading its numbers."""
     try:
         file = WeightFile(path)
     except OSError as error:

@@ -42,11 +42,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 def carried_config(weights: Weights) -> ModelConfig | None:
-    """Return the sizes that a training checkpoint of this project carries, None for any other file.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """Return the sizes that a training checkpoint of this project carries, None for any other file."""
     if weights.config is None:
         return None
     source = f"{weights.source}: the configuration in it"

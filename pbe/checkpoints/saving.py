@@ -69,10 +69,6 @@ def save_checkpoint(
         dtype: type of the floating-point weights in the files; None keeps each tensor's own.
         usage: how the model is to be run; None leaves that to the layout's default.
         beside: writes what else belongs into the folder, such as a safety checker, into the one it is given.
-
-    Raises:
-        UserError: no such layout, a model that has no place in it, weights that are not finite, or a
-            folder that cannot be written to or that holds another model's files.
     """
     folder = Path(folder)
     check_layout(model.config, layout)
@@ -94,11 +90,7 @@ def layout_files(layout: str) -> set[str]:
 
 
 def check_layout(config: ModelConfig, layout: str) -> None:
-    """Refuse a model that has parts for which a layout has no place.
-
-    Raises:
-        UserError: no such layout, or it cannot hold the model.
-    """
+    """Refuse a model that has parts for which a layout has no place."""
     if layout not in LAYOUTS:
         raise UserError(f"no layout '{layout}'; there are: {', '.join(LAYOUTS)}")
     if layout == "native":

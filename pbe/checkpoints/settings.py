@@ -18,11 +18,7 @@ MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """Refuse settings that have another form than the code of the ``with`` block expects; it only reads them.
-
-    Raises:
-        UserError: in place of what Python raises then; names ``source``.
-    """
+    """Turn what Python raises for settings of another form than the ``with`` block expects into a UserError."""
     try:
         yield
     except MALFORMED as error:
@@ -31,11 +27,7 @@ def reading(source: str | Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Values:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        UserError: missing, not valid JSON, or something else than an object.
-    """
+    """Read a JSON file that holds one object."""
     if not path.is_file():
         raise UserError(f"'{path.parent}' has no {path.name}; copy the model again")
     try:
@@ -98,9 +90,5 @@ class Settings:
         return widths[0], [width // widths[0] for width in widths]
 
     def refuse(self, reason: str) -> None:
-        """Raise the error that names the file.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise the error that names the file."""
         raise UserError(f"{self.source}: {reason}")

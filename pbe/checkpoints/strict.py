@@ -34,9 +34,6 @@ def check_shapes(
         source: named in the error.
         hint: what the file looks like, said at the end of the error.
         parts: names of networks by the prefix of their keys, to be told that a whole one is missing.
-
-    Raises:
-        UserError: lists missing, unexpected and misshapen keys, the first ten of each and their number.
     """
     absent = {
         prefix: name
@@ -69,11 +66,7 @@ def check_shapes(
 
 
 def check_finite(key: str, value: torch.Tensor, source: str) -> None:
-    """Refuse a tensor with NaN or infinity in it, and one of a kind in which no weights come.
-
-    Raises:
-        UserError: names the tensor.
-    """
+    """Refuse a tensor with NaN or infinity in it, and one of a kind in which no weights come."""
     if value.dtype not in NUMBERS or value.layout != torch.strided or value.is_meta:
         kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
         raise UserError(
@@ -88,11 +81,7 @@ def check_finite(key: str, value: torch.Tensor, source: str) -> None:
 
 
 def checked(key: str, tensor: LazyTensor, dtype: torch.dtype | None, source: str) -> torch.Tensor:
-    """Read a tensor, check that its numbers are finite, and return it as ``dtype`` (None: as it is).
-
-    Raises:
-        UserError: NaN or infinity in it, or numbers too large for ``dtype``.
-    """
+    """Read a tensor, check that its numbers are finite, and return it as ``dtype`` (None: as it is)."""
     value = tensor.read()
     check_finite(key, value, source)
     result = cast(lazy(value), dtype).read()

@@ -46,9 +46,6 @@ def load_tower_weights(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
 
     Returns:
         A line that says what was loaded, and where the configuration departs from what it was trained on.
-
-    Raises:
-        UserError: nothing named, not to be had, or the weights of another network.
     """
     path = Path(config.pretrained)
     if config.pretrained in ("", "pypi", RANDOM) or not path.is_file():
@@ -102,11 +99,7 @@ def _resampled(tower: nn.Module, state: dict[str, Tensor], path: Path) -> dict[s
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors or a PyTorch file, without running what is in it.
-
-    Raises:
-        UserError: no such file, or more or less than tensors by name.
-    """
+    """Read a state dict from a safetensors or a PyTorch file, without running what is in it."""
     if not path.is_file():
         raise UserError(f"there is no file '{path}' of tower weights")
     if is_program(path):
@@ -130,11 +123,7 @@ def image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Load a state dict that has all tensors of a network, in its shapes, and no other.
-
-    Raises:
-        UserError: it has others, which the message counts, or whole numbers for weights.
-    """
+    """Load a state dict that has all tensors of a network, in its shapes, and no other."""
     wanted = network.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shaped = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]

@@ -38,11 +38,7 @@ class Usage:
     scheduler: dict[str, Any] | None = None
 
     def complete(self, layout: str) -> Usage:
-        """Say what the files of a layout leave open, as loading them does.
-
-        Raises:
-            UserError: the scheduler is none that can be run here, and no solver is named.
-        """
+        """Say what the files of a layout leave open, as loading them does."""
         solver = self.solver
         if solver is None:
             read = None if self.scheduler is None else solver_from_scheduler(self.scheduler)
@@ -88,9 +84,6 @@ def usage_from_json(values: Any, source: str | Path) -> Usage:
     Args:
         values: of the section; None, where there is none, says nothing.
         source: the file, for errors.
-
-    Raises:
-        UserError: an entry that is not known or has no such value.
     """
     if values is None:
         return UNSAID

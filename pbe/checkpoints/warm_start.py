@@ -48,9 +48,6 @@ def open_stable_diffusion(
             as random as what is behind it.
         seed: of the exemplar encoder's fresh weights.
         raw_weights: take a checkpoint's plain weights where it has averaged ones.
-
-    Raises:
-        UserError: nothing there, damaged, or not a text-to-image model of these sizes.
     """
     path = Path(path)
     if path.is_dir() and (parts := find_parts(path)):

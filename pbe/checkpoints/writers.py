@@ -37,9 +37,6 @@ def staged(folder: Path) -> Iterator[Path]:
     """Give a folder to write into, whose files take their places in ``folder`` when all went well.
 
     A failure on the way leaves what was there before as it was.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
     """
     with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         yield Path(staging)
@@ -178,9 +175,6 @@ def check_target(folder: Path, files: set[str]) -> None:
     Args:
         folder: to write into; it need not exist.
         files: paths in it that will be written, which may be there already.
-
-    Raises:
-        UserError: other weights or configurations are there.
     """
     if folder.is_file():
         raise UserError(f"'{folder}' is a file; name a folder to write the model to")

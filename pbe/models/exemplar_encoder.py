@@ -116,9 +116,6 @@ class ExemplarEncoder(nn.Module):
             ``(b, 1, width)`` pooled class token (global average for convolutional towers; behind it with
             ``pooled_stages`` those of its stages, with ``layout_grid`` their coarse maps), or
             ``(b, 1 + n, width)`` with ``tokens: all``, the pooled one first, the n positions row by row.
-
-        Raises:
-            UserError: ``tokens: all`` with a tower that gives only a pooled feature, or no maps.
         """
         if self.config.tokens == "all":
             return self._all_tokens(pixels)

@@ -19,9 +19,6 @@ def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, T
         trunk: convolutional or a transformer.
         pixels: ``(b, 3, s, s)`` normalised.
         name: of the tower, for errors.
-
-    Raises:
-        UserError: pooled feature and positions differ in width.
     """
     features = trunk.forward_features(pixels)  # type: ignore[operator]
     pooled = trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
@@ -38,11 +35,7 @@ def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, T
 
 
 def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
-    """Average the positions of a square picture, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them.
-
-    Raises:
-        UserError: the positions are not those of a square.
-    """
+    """Average the positions of a square picture, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
     if grid == 0:
         return tokens
     side = math.isqrt(tokens.shape[1])
@@ -64,9 +57,6 @@ def stage_tokens(trunk: nn.Module, pixels: Tensor, grid: int, name: str) -> Tens
         pixels: ``(b, 3, s, s)`` normalised.
         grid: positions along a side; 0 takes those of the last layer.
         name: of the tower, for errors.
-
-    Raises:
-        UserError: the trunk is no convolutional one.
     """
     last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
     if last.ndim != 4 or trunk.forward_head(last, pre_logits=True).shape[1] != last.shape[1]:  # type: ignore[operator]

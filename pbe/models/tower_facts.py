@@ -52,9 +52,6 @@ def tower_facts(config: ExemplarEncoderConfig) -> TowerFacts:
 
     timm's and open_clip's own lists say it: that of the tag in ``pretrained``, else of the tag in the name of
     the tower, else of the architecture. Transformers that are described by sizes are CLIP's.
-
-    Raises:
-        UserError: a tag that timm does not have.
     """
     clip = TowerFacts(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     if config.tower.startswith(TIMM):
@@ -89,11 +86,7 @@ def _timm_facts(config: ExemplarEncoderConfig) -> TowerFacts | None:
 
 
 def timm_name(config: ExemplarEncoderConfig) -> tuple[str, str]:
-    """Return timm's name of an architecture, and the tag of its weights: ``pretrained``, or that of the name.
-
-    Raises:
-        UserError: a tag in the name that timm does not have.
-    """
+    """Return timm's name of a tower and the tag of its weights: ``pretrained``, or that in the name."""
     if not config.tower.startswith(TIMM):  # one of open_clip's around a trunk of timm's
         return str(open_clip.get_model_config(config.tower)["vision_cfg"]["timm_model_name"]), ""
     name, _, tag = config.tower.removeprefix(TIMM).partition(".")
@@ -116,11 +109,7 @@ def timm_tags(name: str) -> list[str]:
 
 
 def follow_tower(config: ExemplarEncoderConfig) -> None:
-    """Put the tower's own mean, deviation and size where the configuration leaves them open, in place.
-
-    Raises:
-        UserError: a size, mean or deviation that cannot be used.
-    """
+    """Put the tower's own mean, deviation and size where the configuration leaves them open, in place."""
     facts = tower_facts(config)
     config.mean, config.std = list(config.mean or facts.mean), list(config.std or facts.std)
     config.image_size = config.image_size or facts.image_size or 224
@@ -139,11 +128,7 @@ def follow_tower(config: ExemplarEncoderConfig) -> None:
 
 
 def follow_sizes(config: Config) -> None:
-    """Do :func:`follow_tower` for a whole experiment, and let its data follow the tower's size.
-
-    Raises:
-        UserError: as there, or the data are of another size.
-    """
+    """Do :func:`follow_tower` for a whole experiment, and let its data follow the tower's size."""
     follow_tower(config.model.exemplar_encoder)
     size = config.model.exemplar_encoder.image_size
     config.data.exemplar_size = config.data.exemplar_size or size
@@ -167,11 +152,7 @@ def contradictions(config: ExemplarEncoderConfig) -> str:
 
 
 def check_divided(config: ExemplarEncoderConfig, patch: int) -> None:
-    """Refuse a size that the patches of a transformer do not fill.
-
-    Raises:
-        UserError: names the nearest sizes that they fill.
-    """
+    """Refuse a size that the patches of a transformer do not fill."""
     size = config.image_size
     if size % patch:
         near = [multiple * patch for multiple in (size // patch, size // patch + 1) if multiple]
@@ -191,9 +172,6 @@ def timm_state(
         trunk: the network that they are for; only its class is looked at.
         state: a published file's tensors, under any names that timm reads; None takes the weights of the tag,
             which may download.
-
-    Raises:
-        UserError: the weights cannot be had, or are another network's.
     """
     name, tag = timm_name(config)
     size: dict[str, Any] = {"img_size": config.image_size} if hasattr(trunk, "set_input_size") else {}

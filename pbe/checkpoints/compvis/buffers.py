@@ -51,11 +51,7 @@ def derived(schedule: ScheduleConfig, positions: int) -> Lazies:
 
 
 def check_schedule(tensors: Lazies, schedule: ScheduleConfig, source: str) -> None:
-    """Compare the betas in a checkpoint, where it has them, with the schedule of the configuration.
-
-    Raises:
-        UserError: another number of timesteps, or other betas (half precision is allowed for).
-    """
+    """Compare the betas in a checkpoint, where it has them, with the schedule of the configuration."""
     given = next((tensor for key, tensor in tensors.items() if key.rpartition(".")[2] == "betas"), None)
     if given is None:
         return

@@ -57,9 +57,6 @@ def read_config(content: Values, source: str, tensors: Lazies) -> ModelConfig:
         content: the file's content. Its class paths are not looked at.
         source: named in errors.
         tensors: the checkpoint's state dict.
-
-    Raises:
-        UserError: a setting that this model does not have, or no tower in the checkpoint.
     """
     with reading(source):
         return _read_model(content["model"]["params"], source, tensors)

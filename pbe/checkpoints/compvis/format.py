@@ -105,10 +105,6 @@ def open_compvis(
         found: its state dict, sorted.
         config: as :func:`resolve_config` takes it.
         raw_weights: take the plain weights where there are averaged ones.
-
-    Raises:
-        UserError: missing, unexpected or misshapen keys, an incomplete average, or a noise schedule that is
-            not the configuration's.
     """
     whole = found.plain | found.strangers
     found, notes = clean(found)

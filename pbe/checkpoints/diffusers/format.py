@@ -35,11 +35,7 @@ ROLES: dict[str, Callable[[Values], bool]] = {
 
 
 def find_parts(folder: Path) -> Subfolders:
-    """Return the subfolders that hold a network, by what their ``config.json`` says that it is.
-
-    Raises:
-        UserError: a ``config.json`` that cannot be read.
-    """
+    """Return the subfolders that hold a network, by what their ``config.json`` says that it is."""
     parts: Subfolders = {}
     for path in sorted(folder.glob("*/config.json")):
         values = read_json(path)
@@ -59,12 +55,7 @@ def named(folder: Path, file: str) -> Values | None:
 def open_diffusers(
     folder: Path, parts: Subfolders, config: ModelConfig | None, choice: FileChoice = ANY
 ) -> Opened:
-    """Translate a folder in diffusers' layout.
-
-    Raises:
-        UserError: a network is missing, a setting is one that this model does not have, or missing,
-            unexpected or misshapen keys.
-    """
+    """Translate a folder in diffusers' layout."""
     _check_complete(folder, parts)
     scheduler, preprocessor = (
         named(folder, "scheduler_config.json"),
@@ -112,11 +103,7 @@ def _safety_checker(parts: Subfolders) -> Path | None:
 
 
 def read_config(parts: Subfolders, scheduler: Values | None, preprocessor: Values | None) -> ModelConfig:
-    """Read the JSON files of all parts.
-
-    Raises:
-        UserError: a setting that this model does not have, or parts that do not fit each other.
-    """
+    """Read the JSON files of all parts."""
     with reading(parts["unet"].parent):
         return _read_config(parts, scheduler, preprocessor)
 

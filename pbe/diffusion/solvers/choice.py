@@ -53,9 +53,6 @@ def solver_from_json(values: Any, source: str) -> SolverChoice:
     Args:
         values: of the file.
         source: where they stand, for errors.
-
-    Raises:
-        UserError: something else, in one line that names the entry.
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise UserError(f"{source}: not a solver with a name; remove the entry to run with the default")

@@ -65,9 +65,6 @@ def uniform_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     """Return the original's timesteps, ascending: ``range(0, T, T // steps)`` plus one.
 
     When ``steps`` does not divide T there are a few more than asked for (30 gives 31).
-
-    Raises:
-        UserError: ``steps`` outside 1..T/2 (a stride of one would leave the schedule's range).
     """
     _check_steps(steps, schedule.timesteps // 2)
     return [t + 1 for t in range(0, schedule.timesteps - 1, schedule.timesteps // steps)]
@@ -84,9 +81,6 @@ def spaced_timesteps(request: Request, spare: int = 0) -> list[float]:
         request: what was asked for.
         spare: ``leading`` and ``linspace`` are laid out for so many steps more, the last of which, next to
             the data, are left out.
-
-    Raises:
-        UserError: a number of steps that the schedule cannot hold.
     """
     total, steps, offset = request.schedule.timesteps, request.steps, request.settings.offset
     if request.spacing == "uniform":

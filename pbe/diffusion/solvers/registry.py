@@ -94,9 +94,6 @@ class Solver:
             spacing: ``uniform``, ``leading``, ``linspace`` or ``trailing``; None is the solver's own.
             karras: space the noise levels after Karras et al. 2022, equation 5.
             settings: finer settings.
-
-        Raises:
-            UserError: the solver or the schedule cannot do what is asked for.
         """
         if eta and self.noise != "eta":
             kind = "draws its own noise" if self.noise == "always" else "is deterministic"
@@ -112,11 +109,7 @@ class Solver:
         karras: bool = False,
         settings: Settings = DEFAULTS,
     ) -> Grid:
-        """Return the noise levels of a run; its length is the number of times that the callback is called.
-
-        Raises:
-            UserError: as when the solver is called.
-        """
+        """Return the noise levels of a run; its length is the number of times that the callback is called."""
         if karras and not self.karras:
             raise UserError(
                 f"{self.name} has no Karras sigmas; they need one of: {', '.join(_with_karras())}"
@@ -168,11 +161,7 @@ def solver(
 
 
 def get_solver(name: str) -> Solver:
-    """Return the solver of that name or alias; case, spaces and hyphens do not matter.
-
-    Raises:
-        UserError: there is none; the line lists those there are.
-    """
+    """Return the solver of that name or alias; case, spaces and hyphens do not matter."""
     plain = name.strip().lower().replace(" ", "_").replace("-", "_")
     found = SOLVERS.get(ALIASES.get(plain, plain))
     if found is None:

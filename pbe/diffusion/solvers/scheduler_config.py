@@ -117,9 +117,6 @@ def solver_from_scheduler(config: Mapping[str, Any]) -> SolverChoice:
     What :func:`scheduler_from_solver` noted for this project counts as long as the settings that diffusers
     reads were not changed since. The betas are the model's (its noise schedule is built from the same file)
     and are not looked at, but for kinds of schedules that there are none of here.
-
-    Raises:
-        UserError: an unknown scheduler class, or a setting that the solvers here do not have.
     """
     found = _read(config)
     if OWN not in config:

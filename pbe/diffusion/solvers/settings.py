@@ -25,9 +25,6 @@ class Settings:
             B(h)) for UniPC. None: ``midpoint`` and ``bh2``.
         predicts: DPM-Solver and UniPC interpolate the predicted ``data`` (DPM-Solver++) or ``noise``
             (DPM-Solver); ``noise`` cannot end ``clean``.
-
-    Raises:
-        UserError: a setting without a meaning; the line names it.
     """
 
     offset: int = 1
@@ -48,9 +45,6 @@ def check_settings(values: Mapping[str, Any], names: Mapping[str, str] | None = 
     Args:
         values: some of them, by their names.
         names: what errors call them, where that is something else.
-
-    Raises:
-        UserError: a setting without a meaning; the line names it.
     """
     for key, value in values.items():
         if not _has_meaning(key, value):
