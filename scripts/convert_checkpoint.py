@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pbe.checkpoints.conversion import FILE_SUFFIXES, convert, table
+from pbe.checkpoints.key_map import OpenedModel
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.opened import Opened
 from pbe.checkpoints.precision import DTYPES, torch_dtype
 from pbe.checkpoints.saving import LAYOUTS
 from pbe.checkpoints.warm_start import open_stable_diffusion
@@ -93,7 +93,7 @@ def run(arguments: list[str] | None) -> None:
     print(f"{count:,} parameters as {kind} in {target}{', verified' if options.verify else ''}")
 
 
-def _start(options: argparse.Namespace) -> Opened:
+def _start(options: argparse.Namespace) -> OpenedModel:
     sizes = load_config(options.config).model if options.config else ModelConfig()
     encoder = replace(sizes.exemplar_encoder, pretrained=options.tower or sizes.exemplar_encoder.pretrained)
     sizes = replace(sizes, exemplar_encoder=encoder)

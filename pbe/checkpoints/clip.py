@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import open_clip
 
-from pbe.checkpoints.layout import Kind
+from pbe.checkpoints.key_map import Kind
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError

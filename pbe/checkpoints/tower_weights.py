@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pbe.checkpoints.averages import WRAPPED
+from pbe.checkpoints.key_map import check_finite
 from pbe.checkpoints.readers import LEGACY_MAGIC, is_program, open_weights
-from pbe.checkpoints.strict import check_finite
+from pbe.checkpoints.recognise import WRAPPED
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.models.tower import load_pretrained

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.usage import Usage
-from pbe.diffusion.solvers.choice import SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.components import OURS
 from pbe.editing.conventions import get_conventions
 from pbe.editing.hub import Hub, upload

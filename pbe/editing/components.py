@@ -9,7 +9,7 @@ from typing import Any
 from pbe.checkpoints.usage import DEFAULT_SOLVER
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.conventions import ORIGINAL
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet

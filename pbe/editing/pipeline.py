@@ -18,7 +18,7 @@ from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.batch.jobs import MARGIN
 from pbe.editing.compatibility import DiffusersNames
 from pbe.editing.components import NETWORKS, PipelineSchedule, assemble, own_names, schedule_of

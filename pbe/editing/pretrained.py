@@ -16,7 +16,7 @@ from pbe.checkpoints.folders import ANY, FileChoice
 from pbe.checkpoints.loading import Loaded, load_checkpoint
 from pbe.checkpoints.usage import Usage
 from pbe.config import Config, ModelConfig
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.components import NETWORKS, OURS, schedule_of
 from pbe.editing.hub import Hub
 from pbe.editing.problems import EditTypeError, EditValueError, say_once

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 
 from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
-from pbe.checkpoints.layout import Entry, to_foreign, to_native
-from pbe.checkpoints.strict import check_shapes, checked, shapes
+from pbe.checkpoints.key_map import Entry, checked, to_foreign, to_native
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
 from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings, preprocessor_config
@@ -184,10 +183,9 @@ def load_safety_checker(
     with torch.device("meta"):
         checker = SafetyChecker(sizes, crop)
     entries, expected = _entries(checker), lazies(checker.state_dict())
-    check_shapes(shapes(tensors), shapes(to_foreign(entries, expected)), weights.source)
     state = {
         key: checked(key, tensor, dtype or torch.float32, weights.source).clone()
-        for key, tensor in to_native(entries, tensors).items()
+        for key, tensor in to_native(entries, tensors, expected, weights.source).items()
     }
     checker.load_state_dict(state, assign=True)
     return checker.to(device).eval().requires_grad_(False)

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers import get_solver
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SolverChoice, get_solver
 from pbe.editing.conventions import Conventions
 from pbe.editing.preprocess import check_count, check_number
 from pbe.editing.problems import EditTypeError, EditValueError
@@ -63,16 +62,12 @@ class Sampling:
             raise EditValueError(f"guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if not 0.0 <= self.eta <= 1.0:
             raise EditValueError(f"eta is {self.eta}; it must lie between 0 and 1")
-        solver = self.choice.solver
+        solver = get_solver(self.choice.name)
         if self.eta and solver.noise != "eta":
             kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
             raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
         try:
-            return len(
-                solver.grid(
-                    schedule, self.steps, self.choice.spacing, self.choice.karras, self.choice.settings
-                )
-            )
+            return len(solver.grid(schedule, self.steps, self.choice))
         except UserError as error:
             raise EditValueError(str(error)) from error
 
@@ -85,8 +80,7 @@ class Sampling:
         callback: Callback,
     ) -> Tensor:
         """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
-        choice = self.choice
-        return choice.solver(
+        return get_solver(self.choice.name)(
             predict,
             x_T,
             schedule,
@@ -94,9 +88,7 @@ class Sampling:
             eta=self.eta,
             generator=generator,
             callback=callback,
-            spacing=choice.spacing,
-            karras=choice.karras,
-            settings=choice.settings,
+            settings=self.choice,
         )
 
     def timesteps(self, schedule: NoiseSchedule) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pbe.checkpoints.diffusers.config import write_scheduler
-from pbe.diffusion.solvers.choice import SolverChoice
-from pbe.diffusion.solvers.scheduler_config import BETAS, CLASSES, OWN, solver_from_scheduler
+from pbe.checkpoints.diffusers.scheduler import BETAS, CLASSES, OWN, solver_from_scheduler
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints import contents
+from pbe.checkpoints import readers
+from pbe.checkpoints.key_map import check_finite
 from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.readers import is_program, open_weights
-from pbe.checkpoints.strict import check_finite
 from pbe.checkpoints.tower_weights import load_tower_weights, read_state
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
@@ -105,7 +105,7 @@ def test_a_program_with_a_payload_is_refused_and_not_run(tmp_path: Path, kind: s
 
 
 def test_a_program_that_holds_itself_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contents, "MAX_MODULES", 100)
+    monkeypatch.setattr(readers, "MAX_MODULES", 100)
     with pytest.raises(UserError, match="a program of more than 100 modules"):
         open_weights(archive(tmp_path / "loop.pt", LOOP))
 

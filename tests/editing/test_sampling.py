@@ -13,8 +13,7 @@ import torch
 
 from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import make_schedule
-from pbe.diffusion.solvers import SOLVERS
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.placement import Placement
 from pbe.editing.preprocess import check_count, check_number

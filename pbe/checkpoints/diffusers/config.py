@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.checkpoints.diffusers.scheduler import BETAS
 from pbe.checkpoints.settings import Settings, Values
-from pbe.checkpoints.usage import OWN_KEY
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
-from pbe.diffusion.solvers.scheduler_config import BETAS
 
 # Where a setting has one value only that this model can take: anything else would compute something else.
 UNET_FIXED: Values = {
@@ -243,9 +242,9 @@ def write_index(scheduler: Values, *, safety_checker: bool = False, noted: Value
     Args:
         scheduler: its configuration.
         safety_checker: whether one lies beside the networks.
-        noted: what this project notes of how the model is to be run.
+        noted: what :meth:`pbe.checkpoints.usage.Usage.section` gives.
     """
-    values = {
+    return {
         "_class_name": "PaintByExamplePipeline",
         "_diffusers_version": "0.10.0.dev0",
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
@@ -255,5 +254,5 @@ def write_index(scheduler: Values, *, safety_checker: bool = False, noted: Value
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        **(noted or {}),
     }
-    return values | ({OWN_KEY: noted} if noted else {})

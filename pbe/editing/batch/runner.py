@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pbe.checkpoints.loading import of_run
 from pbe.checkpoints.precision import torch_dtype
-from pbe.checkpoints.runs import of_run
 from pbe.editing.batch.jobs import Job, output_stem
 from pbe.editing.batch.records import (
     make_grid,

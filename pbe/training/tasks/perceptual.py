@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from pbe.checkpoints.strict import check_finite
+from pbe.checkpoints.key_map import check_finite
 from pbe.errors import UserError
 from pbe.models.exemplar_encoder import ExemplarEncoder
 from pbe.models.layout import PYRAMID, layout_stages, stage_widths, tower_stages
