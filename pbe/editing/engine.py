@@ -20,7 +20,7 @@ from pbe.editing.preprocess import mask_at_latent_size, network_inputs
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.editing.sampling import Progress, Sampling
 from pbe.models import LatentDiffusion
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import known_pixels
 from pbe.models.latent_diffusion import masked_image
 
 

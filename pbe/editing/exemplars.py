@@ -17,7 +17,7 @@ from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import resize_picture
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.errors import UserError
-from pbe.models.tower_facts import follow_tower
+from pbe.models.image_tower import follow_tower
 
 Exemplar = np.ndarray | Tensor  # a picture, or pixels normalised for the tower
 BICUBIC = 3

@@ -31,7 +31,7 @@ from pbe.editing.exemplars import CropSettings, clip_crop, crop_settings, prepro
 from pbe.editing.problems import EditTypeError, EditValueError
 from pbe.errors import UserError
 from pbe.files import make_folder
-from pbe.models.tower import build_tower
+from pbe.models.image_tower import build_tower
 
 SPECIAL_CARE = 0.01  # what special care adds to every concept's score
 DECIMALS = 3  # scores are rounded to so many before they are compared with zero

@@ -20,7 +20,7 @@ from pbe.config import (
     files as config_files,
 )
 from pbe.errors import UserError
-from pbe.models.tower_facts import follow_tower
+from pbe.models.image_tower import follow_tower
 
 UNET_FIXED: Values = {
     "conv_resample": True, "dims": 2, "dropout": 0, "legacy": False, "num_classes": None, "n_embed": None,
