@@ -100,17 +100,10 @@ def vision_names(key: str) -> tuple[tuple[str, ...], Kind]:
 def sizes_in_file(
     tensors: Lazies, prefix: str, *, heads: int | None, quick_gelu: bool = True
 ) -> tuple[TowerSizes, int]:
-    """Read a tower's sizes off its tensors.
+    """Return the sizes of a tower under transformers' names behind ``prefix``, and its input side in pixels.
 
-    Args:
-        tensors: state dict that has the tower, under transformers' names.
-        prefix: of the tower's keys.
-        heads: attention heads, which no tensor shows; None takes heads of width 64, as every tower of
-            CLIP has, but no fewer than four.
-        quick_gelu: the activation, which no tensor shows either.
-
-    Returns:
-        The sizes, and the side of its pictures in pixels.
+    No tensor shows heads and activation; None takes heads of width 64, as every tower of CLIP has, but no
+    fewer than four.
     """
     width, _, patch, _ = tensors[f"{prefix}embeddings.patch_embedding.weight"].shape
     positions = tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0]

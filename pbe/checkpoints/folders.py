@@ -42,12 +42,7 @@ class FileChoice:
     safetensors: bool | None = None
 
     def narrow(self, paths: Iterable[Name], where: str) -> list[Name]:
-        """Return the files that may be taken.
-
-        Args:
-            paths: files of weights or their indices.
-            where: they lie, for errors.
-        """
+        """Return the files that may be taken."""
         listed = list(paths)
         kept = [path for path in listed if self.variant is None or variant_of(path) == self.variant]
         if listed and not kept:

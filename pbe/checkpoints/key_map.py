@@ -223,12 +223,7 @@ def checked(key: str, tensor: LazyTensor, dtype: torch.dtype | None, source: str
 
 
 def converted(tensors: Lazies, dtype: torch.dtype | None) -> Lazies:
-    """Return the tensors of a model as they are to stand in a file, :func:`checked` when they are read.
-
-    Args:
-        tensors: of the model.
-        dtype: for the floating-point ones; None keeps each tensor's own.
-    """
+    """Return tensors as they are to stand in a file, :func:`checked` when read; None keeps their types."""
 
     def stored(key: str, tensor: LazyTensor) -> LazyTensor:
         kind = cast(tensor, dtype).dtype
@@ -275,11 +270,7 @@ class OpenedModel:
         return {key: whole(value) if key.endswith(WHOLE) else value for key, value in self.tensors.items()}
 
     def read(self, dtype: torch.dtype | None) -> LatentDiffusion:
-        """Read the weights into a model in evaluation mode on the CPU, without gradients.
-
-        Args:
-            dtype: type in memory; None keeps that of the file.
-        """
+        """Read the weights into a model on the CPU, in evaluation mode; ``dtype`` None keeps the file's."""
         model = empty_model(self.config)
         state = {key: checked(key, value, dtype, self.source) for key, value in self.tensors.items()}
         model.load_state_dict(state, assign=True)

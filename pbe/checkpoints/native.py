@@ -28,12 +28,8 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     """Write ``config.json`` and ``{unet,autoencoder,exemplar_encoder}.safetensors``.
 
     Everything is written beside the folder's files first and takes their place at the end, so that a
-    failure on the way leaves an older model as it was.
-
-    Args:
-        folder: made when missing.
-        model: the weights.
-        dtype: type of the floating-point tensors in the files; None keeps each tensor's own.
+    failure on the way leaves an older model as it was. ``dtype`` is that of the floating-point tensors in
+    the files; None keeps each tensor's own.
     """
     state = {key: cast(value, dtype) for key, value in lazies(model.state_dict()).items()}
     with staged(Path(folder)) as staging:
@@ -67,12 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_native(folder: Path, config: ModelConfig | None = None) -> OpenedModel:
-    """Check the files of a native folder; no weight is read.
-
-    Args:
-        folder: written by :func:`save_model`.
-        config: sizes; None reads the folder's own.
-    """
+    """Check the files of a native folder; no weight is read."""
     sizes = config or load_config(folder)
     native = native_shapes(sizes)
     tensors: Lazies = {}
@@ -96,13 +87,7 @@ def _part_file(folder: Path, part: str) -> Lazies:
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LatentDiffusion:
-    """Load a native folder, strictly, in evaluation mode.
-
-    Args:
-        folder: written by :func:`save_model`.
-        device: where the model goes.
-        dtype: type of the weights in memory; None means float32.
-    """
+    """Load a native folder, strictly, in evaluation mode; ``dtype`` None means float32."""
     return open_native(Path(folder)).read(dtype or torch.float32).to(device)
 
 

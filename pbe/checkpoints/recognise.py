@@ -134,14 +134,7 @@ def left_out(strangers: Lazies) -> list[str]:
 def choose(
     found: Sorted, expected: Iterable[str], source: str, *, raw_weights: bool
 ) -> tuple[Lazies, list[str]]:
-    """Return the weights to use, the averaged ones where there are any, and what to say of it.
-
-    Args:
-        found: what a file holds.
-        expected: every name of the model, in the layout of the file.
-        source: for errors.
-        raw_weights: take the plain ones.
-    """
+    """Return the weights to use, the averaged ones where there are any, and what to say of it."""
     expected = list(expected)
     if not found.average:
         return found.plain, ["no average in it: its only weights are taken"] if raw_weights else []

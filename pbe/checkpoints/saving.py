@@ -102,17 +102,7 @@ def write_layout(
     usage: Usage,
     checker: bool = False,
 ) -> None:
-    """Write the files of a layout into an existing, empty folder.
-
-    Args:
-        folder: where to.
-        layout: of the files.
-        config: sizes of the model.
-        native: every weight under its native name.
-        dtype: type of the floating-point weights; None keeps each tensor's own.
-        usage: how the model is to be run.
-        checker: whether a safety checker lies beside the networks.
-    """
+    """Write the files of a layout into an existing, empty folder, given all weights by native name."""
     if layout == "native":
         write_native(folder, config, converted(native, dtype), usage)
     elif layout == "compvis":

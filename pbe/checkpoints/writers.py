@@ -133,12 +133,7 @@ def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
 
 
 def check_target(folder: Path, files: set[str]) -> None:
-    """Refuse to write a model between files that would be taken for parts of it.
-
-    Args:
-        folder: to write into; it need not exist.
-        files: paths in it that will be written, which may be there already.
-    """
+    """Refuse to write ``files`` of a model between others that would be taken for parts of it."""
     if folder.is_file():
         raise UserError(f"'{folder}' is a file; name a folder to write the model to")
     suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json", ".yaml")

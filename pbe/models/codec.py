@@ -131,9 +131,6 @@ class KnownPixels(nn.Module):
     convolutions of image and mask, and a projection onto the decoder's map of each resolution. Nothing has
     a bias, so that a mask over everything adds nothing; the projections start at zero, so that a fresh
     branch adds nothing.
-
-    Args:
-        config: of the autoencoder.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:

@@ -88,12 +88,7 @@ class LayoutPooling(nn.Module):
 
 
 class ExemplarEncoder(nn.Module):
-    """Tower (frozen), mapper, final norm and projection to the UNet's context, and the null condition.
-
-    Args:
-        config: tower, bottleneck and mapper.
-        context_dim: width of the condition.
-    """
+    """Tower (frozen), mapper, final norm and projection to the UNet's context, and the null condition."""
 
     def __init__(self, config: ExemplarEncoderConfig, context_dim: int) -> None:
         super().__init__()
@@ -230,13 +225,7 @@ def layout_features(maps: list[Tensor], grid: int) -> Tensor:
 
 
 def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return the pooled feature of a timm trunk ``(b, c)`` and the feature of every position ``(b, n, c)``.
-
-    Args:
-        trunk: convolutional or a transformer.
-        pixels: ``(b, 3, s, s)`` normalised.
-        name: of the tower, for errors.
-    """
+    """Return a timm trunk's pooled feature ``(b, c)`` and the feature of every position ``(b, n, c)``."""
     features = trunk.forward_features(pixels)  # type: ignore[operator]
     pooled = trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
     if features.ndim == 4:
@@ -266,14 +255,9 @@ def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
 def stage_tokens(trunk: nn.Module, pixels: Tensor, grid: int, name: str) -> Tensor:
     """Return what all stages of a convolutional timm trunk say of each position, ``(b, n, width)``.
 
-    The order of the channels is that of the pooled stages, so that both go through the same layers: the
-    last layer, then the stages from the first one up. Finer maps are averaged, coarser ones repeated.
-
-    Args:
-        trunk: the tower.
-        pixels: ``(b, 3, s, s)`` normalised.
-        grid: positions along a side; 0 takes those of the last layer.
-        name: of the tower, for errors.
+    Positions are ``grid`` along a side, or those of the last layer where it is 0; finer maps are averaged,
+    coarser ones repeated. The order of the channels is that of the pooled stages, so that both go through
+    the same layers: the last layer, then the stages from the first one up.
     """
     last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
     if last.ndim != 4 or trunk.forward_head(last, pre_logits=True).shape[1] != last.shape[1]:  # type: ignore[operator]

@@ -122,15 +122,7 @@ def resolve_config(given: ConfigSource, path: Path, tensors: Lazies) -> tuple[Mo
 def open_compvis(
     path: Path, weights: Weights, found: Sorted, config: ConfigSource, *, raw_weights: bool = False
 ) -> OpenedModel:
-    """Translate an original checkpoint.
-
-    Args:
-        path: the file or folder of weights.
-        weights: what it holds.
-        found: its state dict, sorted.
-        config: as :func:`resolve_config` takes it.
-        raw_weights: take the plain weights where there are averaged ones.
-    """
+    """Translate an original checkpoint, given its sorted state dict; ``config`` as in :func:`resolve_config`."""
     whole = found.plain | found.strangers
     found, dropped = clean(found)
     sizes, assumed = resolve_config(config, path, found.plain)
@@ -193,15 +185,10 @@ def derived_buffers(config: ModelConfig, native: Lazies) -> Lazies:
 def write_original(
     path: Path, yaml: Path, config: ModelConfig, native: Lazies, dtype: torch.dtype | None, usage: Usage
 ) -> None:
-    """Write one file in the original's layout, and its YAML, where a section of its own says how to run it.
+    """Write one file in the original's layout, and its YAML, which also says how the model is to be run.
 
-    Args:
-        path: a safetensors file if it is called so, else a checkpoint of torch.
-        yaml: the configuration's path; the original's code does not read the section that is added.
-        config: sizes of the model.
-        native: every weight under its native name.
-        dtype: type of the floating-point weights; None keeps each tensor's own. The schedule is float32.
-        usage: how the model is to be run.
+    The file is of safetensors if it is called so, else a checkpoint of torch; the schedule in it is float32
+    whatever ``dtype``. The original's code does not read the section that the YAML has in addition.
     """
     weights, buffers = original_weights(config, native), derived_buffers(config, native)
     stored = converted(weights, dtype) | converted(buffers, None)

@@ -58,12 +58,7 @@ FINER = {field.name: field.default for field in dataclasses.fields(SolverChoice)
 
 
 def check_settings(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-    """Check finer settings, which files may hold anything for.
-
-    Args:
-        values: some of them, by their names.
-        names: what errors call them, where that is something else.
-    """
+    """Check finer settings, which files may hold anything for."""
     for key, value in values.items():
         if not _has_meaning(key, value):
             raise UserError(f"{(names or {}).get(key, key)} is {value!r}, which is not possible")
