@@ -9,7 +9,7 @@ import pickle
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pbe.checkpoints.pickles import STORAGES
 from pbe.checkpoints.readers import SAFETENSORS_TYPES
-from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import Lazies, LazyTensor
 from pbe.errors import UserError
 from pbe.files import make_folder, new_folder
@@ -28,18 +27,12 @@ ALIGNMENT = 64  # bytes; where torch starts the records of an archive
 NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
-# Reads a tensor (key and tensor) in the end; checks and conversions go in here.
-Read = Callable[[str, LazyTensor], Tensor]
-
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Give a folder to write into, whose files take their places in ``folder`` when all went well.
 
     A failure on the way leaves what was there before as it was.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
     """
     with new_folder(folder), tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         yield Path(staging)
@@ -49,41 +42,15 @@ def staged(folder: Path) -> Iterator[Path]:
             os.replace(path, target)
 
 
-def converted(tensors: Lazies, dtype: torch.dtype | None) -> tuple[Lazies, Read]:
-    """Return the tensors as they will stand in a file, and what reads one of them.
-
-    Args:
-        tensors: what to write.
-        dtype: for the floating-point ones; None keeps each tensor's own.
-
-    Returns:
-        Both for :func:`write_safetensors` and :func:`write_checkpoint`; the reading refuses numbers that are
-        not finite or do not fit ``dtype``.
-    """
-
-    def read(key: str, tensor: LazyTensor) -> Tensor:
-        return checked(key, tensors[key], tensor.dtype, "the model")
-
-    def stored(tensor: LazyTensor) -> LazyTensor:
-        kept = dtype is None or not tensor.dtype.is_floating_point
-        return tensor if kept else LazyTensor(tensor.shape, dtype, tensor.read)  # type: ignore[arg-type]
-
-    return {key: stored(tensor) for key, tensor in tensors.items()}, read
-
-
 def _raw(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
+def write_safetensors(path: Path, tensors: Lazies, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, with texts for its header.
 
-    Args:
-        path: of the file.
-        tensors: their shapes and types are those written.
-        read: gives the numbers of each.
-        metadata: texts for the file's header.
+    The library's own writer wants all tensors in memory at once.
     """
     # the widest types first keeps every tensor aligned
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, str(tensors[key].dtype), key))
@@ -102,7 +69,7 @@ def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[st
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
-            file.write(_raw(read(key, tensors[key])))
+            file.write(_raw(tensors[key].read()))
         _settle(file)
 
 
@@ -136,15 +103,8 @@ class _Pickler(pickle.Pickler):
         return obj.reference if isinstance(obj, _Storage) else None
 
 
-def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, Any]) -> None:
-    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}``.
-
-    Args:
-        path: of the file.
-        tensors: their shapes and types are those written.
-        read: gives the numbers of each.
-        rest: plain values that lie beside the state dict.
-    """
+def write_checkpoint(path: Path, tensors: Lazies, rest: dict[str, Any]) -> None:
+    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}`` with plain ``rest``."""
     state = {key: _Tensor(str(index), tensor) for index, (key, tensor) in enumerate(tensors.items())}
     table = io.BytesIO()
     _Pickler(table, protocol=2).dump({"state_dict": state, **rest})
@@ -152,10 +112,10 @@ def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, An
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             archive.writestr(_entry("data.pkl"), table.getvalue())
             archive.writestr(_entry("byteorder"), b"little")
-            for index, (key, tensor) in enumerate(tensors.items()):
+            for index, tensor in enumerate(tensors.values()):
                 entry = _entry(f"data/{index}", tensor.nbytes, at=file.tell())
                 with archive.open(entry, "w") as record:
-                    record.write(_raw(read(key, tensor)))
+                    record.write(_raw(tensor.read()))
             archive.writestr(_entry("version"), b"3\n")
         _settle(file)
 
@@ -173,15 +133,7 @@ def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
 
 
 def check_target(folder: Path, files: set[str]) -> None:
-    """Refuse to write a model between files that would be taken for parts of it.
-
-    Args:
-        folder: to write into; it need not exist.
-        files: paths in it that will be written, which may be there already.
-
-    Raises:
-        UserError: other weights or configurations are there.
-    """
+    """Refuse to write ``files`` of a model between others that would be taken for parts of it."""
     if folder.is_file():
         raise UserError(f"'{folder}' is a file; name a folder to write the model to")
     suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json", ".yaml")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pbe.checkpoints.layout import empty_model
+from pbe.checkpoints.key_map import empty_model
 from pbe.checkpoints.native import save_model
 from pbe.config import Config
 from pbe.data.datamodule import ExemplarDataModule

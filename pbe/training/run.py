@@ -19,7 +19,7 @@ from pbe.config import Config, save_yaml
 from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
-from pbe.models.tower_facts import follow_sizes
+from pbe.models.image_tower import follow_sizes
 from pbe.training.data import TrainingData, steps_of_run
 from pbe.training.export import export
 from pbe.training.latent_cache.builder import ensure_cache

@@ -9,7 +9,6 @@ import torch
 
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
-from pbe.checkpoints.opened import build
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import AutoencoderConfig, Config, ModelConfig, to_dict
 from pbe.errors import UserError
@@ -86,7 +85,7 @@ def _warm(config: Config) -> tuple[LatentDiffusion, Config]:
     sizes = None if Path(config.start).is_dir() else config.model
     opened = open_checkpoint(config.start, sizes)
     merged = _merged(config, opened.config)
-    model = build(replace(opened, config=merged), torch.float32).requires_grad_(True)
+    model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
     if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
         torch.manual_seed(config.seed)
         model.autoencoder.make_mask_aware()

@@ -18,7 +18,7 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.toy import BenchmarkCase
 from pbe.evaluation.metrics.bootstrap import derangement
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import known_pixels
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 Progress = Callable[[int, int], None]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pbe.config import Config
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import Posterior
+from pbe.models.codec import Posterior
 from pbe.training.tasks.encoding import EncodedBatch
 
 BLOCK = tarfile.BLOCKSIZE

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from pbe.config import AutoencoderLossConfig, Config
 from pbe.data.randomness import generator
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import AutoencoderKL, Posterior
+from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.codec import Posterior
 from pbe.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from pbe.models.latent_diffusion import masked_image
 from pbe.training.tasks.autoencoder_losses import psnr, reconstruction_terms, weighted_terms
