@@ -292,11 +292,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         feather: float | None = None,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
-        """Paint the exemplar into the masked part of the image; docs/pipeline.md explains every argument.
-
-        Returns:
-            The edits, image by image; without ``return_dict`` the tuple (images, nsfw_content_detected).
-        """
+        """Paint the exemplar into the masked region; docs/pipeline.md explains every argument."""
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
@@ -310,16 +306,19 @@ class PaintByExample(MemorySettings, DiffusersNames):
             conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked
             **place,
         ).checked()
-        given = {"latents": latents, "masked_image_latents": masked_image_latents}
         output = self.edit(
-            *(example_image, image, mask_image, settings),
+            example_image,
+            image,
+            mask_image,
+            settings,
             choice=None if solver is None else choose_solver(solver),
             generator=generator,
             output_type=output_type,
             callback=callback,
             callback_steps=callback_steps,
             exemplar_embeds=exemplar_embeds,
-            **given,
+            latents=latents,
+            masked_image_latents=masked_image_latents,
         )
         return output if return_dict else output.to_tuple()
 
