@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import open_clip
 
-from pbe.checkpoints.layout import Kind
+from pbe.checkpoints.key_map import Kind
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
@@ -56,11 +56,7 @@ class TowerSizes:
 
 
 def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
-    """Return the sizes of a configured tower.
-
-    Raises:
-        UserError: it is not a plain vision transformer of CLIP, which is all that the other layouts know.
-    """
+    """Return the sizes of a configured tower."""
     if match := NAME.fullmatch(config.tower):
         width, layers, patch, heads, mlp = (int(size) for size in match.groups()[:5])
         return TowerSizes(width, layers, patch, heads, mlp, quick_gelu=match[6] is not None)
@@ -104,17 +100,10 @@ def vision_names(key: str) -> tuple[tuple[str, ...], Kind]:
 def sizes_in_file(
     tensors: Lazies, prefix: str, *, heads: int | None, quick_gelu: bool = True
 ) -> tuple[TowerSizes, int]:
-    """Read a tower's sizes off its tensors.
+    """Return the sizes of a tower under transformers' names behind ``prefix``, and its input side in pixels.
 
-    Args:
-        tensors: state dict that has the tower, under transformers' names.
-        prefix: of the tower's keys.
-        heads: attention heads, which no tensor shows; None takes heads of width 64, as every tower of
-            CLIP has, but no fewer than four.
-        quick_gelu: the activation, which no tensor shows either.
-
-    Returns:
-        The sizes, and the side of its pictures in pixels.
+    No tensor shows heads and activation; None takes heads of width 64, as every tower of CLIP has, but no
+    fewer than four.
     """
     width, _, patch, _ = tensors[f"{prefix}embeddings.patch_embedding.weight"].shape
     positions = tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0]

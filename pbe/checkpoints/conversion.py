@@ -10,19 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.compvis.format import write_original
 from pbe.checkpoints.folders import CHECKER
-from pbe.checkpoints.layout import PARTS, empty_model
+from pbe.checkpoints.key_map import PARTS, OpenedModel, checked, empty_model, part_of
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.native import part_of
-from pbe.checkpoints.opened import Opened
-from pbe.checkpoints.saving import (
-    check_layout,
-    layout_files,
-    write_layout,
-    write_original,
-    write_original_yaml,
-)
-from pbe.checkpoints.strict import checked
+from pbe.checkpoints.saving import check_layout, layout_files, write_layout
 from pbe.checkpoints.tensors import cast
 from pbe.checkpoints.usage import Usage
 from pbe.checkpoints.writers import check_target
@@ -36,7 +28,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # relative; tensors are equal to the bit, but where they lie in memory decides on kernels
 
 
-def table(opened: Opened) -> str:
+def table(opened: OpenedModel) -> str:
     """Return what a model's files hold: tensors, parameters and types of each part, and what is left out."""
     rows = [("part", "tensors", "parameters", "MB", "type")]
     for part in (*PARTS, ""):
@@ -61,7 +53,12 @@ def table(opened: Opened) -> str:
 
 
 def convert(
-    opened: Opened, target: str | Path, layout: str, dtype: torch.dtype | None = None, *, verify: bool = False
+    opened: OpenedModel,
+    target: str | Path,
+    layout: str,
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = False,
 ) -> None:
     """Write a model in a layout, tensor by tensor, complete or not at all.
 
@@ -73,35 +70,28 @@ def convert(
         dtype: type of the floating-point weights; None keeps each tensor's own.
         verify: read the files again, compare every tensor, run each network on a random input with the
             source's weights and with the files', and leave nothing behind when they differ.
-
-    Raises:
-        UserError: the layout cannot hold the model, the target cannot be written to or holds other files
-            of a model, the weights are not finite, or the verification fails.
     """
     target = Path(target)
     check_layout(opened.config, layout)
-    usage = _usage(opened)
-    if layout == "compvis" and target.suffix in FILE_SUFFIXES:
-        if opened.safety_checker is not None:
-            logger.warning("'%s' is a single file: the safety checker is not carried over", target)
-        with staged(target.parent) as staging:
-            write_original(staging / target.name, opened.config, opened.tensors, dtype)
-            yaml = (staging / target.name).with_suffix(".yaml")
-            write_original_yaml(yaml, opened.config, usage)
-            if verify:
-                _verify(opened, open_checkpoint(staging / target.name), dtype)
-        return
-    check_target(target, layout_files(layout))
-    with staged(target) as staging:
-        if opened.safety_checker is not None:
-            shutil.copytree(opened.safety_checker, staging / CHECKER)
-        checker = opened.safety_checker is not None
-        write_layout(staging, layout, opened.config, opened.tensors, dtype, usage, checker)
+    usage, checker = _usage(opened), opened.safety_checker
+    single = layout == "compvis" and target.suffix in FILE_SUFFIXES
+    if single and checker is not None:
+        logger.warning("'%s' is a single file: the safety checker is not carried over", target)
+    if not single:
+        check_target(target, layout_files(layout))
+    with staged(target.parent if single else target) as staging:
+        if single:
+            file = staging / target.name
+            write_original(file, file.with_suffix(".yaml"), opened.config, opened.tensors, dtype, usage)
+        else:
+            if checker is not None:
+                shutil.copytree(checker, staging / CHECKER)
+            write_layout(staging, layout, opened.config, opened.tensors, dtype, usage, checker is not None)
         if verify:
-            _verify(opened, open_checkpoint(staging), dtype)
+            _verify(opened, open_checkpoint(file if single else staging), dtype)
 
 
-def _usage(opened: Opened) -> Usage:
+def _usage(opened: OpenedModel) -> Usage:
     """Return how the source runs the model; a scheduler that is not known here is passed on as it is."""
     try:
         return opened.usage.complete(opened.layout)
@@ -110,7 +100,7 @@ def _usage(opened: Opened) -> Usage:
         return opened.usage
 
 
-def _verify(source: Opened, written: Opened, dtype: torch.dtype | None) -> None:
+def _verify(source: OpenedModel, written: OpenedModel, dtype: torch.dtype | None) -> None:
     """Compare the source, rounded to the type of the files, with the files: every tensor, then outputs."""
     for key, tensor in source.tensors.items():
         if not torch.equal(cast(tensor, dtype).read(), written.tensors[key].read()):
@@ -126,7 +116,7 @@ def _verify(source: Opened, written: Opened, dtype: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
-def _output(opened: Opened, part: str, dtype: torch.dtype | None) -> Tensor:
+def _output(opened: OpenedModel, part: str, dtype: torch.dtype | None) -> Tensor:
     """Run one network in float32 on a fixed random input."""
     model = empty_model(opened.config)
     network = getattr(model, part)

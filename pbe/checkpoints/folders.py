@@ -42,15 +42,7 @@ class FileChoice:
     safetensors: bool | None = None
 
     def narrow(self, paths: Iterable[Name], where: str) -> list[Name]:
-        """Return the files that may be taken.
-
-        Args:
-            paths: files of weights or their indices.
-            where: they lie, for errors.
-
-        Raises:
-            UserError: there are files, but none that may be.
-        """
+        """Return the files that may be taken."""
         listed = list(paths)
         kept = [path for path in listed if self.variant is None or variant_of(path) == self.variant]
         if listed and not kept:
@@ -80,10 +72,6 @@ def open_folder(folder: Path, choice: FileChoice = ANY) -> Weights:
 
     Where the same weights lie there more than once, safetensors are taken before pickles, and the plain
     file before a variant (``model.fp16.safetensors``), unless the choice says otherwise.
-
-    Raises:
-        UserError: no weights, or none of those chosen, several models, or as
-            :func:`pbe.checkpoints.readers.open_weights`.
     """
     found = [*folder.glob("*.index.json"), *folder.glob("*.index.*.json"), *weight_files(folder)]
     allowed = choice.narrow(found, f"'{folder}'")

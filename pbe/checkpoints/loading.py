@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pbe.checkpoints.averages import choose, left_out, sort_out
 from pbe.checkpoints.compvis.config import is_original_yaml, read_yaml
-from pbe.checkpoints.compvis.format import open_compvis, resolve_config
-from pbe.checkpoints.contents import Weights
+from pbe.checkpoints.compvis.format import ConfigSource, open_compvis, resolve_config
 from pbe.checkpoints.diffusers.format import find_parts, open_diffusers
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
-from pbe.checkpoints.layout import PARTS, native_shapes
+from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
-from pbe.checkpoints.opened import Opened, build, numbers
-from pbe.checkpoints.readers import open_weights
-from pbe.checkpoints.recognise import COMPVIS, NATIVE, describe, layout_of
-from pbe.checkpoints.runs import carried_config, of_run, told
-from pbe.checkpoints.strict import check_shapes, shapes
+from pbe.checkpoints.readers import Weights, open_weights
+from pbe.checkpoints.recognise import COMPVIS, NATIVE, choose, describe, layout_of, left_out, sort_out
+from pbe.checkpoints.settings import reading
 from pbe.checkpoints.usage import UNSAID, Usage
-from pbe.config import ModelConfig
+from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
-Config = ModelConfig | str | Path | None
 PART_NAMES = {f"{part}.": part.replace("_", " ") for part in PARTS}
+CHECKPOINTS, LAST, MODEL = "checkpoints", "last.ckpt", "model"  # names in a run's folder
+MINUTE = 60.0  # seconds; files of one run that was copied differ by less
+OPEN = {f"exemplar_encoder.{name}" for name in ("mean", "std", "image_size")}  # empty: the tower's own
+SHOWN = 3  # settings that a note lists
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Loaded:
 def load_checkpoint(
     path: str | Path,
     *,
-    config: Config = None,
+    config: ConfigSource = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     files: FileChoice = ANY,
     raw_weights: bool = False,
 ) -> Loaded:
-    """Load a model of any layout, strictly.
+    """Load a model of any layout, strictly; where it is not one, the error says what it looks like.
 
     Args:
         path: native folder; folder in diffusers' layout; folder or file with a checkpoint of the original
@@ -71,19 +71,15 @@ def load_checkpoint(
         dtype: type of the weights in memory; None means float32.
         files: which copies of the weights, where a folder holds several.
         raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
-
-    Raises:
-        UserError: nothing there, damaged, not such a model (the error says what it looks like), missing,
-            unexpected or misshapen keys, an incomplete average, or weights that are not finite.
     """
     opened = open_checkpoint(path, config, files, raw_weights=raw_weights)
-    model = build(opened, dtype or torch.float32).to(device)
+    model = opened.read(dtype or torch.float32).to(device)
     return Loaded(model, opened.layout, opened.usage, opened.safety_checker, opened.notes)
 
 
 def open_checkpoint(
-    path: str | Path, config: Config = None, files: FileChoice = ANY, *, raw_weights: bool = False
-) -> Opened:
+    path: str | Path, config: ConfigSource = None, files: FileChoice = ANY, *, raw_weights: bool = False
+) -> OpenedModel:
     """Recognise a model of any layout and check its keys and shapes; no weight is read.
 
     Arguments and errors are those of :func:`load_checkpoint`, but for the finiteness of the weights.
@@ -94,26 +90,52 @@ def open_checkpoint(
     place, notes = of_run(path, raw_weights=raw_weights) if path.is_dir() else (path, [])
     opened = _open(place, config, files, raw_weights)
     checker = opened.safety_checker
-    if checker is None and (place / CHECKER).is_dir():
+    if opened.layout != "diffusers" and (place / CHECKER).is_dir():  # those of diffusers are told by content
         checker = place / CHECKER
-    return replace(opened, tensors=numbers(opened), notes=(*notes, *opened.notes), safety_checker=checker)
+    return replace(opened, tensors=opened.numbers(), notes=(*notes, *opened.notes), safety_checker=checker)
 
 
-def _open(path: Path, config: Config, files: FileChoice, raw_weights: bool) -> Opened:
+def of_run(folder: Path, *, raw_weights: bool) -> tuple[Path, list[str]]:
+    """Return what a run's folder stands for: its model, or its newest checkpoint where there is none.
+
+    Args:
+        folder: of a run, its ``checkpoints`` folder, or any other, which stands for itself.
+        raw_weights: the plain weights are wanted, which only checkpoints hold.
+    """
+    newest = _newest(folder / CHECKPOINTS) or _newest(folder)
+    model = folder / MODEL / CONFIG_NAME
+    if model.is_file() and not raw_weights:
+        notes = [f"a run: its {MODEL}/ is taken"]
+        if newest is not None and newest.stat().st_mtime > model.stat().st_mtime + MINUTE:
+            notes.append(f"{newest} was written after it; name that file to take it")
+        return folder / MODEL, notes
+    if newest is not None:
+        return newest, [f"a run: its {newest.relative_to(folder)} is taken"]
+    return folder, []
+
+
+def _newest(folder: Path) -> Path | None:
+    """Return the checkpoint that a run wrote last, or None."""
+    if (folder / LAST).is_file():
+        return folder / LAST
+    return max(folder.glob("step=*.ckpt"), key=lambda path: path.name, default=None)
+
+
+def _open(path: Path, config: ConfigSource, files: FileChoice, raw_weights: bool) -> OpenedModel:
     if not path.is_dir():
         files.narrow([path], f"'{path}'")
         return _open_state(path, open_weights(path), config, raw_weights)
     native, parts = _is_native(path), find_parts(path)
-    finished = native or bool(parts.keys() - {"safety_checker"})  # a checker alone may lie beside any model
+    finished = native or bool(parts.keys() - {CHECKER})  # a checker alone may lie beside any model
     if finished and raw_weights:
         raise UserError(
             f"'{path}' holds one set of weights only; --raw-weights is for a training's checkpoints and runs"
         )
     if native:
         files.narrow(weight_files(path), f"'{path}'")
-        return open_native(path, _typed(config, path))
+        return open_native(path, _sizes_beside(config, path))
     if finished:
-        return open_diffusers(path, parts, _typed(config, path), files)
+        return open_diffusers(path, parts, _sizes_beside(config, path), files)
     if (path / "model_index.json").is_file():
         raise UserError(
             f"'{path}' is not a complete model: it has a model_index.json, but no network; copy it again"
@@ -121,7 +143,7 @@ def _open(path: Path, config: Config, files: FileChoice, raw_weights: bool) -> O
     return _open_state(path, open_folder(path, files), config, raw_weights)
 
 
-def _typed(config: Config, path: Path) -> ModelConfig | None:
+def _sizes_beside(config: ConfigSource, path: Path) -> ModelConfig | None:
     """Return the sizes given for a folder that has its own, which they have to equal."""
     if config is None or isinstance(config, ModelConfig):
         return config
@@ -140,10 +162,10 @@ def _is_native(folder: Path) -> bool:
     return isinstance(content, dict) and str(content.get("format")).startswith(FORMAT.rpartition("-")[0])
 
 
-def _open_state(path: Path, weights: Weights, config: Config, raw_weights: bool) -> Opened:
+def _open_state(path: Path, weights: Weights, config: ConfigSource, raw_weights: bool) -> OpenedModel:
     """Open the state dict of a whole model."""
     found = sort_out(weights)
-    config = carried_config(weights) if config is None else config
+    config = _carried_config(weights) if config is None else config
     layout = layout_of(found)
     if layout == COMPVIS:
         return open_compvis(path, weights, found, config, raw_weights=raw_weights)
@@ -153,8 +175,39 @@ def _open_state(path: Path, weights: Weights, config: Config, raw_weights: bool)
     sizes, assumed = resolve_config(config, path, found.plain)
     expected = native_shapes(sizes)
     tensors, notes = choose(found, expected, weights.source, raw_weights=raw_weights)
-    check_shapes(shapes(tensors), shapes(expected), weights.source, describe(whole), PART_NAMES)
-    notes += [*weights.notes, *told(weights, sizes), *left_out(found.strangers)]
-    if assumed:
-        notes.append("no configuration beside it: taken for the official sizes")
-    return Opened(weights.source, NATIVE, sizes, {key: tensors[key] for key in expected}, tuple(notes))
+    check_shapes(tensors, expected, weights.source, describe(whole), PART_NAMES)
+    notes += [*weights.notes, *_training_notes(weights, sizes), *left_out(found.strangers), *assumed]
+    return OpenedModel(weights.source, NATIVE, sizes, {key: tensors[key] for key in expected}, tuple(notes))
+
+
+def _carried_config(weights: Weights) -> ModelConfig | None:
+    """Return the sizes that a training checkpoint of this project carries, None for any other file."""
+    if weights.config is None:
+        return None
+    source = f"{weights.source}: the configuration in it"
+    with reading(source):  # a crafted or damaged pickle may hold anything there
+        return from_dict(ModelConfig, weights.config["model"], source)
+
+
+def _training_notes(weights: Weights, given: ModelConfig) -> list[str]:
+    """Return what to say of a training checkpoint's task, and of sizes that are not those it carries."""
+    if weights.config is None:
+        return []
+    notes = []
+    if weights.config.get("task") == "autoencoder":
+        notes.append("of an autoencoder's training: its UNet is untrained, its scale factor not yet measured")
+    with reading(weights.source):
+        stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
+    both = [key for key in used if key in stored and (stored[key] or key not in OPEN)]
+    differing = [f"{key} {stored[key]} -> {used[key]}" for key in both if stored[key] != used[key]]
+    if differing:
+        listed = "; ".join(differing[:SHOWN])
+        notes.append(f"the configuration given is used, which is not the one it carries: {listed}")
+    return notes
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbe.checkpoints.layout import PARTS, native_shapes
-from pbe.checkpoints.opened import Opened, build
+from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
 from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import describe
 from pbe.checkpoints.settings import read_json
-from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
-from pbe.checkpoints.writers import Read, write_safetensors
+from pbe.checkpoints.writers import write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.files import staged
@@ -31,67 +29,28 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     """Write ``config.json`` and ``{unet,autoencoder,exemplar_encoder}.safetensors``.
 
     Everything is written beside the folder's files first and takes their place at the end, so that a
-    failure on the way leaves an older model as it was.
-
-    Args:
-        folder: made when missing.
-        model: the weights.
-        dtype: type of the floating-point tensors in the files; None keeps each tensor's own.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
+    failure on the way leaves an older model as it was. ``dtype`` is that of the floating-point tensors in
+    the files; None keeps each tensor's own.
     """
+    state = {key: cast(value, dtype) for key, value in lazies(model.state_dict()).items()}
     with staged(Path(folder)) as staging:
-        for part in PARTS:
-            save_part(staging, part, getattr(model, part), dtype)
-        write_config(staging, model.config)
+        write_native(staging, model.config, state)
 
 
-def save_part(folder: Path, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Write one network's ``<part>.safetensors`` into an existing folder, atomically."""
-    state = {key: cast(value, dtype) for key, value in lazies(module.state_dict()).items()}
-    write_part(folder / f"{part}.safetensors", state, lambda key, tensor: tensor.read())
-
-
-def write_part(path: Path, state: Lazies, read: Read) -> None:
-    """Write the file of one network atomically, whose tensors ``read`` gives."""
-    write_safetensors(path, state, read, {"format": FORMAT})
-
-
-def write_config(folder: Path, config: ModelConfig, usage: Usage | None = None) -> None:
-    """Write ``config.json``: the model's sizes and, where it is told, how the model is to be run."""
-    content = {"format": FORMAT, "model": to_dict(config)}
-    if usage is not None and (section := usage.to_json(layout="native")):
-        content[KEY] = section
+def write_native(folder: Path, config: ModelConfig, state: Lazies, usage: Usage = UNSAID) -> None:
+    """Write the files of a native folder: the weights, the model's sizes and how it is to be run."""
+    for part in PARTS:
+        write_safetensors(folder / f"{part}.safetensors", part_of(state, part), {"format": FORMAT})
+    content = {"format": FORMAT, "model": to_dict(config)} | usage.section("native")
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
 
 
-def part_of(native: Lazies, part: str) -> Lazies:
-    """Return the tensors of one part, whose name is taken off."""
-    return {
-        key.removeprefix(f"{part}."): value for key, value in native.items() if key.startswith(f"{part}.")
-    }
-
-
 def load_config(folder: str | Path) -> ModelConfig:
-    """Read the model's configuration of a native folder.
-
-    Raises:
-        UserError: no such folder, no or broken ``config.json``, or another format.
-    """
+    """Read the model's configuration of a native folder."""
     content, path = _read_config(Path(folder)), Path(folder) / CONFIG_NAME
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: it has no 'model' section; copy the model again")
     return from_dict(ModelConfig, content["model"], str(path))
-
-
-def load_usage(folder: Path) -> Usage:
-    """Read how the model of a native folder is to be run; a folder that does not say holds an empty one.
-
-    Raises:
-        UserError: as :func:`load_config`, or an entry that is not known.
-    """
-    return usage_from_json(_read_config(folder).get(KEY), folder / CONFIG_NAME)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -104,25 +63,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def open_native(folder: Path, config: ModelConfig | None = None) -> Opened:
-    """Check the files of a native folder; no weight is read.
-
-    Args:
-        folder: written by :func:`save_model`.
-        config: sizes; None reads the folder's own.
-
-    Raises:
-        UserError: as :func:`load_model`.
-    """
+def open_native(folder: Path, config: ModelConfig | None = None) -> OpenedModel:
+    """Check the files of a native folder; no weight is read."""
     sizes = config or load_config(folder)
     native = native_shapes(sizes)
     tensors: Lazies = {}
     for part in PARTS:
         found, expected = _part_file(folder, part), part_of(native, part)
-        check_shapes(shapes(found), shapes(expected), str(folder / f"{part}.safetensors"), describe(found))
+        check_shapes(found, expected, str(folder / f"{part}.safetensors"), describe(found))
         tensors |= {f"{part}.{key}": found[key] for key in expected}
-    usage = load_usage(folder) if (folder / CONFIG_NAME).is_file() else UNSAID
-    return Opened(str(folder), "native", sizes, tensors, usage=usage)
+    usage = UNSAID
+    if (path := folder / CONFIG_NAME).is_file():
+        usage = usage_from_json(_read_config(folder).get(KEY), path)
+    return OpenedModel(str(folder), "native", sizes, tensors, usage=usage)
 
 
 def _part_file(folder: Path, part: str) -> Lazies:
@@ -135,33 +88,17 @@ def _part_file(folder: Path, part: str) -> Lazies:
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> LatentDiffusion:
-    """Load a native folder, strictly, in evaluation mode.
-
-    Args:
-        folder: written by :func:`save_model`.
-        device: where the model goes.
-        dtype: type of the weights in memory; None means float32.
-
-    Raises:
-        UserError: missing or damaged file; missing, extra or misshapen keys (the first ten are listed);
-            weights that are not finite.
-    """
-    return build(open_native(Path(folder)), dtype or torch.float32).to(device)
+    """Load a native folder, strictly, in evaluation mode; ``dtype`` None means float32."""
+    return open_native(Path(folder)).read(dtype or torch.float32).to(device)
 
 
-def load_part(
-    folder: Path, part: str, module: nn.Module, *, dtype: torch.dtype = torch.float32, assign: bool = False
-) -> None:
-    """Load one network of a native folder into ``module``; errors as in :func:`load_model`."""
+def load_part(folder: Path, part: str, module: nn.Module) -> None:
+    """Load one network of a native folder into ``module``, as float32, strictly."""
     found = _part_file(folder, part)
-    check_shapes(shapes(found), shapes(lazies(module.state_dict())), str(folder / f"{part}.safetensors"))
-    module.load_state_dict({key: cast(value, dtype).read() for key, value in found.items()}, assign=assign)
+    check_shapes(found, lazies(module.state_dict()), str(folder / f"{part}.safetensors"))
+    module.load_state_dict({key: cast(value, torch.float32).read() for key, value in found.items()})
 
 
 def check_keys(state: dict[str, Tensor], module: nn.Module, source: str) -> None:
-    """Compare a state dict with what ``module`` expects.
-
-    Raises:
-        UserError: lists missing, extra and misshapen keys, the first ten of each and their number.
-    """
-    check_shapes(shapes(lazies(state)), shapes(lazies(module.state_dict())), source)
+    """Compare a state dict with what ``module`` expects, strictly."""
+    check_shapes(lazies(state), lazies(module.state_dict()), source)

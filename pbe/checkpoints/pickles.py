@@ -185,9 +185,6 @@ def read_pickle(content: bytes, locate: Locate, source: str) -> Any:
         content: the pickle.
         locate: finds the record of a storage.
         source: named in errors.
-
-    Raises:
-        UserError: damaged, or it asks for what only an attack needs.
     """
     try:
         return RestrictedUnpickler(content, locate, source).load()

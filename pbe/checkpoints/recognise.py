@@ -1,9 +1,37 @@
-"""What a state dict looks like, told by its keys and shapes alone."""
+"""What a state dict is, told by its names: wrappers taken off, averages found, the layout recognised."""
 
 from __future__ import annotations
 
-from pbe.checkpoints.averages import Sorted
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pbe.checkpoints.readers import AVERAGE, Weights
 from pbe.checkpoints.tensors import Lazies
+from pbe.errors import UserError
+
+# What DDP, FSDP, DeepSpeed, torch.compile and activation checkpointing put between the levels of a name.
+WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
+# Where the names of a layout begin; what stands in front is the name of whatever holds the model.
+ANCHOR = re.compile(
+    r"(?:^|(?<=\.))(?:(?:model\.)?diffusion_model\.|model_ema\.|first_stage_model\.|cond_stage_model\."
+    r"|(?:unet|autoencoder|exemplar_encoder)\.)"
+)
+# Two names of the original that stand outside its networks; every attention has a proj_out too.
+LOOSE = re.compile(
+    r"^(?!.*(?:attn|attention|block))(?:[^\W\d]\w*\.)*?(?=(?:learnable_vector|proj_out\.(?:weight|bias))$)"
+)
+UNET = ("model.diffusion_model.", "unet.")
+# Networks and halves of them, each averaged as a whole or not at all; the first that fits is meant.
+UNITS = (
+    "model.diffusion_model.", "unet.", "first_stage_model.", "autoencoder.encoder.",
+    "autoencoder.quant_conv.", "autoencoder.patch_encoder.", "autoencoder.",
+    "cond_stage_model.transformer.", "cond_stage_model.", "exemplar_encoder.tower.", "exemplar_encoder.",
+)  # fmt: skip
+# What has no average: weights that the method leaves frozen with one token, and counters.
+FROZEN = re.compile(r"\.attn2\.to_[qk]\.|\.block\.norm2\.|\.num_batches_tracked$|\.running_\w+$")
+ADVICE = "--raw-weights (raw_weights=True) takes the plain ones"
+COUNTERS = {"decay", "num_updates", "n_averaged", "initted", "step"}  # of an average itself
 
 NATIVE = "native"
 COMPVIS = "compvis"
@@ -39,6 +67,114 @@ WHOLE = {
     NATIVE: ("unet.", "autoencoder.", "exemplar_encoder."),
 }
 TEXT = "cond_stage_model.transformer.text_model."
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """A state dict by what its names say.
+
+    Attributes:
+        plain: the tensors of the model under the names of a layout.
+        average: averaged ones, under names of a layout or under such names without their dots.
+        strangers: the rest, under the names of the file without wrappers.
+    """
+
+    plain: Lazies
+    average: Lazies
+    strangers: Lazies
+
+
+def sort_out(weights: Weights) -> Sorted:
+    """Take off what wraps the names of a state dict, at any depth, and tell its averages by their names."""
+    plain: Lazies = {}
+    average: Lazies = {}
+    strangers: Lazies = {}
+    origin: dict[str, str] = {}
+    for table, averaged in ((weights.tensors, False), (weights.average, True)):
+        for key, tensor in table.items():
+            prefix, name = split(key)
+            if averaged or (prefix is not None and (AVERAGE.search(prefix) or name.startswith("model_ema."))):
+                name = name.removeprefix("model_ema.")
+                if name not in COUNTERS:
+                    average[name] = tensor
+            elif prefix is None:
+                strangers[name] = tensor
+            elif name in plain:
+                raise UserError(
+                    f"{weights.source}: the model is in it more than once ('{origin[name]}' and '{key}'); "
+                    "keep one of the two"
+                )
+            else:
+                plain[name], origin[name] = tensor, key
+    return Sorted(plain, average, strangers)
+
+
+def split(key: str) -> tuple[str | None, str]:
+    """Return what stands in front of a layout's name, None where there is no such name, and the name."""
+    bare = ".".join(level for level in key.split(".") if level not in WRAPPED)
+    if match := ANCHOR.search(bare):
+        start = match.start()
+    elif match := LOOSE.match(bare):
+        start = match.end()
+    else:
+        return None, bare
+    name = bare[start:]
+    return bare[:start], f"model.{name}" if name.startswith("diffusion_model.") else name
+
+
+def left_out(strangers: Lazies) -> list[str]:
+    """Return what to say of tensors that belong to no network of the model."""
+    if not strangers:
+        return []
+    listed = ", ".join(sorted(strangers)[:3])
+    more = ", ..." if len(strangers) > 3 else ""
+    return [f"{len(strangers)} tensors of no network of the model left out ({listed}{more})"]
+
+
+def choose(
+    found: Sorted, expected: Iterable[str], source: str, *, raw_weights: bool
+) -> tuple[Lazies, list[str]]:
+    """Return the weights to use, the averaged ones where there are any, and what to say of it."""
+    expected = list(expected)
+    if not found.average:
+        return found.plain, ["no average in it: its only weights are taken"] if raw_weights else []
+    averages = {key: name for key in expected for name in _names(key) if name in found.average}
+    if raw_weights:
+        if not any(key in found.plain for key in averages):
+            raise UserError(f"{source}: it holds averaged weights only; leave out --raw-weights")
+        return found.plain, ["plain weights taken; its averaged (EMA) ones are left out"]
+    _check_whole(averages.keys(), expected, source)
+    taken = {key: found.average[name] for key, name in averages.items()}
+    advice = ADVICE if any(key in found.plain for key in taken) else "it holds no plain ones"
+    return found.plain | taken, [f"averaged (EMA) weights taken, {len(taken)} tensors; {advice}"]
+
+
+def _names(key: str) -> Iterator[str]:
+    """Give the names that an average may have for a weight, the usual ones last."""
+    for prefix in UNET:
+        if key.startswith(prefix):
+            yield key.removeprefix(prefix)
+    for name in (key.removeprefix("model."), key):
+        yield name.replace(".", "")
+        yield name
+
+
+def _check_whole(averaged: Iterable[str], expected: list[str], source: str) -> None:
+    """Refuse an average that fits no weight, or only a part of those that are averaged together."""
+    averaged = set(averaged)
+    if not averaged:
+        raise UserError(f"{source}: its averaged (EMA) weights fit none of the model's; {ADVICE}")
+    begun = {_unit(key) for key in averaged}
+    lost = [key for key in expected if key not in averaged and _unit(key) in begun and not FROZEN.search(key)]
+    if lost:
+        raise UserError(
+            f"{source}: its averaged (EMA) weights are incomplete: {len(lost)} of "
+            f"{len(averaged) + len(lost)} are missing, such as '{lost[0]}'; {ADVICE}"
+        )
+
+
+def _unit(key: str) -> str:
+    return next((unit for unit in UNITS if key.startswith(unit)), key)
 
 
 def layout_of(found: Sorted) -> str | None:

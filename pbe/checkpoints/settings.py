@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from pbe.diffusion.solvers import SPACINGS, SolverChoice, get_solver
+from pbe.diffusion.solvers.settings import FINER
 from pbe.errors import UserError
 
 Values = dict[str, Any]
@@ -18,11 +20,7 @@ MALFORMED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
-    """Refuse settings that have another form than the code of the ``with`` block expects; it only reads them.
-
-    Raises:
-        UserError: in place of what Python raises then; names ``source``.
-    """
+    """Turn what Python raises where settings have another form than the block expects into a UserError."""
     try:
         yield
     except MALFORMED as error:
@@ -31,11 +29,7 @@ def reading(source: str | Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Values:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        UserError: missing, not valid JSON, or something else than an object.
-    """
+    """Read a JSON file that holds one object."""
     if not path.is_file():
         raise UserError(f"'{path.parent}' has no {path.name}; copy the model again")
     try:
@@ -97,10 +91,38 @@ class Settings:
             self.refuse(f"'block_out_channels' is {json.dumps(widths)}; each must be a multiple of the first")
         return widths[0], [width // widths[0] for width in widths]
 
-    def refuse(self, reason: str) -> None:
-        """Raise the error that names the file.
-
-        Raises:
-            UserError: always.
-        """
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise the error that names the file."""
         raise UserError(f"{self.source}: {reason}")
+
+
+def solver_to_json(choice: SolverChoice) -> dict[str, Any]:
+    """Return a solver and how it is run as plain values; what is at its default is left out."""
+    found: dict[str, Any] = {"name": get_solver(choice.name).name}
+    if choice.spacing is not None:
+        found["spacing"] = choice.spacing
+    if choice.karras:
+        found["karras"] = True
+    values = {key: getattr(choice, key) for key in FINER}
+    settings = {key: value for key, value in values.items() if value != FINER[key]}
+    return found | ({"settings": settings} if settings else {})
+
+
+def solver_from_json(values: Any, source: str) -> SolverChoice:
+    """Return the choice that :func:`solver_to_json` wrote; ``source`` is the place, for errors."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        raise UserError(f"{source}: not a solver with a name; remove the entry to run with the default")
+    spacing, karras, settings = values.get("spacing"), values.get("karras", False), values.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{source}: settings are {settings!r}; they must be names with values")
+    for given, known in ((values, ("name", "spacing", "karras", "settings")), (settings, tuple(FINER))):
+        if unknown := [str(key) for key in given if key not in known]:
+            raise UserError(f"{source}: no setting '{unknown[0]}'; there are: {', '.join(known)}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise UserError(f"{source}: no timestep spacing {spacing!r}; there are: {', '.join(SPACINGS)}")
+    if not isinstance(karras, bool):
+        raise UserError(f"{source}: karras is {karras!r}; it must be true or false")
+    try:
+        return SolverChoice(get_solver(values["name"]).name, spacing, karras, **settings)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

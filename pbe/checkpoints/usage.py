@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pbe.checkpoints.settings import reading
-from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
-from pbe.diffusion.solvers.scheduler_config import scheduler_from_solver, solver_from_scheduler
+from pbe.checkpoints.diffusers.scheduler import scheduler_from_solver, solver_from_scheduler
+from pbe.checkpoints.settings import reading, solver_from_json, solver_to_json
+from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import UserError
 
 DEFAULT_SOLVER = "plms"
@@ -38,11 +38,7 @@ class Usage:
     scheduler: dict[str, Any] | None = None
 
     def complete(self, layout: str) -> Usage:
-        """Say what the files of a layout leave open, as loading them does.
-
-        Raises:
-            UserError: the scheduler is none that can be run here, and no solver is named.
-        """
+        """Say what the files of a layout leave open, as loading them does."""
         solver = self.solver
         if solver is None:
             read = None if self.scheduler is None else solver_from_scheduler(self.scheduler)
@@ -52,23 +48,23 @@ class Usage:
 
     def scheduler_config(self) -> dict[str, Any]:
         """Return the ``scheduler_config.json`` to write, but for the betas and what the network predicts."""
-        kept = self.scheduler is not None and (self.solver is None or means(self.scheduler, self.solver))
-        if kept and self.scheduler is not None:
+        if self.scheduler is not None and (self.solver is None or means(self.scheduler, self.solver)):
             return self.scheduler
         return scheduler_from_solver(self.solver or SolverChoice("pndm"))
 
-    def to_json(self, *, layout: str) -> dict[str, Any]:
-        """Return what a layout has no file of its own for; empty where all is as the layout has it."""
+    def section(self, layout: str) -> dict[str, Any]:
+        """Return what a layout has no file of its own for, under its key; empty if it says it all."""
         found: dict[str, Any] = {}
         if self.conventions not in (None, CONVENTIONS.get(layout, "original")):
             found["conventions"] = self.conventions
         if self.watermark:
             found["watermark"] = True
-        if layout == "diffusers":
-            return found
-        if self.solver is not None and self.solver != SolverChoice(DEFAULT_SOLVER):
-            found["solver"] = solver_to_json(self.solver)
-        return found | ({"preprocessor": self.preprocessor} if self.preprocessor else {})
+        if layout != "diffusers":
+            if self.solver is not None and self.solver != SolverChoice(DEFAULT_SOLVER):
+                found["solver"] = solver_to_json(self.solver)
+            if self.preprocessor:
+                found["preprocessor"] = self.preprocessor
+        return {OWN_KEY if layout == "diffusers" else KEY: found} if found else {}
 
 
 UNSAID = Usage()
@@ -83,34 +79,22 @@ def means(scheduler: Mapping[str, Any], solver: SolverChoice) -> bool:
 
 
 def usage_from_json(values: Any, source: str | Path) -> Usage:
-    """Read what :meth:`Usage.to_json` gave.
-
-    Args:
-        values: of the section; None, where there is none, says nothing.
-        source: the file, for errors.
-
-    Raises:
-        UserError: an entry that is not known or has no such value.
-    """
+    """Read the content of a section that :meth:`Usage.section` gave; None means that there is none."""
     if values is None:
         return UNSAID
-    with reading(source):
-        return _read_usage(values, f"{source}: {KEY}")
-
-
-def _read_usage(values: Any, where: str) -> Usage:
+    where = f"{source}: {KEY}"
     if not isinstance(values, Mapping):
         raise UserError(f"{where} is {json.dumps(values)}; it must be a section of settings")
     kinds = {"solver": Mapping, "conventions": str, "watermark": bool, "preprocessor": Mapping}
-    for key, value in values.items():
-        if key not in kinds:
-            raise UserError(f"{where}: no setting '{key}'; there are: {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]):
-            raise UserError(f"{where}: {key} is {json.dumps(value)}, which is not possible")
-    solver = values.get("solver")
-    return Usage(
-        solver=None if solver is None else solver_from_json(solver, f"{where}: solver"),
-        conventions=values.get("conventions"),
-        watermark=values.get("watermark"),
-        preprocessor=dict(values["preprocessor"]) if "preprocessor" in values else None,
-    )
+    with reading(source):
+        for key, value in values.items():
+            if key not in kinds:
+                raise UserError(f"{where}: no setting '{key}'; there are: {', '.join(kinds)}")
+            if not isinstance(value, kinds[key]):
+                raise UserError(f"{where}: {key} is {json.dumps(value)}, which is not possible")
+        found = dict(values)
+        if "solver" in found:
+            found["solver"] = solver_from_json(found["solver"], f"{where}: solver")
+        if "preprocessor" in found:
+            found["preprocessor"] = dict(found["preprocessor"])
+        return Usage(**found)

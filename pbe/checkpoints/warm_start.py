@@ -1,8 +1,8 @@
-"""The start of a training: UNet and autoencoder of Stable Diffusion v1, with room for picture and hole.
+"""The start of a training: UNet and autoencoder of Stable Diffusion v1, with room for masked image and mask.
 
-As the original does, the UNet's first convolution is widened from the noisy
-latents to those, the masked image's latents and the mask, with zeros, so that the untrained model computes
-what Stable Diffusion's UNet computes for the same context.
+As the original does, the UNet's first convolution is widened from the noisy latents to those, the masked
+image's latents and the mask, with zeros, so that the untrained model computes what Stable Diffusion's UNet
+computes for the same context.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.averages import choose, sort_out
 from pbe.checkpoints.compvis.format import clean
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
 from pbe.checkpoints.diffusers.config import read_autoencoder, read_schedule, read_unet
 from pbe.checkpoints.diffusers.format import find_parts, named
 from pbe.checkpoints.diffusers.names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
-from pbe.checkpoints.layout import Entry, native_shapes, to_foreign, to_native
-from pbe.checkpoints.opened import Opened
+from pbe.checkpoints.key_map import Entry, OpenedModel, keys_of, native_shapes, to_native
 from pbe.checkpoints.readers import open_weights
-from pbe.checkpoints.recognise import describe, text_to_image
+from pbe.checkpoints.recognise import choose, describe, sort_out, text_to_image
 from pbe.checkpoints.settings import Settings, read_json, reading
-from pbe.checkpoints.strict import check_shapes, shapes
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import ModelConfig
@@ -38,7 +35,7 @@ TAKEN = ("unet", "autoencoder")
 
 def open_stable_diffusion(
     path: str | Path, config: ModelConfig, seed: int = 0, *, raw_weights: bool = False
-) -> Opened:
+) -> OpenedModel:
     """Open a Stable Diffusion v1 model as the start of a training.
 
     Args:
@@ -48,9 +45,6 @@ def open_stable_diffusion(
             as random as what is behind it.
         seed: of the exemplar encoder's fresh weights.
         raw_weights: take a checkpoint's plain weights where it has averaged ones.
-
-    Raises:
-        UserError: nothing there, damaged, or not a text-to-image model of these sizes.
     """
     path = Path(path)
     if path.is_dir() and (parts := find_parts(path)):
@@ -61,7 +55,7 @@ def open_stable_diffusion(
     notes.append(f"first convolution widened from {tensors[INPUT].shape[1]} to {width} channels, with zeros")
     tensors[INPUT] = _widened(tensors[INPUT], width)
     encoder, note = _fresh_encoder(config, seed)
-    return Opened(str(path), "stable diffusion", config, tensors | encoder, (*notes, note))
+    return OpenedModel(str(path), "stable diffusion", config, tensors | encoder, (*notes, note))
 
 
 def _from_folder(
@@ -82,7 +76,7 @@ def _from_folder(
     tensors: Lazies = {}
     for part in TAKEN:
         found = current_names(part, open_folder(parts[part]).tensors)
-        names = diffusers_entries(part, config.exemplar_encoder, _keys(native, part))
+        names = diffusers_entries(part, config.exemplar_encoder, keys_of(native, part))
         tensors |= _checked(names, native, found, found, str(parts[part]))
     notes = ["text encoder: left out"] if "text_encoder" in parts else []
     return config, tensors, notes
@@ -97,7 +91,7 @@ def _from_checkpoint(
     found, notes = clean(sort_out(weights))
     text = [key for key in found.plain if key.startswith(CONDITION)]
     native = native_shapes(config)
-    names = compvis_entries(config, [key for part in TAKEN for key in _keys(native, part)])
+    names = compvis_entries(config, [key for part in TAKEN for key in keys_of(native, part)])
     expected = [key for entry in names for key in entry.foreign]
     chosen, said = choose(found, expected, weights.source, raw_weights=raw_weights)
     kept = {key: value for key, value in chosen.items() if key.startswith((UNET, AUTOENCODER))}
@@ -106,25 +100,16 @@ def _from_checkpoint(
     return config, tensors, [*notes, *([f"{len(text)} tensors of the text encoder"] if text else [])]
 
 
-def _keys(native: Lazies, part: str) -> list[str]:
-    return [key for key in native if key.startswith(f"{part}.")]
-
-
 def _checked(names: list[Entry], native: Lazies, found: Lazies, whole: Lazies, source: str) -> Lazies:
     """Translate, strictly but for the number of input channels, which has to be that of the latents."""
     latents = native["unet.conv_out.bias"].shape[0]
-    narrow = dict(native)
-    first, _, *kernel = native[INPUT].shape
-    narrow[INPUT] = LazyTensor((first, latents, *kernel), native[INPUT].dtype, native[INPUT].read)
-    inputs = [
-        found[entry.foreign[0]] for entry in names if entry.native == INPUT and entry.foreign[0] in found
-    ]
-    if inputs and len(inputs[0].shape) == 4 and inputs[0].shape[1] == native[INPUT].shape[1]:
-        raise UserError(
-            f"{source}: --from-sd wants a text-to-image model. {text_to_image(inputs[0].shape[1])}"
-        )
-    check_shapes(shapes(found), shapes(to_foreign(names, narrow)), source, describe(whole))
-    return to_native(names, found)
+    first, wide, *kernel = native[INPUT].shape
+    narrow = LazyTensor((first, latents, *kernel), native[INPUT].dtype, native[INPUT].read)
+    name = next((entry.foreign[0] for entry in names if entry.native == INPUT), "")
+    given = found[name].shape if name in found else ()
+    if len(given) == 4 and given[1] == wide:
+        raise UserError(f"{source}: --from-sd wants a text-to-image model. {text_to_image(given[1])}")
+    return to_native(names, found, native | {INPUT: narrow}, source, describe(whole))
 
 
 def _widened(weight: LazyTensor, channels: int) -> LazyTensor:

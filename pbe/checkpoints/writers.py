@@ -7,7 +7,6 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from pbe.checkpoints.pickles import STORAGES
 from pbe.checkpoints.readers import SAFETENSORS_TYPES
-from pbe.checkpoints.strict import checked
 from pbe.checkpoints.tensors import Lazies, LazyTensor
 from pbe.errors import UserError
 from pbe.files import atomic_file
@@ -25,45 +23,16 @@ ALIGNMENT = 64  # bytes; where torch starts the records of an archive
 NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
-# Reads a tensor (key and tensor) in the end; checks and conversions go in here.
-Read = Callable[[str, LazyTensor], Tensor]
-
-
-def converted(tensors: Lazies, dtype: torch.dtype | None) -> tuple[Lazies, Read]:
-    """Return the tensors as they will stand in a file, and what reads one of them.
-
-    Args:
-        tensors: what to write.
-        dtype: for the floating-point ones; None keeps each tensor's own.
-
-    Returns:
-        Both for :func:`write_safetensors` and :func:`write_checkpoint`; the reading refuses numbers that are
-        not finite or do not fit ``dtype``.
-    """
-
-    def read(key: str, tensor: LazyTensor) -> Tensor:
-        return checked(key, tensors[key], tensor.dtype, "the model")
-
-    def stored(tensor: LazyTensor) -> LazyTensor:
-        kept = dtype is None or not tensor.dtype.is_floating_point
-        return tensor if kept else LazyTensor(tensor.shape, dtype, tensor.read)  # type: ignore[arg-type]
-
-    return {key: stored(tensor) for key, tensor in tensors.items()}, read
-
 
 def _raw(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically.
+def write_safetensors(path: Path, tensors: Lazies, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, with texts for its header.
 
-    Args:
-        path: of the file.
-        tensors: their shapes and types are those written.
-        read: gives the numbers of each.
-        metadata: texts for the file's header.
+    The library's own writer wants all tensors in memory at once.
     """
     # the widest types first keeps every tensor aligned
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, str(tensors[key].dtype), key))
@@ -82,7 +51,7 @@ def write_safetensors(path: Path, tensors: Lazies, read: Read, metadata: dict[st
     with atomic_file(path, sync=True) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
-            file.write(_raw(read(key, tensors[key])))
+            file.write(_raw(tensors[key].read()))
 
 
 class _Storage:
@@ -109,15 +78,8 @@ class _Pickler(pickle.Pickler):
         return obj.reference if isinstance(obj, _Storage) else None
 
 
-def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, Any]) -> None:
-    """Write, atomically, a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}``.
-
-    Args:
-        path: of the file.
-        tensors: their shapes and types are those written.
-        read: gives the numbers of each.
-        rest: plain values that lie beside the state dict.
-    """
+def write_checkpoint(path: Path, tensors: Lazies, rest: dict[str, Any]) -> None:
+    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}`` with plain ``rest``."""
     state = {key: _Tensor(str(index), tensor) for index, (key, tensor) in enumerate(tensors.items())}
     table = io.BytesIO()
     _Pickler(table, protocol=2).dump({"state_dict": state, **rest})
@@ -127,10 +89,10 @@ def write_checkpoint(path: Path, tensors: Lazies, read: Read, rest: dict[str, An
     ):
         archive.writestr(_entry("data.pkl"), table.getvalue())
         archive.writestr(_entry("byteorder"), b"little")
-        for index, (key, tensor) in enumerate(tensors.items()):
+        for index, tensor in enumerate(tensors.values()):
             entry = _entry(f"data/{index}", tensor.nbytes, at=file.tell())
             with archive.open(entry, "w") as record:
-                record.write(_raw(read(key, tensor)))
+                record.write(_raw(tensor.read()))
         archive.writestr(_entry("version"), b"3\n")
 
 
@@ -147,15 +109,7 @@ def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
 
 
 def check_target(folder: Path, files: set[str]) -> None:
-    """Refuse to write a model between files that would be taken for parts of it.
-
-    Args:
-        folder: to write into; it need not exist.
-        files: paths in it that will be written, which may be there already.
-
-    Raises:
-        UserError: other weights or configurations are there.
-    """
+    """Refuse to write ``files`` of a model between others that would be taken for parts of it."""
     if folder.is_file():
         raise UserError(f"'{folder}' is a file; name a folder to write the model to")
     suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json", ".yaml")

@@ -11,7 +11,7 @@ from pbe.errors import UserError
 from pbe.resources import find_model
 
 if TYPE_CHECKING:
-    from pbe.checkpoints.opened import Opened
+    from pbe.checkpoints.key_map import OpenedModel
 
 
 @SETTINGS
@@ -69,7 +69,7 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
     print(f"{count:,} parameters as {kind} in {target}{', verified' if settings.verify else ''}")
 
 
-def _start(stable_diffusion: str, settings: ConvertSettings) -> Opened:
+def _start(stable_diffusion: str, settings: ConvertSettings) -> OpenedModel:
     """Open Stable Diffusion's weights as the start of a training."""
     from pbe.checkpoints.warm_start import open_stable_diffusion
     from pbe.config import ModelConfig, load_config

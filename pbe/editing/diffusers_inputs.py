@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from pbe.checkpoints.diffusers.config import write_scheduler
+from pbe.checkpoints.diffusers.scheduler import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.checkpoints.folders import ANY, FileChoice
 from pbe.diffusion.solvers import SolverChoice
-from pbe.diffusion.solvers.scheduler_config import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 

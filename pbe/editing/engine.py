@@ -28,7 +28,7 @@ from pbe.editing.preprocess import (
 from pbe.editing.settings import Conventions, EditSettings
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import known_pixels
 from pbe.models.latent_diffusion import masked_image
 
 ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # of so many steps; gives what is told of each
@@ -55,12 +55,12 @@ def merge_choice(default: SolverChoice, settings: EditSettings) -> SolverChoice:
 
 def count_steps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> int:
     """Check that a solver takes the settings, and return the number of steps that it will report."""
-    solver = choice.solver
+    solver = get_solver(choice.name)
     if settings.eta and solver.noise != "eta":
         kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
         raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
     try:
-        return len(solver.grid(schedule, settings.steps, choice.spacing, choice.karras, choice.settings))
+        return len(solver.grid(schedule, settings.steps, choice))
     except UserError as error:
         raise EditValueError(str(error)) from error
 
@@ -76,7 +76,7 @@ def solve(
     callback: Callback | None = None,
 ) -> Tensor:
     """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
-    return choice.solver(
+    return get_solver(choice.name)(
         predict,
         x_T,
         schedule,
@@ -84,9 +84,7 @@ def solve(
         eta=settings.eta,
         generator=generator,
         callback=callback,
-        spacing=choice.spacing,
-        karras=choice.karras,
-        settings=choice.settings,
+        settings=choice,
     )
 
 

@@ -292,40 +292,33 @@ class PaintByExample(MemorySettings, DiffusersNames):
         feather: float | None = None,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
-        """Paint the exemplar into the masked part of the image; docs/pipeline.md explains every argument.
-
-        Returns:
-            The edits, image by image; without ``return_dict`` the tuple (images, nsfw_content_detected).
-        """
+        """Paint the exemplar into the masked region; docs/pipeline.md explains every argument."""
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
+        place: dict[str, Any] = {"region": region, "margin": margin, "feather": feather}
+        place |= {"height": height, "width": width, "preserve_background": preserve_background}
         settings = EditSettings(
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             eta=eta,
             num_images=num_images_per_prompt,
             conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked
-            region=region,  # type: ignore[arg-type]
-            margin=margin,
-            feather=feather,
-            height=height,
-            width=width,
-            preserve_background=preserve_background,
-        )
+            **place,
+        ).checked()
         output = self.edit(
             example_image,
             image,
             mask_image,
-            settings.checked(),
+            settings,
             choice=None if solver is None else choose_solver(solver),
             generator=generator,
-            latents=latents,
-            masked_image_latents=masked_image_latents,
-            exemplar_embeds=exemplar_embeds,
             output_type=output_type,
             callback=callback,
             callback_steps=callback_steps,
+            exemplar_embeds=exemplar_embeds,
+            latents=latents,
+            masked_image_latents=masked_image_latents,
         )
         return output if return_dict else output.to_tuple()
 
@@ -343,7 +336,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         callback_steps: int = 1,
         generator: Generators = None,
         exemplar_embeds: Tensor | None = None,
-        **given: Tensor | None,
+        **given: Any,
     ) -> EditOutput:
         """Do what a call does, with settings that are checked; the other arguments are the call's.
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from pbe.config import ExemplarEncoderConfig
 from pbe.editing.images import to_bytes, to_unit
 from pbe.errors import EditTypeError, EditValueError, UserError
+from pbe.models.image_tower import follow_tower
 from pbe.models.latent_diffusion import latent_mask
-from pbe.models.tower_facts import follow_tower
 
 Size = tuple[int, int]  # height, width
 

@@ -24,14 +24,13 @@ from torch.nn import functional as F
 
 from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
-from pbe.checkpoints.layout import Entry, to_foreign, to_native
-from pbe.checkpoints.strict import check_shapes, checked, shapes
+from pbe.checkpoints.key_map import Entry, checked, to_foreign, to_native
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import CropSettings, clip_crop, crop_settings, preprocessor_config
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.files import make_folder
-from pbe.models.tower import build_tower
+from pbe.models.image_tower import build_tower
 
 SPECIAL_CARE = 0.01  # what special care adds to every concept's score
 DECIMALS = 3  # scores are rounded to so many before they are compared with zero
@@ -163,10 +162,9 @@ def load_safety_checker(
     with torch.device("meta"):
         checker = SafetyChecker(sizes, crop)
     entries, expected = _entries(checker), lazies(checker.state_dict())
-    check_shapes(shapes(tensors), shapes(to_foreign(entries, expected)), weights.source)
     state = {
         key: checked(key, tensor, dtype or torch.float32, weights.source).clone()
-        for key, tensor in to_native(entries, tensors).items()
+        for key, tensor in to_native(entries, tensors, expected, weights.source).items()
     }
     checker.load_state_dict(state, assign=True)
     return checker.to(device).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
@@ -85,17 +85,15 @@ class EditSettings:
     def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
         """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
         values = vars(self)
-        found: dict[str, object] = {"seed": check_seed(named("seed"), self.seed)}
+        found: dict[str, Any] = {"seed": check_seed(named("seed"), self.seed)}
         optional = ("height", "width", "feather", "attention_slicing")
         for name in (each for each in values if not (each in optional and values[each] is None)):
             if name in COUNTS:
                 found[name] = check_count(named(name), values[name], COUNTS[name])
             elif name in NUMBERS:
                 found[name] = check_number(named(name), values[name], NUMBERS[name])
-        import numpy as np  # not at the top: options are listed without it
-
-        if not isinstance(self.preserve_background, bool | np.bool_):
-            kind = type(self.preserve_background).__name__
+        kind = type(self.preserve_background).__name__
+        if kind not in ("bool", "bool_"):  # Python's or numpy's, which is not imported here
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
         if self.region not in get_args(Region):
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")

@@ -88,9 +88,6 @@ def set_attention_slicing(
         module: a model or any part of one.
         queries_at_once: 1 and above; None takes all.
         heads_at_once: likewise.
-
-    Raises:
-        UserError: a number below 1.
     """
     for count, what in ((queries_at_once, "queries"), (heads_at_once, "heads")):
         if count is not None and count < 1:

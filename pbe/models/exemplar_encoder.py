@@ -6,6 +6,8 @@ network cannot copy it and has to understand it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
-from pbe.models.layout import LayoutPooling, layout_features, layout_stages, stage_widths, tower_stages
-from pbe.models.tokens import position_code, stage_tokens, to_grid, trunk_tokens
-from pbe.models.tower import build_tower
+from pbe.models.image_tower import build_tower, stage_widths, tower_stages
+
+PYRAMID = 5
+"""Stages that a convolutional tower has at most; what has more of them is a transformer with its blocks."""
 
 
 class MapperAttention(nn.Module):
@@ -57,13 +60,35 @@ class MapperBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class ExemplarEncoder(nn.Module):
-    """Tower (frozen), mapper, final norm and projection to the UNet's context, and the null condition.
+class LayoutPooling(nn.Module):
+    """Learned pooling that knows positions: one token made of coarse maps of the image tower's stages.
+
+    CLIP's class token is an attention pool with positions, so it knows where things are in the exemplar; the
+    global average of a convolutional tower does not. Here a linear layer reads each position, and after GELU
+    a linear map makes all positions one token.
 
     Args:
-        config: tower, bottleneck and mapper.
-        context_dim: width of the condition.
+        channels: of all chosen stages together.
+        grid: positions along a side.
+        hidden: channels that each position is brought to.
+        width: of the token.
     """
+
+    def __init__(self, channels: int, grid: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.positions = grid * grid
+        self.features = self.positions * channels
+        self.read = nn.Linear(channels, hidden)
+        self.gather = nn.Linear(self.positions * hidden, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``(b, 1, positions * channels)`` to ``(b, 1, width)``."""
+        maps = rearrange(features, "b n (p c) -> b n p c", p=self.positions)
+        return self.gather(rearrange(F.gelu(self.read(maps)), "b n p c -> b n (p c)"))
+
+
+class ExemplarEncoder(nn.Module):
+    """Tower (frozen), mapper, final norm and projection to the UNet's context, and the null condition."""
 
     def __init__(self, config: ExemplarEncoderConfig, context_dim: int) -> None:
         super().__init__()
@@ -116,9 +141,6 @@ class ExemplarEncoder(nn.Module):
             ``(b, 1, width)`` pooled class token (global average for convolutional towers; behind it with
             ``pooled_stages`` those of its stages, with ``layout_grid`` their coarse maps), or
             ``(b, 1 + n, width)`` with ``tokens: all``, the pooled one first, the n positions row by row.
-
-        Raises:
-            UserError: ``tokens: all`` with a tower that gives only a pooled feature, or no maps.
         """
         if self.config.tokens == "all":
             return self._all_tokens(pixels)
@@ -180,3 +202,92 @@ def _averages(maps: list[Tensor]) -> list[Tensor]:
     positions neither can tell where anything was, so the bottleneck stays one.
     """
     return [stage.mean(dim=(2, 3)) for stage in maps]  # b c h w
+
+
+def layout_stages(count: int) -> list[int]:
+    """Return which of a tower's ``count`` stages a layout is read from.
+
+    The first and the last three of a pyramid (colour and edges, then shapes); the ends of the four quarters
+    of a transformer's blocks.
+    """
+    if count <= PYRAMID:
+        return sorted({0, *range(max(count - 3, 0), count)})
+    return [quarter * count // 4 - 1 for quarter in (1, 2, 3, 4)]
+
+
+def layout_features(maps: list[Tensor], grid: int) -> Tensor:
+    """Average the maps of :func:`layout_stages` to a grid: ``(b, grid * grid * channels)``.
+
+    Positions run row by row, each with the channels of all stages. Coarser maps are repeated.
+    """
+    chosen = [F.adaptive_avg_pool2d(maps[index], grid) for index in layout_stages(len(maps))]
+    return rearrange(torch.cat(chosen, dim=1), "b c h w -> b (h w c)")
+
+
+def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return a timm trunk's pooled feature ``(b, c)`` and the feature of every position ``(b, n, c)``."""
+    features = trunk.forward_features(pixels)  # type: ignore[operator]
+    pooled = trunk.forward_head(features, pre_logits=True)  # type: ignore[operator]
+    if features.ndim == 4:
+        channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        tokens = rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
+    else:
+        tokens = features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    if tokens.shape[-1] != pooled.shape[-1]:
+        raise UserError(
+            f"tower '{name}': pooled feature and tokens differ in width; use exemplar_encoder.tokens=class"
+        )
+    return pooled, tokens
+
+
+def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
+    """Average the positions of a square picture, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
+    if grid == 0:
+        return tokens
+    side = math.isqrt(tokens.shape[1])
+    if side * side != tokens.shape[1]:
+        raise UserError(
+            f"tower '{name}' gives {tokens.shape[1]} tokens, not a square; set exemplar_encoder.token_grid=0"
+        )
+    return _pooled(rearrange(tokens, "b (h w) c -> b c h w", h=side), grid)
+
+
+def stage_tokens(trunk: nn.Module, pixels: Tensor, grid: int, name: str) -> Tensor:
+    """Return what all stages of a convolutional timm trunk say of each position, ``(b, n, width)``.
+
+    Positions are ``grid`` along a side, or those of the last layer where it is 0; finer maps are averaged,
+    coarser ones repeated. The order of the channels is that of the pooled stages, so that both go through
+    the same layers: the last layer, then the stages from the first one up.
+    """
+    last, stages = trunk.forward_intermediates(pixels)  # type: ignore[operator]
+    if last.ndim != 4 or trunk.forward_head(last, pre_logits=True).shape[1] != last.shape[1]:  # type: ignore[operator]
+        raise UserError(
+            f"tower '{name}' has no maps to take all tokens of its stages from; "
+            "use exemplar_encoder.tokens=class or pooled_stages=false"
+        )
+    side = grid or int(last.shape[-1])
+    return torch.cat([_pooled(values, side) for values in (last, *stages)], dim=2)
+
+
+def _pooled(values: Tensor, side: int) -> Tensor:
+    return rearrange(F.adaptive_avg_pool2d(values, side), "b c h w -> b (h w) c")
+
+
+def position_code(tokens: Tensor) -> Tensor:
+    """Return sines and cosines of row and column for ``(b, n, width)`` tokens of a square, same shape.
+
+    A quarter of the width each (Vaswani et al. 2017, section 3.5, for two axes); what is left over is zero.
+    Waves are counted along the side, from half a wave to one position, so that neighbours differ and all
+    positions do; the code is as loud (root mean square) as the tokens of its sample, which it would be
+    lost in otherwise. Convolutional towers do not say where a token stands, and their mapper has no other
+    way to know.
+    """
+    count, width = tokens.shape[1], tokens.shape[2]
+    side, waves = math.isqrt(count), width // 4
+    halves = side ** (torch.arange(waves, device=tokens.device) / max(waves - 1, 1))  # 1 ... side
+    angles = (torch.arange(side, device=tokens.device)[:, None] + 0.5) / side * math.pi * halves
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # side 2*waves
+    code = torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
+    code = F.pad(code, (0, width - code.shape[1]))
+    loud = tokens.detach().float().pow(2).mean(dim=(1, 2), keepdim=True).sqrt()
+    return (code * loud * math.sqrt(2.0)).to(tokens.dtype)

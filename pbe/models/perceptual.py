@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from pbe.models.exemplar_encoder import ExemplarEncoder
-from pbe.models.layout import PYRAMID, layout_stages, stage_widths, tower_stages
+from pbe.models.exemplar_encoder import PYRAMID, ExemplarEncoder, layout_stages
+from pbe.models.image_tower import stage_widths, tower_stages
 
 # Where torchvision's VGG16 has done the last ReLU before each pooling, and the channels there.
 ENDS = (4, 9, 16, 23, 30)

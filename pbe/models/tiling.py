@@ -1,4 +1,4 @@
-"""The autoencoder on large pictures, in bands of rows, with the numbers of the undivided pass.
+"""The autoencoder on large images, in bands of rows, with the numbers of the undivided pass.
 
 Group norms take mean and deviation of a whole map, so that an autoencoder which decodes tiles one by one
 gives every tile a colour of its own, and blending only hides the seams. Here it is the layers that run one by
@@ -10,18 +10,15 @@ needs every position, is small and runs whole. The result differs from the undiv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe.models.codec import CodecLevel, Decoder, Encoder, KnownPixels
 from pbe.models.layers import Downsample, ResBlock, Upsample
-
-if TYPE_CHECKING:
-    from pbe.models.autoencoder import CodecLevel, Decoder, Encoder
-    from pbe.models.known_pixels import KnownPixels
 
 POSITIONS = 2**16
 """Positions of a map that one band has at most, unless it then had fewer than ``MIN_ROWS`` rows."""

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from pbe.checkpoints.layout import empty_model
+from pbe.checkpoints.key_map import empty_model
 from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
 from pbe.data.datamodule import TrainingData

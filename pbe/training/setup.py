@@ -24,12 +24,11 @@ from pytorch_lightning.strategies import StrategyRegistry
 
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
-from pbe.checkpoints.opened import build
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import AutoencoderConfig, Config, ModelConfig, TrainerConfig, differences, flatten, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.tower_facts import follow_sizes
+from pbe.models.image_tower import follow_sizes
 from pbe.training.monitoring.loggers import make_loggers
 from pbe.training.monitoring.sample_grids import autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.step_log import GridCallback, StepLog
@@ -139,7 +138,7 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     sizes = None if Path(config.start).is_dir() else config.model
     opened = open_checkpoint(config.start, sizes)
     merged = _merged(config, opened.config)
-    model = build(replace(opened, config=merged), torch.float32).requires_grad_(True)
+    model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
     if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
         torch.manual_seed(config.seed)
         model.autoencoder.make_mask_aware()

@@ -14,10 +14,8 @@ from torch import Tensor
 
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers import Settings, get_solver
+from pbe.diffusion.solvers import SolverChoice, get_solver
 from pbe.diffusion.solvers.registry import Run
-
-CLEAN = Settings(end="clean")
 
 
 @dataclass(frozen=True)
@@ -129,12 +127,12 @@ def solve(
         return predict_noise(x, timesteps)
 
     solver = get_solver(candidate.solver)
-    grid = solver.grid(
-        schedule, steps, "linspace" if candidate.karras else "trailing", candidate.karras, CLEAN
-    )
+    spacing = "linspace" if candidate.karras else "trailing"
+    settings = SolverChoice(candidate.solver, spacing, candidate.karras, end="clean")
+    grid = solver.grid(schedule, steps, settings)
     # solvers in sigma hold x_t / sqrt(abar), and would take the start for noise alone
     scale = 1.0 if grid.scale == 1.0 else grid.alphas[0] ** -0.5
-    run = DrivenRun(replace(grid, scale=scale), CLEAN, counted, candidate.eta, None, None, path)
+    run = DrivenRun(replace(grid, scale=scale), settings, counted, candidate.eta, None, None, path)
     return Solution(solver.integrate(run, scale * x_T), calls)
 
 

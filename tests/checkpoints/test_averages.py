@@ -266,6 +266,6 @@ def test_quantised_weights_and_strangers(small: LatentDiffusion, tmp_path: Path)
     )
     state["model.diffusion_model.out.2.weight"] = state["model.diffusion_model.out.2.weight"].to(torch.int8)
     torch.save(state, tmp_path / "a.ckpt")
-    assert "1 weights are no floating-point numbers, such as 'unet.conv_out.weight' (int8)" in refused(
+    assert "1 weights are not floating-point numbers, such as 'unet.conv_out.weight' (int8)" in refused(
         tmp_path / "a.ckpt"
     )

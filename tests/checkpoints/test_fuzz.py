@@ -19,7 +19,7 @@ from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import Config, ExemplarEncoderConfig, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.tower import build_tower
+from pbe.models.image_tower import build_tower
 from tests.checkpoints.small import original_state, small_config
 
 WRONG: list[Any] = [

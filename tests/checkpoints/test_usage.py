@@ -14,13 +14,13 @@ from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.loading import load_checkpoint, open_checkpoint
 from pbe.checkpoints.saving import LAYOUTS, save_checkpoint
 from pbe.checkpoints.usage import KEY, Usage, usage_from_json
-from pbe.diffusion.solvers import Settings, SolverChoice
+from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.checkpoints.small import small_model
 
 FULL = Usage(
-    SolverChoice("ddim", "uniform", settings=Settings(0, "clean", 0.5)),
+    SolverChoice("ddim", "uniform", offset=0, end="clean", clip=0.5),
     "original",
     True,
     {"size": {"shortest_edge": 40}, "image_mean": [0.1, 0.2, 0.3]},

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from pbe.checkpoints.native import save_model
+from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import load_config
 from pbe.evaluation.demo import stages
 from pbe.evaluation.report.sheets import BAND_GAP, GAP
 from pbe.models import LatentDiffusion
-from pbe.models.tower import load_pretrained
 from tests.commands import demo, evaluate
 
 SMALL = """
@@ -58,7 +58,7 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     config = load_config(path)
     torch.manual_seed(0)
     model = LatentDiffusion(config.model)
-    load_pretrained(model.exemplar_encoder.tower, config.model.exemplar_encoder)
+    load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder)
     save_model(folder / "model", model, torch.float16)
     return path, folder / "model"
 

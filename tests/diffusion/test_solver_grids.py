@@ -10,7 +10,7 @@ import torch
 
 from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
-from pbe.diffusion.solvers import SOLVERS, SPACINGS, Settings, karras_sigmas, uniform_timesteps
+from pbe.diffusion.solvers import SOLVERS, SPACINGS, karras_sigmas, uniform_timesteps
 from pbe.errors import UserError
 
 SCHEDULE = make_schedule(ScheduleConfig())
@@ -40,7 +40,7 @@ STRIDED, SPARED, IN_SIGMA = (
     ],
 )
 def test_timesteps_of_five_steps(name: str, spacing: str, expected: tuple[float, ...]) -> None:
-    assert SOLVERS[name].grid(SCHEDULE, 5, spacing).timesteps == expected
+    assert SOLVERS[name].grid(SCHEDULE, 5, spacing=spacing).timesteps == expected
 
 
 def test_own_spacings() -> None:
@@ -52,7 +52,7 @@ def test_own_spacings() -> None:
 
 def test_thirty_uniform_steps_are_thirty_one() -> None:
     assert len(SOLVERS["ddim"].grid(SCHEDULE, 30)) == 31
-    assert len(SOLVERS["ddim"].grid(SCHEDULE, 30, "leading")) == 30
+    assert len(SOLVERS["ddim"].grid(SCHEDULE, 30, spacing="leading")) == 30
     assert SOLVERS["ddim"].grid(SCHEDULE, 30).timesteps == tuple(reversed(uniform_timesteps(SCHEDULE, 30)))
 
 
@@ -61,7 +61,7 @@ def test_thirty_uniform_steps_are_thirty_one() -> None:
 def test_every_number_of_steps_fits_or_is_refused(name: str, spacing: str) -> None:
     for steps in [*range(1, 60), 333, 499, 500, 501, 998, 999, 1000, 1001]:
         try:
-            grid = SOLVERS[name].grid(SCHEDULE, steps, spacing)
+            grid = SOLVERS[name].grid(SCHEDULE, steps, spacing=spacing)
         except UserError as error:
             limit = int(str(error).rpartition(" ")[2])
             assert 500 <= limit < steps
@@ -77,32 +77,32 @@ def test_every_number_of_steps_fits_or_is_refused(name: str, spacing: str) -> No
 @pytest.mark.parametrize("steps", [-1, 0])
 def test_no_steps(name: str, spacing: str, steps: int) -> None:
     with pytest.raises(UserError, match=f"number of steps is {steps}; it must lie between 1 and"):
-        SOLVERS[name].grid(SCHEDULE, steps, spacing)
+        SOLVERS[name].grid(SCHEDULE, steps, spacing=spacing)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_unknown_spacing(name: str) -> None:
     with pytest.raises(UserError, match=r"'even'.*uniform, leading, linspace, trailing"):
-        SOLVERS[name].grid(SCHEDULE, 5, "even")
+        SOLVERS[name].grid(SCHEDULE, 5, spacing="even")
 
 
 def test_an_offset_beyond_the_schedule() -> None:
     with pytest.raises(UserError, match="steps_offset is 300"):
-        SOLVERS["ddim"].grid(SCHEDULE, 5, "leading", settings=Settings(offset=300))
+        SOLVERS["ddim"].grid(SCHEDULE, 5, spacing="leading", offset=300)
 
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_strided_steps_end_at_the_first_level_or_clean(name: str) -> None:
-    grid = SOLVERS[name].grid(SCHEDULE, 10, "leading")
+    grid = SOLVERS[name].grid(SCHEDULE, 10, spacing="leading")
     assert grid.alphas_next[-1] == float(ALPHAS[0])
-    assert SOLVERS[name].grid(SCHEDULE, 10, "leading", settings=Settings(end="clean")).alphas_next[-1] == 1.0
+    assert SOLVERS[name].grid(SCHEDULE, 10, spacing="leading", end="clean").alphas_next[-1] == 1.0
     assert grid.scale == 1.0
 
 
 @pytest.mark.parametrize("name", SPARED + IN_SIGMA)
 def test_the_others_end_clean_or_at_the_first_level(name: str) -> None:
     assert SOLVERS[name].grid(SCHEDULE, 10).sigmas[-1] == 0.0
-    grid = SOLVERS[name].grid(SCHEDULE, 10, settings=Settings(end="first"))
+    grid = SOLVERS[name].grid(SCHEDULE, 10, end="first")
     assert grid.sigmas[-1] == pytest.approx(float((1 / ALPHAS[0] - 1).sqrt()), rel=1e-12)
 
 
@@ -112,8 +112,8 @@ def test_scale_of_the_start(name: str) -> None:
     last = float((1 / ALPHAS[-1] - 1).sqrt())
     assert last == pytest.approx(14.6146, abs=1e-3)
     for spacing in ("linspace", "trailing"):
-        assert solver.grid(SCHEDULE, 10, spacing).scale == pytest.approx(last, rel=1e-12)
-    leading = solver.grid(SCHEDULE, 10, "leading")
+        assert solver.grid(SCHEDULE, 10, spacing=spacing).scale == pytest.approx(last, rel=1e-12)
+    leading = solver.grid(SCHEDULE, 10, spacing="leading")
     assert leading.scale == pytest.approx(math.hypot(leading.sigmas[0], 1.0), rel=1e-12)
 
 
@@ -151,5 +151,5 @@ def test_other_schedules() -> None:
     schedule = make_schedule(ScheduleConfig(timesteps=250))
     assert isinstance(schedule, NoiseSchedule)
     for name in SOLVERS:
-        grid = SOLVERS[name].grid(schedule, 25, "trailing")
+        grid = SOLVERS[name].grid(schedule, 25, spacing="trailing")
         assert grid.timesteps[0] == 249

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pbe.diffusion.solvers import SOLVERS, Grid, Settings
+from pbe.diffusion.solvers import SOLVERS, Grid, SolverChoice
 from pbe.diffusion.solvers.dpm import Step, dpm_weights, unified_weights
 from pbe.diffusion.solvers.registry import Run
 from pbe.diffusion.solvers.sigma import lagrange_integrals
@@ -41,7 +42,7 @@ def variance(alpha: float) -> float:
     return alpha * DEVIATION**2 + 1.0 - alpha
 
 
-def solve(name: str, grid: Grid, settings: Settings, x: Tensor) -> Tensor:
+def solve(name: str, grid: Grid, settings: dict[str, Any], x: Tensor) -> Tensor:
     """Integrate x, of unit variance, over a grid with the exact noise prediction of the Gaussian data."""
 
     def predict(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -49,11 +50,11 @@ def solve(name: str, grid: Grid, settings: Settings, x: Tensor) -> Tensor:
         return (1.0 - alpha) ** 0.5 * (x - alpha**0.5 * MEAN) / variance(alpha)
 
     inside, outside = (grid.alphas[0], grid.alphas_next[-1]) if name in IN_SIGMA else (1.0, 1.0)
-    run = Run(grid, settings, predict, 0.0, torch.Generator().manual_seed(1), None)
+    run = Run(grid, SolverChoice(name, **settings), predict, 0.0, torch.Generator().manual_seed(1), None)
     return SOLVERS[name].integrate(run, x / inside**0.5) * outside**0.5
 
 
-def error(name: str, steps: int, variable: str, settings: Settings) -> float:
+def error(name: str, steps: int, variable: str, settings: dict[str, Any]) -> float:
     """Root mean square distance to the exact flow: the mean moves, deviations stretch."""
     x = torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     stretch = (variance(LAST) / variance(FIRST)) ** 0.5
@@ -65,29 +66,29 @@ def error(name: str, steps: int, variable: str, settings: Settings) -> float:
 @pytest.mark.parametrize(
     ("name", "variable", "settings", "order"),
     [
-        ("ddim", "log sigma", Settings(), 1),
-        ("ddim", "sigma", Settings(), 1),
-        ("euler", "log sigma", Settings(), 1),
-        ("dpmpp_2m", "log sigma", Settings(order=1), 1),
+        ("ddim", "log sigma", {}, 1),
+        ("ddim", "sigma", {}, 1),
+        ("euler", "log sigma", {}, 1),
+        ("dpmpp_2m", "log sigma", {"order": 1}, 1),
         # steps of even length in sigma are what the weights of PLMS are for
-        ("plms", "sigma", Settings(), 3),
-        ("plms", "log sigma", Settings(), 2),
+        ("plms", "sigma", {}, 3),
+        ("plms", "log sigma", {}, 2),
         # the first and the last step of these are of lower order
-        ("dpmpp_2m", "log sigma", Settings(variant="heun"), 2),
-        ("dpmpp_2m", "log sigma", Settings(order=3), 2),
-        ("dpmpp_2m", "log sigma", Settings(predicts="noise"), 2),
-        ("unipc", "log sigma", Settings(order=1), 2),
-        ("unipc", "log sigma", Settings(), 2),
-        ("unipc", "log sigma", Settings(variant="bh1"), 2),
-        ("unipc", "log sigma", Settings(order=3), 2),
-        ("heun", "log sigma", Settings(), 2),
-        ("heun", "sigma", Settings(), 2),
-        ("lms", "log sigma", Settings(), 3),
-        ("lms", "sigma", Settings(), 3),
+        ("dpmpp_2m", "log sigma", {"variant": "heun"}, 2),
+        ("dpmpp_2m", "log sigma", {"order": 3}, 2),
+        ("dpmpp_2m", "log sigma", {"predicts": "noise"}, 2),
+        ("unipc", "log sigma", {"order": 1}, 2),
+        ("unipc", "log sigma", {}, 2),
+        ("unipc", "log sigma", {"variant": "bh1"}, 2),
+        ("unipc", "log sigma", {"order": 3}, 2),
+        ("heun", "log sigma", {}, 2),
+        ("heun", "sigma", {}, 2),
+        ("lms", "log sigma", {}, 3),
+        ("lms", "sigma", {}, 3),
     ],
     ids=str,
 )
-def test_order_of_convergence(name: str, variable: str, settings: Settings, order: int) -> None:
+def test_order_of_convergence(name: str, variable: str, settings: dict[str, Any], order: int) -> None:
     errors = [error(name, steps, variable, settings) for steps in (80, 160, 320)]
     falls = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert min(falls) > order - 0.2
@@ -98,25 +99,23 @@ def test_order_of_convergence(name: str, variable: str, settings: Settings, orde
 @pytest.mark.parametrize("name", ["plms", "dpmpp_2m", "unipc", "heun", "lms"])
 def test_higher_orders_beat_ddim(name: str) -> None:
     for steps in (20, 50):
-        assert error(name, steps, "log sigma", Settings()) < 0.3 * error(
-            "ddim", steps, "log sigma", Settings()
-        )
+        assert error(name, steps, "log sigma", {}) < 0.3 * error("ddim", steps, "log sigma", {})
 
 
 def test_euler_is_ddim_in_another_variable() -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     grid = even_grid(12, "sigma")
     torch.testing.assert_close(
-        solve("euler", grid, Settings(), x), solve("ddim", grid, Settings(), x), rtol=1e-12, atol=1e-12
+        solve("euler", grid, {}, x), solve("ddim", grid, {}, x), rtol=1e-12, atol=1e-12
     )
 
 
 def test_dpm_of_order_one_is_ddim() -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     grid = even_grid(12, "log sigma")
-    for settings in (Settings(order=1), Settings(order=1, predicts="noise", end="first")):
+    for settings in ({"order": 1}, {"order": 1, "predicts": "noise", "end": "first"}):
         torch.testing.assert_close(
-            solve("dpmpp_2m", grid, settings, x), solve("ddim", grid, Settings(), x), rtol=1e-12, atol=1e-12
+            solve("dpmpp_2m", grid, settings, x), solve("ddim", grid, {}, x), rtol=1e-12, atol=1e-12
         )
 
 
@@ -200,7 +199,7 @@ def test_noisy_solvers_end_with_the_variance_of_the_data(name: str) -> None:
     noise = torch.randn(64, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     grid = even_grid(400, "log sigma")
     x = FIRST**0.5 * MEAN + variance(FIRST) ** 0.5 * noise
-    found = solve(name, grid, Settings(), x)
+    found = solve(name, grid, {}, x)
     # 65,536 values: the standard error of the mean is 0.002, of the variance 0.6 %
     assert float(found.mean()) == pytest.approx(LAST**0.5 * MEAN, abs=0.01)
     assert float(found.var()) == pytest.approx(variance(LAST), rel=0.03)
@@ -219,6 +218,6 @@ def test_mean_of_the_sde_is_exact(variant: str, order: int, steps: int) -> None:
     exact = LAST**0.5 * MEAN + 10.0 * (FIRST / LAST) ** 0.5 * variance(LAST) / variance(FIRST)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pbe.diffusion.solvers.registry.draw_noise", lambda shape, _: torch.zeros(shape))
-        settings = Settings(order=order, variant=variant)
+        settings = {"order": order, "variant": variant}
         found = solve("dpmpp_sde", even_grid(steps, "log sigma"), settings, x)
     assert float(found) == pytest.approx(exact, rel=1e-10)

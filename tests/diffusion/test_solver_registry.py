@@ -12,7 +12,7 @@ from pbe.config import ScheduleConfig
 from pbe.diffusion.guidance import noise_from_v
 from pbe.diffusion.noise import draw_noise
 from pbe.diffusion.schedule import make_schedule
-from pbe.diffusion.solvers import SOLVERS, Settings, get_solver, needs_noise
+from pbe.diffusion.solvers import SOLVERS, SolverChoice, get_solver, needs_noise
 from pbe.errors import UserError
 
 SCHEDULE = make_schedule(ScheduleConfig())
@@ -190,17 +190,17 @@ def test_no_karras_sigmas_on_whole_strides(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("dpmpp_2m", Settings(variant="bh1"), "'bh1'.*midpoint, heun"),
-        ("unipc", Settings(variant="heun"), "'heun'.*bh2, bh1"),
-        ("dpmpp_2m", Settings(predicts="noise"), "cannot be carried to clean data"),
-        ("dpmpp_sde", Settings(order=3), "order 1 or 2"),
-        ("dpmpp_sde", Settings(predicts="noise", end="first"), "order 1 or 2"),
+        ("dpmpp_2m", {"variant": "bh1"}, "'bh1'.*midpoint, heun"),
+        ("unipc", {"variant": "heun"}, "'heun'.*bh2, bh1"),
+        ("dpmpp_2m", {"predicts": "noise"}, "cannot be carried to clean data"),
+        ("dpmpp_sde", {"order": 3}, "order 1 or 2"),
+        ("dpmpp_sde", {"predicts": "noise", "end": "first"}, "order 1 or 2"),
     ],
     ids=str,
 )
-def test_settings_that_cannot_be(name: str, settings: Settings, message: str) -> None:
+def test_settings_that_cannot_be(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SOLVERS[name].grid(SCHEDULE, 10, settings=settings)
+        SOLVERS[name].grid(SCHEDULE, 10, **settings)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +218,13 @@ def test_settings_that_cannot_be(name: str, settings: Settings, message: str) ->
 def test_settings_without_a_meaning(setting: str, values: list[Any]) -> None:
     for value in values:
         with pytest.raises(UserError, match=f"^{setting} is .*, which is not possible$"):
-            Settings(**{setting: value})
+            SolverChoice("ddim", **{setting: value})
 
 
 def test_runge_kutta_needs_four_steps() -> None:
     with pytest.raises(UserError, match="at least 4"):
-        run("pndm", normal(1, 1, 1, 1), 3, settings=Settings(runge_kutta=True))
-    assert len(SOLVERS["pndm"].grid(SCHEDULE, 4, settings=Settings(runge_kutta=True))) == 13
+        run("pndm", normal(1, 1, 1, 1), 3, runge_kutta=True)
+    assert len(SOLVERS["pndm"].grid(SCHEDULE, 4, runge_kutta=True)) == 13
 
 
 @pytest.mark.parametrize("karras", [False, True])

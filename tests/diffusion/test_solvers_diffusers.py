@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.diffusers.scheduler import solver_from_scheduler
 from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import make_schedule
-from pbe.diffusion.solvers import get_solver, solver_from_scheduler
+from pbe.diffusion.solvers import get_solver
 from pbe.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -74,7 +75,7 @@ def ours(scheduler: Any, steps: int, eta: float = 0.0) -> tuple[Tensor, list[flo
         visited.append(x)
         timesteps.append(timestep)
 
-    result = choice.solver(
+    result = get_solver(choice.name)(
         network,
         start(),
         SCHEDULE,
@@ -82,9 +83,7 @@ def ours(scheduler: Any, steps: int, eta: float = 0.0) -> tuple[Tensor, list[flo
         eta=eta,
         generator=torch.Generator().manual_seed(SEED),
         callback=watch,
-        spacing=choice.spacing,
-        karras=choice.karras,
-        settings=choice.settings,
+        settings=choice,
     )
     return torch.stack(visited), timesteps, result
 

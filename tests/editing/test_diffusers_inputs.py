@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pbe.diffusion.solvers import SOLVERS, Settings, SolverChoice
+from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing import PaintByExample
 from pbe.editing.diffusers_inputs import ReadOnly, Scheduler
 from pbe.models import LatentDiffusion
@@ -31,9 +31,9 @@ def test_swapping_schedulers_swaps_solvers(pipe: PaintByExample, start: str):
     for name, kind in SCHEDULERS.items():
         pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
         assert (pipe.solver, pipe.choice.karras) == (name, False)
-        assert pipe.choice.settings.offset == 1
+        assert pipe.choice.offset == 1
         assert pipe.choice.spacing == ("leading" if name in ("ddim", "pndm") else "linspace")
-        assert pipe.choice.settings.end == ("first" if name in ("ddim", "pndm") else "clean")
+        assert pipe.choice.end == ("first" if name in ("ddim", "pndm") else "clean")
 
 
 def test_settings_come_along(pipe: PaintByExample):
@@ -44,9 +44,7 @@ def test_settings_come_along(pipe: PaintByExample):
         timestep_spacing="trailing",
         algorithm_type="sde-dpmsolver++",
     )
-    assert pipe.choice == SolverChoice(
-        "dpmpp_sde", "trailing", True, Settings(end="clean", variant="midpoint")
-    )
+    assert pipe.choice == SolverChoice("dpmpp_sde", "trailing", True, end="clean", variant="midpoint")
     assert pipe.scheduler.config["algorithm_type"] == "sde-dpmsolver++"
     again = kind.from_config(pipe.scheduler.config)
     assert again.config.use_karras_sigmas

@@ -12,8 +12,7 @@ import torch
 
 from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import make_schedule
-from pbe.diffusion.solvers import SOLVERS
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing.engine import (
     Conditioning,
     check_callback,

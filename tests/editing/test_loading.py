@@ -13,11 +13,12 @@ import torch
 
 from pbe.checkpoints.clip import TowerSizes
 from pbe.checkpoints.conversion import convert
+from pbe.checkpoints.diffusers.scheduler import scheduler_from_solver
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.saving import save_checkpoint
 from pbe.checkpoints.usage import Usage
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
-from pbe.diffusion.solvers import SOLVERS, Settings, SolverChoice, scheduler_from_solver
+from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing import PaintByExample
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.errors import UserError, warn_once
@@ -56,11 +57,11 @@ def edit(pipe: PaintByExample, scene: Scene, **settings: object) -> np.ndarray:
 CHOICES: dict[str, str | SolverChoice] = {
     **{name: name for name in SOLVERS},
     "leading": SolverChoice("ddim", "leading"),
-    "trailing karras": SolverChoice("dpmpp_2m", "trailing", True, Settings(order=3, variant="heun")),
-    "noise": SolverChoice("unipc", settings=Settings(predicts="noise", end="first", variant="bh1")),
-    "clipped": SolverChoice("ddim", "linspace", settings=Settings(0, "clean", 0.5)),
-    "Runge-Kutta": SolverChoice("pndm", settings=Settings(runge_kutta=True)),
-    "uniform heun": SolverChoice("heun", "uniform", settings=Settings(end="first")),
+    "trailing karras": SolverChoice("dpmpp_2m", "trailing", True, order=3, variant="heun"),
+    "noise": SolverChoice("unipc", predicts="noise", end="first", variant="bh1"),
+    "clipped": SolverChoice("ddim", "linspace", offset=0, end="clean", clip=0.5),
+    "Runge-Kutta": SolverChoice("pndm", runge_kutta=True),
+    "uniform heun": SolverChoice("heun", "uniform", end="first"),
 }
 
 

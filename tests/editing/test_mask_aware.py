@@ -14,7 +14,7 @@ from pbe.checkpoints.saving import check_layout
 from pbe.editing import PaintByExample
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import known_pixels
 from tests.editing.tiny_model import make_tiny_model
 
 

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pbe.diffusion.solvers import SOLVERS
-from pbe.diffusion.solvers.scheduler_config import SolverChoice
+from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing import EditOutput, PaintByExample
 from pbe.errors import EditTypeError, EditValueError
 from pbe.models import LatentDiffusion

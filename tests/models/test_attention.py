@@ -17,7 +17,7 @@ from pbe.models.attention import (
     _written_out,
     set_attention_slicing,
 )
-from pbe.models.autoencoder import SpatialAttention
+from pbe.models.codec import SpatialAttention
 from tests.models.tiny import randomised, relative, tiny_model_config
 
 

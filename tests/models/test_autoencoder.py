@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pbe.config import AutoencoderConfig
 from pbe.models import AutoencoderKL
-from pbe.models.autoencoder import Posterior, SpatialAttention
+from pbe.models.codec import Posterior, SpatialAttention
 from tests.models.tiny import randomised, relative, tiny_autoencoder_config
 
 

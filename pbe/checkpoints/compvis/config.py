@@ -20,7 +20,7 @@ from pbe.config import (
     loading,
 )
 from pbe.errors import UserError
-from pbe.models.tower_facts import follow_tower
+from pbe.models.image_tower import follow_tower
 
 UNET_FIXED: Values = {
     "conv_resample": True, "dims": 2, "dropout": 0, "legacy": False, "num_classes": None, "n_embed": None,
@@ -29,12 +29,8 @@ UNET_FIXED: Values = {
     "add_conv_in_front_of_unet": False,
 }  # fmt: skip
 AUTOENCODER_FIXED: Values = {
-    "attn_resolutions": [],
-    "double_z": True,
-    "in_channels": 3,
-    "out_ch": 3,
-    "dropout": 0.0,
-}
+    "attn_resolutions": [], "double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0,
+}  # fmt: skip
 PREDICTIONS = ("eps", "v")
 
 
@@ -51,16 +47,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(content: Values, source: str, tensors: Lazies) -> ModelConfig:
-    """Read the sizes of an original YAML; those of the tower, which it does not give, come from the weights.
-
-    Args:
-        content: the file's content. Its class paths are not looked at.
-        source: named in errors.
-        tensors: the checkpoint's state dict.
-
-    Raises:
-        UserError: a setting that this model does not have, or no tower in the checkpoint.
-    """
+    """Read the sizes of an original YAML; those of the tower, which it does not give, are the weights'."""
     with reading(source):
         return _read_model(content["model"]["params"], source, tensors)
 
@@ -145,7 +132,7 @@ def write_config(config: ModelConfig) -> Values:
     What the original has no setting for is added only where the model departs from it; the original's own
     classes refuse such a setting, so that nothing is computed in another way unnoticed.
     """
-    unet, autoencoder = config.unet, config.autoencoder
+    autoencoder, encoder = config.autoencoder, _write_encoder(config.exemplar_encoder)
     params: Values = {
         "linear_start": config.schedule.beta_start,
         "linear_end": config.schedule.beta_end,
@@ -159,22 +146,19 @@ def write_config(config: ModelConfig) -> Values:
         "u_cond_percent": 0.2,
         "scale_factor": autoencoder.scale_factor,
         "use_ema": False,
-    }
-    if config.prediction != "eps":
-        params["parameterization"] = config.prediction
-    stages = {
-        "unet_config": ("ldm.modules.diffusionmodules.openaimodel.UNetModel", _write_unet(config)),
-        "first_stage_config": ("ldm.models.autoencoder.AutoencoderKL", _write_autoencoder(autoencoder)),
-        "cond_stage_config": (
-            "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder", _write_encoder(config.exemplar_encoder),
-        ),
+        **_departures({"parameterization": (config.prediction, "eps")}),
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _write_unet(config),
+        },
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL", "params": _write_autoencoder(autoencoder),
+        },
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
+            **({"params": encoder} if encoder else {}),
+        },
     }  # fmt: skip
-    sections = {name: {"target": target, "params": inner} for name, (target, inner) in stages.items()}
-    if not sections["cond_stage_config"]["params"]:
-        del sections["cond_stage_config"]["params"]
-    extra = _departures({"time_embed_mult": (unet.time_embed_mult, 4), "norm_groups": (unet.norm_groups, 32)})
-    sections["unet_config"]["params"].update(extra)  # type: ignore[attr-defined]
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params | sections}}
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
 
 
 def _departures(values: dict[str, tuple[Any, Any]]) -> Values:
@@ -197,6 +181,7 @@ def _write_unet(config: ModelConfig) -> Values:
         "context_dim": unet.context_dim,
         "use_checkpoint": True,
         "legacy": False,
+        **_departures({"time_embed_mult": (unet.time_embed_mult, 4), "norm_groups": (unet.norm_groups, 32)}),
     }
 
 
@@ -212,16 +197,15 @@ def _write_autoencoder(config: AutoencoderConfig) -> Values:
         "num_res_blocks": config.num_res_blocks,
         "attn_resolutions": [],
         "dropout": 0.0,
+        **_departures(
+            {"norm_groups": (config.norm_groups, 32), "mid_attention": (config.mid_attention, True)}
+        ),
     }
-    sizes |= _departures(
-        {"norm_groups": (config.norm_groups, 32), "mid_attention": (config.mid_attention, True)}
-    )
-    loss = {"target": "torch.nn.Identity"}
     return {
         "embed_dim": config.latent_channels,
         "monitor": "val/rec_loss",
         "ddconfig": sizes,
-        "lossconfig": loss,
+        "lossconfig": {"target": "torch.nn.Identity"},
     }
 
 

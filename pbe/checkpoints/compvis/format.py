@@ -4,35 +4,67 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from pbe.checkpoints.averages import Sorted, choose, left_out
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
 from pbe.checkpoints.clip import POSITION_IDS
-from pbe.checkpoints.compvis.buffers import BUFFERS, check_schedule, derived
-from pbe.checkpoints.compvis.config import is_original_yaml, read_config, read_yaml
+from pbe.checkpoints.compvis.config import is_original_yaml, read_config, read_yaml, write_config
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, TOWER, UNET, entries
-from pbe.checkpoints.contents import Weights
-from pbe.checkpoints.layout import native_shapes, to_foreign, to_native
-from pbe.checkpoints.opened import Opened
-from pbe.checkpoints.recognise import TEXT, describe
-from pbe.checkpoints.strict import check_shapes, shapes
-from pbe.checkpoints.tensors import Lazies
+from pbe.checkpoints.key_map import OpenedModel, converted, native_shapes, to_foreign, to_native
+from pbe.checkpoints.readers import Weights
+from pbe.checkpoints.recognise import TEXT, Sorted, choose, describe, left_out
+from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.checkpoints.usage import KEY, Usage, usage_from_json
-from pbe.config import ModelConfig, load_config
+from pbe.checkpoints.writers import write_checkpoint, write_safetensors
+from pbe.config import ModelConfig, ScheduleConfig, load_config
 from pbe.errors import UserError
 
-LESSER_BUFFERS = ("lvlb_weights", "logvar", "scale_factor")
+ConfigSource = ModelConfig | str | Path | None
 PARTS = {UNET: "UNet", AUTOENCODER: "autoencoder", CONDITION: "exemplar encoder"}
+
+
+def schedule_buffers(schedule: ScheduleConfig) -> dict[str, Tensor]:
+    """Return the twelve vectors of an original checkpoint that follow from its schedule, float32.
+
+    Computed in float64 in the original's order of operations, so that they come out the same to the bit.
+    """
+    start, end = schedule.beta_start**0.5, schedule.beta_end**0.5
+    betas = torch.linspace(start, end, schedule.timesteps, dtype=torch.float64).square().numpy()
+    alphas = 1.0 - betas
+    product = np.cumprod(alphas, axis=0)
+    previous = np.append(1.0, product[:-1])
+    variance = betas * (1.0 - previous) / (1.0 - product)
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": product,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(product),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - product),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - product),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / product),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / product - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - product),
+        "posterior_mean_coef2": (1.0 - previous) * np.sqrt(alphas) / (1.0 - product),
+    }
+    return {key: torch.tensor(value, dtype=torch.float32) for key, value in buffers.items()}
+
+
+BUFFERS = (*schedule_buffers(ScheduleConfig(timesteps=2)), "lvlb_weights", "logvar", "scale_factor")
 # Left out without loss: what follows from the configuration, and the loss's own network.
 DROPPED = (
-    ("schedule buffers", re.compile(rf"(?:.*\.)?(?:{'|'.join((*BUFFERS, *LESSER_BUFFERS))})")),
+    ("schedule buffers", re.compile(rf"(?:.*\.)?(?:{'|'.join(BUFFERS)})")),
     ("position indices", re.compile(rf"{re.escape(CONDITION)}.*{re.escape(POSITION_IDS)}")),
     ("weights of the training loss", re.compile(r"first_stage_model\.loss\..*")),
 )
 
 
 def clean(found: Sorted) -> tuple[Sorted, list[str]]:
-    """Leave out what is no weight and bring the tower's names to those of 2022; returns what was left out."""
+    """Leave out what is not a weight, which the notes say, and bring the tower's names to those of 2022."""
     kept: Lazies = {}
     strangers: Lazies = {}
     counts: dict[str, int] = {}
@@ -65,10 +97,8 @@ def yaml_beside(path: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def resolve_config(
-    given: ModelConfig | str | Path | None, path: Path, tensors: Lazies
-) -> tuple[ModelConfig, bool]:
-    """Return the sizes of a model without any of its own, and whether they were assumed.
+def resolve_config(given: ConfigSource, path: Path, tensors: Lazies) -> tuple[ModelConfig, list[str]]:
+    """Return the sizes of a model without any of its own, and a note where they were assumed.
 
     Args:
         given: a configuration, a YAML of this project or of the original, or None: the YAML beside the
@@ -77,61 +107,57 @@ def resolve_config(
         tensors: its state dict, cleaned.
     """
     if isinstance(given, ModelConfig):
-        return given, False
+        return given, []
     source = Path(given) if given is not None else yaml_beside(path)
     if source is None:
-        return ModelConfig(), True
-    content: Any = read_yaml(source)
+        return ModelConfig(), ["no configuration beside it: taken for the official sizes"]
+    content = read_yaml(source)
     if not is_original_yaml(content):
-        return load_config(source).model, False
+        return load_config(source).model, []
     if not any(key.startswith(TOWER) for key in tensors):
         raise UserError(f"{path}: no image tower in it. {describe(tensors)}")
-    return read_config(content, str(source), tensors), False
+    return read_config(content, str(source), tensors), []
 
 
 def open_compvis(
-    path: Path,
-    weights: Weights,
-    found: Sorted,
-    config: ModelConfig | str | Path | None,
-    *,
-    raw_weights: bool = False,
-) -> Opened:
-    """Translate an original checkpoint.
-
-    Args:
-        path: the file or folder of weights.
-        weights: what it holds.
-        found: its state dict, sorted.
-        config: as :func:`resolve_config` takes it.
-        raw_weights: take the plain weights where there are averaged ones.
-
-    Raises:
-        UserError: missing, unexpected or misshapen keys, an incomplete average, or a noise schedule that is
-            not the configuration's.
-    """
+    path: Path, weights: Weights, found: Sorted, config: ConfigSource, *, raw_weights: bool = False
+) -> OpenedModel:
+    """Translate an original checkpoint by its sorted state dict; ``config`` as in :func:`resolve_config`."""
     whole = found.plain | found.strangers
-    found, notes = clean(found)
+    found, dropped = clean(found)
     sizes, assumed = resolve_config(config, path, found.plain)
     names = entries(sizes, list(native := native_shapes(sizes)))
-    expected = shapes(to_foreign(names, native))
+    expected = [key for entry in names for key in entry.foreign]
     tensors, said = choose(found, expected, weights.source, raw_weights=raw_weights)
-    check_shapes(shapes(tensors), expected, weights.source, _hint(path, whole, assumed), PARTS)
-    check_schedule(whole, sizes.schedule, weights.source)
+    hint = _hint(path, whole, bool(assumed))
+    native_tensors = to_native(names, tensors, native, weights.source, hint, PARTS)
+    _check_schedule(whole, sizes.schedule, weights.source)
     if weights.extra:
-        notes.append(f"{', '.join(weights.extra)} ({weights.extra_bytes / 1e6:,.1f} MB, not read)")
-    if assumed:
-        notes.append("no configuration beside it: taken for the official sizes")
-    notes = [*said, *weights.notes, *notes]
-    native_tensors, usage = to_native(names, tensors), _usage(config, path)
-    return Opened(weights.source, "compvis", sizes, native_tensors, tuple(notes), usage)
+        dropped.append(f"{', '.join(weights.extra)} ({weights.extra_bytes / 1e6:,.1f} MB, not read)")
+    notes = (*said, *weights.notes, *dropped, *assumed)
+    return OpenedModel(weights.source, "compvis", sizes, native_tensors, notes, _usage(config, path))
 
 
-def _usage(given: ModelConfig | str | Path | None, path: Path) -> Usage:
+def _check_schedule(tensors: Lazies, schedule: ScheduleConfig, source: str) -> None:
+    """Compare the betas in a checkpoint, where it has them, with the configuration's, to half precision."""
+    given = next((tensor for key, tensor in tensors.items() if key.rpartition(".")[2] == "betas"), None)
+    if given is None:
+        return
+    found, wanted = given.read().float().flatten(), schedule_buffers(schedule)["betas"]
+    first, last = (found[place].sum() for place in (slice(1), slice(-1, None)))
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=5e-3, atol=0.0):
+        raise UserError(
+            f"{source}: trained with another noise schedule ({len(found)} timesteps, betas {first:.6g} to "
+            f"{last:.6g}) than the configuration says; give the one it was trained with"
+        )
+
+
+def _usage(given: ConfigSource, path: Path) -> Usage:
     """Read what the YAML of a checkpoint says of how the model is to be run."""
     source = Path(given) if isinstance(given, str | Path) else yaml_beside(path)
-    content: Any = None if source is None else read_yaml(source)
-    return usage_from_json(content.get(KEY) if is_original_yaml(content) else None, str(source))
+    content = None if source is None else read_yaml(source)
+    section = content.get(KEY) if content is not None and is_original_yaml(content) else None
+    return usage_from_json(section, str(source))
 
 
 def _hint(path: Path, tensors: Lazies, assumed: bool) -> str:
@@ -151,5 +177,24 @@ def original_weights(config: ModelConfig, native: Lazies) -> Lazies:
 
 
 def derived_buffers(config: ModelConfig, native: Lazies) -> Lazies:
-    """Return what an original checkpoint holds beside them: schedule buffers and position indices."""
-    return derived(config.schedule, native["exemplar_encoder.tower.positional_embedding"].shape[0])
+    """Return what an original checkpoint holds beside the weights: schedule buffers and position indices."""
+    positions = native["exemplar_encoder.tower.positional_embedding"].shape[0]
+    indices = {TOWER + POSITION_IDS: torch.arange(positions)[None]}
+    return lazies(schedule_buffers(config.schedule) | indices)
+
+
+def write_original(
+    path: Path, yaml: Path, config: ModelConfig, native: Lazies, dtype: torch.dtype | None, usage: Usage
+) -> None:
+    """Write one file in the original's layout, and its YAML, which also says how the model is to be run.
+
+    The file is of safetensors if it is called so, else a checkpoint of torch; the schedule in it is float32
+    whatever ``dtype``. The original's code does not read the section that the YAML has in addition.
+    """
+    weights, buffers = original_weights(config, native), derived_buffers(config, native)
+    stored = converted(weights, dtype) | converted(buffers, None)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, stored, {"format": "pt"})
+    else:
+        write_checkpoint(path, stored, {"global_step": 0, "epoch": 0})
+    OmegaConf.save(OmegaConf.create(write_config(config) | usage.section("compvis")), yaml)

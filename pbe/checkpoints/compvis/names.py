@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pbe.checkpoints.clip import vision_names
-from pbe.checkpoints.layout import Entry
+from pbe.checkpoints.key_map import Entry
 from pbe.config import AutoencoderConfig, ModelConfig, UNetConfig
 
 UNET = "model.diffusion_model."

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.checkpoints.diffusers.scheduler import BETAS
 from pbe.checkpoints.settings import Settings, Values
-from pbe.checkpoints.usage import OWN_KEY
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
-from pbe.diffusion.solvers.scheduler_config import BETAS
 
 # Where a setting has one value only that this model can take: anything else would compute something else.
 UNET_FIXED: Values = {
@@ -22,11 +21,20 @@ UNET_FIXED: Values = {
     "time_embedding_type": "positional", "timestep_post_act": None, "transformer_layers_per_block": 1,
     "use_linear_projection": False,
 }  # fmt: skip
+UNET_WRITTEN = (
+    "act_fn", "center_input_sample", "downsample_padding", "flip_sin_to_cos", "freq_shift",
+    "mid_block_scale_factor", "norm_eps", "use_linear_projection",
+)  # fmt: skip
 VAE_FIXED: Values = {
     "act_fn": "silu", "in_channels": 3, "out_channels": 3, "latents_mean": None, "latents_std": None,
     "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }  # fmt: skip
 ENCODER_FIXED: Values = {"layer_norm_eps": 1e-5, "num_channels": 3}
+ENCODER_WRITTEN: Values = {
+    "architectures": ["PaintByExampleImageEncoder"], "attention_dropout": 0.0,
+    "initializer_factor": 1.0, "initializer_range": 0.02,  # unused, but transformers looks for both
+    "model_type": "clip_vision_model", "torch_dtype": "float32",
+}  # fmt: skip
 SCHEDULE_FIXED: Values = {"beta_schedule": "scaled_linear", "trained_betas": None}
 SCHEDULE_MISSING = {"beta_schedule": "linear"}  # what diffusers takes where nothing is said
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
@@ -131,25 +139,18 @@ def write_unet(config: ModelConfig) -> Values:
     unet, latents = config.unet, config.autoencoder.latent_channels
     attention = [2**level in unet.attention_factors for level in range(len(unet.channel_mult))]
     values = {
+        **{key: UNET_FIXED[key] for key in UNET_WRITTEN},
         "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
         "attention_head_dim": unet.num_heads,
         "block_out_channels": [unet.model_channels * mult for mult in unet.channel_mult],
-        "center_input_sample": False,
         "cross_attention_dim": unet.context_dim,
         "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "in_channels": 2 * latents + 1,
         "layers_per_block": unet.num_res_blocks,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-5,
         "norm_num_groups": unet.norm_groups,
         "out_channels": latents,
         "sample_size": config.image_size // 2 ** (len(config.autoencoder.channel_mult) - 1),
         "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
-        "use_linear_projection": False,
     }
     if unet.time_embed_mult != 4:
         values["time_embedding_dim"] = unet.time_embed_mult * unet.model_channels
@@ -180,22 +181,16 @@ def write_encoder(config: ModelConfig, preprocessor: Values) -> Values:
     """Return ``image_encoder/config.json``, with mean and deviation where the preprocessor has others."""
     encoder, sizes = config.exemplar_encoder, tower_sizes(config.exemplar_encoder)
     values: Values = {
-        "architectures": ["PaintByExampleImageEncoder"],
-        "attention_dropout": 0.0,
+        **ENCODER_FIXED,
+        **ENCODER_WRITTEN,
         "hidden_act": "quick_gelu" if sizes.quick_gelu else "gelu",
         "hidden_size": sizes.width,
         "image_size": encoder.image_size,
-        "initializer_factor": 1.0,  # unused, but transformers looks for both
-        "initializer_range": 0.02,
         "intermediate_size": sizes.mlp,
-        "layer_norm_eps": 1e-5,
-        "model_type": "clip_vision_model",
         "num_attention_heads": sizes.heads,
-        "num_channels": 3,
         "num_hidden_layers": sizes.layers,
         "patch_size": sizes.patch,
         "projection_dim": config.unet.context_dim,
-        "torch_dtype": "float32",
     }
     usual = {"mapper_layers": (sizes.layers + 1) // 5, "mapper_heads": 1, "mapper_mlp_ratio": 4}
     values |= {key: getattr(encoder, key) for key, value in usual.items() if getattr(encoder, key) != value}
@@ -208,13 +203,10 @@ def write_preprocessor(config: ModelConfig, preprocessor: Values | None = None) 
     if preprocessor:
         return preprocessor
     encoder = config.exemplar_encoder
+    steps = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
     return {
+        **dict.fromkeys(steps, True),
         "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
         "image_mean": list(encoder.mean),
         "image_processor_type": "CLIPImageProcessor",
@@ -238,14 +230,8 @@ def write_scheduler(config: ModelConfig, scheduler: Values) -> Values:
 
 
 def write_index(scheduler: Values, *, safety_checker: bool = False, noted: Values | None = None) -> Values:
-    """Return ``model_index.json``.
-
-    Args:
-        scheduler: its configuration.
-        safety_checker: whether one lies beside the networks.
-        noted: what this project notes of how the model is to be run.
-    """
-    values = {
+    """Return ``model_index.json``."""
+    return {
         "_class_name": "PaintByExamplePipeline",
         "_diffusers_version": "0.10.0.dev0",
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
@@ -255,5 +241,5 @@ def write_index(scheduler: Values, *, safety_checker: bool = False, noted: Value
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+        **(noted or {}),
     }
-    return values | ({OWN_KEY: noted} if noted else {})

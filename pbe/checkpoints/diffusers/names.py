@@ -6,7 +6,7 @@ import re
 
 from pbe.checkpoints.clip import POSITION_IDS, vision_names
 from pbe.checkpoints.compvis.names import transformer_name
-from pbe.checkpoints.layout import Entry
+from pbe.checkpoints.key_map import Entry
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import ExemplarEncoderConfig
 

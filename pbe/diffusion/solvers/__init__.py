@@ -1,18 +1,13 @@
 """Solvers of the reverse process: one registry and one signature.
 
-``solver(predict_noise, x_T, schedule, steps, *, eta, generator, callback, spacing, karras) -> x_0``
+``solver(predict_noise, x_T, schedule, steps, *, eta, generator, callback, settings) -> x_0``
 """
 
 from pbe.diffusion.solvers.dpm import dpmpp_2m, dpmpp_sde, unipc
-from pbe.diffusion.solvers.grid import SPACINGS, Grid, karras_sigmas, uniform_timesteps
+from pbe.diffusion.solvers.grid import Grid, karras_sigmas, uniform_timesteps
 from pbe.diffusion.solvers.pseudo import ADAMS_BASHFORTH, ddim, plms, pndm
 from pbe.diffusion.solvers.registry import SOLVERS, Callback, Solver, get_solver, needs_noise
-from pbe.diffusion.solvers.scheduler_config import (
-    SolverChoice,
-    scheduler_from_solver,
-    solver_from_scheduler,
-)
-from pbe.diffusion.solvers.settings import Settings
+from pbe.diffusion.solvers.settings import SPACINGS, SolverChoice
 from pbe.diffusion.solvers.sigma import euler, euler_ancestral, heun, lms
 
 __all__ = [
@@ -21,7 +16,6 @@ __all__ = [
     "SPACINGS",
     "Callback",
     "Grid",
-    "Settings",
     "Solver",
     "SolverChoice",
     "ddim",
@@ -36,8 +30,6 @@ __all__ = [
     "needs_noise",
     "plms",
     "pndm",
-    "scheduler_from_solver",
-    "solver_from_scheduler",
     "uniform_timesteps",
     "unipc",
 ]

@@ -12,14 +12,15 @@ with, for predictions of the data, ``carry = noise_t / noise_s`` and ``weight = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from pbe.diffusion.solvers.grid import Grid, Request, log_snr_grid
-from pbe.diffusion.solvers.registry import Run, solver, weighted
+from pbe.diffusion.schedule import NoiseSchedule
+from pbe.diffusion.solvers.grid import Grid, log_snr_grid
+from pbe.diffusion.solvers.registry import MakeGrid, Run, solver, weighted
+from pbe.diffusion.solvers.settings import SolverChoice
 from pbe.errors import UserError
 
 FEW_STEPS = 15  # below, the last steps are of lower order, for stability
@@ -78,12 +79,10 @@ def _order(run: Run, index: int, final: int) -> int:
     return min(order, left) if left <= final else order
 
 
-def _grid_for(*variants: str, stochastic: bool = False) -> Callable[[Request], Grid]:
-    """Return the layout of a solver that looks at the settings first."""
+def _grid_for(*variants: str, stochastic: bool = False) -> MakeGrid:
+    """Return the layout of a solver that refuses settings which it does not have."""
 
-    def lay_out(request: Request) -> Grid:
-        """Refuse settings that this solver does not have, then lay out its grid."""
-        settings = request.settings
+    def lay_out(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
         if settings.variant not in (None, *variants):
             raise UserError(f"no solver variant '{settings.variant}'; there are: {', '.join(variants)}")
         if stochastic and (settings.predicts == "noise" or settings.order > 2):
@@ -92,7 +91,7 @@ def _grid_for(*variants: str, stochastic: bool = False) -> Callable[[Request], G
             raise UserError(
                 "predictions of the noise cannot be carried to clean data: set the end to 'first'"
             )
-        return log_snr_grid(request)
+        return log_snr_grid(schedule, steps, settings)
 
     return lay_out
 

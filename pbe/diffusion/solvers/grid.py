@@ -8,32 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers.settings import DEFAULTS, Settings
+from pbe.diffusion.solvers.settings import SolverChoice
 from pbe.errors import UserError
 
-SPACINGS = ("uniform", "leading", "linspace", "trailing")
 KARRAS_RHO = 7.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """What decides a grid: the schedule and how it is to be walked."""
-
-    schedule: NoiseSchedule
-    steps: int
-    spacing: str
-    karras: bool = False
-    settings: Settings = DEFAULTS
-
-    def end(self, default: str) -> float:
-        """Return the signal share (abar) at the end; ``default`` is where if the settings do not say."""
-        where = self.settings.end or default
-        return 1.0 if where == "clean" else float(self.schedule.alphas_cumprod[0])
-
-    def schedule_sigmas(self) -> np.ndarray:
-        """Return noise over signal at every timestep of the schedule, ascending, ``(T,)``."""
-        alphas = self.schedule.alphas_cumprod.numpy()
-        return np.sqrt((1.0 - alphas) / alphas)
 
 
 @dataclass(frozen=True)
@@ -65,15 +43,14 @@ def uniform_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     """Return the original's timesteps, ascending: ``range(0, T, T // steps)`` plus one.
 
     When ``steps`` does not divide T there are a few more than asked for (30 gives 31).
-
-    Raises:
-        UserError: ``steps`` outside 1..T/2 (a stride of one would leave the schedule's range).
     """
     _check_steps(steps, schedule.timesteps // 2)
     return [t + 1 for t in range(0, schedule.timesteps - 1, schedule.timesteps // steps)]
 
 
-def spaced_timesteps(request: Request, spare: int = 0) -> list[float]:
+def spaced_timesteps(
+    schedule: NoiseSchedule, steps: int, settings: SolverChoice, spare: int = 0
+) -> list[float]:
     """Return the timesteps of a spacing, descending (Lin et al. 2024, table 2).
 
     ``leading`` counts up from ``offset`` in strides of ``T // steps``, ``trailing`` down from T - 1 in
@@ -81,21 +58,21 @@ def spaced_timesteps(request: Request, spare: int = 0) -> list[float]:
     :func:`uniform_timesteps`.
 
     Args:
-        request: what was asked for.
+        schedule: noise schedule of T timesteps.
+        steps: how many were asked for.
+        settings: spacing and offset.
         spare: ``leading`` and ``linspace`` are laid out for so many steps more, the last of which, next to
             the data, are left out.
-
-    Raises:
-        UserError: a number of steps that the schedule cannot hold.
     """
-    total, steps, offset = request.schedule.timesteps, request.steps, request.settings.offset
-    if request.spacing == "uniform":
-        return [float(t) for t in reversed(uniform_timesteps(request.schedule, steps))]
+    total, spacing, offset = schedule.timesteps, settings.spacing, settings.offset
+    if spacing == "uniform":
+        return [float(t) for t in reversed(uniform_timesteps(schedule, steps))]
     room = {"leading": total - spare - offset, "linspace": total - spare, "trailing": total}
-    _check_steps(steps, room[request.spacing])
-    if request.spacing == "leading":
+    assert spacing in room  # Solver.grid has filled it in and checked it
+    _check_steps(steps, room[spacing])
+    if spacing == "leading":
         ascending = np.arange(spare, steps + spare) * float(total // (steps + spare)) + offset
-    elif request.spacing == "linspace":
+    elif spacing == "linspace":
         ascending = np.linspace(0, total - 1, steps + spare)[spare:]
     else:
         ascending = np.arange(total, 0, -total / steps)[:steps].round()[::-1] - 1
@@ -109,19 +86,21 @@ def _check_steps(steps: int, limit: int) -> None:
         raise UserError(f"number of steps is {steps}; it must lie between 1 and {limit}")
 
 
-def strided_grid(request: Request) -> Grid:
+def strided_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out DDIM and PLMS: every step leads ``T // steps`` timesteps down, the last to abar_0.
 
     Under ``linspace`` and ``trailing`` that is not quite where the next step starts; the reference
     implementation does so, and results are compared with it.
     """
-    timesteps = _whole(spaced_timesteps(request))
-    return strided(request, timesteps, [t - request.schedule.timesteps // request.steps for t in timesteps])
+    timesteps = _whole(spaced_timesteps(schedule, steps, settings))
+    return strided(schedule, settings, timesteps, [t - schedule.timesteps // steps for t in timesteps])
 
 
-def strided(request: Request, timesteps: Sequence[int], targets: Sequence[int]) -> Grid:
+def strided(
+    schedule: NoiseSchedule, settings: SolverChoice, timesteps: Sequence[int], targets: Sequence[int]
+) -> Grid:
     """Return the grid of steps from ``timesteps`` to ``targets``; targets below 0 are the run's end."""
-    alphas, end = request.schedule.alphas_cumprod, request.end("first")
+    alphas, end = schedule.alphas_cumprod, _end(schedule, settings, "first")
     return Grid(
         tuple(timesteps),
         tuple(float(alphas[t]) for t in timesteps),
@@ -129,34 +108,45 @@ def strided(request: Request, timesteps: Sequence[int], targets: Sequence[int]) 
     )
 
 
-def log_snr_grid(request: Request) -> Grid:
+def log_snr_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out DPM-Solver and UniPC: whole timesteps, the last a full step away from the end."""
-    sigmas = request.schedule_sigmas()
-    if request.karras:
-        _check_steps(request.steps, request.schedule.timesteps)
-        levels = karras_sigmas(sigmas[-1], sigmas[0], request.steps)
+    sigmas = _schedule_sigmas(schedule)
+    if settings.karras:
+        _check_steps(steps, schedule.timesteps)
+        levels = karras_sigmas(sigmas[-1], sigmas[0], steps)
         timesteps = [round(t) for t in _timesteps_of(levels, sigmas)]
     else:
-        timesteps = _whole(spaced_timesteps(request, spare=1))
+        timesteps = _whole(spaced_timesteps(schedule, steps, settings, spare=1))
         levels = sigmas[timesteps]
-    return _from_sigmas(request, timesteps, levels)
+    return _from_sigmas(timesteps, levels, _end(schedule, settings, "clean"))
 
 
-def sigma_grid(request: Request) -> Grid:
+def sigma_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out the solvers that walk sigmas (Euler, Heun, LMS): ``linspace`` reaches timestep 0.
 
     ``linspace`` and ``trailing`` start at the end of the schedule, where noise is taken to be all there is;
     the others start with noise of the variance of noised data.
     """
-    sigmas = request.schedule_sigmas()
-    timesteps = spaced_timesteps(request)
+    sigmas = _schedule_sigmas(schedule)
+    timesteps = spaced_timesteps(schedule, steps, settings)
     levels = np.interp(timesteps, np.arange(len(sigmas)), sigmas)
-    if request.karras:
+    if settings.karras:
         levels = karras_sigmas(levels[0], levels[-1], len(levels))
         timesteps = _timesteps_of(levels, sigmas)
     first = float(levels[0])
-    scale = first if request.spacing in ("linspace", "trailing") else (first**2 + 1.0) ** 0.5
-    return replace(_from_sigmas(request, timesteps, levels), scale=scale)
+    scale = first if settings.spacing in ("linspace", "trailing") else (first**2 + 1.0) ** 0.5
+    return replace(_from_sigmas(timesteps, levels, _end(schedule, settings, "clean")), scale=scale)
+
+
+def _end(schedule: NoiseSchedule, settings: SolverChoice, default: str) -> float:
+    """Return the signal share (abar) at the end; ``default`` is where if the settings do not say."""
+    return 1.0 if (settings.end or default) == "clean" else float(schedule.alphas_cumprod[0])
+
+
+def _schedule_sigmas(schedule: NoiseSchedule) -> np.ndarray:
+    """Return noise over signal at every timestep of the schedule, ascending, ``(T,)``."""
+    alphas = schedule.alphas_cumprod.numpy()
+    return np.sqrt((1.0 - alphas) / alphas)
 
 
 def karras_sigmas(first: float, last: float, steps: int, rho: float = KARRAS_RHO) -> np.ndarray:
@@ -169,9 +159,9 @@ def _timesteps_of(levels: np.ndarray, sigmas: np.ndarray) -> list[float]:
     return [float(t) for t in np.interp(np.log(levels), np.log(sigmas), np.arange(len(sigmas)))]
 
 
-def _from_sigmas(request: Request, timesteps: Sequence[float], levels: np.ndarray) -> Grid:
+def _from_sigmas(timesteps: Sequence[float], levels: np.ndarray, end: float) -> Grid:
     alphas = tuple(float(alpha) for alpha in 1.0 / (1.0 + levels**2))
-    return Grid(tuple(timesteps), alphas, (*alphas[1:], request.end("clean")))
+    return Grid(tuple(timesteps), alphas, (*alphas[1:], end))
 
 
 def _whole(timesteps: Sequence[float]) -> list[int]:

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from pbe.diffusion.solvers.grid import Grid, Request, spaced_timesteps, strided, strided_grid
+from pbe.diffusion.schedule import NoiseSchedule
+from pbe.diffusion.solvers.grid import Grid, spaced_timesteps, strided, strided_grid
 from pbe.diffusion.solvers.registry import Run, solver, weighted
+from pbe.diffusion.solvers.settings import SolverChoice
 from pbe.errors import UserError
 
 ADAMS_BASHFORTH = {
@@ -56,24 +58,26 @@ def plms(run: Run, x: Tensor) -> Tensor:
     return x
 
 
-def _pndm_grid(request: Request) -> Grid:
+def _pndm_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out PNDM, with a level for each network call: the steps of the start take more than one."""
-    timesteps = [round(t) for t in spaced_timesteps(request)]
-    stride = request.schedule.timesteps // request.steps
+    timesteps = [round(t) for t in spaced_timesteps(schedule, steps, settings)]
+    stride = schedule.timesteps // steps
     starts, asked, targets = list(timesteps), list(timesteps), [t - stride for t in timesteps]
-    if request.settings.runge_kutta:
-        return _runge_kutta_grid(request, timesteps, stride)
+    if settings.runge_kutta:
+        return _runge_kutta_grid(schedule, settings, timesteps, stride)
     if len(timesteps) > 1:
         second = timesteps[1]
         starts.insert(1, second + stride)
         asked.insert(1, second)
         targets.insert(1, second)
-    return replace(strided(request, starts, targets), timesteps=tuple(asked))
+    return replace(strided(schedule, settings, starts, targets), timesteps=tuple(asked))
 
 
-def _runge_kutta_grid(request: Request, timesteps: list[int], stride: int) -> Grid:
+def _runge_kutta_grid(
+    schedule: NoiseSchedule, settings: SolverChoice, timesteps: list[int], stride: int
+) -> Grid:
     if len(timesteps) < 4:
-        raise UserError(f"number of steps is {request.steps}; PNDM with Runge-Kutta steps needs at least 4")
+        raise UserError(f"number of steps is {len(timesteps)}; PNDM with Runge-Kutta steps needs at least 4")
     starts, asked, targets = [], [], []
     for start, after in pairwise(timesteps[:4]):
         middle = after + stride // 2
@@ -81,7 +85,7 @@ def _runge_kutta_grid(request: Request, timesteps: list[int], stride: int) -> Gr
         asked += [start, middle, middle, after]
         targets += [start - stride // 2, middle, middle - stride // 2, after]
     rest = timesteps[3:]
-    grid = strided(request, starts + rest, targets + [t - stride for t in rest])
+    grid = strided(schedule, settings, starts + rest, targets + [t - stride for t in rest])
     return replace(grid, timesteps=tuple(asked + rest))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.noise import Generators, draw_noise
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers.grid import SPACINGS, Grid, Request
-from pbe.diffusion.solvers.settings import DEFAULTS, Settings
+from pbe.diffusion.solvers.grid import Grid
+from pbe.diffusion.solvers.settings import SPACINGS, SolverChoice
 from pbe.errors import UserError
 
 Callback = Callable[[int, float, Tensor], None]
+MakeGrid = Callable[[NoiseSchedule, int, SolverChoice], Grid]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Run:
     """One run as a solver's formulae see it: the grid, the network, the noise and who watches."""
 
     grid: Grid
-    settings: Settings
+    settings: SolverChoice
     predict_noise: PredictNoise
     eta: float
     generator: Generators
@@ -60,7 +62,7 @@ class Solver:
 
     name: str
     integrate: Callable[[Run, Tensor], Tensor]
-    make_grid: Callable[[Request], Grid]
+    make_grid: MakeGrid
     spacing: str
     noise: str = "never"
     karras: bool = True
@@ -75,9 +77,8 @@ class Solver:
         eta: float = 0.0,
         generator: Generators = None,
         callback: Callback | None = None,
-        spacing: str | None = None,
-        karras: bool = False,
-        settings: Settings = DEFAULTS,
+        settings: SolverChoice | None = None,
+        **options: Any,
     ) -> Tensor:
         """Integrate from noise ``x_T`` (b, c, h, w) to latents.
 
@@ -91,40 +92,28 @@ class Solver:
             generator: CPU generator of fresh noise, or one for each sample; one draw a step.
             callback: called after each step with (index, timestep, x), x in the solver's own scale: noise
                 added to the data for Euler, Heun and LMS, unit variance for all others.
-            spacing: ``uniform``, ``leading``, ``linspace`` or ``trailing``; None is the solver's own.
-            karras: space the noise levels after Karras et al. 2022, equation 5.
-            settings: finer settings.
-
-        Raises:
-            UserError: the solver or the schedule cannot do what is asked for.
+            settings: spacing, Karras sigmas and finer settings; its name is not looked at.
+            options: fields of :class:`SolverChoice` in place of those of ``settings``.
         """
         if eta and self.noise != "eta":
             kind = "draws its own noise" if self.noise == "always" else "is deterministic"
             raise UserError(f"{self.name} {kind}: eta must be 0 (use ddim for eta above 0)")
-        grid = self.grid(schedule, steps, spacing, karras, settings)
+        settings = replace(settings or SolverChoice(self.name), **options)
+        grid = self.grid(schedule, steps, settings)
         return self.integrate(Run(grid, settings, predict_noise, eta, generator, callback), grid.scale * x_T)
 
     def grid(
-        self,
-        schedule: NoiseSchedule,
-        steps: int,
-        spacing: str | None = None,
-        karras: bool = False,
-        settings: Settings = DEFAULTS,
+        self, schedule: NoiseSchedule, steps: int, settings: SolverChoice | None = None, **options: Any
     ) -> Grid:
-        """Return the noise levels of a run; its length is the number of times that the callback is called.
-
-        Raises:
-            UserError: as when the solver is called.
-        """
-        if karras and not self.karras:
-            raise UserError(
-                f"{self.name} has no Karras sigmas; they need one of: {', '.join(_with_karras())}"
-            )
-        spacing = self.spacing if spacing is None else spacing
+        """Return the noise levels of a run; its length is the number of times that the callback is called."""
+        settings = replace(settings or SolverChoice(self.name), **options)
+        if settings.karras and not self.karras:
+            known = [name for name, each in SOLVERS.items() if each.karras]
+            raise UserError(f"{self.name} has no Karras sigmas; they need one of: {', '.join(known)}")
+        spacing = self.spacing if settings.spacing is None else settings.spacing
         if spacing not in SPACINGS:
             raise UserError(f"no timestep spacing '{spacing}'; there are: {', '.join(SPACINGS)}")
-        return self.make_grid(Request(schedule, steps, spacing, karras, settings))
+        return self.make_grid(schedule, steps, replace(settings, spacing=spacing))
 
     def needs_noise(self, eta: float = 0.0) -> bool:
         """Return whether a run draws fresh noise."""
@@ -155,7 +144,7 @@ ALIASES = {
 
 
 def solver(
-    make_grid: Callable[[Request], Grid], spacing: str, *, noise: str = "never", karras: bool = True
+    make_grid: MakeGrid, spacing: str, *, noise: str = "never", karras: bool = True
 ) -> Callable[[Callable[[Run, Tensor], Tensor]], Solver]:
     """Turn formulae into a :class:`Solver` named like their function, and register it."""
 
@@ -168,11 +157,7 @@ def solver(
 
 
 def get_solver(name: str) -> Solver:
-    """Return the solver of that name or alias; case, spaces and hyphens do not matter.
-
-    Raises:
-        UserError: there is none; the line lists those there are.
-    """
+    """Return the solver of that name or alias; case, spaces and hyphens do not matter."""
     plain = name.strip().lower().replace(" ", "_").replace("-", "_")
     found = SOLVERS.get(ALIASES.get(plain, plain))
     if found is None:
@@ -188,7 +173,3 @@ def needs_noise(name: str, eta: float = 0.0) -> bool:
 def weighted(weights: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
     """Return the weighted sum of tensors."""
     return sum((w * t for w, t in zip(weights, tensors, strict=True)), tensors[0].new_zeros(()))
-
-
-def _with_karras() -> list[str]:
-    return [name for name, each in SOLVERS.items() if each.karras]

@@ -1,7 +1,8 @@
-"""What a solver can be told beyond steps, spacing and Karras sigmas."""
+"""A solver and how it is run."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +10,22 @@ from typing import Any
 
 from pbe.errors import UserError
 
+SPACINGS = ("uniform", "leading", "linspace", "trailing")
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "end": (None, "first", "clean"),
+    "variant": (None, "midpoint", "heun", "bh1", "bh2"),
+    "predicts": ("data", "noise"),
+}
+
 
 @dataclass(frozen=True)
-class Settings:
-    """The finer settings; each default is what Stable Diffusion's users get, and few need another.
+class SolverChoice:
+    """A solver and how it is run; each default is what Stable Diffusion's users get.
 
     Attributes:
+        name: a name in ``SOLVERS``.
+        spacing: timestep spacing, one of ``SPACINGS``; None is the solver's own.
+        karras: space the noise levels after Karras et al. 2022, equation 5.
         offset: timestep at which ``leading`` ends (``steps_offset`` in diffusers' configs).
         end: where a run ends: ``first``, at the noise level of timestep 0, or ``clean``, at none at all.
             None: ``first`` for DDIM, PLMS and PNDM, ``clean`` for the rest.
@@ -25,11 +36,11 @@ class Settings:
             B(h)) for UniPC. None: ``midpoint`` and ``bh2``.
         predicts: DPM-Solver and UniPC interpolate the predicted ``data`` (DPM-Solver++) or ``noise``
             (DPM-Solver); ``noise`` cannot end ``clean``.
-
-    Raises:
-        UserError: a setting without a meaning; the line names it.
     """
 
+    name: str
+    spacing: str | None = None
+    karras: bool = False
     offset: int = 1
     end: str | None = None
     clip: float | None = None
@@ -39,27 +50,23 @@ class Settings:
     predicts: str = "data"
 
     def __post_init__(self) -> None:
-        check_settings(vars(self))
+        check_settings({key: getattr(self, key) for key in FINER})
+
+
+# The settings that few need, with their defaults.
+FINER = {field.name: field.default for field in dataclasses.fields(SolverChoice)[3:]}
 
 
 def check_settings(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-    """Check the finer settings, which files may hold anything for.
-
-    Args:
-        values: some of them, by their names.
-        names: what errors call them, where that is something else.
-
-    Raises:
-        UserError: a setting without a meaning; the line names it.
-    """
+    """Check finer settings, which files may hold anything for."""
     for key, value in values.items():
         if not _has_meaning(key, value):
             raise UserError(f"{(names or {}).get(key, key)} is {value!r}, which is not possible")
 
 
 def _has_meaning(key: str, value: Any) -> bool:
-    if key in CHOICES:
-        return value in CHOICES[key] and isinstance(value, str | None)
+    if key in WORDS:
+        return value in WORDS[key] and isinstance(value, str | None)
     if key == "runge_kutta":
         return isinstance(value, bool)
     if key == "clip":
@@ -69,12 +76,3 @@ def _has_meaning(key: str, value: Any) -> bool:
 
 def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "end": (None, "first", "clean"),
-    "variant": (None, "midpoint", "heun", "bh1", "bh2"),
-    "predicts": ("data", "noise"),
-}
-
-DEFAULTS = Settings()

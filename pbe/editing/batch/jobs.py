@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -113,7 +114,7 @@ def single_job(command: EditCommand) -> Job:
     files = {key: getattr(command, key) for key in FILE_KEYS}
     if missing := [f"--{key}" for key, file in files.items() if file is None]:
         raise UserError(f"{', '.join(missing)} missing: give --image, --mask and --exemplar, or --pairs")
-    paths = {key: Path(file) for key, file in files.items()}
+    paths: dict[str, Any] = {key: Path(file) for key, file in files.items()}
     name = paths["image"].stem if command.name is None else command.name
     check_name(name)
     return Job(**paths, name=name, seed=command.seed)

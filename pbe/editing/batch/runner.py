@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pbe.checkpoints.loading import of_run
 from pbe.checkpoints.precision import torch_dtype
-from pbe.checkpoints.runs import of_run
 from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
 from pbe.editing.batch.records import (
     make_grid,

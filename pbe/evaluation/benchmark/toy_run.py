@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pbe.checkpoints.tower_weights import lite_weights
 from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.pipeline import PaintByExample
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, edit_batch
@@ -32,8 +33,7 @@ from pbe.evaluation.metrics.bootstrap import (
 from pbe.evaluation.metrics.features import RESIZE_FILTER, TOWER, region, to_grey
 from pbe.evaluation.metrics.towers import Tower
 from pbe.evaluation.report.tables import Table
-from pbe.models.known_pixels import known_pixels
-from pbe.models.tower import lite_weights
+from pbe.models.codec import known_pixels
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 FEATURE_BATCH = 64

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe.checkpoints.tower_weights import lite_state
 from pbe.errors import UserError
-from pbe.models.tower import lite_state
 
 TOWER = "tf_efficientnet_lite2"
 SIZE = 128

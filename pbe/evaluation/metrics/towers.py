@@ -23,7 +23,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pbe.checkpoints.readers import is_program
-from pbe.checkpoints.tower_weights import image_tower, load_strictly, read_state
+from pbe.checkpoints.tower_weights import (
+    image_tower,
+    lite_weights,
+    load_strictly,
+    read_state,
+    tagged_tower,
+)
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.evaluation.metrics.base import NotRunError
@@ -35,7 +41,7 @@ from pbe.evaluation.metrics.features import (
     to_input,
 )
 from pbe.files import sha256_of
-from pbe.models.tower import build_tower, lite_weights, tagged_tower
+from pbe.models.image_tower import build_tower
 
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
 SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
@@ -61,7 +67,7 @@ class TowerSpec:
 
     Attributes:
         architecture: an open_clip name (the image tower with its projection), ``timm/<name>``, or
-            ``vit/<sizes>`` as :func:`pbe.models.tower.build_tower` reads it (without a projection).
+            ``vit/<sizes>`` as :func:`pbe.models.image_tower.build_tower` reads it (without a projection).
         size: side of the input, pixels.
         mean: of the normalisation, for each channel of [0, 1].
         std: of the normalisation.

@@ -20,7 +20,7 @@ from torch import Tensor
 from pbe.config import Config
 from pbe.data.shards.format import BLOCK, HASH_BYTES, digest, new_shard
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import Posterior
+from pbe.models.codec import Posterior
 from pbe.training.tasks.encoding import EncodedBatch
 
 # Masks of whole pixels have quarters at the latents' size (the mean of four pixels): exact in this unit.

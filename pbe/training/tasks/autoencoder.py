@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pbe.checkpoints.strict import check_finite
+from pbe.checkpoints.key_map import check_finite
 from pbe.config import AutoencoderLossConfig, Config
 from pbe.data.randomness import generator
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import AutoencoderKL, Posterior
+from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.codec import Posterior
 from pbe.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from pbe.models.latent_diffusion import masked_image
 from pbe.models.perceptual import PerceptualDistance, TowerDistance

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.models.autoencoder import Posterior
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import Posterior, known_pixels
 from pbe.models.latent_diffusion import LatentDiffusion, latent_mask, masked_image
 
 

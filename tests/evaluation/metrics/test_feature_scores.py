@@ -329,7 +329,7 @@ def test_a_tag_without_a_network_is_one_line(monkeypatch):
     def no_network(*args, **kwargs):
         raise FileNotFoundError("no way to the Hub\nat all")
 
-    monkeypatch.setattr("pbe.models.tower.open_clip.create_model", no_network)
+    monkeypatch.setattr("pbe.checkpoints.tower_weights.open_clip.create_model", no_network)
     with pytest.raises(
         UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(no way to the Hub\)"
     ):

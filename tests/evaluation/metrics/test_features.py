@@ -7,10 +7,10 @@ import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
+from pbe.checkpoints.tower_weights import lite_weights
 from pbe.errors import UserError
 from pbe.evaluation.metrics.features import SIZE, TOWER, mask_bounds, region, to_grey, to_input
 from pbe.evaluation.metrics.towers import Tower
-from pbe.models.tower import lite_weights
 
 
 def test_features_are_those_of_the_weights_own_package(features: Tower):

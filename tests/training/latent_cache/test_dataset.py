@@ -20,7 +20,7 @@ from pbe.data.dataset import collate
 from pbe.data.randomness import permutation
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import Posterior
+from pbe.models.codec import Posterior
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule, CachedSamples
 from pbe.training.latent_cache.record import Layout, from_records, to_records, write_shard

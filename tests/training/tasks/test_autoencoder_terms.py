@@ -15,7 +15,7 @@ from pbe.config import load_config
 from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.autoencoder import Posterior
+from pbe.models.codec import Posterior
 from pbe.models.discriminator import hinge_loss
 from pbe.training.tasks.autoencoder import AutoencoderTask, reconstruction_terms, weighted_terms
 from pbe.training.tasks.encoding import to_pixels

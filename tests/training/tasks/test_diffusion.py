@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pbe.training.tasks.diffusion as task_module
+from pbe.checkpoints.tower_weights import lite_state, lite_weights
 from pbe.config import Config
 from pbe.diffusion.objective import loss_weights
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.attention import SpatialTransformer
-from pbe.models.autoencoder import Posterior
-from pbe.models.tower import lite_state, lite_weights
+from pbe.models.codec import Posterior
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.diffusion import DiffusionTask, freeze
 from pbe.training.tasks.draws import Draws, batch_drop, draw

@@ -7,17 +7,9 @@ from typing import Any
 
 import pytest
 
-from pbe.diffusion.solvers import (
-    SOLVERS,
-    SPACINGS,
-    Settings,
-    SolverChoice,
-    get_solver,
-    scheduler_from_solver,
-    solver_from_scheduler,
-)
-from pbe.diffusion.solvers.choice import solver_from_json
-from pbe.diffusion.solvers.scheduler_config import OWN
+from pbe.checkpoints.diffusers.scheduler import OWN, scheduler_from_solver, solver_from_scheduler
+from pbe.checkpoints.settings import solver_from_json
+from pbe.diffusion.solvers import SOLVERS, SPACINGS, SolverChoice, get_solver
 from pbe.errors import UserError
 
 BETAS = {"beta_schedule": "scaled_linear"}
@@ -30,46 +22,50 @@ def choose(kind: str, **settings: Any) -> SolverChoice:
 @pytest.mark.parametrize(
     ("kind", "choice"),
     [
-        ("DDIMScheduler", SolverChoice("ddim", "leading", False, Settings(0, "clean", 1.0))),
-        ("PNDMScheduler", SolverChoice("pndm", "leading", False, Settings(0, "first", runge_kutta=True))),
+        ("DDIMScheduler", SolverChoice("ddim", "leading", False, offset=0, end="clean", clip=1.0)),
+        ("PNDMScheduler", SolverChoice("pndm", "leading", False, offset=0, end="first", runge_kutta=True)),
         (
             "DPMSolverMultistepScheduler",
-            SolverChoice("dpmpp_2m", "linspace", False, Settings(0, "clean", variant="midpoint")),
+            SolverChoice("dpmpp_2m", "linspace", False, offset=0, end="clean", variant="midpoint"),
         ),
         (
             "UniPCMultistepScheduler",
-            SolverChoice("unipc", "linspace", False, Settings(0, "clean", variant="bh2")),
+            SolverChoice("unipc", "linspace", False, offset=0, end="clean", variant="bh2"),
         ),
-        ("EulerDiscreteScheduler", SolverChoice("euler", "linspace", False, Settings(0, "clean"))),
+        ("EulerDiscreteScheduler", SolverChoice("euler", "linspace", False, offset=0, end="clean")),
         (
             "EulerAncestralDiscreteScheduler",
-            SolverChoice("euler_ancestral", "linspace", False, Settings(0, "clean")),
+            SolverChoice("euler_ancestral", "linspace", False, offset=0, end="clean"),
         ),
-        ("HeunDiscreteScheduler", SolverChoice("heun", "linspace", False, Settings(0, "clean"))),
-        ("LMSDiscreteScheduler", SolverChoice("lms", "linspace", False, Settings(0, "clean"))),
+        ("HeunDiscreteScheduler", SolverChoice("heun", "linspace", False, offset=0, end="clean")),
+        ("LMSDiscreteScheduler", SolverChoice("lms", "linspace", False, offset=0, end="clean")),
     ],
 )
 def test_missing_keys_mean_the_defaults_of_the_class(kind: str, choice: SolverChoice) -> None:
     assert choose(kind) == choice
-    assert choice.solver.name == choice.name
+    assert get_solver(choice.name).name == choice.name
 
 
 def test_stable_diffusion() -> None:
     settings = {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False}
-    assert choose("PNDMScheduler", **settings) == SolverChoice("pndm", "leading", False, Settings(1, "first"))
-    assert choose("DDIMScheduler", **settings) == SolverChoice("ddim", "leading", False, Settings(1, "first"))
+    assert choose("PNDMScheduler", **settings) == SolverChoice(
+        "pndm", "leading", False, offset=1, end="first"
+    )
+    assert choose("DDIMScheduler", **settings) == SolverChoice(
+        "ddim", "leading", False, offset=1, end="first"
+    )
 
 
 def test_kinds_of_dpm_solver() -> None:
     kind = "DPMSolverMultistepScheduler"
     assert choose(kind, algorithm_type="sde-dpmsolver++").name == "dpmpp_sde"
     noise = choose(kind, algorithm_type="dpmsolver", final_sigmas_type="sigma_min", solver_order=3)
-    assert (noise.name, noise.settings.predicts, noise.settings.order) == ("dpmpp_2m", "noise", 3)
+    assert (noise.name, noise.predicts, noise.order) == ("dpmpp_2m", "noise", 3)
     assert choose(kind, use_karras_sigmas=True, timestep_spacing="trailing").karras
-    assert choose(kind, solver_type="heun").settings.variant == "heun"
+    assert choose(kind, solver_type="heun").variant == "heun"
     # what another class's solver_type becomes on conversion
-    assert choose(kind, solver_type="bh2").settings.variant == "midpoint"
-    assert choose("UniPCMultistepScheduler", solver_type="midpoint").settings.variant == "bh2"
+    assert choose(kind, solver_type="bh2").variant == "midpoint"
+    assert choose("UniPCMultistepScheduler", solver_type="midpoint").variant == "bh2"
 
 
 def test_null_is_no() -> None:
@@ -157,14 +153,14 @@ def test_settings_of_other_classes_mean_nothing() -> None:
 
 
 CHOICES = [
-    SolverChoice(name, spacing, karras and get_solver(name).karras, settings)
+    SolverChoice(name, spacing, karras and get_solver(name).karras, *settings)
     for name in SOLVERS
     for spacing in (None, *SPACINGS)
-    for karras, settings in (
-        (False, Settings()),
-        (True, Settings()),
-        (False, Settings(0, "first", 0.5, True, 3, predicts="noise")),
-        (False, Settings(2, "clean", order=1)),
+    for karras, *settings in (
+        (False,),
+        (True,),
+        (False, 0, "first", 0.5, True, 3, None, "noise"),
+        (False, 2, "clean", None, False, 1),
     )
 ]
 
@@ -179,15 +175,15 @@ def test_what_is_written_is_read_alike(choice: SolverChoice) -> None:
         del config[OWN]
         assert solver_from_scheduler(config) != choice
         return
-    assert (read.name, read.karras, read.settings.offset) == (
+    assert (read.name, read.karras, read.offset) == (
         choice.name,
         choice.karras,
-        choice.settings.offset,
+        choice.offset,
     )
-    assert read.spacing == choice.spacing or choice.solver.spacing == read.spacing
+    assert read.spacing == choice.spacing or get_solver(choice.name).spacing == read.spacing
     for key in ("clip", "runge_kutta", "order", "predicts"):
-        assert getattr(read.settings, key) == getattr(choice.settings, key)
-    assert choice.settings.end in (None, read.settings.end)
+        assert getattr(read, key) == getattr(choice, key)
+    assert choice.end in (None, read.end)
 
 
 def test_a_note_does_not_outlive_a_change() -> None:

@@ -1,4 +1,4 @@
-"""Solvers as diffusers' ``scheduler_config.json`` tells them: what one means here, and one for a solver."""
+"""diffusers' ``scheduler_config.json``: read as a solver of this project, and written from one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pbe.diffusion.solvers.choice import SolverChoice, solver_from_json, solver_to_json
-from pbe.diffusion.solvers.settings import Settings, check_settings
+from pbe.checkpoints.settings import solver_from_json, solver_to_json
+from pbe.diffusion.solvers import get_solver
+from pbe.diffusion.solvers.settings import SolverChoice, check_settings
 from pbe.errors import UserError
-
-__all__ = ["SolverChoice", "scheduler_from_solver", "solver_from_scheduler"]
-
 
 OWN = "_pbe_solver"  # diffusers leaves keys that begin with an underscore alone
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
@@ -117,9 +115,6 @@ def solver_from_scheduler(config: Mapping[str, Any]) -> SolverChoice:
     What :func:`scheduler_from_solver` noted for this project counts as long as the settings that diffusers
     reads were not changed since. The betas are the model's (its noise schedule is built from the same file)
     and are not looked at, but for kinds of schedules that there are none of here.
-
-    Raises:
-        UserError: an unknown scheduler class, or a setting that the solvers here do not have.
     """
     found = _read(config)
     if OWN not in config:
@@ -148,11 +143,10 @@ def _choice(name: str, config: Mapping[str, Any], spacing: str, **settings: Any)
         check_settings(values, NAMES)
     except UserError as error:
         raise UserError(f"scheduler_config.json: {error}") from error
-    found = Settings(**values)
     karras = name in KARRAS and bool(config.get("use_karras_sigmas", False))
-    if karras and found.end == "first":
+    if karras and values.get("end") == "first":
         raise UserError("scheduler_config.json: Karras sigmas need final_sigmas_type 'zero'")
-    return SolverChoice(name, spacing, karras, found)
+    return SolverChoice(name, spacing, karras, **values)
 
 
 def _final(config: Mapping[str, Any]) -> str:
@@ -186,41 +180,40 @@ def scheduler_from_solver(choice: SolverChoice) -> dict[str, Any]:
     Where diffusers' settings cannot say all of the choice (``uniform`` spacing, say), the choice itself
     stands under a key of this project, at which diffusers does not look.
     """
-    settings = choice.settings
     name, found = _class_of(choice)
-    spacing = choice.spacing or choice.solver.spacing
+    spacing = choice.spacing or get_solver(choice.name).spacing
     spacing = "leading" if spacing == "uniform" else spacing
     if spacing != SPACING.get(name, "linspace"):
         found["timestep_spacing"] = spacing
     if choice.karras:
         found["use_karras_sigmas"] = True
-    config = {"_class_name": name, **SHARED, "steps_offset": settings.offset} | found
+    config = {"_class_name": name, **SHARED, "steps_offset": choice.offset} | found
     return config if _says_all(config, choice) else config | {OWN: solver_to_json(choice)}
 
 
 def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
     """Return the class that is nearest to a solver, and the settings of it that are not its defaults."""
-    name, settings = choice.solver.name, choice.settings
+    name = get_solver(choice.name).name
     found: dict[str, Any] = {}
     if name in ("ddim", "plms", "pndm"):
-        if settings.end == "clean":
+        if choice.end == "clean":
             found["set_alpha_to_one"] = True
         if name == "ddim":
-            clip = {} if settings.clip is None else {"clip_sample": True, "clip_sample_range": settings.clip}
+            clip = {} if choice.clip is None else {"clip_sample": True, "clip_sample_range": choice.clip}
             return "DDIMScheduler", found | clip
-        return "PNDMScheduler", found | ({"skip_prk_steps": False} if settings.runge_kutta else {})
-    if settings.end == "first" and name in ("dpmpp_2m", "dpmpp_sde", "unipc", "euler"):
+        return "PNDMScheduler", found | ({"skip_prk_steps": False} if choice.runge_kutta else {})
+    if choice.end == "first" and name in ("dpmpp_2m", "dpmpp_sde", "unipc", "euler"):
         found["final_sigmas_type"] = "sigma_min"
-    if name in ("dpmpp_2m", "dpmpp_sde", "unipc") and settings.order != 2:
-        found["solver_order"] = settings.order
+    if name in ("dpmpp_2m", "dpmpp_sde", "unipc") and choice.order != 2:
+        found["solver_order"] = choice.order
     if name == "unipc":
-        found |= {"predict_x0": False} if settings.predicts == "noise" else {}
-        return UNIPC, found | ({"solver_type": "bh1"} if settings.variant == "bh1" else {})
+        found |= {"predict_x0": False} if choice.predicts == "noise" else {}
+        return UNIPC, found | ({"solver_type": "bh1"} if choice.variant == "bh1" else {})
     if name.startswith("dpmpp"):
         algorithm = "sde-dpmsolver++" if name == "dpmpp_sde" else "dpmsolver"
-        if name == "dpmpp_sde" or settings.predicts == "noise":
+        if name == "dpmpp_sde" or choice.predicts == "noise":
             found["algorithm_type"] = algorithm
-        return DPM, found | ({"solver_type": "heun"} if settings.variant == "heun" else {})
+        return DPM, found | ({"solver_type": "heun"} if choice.variant == "heun" else {})
     return {"euler": EULER, "euler_ancestral": ANCESTRAL, "heun": HEUN, "lms": LMS}[name], found
 
 
@@ -234,8 +227,13 @@ def _says_all(config: Mapping[str, Any], choice: SolverChoice) -> bool:
 
 def _resolved(choice: SolverChoice) -> SolverChoice:
     """Name what the choice leaves to its solver, as :func:`solver_from_scheduler` does."""
-    name, settings = choice.solver.name, choice.settings
-    end = "first" if name in ("ddim", "plms", "pndm") else "clean"
-    usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(name)
-    settings = replace(settings, end=settings.end or end, variant=settings.variant or usual)
-    return SolverChoice(name, choice.spacing or choice.solver.spacing, choice.karras, settings)
+    solver = get_solver(choice.name)
+    end = "first" if solver.name in ("ddim", "plms", "pndm") else "clean"
+    usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(solver.name)
+    return replace(
+        choice,
+        name=solver.name,
+        spacing=choice.spacing or solver.spacing,
+        end=choice.end or end,
+        variant=choice.variant or usual,
+    )

@@ -9,7 +9,7 @@ import torch
 
 from pbe.config import AutoencoderConfig
 from pbe.models import AutoencoderKL, tiling
-from pbe.models.known_pixels import known_pixels
+from pbe.models.codec import known_pixels
 from tests.models.tiny import relative
 
 PLAIN = AutoencoderConfig(
