@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pbe.config import Config
 from pbe.data.dataset import ExemplarDataset, check_counts, collate as collate_samples, describe
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
 
@@ -120,7 +120,7 @@ class CountingLoader(DataLoader[Any]):
     Args:
         sampler: gives the order.
         name: of the stream, for messages.
-        max_bad_share: share of an epoch's pictures that may be unusable.
+        max_bad_share: share of an epoch's images that may be unusable.
         repeat: draw epoch 0 again in every iteration.
         num_workers: processes; 0 loads in this one.
         collate: makes a batch of samples; its batches count nothing. Without it they are those of
@@ -175,7 +175,7 @@ class CountingLoader(DataLoader[Any]):
         return self._places[max(-1 - batches, -len(self._places))]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches; raise UserError when too many of the epoch's pictures cannot be used.
+        """Yield batches; raise UserError when too many of the epoch's images cannot be used.
 
         This is a generator so that workers start only when the first batch is asked for: Lightning makes
         the iterator long before.
@@ -220,9 +220,9 @@ class CountingLoader(DataLoader[Any]):
 
     def _report(self, epoch: int) -> None:
         if self.counts and not self.repeat:
-            pictures = f"{self.counter.length} pictures"
+            images = f"{self.counter.length} pictures"
             if self.counter.rank == 0:
-                LOG.info("%s epoch %d: %s; %s", self.name, epoch, pictures, describe(self.counts))
+                LOG.info("%s epoch %d: %s; %s", self.name, epoch, images, describe(self.counts))
 
 
 def start_worker(_: int) -> None:
@@ -273,13 +273,13 @@ class TrainingData(lightning.LightningDataModule):
         """Return the data set ``train`` or ``validation``; its shards are indexed when first asked for."""
         if stream not in self._datasets:
             config = self.config
-            pictures = ShardPictures(
+            images = ShardImages(
                 {"train": config.train_shards, "validation": config.validation_shards}[stream],
                 count_boxes=config.boxes == "every",
                 verify=config.verify,
                 cache=config.remote_cache,
             )
-            self._datasets[stream] = ExemplarDataset(pictures, config, self.seed, stream)
+            self._datasets[stream] = ExemplarDataset(images, config, self.seed, stream)
         return self._datasets[stream]
 
     def samples(self, stream: str) -> Dataset[Any]:

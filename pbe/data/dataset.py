@@ -1,7 +1,7 @@
-"""Training samples out of shards, by a global counter; pictures that are no use are skipped and counted.
+"""Training samples out of shards, by a global counter; images that are no use are skipped and counted.
 
 ``sample_index = epoch * len(dataset) + position``. The order of an epoch is a permutation keyed by the
-seed and the epoch, and every draw of a sample is keyed by the seed, the epoch and the picture: workers,
+seed and the epoch, and every draw of a sample is keyed by the seed, the epoch and the image: workers,
 ranks, batch sizes and restarts change nothing.
 """
 
@@ -30,30 +30,30 @@ from pbe.data.samples.decode import (
     TINY,
     UNREADABLE,
     WITHOUT_BOXES,
-    UnusablePictureError,
+    UnusableImageError,
     check_hash,
     choose_reduction,
-    decode_picture,
+    decode_image,
     reduced_box,
 )
 from pbe.data.samples.masks import Box
 from pbe.data.samples.object_masks import ObjectMask, read_object_mask
 from pbe.data.samples.sample import TrainingSample, choose_box, make_sample
-from pbe.data.shards.archive import ShardPictures, parse_annotation
+from pbe.data.shards.archive import ShardImages, parse_annotation
 from pbe.data.shards.format import DamagedIndexError
-from pbe.data.shards.index import PictureRow
+from pbe.data.shards.index import ImageRow
 from pbe.data.transport import Allocator, allocate
 from pbe.errors import UserError
 
 MIN_BOX_SIDE = 2.0
-MAX_SIDE = 2**31 - 1  # no picture format goes beyond
+MAX_SIDE = 2**31 - 1  # no image format goes beyond
 MAX_REPLACEMENTS = 200
 PICTURES = ("image", "mask", "exemplar", "valid")
 
 
 @dataclass(frozen=True)
-class AnnotatedPicture:
-    """A picture's key, its pixels (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the picture."""
+class AnnotatedImage:
+    """An image's key, its pixels (uint8 ``h w 3``, RGB) and its usable boxes, clipped to the image."""
 
     key: str
     image: np.ndarray
@@ -72,53 +72,53 @@ class DatasetItem:
 
 def _parse_annotation(annotation: dict[str, Any]) -> tuple[int, int, list[Box]]:
     if "boxes" not in annotation:  # as in sets of images and captions
-        raise UnusablePictureError(WITHOUT_BOXES)
+        raise UnusableImageError(WITHOUT_BOXES)
     try:
         boxes = [Box(*(float(value) for value in box["xyxy"])) for box in annotation["boxes"]]
         width, height = int(annotation["width"]), int(annotation["height"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UnusablePictureError(BAD_ANNOTATION) from error
+        raise UnusableImageError(BAD_ANNOTATION) from error
     if max(width, height) > MAX_SIDE:
-        raise UnusablePictureError(BAD_ANNOTATION)
+        raise UnusableImageError(BAD_ANNOTATION)
     return width, height, boxes
 
 
 def usable_boxes(boxes: Sequence[Box], width: int, height: int, config: DataConfig) -> list[Box]:
-    """Clip boxes to a picture and keep those of the wanted relative area.
+    """Clip boxes to an image and keep those of the wanted relative area.
 
     Args:
-        boxes: in pixels; they may reach beyond the picture, be empty or hold NaN.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
-        config: ``min_box_area`` and ``max_box_area``, shares of the picture's area.
+        boxes: in pixels; they may reach beyond the image, be empty or hold NaN.
+        width: of the image, pixels.
+        height: of the image, pixels.
+        config: ``min_box_area`` and ``max_box_area``, shares of the image's area.
 
     Raises:
-        UnusablePictureError: where none is left; ``NO_BOX`` if none keeps 2 pixels a side, else ``AREA``.
+        UnusableImageError: where none is left; ``NO_BOX`` if none keeps 2 pixels a side, else ``AREA``.
     """
     clipped = [box.clipped(width, height) for box in boxes]
     solid = [box for box in clipped if box.width >= MIN_BOX_SIDE and box.height >= MIN_BOX_SIDE]
     if not solid:
-        raise UnusablePictureError(NO_BOX)
+        raise UnusableImageError(NO_BOX)
     total = width * height
     wanted = [box for box in solid if config.min_box_area <= box.area / total <= config.max_box_area]
     if not wanted:
-        raise UnusablePictureError(AREA)
+        raise UnusableImageError(AREA)
     return wanted
 
 
-def _read_row(pictures: ShardPictures, position: int) -> tuple[PictureRow, tuple[int, int], list[Box]]:
-    """Return a picture's row, the frame of its boxes and the boxes; from the index if it knows them."""
+def _read_row(images: ShardImages, position: int) -> tuple[ImageRow, tuple[int, int], list[Box]]:
+    """Return an image's row, the frame of its boxes and the boxes; from the index if it knows them."""
     try:
-        row = pictures.row(position)
+        row = images.row(position)
         if row.frame is not None and row.boxes is not None:
             return row, row.frame, [Box(*box) for box in row.boxes.tolist()]
-        annotation = parse_annotation(pictures.read(position, row.annotation))
+        annotation = parse_annotation(images.read(position, row.annotation))
     except DamagedIndexError as error:
-        raise UnusablePictureError(BAD_INDEX) from error
+        raise UnusableImageError(BAD_INDEX) from error
     except (ValueError, RecursionError) as error:
-        raise UnusablePictureError(BAD_ANNOTATION) from error
+        raise UnusableImageError(BAD_ANNOTATION) from error
     except OSError as error:
-        raise UnusablePictureError(_why_unreadable(error)) from error
+        raise UnusableImageError(_why_unreadable(error)) from error
     width, height, boxes = _parse_annotation(annotation)
     return row, (width, height), boxes
 
@@ -127,54 +127,54 @@ def _why_unreadable(error: OSError) -> str:
     return MISSING_SHARD if isinstance(error, FileNotFoundError) else UNREADABLE
 
 
-def read_picture(
-    pictures: ShardPictures, position: int, config: DataConfig, box: int | None = None
-) -> AnnotatedPicture:
-    """Decode a picture of the shards with its usable boxes, both smaller where ``reduced_decoding`` allows.
+def read_image(
+    images: ShardImages, position: int, config: DataConfig, box: int | None = None
+) -> AnnotatedImage:
+    """Decode an image of the shards with its usable boxes, both smaller where ``reduced_decoding`` allows.
 
     Args:
-        pictures: the shards.
-        position: of the picture.
-        config: filters; ``verify`` compares the picture with its hash.
+        images: the shards.
+        position: of the image.
+        config: filters; ``verify`` compares the image with its hash.
         box: number of the one box that is wanted; None for all of them.
 
     Raises:
-        UnusablePictureError: where it cannot be used.
+        UnusableImageError: where it cannot be used.
     """
-    row, (width, height), boxes = _read_row(pictures, position)
+    row, (width, height), boxes = _read_row(images, position)
     if min(width, height) < MIN_BOX_SIDE:
-        raise UnusablePictureError(TINY)
+        raise UnusableImageError(TINY)
     wanted = usable_boxes(boxes if box is None else boxes[box : box + 1], width, height, config)
     try:
-        encoded = pictures.read(position, row.picture)
+        encoded = images.read(position, row.image)
     except OSError as error:
-        raise UnusablePictureError(_why_unreadable(error)) from error
+        raise UnusableImageError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
     factor = choose_reduction(encoded, (width, height), wanted, config)
     wanted = [reduced_box(box, factor) for box in wanted]
-    return AnnotatedPicture(row.key, decode_picture(encoded, (width, height), factor), wanted)
+    return AnnotatedImage(row.key, decode_image(encoded, (width, height), factor), wanted)
 
 
 class ExemplarDataset(Dataset[DatasetItem]):
     """Samples by global counter: epoch and position follow from the index, which may be any size.
 
-    An epoch visits every picture once, with one of its boxes (``config.boxes`` is ``one``), or every box once
-    (``every``; the pictures must have been opened with their boxes counted).
+    An epoch visits every image once, with one of its boxes (``config.boxes`` is ``one``), or every box once
+    (``every``; the images must have been opened with their boxes counted).
 
     Args:
-        pictures: where they come from.
+        images: where they come from.
         config: sizes, filters and sample settings.
         seed: of the run.
         stream: keeps training and validation draws apart.
     """
 
-    def __init__(self, pictures: ShardPictures, config: DataConfig, seed: int, stream: str = "train") -> None:
-        self.pictures = pictures
+    def __init__(self, images: ShardImages, config: DataConfig, seed: int, stream: str = "train") -> None:
+        self.images = images
         self.config = config
         self.seed = seed
         self.stream = stream
-        self.length = pictures.box_count if config.boxes == "every" else len(pictures)
+        self.length = images.box_count if config.boxes == "every" else len(images)
         self._orders: dict[int, Callable[[int], int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class ExemplarDataset(Dataset[DatasetItem]):
         return {**self.__dict__, "_orders": {}}
 
     def _turn(self, epoch: int, position: int) -> int:
-        """Return the picture or box whose turn it is at a position of an epoch."""
+        """Return the image or box whose turn it is at a position of an epoch."""
         if epoch not in self._orders:
             # The last two: a worker may still be at the end of one epoch when it starts the next.
             self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
@@ -197,20 +197,20 @@ class ExemplarDataset(Dataset[DatasetItem]):
         return lambda position: int(order[position])
 
     def __len__(self) -> int:
-        """Return the number of samples an epoch: one a picture, or one a box."""
+        """Return the number of samples an epoch: one an image, or one a box."""
         return self.length
 
     def __getitem__(self, index: int) -> DatasetItem:
         """Return the sample of a global counter.
 
-        Where its picture is no use the next ones of the epoch's order stand in, with draws of their own.
-        Only the picture (or box) whose turn it was is counted, so that counts add up to the epoch's length.
+        Where its image is no use the next ones of the epoch's order stand in, with draws of their own.
+        Only the image (or box) whose turn it was is counted, so that counts add up to the epoch's length.
         """
         epoch, counts = int(index) // len(self), Counter[str]()
         for attempt, turn in enumerate(self.turns(index)):
             try:
                 key, sample = self._make(turn, epoch, attempt)
-            except UnusablePictureError as skip:
+            except UnusableImageError as skip:
                 if attempt == 0:
                     counts[skip.reason] += 1
                 continue
@@ -219,7 +219,7 @@ class ExemplarDataset(Dataset[DatasetItem]):
         return DatasetItem(int(index), "", None, counts)
 
     def turns(self, index: int) -> Iterator[int]:
-        """Yield the picture (or box) of a global counter, then those that stand in where it is no use."""
+        """Yield the image (or box) of a global counter, then those that stand in where it is no use."""
         epoch, position = divmod(int(index), len(self))
         for attempt in range(min(len(self), MAX_REPLACEMENTS)):
             yield self._turn(epoch, (position + attempt) % len(self))
@@ -231,51 +231,51 @@ class ExemplarDataset(Dataset[DatasetItem]):
         mask = self.object_mask(turn, annotated, box)
         return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes, mask)
 
-    def object_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> ObjectMask:
+    def object_mask(self, turn: int, annotated: AnnotatedImage, box: Box) -> ObjectMask:
         """Return what reads the mask of the object in a box that :meth:`choose` gave, when it is called."""
         return partial(self._read_mask, turn, annotated, box)
 
-    def _read_mask(self, turn: int, annotated: AnnotatedPicture, box: Box) -> np.ndarray | None:
+    def _read_mask(self, turn: int, annotated: AnnotatedImage, box: Box) -> np.ndarray | None:
         position, number = self._owner(turn) if self.config.boxes == "every" else (turn, None)
-        _, frame, boxes = _read_row(self.pictures, position)
-        # The boxes of the picture that was decoded, as they are written in the shard.
+        _, frame, boxes = _read_row(self.images, position)
+        # The boxes of the image that was decoded, as they are written in the shard.
         written = usable_boxes(boxes if number is None else boxes[number : number + 1], *frame, self.config)
         height, width = annotated.image.shape[:2]
         which = written[annotated.boxes.index(box)]
-        return read_object_mask(self.pictures, position, which, frame, (width, height))
+        return read_object_mask(self.images, position, which, frame, (width, height))
 
     def choose(
         self, turn: int, epoch: int, attempt: int = 0
-    ) -> tuple[AnnotatedPicture, Box, np.random.Generator]:
-        """Return the picture of a turn, its box of this epoch, and the generator of the sample's draws.
+    ) -> tuple[AnnotatedImage, Box, np.random.Generator]:
+        """Return the image of a turn, its box of this epoch, and the generator of the sample's draws.
 
         Args:
-            turn: position of a picture in the shards, or the number of a box where every one has its turn.
+            turn: position of an image in the shards, or the number of a box where every one has its turn.
             epoch: other epochs draw other boxes, masks, crops and augmentations.
             attempt: other than zero where it stands in for an unusable one.
 
         Raises:
-            UnusablePictureError: where the picture cannot be used.
+            UnusableImageError: where the image cannot be used.
         """
         if self.config.boxes == "every":
             annotated = self._read_owner(turn)
             rng = generator(self.seed, self.stream, "box", epoch, turn, attempt)
             return annotated, annotated.boxes[0], rng
-        annotated = read_picture(self.pictures, turn, self.config)
+        annotated = read_image(self.images, turn, self.config)
         rng = generator(self.seed, self.stream, "sample", epoch, turn, attempt)
         return annotated, choose_box(annotated.boxes, rng), rng
 
     def _owner(self, box: int) -> tuple[int, int]:
         try:
-            return self.pictures.owner(box)
+            return self.images.owner(box)
         except DamagedIndexError as error:
-            raise UnusablePictureError(BAD_INDEX) from error
+            raise UnusableImageError(BAD_INDEX) from error
         except OSError as error:
-            raise UnusablePictureError(_why_unreadable(error)) from error
+            raise UnusableImageError(_why_unreadable(error)) from error
 
-    def _read_owner(self, box: int) -> AnnotatedPicture:
-        picture, number = self._owner(box)
-        return read_picture(self.pictures, picture, self.config, number)
+    def _read_owner(self, box: int) -> AnnotatedImage:
+        image, number = self._owner(box)
+        return read_image(self.images, image, self.config, number)
 
     def sample(self, turn: int, epoch: int, attempt: int = 0) -> TrainingSample:
         """Return the sample of a turn in an epoch; arguments and errors as of :meth:`choose`."""
@@ -283,13 +283,13 @@ class ExemplarDataset(Dataset[DatasetItem]):
 
 
 def _shape(arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
-    """Return ``b c h w`` of pictures ``h w 3`` or ``h w`` of one shape."""
+    """Return ``b c h w`` of images ``h w 3`` or ``h w`` of one shape."""
     height, width, *rest = arrays[0].shape
     return (len(arrays), *(rest or [1]), height, width)
 
 
 def _stack(arrays: Sequence[np.ndarray], stacked: np.ndarray) -> torch.Tensor:
-    """Stack pictures ``h w 3`` or ``h w`` into ``b c h w``; return that as a tensor."""
+    """Stack images ``h w 3`` or ``h w`` into ``b c h w``; return that as a tensor."""
     for channels, array in zip(stacked, arrays, strict=True):
         if array.ndim == 3:  # OpenCV parts the channels several times faster than a transposed copy
             cv2.split(array, list(channels))
@@ -301,7 +301,7 @@ def _stack(arrays: Sequence[np.ndarray], stacked: np.ndarray) -> torch.Tensor:
 def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dict[str, Any]:
     """Stack samples into the batch that :class:`pbe.data.datamodule.TrainingData` describes.
 
-    ``missing`` is the number of samples that no picture could be found for; the loader ends the run then.
+    ``missing`` is the number of samples that no image could be found for; the loader ends the run then.
 
     Args:
         items: of one batch.
@@ -311,18 +311,18 @@ def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dic
     found = [(item, item.sample) for item in items if item.sample is not None]
     batch: dict[str, Any] = {"counts": dict(counts), "missing": len(items) - len(found)}
     if found:
-        pictures = {name: [getattr(sample, name) for _, sample in found] for name in PICTURES}
-        wanted = [(_shape(arrays), np.dtype(np.uint8)) for arrays in pictures.values()]
+        images = {name: [getattr(sample, name) for _, sample in found] for name in PICTURES}
+        wanted = [(_shape(arrays), np.dtype(np.uint8)) for arrays in images.values()]
         *rooms, indices = allocate([*wanted, ((len(found),), np.dtype(np.int64))])
         indices[:] = [item.index for item, _ in found]
-        for (name, arrays), room in zip(pictures.items(), rooms, strict=True):
+        for (name, arrays), room in zip(images.items(), rooms, strict=True):
             batch[name] = _stack(arrays, room)
         batch |= {"sample_index": torch.from_numpy(indices), "key": [item.key for item, _ in found]}
     return batch
 
 
 def describe(counts: Counter[str] | dict[str, int]) -> str:
-    """Return counts as text, the most frequent first: ``unreadable picture: 3, shrunk: 1``."""
+    """Return counts as text, the most frequent first: ``unreadable image: 3, shrunk: 1``."""
     return ", ".join(f"{name}: {count}" for name, count in Counter(counts).most_common())
 
 

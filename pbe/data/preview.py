@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from pbe.config import SampleConfig
-from pbe.data.dataset import AnnotatedPicture, ExemplarDataset
+from pbe.data.dataset import AnnotatedImage, ExemplarDataset
 from pbe.data.samples.crops import resize
-from pbe.data.samples.decode import UnusablePictureError
+from pbe.data.samples.decode import UnusableImageError
 from pbe.data.samples.masks import Box
 from pbe.data.samples.object_masks import ObjectMask
 from pbe.data.samples.sample import TrainingSample, cut_exemplar, make_sample
@@ -38,11 +38,11 @@ th.chosen, td.chosen { background: #dff0d8; }
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One sample: its place, what is to be said about it, its pictures and which mask was drawn.
+    """One sample: its place, what is to be said about it, its images and which mask was drawn.
 
     Attributes:
         index: global counter.
-        key: name of the picture; empty where none was found.
+        key: name of the image; empty where none was found.
         notes: kind of mask, events, what was skipped.
         tiles: uint8 ``h w 3`` or ``h w``, one for each of ``columns``; none where no sample was made.
         mask_kind: the column of the mask that training gets.
@@ -57,17 +57,17 @@ class SheetRow:
     columns: Sequence[str] = COLUMNS
 
 
-def _source(annotated: AnnotatedPicture, box: Box) -> np.ndarray:
-    picture = annotated.image
-    height, width = picture.shape[:2]
+def _source(annotated: AnnotatedImage, box: Box) -> np.ndarray:
+    image = annotated.image
+    height, width = image.shape[:2]
     scale = TILE / max(height, width)
-    small = resize(picture, max(round(width * scale), 1), max(round(height * scale), 1))
+    small = resize(image, max(round(width * scale), 1), max(round(height * scale), 1))
     corners = [round(value * scale) for value in (box.x1, box.y1, box.x2, box.y2)]
     return cv2.rectangle(small.copy(), tuple(corners[:2]), tuple(corners[2:]), (255, 0, 80), 2)
 
 
 def _tiles(
-    annotated: AnnotatedPicture,
+    annotated: AnnotatedImage,
     box: Box,
     samples: dict[str, TrainingSample],
     drawn: TrainingSample,
@@ -89,7 +89,7 @@ def _tiles(
 def _draw(
     dataset: ExemplarDataset, turn: int, epoch: int, attempt: int, factor: int
 ) -> tuple[str, TrainingSample, list[np.ndarray]]:
-    """Return the picture's key, the sample that training gets and the tiles of its row."""
+    """Return the image's key, the sample that training gets and the tiles of its row."""
     config, usual = dataset.config, dataset.config.sample
     annotated, box, rng = dataset.choose(turn, epoch, attempt)
     own = dataset.object_mask(turn, annotated, box)
@@ -122,7 +122,7 @@ def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
     for attempt, turn in enumerate(dataset.turns(index)):
         try:
             key, drawn, tiles = _draw(dataset, turn, index // len(dataset), attempt, factor)
-        except UnusablePictureError as skip:
+        except UnusableImageError as skip:
             notes.append(f"skipped: {skip.reason}")
             continue
         hole = cv2.countNonZero(drawn.mask) / drawn.mask.size
@@ -132,14 +132,14 @@ def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
     return SheetRow(index, "", [*notes[:3], "no usable picture found"], [])
 
 
-def _image(picture: np.ndarray) -> str:
-    scale = TILE / max(picture.shape[:2])
+def _image(image: np.ndarray) -> str:
+    scale = TILE / max(image.shape[:2])
     if scale < 1:
-        height, width = (max(round(side * scale), 1) for side in picture.shape[:2])
-        picture = resize(picture, width, height)
-    channels = cv2.COLOR_RGB2BGR if picture.ndim == 3 else cv2.COLOR_GRAY2BGR
-    encoded = cv2.imencode(".png", cv2.cvtColor(picture, channels))[1].tobytes()
-    size = f'width="{max(1, round(picture.shape[1] * max(scale, 1)))}"'
+        height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+        image = resize(image, width, height)
+    channels = cv2.COLOR_RGB2BGR if image.ndim == 3 else cv2.COLOR_GRAY2BGR
+    encoded = cv2.imencode(".png", cv2.cvtColor(image, channels))[1].tobytes()
+    size = f'width="{max(1, round(image.shape[1] * max(scale, 1)))}"'
     return f'<img {size} alt="" src="data:image/png;base64,{base64.b64encode(encoded).decode()}">'
 
 

@@ -1,6 +1,6 @@
 """Counter-based randomness: every draw is a pure function of a key, never of what was drawn before.
 
-A key is a tuple of integers and strings, such as ``(seed, "sample", epoch, picture)``. It is hashed to the
+A key is a tuple of integers and strings, such as ``(seed, "sample", epoch, image)``. It is hashed to the
 128-bit key of a Philox generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so
 the order of calls, the number of workers and a restart change nothing.
 """

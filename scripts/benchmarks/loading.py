@@ -28,17 +28,17 @@ from pbe.data.dataset import ExemplarDataset, collate
 from pbe.data.randomness import generator
 from pbe.data.samples import sample as sample_module
 from pbe.data.samples.augment import ExemplarAugmentation
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.data.shards.format import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
 from pbe.data.shards.tar_members import read_members
 
 # Stage, and the function whose time it is; whatever none of them covers is "the rest".
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("looking up the index", ShardPictures, "row"),
-    ("reading", ShardPictures, "read"),
-    ("decoding to RGB", dataset_module, "decode_picture"),
+    ("looking up the index", ShardImages, "row"),
+    ("reading", ShardImages, "read"),
+    ("decoding to RGB", dataset_module, "decode_image"),
     ("exemplar: resize, augment", ExemplarAugmentation, "__call__"),
-    ("crop and mask", sample_module, "_find_hole"),
+    ("crop and mask", sample_module, "_find_crop"),
     ("cut and resize the image", sample_module, "cut"),
     ("valid mask", sample_module, "valid_mask"),
     ("stacking a batch", dataset_module, "_stack"),
@@ -157,10 +157,10 @@ def measure_stages(data: DataConfig, *, seconds: float, pictures: int = 64) -> S
         seconds: how long to go on, at least three rounds.
         pictures: how many of the first pictures make a round.
     """
-    shards = ShardPictures(data.train_shards)
+    shards = ShardImages(data.train_shards)
     dataset = ExemplarDataset(shards, data, 1)
     count = min(pictures, len(shards))
-    encoded = [np.frombuffer(shards.picture(number), np.uint8) for number in range(count)]
+    encoded = [np.frombuffer(shards.image(number), np.uint8) for number in range(count)]
     rounds: list[dict[str, float]] = []
     with _one_thread():
         end = time.monotonic() + seconds
@@ -294,7 +294,7 @@ batch = next(iter(module.train_dataloader()))
 first = time.perf_counter() - start
 mib["first batch"] = memory()
 print(json.dumps({
-    "pictures": len(dataset.pictures), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
+    "pictures": len(dataset.images), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
     "mib": mib,
 }))
 """

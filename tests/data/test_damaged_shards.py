@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from pbe.config import DataConfig
-from pbe.data.dataset import read_picture
+from pbe.data.dataset import read_image
 from pbe.data.packing.records import load_index, read_summary
-from pbe.data.samples.decode import UnusablePictureError
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.samples.decode import UnusableImageError
+from pbe.data.shards.archive import ShardImages
 from pbe.errors import UserError
 from tests.data.indexed import index_bytes, shard_columns
 from tests.data.packing.support import noise, pack, request_of, run
@@ -100,13 +100,13 @@ def one_line(read: Callable[[], T]) -> T | None:
 
 def read_all(folder: Path) -> None:
     """Open shards and read every picture and box as the loader does; only what it counts may be raised."""
-    pictures = one_line(lambda: ShardPictures(folder, count_boxes=True))
+    pictures = one_line(lambda: ShardImages(folder, count_boxes=True))
     if pictures is None:
         return
     for position in range(min(len(pictures), 12)):
         try:
-            read_picture(pictures, position, CONFIG)
-        except UnusablePictureError:
+            read_image(pictures, position, CONFIG)
+        except UnusableImageError:
             continue
 
 
@@ -221,7 +221,7 @@ def test_images_that_are_packed(
     result = pack(request_of(source, tmp_path / "out", max_side=max_side, min_side=0.0), workers=0)
     assert result is not None
     assert result.tally.pictures + result.tally.dropped_pictures.total() == rounds + 1
-    pictures = ShardPictures(tmp_path / "out")
-    read = [read_picture(pictures, position, CONFIG).key for position in range(len(pictures))]
+    pictures = ShardImages(tmp_path / "out")
+    read = [read_image(pictures, position, CONFIG).key for position in range(len(pictures))]
     assert len(set(read)) == result.tally.pictures
     assert "Warning" not in capfd.readouterr().err

@@ -13,12 +13,12 @@ import pytorch_lightning as lightning
 import torch
 
 from pbe.config import AugmentConfig, Config, DataConfig, SampleConfig
-from pbe.data import dataset as reasons
 from pbe.data.datamodule import CounterSampler, TrainingData
 from pbe.data.dataset import ExemplarDataset, usable_boxes
-from pbe.data.samples.decode import UnusablePictureError
+from pbe.data.samples import decode as reasons
+from pbe.data.samples.decode import UnusableImageError
 from pbe.data.samples.masks import Box
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.errors import UserError
 
 
@@ -360,7 +360,7 @@ def test_boxes_are_clipped_and_filtered_by_area():
     boxes = [Box(-20, 10, 40, 50), Box(0, 0, 100, 100), Box(5, 5, 9, 9), Box(90, 90, 91.5, 100)]
     assert usable_boxes(boxes, 100, 100, config) == [Box(0, 10, 40, 50)]
     for box, reason in ((Box(0, 0, 100, 100), reasons.AREA), (Box(98.5, 0, 300, 50), reasons.NO_BOX)):
-        with pytest.raises(UnusablePictureError, match=reason):
+        with pytest.raises(UnusableImageError, match=reason):
             usable_boxes([box], 100, 100, config)
 
 
@@ -370,6 +370,6 @@ def test_every_box_of_a_picture_gets_its_turn(tmp_path):
     record = ShardRecord("two", encode(image), "jpg", 64, 64, [(4, 20, 24, 40), (40, 20, 60, 40)])
     write_shards([record], tmp_path)
     config = make_config(tmp_path, sample=SampleConfig(augment=AugmentConfig(enabled=False)))
-    dataset = ExemplarDataset(ShardPictures(tmp_path), config, 1)
+    dataset = ExemplarDataset(ShardImages(tmp_path), config, 1)
     reds = [dataset[epoch].sample.exemplar[12, 12, 0] > 128 for epoch in range(40)]
     assert 8 < sum(reds) < 32

@@ -18,7 +18,7 @@ import pytest
 from pbe.config import DataConfig, SampleConfig
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.randomness import generator
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 
 PICTURES, SAMPLES = 14, 42
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hashes(folder: Path, sample: SampleConfig) -> dict[str, str]:
     config = DataConfig(image_size=64, exemplar_size=48, sample=sample)
-    dataset = ExemplarDataset(ShardPictures(folder), config, 23)
+    dataset = ExemplarDataset(ShardImages(folder), config, 23)
     order, draws, pixels = (hashlib.sha256() for _ in range(3))
     for index in range(SAMPLES):
         item = dataset[index]

@@ -12,7 +12,7 @@ import pytest
 from pbe.config import DataConfig
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.preview import COLUMNS, make_row
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from scripts import inspect_data
 
 
@@ -47,7 +47,7 @@ def test_same_seed_same_page_and_nothing_from_outside(config, tmp_path, capsys):
 
 def test_rows_show_the_very_samples_of_training(shards):
     data = DataConfig(train_shards=str(shards), image_size=64, exemplar_size=32)
-    dataset = ExemplarDataset(ShardPictures(shards), data, 23)
+    dataset = ExemplarDataset(ShardImages(shards), data, 23)
     kinds = set()
     for index in (0, 7, 61, 62):
         item, row = dataset[index], make_row(dataset, index, 4)
@@ -65,7 +65,7 @@ def test_rows_show_the_very_samples_of_training(shards):
 
 def test_the_latent_mask_is_the_mean_of_the_middle_of_each_block(shards):
     data = DataConfig(train_shards=str(shards), image_size=64, exemplar_size=32)
-    dataset = ExemplarDataset(ShardPictures(shards), data, 23)
+    dataset = ExemplarDataset(ShardImages(shards), data, 23)
     tiles = dict(zip(COLUMNS, make_row(dataset, 3, 8).tiles, strict=True))
     keep = 255.0 - dataset[3].sample.mask.reshape(8, 8, 8, 8)[:, 3:5, :, 3:5].mean(axis=(1, 3))
     np.testing.assert_allclose(tiles["latent mask"][::8, ::8], keep, atol=1)
@@ -77,11 +77,11 @@ def test_skipped_pictures_are_named(tmp_path):
     records = [ShardRecord(f"bad-{i}", b"none", "png", 40, 40, box) for i in range(3)]
     write_shards(records, tmp_path)
     data = DataConfig(train_shards=str(tmp_path), image_size=32, exemplar_size=32)
-    row = make_row(ExemplarDataset(ShardPictures(tmp_path), data, 1), 0, 4)
+    row = make_row(ExemplarDataset(ShardImages(tmp_path), data, 1), 0, 4)
     assert (row.key, row.tiles) == ("", [])
     assert row.notes[-1] == "no usable picture found"
     write_shards([*records, ShardRecord("good", picture, "png", 40, 40, box)], tmp_path)
-    dataset = ExemplarDataset(ShardPictures(tmp_path), data, 1)
+    dataset = ExemplarDataset(ShardImages(tmp_path), data, 1)
     rows = [make_row(dataset, index, 4) for index in range(4)]
     assert {row.key for row in rows} == {"good"}
     assert sum("skipped: unreadable picture" in row.notes for row in rows) == 3
@@ -90,8 +90,8 @@ def test_skipped_pictures_are_named(tmp_path):
 def test_the_count_is_that_of_the_page(config, shards, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert inspect_data.main([str(config), "--out", str(out), "--count", "1000"]) == 0
-    assert f"{len(ShardPictures(shards))} samples in" in capsys.readouterr().out
-    assert out.read_text().count('<td class="note">') == len(ShardPictures(shards))
+    assert f"{len(ShardImages(shards))} samples in" in capsys.readouterr().out
+    assert out.read_text().count('<td class="note">') == len(ShardImages(shards))
 
 
 def test_a_failed_start_makes_no_folder(config, tmp_path, capsys):

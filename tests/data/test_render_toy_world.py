@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from pbe.data.samples.decode import decode_picture
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.samples.decode import decode_image
+from pbe.data.shards.archive import ShardImages
 from scripts.render_toy_world import main
 
 
@@ -29,18 +29,18 @@ def test_bytes_are_identical_on_rerun_and_with_workers(tmp_path, capsys):
 def test_scene_i_does_not_depend_on_the_number_of_scenes(tmp_path):
     render(tmp_path / "a", "--workers", "0")
     render(tmp_path / "b", "--workers", "0", "--scenes", "3")
-    many, few = ShardPictures(tmp_path / "a"), ShardPictures(tmp_path / "b")
+    many, few = ShardImages(tmp_path / "a"), ShardImages(tmp_path / "b")
     assert (len(many), len(few)) == (12, 3)
-    assert many.picture(2) == few.picture(2)
+    assert many.image(2) == few.image(2)
 
 
 def test_shards_hold_readable_scenes_with_boxes(tmp_path):
     render(tmp_path, "--workers", "0", "--size", "64")
-    pictures = ShardPictures(tmp_path)
+    pictures = ShardImages(tmp_path)
     assert pictures[0].key == "test-0000000"
     for position in range(len(pictures)):
         annotation = pictures.annotation(position)
-        image = decode_picture(pictures.picture(position))
+        image = decode_image(pictures.image(position))
         assert image.shape == (annotation["height"], annotation["width"], 3)
         assert min(image.shape[:2]) == 64
         for box in annotation["boxes"]:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import UnusablePictureError, decode
+from pbe.data.samples.decode import UnusableImageError, decode
 from pbe.data.shards.format import digest
 from pbe.data.sources.annotations import find_images
 from pbe.data.sources.image_files import (
@@ -64,7 +64,7 @@ def check_and_hash(encoded: bytes, header: ImageHeader) -> int:
     flag = next((flag for side, flag in REDUCED if short >= side), cv2.IMREAD_GRAYSCALE)
     try:
         return perceptual_hash(decode(encoded, flag))
-    except UnusablePictureError as error:
+    except UnusableImageError as error:
         raise UnreadableImageError(CANNOT_DECODE) from error
 
 

@@ -31,7 +31,7 @@ from pbe.data.packing.plan import (
 )
 from pbe.data.packing.records import EXTENSIONS, IndexBuilder, Tally, box_text, write_whole
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import TINY, UnusablePictureError, decode_picture
+from pbe.data.samples.decode import TINY, UnusableImageError, decode_image
 from pbe.data.samples.rle import encode_rle
 from pbe.data.shards.format import ShardWriter, digest, new_shard
 from pbe.data.sources.annotations import BAD_NUMBER, CORNERS, flag_names
@@ -106,8 +106,8 @@ def encode_again(encoded: bytes, header: ImageHeader, max_side: int, quality: in
     """
     try:
         plain = header.extension and header.frames == 1
-        image = decode_picture(encoded) if plain else first_frame(encoded)
-    except UnusablePictureError as error:
+        image = decode_image(encoded) if plain else first_frame(encoded)
+    except UnusableImageError as error:
         raise UnreadableImageError(CANNOT_DECODE) from error
     image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     height, width = image.shape[:2]

@@ -1,7 +1,7 @@
 """Strong augmentation of the exemplar (Paint by Example, section 3.3), by albumentations.
 
 Flip, rotation, box blur, and the random affine that the original's ElasticTransform amounted to: its
-displacement field was negligible, but three points of the 224 px picture moved by up to 50 px each.
+displacement field was negligible, but three points of the 224 px image moved by up to 50 px each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pbe.config import AugmentConfig
 from pbe.data.samples.crops import resize
 
 REFERENCE_SIZE = 224
-# The original's centre +- a third of the picture, (112 +- 74), without the bottom left corner.
+# The original's centre +- a third of the image, (112 +- 74), without the bottom left corner.
 ANCHORS = np.array([[186.0, 186.0], [186.0, 38.0], [38.0, 38.0]])
 
 
@@ -31,7 +31,7 @@ class ThreePointAffine(ImageOnlyTransform):
     """Affine map fixed by three points, each coordinate of which moves by U(-jitter, jitter).
 
     Args:
-        jitter: largest shift in pixels of a picture of 224 px; it scales with the picture.
+        jitter: largest shift in pixels of an image of 224 px; it scales with the image.
         p: probability.
 
     Targets:
@@ -65,7 +65,7 @@ class ThreePointAffine(ImageOnlyTransform):
 
 
 def blur_range(size: int) -> tuple[int, int]:
-    """Return the smallest and largest odd kernel: 3 to 7 at 224 px, scaled with the picture, at least 3."""
+    """Return the smallest and largest odd kernel: 3 to 7 at 224 px, scaled with the image, at least 3."""
     largest = 2 * round((7 * size / REFERENCE_SIZE - 1) / 2) + 1
     smallest = 2 * round((3 * size / REFERENCE_SIZE - 1) / 2) + 1
     return max(3, smallest), max(3, largest)

@@ -18,7 +18,7 @@ SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as s
 
 
 def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
-    """Return a decoded picture in sRGB.
+    """Return a decoded image in sRGB.
 
     A file without a profile costs a walk along its header, one with sRGB's a little more, and either is
     returned as it is. So is one whose profile is damaged or of another colour space than the pixels (CMYK).
@@ -29,12 +29,12 @@ def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
     """
     if not _has_profile(encoded):
         return image
-    profile = _ask_pillow(encoded, lambda picture: picture.info.get("icc_profile"))
+    profile = _ask_pillow(encoded, lambda image: image.info.get("icc_profile"))
     return convert_profile(image, profile) if profile else image
 
 
 def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.ndarray:
-    """Return a decoded picture with its transparent parts on white, as editing shows it.
+    """Return a decoded image with its transparent parts on white, as editing shows it.
 
     A file that can hold no transparency costs a look at its header.
 
@@ -46,8 +46,8 @@ def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.nd
     if not _may_be_transparent(encoded):
         return image
 
-    def read_alpha(picture: Image.Image) -> np.ndarray:
-        upright = ImageOps.exif_transpose(picture) if turned else picture
+    def read_alpha(image: Image.Image) -> np.ndarray:
+        upright = ImageOps.exif_transpose(image) if turned else image
         return np.asarray(upright.convert("RGBA").getchannel("A"))
 
     alpha = _ask_pillow(encoded, read_alpha)
@@ -104,14 +104,14 @@ def _ask_pillow(encoded: bytes, question: Callable[[Image.Image], T]) -> T | Non
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded)) as picture:
-                return question(picture)
+            with Image.open(io.BytesIO(encoded)) as image:
+                return question(image)
     except Exception:  # its plugins raise whatever their parsers stumble over; OpenCV has read the pixels
         return None
 
 
 def convert_profile(image: np.ndarray, profile: bytes) -> np.ndarray:
-    """Return a picture, uint8 ``h w 3``, in sRGB; ``profile`` says what its numbers mean."""
+    """Return an image, uint8 ``h w 3``, in sRGB; ``profile`` says what its numbers mean."""
     mode, transform = _transform(profile)
     if transform is None:
         return image

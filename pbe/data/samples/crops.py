@@ -1,8 +1,8 @@
-"""The square crop: it keeps the extended box inside and never squashes the picture.
+"""The square crop: it keeps the extended box inside and never squashes the image.
 
 Paint by Example crops a square of the short side around the object, then shrinks it symmetrically. Where no
-such square exists the original squashes the whole picture; here the extended box is shrunk towards the box,
-and where the box itself is too long the picture is padded to a square by reflection. A mask is reflected with
+such square exists the original squashes the whole image; here the extended box is shrunk towards the box,
+and where the box itself is too long the image is padded to a square by reflection. A mask is reflected with
 its image (:func:`mirror_mask`): otherwise the padding would show what the mask hides.
 """
 
@@ -21,9 +21,9 @@ GREY = 127  # of padding that is no reflection: what the network reads as 0
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of whole pixels in the picture's coordinates.
+    """A rectangle of whole pixels in the image's coordinates.
 
-    ``width`` and ``height`` are equal but for the original's squashed pictures. What lies outside the picture
+    ``width`` and ``height`` are equal but for the original's squashed images. What lies outside the image
     is its reflection, or mid-grey where ``mirrored`` is off.
     """
 
@@ -38,7 +38,7 @@ class Crop:
         return size / self.width, size / self.height
 
     def to_output(self, box: Box, size: int) -> Box:
-        """Return a box of the picture in the pixels of the crop resized to ``size`` x ``size``."""
+        """Return a box of the image in the pixels of the crop resized to ``size`` x ``size``."""
         sx, sy = self.scales(size)
         return Box(
             (box.x1 - self.x) * sx, (box.y1 - self.y) * sy, (box.x2 - self.x) * sx, (box.y2 - self.y) * sy
@@ -83,7 +83,7 @@ def _shrink_margin(crop: Crop, extended: Box, fraction: float, rng: np.random.Ge
 
 
 def padded_square(width: int, height: int, side: int, *, mirrored: bool = True) -> Crop:
-    """Return the square of ``side`` pixels around a picture's middle; it may reach beyond the picture."""
+    """Return the square of ``side`` pixels around an image's middle; it may reach beyond the image."""
     return Crop((width - side) // 2, (height - side) // 2, side, side, mirrored)
 
 
@@ -98,16 +98,16 @@ def plan_square_crop(
     """Choose a square crop that contains the extended box.
 
     Args:
-        box: the object, inside the picture, of whole pixels.
+        box: the object, inside the image, of whole pixels.
         extended: contains the box, of whole pixels.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        width: of the image, pixels.
+        height: of the image, pixels.
         shrink_fraction: share of the least margin by which the square may shrink on all sides.
         rng: generator that is advanced.
 
     Returns:
         The crop; the extended box, smaller where it was longer than the short side (event ``shrunk``);
-        or a crop that reaches beyond the picture where the box itself was longer (event ``padded``).
+        or a crop that reaches beyond the image where the box itself was longer (event ``padded``).
     """
     side = min(width, height)
     if max(box.width, box.height) > side:
@@ -126,9 +126,9 @@ def plan_square_crop(
 def plan_original_crop(
     extended: Box, width: int, height: int, shrink_fraction: float, rng: np.random.Generator
 ) -> CropPlan:
-    """Choose a crop as the original code does: where fewer than two positions exist, squash the picture.
+    """Choose a crop as the original code does: where fewer than two positions exist, squash the image.
 
-    Square pictures are neither cropped nor shrunk. The event ``squashed`` marks a changed aspect ratio.
+    Square images are neither cropped nor shrunk. The event ``squashed`` marks a changed aspect ratio.
     """
     side = min(width, height)
     low, high = (
@@ -163,59 +163,59 @@ def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def resize(picture: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
-    """Resize a uint8 picture ``h w c`` or ``h w``, in uint8.
+def resize(image: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Resize a uint8 image ``h w c`` or ``h w``, in uint8.
 
     Args:
-        picture: what to resize.
+        image: what to resize.
         width: of the result, pixels.
         height: of the result, pixels.
         antialias_above: where a side shrinks by more than this factor, sides that shrink are averaged by
             area (antialiased) before those that grow are interpolated; below it both are interpolated
             bilinearly (``INTER_LINEAR``).
     """
-    factor = max(picture.shape[1] / width, picture.shape[0] / height)
+    factor = max(image.shape[1] / width, image.shape[0] / height)
     if factor > antialias_above:
-        return resize_area(picture, width, height, enlarging=cv2.INTER_LINEAR)
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR)
+        return resize_area(image, width, height, enlarging=cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def window(picture: np.ndarray, crop: Crop, fill: int = GREY) -> np.ndarray:
-    """Cut a crop out of a picture, uint8 ``h w ...``, at its own size; padded as the crop says.
+def window(image: np.ndarray, crop: Crop, fill: int = GREY) -> np.ndarray:
+    """Cut a crop out of an image, uint8 ``h w ...``, at its own size; padded as the crop says.
 
     Args:
-        picture: what to cut; a view of it is returned where nothing is padded.
+        image: what to cut; a view of it is returned where nothing is padded.
         crop: in its pixels.
-        fill: value of what lies outside the picture where that is not its reflection.
+        fill: value of what lies outside the image where that is not its reflection.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     left, top = max(-crop.x, 0), max(-crop.y, 0)
     right, bottom = max(crop.x + crop.width - width, 0), max(crop.y + crop.height - height, 0)
     if left or top or right or bottom:
         border = cv2.BORDER_REFLECT_101 if crop.mirrored else cv2.BORDER_CONSTANT
-        picture = cv2.copyMakeBorder(picture, top, bottom, left, right, border, value=[fill] * 3)
+        image = cv2.copyMakeBorder(image, top, bottom, left, right, border, value=[fill] * 3)
     x, y = crop.x + left, crop.y + top
-    return picture[y : y + crop.height, x : x + crop.width]
+    return image[y : y + crop.height, x : x + crop.width]
 
 
-def cut(picture: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0) -> np.ndarray:
-    """Cut a crop out of a picture (uint8 ``h w 3``), padded as the crop says, at ``size`` x ``size``.
+def cut(image: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0) -> np.ndarray:
+    """Cut a crop out of an image (uint8 ``h w 3``), padded as the crop says, at ``size`` x ``size``.
 
     It is cropped first and then resized; ``antialias_above`` as in :func:`resize`.
     """
-    return resize(window(picture, crop), size, size, antialias_above)
+    return resize(window(image, crop), size, size, antialias_above)
 
 
 def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which pixels of a resized crop each of its pixels shows along one axis: the first and the last.
 
-    That is itself inside the picture. Beyond it, the picture is read to and fro between the centres of its
+    That is itself inside the image. Beyond it, the image is read to and fro between the centres of its
     first and last pixels, as ``BORDER_REFLECT_101`` does.
 
     Args:
-        start: of the crop, pixels of the picture.
-        length: of the crop, pixels of the picture.
-        side: of the picture, at least 2.
+        start: of the crop, pixels of the image.
+        length: of the crop, pixels of the image.
+        side: of the image, at least 2.
         size: of the resized crop, pixels.
     """
     scale, span, own = length / size, side - 1, np.arange(size)
@@ -224,7 +224,7 @@ def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.nda
     places = edges - 0.5 - turns * span
     places = np.where(turns % 2 == 0, places, span - places)
     first, last = np.minimum(places[:-1], places[1:]), np.maximum(places[:-1], places[1:])
-    # Where reading turns round within a pixel, that shows the picture's first or last one too.
+    # Where reading turns round within a pixel, that shows the image's first or last one too.
     passed, at_first = np.diff(turns), turns[1:] % 2 == 0
     first = np.where((passed > 1) | ((passed == 1) & at_first), 0.0, first)
     last = np.where((passed > 1) | ((passed == 1) & ~at_first), float(span), last)
@@ -242,13 +242,13 @@ def _any_between(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.nd
 
 
 def mirror_mask(mask: np.ndarray, crop: Crop, width: int, height: int) -> np.ndarray:
-    """Hide in a crop's padding the reflection of everything that a mask hides in the picture.
+    """Hide in a crop's padding the reflection of everything that a mask hides in the image.
 
     Args:
         mask: drawn on the resized crop, uint8 ``s s``, 0 or 255.
-        crop: of the picture.
-        width: of the picture, pixels.
-        height: of the picture, pixels.
+        crop: of the image.
+        width: of the image, pixels.
+        height: of the image, pixels.
 
     Returns:
         The mask with its mirror images, uint8 ``s s``; itself where nothing is reflected.
@@ -273,9 +273,9 @@ def _pixels_inside(low: float, high: float, size: int) -> slice:
 
 
 def valid_mask(crop: Crop, width: int, height: int, size: int) -> np.ndarray:
-    """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the picture, else 0.
+    """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the image, else 0.
 
-    A picture that became too thin to hold a whole pixel has the row or column along its middle.
+    An image that became too thin to hold a whole pixel has the row or column along its middle.
     """
     inside = crop.to_output(Box(0.0, 0.0, float(width), float(height)), size)
     mask = np.zeros((size, size), np.uint8)

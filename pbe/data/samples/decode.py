@@ -50,8 +50,8 @@ MIN_REDUCED_SIDE = 2.0  # of a box
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
-class UnusablePictureError(Exception):
-    """A picture is no use; ``reason`` is one of this module's constants."""
+class UnusableImageError(Exception):
+    """An image is no use; ``reason`` is one of this module's constants."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -59,59 +59,59 @@ class UnusablePictureError(Exception):
 
 
 def decode(encoded: bytes, flags: int) -> np.ndarray:
-    """Decode a picture as OpenCV's ``flags`` say.
+    """Decode an image as OpenCV's ``flags`` say.
 
     Raises:
-        UnusablePictureError: it cannot be decoded.
+        UnusableImageError: it cannot be decoded.
     """
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
-        raise UnusablePictureError(UNREADABLE) from error
+        raise UnusableImageError(UNREADABLE) from error
     if decoded is None:
-        raise UnusablePictureError(UNREADABLE)
+        raise UnusableImageError(UNREADABLE)
     return decoded
 
 
-def decode_picture(encoded: bytes, frame: tuple[int, int] | None = None, reduction: int = 1) -> np.ndarray:
+def decode_image(encoded: bytes, frame: tuple[int, int] | None = None, reduction: int = 1) -> np.ndarray:
     """Decode a JPEG, PNG or WebP file to uint8 ``h w 3``, RGB, turned as its EXIF orientation says.
 
-    Grey pictures, palettes, CMYK and 16 bits become RGB of 8 bits; an ICC profile that is not sRGB's is
-    applied; transparent parts are laid on white; of an animation the first picture counts.
+    Grey images, palettes, CMYK and 16 bits become RGB of 8 bits; an ICC profile that is not sRGB's is
+    applied; transparent parts are laid on white; of an animation the first image counts.
 
     Args:
         encoded: the file.
-        frame: width and height that the boxes were annotated in. Where only the stored picture has them, not
+        frame: width and height that the boxes were annotated in. Where only the stored image has them, not
             the turned one, the boxes were drawn without regard to the orientation, and it is left out.
         reduction: 1, 2, 4 or 8: decode only so small a part of a frame whose sides it divides. Each pixel is
             about the mean of those it stands for (a JPEG's blocks are transformed back at the smaller size).
 
     Raises:
-        UnusablePictureError: where it is damaged, or of neither size. A JPEG that was cut short counts as
+        UnusableImageError: where it is damaged, or of neither size. A JPEG that was cut short counts as
             damaged too; OpenCV would fill it up with grey.
     """
     if encoded[:2] == JPEG_START and JPEG_END not in encoded[len(encoded) // 2 :]:
-        raise UnusablePictureError(UNREADABLE)
-    picture = decode(encoded, COLOUR[reduction])
-    size = picture.shape[1::-1]
+        raise UnusableImageError(UNREADABLE)
+    image = decode(encoded, COLOUR[reduction])
+    size = image.shape[1::-1]
     frame = None if frame is None else (frame[0] // reduction, frame[1] // reduction)
     if frame is None or size == frame:
-        return on_white(to_srgb(picture, encoded), encoded)
+        return on_white(to_srgb(image, encoded), encoded)
     if size == frame[::-1]:
         stored = decode(encoded, COLOUR[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
         if stored.shape[1::-1] == frame:
             return on_white(to_srgb(stored, encoded), encoded, turned=False)
-    raise UnusablePictureError(SIZE_MISMATCH)
+    raise UnusableImageError(SIZE_MISMATCH)
 
 
 def check_hash(encoded: bytes, digest: bytes) -> None:
-    """Compare an encoded picture with the hash of it that the index holds.
+    """Compare an encoded image with the hash of it that the index holds.
 
     Raises:
-        UnusablePictureError: where they differ. Damaged pictures often still decode.
+        UnusableImageError: where they differ. Damaged images often still decode.
     """
     if digest_of(encoded) != digest:
-        raise UnusablePictureError(DAMAGED)
+        raise UnusableImageError(DAMAGED)
 
 
 def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float) -> float:
@@ -121,7 +121,7 @@ def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float)
     sides of the extended box, which is at least as long as the box.
 
     Args:
-        frame: width and height of the picture.
+        frame: width and height of the image.
         longer: least longer side of the boxes that may be drawn.
         shrink_fraction: as in :class:`pbe.config.SampleConfig`.
     """
@@ -130,7 +130,7 @@ def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float)
 
 
 def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box], config: DataConfig) -> int:
-    """Return the largest factor by which a picture may be smaller when it is decoded: 1, 2, 4 or 8.
+    """Return the largest factor by which an image may be smaller when it is decoded: 1, 2, 4 or 8.
 
     It divides width and height, so that boxes scale exactly; no crop becomes smaller than the training image,
     and no box's longer side shorter than the exemplar's. Only JPEGs decode faster when they are reduced.
@@ -152,5 +152,5 @@ def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box
 
 
 def reduced_box(box: Box, factor: int) -> Box:
-    """Return a box in the pixels of the reduced picture."""
+    """Return a box in the pixels of the reduced image."""
     return Box(box.x1 / factor, box.y1 / factor, box.x2 / factor, box.y2 / factor)

@@ -1,6 +1,6 @@
 """Masks of training samples: the extended box, and arbitrary shapes bounded by Bezier curves.
 
-Paint by Example, section 3.3 ("mask shape augmentation"). All coordinates are pixels of the picture that
+Paint by Example, section 3.3 ("mask shape augmentation"). All coordinates are pixels of the image that
 the mask is drawn for, as continuous numbers: pixel i covers the interval from i to i + 1.
 """
 
@@ -41,7 +41,7 @@ class Box:
         return max(self.width, 0.0) * max(self.height, 0.0)
 
     def clipped(self, width: float, height: float) -> Box:
-        """Return the part inside a picture of ``width`` x ``height``; it may be empty or inverted."""
+        """Return the part inside an image of ``width`` x ``height``; it may be empty or inverted."""
         return Box(max(self.x1, 0.0), max(self.y1, 0.0), min(self.x2, width), min(self.y2, height))
 
     def rounded_out(self, width: int, height: int) -> Box:
@@ -58,9 +58,9 @@ def extend_box(box: Box, width: int, height: int, fraction: float, rng: np.rando
     """Move each side outwards by whole pixels, uniform from 0 to ``fraction`` of the free space on that side.
 
     Args:
-        box: inside the picture.
-        width: of the picture.
-        height: of the picture.
+        box: inside the image.
+        width: of the image.
+        height: of the image.
         fraction: 0 to 1.
         rng: generator that is advanced by four draws.
     """

@@ -1,6 +1,6 @@
-"""The object's own mask as the sample's mask: read from the shard, cut like the picture, dilated.
+"""The object's own mask as the sample's mask: read from the shard, cut like the image, dilated.
 
-A mask lies in the JSON of its picture as a run-length code of the whole picture, upright as the picture is
+A mask lies in the JSON of its image as a run-length code of the whole image, upright as the image is
 shown; ``prepare_data.py`` puts it there for sources that have masks.
 """
 
@@ -13,17 +13,17 @@ import cv2
 import numpy as np
 
 from pbe.data.samples.crops import Crop, resize_area, window
-from pbe.data.samples.decode import BAD_ANNOTATION, BAD_INDEX, UNREADABLE, UnusablePictureError
+from pbe.data.samples.decode import BAD_ANNOTATION, BAD_INDEX, UNREADABLE, UnusableImageError
 from pbe.data.samples.masks import Box
 from pbe.data.samples.rle import decode_rle
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import DamagedIndexError
 
 ObjectMask = Callable[[], np.ndarray | None]
 
 
 def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dict[str, Any]:
-    """Return what the JSON says of a box that was clipped to the picture; the first of several equal ones."""
+    """Return what the JSON says of a box that was clipped to the image; the first of several equal ones."""
     for entry in annotation["boxes"]:
         if Box(*(float(value) for value in entry["xyxy"])).clipped(width, height) == box:
             return dict(entry)
@@ -31,36 +31,36 @@ def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dic
 
 
 def read_object_mask(
-    pictures: ShardPictures, position: int, box: Box, frame: tuple[int, int], size: tuple[int, int]
+    images: ShardImages, position: int, box: Box, frame: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray | None:
     """Return the mask of the object in a box, uint8 ``h w`` of 0 and 1; None where the shard holds none.
 
     A mask of which nothing lies in the box counts as none. Only a piece of the shard is read.
 
     Args:
-        pictures: the shards.
-        position: of the picture.
+        images: the shards.
+        position: of the image.
         box: one of its boxes, as the annotation has it but clipped to the frame.
         frame: width and height that the annotation is for.
-        size: of the mask that is wanted, no larger: the picture may have been decoded at a smaller size.
+        size: of the mask that is wanted, no larger: the image may have been decoded at a smaller size.
 
     Raises:
-        UnusablePictureError: the annotation cannot be read, or its mask belongs to another picture.
+        UnusableImageError: the annotation cannot be read, or its mask belongs to another image.
     """
     width, height = frame
     try:
-        code = _entry(pictures.annotation(position), box, width, height).get("mask")
+        code = _entry(images.annotation(position), box, width, height).get("mask")
         mask = None if code is None else decode_rle(code)
     except DamagedIndexError as error:
-        raise UnusablePictureError(BAD_INDEX) from error
+        raise UnusableImageError(BAD_INDEX) from error
     except OSError as error:
-        raise UnusablePictureError(UNREADABLE) from error
+        raise UnusableImageError(UNREADABLE) from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UnusablePictureError(BAD_ANNOTATION) from error
+        raise UnusableImageError(BAD_ANNOTATION) from error
     if mask is None:
         return None
     if mask.shape != (height, width):
-        raise UnusablePictureError(BAD_ANNOTATION)
+        raise UnusableImageError(BAD_ANNOTATION)
     inner = box.rounded_out(width, height)
     if not mask[int(inner.y1) : int(inner.y2), int(inner.x1) : int(inner.x2)].any():
         return None
@@ -75,12 +75,12 @@ def shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     """Return the share of each pixel that the object covers, float32 ``size size``, 0 to 1.
 
-    Cropped, padded and resized as the picture is, by area: where the padding is the picture's reflection, the
+    Cropped, padded and resized as the image is, by area: where the padding is the image's reflection, the
     object is reflected with it.
 
     Args:
-        mask: of the whole picture, uint8 ``h w``, not zero on the object.
-        crop: of the picture.
+        mask: of the whole image, uint8 ``h w``, not zero on the object.
+        crop: of the image.
         size: sides of the result, pixels.
     """
     return shrink(window(mask, crop, fill=0), (size, size))

@@ -1,4 +1,4 @@
-"""From a picture and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
+"""From an image and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
 
 The object inside the box becomes the exemplar; the region around it becomes the mask.
 Everything is a pure function of the arguments, the state of the generator among them.
@@ -30,18 +30,18 @@ from pbe.data.samples.object_masks import ObjectMask, cut_mask, dilated_mask, ob
 
 REFERENCE_SIDE = 512
 MAX_TRIES = 20
-# Of what becomes of the same picture, box and draws: a cache of another version holds other samples.
+# Of what becomes of the same image, box and draws: a cache of another version holds other samples.
 VERSION = 2
 NO_OBJECT_MASK = "no object mask"
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """What the network learns from; all pictures are uint8, ``s`` is the image size, ``e`` the exemplar's.
+    """What the network learns from; all images are uint8, ``s`` is the image size, ``e`` the exemplar's.
 
     Attributes:
         image: the crop, ``s s 3`` RGB.
-        mask: 255 = repaint, 0 = keep; ``s s``. Where the padding reflects the picture, it reflects the mask.
+        mask: 255 = repaint, 0 = keep; ``s s``. Where the padding reflects the image, it reflects the mask.
         exemplar: the augmented object, ``e e 3`` RGB.
         valid: 255 = counts in the loss, 0 = padding; ``s s``.
         box: the object in pixels of ``image``.
@@ -77,25 +77,25 @@ def _augmentation(
     return ExemplarAugmentation(AugmentConfig(**dict(settings)), size, antialias_above)  # type: ignore[arg-type]
 
 
-def cut_exemplar(picture: np.ndarray, box: Box, padding: int) -> np.ndarray:
-    """Return the object with some of its surroundings, a view of ``picture``.
+def cut_exemplar(image: np.ndarray, box: Box, padding: int) -> np.ndarray:
+    """Return the object with some of its surroundings, a view of ``image``.
 
     Args:
-        picture: uint8 ``h w 3``.
-        box: inside the picture.
-        padding: pixels on each side at a short side of 512, scaled with the picture, at least one pixel
-            unless zero, and never beyond the picture.
+        image: uint8 ``h w 3``.
+        box: inside the image.
+        padding: pixels on each side at a short side of 512, scaled with the image, at least one pixel
+            unless zero, and never beyond the image.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     pad = max(1, round(padding * min(width, height) / REFERENCE_SIDE)) if padding else 0
     x1, y1 = max(math.floor(box.x1) - pad, 0), max(math.floor(box.y1) - pad, 0)
     x2, y2 = min(math.ceil(box.x2) + pad, width), min(math.ceil(box.y2) + pad, height)
-    return picture[y1:y2, x1:x2]
+    return image[y1:y2, x1:x2]
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Which mask is to be drawn; ``shape`` is the object's, of the whole picture, for the kind ``object``."""
+    """Which mask is to be drawn; ``shape`` is the object's, of the whole image, for the kind ``object``."""
 
     name: str
     shape: np.ndarray | None = None
@@ -128,7 +128,7 @@ def _draw_mask(
     """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
     inner = plan.crop.to_output(box, size).clipped(size, size)
     extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
-    # Lengths belong to a picture of 512 px; the crop is then resized like everything else.
+    # Lengths belong to an image of 512 px; the crop is then resized like everything else.
     unit = min(frame) / REFERENCE_SIDE
     pixels = config.bezier_jitter * unit
     sx, sy = plan.crop.scales(size)
@@ -157,9 +157,9 @@ def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]
 def _find_crop(
     box: Box, frame: tuple[int, int], kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> tuple[_MaskedCrop, tuple[str, ...]]:
-    """Draw crops and masks until enough of the picture stays; return the last one and its events.
+    """Draw crops and masks until enough of the image stays; return the last one and its events.
 
-    Where that fails, it is the whole picture inside a grey border, with the box itself as the mask's bounds.
+    Where that fails, it is the whole image inside a grey border, with the box itself as the mask's bounds.
     """
     for attempt in range(MAX_TRIES):
         extended = extend_box(box, *frame, config.extend_fraction, rng)
@@ -170,8 +170,8 @@ def _find_crop(
         drawn = _draw_mask(plan, box, frame, kind, rng, config, size)
         if drawn.keep_share() >= config.min_keep_share:
             return drawn, plan.events + (("redrawn",) if attempt else ())
-    # The square is at least an eighth longer than the picture, so that a fifth of it stays unmasked even
-    # where the box is the whole picture. A reflection in the border would be masked as the picture is.
+    # The square is at least an eighth longer than the image, so that a fifth of it stays unmasked even
+    # where the box is the whole image. A reflection in the border would be masked as the image is.
     crop = padded_square(*frame, math.ceil(1.125 * max(frame)) + 1, mirrored=False)
     plan = CropPlan(crop, box, ("padded", "fallback"))
     drawn = _draw_mask(plan, box, frame, _Kind("rectangle"), rng, config, size)
@@ -191,7 +191,7 @@ def _choose_kind(
 
 
 def make_sample(
-    picture: np.ndarray,
+    image: np.ndarray,
     box: Box,
     rng: np.random.Generator,
     config: SampleConfig,
@@ -202,8 +202,8 @@ def make_sample(
     """Make a training sample; the same arguments and generator state give the same bytes.
 
     Args:
-        picture: uint8 ``h w 3`` RGB, both sides at least 2 pixels.
-        box: around an object, inside the picture, at least a pixel a side.
+        image: uint8 ``h w 3`` RGB, both sides at least 2 pixels.
+        box: around an object, inside the image, at least a pixel a side.
         rng: generator that is advanced.
         config: shares and ranges.
         image_size: sides of the image and mask, pixels.
@@ -211,10 +211,10 @@ def make_sample(
         object_mask: reads the object's mask, uint8 ``h w``, not zero on the object, at least somewhere in the
             box; or gives None. Called only where ``config.object_mask_share`` draws it.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     settings = tuple(vars(config.augment).items())
     augment = _augmentation(settings, exemplar_size, config.antialias_above)
-    exemplar = augment(cut_exemplar(picture, box, config.exemplar_padding), rng)
+    exemplar = augment(cut_exemplar(image, box, config.exemplar_padding), rng)
     # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
     box = box.rounded_out(width, height)
     # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
@@ -222,7 +222,7 @@ def make_sample(
     drawn, events = _find_crop(box, (width, height), kind, rng, config, image_size)
     crop = drawn.plan.crop
     return TrainingSample(
-        image=cut(picture, crop, image_size, config.antialias_above),
+        image=cut(image, crop, image_size, config.antialias_above),
         mask=drawn.mask,
         exemplar=exemplar,
         valid=valid_mask(crop, width, height, image_size),

@@ -1,11 +1,11 @@
-"""Shards: WebDataset tars of pictures and their boxes, written atomically and read at random.
+"""Shards: WebDataset tars of images and their boxes, written atomically and read at random.
 
-A picture is two neighbouring members that share a key: the picture's own bytes (``.jpg``, ``.png`` or
+An image is two neighbouring members that share a key: the image's own bytes (``.jpg``, ``.png`` or
 ``.webp``) and a ``.json`` with its boxes in pixels, x2 and y2 exclusive::
 
     {"width": 144, "height": 96, "boxes": [{"xyxy": [x1, y1, x2, y2], "label": "teapot"}]}
 
-Any WebDataset reader streams them; this module also finds the picture at any position, from the index beside
+Any WebDataset reader streams them; this module also finds the image at any position, from the index beside
 the shards, or else from one that is made by reading the tars' headers (see :mod:`pbe.data.shards.index`).
 """
 
@@ -25,10 +25,10 @@ from pbe.data.shards.finding import find_indexed, remote_shards
 from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, ShardWriter, new_shard
 from pbe.data.shards.index import (
     HeaderRows,
+    ImageRow,
     IndexedShard,
     IndexFile,
     LocalFiles,
-    PictureRow,
 )
 from pbe.data.shards.remote import (
     PIPE,
@@ -45,11 +45,11 @@ from pbe.files import make_folder
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One picture on its way into a shard.
+    """One image on its way into a shard.
 
     Attributes:
         key: unique name; dots and slashes are not allowed (WebDataset splits names at the first dot).
-        picture: the encoded file.
+        image: the encoded file.
         extension: of the file: ``jpg``, ``png`` or ``webp``.
         width: pixels.
         height: pixels.
@@ -58,7 +58,7 @@ class ShardRecord:
     """
 
     key: str
-    picture: bytes
+    image: bytes
     extension: str
     width: int
     height: int
@@ -89,7 +89,7 @@ def _fill(
         if "." in upcoming.key or "/" in upcoming.key:
             raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
         annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
-        for extension, data in sorted([(upcoming.extension, upcoming.picture), ("json", annotation)]):
+        for extension, data in sorted([(upcoming.extension, upcoming.image), ("json", annotation)]):
             size += shard.add(f"{upcoming.key}.{extension}", data)[1]
         count += 1
         upcoming = next(rest, None)
@@ -104,14 +104,14 @@ def write_shards(
     max_bytes: int = 256 * 2**20,
     prefix: str = "shard",
 ) -> list[Path]:
-    """Write pictures into ``folder/prefix-000000.tar`` and so on; a shard appears only when it is complete.
+    """Write images into ``folder/prefix-000000.tar`` and so on; a shard appears only when it is complete.
 
     Shards of the same prefix that an earlier, longer run left behind are removed at the end.
 
     Args:
-        records: the pictures, in order.
+        records: the images, in order.
         folder: created where missing; shards of the same name are replaced.
-        max_count: pictures a shard.
+        max_count: images a shard.
         max_bytes: bytes of members after which a shard is closed.
         prefix: of the files' names.
 
@@ -133,8 +133,8 @@ def write_shards(
     return paths
 
 
-class ShardPictures(Sequence[PictureRow]):
-    """The pictures of some shards, by position.
+class ShardImages(Sequence[ImageRow]):
+    """The images of some shards, by position.
 
     Where the shards have an index, opening reads the list of the shards only; otherwise the headers of the
     tars. Shards are opened when first read from, in each process anew, so the object may be sent to workers.
@@ -149,7 +149,7 @@ class ShardPictures(Sequence[PictureRow]):
 
     Attributes:
         paths: of the shards.
-        box_count: boxes of all pictures; 0 unless they were counted.
+        box_count: boxes of all images; 0 unless they were counted.
     """
 
     def __init__(
@@ -173,14 +173,14 @@ class ShardPictures(Sequence[PictureRow]):
             for shard in found
         ]
         self._indexes: dict[int, IndexFile] = {}
-        self._starts = np.cumsum([0, *(shard.pictures for shard in self._shards)])
+        self._starts = np.cumsum([0, *(shard.images for shard in self._shards)])
         self._box_starts = np.cumsum([0, *(shard.boxes if count_boxes else 0 for shard in self._shards)])
         self.box_count = int(self._box_starts[-1])
         if not len(self):
             raise UserError(f"the shards at '{pattern}' hold no pictures")
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return int(self._starts[-1])
 
     def __getitem__(self, position: Any) -> Any:
@@ -194,7 +194,7 @@ class ShardPictures(Sequence[PictureRow]):
         return {**self.__dict__, "_indexes": {}}
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """Return the shard of a picture and its number therein."""
+        """Return the shard of an image and its number therein."""
         position = int(position)
         position += len(self) if position < 0 else 0
         if not 0 <= position < len(self):
@@ -210,11 +210,11 @@ class ShardPictures(Sequence[PictureRow]):
             path, digest = shard.index, shard.index_digest if self._verify else None
             if self._remote:  # a copy is checked when it is made
                 path, digest = cached_copy(shard.index, shard.index_digest, self._cache), None
-            self._indexes[number] = IndexFile(path, shard.pictures, self._index_files, digest)
+            self._indexes[number] = IndexFile(path, shard.images, self._index_files, digest)
         return self._indexes[number]
 
-    def row(self, position: int) -> PictureRow:
-        """Return what the index knows of the picture at ``position``.
+    def row(self, position: int) -> ImageRow:
+        """Return what the index knows of the image at ``position``.
 
         Raises:
             DamagedIndexError: the shard's index is not what it should be.
@@ -224,10 +224,10 @@ class ShardPictures(Sequence[PictureRow]):
         return self._rows(shard).row(number)
 
     def owner(self, box: int) -> tuple[int, int]:
-        """Return the position of the picture that a box belongs to, and the box's number in the picture.
+        """Return the position of the image that a box belongs to, and the box's number in the image.
 
         Args:
-            box: 0 to ``box_count`` - 1, in the order of the pictures.
+            box: 0 to ``box_count`` - 1, in the order of the images.
 
         Raises:
             DamagedIndexError: the shard's index is not what it should be.
@@ -238,16 +238,16 @@ class ShardPictures(Sequence[PictureRow]):
         ends = self._rows(shard).box_ends()
         if inside >= ends[-1]:
             raise DamagedIndexError(f"the index of '{self.paths[shard]}' lacks boxes; pack the shards again")
-        picture = int(np.searchsorted(ends, inside, side="right"))
-        return int(self._starts[shard]) + picture, inside - (int(ends[picture - 1]) if picture else 0)
+        image = int(np.searchsorted(ends, inside, side="right"))
+        return int(self._starts[shard]) + image, inside - (int(ends[image - 1]) if image else 0)
 
-    def picture(self, position: int) -> bytes:
-        """Return the encoded picture at ``position``; OSError when the shard can no longer be read."""
+    def image(self, position: int) -> bytes:
+        """Return the encoded image at ``position``; OSError when the shard can no longer be read."""
         shard, number = self._locate(position)
-        return self._files.read(self.paths[shard], *self._rows(shard).row(number).picture)
+        return self._files.read(self.paths[shard], *self._rows(shard).row(number).image)
 
     def read(self, position: int, place: tuple[int, int]) -> bytes:
-        """Return a piece (offset and size) of the shard that holds the picture at ``position``.
+        """Return a piece (offset and size) of the shard that holds the image at ``position``.
 
         Raises:
             OSError: when the shard can no longer be read.
@@ -265,7 +265,7 @@ class ShardPictures(Sequence[PictureRow]):
 
 
 def parse_annotation(text: bytes) -> dict[str, Any]:
-    """Return the JSON object of a picture; ValueError when it is none."""
+    """Return the JSON object of an image; ValueError when it is none."""
     parsed = json.loads(text)
     if not isinstance(parsed, dict):
         raise ValueError("the annotation is not a JSON object")

@@ -46,7 +46,7 @@ def index_path(tar: Path) -> Path:
 def index_bytes(columns: Mapping[str, np.ndarray]) -> bytes:
     """Return the content of an index file, the same for the same columns."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **columns)  # type: ignore[arg-type]
+    np.savez(buffer, allow_pickle=False, **columns)
     return buffer.getvalue()
 
 

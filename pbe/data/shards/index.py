@@ -1,4 +1,4 @@
-"""The index of shards: where each picture lies, how large it is, and its boxes, without reading the shards.
+"""The index of shards: where each image lies, how large it is, and its boxes, without reading the shards.
 
 A folder of packed shards holds ``shards.json``, which names every shard with its counts, and beside each tar
 an uncompressed ``.index.npz``. Opening a data set reads ``shards.json`` alone. A row is then read from the
@@ -35,7 +35,7 @@ from pbe.data.shards.format import (
 from pbe.data.shards.tar_members import read_members
 
 OPEN_FILES = 128  # a process may often open 1024
-MAX_COUNT = 2**40  # of a shard's pictures, boxes and bytes
+MAX_COUNT = 2**40  # of a shard's images, boxes and bytes
 LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
 # Of the arrays that are read: the type, and what a row of it holds.
 COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -55,20 +55,20 @@ ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of a
 
 
 @dataclass(frozen=True)
-class PictureRow:
-    """Everything about a picture but its pixels.
+class ImageRow:
+    """Everything about an image but its pixels.
 
     Attributes:
         key: the name of its members.
-        picture: offset and size in bytes of the encoded picture in its tar.
+        image: offset and size in bytes of the encoded image in its tar.
         annotation: the same of its JSON.
         frame: width and height in pixels; None where only the JSON knows.
         boxes: float64 ``n 4``, x1 y1 x2 y2 in pixels; None where only the JSON knows.
-        digest: BLAKE2b of the encoded picture, 16 bytes; empty where unknown.
+        digest: BLAKE2b of the encoded image, 16 bytes; empty where unknown.
     """
 
     key: str
-    picture: tuple[int, int]
+    image: tuple[int, int]
     annotation: tuple[int, int]
     frame: tuple[int, int] | None = None
     boxes: np.ndarray | None = None
@@ -120,7 +120,7 @@ class HeaderRows:
         count_boxes: read every JSON too, so that :meth:`box_ends` can be asked for.
 
     Attributes:
-        pictures: number of them.
+        images: number of them.
         boxes: number of them; 0 unless they were counted.
     """
 
@@ -130,18 +130,18 @@ class HeaderRows:
         self._keys = b"".join(keys)
         self._key_ends = np.cumsum([0, *(len(key) for key in keys)])
         self._places = np.array(list(members.values()), np.int64).reshape(-1, 4)
-        self.pictures = len(self._places)
+        self.images = len(self._places)
         self._box_ends = _count_boxes(path, self._places[:, 2:] if count_boxes else self._places[:0, 2:])
         self.boxes = int(self._box_ends[-1]) if len(self._box_ends) else 0
 
-    def row(self, number: int) -> PictureRow:
-        """Return a picture's row, without frame and boxes."""
+    def row(self, number: int) -> ImageRow:
+        """Return an image's row, without frame and boxes."""
         start, end = self._key_ends[number : number + 2]
         offset, size, json_offset, json_size = self._places[number].tolist()
-        return PictureRow(self._keys[start:end].decode(), (offset, size), (json_offset, json_size))
+        return ImageRow(self._keys[start:end].decode(), (offset, size), (json_offset, json_size))
 
     def box_ends(self) -> np.ndarray:
-        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
+        """Return for each image the number of boxes of the shard up to and with its own, int64 ``n``."""
         return self._box_ends
 
 
@@ -152,7 +152,7 @@ def _count_boxes(path: Path, places: np.ndarray) -> np.ndarray:
         try:
             counts.append(len(json.loads(files.read(str(path), offset, size))["boxes"]))
         except (ValueError, TypeError, KeyError, RecursionError):
-            counts.append(1)  # so that the picture gets its turn, and is counted as what it is
+            counts.append(1)  # so that the image gets its turn, and is counted as what it is
     return np.cumsum(np.array(counts, np.int64))
 
 
@@ -177,11 +177,11 @@ def _layout(data: bytes) -> dict[str, Place]:
     return places
 
 
-def _check_columns(data: bytes, places: dict[str, Place], pictures: int) -> None:
+def _check_columns(data: bytes, places: dict[str, Place], images: int) -> None:
     """Raise a ValueError where an array is missing, of another type or shape, or contradicts another."""
     for name, (kind, row) in COLUMNS.items():
         offset, dtype, shape = places[name]
-        rows = shape[0] if name in ENDS.values() and shape else pictures
+        rows = shape[0] if name in ENDS.values() and shape else images
         if dtype != kind or shape != (rows, *row) or not 0 <= _bytes(dtype, shape) <= len(data) - offset:
             raise ValueError(f"'{name}' is {dtype} of the shape {shape}")
     values = {name: _values(data, places[name]) for name, (_, row) in COLUMNS.items() if not row}
@@ -203,7 +203,7 @@ class IndexFile:
 
     Args:
         path: of a local ``.index.npz``.
-        pictures: number of rows that it must have.
+        images: number of rows that it must have.
         files: read from.
         digest: hexadecimal BLAKE2b that the file must have; None does not check.
 
@@ -212,17 +212,17 @@ class IndexFile:
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: str, pictures: int, files: LocalFiles, digest: str | None = None) -> None:
+    def __init__(self, path: str, images: int, files: LocalFiles, digest: str | None = None) -> None:
         data = Path(path).read_bytes()
         if digest is not None and digest_of(data).hex() != digest:
             raise DamagedIndexError(f"'{path}' is not the index that {MANIFEST_NAME} tells of")
         try:
             self._places = _layout(data)
-            _check_columns(data, self._places, pictures)
+            _check_columns(data, self._places, images)
         except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
             what = " ".join(str(error).split()) or type(error).__name__
-            raise DamagedIndexError(f"'{path}' is no index of {pictures} pictures ({what})") from error
-        self._path, self._files, self._pictures = path, files, pictures
+            raise DamagedIndexError(f"'{path}' is no index of {images} pictures ({what})") from error
+        self._path, self._files, self._images = path, files, images
 
     def _read(self, name: str, start: int, end: int) -> np.ndarray:
         offset, dtype, shape = self._places[name]
@@ -239,8 +239,8 @@ class IndexFile:
         ends = self._read(name, max(number - 1, 0), number + 1).tolist()
         return (0, ends[0]) if number == 0 else (ends[0], ends[1])
 
-    def row(self, number: int) -> PictureRow:
-        """Return a picture's row.
+    def row(self, number: int) -> ImageRow:
+        """Return an image's row.
 
         Raises:
             DamagedIndexError: where its numbers contradict each other.
@@ -250,9 +250,9 @@ class IndexFile:
             key = self._read("key_bytes", *self._span("key_end", number)).tobytes().decode()
         except UnicodeDecodeError as error:
             raise DamagedIndexError(f"'{self._path}': a key is not UTF-8") from error
-        return PictureRow(
+        return ImageRow(
             key=key,
-            picture=(self._one("picture_offset", number), self._one("picture_size", number)),
+            image=(self._one("picture_offset", number), self._one("picture_size", number)),
             annotation=(self._one("json_offset", number), self._one("json_size", number)),
             frame=(self._one("width", number), self._one("height", number)),
             boxes=self._read("boxes", *self._span("box_end", number)),
@@ -260,8 +260,8 @@ class IndexFile:
         )
 
     def box_ends(self) -> np.ndarray:
-        """Return for each picture the number of boxes of the shard up to and with its own, int64 ``n``."""
-        return self._read("box_end", 0, self._pictures)
+        """Return for each image the number of boxes of the shard up to and with its own, int64 ``n``."""
+        return self._read("box_end", 0, self._images)
 
 
 def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
@@ -273,7 +273,7 @@ class IndexedShard:
     """What ``shards.json`` says of a shard; the paths lie beside it."""
 
     path: str
-    pictures: int
+    images: int
     boxes: int
     index: str
     index_digest: str

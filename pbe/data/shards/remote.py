@@ -1,6 +1,6 @@
 """Shards behind a URL (HTTP, S3, GCS and whatever else fsspec knows), read by byte ranges.
 
-Pictures are fetched one by one, each with a request of its own. Index files, of which every sample needs a
+Images are fetched one by one, each with a request of its own. Index files, of which every sample needs a
 few numbers, are copied to a local folder when first needed, and trusted by their hash.
 
 WebDataset's pipes (``pipe:COMMAND``) are the slow way: they know neither ranges nor an index, so their tars

@@ -41,17 +41,17 @@ def read_members(path: Path) -> dict[str, tuple[Place, Place]]:
         members = list(_files(path))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f"'{path}' {_why(path, error)}") from error
-    pictures = _by_key(path, (member for member in members if member.extension in PICTURE_EXTENSIONS))
+    images = _by_key(path, (member for member in members if member.extension in PICTURE_EXTENSIONS))
     annotations = _by_key(path, (member for member in members if member.extension == ".json"))
-    whole = pictures.keys() & annotations.keys()
+    whole = images.keys() & annotations.keys()
     lonely = [
         member
-        for key, member in sorted({**pictures, **annotations}.items())
+        for key, member in sorted({**images, **annotations}.items())
         if key not in whole and not _is_extra(key, whole)
     ]
     if lonely:
         raise UserError(f"'{path}': {_complaint(lonely, members)}; write the shard again")
-    return {key: (member.place, annotations[key].place) for key, member in pictures.items() if key in whole}
+    return {key: (member.place, annotations[key].place) for key, member in images.items() if key in whole}
 
 
 def _files(path: Path) -> Iterator[Member]:

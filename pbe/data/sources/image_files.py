@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pbe.data.samples.colour import convert_profile
-from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusablePictureError, decode
+from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusableImageError, decode
 from pbe.errors import UserError
 
 # What is no JPEG, PNG or WebP is encoded again when it is packed, or counted as what Pillow cannot read.
@@ -157,7 +157,7 @@ def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
         raise UnreadableImageError(reason) from error
     try:
         height, width = decode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
-    except UnusablePictureError as damage:
+    except UnusableImageError as damage:
         raise UnreadableImageError(reason) from damage
     return ImageHeader(extension, (width, height), 1, 1)
 

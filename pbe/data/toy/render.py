@@ -32,8 +32,8 @@ class SceneRenderer:
     def record(self, index: int) -> ShardRecord:
         """Return scene ``index`` as a JPEG with its boxes."""
         scene = render_scene(self.world, self.split, generator(self.seed, self.split, index), self.config)
-        picture = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
-        _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        image = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
+        _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         height, width = scene.image.shape[:2]
         key = f"{self.split}-{index:07d}"
         return ShardRecord(key, encoded.tobytes(), "jpg", width, height, scene.boxes, scene.labels)

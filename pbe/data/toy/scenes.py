@@ -50,7 +50,7 @@ class SceneConfig:
         max_objects: one to this many objects.
         sizes: range of an object's longest side, a share of the short side, for scenes of 1, 2, 3 objects.
         recolour: share of objects in another paint; used for the training split only.
-        max_hidden: share of an object that the picture's edge and later objects may hide together.
+        max_hidden: share of an object that the image's edge and later objects may hide together.
         max_iou: largest overlap (intersection over union) of two boxes.
     """
 
@@ -65,7 +65,7 @@ class SceneConfig:
 
 @dataclass
 class Scene:
-    """A picture and what stands in it.
+    """An image and what stands in it.
 
     Attributes:
         image: uint8 ``h w 3``, RGB.
@@ -94,7 +94,7 @@ class Scene:
 
 
 class ToyWorld:
-    """The archive of objects and panoramas; pictures are decoded when first asked for, and kept.
+    """The archive of objects and panoramas; images are decoded when first asked for, and kept.
 
     Args:
         path: the archive.
@@ -113,7 +113,7 @@ class ToyWorld:
         self._objects = [ToyObject(Path(row["file"]).stem, row["name"], row["split"]) for row in rows]
         names = (Path(name) for name in self._archive.namelist())
         self._panoramas = sorted(name.stem for name in names if name.suffix == ".jpg")
-        self._pictures: dict[str, np.ndarray] = {}
+        self._images: dict[str, np.ndarray] = {}
 
     def objects(self, split: str) -> list[ToyObject]:
         """Return the objects of a split, in the archive's order."""
@@ -128,24 +128,24 @@ class ToyWorld:
     def object_rgba(self, toy: ToyObject) -> np.ndarray:
         """Return an object, uint8 ``h w 4``, trimmed to its visible pixels."""
         name = f"objects/{toy.key}.webp"
-        if name not in self._pictures:
+        if name not in self._images:
             rgba = cv2.cvtColor(self._decode(name, cv2.IMREAD_UNCHANGED), cv2.COLOR_BGRA2RGBA)
             left, top, width, height = cv2.boundingRect((rgba[..., 3] >= OPAQUE).astype(np.uint8))
-            self._pictures[name] = np.ascontiguousarray(rgba[top : top + height, left : left + width])
-        return self._pictures[name]
+            self._images[name] = np.ascontiguousarray(rgba[top : top + height, left : left + width])
+        return self._images[name]
 
     def panorama(self, name: str) -> np.ndarray:
         """Return a panorama, uint8 ``h w 3`` RGB: x is longitude, y latitude from the zenith down."""
         member = f"panoramas/{name}.jpg"
-        if member not in self._pictures:
-            self._pictures[member] = cv2.cvtColor(self._decode(member, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-        return self._pictures[member]
+        if member not in self._images:
+            self._images[member] = cv2.cvtColor(self._decode(member, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        return self._images[member]
 
     def _decode(self, member: str, flags: int) -> np.ndarray:
-        picture = cv2.imdecode(np.frombuffer(self._archive.read(member), np.uint8), flags)
-        if picture is None:
+        image = cv2.imdecode(np.frombuffer(self._archive.read(member), np.uint8), flags)
+        if image is None:
             raise UserError(f"'{self.path}': '{member}' is not a readable picture")
-        return picture
+        return image
 
 
 def _check_split(split: str) -> None:
@@ -318,7 +318,7 @@ def _draw_size(rng: np.random.Generator, config: SceneConfig) -> tuple[int, int]
 
 
 def draw_centre(rng: np.random.Generator, sprite: np.ndarray, width: int, height: int) -> tuple[float, float]:
-    """Return a centre that keeps about 95 % or more of the sprite's width and height inside the picture."""
+    """Return a centre that keeps about 95 % or more of the sprite's width and height inside the image."""
 
     def along(extent: int, length: int) -> float:
         low, high = 0.45 * extent, length - 0.45 * extent

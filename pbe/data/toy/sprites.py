@@ -1,6 +1,6 @@
 """Objects of the toy world: how one of them is posed, lit, recoloured and turned into a sprite.
 
-A sprite is a small RGBA picture with premultiplied colours (uint8, ``h w 4``): it can be resampled without
+A sprite is a small RGBA image with premultiplied colours (uint8, ``h w 4``): it can be resampled without
 dark or bright fringes and pasted as ``colour + (1 - alpha) * background``.
 """
 
@@ -108,7 +108,7 @@ def recolour(rgb: np.ndarray, paint: Recolour) -> np.ndarray:
     swapped = np.ascontiguousarray(rgb[..., list(paint.channels)])
     hsv = cv2.cvtColor(swapped, cv2.COLOR_RGB2HSV)
     levels = np.arange(256, dtype=np.float32)
-    # OpenCV keeps the hue of 8-bit pictures in half degrees, 0 to 179.
+    # OpenCV keeps the hue of 8-bit images in half degrees, 0 to 179.
     table = np.stack(
         [(levels + round(paint.hue / 2)) % 180, levels * paint.saturation, levels * paint.value], axis=-1
     )
@@ -126,7 +126,7 @@ def _warp_matrix(
     linear = np.array([[cos * sx, sin * sy], [-sin * sx, cos * sy]])  # y points down
     new_width, new_height = np.abs(linear) @ np.array([width, height])
     size = (math.ceil(new_width) + 2, math.ceil(new_height) + 2)
-    # OpenCV counts from pixel centres: the middle of a picture is at (width - 1) / 2.
+    # OpenCV counts from pixel centres: the middle of an image is at (width - 1) / 2.
     shift = (np.array(size) - 1) / 2 - linear @ ((np.array([width, height]) - 1) / 2)
     return np.column_stack([linear, shift]), size
 

@@ -14,7 +14,7 @@ import numpy as np
 from pbe.data.packing.plan import held_out
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import UnusablePictureError, decode_picture
+from pbe.data.samples.decode import UnusableImageError, decode_image
 from pbe.data.sources.annotations import Annotations, ImageRecord, SourceBox
 from pbe.data.sources.image_files import UnreadableImageError, inspect_image
 from pbe.errors import UserError
@@ -223,8 +223,8 @@ def _read(path: Path, width: int, height: int) -> np.ndarray | None:
         header = inspect_image(encoded)
         if header.orientation != 1 or header.stored_size != (width, height):
             return None
-        return cv2.cvtColor(decode_picture(encoded), cv2.COLOR_RGB2BGR)
-    except (OSError, UnreadableImageError, UnusablePictureError):
+        return cv2.cvtColor(decode_image(encoded), cv2.COLOR_RGB2BGR)
+    except (OSError, UnreadableImageError, UnusableImageError):
         return None
 
 

@@ -133,7 +133,7 @@ def write_shard(
             shard.add(f"{key}.npy", layout.header + record.tobytes())
         size, tar_hash = shard.end()
         hashes = b"".join(digest(record.tobytes()) for record in records)
-        columns = {
+        columns: dict[str, np.ndarray] = {
             "key_bytes": np.frombuffer("".join(keys).encode(), np.uint8),
             "key_end": np.cumsum([len(key) for key in keys], dtype=np.int64),
             "row_offset": layout.start + layout.stride * np.arange(count, dtype=np.int64),

@@ -15,9 +15,9 @@ from PIL import Image
 from pbe.data.packing.plan import PackSettings, make_plan
 from pbe.data.packing.records import index_keys, load_index, read_summary
 from pbe.data.packing.request import PackRequest
-from pbe.data.samples.decode import decode_picture
+from pbe.data.samples.decode import decode_image
 from pbe.data.samples.rle import decode_rle
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
@@ -122,7 +122,7 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
     run(request_of(odd, out, shard_pictures=3))
     summary = read_summary(out)
     assert summary is not None
-    images = ShardPictures(out)
+    images = ShardImages(out)
     assert len(images) == summary["pictures"] == 7
     position = 0
     for shard in summary["shards"]:
@@ -135,11 +135,11 @@ def test_members_index_and_json_agree_and_decode(odd: Path, tmp_path: Path) -> N
         for row, key in enumerate(index_keys(table)):
             entry = images[position]
             assert entry.key == key
-            assert entry.picture == (table["picture_offset"][row], table["picture_size"][row])
+            assert entry.image == (table["picture_offset"][row], table["picture_size"][row])
             assert entry.annotation == (table["json_offset"][row], table["json_size"][row])
-            encoded, annotation = images.picture(position), images.annotation(position)
+            encoded, annotation = images.image(position), images.annotation(position)
             assert digest(encoded) == table["picture_hash"][row].tobytes()
-            image = decode_picture(encoded)
+            image = decode_image(encoded)
             assert image.shape == (annotation["height"], annotation["width"], 3)
             assert image.shape[:2] == (table["height"][row], table["width"][row])
             rows = slice(table["box_end"][row - 1] if row else 0, table["box_end"][row])
@@ -175,8 +175,8 @@ def test_boxes_follow_the_exif_orientation(tmp_path: Path, orientation: int, fra
     settings = PackSettings(exif_frame=frame)
     request = PackRequest(lambda: [read_coco(tmp_path / "a.json", tmp_path)], [], settings, tmp_path / "out")
     run(request)
-    images = ShardPictures(tmp_path / "out")
-    image = decode_picture(images.picture(0))
+    images = ShardImages(tmp_path / "out")
+    image = decode_image(images.image(0))
     assert np.array_equal(image, shown)
     x1, y1, x2, y2 = (int(value) for value in images.annotation(0)["boxes"][0]["xyxy"])
     assert image[y1:y2, x1:x2].all()
@@ -210,7 +210,7 @@ def test_masks_give_the_box_and_travel_along(tmp_path: Path) -> None:
         out = tmp_path / f"out{number}"
         result = run(PackRequest(lambda: [read_mask_folder(tmp_path)], [], PackSettings(max_side=side), out))
         assert result.tally.dropped_boxes == {"empty mask": 1, "unreadable mask": 1}
-        box = ShardPictures(out).annotation(0)["boxes"][0]
+        box = ShardImages(out).annotation(0)["boxes"][0]
         scale = 0.5 if side else 1.0
         assert box["xyxy"] == [40 * scale, 20 * scale, 121 * scale, 101 * scale]
         drawn = decode_rle(box["mask"])
@@ -230,19 +230,19 @@ def test_formats_that_shards_do_not_hold(tmp_path: Path) -> None:
     (tmp_path / "boxes.csv").write_text("\n".join([*lines, "f.heic,10,10,60,60"]))
     result = run(request_of(tmp_path, tmp_path / "out"))
     assert result.tally.dropped_pictures == {"unreadable: no image": 1}
-    images = ShardPictures(tmp_path / "out")
+    images = ShardImages(tmp_path / "out")
     for position in range(4):
-        assert np.array_equal(decode_picture(images.picture(position)), pixels)
+        assert np.array_equal(decode_image(images.image(position)), pixels)
 
 
 def test_smaller_copies(odd: Path, tmp_path: Path) -> None:
     result = run(request_of(odd, tmp_path / "out", max_side=50))
     assert result.tally.events["encoded again: too long"] == 5
-    images = ShardPictures(tmp_path / "out")
+    images = ShardImages(tmp_path / "out")
     for position in range(len(images)):
         annotation = images.annotation(position)
         assert max(annotation["width"], annotation["height"]) == 50
-        assert decode_picture(images.picture(position)).shape[:2] == (
+        assert decode_image(images.image(position)).shape[:2] == (
             annotation["height"],
             annotation["width"],
         )

@@ -14,7 +14,7 @@ import pytest
 from pbe.data.packing.pack import PackResult
 from pbe.data.packing.plan import PackSettings, held_out
 from pbe.data.packing.request import PackRequest
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.sources.coco import read_coco
 from pbe.data.sources.csv_table import read_csv
 from scripts import prepare_data
@@ -45,7 +45,7 @@ def packed(
         tmp_path / "out",
     )
     result = run(request)
-    images = ShardPictures(request.out)
+    images = ShardImages(request.out)
     notes = [images.annotation(number) for number in range(len(images))]
     return result, {note["source"]: [tuple(box["xyxy"]) for box in note["boxes"]] for note in notes}
 
@@ -111,7 +111,7 @@ def test_shares_and_pixels_of_one_image(tmp_path: Path) -> None:
         tmp_path / "out",
     )
     result = run(request)
-    boxes = ShardPictures(request.out).annotation(0)["boxes"]
+    boxes = ShardImages(request.out).annotation(0)["boxes"]
     assert [(box["label"], box["xyxy"]) for box in boxes] == [
         ("cat", [10, 10, 60, 60]),
         ("dog", [20, 20, 70, 60]),
@@ -181,7 +181,7 @@ def split(table: Path, out: Path, *options: str) -> dict[str, set[str]]:
     assert prepare_data.main([*arguments, *options]) == 0
     found = {}
     for side in ("train", "validation"):
-        images = ShardPictures(out / side)
+        images = ShardImages(out / side)
         found[side] = {images.annotation(number)["source"] for number in range(len(images))}
     return found
 

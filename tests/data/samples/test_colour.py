@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from pbe.data.packing.worker import encode_again
 from pbe.data.samples.colour import convert_profile, on_white, to_srgb
-from pbe.data.samples.decode import decode_picture
+from pbe.data.samples.decode import decode_image
 from pbe.data.sources.image_files import UnreadableImageError, first_frame, inspect_image
 
 GAMMA = 563 / 256
@@ -76,8 +76,8 @@ def encoded(pixels: np.ndarray, kind: str = "png", **options: Any) -> bytes:
 )
 def test_wide_gamut_becomes_srgb(pixels: np.ndarray, kind: str, options: dict[str, Any]) -> None:
     data = encoded(pixels, kind, icc_profile=wide_gamut(), **options)
-    decoded = decode_picture(data)
-    plain = decode_picture(encoded(pixels, kind, **options))
+    decoded = decode_image(data)
+    plain = decode_image(encoded(pixels, kind, **options))
     assert np.abs(in_srgb(plain) - plain).max() > 15  # the profile matters
     assert np.abs(decoded - in_srgb(plain)).max() <= 2
 
@@ -87,8 +87,8 @@ def test_files_encoded_again_keep_their_colours(pixels: np.ndarray) -> None:
     again, extension = encode_again(data, inspect_image(data), 20, 95)
     assert extension == "png"
     assert b"iCCP" not in again
-    small = cv2.resize(decode_picture(data), (20, 16), interpolation=cv2.INTER_AREA)
-    assert np.abs(decode_picture(again).astype(int) - small).max() <= 1
+    small = cv2.resize(decode_image(data), (20, 16), interpolation=cv2.INTER_AREA)
+    assert np.abs(decode_image(again).astype(int) - small).max() <= 1
     tiff = encoded(pixels, "tiff", icc_profile=wide_gamut())
     assert np.abs(first_frame(tiff) - in_srgb(pixels)).max() <= 2
 
@@ -125,18 +125,18 @@ def test_transparent_parts_lie_on_white(pixels: np.ndarray, kind: str, orientati
     share = alpha[..., None] / 255.0
     expected = pixels * share + 255.0 * (1.0 - share)
     shown = expected if orientation == 1 else np.rot90(expected, -1)
-    assert np.abs(decode_picture(data) - shown).max() <= 1
-    stored = decode_picture(data, (pixels.shape[1], pixels.shape[0]))
+    assert np.abs(decode_image(data) - shown).max() <= 1
+    stored = decode_image(data, (pixels.shape[1], pixels.shape[0]))
     assert np.abs(stored - expected).max() <= 1
     opaque = encoded(np.dstack([pixels, np.full_like(alpha, 255)]), kind, **options)
-    assert np.array_equal(decode_picture(opaque), pixels)
+    assert np.array_equal(decode_image(opaque), pixels)
 
 
 def test_palettes_with_a_transparent_colour(pixels: np.ndarray) -> None:
     image = Image.fromarray(pixels).quantize(8)
     buffer = io.BytesIO()
     image.save(buffer, "png", transparency=0)
-    shown = decode_picture(buffer.getvalue())
+    shown = decode_image(buffer.getvalue())
     clear = np.asarray(image) == 0
     assert clear.any()
     assert (shown[clear] == 255).all()

@@ -14,9 +14,9 @@ from pbe.data.samples.decode import (
     DAMAGED,
     SIZE_MISMATCH,
     UNREADABLE,
-    UnusablePictureError,
+    UnusableImageError,
     check_hash,
-    decode_picture,
+    decode_image,
 )
 from tests.data.indexed import blake
 
@@ -57,7 +57,7 @@ def turned(tag: int) -> bytes:
     ids=["jpeg", "progressive", "png", "palette", "transparent", "webp", "animated", "16 bits"],
 )
 def test_kinds_of_files(data):
-    decoded = decode_picture(data, (WIDTH, HEIGHT))
+    decoded = decode_image(data, (WIDTH, HEIGHT))
     assert (decoded.shape, decoded.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
     np.testing.assert_allclose(decoded[2, 12].astype(int), RED, atol=6)
     np.testing.assert_allclose(decoded[-2, 12].astype(int), 10, atol=6)
@@ -65,37 +65,37 @@ def test_kinds_of_files(data):
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_grey_and_cmyk_become_rgb(mode):
-    decoded = decode_picture(encoded(picture().convert(mode), "JPEG", quality=95))
+    decoded = decode_image(encoded(picture().convert(mode), "JPEG", quality=95))
     assert decoded.shape == (HEIGHT, WIDTH, 3)
     expected = np.asarray(picture().convert(mode).convert("RGB"))[2, 12]
     np.testing.assert_allclose(decoded[2, 12].astype(int), expected, atol=12)
 
 
 def test_boxes_in_the_displayed_frame():
-    decoded = decode_picture(turned(6), (HEIGHT, WIDTH))
+    decoded = decode_image(turned(6), (HEIGHT, WIDTH))
     assert decoded.shape == (WIDTH, HEIGHT, 3)
     np.testing.assert_allclose(decoded[12, -2].astype(int), RED, atol=12)  # what was above is on the right
 
 
 def test_boxes_in_the_stored_frame():
-    decoded = decode_picture(turned(6), (WIDTH, HEIGHT))
+    decoded = decode_image(turned(6), (WIDTH, HEIGHT))
     assert decoded.shape == (HEIGHT, WIDTH, 3)
     np.testing.assert_allclose(decoded[2, 12].astype(int), RED, atol=12)
 
 
 @pytest.mark.parametrize(("tag", "frame"), [(6, (24, 24)), (1, (HEIGHT, WIDTH)), (3, (HEIGHT, WIDTH))])
 def test_neither_frame_fits(tag, frame):
-    with pytest.raises(UnusablePictureError, match=SIZE_MISMATCH):
-        decode_picture(turned(tag), frame)
+    with pytest.raises(UnusableImageError, match=SIZE_MISMATCH):
+        decode_image(turned(tag), frame)
 
 
 @pytest.mark.parametrize("data", [b"", b"text", turned(1)[:300], encoded(picture(), "PNG")[:60]])
 def test_what_is_cut_short_or_no_picture(data):
-    with pytest.raises(UnusablePictureError, match=UNREADABLE):
-        decode_picture(data)
+    with pytest.raises(UnusableImageError, match=UNREADABLE):
+        decode_image(data)
 
 
 def test_hashes():
     check_hash(b"bytes", blake(b"bytes"))
-    with pytest.raises(UnusablePictureError, match=DAMAGED):
+    with pytest.raises(UnusableImageError, match=DAMAGED):
         check_hash(b"bytes!", blake(b"bytes"))

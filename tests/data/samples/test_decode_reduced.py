@@ -11,20 +11,20 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from pbe.config import DataConfig, SampleConfig
-from pbe.data.dataset import ExemplarDataset, read_picture
+from pbe.data.dataset import ExemplarDataset, read_image
 from pbe.data.randomness import generator
 from pbe.data.samples import decode as decode_module
 from pbe.data.samples.crops import plan_original_crop, plan_square_crop
 from pbe.data.samples.decode import (
     UNREADABLE,
-    UnusablePictureError,
+    UnusableImageError,
     choose_reduction,
-    decode_picture,
+    decode_image,
     reduced_box,
     smallest_crop,
 )
 from pbe.data.samples.masks import Box, extend_box
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 
 JPEG = b"\xff\xd8"
 CONFIG = DataConfig(
@@ -102,7 +102,7 @@ def test_no_crop_is_smaller_than_promised(width, height, shares, fraction, squas
 def test_boxes_stay_on_their_object(factor, orientation):
     box = Box(48, 16, 96, 56)
     encoded = jpeg(scene(160, 80, box), orientation)
-    picture = decode_picture(encoded, (160, 80), factor)
+    picture = decode_image(encoded, (160, 80), factor)
     assert picture.shape == (80 // factor, 160 // factor, 3)
     small = reduced_box(box, factor)
     expected = scene(160 // factor, 80 // factor, small)
@@ -114,8 +114,8 @@ def test_pixels_are_about_the_means_of_their_blocks(factor):
     coarse = np.random.default_rng(0).integers(40, 216, (12, 16, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (256, 192), interpolation=cv2.INTER_CUBIC)
     encoded = jpeg(image)
-    blocks = decode_picture(encoded).reshape(192 // factor, factor, 256 // factor, factor, 3).mean((1, 3))
-    assert abs(decode_picture(encoded, (256, 192), factor) - blocks).max() < 6
+    blocks = decode_image(encoded).reshape(192 // factor, factor, 256 // factor, factor, 3).mean((1, 3))
+    assert abs(decode_image(encoded, (256, 192), factor) - blocks).max() < 6
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def large(tmp_path):
 
 
 def test_samples_of_reduced_pictures_show_the_same_objects(large):
-    dataset = ExemplarDataset(ShardPictures(large), CONFIG, 1)
-    annotated = read_picture(dataset.pictures, 1, CONFIG)
+    dataset = ExemplarDataset(ShardImages(large), CONFIG, 1)
+    annotated = read_image(dataset.images, 1, CONFIG)
     assert annotated.image.shape == (96, 128, 3)
     assert annotated.boxes == [Box(16, 8, 76, 60)]
     for number in range(9):
@@ -153,8 +153,8 @@ def test_nothing_of_a_long_box_is_mirrored_at_a_reduced_size(tmp_path):
         for number, (image, box) in enumerate(zip(images, boxes, strict=True))
     ]
     write_shards(records, tmp_path)
-    dataset = ExemplarDataset(ShardPictures(tmp_path), CONFIG, 1)
-    assert read_picture(dataset.pictures, 0, CONFIG).image.shape[0] < 512
+    dataset = ExemplarDataset(ShardImages(tmp_path), CONFIG, 1)
+    assert read_image(dataset.images, 0, CONFIG).image.shape[0] < 512
     padded = 0
     for number in range(24):
         sample = dataset[number].sample
@@ -168,11 +168,11 @@ def test_nothing_of_a_long_box_is_mirrored_at_a_reduced_size(tmp_path):
 def test_what_is_damaged_or_of_another_size_is_still_noticed(large):
     box = Box(48, 32, 304, 240)
     whole = jpeg(scene(512, 384, box))
-    with pytest.raises(UnusablePictureError, match=UNREADABLE):
-        decode_picture(whole[: len(whole) // 2], (512, 384), 4)
+    with pytest.raises(UnusableImageError, match=UNREADABLE):
+        decode_image(whole[: len(whole) // 2], (512, 384), 4)
     for frame in ((512, 376), (384, 512), (520, 384)):
-        with pytest.raises(UnusablePictureError, match=decode_module.SIZE_MISMATCH):
-            decode_picture(whole, frame, 4)
+        with pytest.raises(UnusableImageError, match=decode_module.SIZE_MISMATCH):
+            decode_image(whole, frame, 4)
 
 
 def test_without_it_nothing_changes(large, monkeypatch):
@@ -182,5 +182,5 @@ def test_without_it_nothing_changes(large, monkeypatch):
         decode_module, "decode", lambda encoded, flag: flags.append(flag) or decode(encoded, flag)
     )
     config = DataConfig(image_size=64, exemplar_size=32)
-    assert read_picture(ShardPictures(large), 0, config).image.shape == (384, 512, 3)
+    assert read_image(ShardImages(large), 0, config).image.shape == (384, 512, 3)
     assert flags == [cv2.IMREAD_COLOR_RGB]

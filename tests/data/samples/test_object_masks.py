@@ -24,7 +24,7 @@ from pbe.data.samples.masks import Box, rectangle_mask
 from pbe.data.samples.object_masks import cut_mask, dilated_mask, object_cover, read_object_mask
 from pbe.data.samples.rle import encode_rle
 from pbe.data.samples.sample import NO_OBJECT_MASK, make_sample
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.data.shards.index import read_members
 from pbe.data.sources.masks import read_mask_folder
 from scripts.sample_properties import check_sample
@@ -77,7 +77,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dataset(shards: Path, **settings: float | bool) -> ExemplarDataset:
     config = DataConfig(image_size=SIZE, exemplar_size=EXEMPLAR, sample=sample_config(**settings))
-    return ExemplarDataset(ShardPictures(shards), config, 3)
+    return ExemplarDataset(ShardImages(shards), config, 3)
 
 
 def test_the_hole_is_the_object_in_every_orientation_and_crop(packed: Path) -> None:
@@ -138,7 +138,7 @@ def test_no_mask_falls_back_and_is_counted(shards: Path) -> None:
     )
 
 
-def rewrite(tmp_path: Path, mask: object) -> ShardPictures:
+def rewrite(tmp_path: Path, mask: object) -> ShardImages:
     """A shard of one picture whose only box, 10 10 40 30, has this mask."""
     picture = cv2.imencode(".png", np.zeros((48, 60, 3), np.uint8))[1].tobytes()
     box = {"xyxy": [10.0, 10.0, 40.0, 30.0], "label": "", "mask": mask}
@@ -148,7 +148,7 @@ def rewrite(tmp_path: Path, mask: object) -> ShardPictures:
             return {"width": 60, "height": 48, "boxes": [{"xyxy": [0.0, 0.0, 9.0, 9.0]}, box]}
 
     write_shards([Record("p", picture, "png", 60, 48, [])], tmp_path)
-    return ShardPictures(tmp_path)
+    return ShardImages(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_every_box_has_its_own_mask(tmp_path: Path) -> None:
     config = DataConfig(
         image_size=SIZE, exemplar_size=EXEMPLAR, sample=sample_config(), min_box_area=0.01, boxes="every"
     )
-    samples = ExemplarDataset(ShardPictures(tmp_path, count_boxes=True), config, 3)
+    samples = ExemplarDataset(ShardImages(tmp_path, count_boxes=True), config, 3)
     items = [samples[index] for index in range(2)]
     kinds = {item.sample.mask_kind: item.sample for item in items if item.sample}
     assert len(kinds) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pbe.data.shards.archive import ShardPictures, ShardRecord, write_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.data.shards.finding import find_shards
 from pbe.errors import UserError
 
@@ -26,11 +26,11 @@ def test_round_trip(tmp_path):
     paths = write_shards(records(7), tmp_path, max_count=3)
     assert [path.name for path in paths] == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     assert sorted(tmp_path.iterdir()) == paths
-    pictures = ShardPictures(tmp_path)
+    pictures = ShardImages(tmp_path)
     assert len(pictures) == 7
     assert [entry.key for entry in pictures] == [f"k{index}" for index in range(7)]
     for index in (6, 0, 3):
-        assert pictures.picture(index) == bytes([index]) * 1000
+        assert pictures.image(index) == bytes([index]) * 1000
         assert pictures.annotation(index) == {
             "width": 10,
             "height": 20,
@@ -70,7 +70,7 @@ def test_a_shorter_run_leaves_no_stale_shards(tmp_path):
     (tmp_path / "other-000000.tar").write_bytes(b"mine")
     paths = write_shards(records(3), tmp_path, max_count=3)
     assert {path.name for path in tmp_path.iterdir()} == {"shard-000000.tar", "other-000000.tar"}
-    assert len(ShardPictures(paths[0])) == 3
+    assert len(ShardImages(paths[0])) == 3
 
 
 def test_patterns(tmp_path):
@@ -85,7 +85,7 @@ def test_patterns(tmp_path):
 def test_nothing_found_is_one_clear_line(tmp_path, monkeypatch, pattern):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no shards") as caught:
-        ShardPictures(pattern)
+        ShardImages(pattern)
     assert "\n" not in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_truncated_and_foreign_files(tmp_path, keep):
     }
     path.write_bytes(cuts[keep])
     with pytest.raises(UserError, match=r"truncated|not a tar") as caught:
-        ShardPictures(path)
+        ShardImages(path)
     assert "\n" not in str(caught.value)
 
 
@@ -115,7 +115,7 @@ def test_lonely_members(tmp_path):
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
     with pytest.raises(UserError, match=r"'x\.jpg' has no 'x\.json' with its boxes"):
-        ShardPictures(path)
+        ShardImages(path)
 
 
 @pytest.mark.parametrize("doubled", ["x.jpg", "x.png", "x.json"])
@@ -124,14 +124,14 @@ def test_keys_that_appear_twice_are_named(tmp_path, doubled):
         for name in ("x.jpg", "x.json", doubled):
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(UserError, match="holds 'x' twice"):
-        ShardPictures(tmp_path)
+        ShardImages(tmp_path)
 
 
 def test_a_shard_without_pictures(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     with pytest.raises(UserError, match="hold no pictures"):
-        ShardPictures(tmp_path)
+        ShardImages(tmp_path)
 
 
 def test_keys_that_webdataset_would_split(tmp_path):
@@ -141,17 +141,17 @@ def test_keys_that_webdataset_would_split(tmp_path):
 
 def test_can_be_sent_to_workers(tmp_path):
     write_shards(records(3), tmp_path)
-    pictures = ShardPictures(tmp_path)
-    pictures.picture(0)
-    assert pickle.loads(pickle.dumps(pictures)).picture(2) == pictures.picture(2)
+    pictures = ShardImages(tmp_path)
+    pictures.image(0)
+    assert pickle.loads(pickle.dumps(pictures)).image(2) == pictures.image(2)
 
 
 def test_a_shard_cut_while_in_use_is_an_os_error(tmp_path):
     path: Path = write_shards(records(3, 5000), tmp_path)[0]
-    pictures = ShardPictures(tmp_path)
+    pictures = ShardImages(tmp_path)
     path.write_bytes(path.read_bytes()[:4000])
     with pytest.raises(OSError, match="cut short"):
-        pictures.picture(2)
+        pictures.image(2)
 
 
 def test_what_exists_by_its_name_is_no_pattern(tmp_path: Path) -> None:

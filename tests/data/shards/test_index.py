@@ -15,7 +15,7 @@ from pbe.config import Config, DataConfig
 from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import ExemplarDataset
 from pbe.data.samples import decode as reasons
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import DamagedIndexError
 from pbe.data.shards.index import IndexFile, LocalFiles
 from pbe.errors import UserError
@@ -43,8 +43,9 @@ def faults(counts: dict[str, int]) -> dict[str, int]:
 
 
 def test_the_index_changes_nothing_but_the_opening(shards, indexed):
-    plain, quick = ShardPictures(shards), ShardPictures(indexed)
-    assert list(plain) == list(quick)
+    plain, quick = ShardImages(shards), ShardImages(indexed)
+    for row, same in zip(plain, quick, strict=True):
+        assert (row.key, row.image, row.annotation) == (same.key, same.image, same.annotation)
     assert [plain.annotation(i) for i in range(60)] == [quick.annotation(i) for i in range(60)]
     samples = [ExemplarDataset(pictures, config_for(shards), 3) for pictures in (plain, quick)]
     for index in (0, 17, 59, 60):
@@ -59,23 +60,23 @@ def test_opening_reads_the_list_of_shards_only(indexed):
     for path in indexed.iterdir():
         if path.name != "shards.json":
             path.unlink()
-    assert len(ShardPictures(indexed, count_boxes=True)) == 60
+    assert len(ShardImages(indexed, count_boxes=True)) == 60
 
 
 @pytest.mark.parametrize("pattern", ["*-000001.tar", "shard-{000001..000001}.tar", "shard-000001.tar"])
 def test_a_choice_of_shards_uses_the_index_too(indexed, pattern):
-    whole = ShardPictures(indexed)
-    chosen = ShardPictures(f"{indexed}/{pattern}")
+    whole = ShardImages(indexed)
+    chosen = ShardImages(f"{indexed}/{pattern}")
     assert next(iter(chosen)).key == whole[25].key
     assert len(chosen) == 25
     assert chosen.row(3).boxes is not None
 
 
 def test_rows_survive_being_sent_to_workers(indexed):
-    pictures = ShardPictures(indexed)
-    pictures.picture(40)
+    pictures = ShardImages(indexed)
+    pictures.image(40)
     sent = pickle.loads(pickle.dumps(pictures))
-    assert sent.picture(40) == pictures.picture(40)
+    assert sent.image(40) == pictures.image(40)
     assert len(pickle.dumps(pictures)) < 5000
 
 
@@ -87,7 +88,7 @@ def test_few_files_stay_open(indexed):
 
 
 def test_positions_out_of_range(indexed):
-    pictures = ShardPictures(indexed)
+    pictures = ShardImages(indexed)
     assert pictures[-1].key == pictures[59].key
     assert [entry.key for entry in pictures[57:]] == [pictures[i].key for i in (57, 58, 59)]
     with pytest.raises(IndexError):
@@ -99,9 +100,9 @@ def test_every_box_gets_its_turn_once_an_epoch(shards, indexed, with_index):
     folder = indexed if with_index else shards
     wide = {"min_box_area": 0.0, "max_box_area": 1.0, "boxes": "every", "batch_size": 1}
     dataset = TrainingData(Config(seed=3, data=config_for(folder, **wide))).dataset("train")
-    boxes = [len(dataset.pictures.annotation(i)["boxes"]) for i in range(60)]
-    assert len(dataset) == sum(boxes) == dataset.pictures.box_count
-    owners = [dataset.pictures.owner(box) for box in range(len(dataset))]
+    boxes = [len(dataset.images.annotation(i)["boxes"]) for i in range(60)]
+    assert len(dataset) == sum(boxes) == dataset.images.box_count
+    owners = [dataset.images.owner(box) for box in range(len(dataset))]
     assert owners == [(picture, number) for picture in range(60) for number in range(boxes[picture])]
     for number in (0, 1):
         turns = [dataset._turn(number, position) for position in range(len(dataset))]
@@ -109,8 +110,8 @@ def test_every_box_gets_its_turn_once_an_epoch(shards, indexed, with_index):
     assert turns != sorted(turns)
     annotated, box, _ = dataset.choose(5, 0)
     picture, row = owners[5]
-    assert annotated.key == dataset.pictures[picture].key
-    assert [box.x1, box.y1] == dataset.pictures.annotation(picture)["boxes"][row]["xyxy"][:2]
+    assert annotated.key == dataset.images[picture].key
+    assert [box.x1, box.y1] == dataset.images.annotation(picture)["boxes"][row]["xyxy"][:2]
 
 
 def test_every_box_order_is_the_same_with_and_without_index(shards, indexed):
@@ -129,7 +130,7 @@ def test_a_vanished_shard_is_skipped_and_counted(indexed):
     keys, counts = epoch(indexed, max_bad_share=0.2)
     assert faults(counts) == {reasons.MISSING_SHARD: 10}
     assert len(keys) == 60
-    with pytest.raises(UserError, match=r"too many train pictures.*missing shard"):
+    with pytest.raises(UserError, match=r"too many train images.*missing shard"):
         epoch(indexed, max_bad_share=0.1)
 
 
@@ -142,12 +143,12 @@ def test_a_truncated_tar_loses_only_what_is_gone(indexed):
 
 
 def test_verify_finds_damage_that_still_decodes(indexed):
-    pictures = ShardPictures(indexed)
+    pictures = ShardImages(indexed)
     entry = pictures[3]
     path = indexed / "shard-000000.tar"
     data = bytearray(path.read_bytes())
     # A byte in the middle of the entropy-coded data; the end marker stays.
-    place = entry.picture[0] + entry.picture[1] * 3 // 4
+    place = entry.image[0] + entry.image[1] * 3 // 4
     data[place] ^= 0x10
     path.write_bytes(data)
     assert faults(epoch(indexed)[1]) == {}
@@ -220,5 +221,5 @@ def test_a_list_of_shards_that_makes_no_sense_is_one_line(indexed, change, messa
     path = indexed / "shards.json"
     path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message) as caught:
-        ShardPictures(indexed)
+        ShardImages(indexed)
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from pbe.config import Config, DataConfig
 from pbe.data.datamodule import TrainingData
 from pbe.data.samples import decode as reasons
 from pbe.data.shards import remote
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.finding import shard_state
 from pbe.errors import UserError
 from tests.data.indexed import index_folder
@@ -106,23 +106,23 @@ def test_object_stores_go_the_same_way(server, shards, tmp_path):
 
 def test_a_server_that_stumbles_is_asked_again(server, tmp_path):
     server.failures = 2
-    assert len(ShardPictures(server.url)) == 60
+    assert len(ShardImages(server.url)) == 60
     server.failures = 3
     with pytest.raises(UserError, match="cannot be read") as caught:
-        ShardPictures(server.url)
+        ShardImages(server.url)
     assert "\n" not in str(caught.value)
 
 
 def test_a_server_without_ranges_is_refused(server):
     server.ranges = False
     with pytest.raises(UserError, match="must serve byte ranges"):
-        ShardPictures(server.url)
+        ShardImages(server.url)
 
 
 def test_no_index_no_loading(server):
     (server.folder / "shards.json").unlink()
     with pytest.raises(UserError, match=r"no 'http.*shards\.json'"):
-        ShardPictures(server.url)
+        ShardImages(server.url)
 
 
 def test_vanished_and_damaged_remote_shards_are_counted(server, tmp_path):

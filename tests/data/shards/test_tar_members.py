@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from pbe.config import DataConfig
-from pbe.data.dataset import read_picture
-from pbe.data.samples.decode import UnusablePictureError
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.dataset import read_image
+from pbe.data.samples.decode import UnusableImageError
+from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.tar_members import read_members
 from pbe.errors import UserError
 from tests.data.packing.support import noise
@@ -57,25 +57,25 @@ READ = {
 
 @pytest.mark.parametrize("kind", READ)
 def test_what_users_write_is_read(kind: str, tmp_path: Path) -> None:
-    pictures = ShardPictures(write(tmp_path / "x.tar", READ[kind]))
-    assert {entry.key: pictures.picture(n) for n, entry in enumerate(pictures)} == {"a": A, "b": B}
-    assert read_picture(pictures, 0, DataConfig()).image.shape == (80, 100, 3)
+    pictures = ShardImages(write(tmp_path / "x.tar", READ[kind]))
+    assert {entry.key: pictures.image(n) for n, entry in enumerate(pictures)} == {"a": A, "b": B}
+    assert read_image(pictures, 0, DataConfig()).image.shape == (80, 100, 3)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names(form: int, tmp_path: Path) -> None:
     names = [LONG, HAN, "v1.2", "x/a", "y/a"]
     members = [m for n, key in enumerate(names) for m in ((f"{key}.jpg", picture(n)), (f"{key}.json", NOTE))]
-    pictures = ShardPictures(write(tmp_path / "x.tar", members, form))
+    pictures = ShardImages(write(tmp_path / "x.tar", members, form))
     assert [entry.key for entry in pictures] == names
-    assert [pictures.picture(n) for n in range(5)] == [picture(n) for n in range(5)]
+    assert [pictures.image(n) for n in range(5)] == [picture(n) for n in range(5)]
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     name = b"caf\xe9".decode(errors="surrogateescape")
-    pictures = ShardPictures(write(tmp_path / "x.tar", [(f"{name}.jpg", A), (f"{name}.json", NOTE)]))
+    pictures = ShardImages(write(tmp_path / "x.tar", [(f"{name}.jpg", A), (f"{name}.json", NOTE)]))
     assert pictures[0].key == "caf\ufffd"
-    assert pictures.picture(0) == A
+    assert pictures.image(0) == A
 
 
 def test_hard_links_and_folders(tmp_path: Path) -> None:
@@ -87,8 +87,8 @@ def test_hard_links_and_folders(tmp_path: Path) -> None:
         (folder / name.replace("a", "z")).hardlink_to(folder / name)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(folder, "set.jpg")
-    pictures = ShardPictures(tmp_path / "x.tar")
-    assert [pictures.picture(n) for n in range(len(pictures))] == [A, A]
+    pictures = ShardImages(tmp_path / "x.tar")
+    assert [pictures.image(n) for n in range(len(pictures))] == [A, A]
 
 
 REFUSED = {
@@ -132,16 +132,16 @@ def test_nothing_is_lost_behind_damage(tmp_path: Path) -> None:
 
 def test_json_without_boxes_is_called_so(tmp_path: Path) -> None:
     note = json.dumps({"url": "x", "caption": "a dog", "width": 100, "height": 80}).encode()
-    pictures = ShardPictures(write(tmp_path / "x.tar", [("a.jpg", A), ("a.json", note), ("a.txt", b"a dog")]))
-    with pytest.raises(UnusablePictureError, match="annotation without 'boxes'"):
-        read_picture(pictures, 0, DataConfig())
+    pictures = ShardImages(write(tmp_path / "x.tar", [("a.jpg", A), ("a.json", note), ("a.txt", b"a dog")]))
+    with pytest.raises(UnusableImageError, match="annotation without 'boxes'"):
+        read_image(pictures, 0, DataConfig())
 
 
 def test_the_image_is_the_one_of_its_name(tmp_path: Path) -> None:
     white = Image.fromarray(np.full((80, 100, 3), 255, np.uint8))
     buffer = io.BytesIO()
     white.save(buffer, "PNG")
-    pictures = ShardPictures(
+    pictures = ShardImages(
         write(tmp_path / "x.tar", [*PAIRS, ("c.png", buffer.getvalue()), ("c.json", NOTE)])
     )
-    assert (read_picture(pictures, 2, DataConfig()).image == 255).all()
+    assert (read_image(pictures, 2, DataConfig()).image == 255).all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pbe.data.samples import sample as sample_module
-from pbe.data.shards.archive import ShardPictures
+from pbe.data.shards.archive import ShardImages
 from scripts import benchmark
 from scripts.benchmarks import loading as timing
 from scripts.benchmarks.loading import REST, STAGES, measure_opening, synthetic_index, synthetic_shards
@@ -48,12 +48,12 @@ def test_the_cpu_time_of_processes():
 
 def test_a_large_index_opens(tmp_path):
     tar = synthetic_shards(tmp_path / "small", 3, 96, 64, 90)[0]
-    pictures = ShardPictures(synthetic_index(tmp_path / "index", tar, 5500, 41_111), count_boxes=True)
+    pictures = ShardImages(synthetic_index(tmp_path / "index", tar, 5500, 41_111), count_boxes=True)
     assert (len(pictures), pictures.box_count) == (5500, 41_111)
     owners = [pictures.owner(box) for box in (0, 1, 20_000, 41_110)]
     assert owners[0] == (0, 0)
     assert owners[-1][0] == 5499
-    assert pictures.picture(2001) == ShardPictures(tar).picture(1)
+    assert pictures.image(2001) == ShardImages(tar).image(1)
     assert pictures.row(5000).frame == (96, 64)
 
 
