@@ -222,7 +222,7 @@ class RawRecord(ShardRecord):
 )
 def test_annotations_that_make_no_sense_are_counted(tmp_path, monkeypatch, annotation):
     good = ShardRecord("good", encode(np.zeros((40, 40, 3), np.uint8)), "jpg", 40, 40, [(10, 10, 30, 30)])
-    bad = RawRecord("bad", good.picture, "jpg", 40, 40, [])
+    bad = RawRecord("bad", good.image, "jpg", 40, 40, [])
     monkeypatch.setattr(RawRecord, "annotation", lambda self: annotation)
     write_shards([good, bad], tmp_path)
     module = make_module(tmp_path, batch_size=2, max_bad_share=0.5)
