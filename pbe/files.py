@@ -231,7 +231,7 @@ def try_lock(
             if error.errno not in NO_LOCKS or not without_locks:
                 file.close()
                 raise
-            LOG.warning("'%s' knows no locks: %s", path.parent, without_locks)
+            LOG.warning("'%s' has no file locks: %s", path.parent, without_locks)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return FileLock(path, file, keep)

@@ -144,4 +144,4 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, caplog):
     with pytest.raises(UserError, match=r"cannot lock '.*': No locks available"), lock(tmp_path / ".lock"):
         pass
     with lock(tmp_path / ".lock", without_locks="make one at a time"):
-        assert "knows no locks: make one at a time" in caplog.text
+        assert "has no file locks: make one at a time" in caplog.text

@@ -219,10 +219,10 @@ class CountingLoader(DataLoader[Any]):
             raise
 
     def _report(self, epoch: int) -> None:
-        if self.counts and not self.repeat:
-            images = f"{self.counter.length} pictures"
-            if self.counter.rank == 0:
-                LOG.info("%s epoch %d: %s; %s", self.name, epoch, images, describe(self.counts))
+        if self.counts and not self.repeat and self.counter.rank == 0:
+            LOG.info(
+                "%s epoch %d: %d images; %s", self.name, epoch, self.counter.length, describe(self.counts)
+            )
 
 
 def start_worker(_: int) -> None:

@@ -21,7 +21,7 @@ from pbe.data.samples.object_masks import ObjectMask
 from pbe.data.samples.sample import TrainingSample, cut_exemplar, make_sample
 
 TILE = 160
-GREY = 128  # what the hole of a masked image holds
+GREY = 128  # what the masked region of a masked image holds
 COLUMNS = (
     "source and box", "exemplar", "augmented", "rectangle", "arbitrary", "masked image", "latent mask",
     "target",
@@ -125,11 +125,11 @@ def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
         except UnusableImageError as skip:
             notes.append(f"skipped: {skip.reason}")
             continue
-        hole = cv2.countNonZero(drawn.mask) / drawn.mask.size
-        notes += [f"{drawn.mask_kind} mask, hole {hole:.0%}", *drawn.events]
+        masked = cv2.countNonZero(drawn.mask) / drawn.mask.size
+        notes += [f"{drawn.mask_kind} mask, {masked:.0%} masked", *drawn.events]
         columns = OBJECT_COLUMNS if dataset.config.sample.object_mask_share else COLUMNS
         return SheetRow(index, key, notes, tiles, drawn.mask_kind, columns)
-    return SheetRow(index, "", [*notes[:3], "no usable picture found"], [])
+    return SheetRow(index, "", [*notes[:3], "no usable image found"], [])
 
 
 def _image(image: np.ndarray) -> str:

@@ -222,7 +222,7 @@ class RawRecord(ShardRecord):
 )
 def test_annotations_that_make_no_sense_are_counted(tmp_path, monkeypatch, annotation):
     good = ShardRecord("good", encode(np.zeros((40, 40, 3), np.uint8)), "jpg", 40, 40, [(10, 10, 30, 30)])
-    bad = RawRecord("bad", good.picture, "jpg", 40, 40, [])
+    bad = RawRecord("bad", good.image, "jpg", 40, 40, [])
     monkeypatch.setattr(RawRecord, "annotation", lambda self: annotation)
     write_shards([good, bad], tmp_path)
     module = make_module(tmp_path, batch_size=2, max_bad_share=0.5)
@@ -305,7 +305,7 @@ def test_counts_are_reported_at_the_end_of_the_epoch(faulty, caplog):
         list(make_module(faulty, batch_size=43, max_bad_share=0.5).train_dataloader())
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    assert lines[0].startswith("train epoch 0: 43 pictures; no valid box: 5, unreadable picture: 3")
+    assert lines[0].startswith("train epoch 0: 43 images; no valid box: 5, unreadable picture: 3")
 
 
 def test_replacements_are_the_same_every_time_and_drawn_anew(faulty):

@@ -79,7 +79,7 @@ def test_skipped_pictures_are_named(tmp_path):
     data = DataConfig(train_shards=str(tmp_path), image_size=32, exemplar_size=32)
     row = make_row(ExemplarDataset(ShardImages(tmp_path), data, 1), 0, 4)
     assert (row.key, row.tiles) == ("", [])
-    assert row.notes[-1] == "no usable picture found"
+    assert row.notes[-1] == "no usable image found"
     write_shards([*records, ShardRecord("good", picture, "png", 40, 40, box)], tmp_path)
     dataset = ExemplarDataset(ShardImages(tmp_path), data, 1)
     rows = [make_row(dataset, index, 4) for index in range(4)]

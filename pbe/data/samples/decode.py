@@ -15,6 +15,7 @@ from pbe.data.samples.colour import on_white, to_srgb
 from pbe.data.samples.masks import Box
 from pbe.data.shards.format import digest as digest_of
 
+# The reasons, which stand in the indexes of latent caches too.
 UNREADABLE = "unreadable picture"
 DAMAGED = "picture of another hash"
 MISSING_SHARD = "missing shard"
@@ -25,19 +26,9 @@ TINY = "picture under 2 px"
 SIZE_MISMATCH = "picture of another size than annotated"
 NO_BOX = "no valid box"
 AREA = "no box of the wanted area"
-FAULTS = frozenset(
-    {
-        UNREADABLE,
-        DAMAGED,
-        MISSING_SHARD,
-        BAD_INDEX,
-        BAD_ANNOTATION,
-        WITHOUT_BOXES,
-        TINY,
-        SIZE_MISMATCH,
-        NO_BOX,
-    }
-)
+FAULTS = frozenset((
+    UNREADABLE, DAMAGED, MISSING_SHARD, BAD_INDEX, BAD_ANNOTATION, WITHOUT_BOXES, TINY, SIZE_MISMATCH, NO_BOX,
+))  # fmt: skip
 # OpenCV has names for the reduced flags with BGR only; these bits beside that of RGB mean the same.
 COLOUR = {
     1: cv2.IMREAD_COLOR_RGB,

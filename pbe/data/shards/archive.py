@@ -177,7 +177,7 @@ class ShardImages(Sequence[ImageRow]):
         self._box_starts = np.cumsum([0, *(shard.boxes if count_boxes else 0 for shard in self._shards)])
         self.box_count = int(self._box_starts[-1])
         if not len(self):
-            raise UserError(f"the shards at '{pattern}' hold no pictures")
+            raise UserError(f"the shards at '{pattern}' hold no images")
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -198,7 +198,7 @@ class ShardImages(Sequence[ImageRow]):
         position = int(position)
         position += len(self) if position < 0 else 0
         if not 0 <= position < len(self):
-            raise IndexError(f"picture {position} of {len(self)}")
+            raise IndexError(f"image {position} of {len(self)}")
         shard = int(np.searchsorted(self._starts, position, side="right")) - 1
         return shard, position - int(self._starts[shard])
 

@@ -221,7 +221,7 @@ class IndexFile:
             _check_columns(data, self._places, images)
         except Exception as error:  # zipfile and numpy raise whatever their parsers stumble over
             what = " ".join(str(error).split()) or type(error).__name__
-            raise DamagedIndexError(f"'{path}' is no index of {images} pictures ({what})") from error
+            raise DamagedIndexError(f"'{path}' is not an index of {images} images ({what})") from error
         self._path, self._files, self._images = path, files, images
 
     def _read(self, name: str, start: int, end: int) -> np.ndarray:
@@ -298,5 +298,5 @@ def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedS
     if not all(isinstance(name, str) and name and "\0" not in name for name in names):
         raise ValueError(f"a shard is called {names[0]!r}, its index {names[1]!r} with the hash {names[2]!r}")
     if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
-        raise ValueError(f"'{names[0]}' has {counts[0]!r} pictures and {counts[1]!r} boxes")
+        raise ValueError(f"'{names[0]}' has {counts[0]!r} images and {counts[1]!r} boxes")
     return IndexedShard(place(names[0]), counts[0], counts[1], place(names[1]), names[2])

@@ -145,7 +145,7 @@ class ToyWorld:
     def _decode(self, member: str, flags: int) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(self._archive.read(member), np.uint8), flags)
         if image is None:
-            raise UserError(f"'{self.path}': '{member}' is not a readable picture")
+            raise UserError(f"'{self.path}': '{member}' is not a readable image")
         return image
 
 

@@ -130,7 +130,7 @@ def test_keys_that_appear_twice_are_named(tmp_path, doubled):
 def test_a_shard_without_pictures(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
-    with pytest.raises(UserError, match="hold no pictures"):
+    with pytest.raises(UserError, match="hold no images"):
         ShardImages(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_keys_of_any_script(indexed):
         ({"format": "other"}, "not the list"),
         ({"version": 7}, "of version 7, not 1"),
         ({"shards": [{"name": "a.tar"}]}, "is damaged"),
-        ({"shards": []}, "hold no pictures"),
+        ({"shards": []}, "hold no images"),
     ],
     ids=str,
 )

@@ -267,7 +267,7 @@ def test_a_file_system_without_locks_is_no_obstacle(built, tmp_path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", no_locks)
     ensure_cache(moved(built[1], tmp_path), built[0])
     assert content(tmp_path) == content(Path(built[1].cache.folder))
-    assert "knows no locks: give every builder its own part by --shard" in caplog.text
+    assert "has no file locks: give every builder its own part by --shard" in caplog.text
 
 
 def test_a_disk_too_small_is_told_before_anything_is_encoded(built, tmp_path, monkeypatch):
