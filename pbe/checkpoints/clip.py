@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
 
 import open_clip
 
@@ -12,9 +10,8 @@ from pbe.checkpoints.key_map import Kind
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.image_tower import TowerSizes
 
-OFFICIAL = "ViT-L-14-quickgelu"
-NAME = re.compile(r"vit/(\d+)x(\d+)-patch(\d+)-heads(\d+)-mlp(\d+)(-quickgelu)?")
 # What a tower may say of itself in open_clip's registry and still be the plain transformer of CLIP.
 PLAIN = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 
@@ -35,31 +32,10 @@ SINGLE = {
 POSITION_IDS = "embeddings.position_ids"
 
 
-@dataclass(frozen=True)
-class TowerSizes:
-    """Sizes of a vision transformer of CLIP; ``mlp`` is the inner width, ``quick_gelu`` its activation."""
-
-    width: int
-    layers: int
-    patch: int
-    heads: int
-    mlp: int
-    quick_gelu: bool = True
-
-    @property
-    def name(self) -> str:
-        """What ``exemplar_encoder.tower`` calls it."""
-        if self == TowerSizes(1024, 24, 14, 16, 4096):
-            return OFFICIAL
-        sizes = f"vit/{self.width}x{self.layers}-patch{self.patch}-heads{self.heads}-mlp{self.mlp}"
-        return sizes + ("-quickgelu" if self.quick_gelu else "")
-
-
 def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
     """Return the sizes of a configured tower."""
-    if match := NAME.fullmatch(config.tower):
-        width, layers, patch, heads, mlp = (int(size) for size in match.groups()[:5])
-        return TowerSizes(width, layers, patch, heads, mlp, quick_gelu=match[6] is not None)
+    if sizes := TowerSizes.from_name(config.tower):
+        return sizes
     known = open_clip.get_model_config(config.tower) or {}
     vision = known.get("vision_cfg", {})
     if not vision or set(vision) - PLAIN or not isinstance(vision["layers"], int):

@@ -103,7 +103,7 @@ def fuse_heads(parts: Sequence[LazyTensor], heads: int) -> LazyTensor:
 
 
 class WeightFile:
-    """A file whose tensors are mapped one by one, so that what nobody asks for is never touched."""
+    """A file whose tensors are mapped one by one, so that what is not asked for is never touched."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

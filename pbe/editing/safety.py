@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.checkpoints.clip import POSITION_IDS, TowerSizes, sizes_in_file, vision_names
+from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, vision_names
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
 from pbe.checkpoints.key_map import Entry, checked, to_foreign, to_native
 from pbe.checkpoints.tensors import Lazies, lazies
@@ -30,7 +30,7 @@ from pbe.config import ExemplarEncoderConfig
 from pbe.editing.preprocess import CropSettings, clip_crop, crop_settings, preprocessor_config
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.files import make_folder
-from pbe.models.image_tower import build_tower
+from pbe.models.image_tower import TowerSizes, build_tower
 
 SPECIAL_CARE = 0.01  # what special care adds to every concept's score
 DECIMALS = 3  # scores are rounded to so many before they are compared with zero

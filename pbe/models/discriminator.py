@@ -1,4 +1,4 @@
-"""Tells patches of real pictures from decoded ones (PatchGAN, Isola et al. 2017)."""
+"""Tells patches of real images from decoded ones (PatchGAN, Isola et al. 2017)."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class PatchDiscriminator(nn.Module):
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Map pictures ``(b, 3, h, w)`` in [-1, 1] to ``(b, 1, h', w')``: high for real ones."""
-        return self.layers(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(b, 3, h, w)`` in [-1, 1] to ``(b, 1, h', w')``: high for real ones."""
+        return self.layers(images)
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Return what the discriminator minimises (Lim and Ye 2017).
 
     Args:
-        real: its numbers for real pictures, any shape.
+        real: its numbers for real images, any shape.
         fake: for decoded ones.
     """
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())

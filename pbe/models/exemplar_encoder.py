@@ -241,7 +241,7 @@ def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, T
 
 
 def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
-    """Average the positions of a square picture, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
+    """Average the positions of a square image, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
     if grid == 0:
         return tokens
     side = math.isqrt(tokens.shape[1])

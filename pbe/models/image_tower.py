@@ -5,6 +5,7 @@ Also what a tower wants: mean, deviation and size of the images that its weights
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, replace
@@ -21,10 +22,37 @@ from pbe.errors import UserError
 TIMM = "timm/"
 PACKAGED = (127 / 255, 128 / 255)  # mean and deviation of the weights that come as a Python package
 LARGEST = 4096  # pixels; a position table of more would take gigabytes
-VIT = re.compile(
-    r"vit/(?P<width>\d+)x(?P<layers>\d+)-patch(?P<patch>\d+)-heads(?P<heads>\d+)-mlp(?P<mlp>\d+)"
-    r"(?P<quick>-quickgelu)?"
-)
+OFFICIAL = "ViT-L-14-quickgelu"
+VIT = re.compile(r"vit/(\d+)x(\d+)-patch(\d+)-heads(\d+)-mlp(\d+)(-quickgelu)?")
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """Sizes of a vision transformer of CLIP; ``mlp`` is the inner width, ``quick_gelu`` its activation."""
+
+    width: int
+    layers: int
+    patch: int
+    heads: int
+    mlp: int
+    quick_gelu: bool = True
+
+    @staticmethod
+    def from_name(name: str) -> TowerSizes | None:
+        """Return the sizes that a name ``vit/<sizes>`` gives, None for any other."""
+        match = VIT.fullmatch(name)
+        if match is None:
+            return None
+        width, layers, patch, heads, mlp = (int(size) for size in match.groups()[:5])
+        return TowerSizes(width, layers, patch, heads, mlp, quick_gelu=match[6] is not None)
+
+    @property
+    def name(self) -> str:
+        """What ``exemplar_encoder.tower`` calls it."""
+        if self == TowerSizes(1024, 24, 14, 16, 4096):
+            return OFFICIAL
+        sizes = f"vit/{self.width}x{self.layers}-patch{self.patch}-heads{self.heads}-mlp{self.mlp}"
+        return sizes + ("-quickgelu" if self.quick_gelu else "")
 
 
 def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
@@ -81,7 +109,7 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
     known = open_clip.get_model_config(config.tower)
     if known is None:
         raise UserError(
-            f"exemplar_encoder.tower '{config.tower}' is no open_clip architecture; "
+            f"exemplar_encoder.tower '{config.tower}' is not an open_clip architecture; "
             "use one of open_clip.list_models(), timm/<name> or vit/<sizes>"
         )
     vision = dict(known["vision_cfg"]) | {"image_size": config.image_size}
@@ -97,29 +125,27 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
 
 def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
     """Return the sections of a CLIP vision transformer whose name gives its sizes."""
-    match = VIT.fullmatch(config.tower)
-    if match is None:
+    sizes = TowerSizes.from_name(config.tower)
+    if sizes is None:
         raise UserError(
             f"exemplar_encoder.tower '{config.tower}' is not of the form "
             "vit/<width>x<layers>-patch<size>-heads<number>-mlp<width>[-quickgelu]"
         )
-    sizes = [int(match[name]) for name in ("width", "layers", "patch", "heads", "mlp")]
-    width, layers, patch, heads, mlp = sizes
-    if 0 in sizes or width % heads:
+    if 0 in dataclasses.astuple(sizes)[:5] or sizes.width % sizes.heads:
         raise UserError(
             f"exemplar_encoder.tower '{config.tower}': no size may be 0; heads must divide the width"
         )
-    check_divided(config, patch)
+    check_divided(config, sizes.patch)
     vision = {
-        "width": width,
-        "layers": layers,
-        "patch_size": patch,
-        "head_width": width // heads,
-        "mlp_ratio": (mlp + 0.5) / width,  # open_clip rounds width * ratio down, to mlp exactly
+        "width": sizes.width,
+        "layers": sizes.layers,
+        "patch_size": sizes.patch,
+        "head_width": sizes.width // sizes.heads,
+        "mlp_ratio": (sizes.mlp + 0.5) / sizes.width,  # open_clip rounds width * ratio down, to mlp exactly
         "image_size": config.image_size,
         "output_tokens": config.tokens == "all",
     }
-    return vision, width, match["quick"] is not None
+    return vision, sizes.width, sizes.quick_gelu
 
 
 def _checked(vision: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,12 @@ class LatentDiffusion(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of pictures must be multiples of this many pixels."""
+        """Height and width of images must be multiples of this many pixels."""
         return self.autoencoder.downsampling
 
     @property
     def tile_above(self) -> int | None:
-        """Pictures with a longer side than this, in pixels, are encoded and decoded in bands; None: never."""
+        """Images with a longer side than this, in pixels, are encoded and decoded in bands; None: never."""
         return self.autoencoder.tile_above
 
     @tile_above.setter
@@ -77,10 +77,10 @@ class LatentDiffusion(nn.Module):
             self.before_use(part)
 
     def encode_images(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return scaled latents ``(b, z, h, w)`` of pictures ``(b, 3, H, W)`` in [-1, 1].
+        """Return scaled latents ``(b, z, h, w)`` of images ``(b, 3, H, W)`` in [-1, 1].
 
         Args:
-            images: pictures.
+            images: to be encoded.
             noise: standard normal ``(b, z, h, w)`` to sample the posterior with; None takes its mean.
         """
         self._use("autoencoder")
@@ -89,7 +89,7 @@ class LatentDiffusion(nn.Module):
         return latents * self.config.autoencoder.scale_factor
 
     def decode_latents(self, latents: Tensor, known: Tensor | None = None) -> Tensor:
-        """Return pictures ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents.
+        """Return images ``(b, 3, H, W)``, about [-1, 1] but not clamped, of scaled latents.
 
         Args:
             latents: ``(b, z, h, w)``.
@@ -126,8 +126,8 @@ class LatentDiffusion(nn.Module):
             x_t: ``(b, z, h, w)`` noisy latents.
             timesteps: ``(b,)`` integers in 0..999.
             condition: ``(b, tokens, context_dim)``.
-            masked_latents: ``(b, z, h, w)`` scaled latents of the picture with the hole at mid-grey.
-            keep_mask: ``(b, 1, h, w)``, 1 = keep, 0 = hole.
+            masked_latents: ``(b, z, h, w)`` scaled latents of the image with the masked region at mid-grey.
+            keep_mask: ``(b, 1, h, w)``, 1 = keep, 0 = masked region.
 
         Returns:
             ``(b, z, h, w)``: the noise, or v, as ``config.prediction`` says.
@@ -149,7 +149,7 @@ class LatentDiffusion(nn.Module):
 
 
 def masked_image(images: Tensor, keep_mask: Tensor) -> Tensor:
-    """Return the pictures with the hole at 0, mid-grey: ``images * keep_mask``.
+    """Return the images with the masked region at 0, mid-grey: ``images * keep_mask``.
 
     Args:
         images: ``(b, 3, h, w)`` in [-1, 1].

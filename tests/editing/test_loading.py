@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.checkpoints.clip import TowerSizes
 from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.diffusers.scheduler import scheduler_from_solver
 from pbe.checkpoints.loading import open_checkpoint
@@ -23,6 +22,7 @@ from pbe.editing import PaintByExample
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.errors import UserError, warn_once
 from pbe.models import AutoencoderKL, LatentDiffusion, UNet
+from pbe.models.image_tower import TowerSizes
 from tests.editing.conftest import Scene
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
 

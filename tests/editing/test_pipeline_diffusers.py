@@ -14,12 +14,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPImageProcessor
 
-from pbe.checkpoints.clip import TowerSizes
 from pbe.checkpoints.saving import save_checkpoint
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.editing import PaintByExample
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.models import LatentDiffusion
+from pbe.models.image_tower import TowerSizes
 from tests.editing.conftest import SCHEDULERS, Scene, make_scene
 
 THEIRS = "diffusers.pipelines.deprecated.paint_by_example"

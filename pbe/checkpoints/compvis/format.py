@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def resolve_config(given: ConfigSource, path: Path, tensors: Lazies) -> tuple[Mo
 def open_compvis(
     path: Path, weights: Weights, found: Sorted, config: ConfigSource, *, raw_weights: bool = False
 ) -> OpenedModel:
-    """Translate an original checkpoint by its sorted state dict; ``config`` as in :func:`resolve_config`."""
+    """Translate an original checkpoint; ``found`` is its state dict, ``config`` as for resolve_config."""
     whole = found.plain | found.strangers
     found, dropped = clean(found)
     sizes, assumed = resolve_config(config, path, found.plain)
@@ -155,9 +156,8 @@ def _check_schedule(tensors: Lazies, schedule: ScheduleConfig, source: str) -> N
 def _usage(given: ConfigSource, path: Path) -> Usage:
     """Read what the YAML of a checkpoint says of how the model is to be run."""
     source = Path(given) if isinstance(given, str | Path) else yaml_beside(path)
-    content = None if source is None else read_yaml(source)
-    section = content.get(KEY) if content is not None and is_original_yaml(content) else None
-    return usage_from_json(section, str(source))
+    content: Any = None if source is None else read_yaml(source)
+    return usage_from_json(content.get(KEY) if is_original_yaml(content) else None, str(source))
 
 
 def _hint(path: Path, tensors: Lazies, assumed: bool) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-from pbe.checkpoints.clip import TowerSizes, tower_sizes
+from pbe.checkpoints.clip import tower_sizes
 from pbe.checkpoints.diffusers.scheduler import BETAS
 from pbe.checkpoints.settings import Settings, Values
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
+from pbe.models.image_tower import TowerSizes
 
 # Where a setting has one value only that this model can take: anything else would compute something else.
 UNET_FIXED: Values = {
