@@ -19,10 +19,10 @@ COMMAND_LINE_LIBRARIES = {"argparse", "click", "cyclopts", "typer"}
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of each that the package may have."""
+    """The most of each that the package may have; lower a number when the package has become smaller."""
 
-    files: int = 170
-    lines: int = 25_000
+    files: int = 245
+    lines: int = 37_000
     file_lines: int = 400
     function_lines: int = 60
 

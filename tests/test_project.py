@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from pbe.cli.main import COMMANDS, GROUPS
+from scripts import house
 from tests.commands import options_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,3 +305,8 @@ def test_import_contracts_name_modules_that_exist() -> None:
     missing = [str(base) for base in bases if not base.is_dir() and not base.with_suffix(".py").is_file()]
     assert len(ours) > 8
     assert not missing
+
+
+def test_the_package_stays_within_its_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert house.main() == 0, capsys.readouterr().out
+    assert house.main(house.Limits(files=1)) == 1

@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,7 +54,7 @@ class CsvLog(Logger):
         return self.path
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the configuration lies beside the log as YAML."""
 
     @rank_zero_only
