@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,6 +77,8 @@ class Generating:
     """keep every pixel outside the mask; the paper's scores are without"""
     conventions: Literal["original", "diffusers"] | None = None
     """of preparing the inputs (default: the model's)"""
+    edits_only: bool = False
+    """write a model's edits straight into --out, and score nothing"""
     devices: str = "auto"
     """how many GPUs, or processes on the CPU"""
     strategy: str = "auto"
@@ -180,6 +182,9 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     if min(settings.sampling.threads, scoring.cases) < 0 or scoring.show < 1:
         raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = generate_settings(settings)
+    if settings.generating.edits_only:
+        edit_benchmark(settings, generating)
+        return
     from pbe.editing.batch.runner import pick_device
     from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.benchmark.page import PageSettings
@@ -210,6 +215,21 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     print(f"\n{work.write()}")
     spent = work.seconds
     print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {source.out}/index.html")
+
+
+def edit_benchmark(settings: EvaluateSettings, generating: GenerateSettings) -> None:
+    """Generate a benchmark's edits into the folder itself, to be scored elsewhere with ``--edits``."""
+    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.benchmark.generation import generate
+    from pbe.evaluation.benchmark.toy_edits import GUIDANCE
+
+    source, scales = settings.source, settings.sampling.guidance or [GUIDANCE[-1]]
+    if source.edits or len(scales) > 1:
+        raise UserError("--edits-only takes one --guidance and no --edits")
+    assert source.model is not None
+    assert source.benchmark is not None
+    benchmark = BenchmarkFolder(source.benchmark, settings.scoring.cases)
+    generate(source.model, benchmark, source.out, replace(generating, guidance_scale=scales[0]))
 
 
 def parse_edits(text: str) -> tuple[Path, str]:
