@@ -219,9 +219,9 @@ def run_benchmark(settings: EvaluateSettings) -> None:
 
 def edit_benchmark(settings: EvaluateSettings, generating: GenerateSettings) -> None:
     """Generate a benchmark's edits into the folder itself, to be scored elsewhere with ``--edits``."""
-    from pbe.evaluation.benchmark.cases import BenchmarkFolder
+    from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.benchmark.generation import generate
-    from pbe.evaluation.benchmark.toy_edits import GUIDANCE
+    from pbe.evaluation.benchmark.toy_run import GUIDANCE
 
     source, scales = settings.source, settings.sampling.guidance or [GUIDANCE[-1]]
     if source.edits or len(scales) > 1:
