@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pbe.editing.conventions import CONVENTIONS
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.cases import BenchmarkFolder
-from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.generation import GenerateSettings, generate
 from pbe.evaluation.benchmark.run import BenchmarkRun, PageSettings
 from pbe.evaluation.benchmark.sheets import benchmark_rows, sheet
 from pbe.evaluation.benchmark.toy import make_benchmark
@@ -40,7 +41,7 @@ from pbe.files import expand_home, make_folder, write_output
 
 TOY_BATCH = 32
 # Options that only one way of evaluating reads; elsewhere they would say something that is not so.
-GENERATING = ("preserve_background", "conventions", "devices", "strategy", "num_nodes")
+GENERATING = ("preserve_background", "conventions", "edits_only", "devices", "strategy", "num_nodes")
 FOR_MODELS = ("raw_weights", "guidance", "solver", "steps", "batch_size", "dtype", "threads", *GENERATING)
 SCORING = ("cases", "metrics", "reference", "tower_weights", "towers", "mixture", "rank_by", "show")
 FOR_BENCHMARKS = ("edits", *GENERATING, *SCORING)
@@ -101,6 +102,11 @@ def _add_benchmark(bench: argparse._ArgumentGroup) -> None:
     bench.add_argument(
         "--conventions", choices=list(CONVENTIONS), help="of preparing the inputs (default: the model's)"
     )
+    bench.add_argument(
+        "--edits-only",
+        action="store_true",
+        help="write a model's edits straight into --out, and score nothing",
+    )
     bench.add_argument("--devices", default="auto", help="how many GPUs, or processes on the CPU")
     bench.add_argument("--strategy", default="auto", help="Lightning's (default %(default)s)")
     bench.add_argument("--num-nodes", type=int, default=1, help="machines, started by torchrun or SLURM")
@@ -155,6 +161,8 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     if min(options.threads, options.cases) < 0 or options.show < 1:
         raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = _generate_settings(options)
+    if options.edits_only:
+        return edit_benchmark(options, generating)
     settings = ScoreSettings(
         tuple(options.metrics),
         bootstrap=Bootstrap(seed=options.seed),
@@ -176,6 +184,16 @@ def run_benchmark(options: argparse.Namespace) -> dict[str, Any]:
     spent = work.seconds
     print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {options.out}/index.html")
     return work.to_dict()
+
+
+def edit_benchmark(options: argparse.Namespace, settings: GenerateSettings) -> dict[str, Any]:
+    """Generate a benchmark's edits into the folder itself, to be scored elsewhere with ``--edits``."""
+    scales = options.guidance or [GUIDANCE[-1]]
+    if options.edits or len(scales) > 1:
+        raise UserError("--edits-only takes one --guidance and no --edits")
+    settings = replace(settings, guidance_scale=scales[0])
+    generate(options.model, BenchmarkFolder(options.benchmark, options.cases), options.out, settings)
+    return {}
 
 
 def parse_edits(text: str) -> tuple[Path, str]:

@@ -15,15 +15,17 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 from pbe.cli.parser import Parser, run_command
 from pbe.evaluation.ablation.config import load_ablation
 from pbe.evaluation.ablation.plan import make_plan
-from pbe.evaluation.ablation.runner import Runner, only_one
-from pbe.evaluation.ablation.schedule import Schedule, plan_text
+from pbe.evaluation.ablation.runner import Runner, Schedule, make_engine, only_one
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ablation", type=Path, help="YAML file, such as configs/ablations/paper.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="stages side by side (default %(default)s)")
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster"
+    )
+    parser.add_argument("--jobs", type=int, help="stages side by side (default 1; with ray all that can run)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only print the plan with its times")
     return parser.parse_args(arguments)
@@ -38,14 +40,13 @@ def run(options: argparse.Namespace) -> int:
     ablation = load_ablation(options.ablation)
     plan = make_plan(ablation)
     schedule = Schedule(plan.stages, vars(ablation.config.rates))
+    jobs = options.jobs if options.jobs is not None else len(plan.stages) if options.engine == "ray" else 1
     if options.dry_run:
-        print(plan_text(plan.stages, schedule, max(options.jobs, 1)))
+        print(schedule.text(max(jobs, 1)))
         return 0
-    with only_one(Path(ablation.config.workspace)) as lock:
-        runner = Runner(
-            plan.stages, schedule, jobs=options.jobs, threads=options.threads, say=_say, lock=lock
-        )
-        if stopped := runner.run():
+    with only_one(Path(ablation.config.workspace)):
+        engine = make_engine(options.engine, jobs, options.threads)
+        if stopped := Runner(schedule, engine, jobs, _say).run():
             return stopped
         from pbe.evaluation.ablation.report import write_report  # slow to import
 
