@@ -166,25 +166,26 @@ def run_stage(
 def _end_with_parent() -> None:
     """Let a new process end when the runner dies, however that happens (on Linux), and listen to SIGINT.
 
-    SIGINT is what stages are stopped with: every command of the project ends by it, saving what it has. A
-    shell starts processes in the background deaf to it.
+    SIGINT is what stages are stopped with: every command of the project ends by it, saving what it has.
+    Shells start processes in the background deaf to it, and so does Ray.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ask a process to end, wait for it, and kill it with all that it has started."""
-    try:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-    finally:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(KeyboardInterrupt):  # Ray cancels more than once
+            time.sleep(POLL_SECONDS)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _failure(stage: Stage, status: int) -> str:
