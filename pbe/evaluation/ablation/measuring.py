@@ -124,11 +124,7 @@ def pose_scores(
 
 
 def identities(options: EvaluationConfig) -> dict[str, Any]:
-    """Return what the files are that scores need: hashes, or the tag of a tower; nothing where none is given.
-
-    Raises:
-        UserError: a tower that there is not, or a file or folder that is missing or cannot be used.
-    """
+    """Return hashes of the files that scores need, or the tag of a tower; nothing where none is given."""
     ScoreSettings(weights=options.tower_weights)
     found: dict[str, Any] = {}
     if options.tower_weights:

@@ -90,11 +90,7 @@ class Plan:
 
 
 def make_plan(ablation: Ablation) -> Plan:
-    """Plan an ablation; nothing is made.
-
-    Raises:
-        UserError: data, models, a benchmark or scores that the ablation names are not there.
-    """
+    """Plan an ablation; nothing is made."""
     workspace = Path(ablation.config.workspace)
     for folder in (workspace, *workspace.parents):
         if folder.exists() and not folder.is_dir():

@@ -332,11 +332,7 @@ class Runner:
         }
 
     def run(self) -> int:
-        """Run until everything is done, something fails or a signal comes; returns the signal, or 0.
-
-        Raises:
-            UserError: a stage failed; the others are stopped, and the same command resumes.
-        """
+        """Run until everything is done, something fails or a signal comes; returns the signal, or 0."""
         done = {stage.fingerprint for stage in self.stages if stage.mark() is not None}
         waiting = [stage for stage in self.stages if stage.fingerprint not in done]
         if done:
