@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pbe.cli.arguments import SETTINGS
 from pbe.resources import find_config
@@ -14,8 +15,10 @@ from pbe.resources import find_config
 class AblateSettings:
     """Options of ``pbe ablate``."""
 
-    jobs: int = 1
-    """stages side by side"""
+    engine: Literal["local", "ray"] = "local"
+    """processes here, or a Ray cluster"""
+    jobs: int | None = None
+    """stages side by side (default 1; with ray all that can run)"""
     threads: int = 1
     """CPU threads of each"""
     dry_run: bool = False
@@ -34,20 +37,20 @@ def ablate(ablation: Path, /, *, settings: AblateSettings = AblateSettings()) ->
     """
     from pbe.evaluation.ablation.config import load_ablation
     from pbe.evaluation.ablation.plan import make_plan
-    from pbe.evaluation.ablation.runner import Runner, only_one
-    from pbe.evaluation.ablation.schedule import Schedule, plan_text
+    from pbe.evaluation.ablation.runner import Runner, Schedule, make_engine, only_one
 
     loaded = load_ablation(find_config(ablation))
     plan = make_plan(loaded)
     schedule = Schedule(plan.stages, vars(loaded.config.rates))
+    jobs = settings.jobs
+    if jobs is None:
+        jobs = len(plan.stages) if settings.engine == "ray" else 1
     if settings.dry_run:
-        print(plan_text(plan.stages, schedule, max(settings.jobs, 1)))
+        print(schedule.text(max(jobs, 1)))
         return 0
-    with only_one(Path(loaded.config.workspace)) as lock:
-        runner = Runner(
-            plan.stages, schedule, jobs=settings.jobs, threads=settings.threads, say=_print_now, lock=lock
-        )
-        if stopped := runner.run():
+    with only_one(Path(loaded.config.workspace)):
+        engine = make_engine(settings.engine, jobs, settings.threads)
+        if stopped := Runner(schedule, engine, jobs, _print_now).run():
             return 128 + stopped
         from pbe.evaluation.ablation.report import write_report  # slow to import
 

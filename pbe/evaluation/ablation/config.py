@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pbe.config import Config, ScheduleConfig, from_dict, load_config
+from pbe.config.loading import one_line, read_yaml
 from pbe.diffusion.solvers import get_solver
 from pbe.errors import UserError
 
@@ -150,15 +150,7 @@ class AblationConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """A row with everything that it takes over from others.
-
-    Attributes:
-        name: a short word, unique.
-        title: for tables.
-        start: empty, ``prior`` or a path.
-        overrides: of the base, by dotted key.
-        sampling: how the benchmark is edited.
-    """
+    """A row with everything that it takes over from others; attributes as in :class:`RowConfig`."""
 
     name: str
     title: str
@@ -176,12 +168,7 @@ class Ablation:
     rows: tuple[Row, ...]
 
     def training_config(self, overrides: dict[str, Any], source: str) -> Config:
-        """Return the base with the shared and these overrides.
-
-        Raises:
-            UserError: an unknown key (the nearest valid one is named), a wrong value, or one that is not a
-                row's to set.
-        """
+        """Return the base with the shared and these overrides; ``source`` is named in errors."""
         merged = {**self.config.shared, **overrides}
         if taken := sorted(set(merged) & set(SET_HERE)):
             raise UserError(f"{source}: '{taken[0]}' is set by the runner; a row cannot override it")
@@ -198,10 +185,6 @@ def load_ablation(path: str | Path) -> Ablation:
         path: YAML file: the keys of :class:`AblationConfig`, and ``rows``, a list of :class:`RowConfig`. With
             ``extends: {file: OTHER, row: NAME}`` what is not given is that ablation's, and its row is what
             these rows change.
-
-    Raises:
-        UserError: missing file, invalid YAML, unknown key (the nearest valid one is named), wrong value, or
-            rows that do not fit together.
     """
     return _load(Path(path), ())
 
@@ -213,17 +196,17 @@ def _load(path: Path, before: tuple[Path, ...]) -> Ablation:
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path}: 'rows' must be a list of at least one row")
     inherited, first = _extended(path, content.pop("extends", None), before)
-    _check_kinds(AblationConfig, content, str(path))
-    merged = OmegaConf.to_container(OmegaConf.merge(inherited, content))
-    assert isinstance(merged, dict)
-    config = from_dict(AblationConfig, {str(key): value for key, value in merged.items()}, str(path))
+    prior = content.get("prior")
+    if isinstance(prior, dict) and not isinstance(prior.get("overrides"), dict | None):
+        raise UserError(f"{path}: wrong value for 'prior.overrides': it is a section of keys")
+    from_dict(AblationConfig, content, str(path))  # before a list could take a section's place
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(inherited, content))
+    config = from_dict(AblationConfig, merged, str(path))
+    config = replace(config, name=config.name or path.stem)
     rows = [_row(row, f"{path}: rows[{number}]") for number, row in enumerate(listed)]
     _check(config, rows, path)
-    base = path.parent / config.base
     beginning = first or Row("", "", SCRATCH, {}, config.sampling)
-    config = replace(config, name=config.name or path.stem)
-    _check_name(config.name, path)
-    ablation = Ablation(config, base, _resolve(config.cumulative, beginning, rows))
+    ablation = Ablation(config, path.parent / config.base, _resolve(config.cumulative, beginning, rows))
     for row in ablation.rows:
         training = ablation.training_config(row.overrides, f"{path}: row '{row.name}'")
         _check_sampling(row.sampling, training.model.schedule.timesteps, f"{path}: row '{row.name}'")
@@ -247,29 +230,24 @@ def _extended(path: Path, reference: Any, before: tuple[Path, ...]) -> tuple[dic
     found = [row for row in parent.rows if row.name == reference["row"]]
     if not found:
         raise UserError(f"{path}: 'extends': there is no row '{reference['row']}' in '{other}'")
-    settings = asdict(parent.config)
-    for own in ("name", "title", "cumulative", "comparisons"):
-        settings.pop(own)
-    settings["base"] = os.path.relpath(parent.base, path.parent)
-    return settings, found[0]
+    settings = asdict(parent.config) | {"base": os.path.relpath(parent.base, path.parent)}
+    own = ("name", "title", "cumulative", "comparisons")
+    return {key: value for key, value in settings.items() if key not in own}, found[0]
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no ablation at '{path}'; configs/ablations/ holds those that ship with the project")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # the YAML parser's errors share no base class with OmegaConf's
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: an ablation is a mapping of keys to values")
+        content: Any = OmegaConf.to_container(read_yaml(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
     return {str(key): value for key, value in content.items()}
 
 
 def _row(values: Any, source: str) -> RowConfig:
     if not isinstance(values, dict):
         raise UserError(f"{source}: a row is a mapping of keys to values")
-    _check_kinds(RowConfig, values, source)
     row = from_dict(RowConfig, values, source)
     if not row.name or not all(letter.isalnum() or letter in "-_.+" for letter in row.name):
         raise UserError(f"{source}: 'name' is '{row.name}'; it must be letters, digits, '-', '_', '.' or '+'")
@@ -278,67 +256,47 @@ def _row(values: Any, source: str) -> RowConfig:
     return row
 
 
-def _check_kinds(cls: type, values: dict[str, Any], source: str, prefix: str = "") -> None:
-    """Refuse a list where a mapping belongs and the other way round, which OmegaConf cannot say clearly."""
-    hints = get_type_hints(cls)
-    for key, value in values.items():
-        if key not in hints or not isinstance(value, dict | list):
-            continue  # the strict reading that follows has a word for these
-        hint = hints[key]
-        hint = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # such as dict | None
-        kind = get_origin(hint) or hint
-        wanted = (
-            "list" if kind is list else "mapping" if kind is dict or is_dataclass(kind) else "single value"
-        )
-        given = "list" if isinstance(value, list) else "mapping"
-        if wanted != given:
-            raise UserError(f"{source}: '{prefix}{key}' is a {given}; it must be a {wanted}")
-        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-            _check_kinds(kind, value, source, f"{prefix}{key}.")
-
-
-def _check_name(name: str, path: Path) -> None:
-    """Refuse a name that is no folder of its own in the workspace."""
-    if Path(name).name != name or name.startswith(".") or not name.isprintable():
-        raise UserError(f"{path}: 'name' is '{name}'; it must be the plain name of a folder for the results")
-    if name.lower() in STAGE_FOLDERS:
-        raise UserError(f"{path}: 'name' is '{name}', a folder that stages lie in; give another one")
-
-
-def _seeds(config: AblationConfig) -> Iterator[tuple[str, int]]:
-    yield from (("seeds", seed) for seed in config.seeds)
-    yield "scenes.seed", config.scenes.seed
-    yield "evaluation.benchmark_seed", config.evaluation.benchmark_seed
-    yield "evaluation.noise_seed", config.evaluation.noise_seed
-
-
 def _check(config: AblationConfig, rows: list[RowConfig], path: Path) -> None:
-    names = [row.name for row in rows]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{path}: there are two rows '{repeated[0]}'")
+    _check_names(config, [row.name for row in rows], path)
+    evaluation, scenes = config.evaluation, config.scenes
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"{path}: 'seeds' must be given, each once")
-    for key, seed in _seeds(config):
+    seeds = [("seeds", seed) for seed in config.seeds] + [
+        ("scenes.seed", scenes.seed),
+        ("evaluation.benchmark_seed", evaluation.benchmark_seed),
+        ("evaluation.noise_seed", evaluation.noise_seed),
+    ]
+    for key, seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"{path}: '{key}' has {seed}; seeds go from 0 to {MAX_SEED}")
     if not config.base:
         raise UserError(f"{path}: 'base' must name a configuration file")
+    if any(row.start == PRIOR for row in rows) and config.prior.overrides is None:
+        raise UserError(f"{path}: a row starts from the prior, but 'prior.overrides' is not given")
+    if evaluation.batch_size < 1 or evaluation.resamples < 1 or not 0.0 < evaluation.level < 1.0:
+        raise UserError(f"{path}: 'evaluation': batch_size and resamples from 1 up, level between 0 and 1")
+    if scenes.train < 0 or scenes.validation < 1 or evaluation.strip_cases < 1:
+        raise UserError(f"{path}: scenes.train from 0, scenes.validation and strip_cases from 1 up")
+    if evaluation.benchmark == TOY and not 0 <= evaluation.objects <= TOY_CASES:
+        raise UserError(
+            f"{path}: 'evaluation.objects' is {evaluation.objects}; there are {TOY_CASES}, 0 takes all"
+        )
+
+
+def _check_names(config: AblationConfig, rows: list[str], path: Path) -> None:
+    """Check the names of the rows, and the ablation's, which is a folder of its own in the workspace."""
+    if repeated := [name for name in rows if rows.count(name) > 1]:
+        raise UserError(f"{path}: there are two rows '{repeated[0]}'")
     for pair in config.comparisons:
         if len(pair) != 2 or pair[0] == pair[1]:
             raise UserError(f"{path}: 'comparisons' are pairs of two rows, not {pair}")
-        if unknown := [name for name in pair if name not in names]:
+        if unknown := [name for name in pair if name not in rows]:
             raise UserError(f"{path}: 'comparisons': there is no row '{unknown[0]}'")
-    if any(row.start == PRIOR for row in rows) and config.prior.overrides is None:
-        raise UserError(f"{path}: a row starts from the prior, but 'prior.overrides' is not given")
-    numbers = config.evaluation
-    if numbers.batch_size < 1 or numbers.resamples < 1 or not 0.0 < numbers.level < 1.0:
-        raise UserError(f"{path}: 'evaluation': batch_size and resamples from 1 up, level between 0 and 1")
-    if config.scenes.train < 0 or config.scenes.validation < 1 or numbers.strip_cases < 1:
-        raise UserError(f"{path}: scenes.train from 0, scenes.validation and strip_cases from 1 up")
-    if numbers.benchmark == TOY and not 0 <= numbers.objects <= TOY_CASES:
-        raise UserError(
-            f"{path}: 'evaluation.objects' is {numbers.objects}; there are {TOY_CASES}, 0 takes all"
-        )
+    name = config.name
+    if Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise UserError(f"{path}: 'name' is '{name}'; it must be the plain name of a folder for the results")
+    if name.lower() in STAGE_FOLDERS:
+        raise UserError(f"{path}: 'name' is '{name}', a folder that stages lie in; give another one")
 
 
 def _check_sampling(sampling: SamplingConfig, timesteps: int, source: str) -> None:

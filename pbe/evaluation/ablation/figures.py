@@ -11,8 +11,9 @@ from PIL import Image
 from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import BY_ROW
+from pbe.evaluation.ablation.measuring import read_edits
+from pbe.evaluation.ablation.plan import PICTURES
 from pbe.evaluation.ablation.results import Results
-from pbe.evaluation.ablation.scoring import EditFolder
 from pbe.evaluation.ablation.stages import Stage
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.metrics.bootstrap import Estimate
@@ -20,11 +21,7 @@ from pbe.evaluation.report.sheets import sheet
 
 
 def plot(results: Results) -> bytes:
-    """Draw score ``plot_y`` against ``plot_x``, with intervals, every seed faintly; returns a PNG.
-
-    Raises:
-        UserError: a score that the plot names was not made.
-    """
+    """Draw score ``plot_y`` against ``plot_x``, with intervals, every seed faintly; returns a PNG."""
     from matplotlib.figure import Figure  # slow to import
 
     options, rows = results.ablation.config.evaluation, results.ablation.rows
@@ -93,14 +90,15 @@ def strip(results: Results, cases: int) -> np.ndarray:
 def _band(results: Results, folder: Path, cases: int, edits: dict[str, Stage]) -> np.ndarray:
     benchmark = BenchmarkFolder(folder)
     shown = [benchmark[number] for number in range(min(cases, len(benchmark)))]
-    lines = {
+    lines: dict[str, list[np.ndarray]] = {
         "masked": [grey_out(case.image, case.mask > 127) for case in shown],
         "exemplar": [case.exemplar for case in shown],
     }
     for number, (name, stage) in enumerate(edits.items(), 1):
-        pictures = EditFolder(stage.folder / "pictures", benchmark.ids)
+        made = read_edits(stage.folder / PICTURES, benchmark)[: len(shown)]
         label = _short(results.titles[name])
-        lines[label if label not in lines else _short(f"{number}: {label}")] = list(pictures[: len(shown)])
+        label = label if label not in lines else _short(f"{number}: {label}")
+        lines[label] = [edit for edit in made if edit is not None]
     lines["true object"] = [case.image for case in shown]
     return sheet(lines, columns=min(len(shown), 16))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-import os
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,24 @@ from pbe.errors import UserError
 from pbe.evaluation.ablation.config import Ablation
 from pbe.evaluation.ablation.figures import plot, png, strip
 from pbe.evaluation.ablation.plan import Plan
-from pbe.evaluation.ablation.results import Results, gather
+from pbe.evaluation.ablation.results import Results, changes, gather
 from pbe.evaluation.ablation.stages import write_json
-from pbe.evaluation.ablation.statistics import Difference
-from pbe.evaluation.ablation.tables import changes, difference_table, latex, markdown, score_table
+from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
 from pbe.evaluation.metrics.base import FAMILIES
-from pbe.evaluation.report.tables import Table
-from pbe.files import make_folder
+from pbe.evaluation.metrics.bootstrap import Estimate
+from pbe.evaluation.report.tables import Table, markdown
+from pbe.files import make_folder, write_output
 from pbe.html import render_page
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
+ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$", "→": r"$\rightarrow$", "–": "--", "−": "$-$", "×": r"$\times$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "*": "{*}",
+}  # fmt: skip
+PACKAGES = r"% needs \usepackage{longtable,booktabs}"
 
 
 @dataclass(frozen=True)
@@ -42,16 +51,12 @@ class Section:
 
 
 def write_report(ablation: Ablation, plan: Plan) -> Path:
-    """Write everything into the plan's folder of results; returns the page.
-
-    Raises:
-        UserError: the scores are not there or do not fit together, or the folder cannot be written to.
-    """
+    """Write everything into the plan's folder of results; returns the page."""
     results, folder = gather(ablation, plan), make_folder(plan.results)
     sections, changed = sections_of(results), changes_of(results)
     write_json(folder / "results.json", results.to_dict())
-    _write(folder / "tables.md", markdown_page(results, sections, changed).encode())
-    _write(folder / "tables.tex", "\n".join(_latex_parts(sections)).encode())
+    write_output(folder / "tables.md", markdown_page(results, sections, changed))
+    write_output(folder / "tables.tex", "\n".join(_latex_parts(sections)))
     pictures = {"strip": png(strip(results, ablation.config.evaluation.strip_cases))}
     if ablation.config.evaluation.plot_y:
         try:
@@ -59,8 +64,8 @@ def write_report(ablation: Ablation, plan: Plan) -> Path:
         except UserError as error:  # a score that wants weights that are not here; the rest stands
             print(f"no plot: {error}")
     for name, content in pictures.items():
-        _write(folder / f"{name}.png", content)
-    _write(folder / "index.html", page(results, sections, changed, pictures).encode())
+        write_output(folder / f"{name}.png", content)
+    write_output(folder / "index.html", page(results, sections, changed, pictures))
     return folder / "index.html"
 
 
@@ -109,13 +114,10 @@ def score_note(results: Results) -> str:
 
 def changes_of(results: Results) -> list[Changed]:
     """Return the config difference of each row: to the row before it, or to the first one."""
-    rows, cumulative, made = results.ablation.rows, results.ablation.config.cumulative, []
-    for number, row in enumerate(rows):
-        before = None if not number else rows[number - 1 if cumulative else 0]
-        cells = [results.plan.of(one.name)[0] if one else None for one in (before, row)]
-        assert cells[1] is not None
-        made.append(Changed(row.title, before.title if before else "", changes(cells[0], cells[1])))
-    return made
+    return [
+        Changed(cell.row.title, before.row.title if before else "", changes(before, cell))
+        for before, cell in results.compared()
+    ]
 
 
 def markdown_page(results: Results, sections: list[Section], changed: list[Changed]) -> str:
@@ -138,7 +140,7 @@ def markdown_page(results: Results, sections: list[Section], changed: list[Chang
 def _latex_parts(sections: list[Section]) -> list[str]:
     parts = []
     for section in sections:
-        parts += [f"% {section.title}", latex(section.scores)]
+        parts += [f"% {section.title}", latex(section.scores, turned=True)]
         if section.differences is not None:
             parts.append(latex(section.differences))
     return parts
@@ -153,20 +155,80 @@ def page(
     }
     config = results.ablation.config
     return render_page(
-        TEMPLATE,
-        title=config.title or f"Ablation {config.name}",
-        sections=sections,
-        changed=changed,
-        pictures=shown,
-        not_run=results.not_run,
-        seeds=config.seeds,
-    )
+        TEMPLATE, title=config.title or f"Ablation {config.name}", sections=sections, changed=changed,
+        pictures=shown, not_run=results.not_run, seeds=config.seeds,
+    )  # fmt: skip
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def number(value: float) -> str:
+    """Return a score as tables show it; ``exact`` for the infinite PSNR of equal pictures."""
+    if math.isnan(value):
+        return "not run"
+    if math.isinf(value):
+        return "exact"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def interval(estimate: Estimate) -> str:
+    """Return a score with its interval."""
+    if not math.isfinite(estimate.value) or math.isnan(estimate.low):
+        return number(estimate.value)
+    return f"{number(estimate.value)} ({number(estimate.low)} to {number(estimate.high)})"
+
+
+def score_table(
+    rows: Sequence[tuple[str, str]],
+    metrics: Sequence[tuple[str, str]],
+    values: dict[tuple[str, str], Estimate],
+    note: str,
+) -> Table:
+    """Return the table of scores.
+
+    Args:
+        rows: names and titles.
+        metrics: name and better direction (``higher``, ``lower``) of the columns.
+        values: by name of the row and metric.
+        note: below the table.
+    """
+    head = ["", *(f"{name} {ARROWS[better]}".strip() for name, better in metrics)]
+    body = [[title, *(interval(values[row, name]) for name, _ in metrics)] for row, title in rows]
+    return Table(head, body, note)
+
+
+def difference_table(differences: Sequence[Difference], titles: dict[str, str], note: str) -> Table:
+    """Return the table of comparisons; what the interval does not decide is written as undecided."""
+    body = []
+    for one in differences:
+        bounds = "none" if math.isnan(one.low) else f"{one.low:+.3f} to {one.high:+.3f}"
+        said = UNDECIDED if one.verdict == UNDECIDED else f"{titles[one.second]} is {one.verdict}"
+        pair = f"{titles[one.second]} − {titles[one.first]}"
+        body.append([f"log {one.metric}" if one.log else one.metric, pair, f"{one.value:+.3f}", bounds, said])
+    return Table(["score", "rows", "difference", "interval", "verdict"], body, note)
+
+
+def latex(table: Table, *, turned: bool = False) -> str:
+    """Return a table as LaTeX that breaks over pages and is as wide as the text.
+
+    It needs the packages longtable and booktabs. ``turned`` makes lines of columns: there are more scores
+    than a page is wide.
+    """
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(escape(cell) for cell in cells) + r" \\"
+
+    lines = [table.head, *table.rows]
+    head, *rows = zip(*lines, strict=True) if turned else lines
+    column = rf"p{{\dimexpr\linewidth/{len(head)}-2\tabcolsep\relax}}"
+    parts = [
+        PACKAGES, r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
+        rf"\begin{{longtable}}{{{column * len(head)}}}", r"\toprule", line(head), r"\midrule", r"\endhead",
+        r"\bottomrule", r"\endfoot", *(line(row) for row in rows), r"\end{longtable}",
+    ]  # fmt: skip
+    if table.note:
+        parts.append(rf"\noindent {escape(table.note)}\par")
+    return "\n".join([*parts, r"\endgroup"]) + "\n"
+
+
+def escape(text: str) -> str:
+    """Return text with everything escaped that LaTeX would read as a command."""
+    return "".join(LATEX.get(letter, letter) for letter in text)

@@ -10,8 +10,9 @@ import numpy as np
 
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import Ablation
-from pbe.evaluation.ablation.plan import Cell, Plan
-from pbe.evaluation.ablation.scoring import Measured, read_scores
+from pbe.evaluation.ablation.measuring import read_scores
+from pbe.evaluation.ablation.plan import PICTURES, Cell, Plan
+from pbe.evaluation.ablation.stages import without_aside
 from pbe.evaluation.ablation.statistics import (
     Difference,
     case_interval,
@@ -21,7 +22,7 @@ from pbe.evaluation.ablation.statistics import (
     set_difference,
     widened,
 )
-from pbe.evaluation.ablation.tables import changes, settings_of
+from pbe.evaluation.metrics.base import Score
 from pbe.evaluation.metrics.bootstrap import Estimate
 
 
@@ -41,7 +42,7 @@ class Results:
 
     ablation: Ablation
     plan: Plan
-    scores: dict[tuple[str, str], list[Measured]]
+    scores: dict[tuple[str, str], list[Score]]
     metrics: tuple[tuple[str, str, str], ...]
     estimates: dict[tuple[str, str], Estimate]
     differences: tuple[Difference, ...]
@@ -52,24 +53,28 @@ class Results:
         """Titles of the rows by name."""
         return {row.name: row.title for row in self.ablation.rows}
 
+    def compared(self) -> list[tuple[Cell | None, Cell]]:
+        """Return each row's first cell, behind that of the row that its settings are compared with."""
+        cells = [self.plan.of(row.name)[0] for row in self.ablation.rows]
+        cumulative = self.ablation.config.cumulative
+        others = [None, *(cells[:-1] if cumulative else cells[:1] * (len(cells) - 1))]
+        return list(zip(others, cells, strict=True))
+
     def to_dict(self) -> dict[str, Any]:
         """Return what results.json holds."""
         config = self.ablation.config
-        rows, cumulative = [], config.cumulative
-        for number, row in enumerate(self.ablation.rows):
-            cells = self.plan.of(row.name)
-            beside = self.ablation.rows[number - 1 if cumulative else 0].name
-            before = self.plan.of(beside)[0] if number else None
-            rows.append(
-                {
-                    "name": row.name,
-                    "title": row.title,
-                    "settings": settings_of(cells[0]),
-                    "changes": [list(change) for change in changes(before, cells[0])],
-                    "seeds": [self._cell(cell, place) for place, cell in enumerate(cells)],
-                    "scores": {name: self._estimate(row.name, name) for name, _, _ in self.metrics},
-                }
-            )
+        names = [name for name, _, _ in self.metrics]
+        rows = [
+            {
+                "name": first.row.name,
+                "title": first.row.title,
+                "settings": settings_of(first),
+                "changes": [list(change) for change in changes(before, first)],
+                "seeds": [self._cell(cell, place) for place, cell in enumerate(self.plan.of(first.row.name))],
+                "scores": {name: _finite(asdict(self.estimates[first.row.name, name])) for name in names},
+            }
+            for before, first in self.compared()
+        ]
         return {
             "name": config.name,
             "seeds": list(config.seeds),
@@ -83,18 +88,15 @@ class Results:
             "differences": [_finite(asdict(one)) for one in self.differences],
         }
 
-    def _estimate(self, row: str, metric: str) -> dict[str, Any]:
-        return _finite(asdict(self.estimates[row, metric]))
-
     def _cell(self, cell: Cell, place: int) -> dict[str, Any]:
         scores = {name: self.scores[cell.row.name, name][place] for name, _, _ in self.metrics}
         return {
             "seed": cell.seed,
             "model": str(cell.model),
-            "edits": str(cell.edits.folder / "pictures"),
+            "edits": str(cell.edits.folder / PICTURES),
             "training": cell.training.fingerprint,
-            "scores": {name: _finite({"value": one.value})["value"] for name, one in scores.items()},
-            "cards": {name: one.card for name, one in scores.items()},
+            "scores": _finite({name: one.value for name, one in scores.items()}),
+            "cards": {name: asdict(one.card) for name, one in scores.items()},
         }
 
 
@@ -109,11 +111,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def gather(ablation: Ablation, plan: Plan) -> Results:
-    """Read the scores of all cells and compare the rows.
-
-    Raises:
-        UserError: the rows were scored on other cases, or with other scores.
-    """
+    """Read the scores of all cells and compare the rows."""
     names_of_rows = [row.name for row in ablation.rows]
     read = {row: [read_scores(cell.scores.folder) for cell in plan.of(row)] for row in names_of_rows}
     every = [scores for cells in read.values() for scores in cells]
@@ -140,18 +138,18 @@ def gather(ablation: Ablation, plan: Plan) -> Results:
     return Results(ablation, plan, scores, metrics, estimates, tuple(differences), absent)
 
 
-def _why(name: str, every: list[dict[str, Measured]]) -> str:
+def _why(name: str, every: list[dict[str, Score]]) -> str:
     return next((scores[name].why_not for scores in every if scores[name].why_not), "not a number")
 
 
-def seed_values(seeds: list[Measured]) -> np.ndarray:
+def seed_values(seeds: list[Score]) -> np.ndarray:
     """Return a row's value of each seed, ``(s,)``; logarithms of geometric means."""
     values = np.array([one.value for one in seeds])
     return np.log(values) if is_geometric(seeds) else values
 
 
 def pair_margin(
-    name: str, pairs: list[tuple[str, str]], scores: dict[tuple[str, str], list[Measured]], level: float
+    name: str, pairs: list[tuple[str, str]], scores: dict[tuple[str, str], list[Score]], level: float
 ) -> float:
     """Return what chance between trainings adds to the interval of a score's differences.
 
@@ -161,7 +159,7 @@ def pair_margin(
     return seed_margin(groups, level=level, most=max(len({row for pair in pairs for row in pair}) - 1, 1))
 
 
-def estimate_of(seeds: list[Measured], resamples: int, level: float, margin: float = 0.0) -> Estimate:
+def estimate_of(seeds: list[Score], resamples: int, level: float, margin: float = 0.0) -> Estimate:
     """Return a row's score over its seeds: their mean, with an interval over cases and trainings.
 
     Scores of whole sets, and those whose value is not the mean of its cases, have no cases to draw: theirs
@@ -187,11 +185,11 @@ def estimate_of(seeds: list[Measured], resamples: int, level: float, margin: flo
     return widened(Estimate(value, low, high), margin)
 
 
-def _stacked(seeds: list[Measured]) -> np.ndarray:
+def _stacked(seeds: list[Score]) -> np.ndarray:
     return np.stack([one.per_case for one in seeds if one.per_case is not None])
 
 
-def is_mean(seeds: list[Measured]) -> bool:
+def is_mean(seeds: list[Score]) -> bool:
     """Say whether a score is the mean of its cases' values, so that cases can be drawn and paired."""
     for one in seeds:
         if one.per_case is None or not math.isfinite(one.value):
@@ -202,7 +200,7 @@ def is_mean(seeds: list[Measured]) -> bool:
     return len({len(one.per_case) for one in seeds if one.per_case is not None}) == 1
 
 
-def is_geometric(seeds: list[Measured]) -> bool:
+def is_geometric(seeds: list[Score]) -> bool:
     """Say whether a score is the geometric mean of its cases' values."""
     if is_mean(seeds) or any(one.per_case is None or not one.value > 0.0 for one in seeds):
         return False
@@ -216,7 +214,7 @@ def is_geometric(seeds: list[Measured]) -> bool:
 def compare(
     name: str,
     rows: tuple[str, str],
-    scores: dict[tuple[str, str], list[Measured]],
+    scores: dict[tuple[str, str], list[Score]],
     resamples: int,
     level: float,
     margin: float = 0.0,
@@ -232,3 +230,32 @@ def compare(
         return replace(paired_difference(name, rows, *logs, **how), log=True)
     ends = [[Estimate(one.value, one.low, one.high) for one in row] for row in (first, second)]
     return set_difference(name, rows, *ends, margin=margin)
+
+
+def changes(before: Cell | None, cell: Cell) -> list[tuple[str, str, str]]:
+    """Return (key, old, new) of what a row sets otherwise than another one, sampling included."""
+    if before is None:
+        return []
+    old, new = settings_of(before), settings_of(cell)
+    return [(key, _text(old.get(key)), _text(value)) for key, value in new.items() if old.get(key) != value]
+
+
+def settings_of(cell: Cell) -> dict[str, Any]:
+    """Return all settings of a row that shape its results, by dotted key."""
+    values = without_aside(cell.config)
+    values["cache"] = {"variants": cell.config.cache.variants}
+    start = cell.row.start or "random weights"
+    return {"start": start, **_flat(values), **_flat({"sampling": vars(cell.row.sampling)})}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,37 +1,242 @@
-"""Runs the stages of an ablation side by side, each in a process of its own, and stops them all together."""
+"""Runs the stages of an ablation side by side, each in a process of its own, here or on a Ray cluster."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import IO, Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 import torch
 
 from pbe.errors import UserError
-from pbe.evaluation.ablation.schedule import Schedule, span
-from pbe.evaluation.ablation.stages import Stage, write_json
-from pbe.files import lock, make_folder
-from pbe.training.resume.signals import StopSignals
+from pbe.evaluation.ablation.stages import Stage
+from pbe.files import FileLock, lock
+from pbe.training.resume.signals import StopSignals, TrainingStopped
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 60.0
 GRACE_SECONDS = 120.0  # for a training to write its checkpoint
-JOB = "stage.json"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-Command = Callable[[Path], list[str]]
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def worker_command(job: Path) -> list[str]:
-    """Return the command line of the process that does a stage."""
-    return [sys.executable, "-m", "pbe.evaluation.ablation.worker", str(job)]
+class Schedule:
+    """Estimates of stages, corrected by what the finished ones took, and the order to take them up in.
+
+    Args:
+        stages: all of them, each behind those that it needs.
+        rates: seconds that a unit takes on one core, by key.
+    """
+
+    def __init__(self, stages: Sequence[Stage], rates: Mapping[str, float]) -> None:
+        self.stages, self.rates = stages, dict(rates)
+        self.learn()
+
+    def learn(self) -> None:
+        """Take the rates of finished stages that were not interrupted in place of the assumed ones."""
+        seconds: dict[str, float] = {}
+        units: dict[str, float] = {}
+        for mark in (stage.mark() for stage in self.stages):
+            if mark is not None and not mark["resumed"] and mark["units"] > 0:
+                seconds[mark["rate"]] = seconds.get(mark["rate"], 0.0) + mark["seconds"]
+                units[mark["rate"]] = units.get(mark["rate"], 0.0) + mark["units"]
+        self.rates |= {key: seconds[key] / units[key] for key in seconds}
+
+    def seconds(self, stage: Stage) -> float:
+        """Return the estimate of a whole stage."""
+        return stage.units * self.rates[stage.rate]
+
+    def pick(self, waiting: Sequence[Stage], done: set[str]) -> Stage | None:
+        """Return the stage whose needs are met and that most seconds of others wait for; None without one."""
+        after: dict[str, float] = {}  # from the start of a stage to the end of all that waits for it
+        for stage in reversed(self.stages):
+            behind = [after[other.fingerprint] for other in self.stages if stage.fingerprint in other.needs]
+            after[stage.fingerprint] = self.seconds(stage) + max(behind, default=0.0)
+        ready = [stage for stage in waiting if done.issuperset(stage.needs)]
+        return max(ready, key=lambda stage: after[stage.fingerprint], default=None)
+
+    def remaining(self, running: Mapping[str, float], jobs: int) -> float:
+        """Return the seconds until everything is done, by playing the schedule through.
+
+        Args:
+            running: seconds since the start of the running stages, by fingerprint.
+            jobs: stages side by side.
+        """
+        done = {stage.fingerprint for stage in self.stages if stage.mark() is not None}
+        waiting = [s for s in self.stages if s.fingerprint not in done and s.fingerprint not in running]
+        ends = {
+            stage.fingerprint: max(self.seconds(stage) - running[stage.fingerprint], 0.0)
+            for stage in self.stages
+            if stage.fingerprint in running and stage.fingerprint not in done
+        }
+        now = 0.0
+        while waiting or ends:
+            while len(ends) < jobs and (stage := self.pick(waiting, done)) is not None:
+                waiting.remove(stage)
+                ends[stage.fingerprint] = now + self.seconds(stage)
+            first = min(ends, key=lambda mark: ends[mark])
+            now = max(now, ends.pop(first))
+            done.add(first)
+        return now
+
+    def text(self, jobs: int) -> str:
+        """Return the plan: every stage with its estimate, and how long all of it takes."""
+        left = [stage for stage in self.stages if stage.mark() is None]
+        lines = [
+            f"{number:>3}  {stage.name:<62} {span(self.seconds(stage)) if stage in left else 'done':>10}"
+            for number, stage in enumerate(self.stages, 1)
+        ]
+        total = sum(self.seconds(stage) for stage in left)
+        return "\n".join(lines) + (
+            f"\n{len(left)} of {len(self.stages)} stages to do: {span(total)} of one core, "
+            f"about {span(self.remaining({}, jobs))} with {jobs} side by side"
+        )
+
+
+def span(seconds: float) -> str:
+    """Return a time as people say it, such as ``1 h 05 min``, ``12 min`` or ``40 s``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def run_stage(
+    stage: Stage, variables: Mapping[str, str], stopping: Callable[[], bool] = lambda: False
+) -> None:
+    """Run the command of a stage to its end in a process of its own, and mark the stage as done.
+
+    A process that an earlier runner has left is waited for: it holds the stage's lock as long as it lives.
+
+    Args:
+        stage: which needs nothing any more.
+        variables: added to the process' environment.
+        stopping: asked whether to end early.
+
+    Raises:
+        UserError: the command failed; the message has the last line of its log.
+        TrainingStopped: it was ended early.
+    """
+
+    def check() -> None:
+        if stopping():
+            raise TrainingStopped
+
+    started = time.monotonic()
+    stage.prepare()
+    with lock(stage.folder / ".lock", keep=True, check=check) as held:
+        resumed = stage.log.exists()
+        try:
+            log = stage.log.open("ab")
+        except OSError as error:
+            raise UserError(f"cannot write '{stage.log}': {error.strerror}") from error
+        with log:
+            process = subprocess.Popen(
+                [sys.executable, *stage.command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | variables,
+                start_new_session=True,  # Ctrl-C is the runner's to pass on
+                preexec_fn=_end_with_parent,
+                pass_fds=(held.descriptor,),
+            )
+        try:
+            while process.poll() is None:
+                check()
+                time.sleep(POLL_SECONDS)
+        finally:
+            _end(process)
+        if process.returncode or not (stage.folder / stage.makes).exists():
+            raise UserError(_failure(stage, process.returncode))
+        stage.finish(time.monotonic() - started, resumed)
+
+
+def _end_with_parent() -> None:
+    """Let a new process end when the runner dies, however that happens (on Linux), and listen to SIGINT.
+
+    SIGINT is what stages are stopped with: every command of the project ends by it, saving what it has.
+    Shells start processes in the background deaf to it, and so does Ray.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, wait for it, and kill it with all that it has started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(KeyboardInterrupt):  # Ray cancels more than once
+            time.sleep(POLL_SECONDS)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _failure(stage: Stage, status: int) -> str:
+    lines = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1].rpartition("error: ")[2] if lines else "it printed nothing"
+    how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
+    return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
+
+
+class Engine(Protocol):
+    """Where stages run."""
+
+    def submit(self, stage: Stage) -> Future[None]:
+        """Start a stage, at once or as soon as there is room."""
+
+    def stop(self) -> None:
+        """End all stages, and wait for them."""
+
+
+class LocalPool:
+    """Processes of this machine; those side by side get one GPU each, in turn, and a single one has all.
+
+    Args:
+        jobs: stages side by side.
+        threads: CPU threads of each.
+        devices: GPUs; None counts those there are.
+    """
+
+    def __init__(self, jobs: int, threads: int, devices: int | None = None) -> None:
+        devices = torch.cuda.device_count() if devices is None else devices
+        self.pool, self.stopping = ThreadPoolExecutor(jobs), threading.Event()
+        self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for place in range(jobs):
+            gpu = device_variables(place, devices, os.environ) if jobs > 1 else {}
+            self.slots.put(dict.fromkeys(THREAD_VARIABLES, str(threads)) | gpu)
+
+    def submit(self, stage: Stage) -> Future[None]:
+        """Start a stage in a free slot."""
+        return self.pool.submit(self._run, stage)
+
+    def _run(self, stage: Stage) -> None:
+        slot = self.slots.get()
+        try:
+            run_stage(stage, slot, self.stopping.is_set)
+        finally:
+            self.slots.put(slot)
+
+    def stop(self) -> None:
+        """End all stages, and wait for them."""
+        self.stopping.set()
+        self.pool.shutdown(cancel_futures=True)
 
 
 def device_variables(place: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:
@@ -49,172 +254,137 @@ def device_variables(place: int, devices: int, environment: Mapping[str, str]) -
     return {"CUDA_VISIBLE_DEVICES": names[:devices][place % devices].strip()}
 
 
+class RayCluster:
+    """A Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine; a task is a stage.
+
+    Every node has to see the project, its Python and all files of the ablation under the same paths. What a
+    lost node was at is done again on another one.
+
+    Args:
+        threads: CPU threads of each stage.
+    """
+
+    def __init__(self, threads: int) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("--engine ray needs Ray: pip install ray") from error
+        self.ray: Any = ray
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self.variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        self.remote = ray.remote(max_retries=3, num_cpus=threads)(_run_there)
+        self.tasks: list[Any] = []
+
+    def submit(self, stage: Stage) -> Future[None]:
+        """Hand a stage to the cluster."""
+        remote = self.remote.options(num_gpus=stage.gpus if self.has_gpus else 0)
+        self.tasks.append(remote.remote(stage, self.variables, os.getcwd()))
+        future: Future[None] = self.tasks[-1].future()
+        return future
+
+    def stop(self) -> None:
+        """End all stages, and wait for them."""
+        for task in self.tasks:
+            self.ray.cancel(task)
+        if self.tasks:
+            self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=GRACE_SECONDS + 10)
+
+
+def _run_there(stage: Stage, variables: Mapping[str, str], folder: str) -> None:
+    os.chdir(folder)
+    run_stage(stage, variables)
+
+
+def make_engine(name: str, jobs: int, threads: int) -> Engine:
+    """Return the engine ``local`` or ``ray``."""
+    if jobs < 1 or threads < 1:
+        raise UserError("jobs and threads must be at least 1")
+    return RayCluster(threads) if name == "ray" else LocalPool(jobs, threads)
+
+
+def only_one(workspace: Path) -> AbstractContextManager[FileLock]:
+    """Hold the lock of a workspace for a ``with`` block."""
+    busy = f"another ablation runs in '{workspace}'; wait for it, or name another workspace"
+    return lock(workspace / ".lock", keep=True, busy=busy)
+
+
 class Runner:
     """Does the stages that are not done.
 
     Args:
-        stages: each behind those that it needs.
-        schedule: estimates and order.
-        jobs: stages side by side.
-        threads: CPU threads of each.
+        schedule: the stages with estimates and order.
+        engine: where they run.
+        jobs: most stages at a time.
         say: takes lines about the progress.
-        command: of the process of a stage, from the file that describes it.
-        lock: file descriptor that the processes keep open as long as they live.
-        devices: GPUs, of which stages side by side get one each, in turn; None counts those there are. One
-            stage at a time has all of them.
-
-    Raises:
-        UserError: jobs or threads below 1.
     """
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        schedule: Schedule,
-        *,
-        jobs: int = 1,
-        threads: int = 1,
-        say: Callable[[str], None] = print,
-        command: Command = worker_command,
-        lock: int | None = None,
-        devices: int | None = None,
+        self, schedule: Schedule, engine: Engine, jobs: int, say: Callable[[str], None] = print
     ) -> None:
-        if jobs < 1 or threads < 1:
-            raise UserError("jobs and threads must be at least 1")
-        self.stages, self.schedule, self.jobs, self.threads = stages, schedule, jobs, threads
-        self.say, self.command = say, command
-        self.kept_open = () if lock is None else (lock,)
-        self.devices = torch.cuda.device_count() if devices is None else devices
-        self._places: dict[str, int] = {}
-        self.running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
-        self._number = {stage.fingerprint: number for number, stage in enumerate(stages, 1)}
+        self.schedule, self.engine, self.jobs, self.say = schedule, engine, jobs, say
+        self.stages = schedule.stages
+        self.running: dict[Future[None], tuple[Stage, float]] = {}
+        self._label = {
+            stage.fingerprint: f"[{number}/{len(self.stages)}] {stage.name}"
+            for number, stage in enumerate(self.stages, 1)
+        }
 
     def run(self) -> int:
-        """Run until everything is done, something fails or a signal comes; returns the signal, or 0.
-
-        Raises:
-            UserError: a stage failed; the others are stopped, and the same command goes on.
-        """
-        stop = StopSignals()
+        """Run until everything is done, something fails or a signal comes; returns the signal, or 0."""
         done = {stage.fingerprint for stage in self.stages if stage.mark() is not None}
         waiting = [stage for stage in self.stages if stage.fingerprint not in done]
         if done:
             self.say(f"{len(done)} of {len(self.stages)} stages are done already")
-        told = time.monotonic()
+        told, stop = time.monotonic(), StopSignals()
         with stop.listening():
             try:
                 while waiting or self.running:
                     if stop.received:
                         self.say("stopping; the same command goes on from here")
                         return stop.received
-                    done |= self._finished()
                     self._start_ready(waiting, done)
-                    if time.monotonic() - told > TELL_SECONDS:
+                    wait(self.running, POLL_SECONDS, FIRST_COMPLETED)
+                    done |= self._finished()
+                    if time.monotonic() - told > TELL_SECONDS and self.running:
                         told = time.monotonic()
-                        self.say(self._status(told))
-                    time.sleep(POLL_SECONDS)
+                        self.say(f"{self._shares()}; about {self._left()} left")
             finally:
-                self._stop_all()
+                self.engine.stop()
         return 0
 
     def _start_ready(self, waiting: list[Stage], done: set[str]) -> None:
-        while len(self.running) < self.jobs:
-            stage = self.schedule.pick(waiting, done)
-            if stage is None:
-                return
+        while len(self.running) < self.jobs and (stage := self.schedule.pick(waiting, done)):
             waiting.remove(stage)
-            self._start(stage)
-
-    def _start(self, stage: Stage) -> None:
-        make_folder(stage.folder)
-        job = stage.folder / JOB
-        write_json(job, asdict(stage) | {"folder": str(stage.folder), "resumed": stage.log.exists()})
-        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-        place = min(set(range(self.jobs)) - {self._places[mark] for mark in self.running})
-        if self.jobs > 1:
-            environment |= device_variables(place, self.devices, os.environ)
-        with _opened(stage.log, "ab") as log:
-            process = subprocess.Popen(
-                self.command(job),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is this process' to pass on
-                pass_fds=self.kept_open,
-            )
-        self.running[stage.fingerprint] = (stage, process, time.monotonic())
-        self._places[stage.fingerprint] = place
-        left = span(self.schedule.remaining(self._elapsed(time.monotonic()), self.jobs))
-        self.say(f"[{self._number[stage.fingerprint]}/{len(self.stages)}] {stage.name}; about {left} left")
+            self.running[self.engine.submit(stage)] = (stage, time.monotonic())
+            self.say(f"{self._label[stage.fingerprint]}; about {self._left()} left")
 
     def _finished(self) -> set[str]:
-        """Take away the stages that have ended; returns those that are done."""
-        done = set()
-        for mark, (stage, process, started) in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            del self.running[mark]
-            if process.returncode != 0 or stage.mark() is None:
-                raise UserError(_failure(stage, process.returncode))
-            took = span(time.monotonic() - started)
-            self.say(f"[{self._number[mark]}/{len(self.stages)}] {stage.name}: done in {took}")
+        """Take away the stages that have ended; returns the fingerprints of those that are done."""
+        marks = set()
+        for future in [future for future in self.running if future.done()]:
+            stage, started = self.running.pop(future)
+            if error := future.exception():
+                cause = getattr(error, "cause", error)  # of the error that Ray makes of a task's
+                if isinstance(cause, UserError):
+                    raise cause
+                if type(cause).__module__.startswith("ray."):
+                    raise UserError(f"stage '{stage.name}' was lost: {str(cause).splitlines()[0]}") from error
+                raise error
+            self.say(f"{self._label[stage.fingerprint]}: done in {span(time.monotonic() - started)}")
             self.schedule.learn()
-            done.add(mark)
-        return done
+            marks.add(stage.fingerprint)
+        return marks
 
-    def _elapsed(self, now: float) -> dict[str, float]:
-        return {mark: now - started for mark, (_, _, started) in self.running.items()}
+    def _left(self) -> str:
+        now = time.monotonic()
+        elapsed = {stage.fingerprint: now - started for stage, started in self.running.values()}
+        return span(self.schedule.remaining(elapsed, self.jobs))
 
-    def _status(self, now: float) -> str:
-        parts = []
-        for mark, (stage, _, started) in self.running.items():
+    def _shares(self) -> str:
+        now, parts = time.monotonic(), []
+        for stage, started in self.running.values():
             share = min((now - started) / max(self.schedule.seconds(stage), 1e-9), 0.99)
-            parts.append(f"[{self._number[mark]}/{len(self.stages)}] {stage.name} (about {share:.0%})")
-        left = span(self.schedule.remaining(self._elapsed(now), self.jobs))
-        return f"{'; '.join(parts)}; about {left} left"
-
-    def _stop_all(self) -> None:
-        """Ask every process to end, wait for it, and end those that do not."""
-        for _, process, _ in self.running.values():
-            with suppress(ProcessLookupError):
-                process.terminate()
-        deadline = time.monotonic() + GRACE_SECONDS
-        try:
-            for _, process, _ in self.running.values():
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(deadline - time.monotonic(), 0.0))
-        finally:
-            for _, process, _ in self.running.values():
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
-                process.wait()
-            self.running.clear()
-
-
-def _failure(stage: Stage, status: int) -> str:
-    lines = [line for line in stage.log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].removeprefix("error: ") if lines else "it printed nothing"
-    how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
-    return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
-
-
-def _opened(path: Path, mode: str) -> IO[Any]:
-    try:
-        return path.open(mode)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-
-
-@contextmanager
-def only_one(workspace: Path) -> Iterator[int]:
-    """Hold the lock of a workspace, and yield its file descriptor.
-
-    The system takes it back when its holder and all processes that were given the descriptor are gone.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    busy = f"another ablation runs in '{workspace}'; wait for it, or name another workspace"
-    with lock(workspace / ".lock", keep=True, busy=busy) as held:
-        yield held.descriptor
+            parts.append(f"{self._label[stage.fingerprint]} (about {share:.0%})")
+        return "; ".join(parts)

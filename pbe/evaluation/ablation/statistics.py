@@ -28,9 +28,6 @@ def case_interval(
         seed: of the resampling.
         resamples: number of bootstrap samples.
         level: share that the interval holds.
-
-    Raises:
-        UserError: no case is left.
     """
     values = values[:, np.isfinite(values).all(axis=0)]
     cases = values.shape[1]
@@ -73,18 +70,18 @@ def widened(estimate: Estimate, margin: float) -> Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one row's score is above another's.
+    """What the score of row ``second`` is above that of row ``first``.
 
     Attributes:
         metric: name of the score.
         first: name of a row.
         second: name of the row that is compared with it.
-        value: score of the second minus that of the first.
+        value: difference, of natural logarithms with ``log``.
         low: lower end of the interval.
         high: upper end; both NaN where a score is infinite.
         verdict: ``higher`` or ``lower`` (of the second), or ``undecided``.
         paired: whether it comes from pairs of cases.
-        log: whether it is one of natural logarithms, for scores that are geometric means of their cases.
+        log: whether the score is a geometric mean of its cases.
     """
 
     metric: str

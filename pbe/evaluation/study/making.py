@@ -69,9 +69,6 @@ def make_study(
         out: new folder for ``key.json`` and for ``page/``, which may be published: ``index.html`` and, with
             ``copy``, ``pictures/``.
         settings: how many groups, which.
-
-    Raises:
-        UserError: too few or too many systems, too few cases that all have edits of, a folder in use.
     """
     if not 2 <= len(systems) <= MAX_SYSTEMS:
         raise UserError(f"a study compares 2 to {MAX_SYSTEMS} systems, not {len(systems)}")
@@ -170,11 +167,7 @@ def _address(name: str, picture: np.ndarray, copy_to: Path | None) -> str:
 
 
 def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
-    """Read ``name=folder`` pairs.
-
-    Raises:
-        UserError: a text of another form, or a name twice.
-    """
+    """Read ``name=folder`` pairs."""
     systems: dict[str, Path] = {}
     for text in texts:
         name, separator, folder = text.partition("=")

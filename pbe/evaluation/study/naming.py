@@ -161,11 +161,7 @@ class NamingResult:
 
 
 def score_answers(answers: Path, key: Path) -> NamingResult:
-    """Compare an answer sheet with its key.
-
-    Raises:
-        UserError: a file cannot be read, they are not of one test, or an answer is no letter of the four.
-    """
+    """Compare an answer sheet with its key."""
     rights = _column(key, "right")
     given = _column(answers, "answer")
     if set(given) != set(rights):

@@ -69,11 +69,7 @@ def _read(path: Path, kind: str, form: str) -> dict[str, Any]:
 
 
 def read_key(path: Path) -> StudyKey:
-    """Read ``key.json``.
-
-    Raises:
-        UserError: it is no key of a study.
-    """
+    """Read ``key.json``."""
     content = _read(path, "key of a study", KEY_FORMAT)
     try:
         groups = {
@@ -103,9 +99,6 @@ def read_rankings(paths: Sequence[Path], key: StudyKey, *, partial: bool = False
     Returns:
         Question to ranks, float64 ``raters groups systems`` in the key's order: 1 to the number of systems,
         and NaN for a group that a rater did not rank.
-
-    Raises:
-        UserError: no file, one that is damaged, partial or of another study, or a rater twice.
     """
     if not paths:
         raise UserError("there are no rankings to tabulate")
@@ -171,9 +164,6 @@ def summarise(ranks: np.ndarray, systems: Sequence[str], seed: int = 0) -> Summa
         ranks: ``raters groups systems``, NaN where there is none.
         systems: names.
         seed: of the bootstrap.
-
-    Raises:
-        UserError: there is no ranking at all.
     """
     there = np.isfinite(ranks[:, :, 0])
     if not there.any():

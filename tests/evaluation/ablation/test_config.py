@@ -10,10 +10,9 @@ import yaml
 from pbe.config import Config, load_config
 from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.ablation import fingerprints
+from pbe.evaluation.ablation import stages
 from pbe.evaluation.ablation.config import TOY_CASES, Ablation, load_ablation
-from pbe.evaluation.ablation.fingerprints import cache_settings, shaping_settings
-from pbe.evaluation.ablation.stages import fingerprint_of
+from pbe.evaluation.ablation.stages import cache_settings, fingerprint_of, shaping_settings
 from pbe.evaluation.benchmark.toy import check_count
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -107,11 +106,17 @@ def test_an_ablation_extends_a_row_of_another_one(tmp_path: Path) -> None:
         ({"base": None}, "'base' must name"),
         ({"extends": {"file": "own.yaml", "row": "a"}}, "extends itself"),
         ({"extends": "paper"}, "'extends' names a 'file'"),
-        ({"rows": [{"name": "a", "overrides": [1]}]}, r"rows\[0\]: 'overrides' is a list; .* a mapping"),
-        ({"rows": [{"name": "a", "sampling": [1]}]}, r"rows\[0\]: 'sampling' is a list; .* a mapping"),
-        ({"comparisons": {"a": "b"}}, "'comparisons' is a mapping; it must be a list"),
-        ({"prior": {"overrides": [1]}}, r"'prior\.overrides' is a list; it must be a mapping"),
-        ({"title": ["a"]}, "'title' is a list; it must be a single value"),
+        (
+            {"rows": [{"name": "a", "overrides": [1]}]},
+            r"rows\[0\]: wrong value for 'overrides': it is a section of keys",
+        ),
+        (
+            {"rows": [{"name": "a", "sampling": [1]}]},
+            r"rows\[0\]: wrong value for 'sampling': it is a section of keys",
+        ),
+        ({"comparisons": {"a": "b"}}, "wrong value for 'comparisons': it is a list"),
+        ({"prior": {"overrides": [1]}}, r"'prior\.overrides'"),
+        ({"title": ["a"]}, "wrong value for 'title': it is a single value"),
         ({"rows": [{"name": "a", "title": "two\nlines"}]}, r"rows\[0\]: 'title' has a line break"),
         ({"evaluation": {"objects": 500}}, "'evaluation.objects' is 500; there are 181"),
         ({"evaluation": {"objects": -3}}, "'evaluation.objects' is -3"),
@@ -142,7 +147,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, content: dict[str, object],
 def test_a_list_over_an_inherited_mapping_is_one_clear_line(tmp_path: Path) -> None:
     write(tmp_path, "first.yaml")
     path = write(tmp_path, base=None, extends={"file": "first.yaml", "row": "b"}, scenes=[1])
-    with pytest.raises(UserError, match="'scenes' is a list; it must be a mapping"):
+    with pytest.raises(UserError, match="wrong value for 'scenes': it is a section of keys"):
         load_ablation(path)
 
 
@@ -214,6 +219,6 @@ def test_trainings_and_caches_of_samples_made_otherwise_are_made_again(
     """Older ones learned from padding that shows the hidden object."""
     before = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
     assert shaping_settings(Config())["samples"] == cache_settings(Config())["samples"] == 2
-    monkeypatch.setattr(fingerprints, "SAMPLES", 3)
+    monkeypatch.setattr(stages, "SAMPLES", 3)
     after = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
     assert all(one != other for one, other in zip(before, after, strict=True))

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pbe.config import to_dict
+from pbe.config import load_config, to_dict
 from pbe.evaluation.ablation.config import load_ablation
 from pbe.evaluation.ablation.plan import make_plan
+from tests.commands import evaluate, render
 from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
 from tests.training.tiny import tiny_config, write_config
 
@@ -84,10 +85,11 @@ def test_rows_share_what_they_can_and_nothing_else(shards, autoencoder, tmp_path
     made = {stage.fingerprint: stage for stage in plan.stages}
     for cell in plan.cells:
         edits, own = (made[need] for need in cell.scores.needs)
-        assert (edits, own.job["model"]) == (cell.edits, edits.job["model"])
-        assert own.job["settings"] == edits.job["settings"]
-        assert own.job["benchmark"] != edits.job["benchmark"]
-        assert cell.scores.job["own_edits"] == str(own.folder / "pictures")
+        assert (edits, own) == (cell.edits, cell.own_edits)
+        differing = {one for one in zip(edits.command, own.command, strict=True) if one[0] != one[1]}
+        folders = (str(edits.folder / "pictures"), str(own.folder / "pictures"))
+        assert differing == {(str(plan.benchmark), str(plan.own_benchmark)), folders}
+        assert cell.scores.settings["own_edits"] == folders[1]
     one, guided = (plan.of(name)[0] for name in ("one", "guided"))
     assert one.training == guided.training
     assert one.edits.fingerprint != guided.edits.fingerprint
@@ -153,3 +155,20 @@ def test_an_ablation_killed_on_the_way_ends_in_the_same_results(shards, autoenco
     told = ablate(sweep)
     assert "train" not in told
     assert "edit with s2.0" in told
+
+
+def test_commands_are_those_of_the_project(shards, autoencoder, tmp_path):  # noqa: F811
+    """Each is taken by its own parser, and the training's configuration is read as it was planned."""
+    path = write_ablation(tmp_path, shards, autoencoder, "work", (3,))
+    content = yaml.safe_load(path.read_text()) | {"scenes": {"train": 4, "validation": 2}}
+    path.write_text(yaml.safe_dump(content))
+    plan = make_plan(load_ablation(path))
+    commands = {Path(stage.command[0]).stem: stage.command[1:] for stage in plan.stages}
+    assert set(commands) == {"render", "cache_latents", "train", "evaluate", "-m"}
+    assert render.parse(list(commands["render"])).scenes in (4, 2)
+    assert evaluate.parse(list(commands["evaluate"])).edits_only
+    for cell in plan.cells:
+        cell.training.prepare()
+        assert cell.training.command[1:] == (str(cell.training.folder / "stage.yaml"),)
+        assert load_config(cell.training.command[1]) == cell.config
+        assert Path(cell.config.output_dir) == cell.training.folder

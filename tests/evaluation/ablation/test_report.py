@@ -16,14 +16,13 @@ import yaml
 
 from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
-from pbe.evaluation.ablation import scoring
+from pbe.evaluation.ablation import measuring
 from pbe.evaluation.ablation.config import STAGE_FOLDERS, Ablation, load_ablation
+from pbe.evaluation.ablation.measuring import FROM_OUTSIDE
 from pbe.evaluation.ablation.plan import Plan, make_plan
-from pbe.evaluation.ablation.report import write_report
+from pbe.evaluation.ablation.report import escape, latex, markdown, number, score_table, write_report
 from pbe.evaluation.ablation.results import compare, estimate_of, gather
-from pbe.evaluation.ablation.scoring import GIVEN, Measured
 from pbe.evaluation.ablation.stages import write_json
-from pbe.evaluation.ablation.tables import escape, latex, markdown, number, score_table
 from pbe.evaluation.benchmark.toy import export_toy_benchmark
 from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
 from pbe.evaluation.metrics.bootstrap import Estimate
@@ -113,7 +112,7 @@ def test_the_report_is_whole(ablation: tuple[Ablation, Plan]) -> None:
 
 def test_geometric_means_are_compared_by_logarithms() -> None:
     cases = np.array([1.0, 10.0, 100.0])
-    first = Measured("seam", "clean", "lower", 10.0, 1.0, 100.0, cases, "", {})
+    first = Score("seam", "clean", 10.0, 1.0, 100.0, ScoreCard(), cases, "lower")
     second = replace(first, value=20.0, per_case=2.0 * cases)
     scores = {("a", "seam"): [first], ("b", "seam"): [second]}
     found = compare("seam", ("a", "b"), scores, 100, 0.95)
@@ -183,12 +182,12 @@ def scores_of(folder: Path, **evaluation: object) -> tuple[str, dict[str, Any]]:
     path = folder / "own.yaml"
     path.write_text(yaml.safe_dump(content))
     stage = make_plan(load_ablation(path)).cells[0].scores
-    return stage.fingerprint, stage.job
+    return stage.fingerprint, stage.settings
 
 
 def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> None:
     plain, job = scores_of(tmp_path)
-    assert not set(GIVEN) & set(job)
+    assert not set(FROM_OUTSIDE) & set(job)
     assert scores_of(tmp_path, tower_weights={}, mixture="", reference="")[0] == plain
     weights, pictures = tmp_path / "weights.pt", tmp_path / "pictures"
     pictures.mkdir()
@@ -207,7 +206,7 @@ def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> 
         ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
         ({"mixture": str(tmp_path / "none")}, "no mixture"),
         ({"mixture": str(weights)}, "cannot be read as a mixture"),
-        ({"reference": str(tmp_path / "none")}, "no folder of images"),
+        ({"reference": str(tmp_path / "none")}, "no folder of pictures"),
     ):
         with pytest.raises(UserError, match=message):
             scores_of(tmp_path, **given)
@@ -215,15 +214,16 @@ def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> 
 
 def test_what_scores_need_from_outside_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(scoring, "score", lambda *given: seen.extend(given[2:]) or [])
-    monkeypatch.setattr(scoring, "BenchmarkFolder", lambda folder: SimpleNamespace(ids=[]))
+    monkeypatch.setattr(measuring, "score", lambda *given, **rest: seen.extend(given[2:]) or [])
+    monkeypatch.setattr(measuring, "BenchmarkFolder", lambda folder: SimpleNamespace(ids=[]))
+    monkeypatch.setattr(measuring, "read_edits", lambda folder, cases: SimpleNamespace(why_not=None))
     job = {
         "benchmark": "b", "edits": "e", "own_edits": "", "metrics": ["seam"], "exemplar_auc": False,
         "resamples": 7, "level": 0.9,
     }  # fmt: skip
     given = {"tower_weights": {"clip": "file"}, "mixture": "m", "reference": "r"}
-    scoring.score_folder(job | given, tmp_path)
-    scoring.score_folder(job, tmp_path)
+    measuring.score_edits(job | given, tmp_path)
+    measuring.score_edits(job, tmp_path)
     assert (seen[0].weights, seen[0].mixture, seen[1]) == ({"clip": "file"}, Path("m"), Path("r"))
     assert (seen[2].weights, seen[2].mixture, seen[2].device, seen[3]) == ({}, None, "cpu", None)
 
@@ -256,7 +256,7 @@ def test_latex_turns_the_table_of_scores() -> None:
     values = {(row, name): Estimate(1.0, 0.5, 2.0) for row in ("a", "b") for name in ("seam", "kid")}
     table = score_table([("a", "row a"), ("b", "row b")], [("seam", "lower"), ("kid", "lower")], values, "")
     assert markdown(table).startswith("|  | seam ↓ | kid ↓ |\n")
-    lines = latex(table).splitlines()
+    lines = latex(table, turned=True).splitlines()
     cell = "1.000 (0.500 to 2.000)"
     assert " & row a & row b \\\\" in lines
     assert rf"kid $\downarrow$ & {cell} & {cell} \\" in lines

@@ -17,35 +17,35 @@ from typing import Any
 import pytest
 
 from pbe.errors import UserError
-from pbe.evaluation.ablation.runner import Runner, device_variables, only_one
-from pbe.evaluation.ablation.schedule import Schedule, plan_text, span
+from pbe.evaluation.ablation import runner as module
+from pbe.evaluation.ablation.runner import (
+    LocalPool,
+    Runner,
+    Schedule,
+    device_variables,
+    make_engine,
+    only_one,
+    run_stage,
+    span,
+)
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
 
 STAND_IN = Path(__file__).with_name("stand_in_stage.py")
-ROOT = STAND_IN.parents[2]
 RATES = {"step": 1.0}
-
-
-def command(job: Path) -> list[str]:
-    return [sys.executable, str(STAND_IN), str(job)]
-
-
-@pytest.fixture(autouse=True)
-def _reachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def stage(folder: Path, name: str, *needs: Stage, **job: Any) -> Stage:
     job = {"steps": 2, "value": name, "reads": [str(one.folder / "result.txt") for one in needs]} | job
-    mark = fingerprint_of(name, [one.fingerprint for one in needs])
     return Stage(
         name,
         "training",
-        mark,
+        fingerprint_of(name, [one.fingerprint for one in needs]),
         folder / name,
+        (str(STAND_IN), str(folder / name)),
         job["steps"],
         "step",
         tuple(one.fingerprint for one in needs),
+        "result.txt",
         job,
     )
 
@@ -56,11 +56,26 @@ def chain(folder: Path, **job: Any) -> list[Stage]:
     return [first, left, right, stage(folder, "last", left, right, **job)]
 
 
-def runner(stages: list[Stage], jobs: int = 2, **rest: Any) -> Runner:
+def runner(stages: list[Stage], jobs: int = 2, threads: int = 1, devices: int = 0) -> Runner:
     lines: list[str] = []
-    made = Runner(stages, Schedule(stages, RATES), jobs=jobs, say=lines.append, command=command, **rest)
+    pool = LocalPool(jobs, threads, devices)
+    made = Runner(Schedule(stages, RATES), pool, jobs, lines.append)
     made.lines = lines  # type: ignore[attr-defined]
     return made
+
+
+def shows(one: Stage, variable: str) -> Stage:
+    """Return a stage that prints a variable of its environment first."""
+    code = f"import os, runpy; print(os.environ.get({variable!r}, 'all'), flush=True); "
+    code += f"runpy.run_path({str(STAND_IN)!r}, run_name='__main__')"
+    return replace(one, command=("-c", code, str(one.folder)))
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60.0
+    while not path.exists():
+        assert time.monotonic() < deadline, f"'{path}' does not come"
+        time.sleep(0.02)
 
 
 def runs(one: Stage) -> int:
@@ -98,19 +113,18 @@ def test_a_changed_stage_is_made_again_and_a_finished_one_is_not(tmp_path: Path)
 
 
 def test_stages_run_side_by_side_each_with_its_threads(tmp_path: Path) -> None:
-    slow = {"pause": 0.4, "steps": 2}
-    stages = [stage(tmp_path, "a", **slow), stage(tmp_path, "b", **slow)]
-    both = runner(stages, threads=3)
-    seen = []
-
-    def spy(job: Path) -> list[str]:
-        seen.append(len(both.running))
-        return ["/bin/sh", "-c", f'echo "$OMP_NUM_THREADS" && exec "{sys.executable}" "{STAND_IN}" "{job}"']
-
-    both.command = spy
-    assert both.run() == 0
-    assert seen == [0, 1]  # the second started while the first ran
-    assert (tmp_path / "a" / "log.txt").read_text().split() == ["3"]
+    # each waits for a file of the other
+    code = (
+        "import os, pathlib, sys, time; own, other = map(pathlib.Path, sys.argv[1:]); own.write_text('here')"
+    )
+    code += "\nwhile not other.exists(): time.sleep(0.02)\nprint(os.environ['OMP_NUM_THREADS'])"
+    files = [str(tmp_path / name / "result.txt") for name in ("a", "b")]
+    stages = [
+        replace(stage(tmp_path, name), command=("-c", code, *order))
+        for name, order in (("a", files), ("b", files[::-1]))
+    ]
+    assert runner(stages, threads=3).run() == 0
+    assert [one.log.read_text().split() for one in stages] == [["3"], ["3"]]
 
 
 def test_gpus_are_shared_out() -> None:
@@ -132,10 +146,8 @@ def test_stages_side_by_side_have_a_gpu_each(
     # the third takes the place of the second, which ends while the first is at work
     long = {"steps": 60, "pause": 0.1} if jobs == 2 else {}
     stages = [stage(tmp_path, "a", **long), stage(tmp_path, "b"), stage(tmp_path, "c")]
-    both = runner(stages, jobs=jobs, devices=2)
-    show = 'echo "${CUDA_VISIBLE_DEVICES-all}" && exec'
-    both.command = lambda job: ["/bin/sh", "-c", f'{show} "{sys.executable}" "{STAND_IN}" "{job}"']
-    assert both.run() == 0
+    stages = [shows(one, "CUDA_VISIBLE_DEVICES") for one in stages]
+    assert runner(stages, jobs=jobs, devices=2).run() == 0
     assert [one.log.read_text().split()[0] for one in stages] == wanted
 
 
@@ -149,9 +161,23 @@ def test_a_failure_names_the_stage_and_stops_the_others(tmp_path: Path) -> None:
     assert runs(never) == 0
 
 
-def test_a_stage_that_ends_without_its_mark_has_failed(tmp_path: Path) -> None:
+def test_a_stage_that_ends_without_its_result_has_failed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stage 'odd' failed with status 0"):
         runner([stage(tmp_path, "odd", forgets=True)]).run()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes of the stages, as they are started."""
+    made: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        made.append(popen(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    return made
 
 
 def alive(process: int) -> bool:
@@ -163,24 +189,27 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything_and_the_same_results_come_later(tmp_path: Path, number: int) -> None:
+def test_a_signal_stops_everything_and_the_same_results_come_later(
+    tmp_path: Path, number: int, started: list[subprocess.Popen[bytes]]
+) -> None:
     whole = chain(tmp_path / "whole", steps=4)
     runner(whole).run()
     stages = chain(tmp_path / "cut", steps=4, pause=0.3)
     first = runner(stages)
+    started.clear()
     pids: list[int] = []
 
     def interrupt() -> None:
-        while not (stages[1].folder / "made.txt").exists():
-            time.sleep(0.02)
-        pids.extend(process.pid for _, process, _ in first.running.values())
+        wait_for(stages[1].folder / "made.txt")
+        wait_for(stages[2].folder / "made.txt")
+        pids.extend(process.pid for process in started)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert first.run() == number
     thread.join()
-    assert len(pids) == 2
+    assert len(pids) == 3  # the first had ended
     assert not any(alive(process) for process in pids)
     assert (stages[1].folder / "stopped.txt").exists()
     assert stages[1].mark() is None
@@ -189,14 +218,15 @@ def test_a_signal_stops_everything_and_the_same_results_come_later(tmp_path: Pat
     assert results(stages) == results(whole)
 
 
-def test_a_child_that_was_killed_is_told_and_goes_on(tmp_path: Path) -> None:
+def test_a_child_that_was_killed_is_told_and_goes_on(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
     stages = [stage(tmp_path, "a", steps=8, pause=0.2)]
     first = runner(stages)
 
     def kill() -> None:
-        while not (stages[0].folder / "made.txt").exists():
-            time.sleep(0.02)
-        os.kill(next(iter(first.running.values()))[1].pid, signal.SIGKILL)
+        wait_for(stages[0].folder / "made.txt")
+        started[0].send_signal(signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
@@ -224,10 +254,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    stages = [stage(tmp_path, "a")]
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(UserError, match=r"cannot write '.*stage\.json': No space left on device"):
-        runner(stages).run()
+    with pytest.raises(UserError, match=r"cannot write '.*stage\.yaml': No space left on device"):
+        runner([stage(tmp_path, "a")]).run()
     with pytest.raises(UserError, match=r"cannot lock '.*\.lock': No space left"), only_one(tmp_path):
         pass
 
@@ -235,19 +264,29 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_workspace_has_one_runner(tmp_path: Path) -> None:
     with only_one(tmp_path), pytest.raises(UserError, match="another ablation runs"), only_one(tmp_path):
         pass
-    with only_one(tmp_path) as lock:
-        assert lock > 0
-
-
-def test_a_process_that_outlives_its_runner_keeps_the_workspace(tmp_path: Path) -> None:
-    with only_one(tmp_path) as lock:
-        process = subprocess.Popen(["sleep", "30"], pass_fds=(lock,))
-    with pytest.raises(UserError, match="another ablation runs"), only_one(tmp_path):
-        pass
-    process.kill()
-    process.wait()
     with only_one(tmp_path):
         pass
+
+
+KILLED = """
+import runpy, sys
+from pathlib import Path
+own = runpy.run_path(sys.argv[1])
+own["runner"]([own["stage"](Path(sys.argv[2]), "a", steps=100, pause=0.1, linger=2.0)]).run()
+"""
+
+
+def test_a_killed_runner_takes_its_stages_along_and_the_next_one_waits_for_them(tmp_path: Path) -> None:
+    one = stage(tmp_path, "a", steps=2)
+    first = subprocess.Popen([sys.executable, "-c", KILLED, __file__, str(tmp_path)])
+    wait_for(one.folder / "made.txt")
+    first.kill()
+    first.wait()
+    assert not (one.folder / "stopped.txt").exists()  # it lingers, and nobody marks it as done
+    run_stage(one, {})
+    assert (one.folder / "stopped.txt").exists()
+    assert runs(one) == 2
+    assert one.mark()["resumed"]  # type: ignore[index]
 
 
 def test_the_plan_plays_the_schedule_through(tmp_path: Path) -> None:
@@ -256,7 +295,7 @@ def test_the_plan_plays_the_schedule_through(tmp_path: Path) -> None:
     assert schedule.remaining({}, 1) == 240.0
     assert schedule.remaining({}, 2) == 180.0
     assert schedule.remaining({stages[0].fingerprint: 45.0}, 2) == 135.0
-    text = plan_text(stages, schedule, 2)
+    text = schedule.text(2)
     assert text.splitlines()[-1] == "4 of 4 stages to do: 4 min of one core, about 3 min with 2 side by side"
     # what a finished stage took corrects the others, unless it was interrupted
     stages[0].folder.mkdir()
@@ -273,10 +312,10 @@ def test_the_longest_way_goes_first(tmp_path: Path) -> None:
     assert Schedule(stages, RATES).remaining({}, 2) == 100.0
 
 
-def test_jobs_and_threads_are_checked(tmp_path: Path) -> None:
-    for wrong in ({"jobs": 0}, {"threads": 0}):
-        with pytest.raises(UserError, match="at least 1"):
-            runner(chain(tmp_path), **wrong)
+@pytest.mark.parametrize(("jobs", "threads"), [(0, 1), (1, 0)])
+def test_jobs_and_threads_are_checked(jobs: int, threads: int) -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        make_engine("local", jobs, threads)
 
 
 def test_spans() -> None:
