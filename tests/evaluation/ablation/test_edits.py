@@ -16,14 +16,14 @@ def test_a_signal_ends_edits_and_what_is_made_stays(pipe, bench_files, tmp_path,
     command = ["--edits-only", "--model", tmp_path / "model", "--benchmark", bench_files, "--out", out]
     command += ["--guidance", 1.0, "--solver", "ddim", "--steps", 1, "--batch-size", 1, "--devices", 1]
     command = [*map(str, command), "--device", "cpu"]
-    write, written = generation.write_picture, []
+    write, written = generation.write_image, []
 
     def write_and_be_told_to_end(path: Path, picture: object) -> None:
         written.append(write(path, picture))  # type: ignore[arg-type]
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(generation, "write_picture", write_and_be_told_to_end)
+    monkeypatch.setattr(generation, "write_image", write_and_be_told_to_end)
     before = signal.getsignal(signal.SIGINT)
     assert evaluate.main(command) == 130
     assert signal.getsignal(signal.SIGINT) == before

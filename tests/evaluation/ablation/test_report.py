@@ -206,7 +206,7 @@ def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> 
         ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
         ({"mixture": str(tmp_path / "none")}, "no mixture"),
         ({"mixture": str(weights)}, "cannot be read as a mixture"),
-        ({"reference": str(tmp_path / "none")}, "no folder of pictures"),
+        ({"reference": str(tmp_path / "none")}, "no folder of images"),
     ):
         with pytest.raises(UserError, match=message):
             scores_of(tmp_path, **given)
@@ -230,7 +230,7 @@ def test_what_scores_need_from_outside_reaches_them(tmp_path: Path, monkeypatch:
 
 def test_markdown_and_latex_escape_what_they_would_read() -> None:
     table = Table(["a|b", "50 %"], [["x_1", "↑ {}"]], "a note & more")
-    assert markdown(table) == "| a\\|b | 50 % |\n|---|---|\n| x_1 | ↑ {} |\n\na note & more\n"
+    assert markdown(table) == "| a\\|b | 50 % |\n| --- | --- |\n| x_1 | ↑ {} |\n\na note & more\n"
     made = latex(table)
     assert r"a\textbar{}b & 50 \% \\" in made
     assert r"x\_1 & $\uparrow$ \{\} \\" in made
