@@ -262,7 +262,7 @@ def test_images_that_packing_holds_out_make_a_benchmark(
     splits: tuple[Annotations, Annotations], tmp_path: Path
 ) -> None:
     sources, _ = splits
-    names = sources.pictures["name"].to_list()
+    names = sources.images["name"].to_list()
     wanted = {int(Path(name).stem) for name, out in zip(names, held_out(names, 0.5), strict=True) if out}
     settings = BuildSettings(cases=0, size=32)
     build_benchmark(sources, None, tmp_path / "bench", settings, validation_share=0.5)
