@@ -11,8 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import grimp
-
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND_LINE_LIBRARIES = {"argparse", "click", "cyclopts", "typer"}
 
@@ -27,10 +25,16 @@ class Limits:
     function_lines: int = 60
 
 
-def circle() -> list[str]:
+def circle(trees: dict[Path, ast.Module]) -> list[str]:
     """Return the modules of an import circle, imports for typing and in functions included; [] without."""
-    graph = grimp.build_graph("pbe", exclude_type_checking_imports=False)
-    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): tree for path, tree in trees.items()}
+    modules = {name.removesuffix(".__init__"): tree for name, tree in modules.items()}
+    imports: dict[str, set[str]] = {}
+    for name, tree in modules.items():
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        named = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        found = {each if each in modules else each.rpartition(".")[0] for each in named}
+        imports[name] = (found & modules.keys()) - {name}
     try:
         graphlib.TopologicalSorter(imports).prepare()
     except graphlib.CycleError as error:
@@ -67,7 +71,7 @@ def main(limits: Limits = Limits()) -> int:
     lengths = {path: text.count("\n") for path, text in texts.items()}
     longest = max(lengths, key=lambda path: lengths[path])
     function_lines, function = longest_function(trees)
-    ring, outside = circle(), command_line_code(trees)
+    ring, outside = circle(trees), command_line_code(trees)
     counts = [
         ("files", len(texts), limits.files, ""),
         ("lines", sum(lengths.values()), limits.lines, ""),

@@ -270,7 +270,7 @@ def test_pages_name_commands_that_exist(page: str) -> None:
         flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
         unknown = {flag for flag in flags if flag not in declared_flags(script)}
         assert not unknown, f"{page}: {script} has no {', '.join(sorted(unknown))}"
-    for rest in re.findall(r"(?:^|\s)(?:-m pbe\.cli|pbe) ([a-z][^\n|;&#]*)", code):
+    for rest in re.findall(r"(?:^|(?<!from)\s)(?:-m pbe\.cli|pbe) ([a-z][^\n|;&#]*)", code):
         command = next((name for name in COMMANDS if f"{rest} ".startswith(f"{name} ")), None)
         if command is None and rest.strip() in GROUPS:
             continue

@@ -15,6 +15,7 @@ from pbe.cli.main import make_app
 from pbe.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
+TOP = {"train.py": "train", "sample.py": "edit"}  # the subcommands that the two at the top are
 PAGES = ("reproduce", "evaluation")
 
 
@@ -32,16 +33,15 @@ def commands(page: str) -> list[list[str]]:
         line = line.replace("-m pbe.cli ", "pbe ")
         ours = re.search(r"(?:^|\s)((?:(?:scripts/)?\w+\.py|pbe)(?:\s.*)?)$", line)
         if ours and not line.startswith("#") and "--help" not in line:
-            found.append(shlex.split(ours.group(1), comments=True))
+            script, *rest = shlex.split(ours.group(1), comments=True)
+            found.append(["pbe", TOP[script], *rest] if script in TOP else [script, *rest])
     return found
 
 
 def accept(words: list[str]) -> None:
     """Parse a command as its program does; raises what the program would say."""
     script, *arguments = words
-    if script in ("train.py", "sample.py", "pbe"):
-        called = {"train.py": ["train"], "sample.py": ["edit"], "pbe": []}[script]
-        arguments = [*called, *arguments]
+    if script == "pbe":
         _, bound, _ = make_app().parse_args(arguments, print_error=False, exit_on_error=False)
         if arguments[0] in ("train", "inspect", "cache"):
             load_config(ROOT / bound.args[0], list(bound.args[1:]))
@@ -57,14 +57,14 @@ def test_commands_are_accepted(words: list[str]) -> None:
 
 def test_the_pages_have_the_steps() -> None:
     steps = [words[words[0] == "pbe"] for words in commands("reproduce")]
-    places = [steps.index(step) for step in ("prepare", "convert", "train.py", "evaluate")]
+    places = [steps.index(step) for step in ("prepare", "convert", "train", "evaluate")]
     assert places == sorted(places)
-    assert steps.count("train.py") == 3, "asking first, 8 GPUs, 64 GPUs"
+    assert steps.count("train") == 3, "asking first, 8 GPUs, 64 GPUs"
 
 
 def test_bad_commands_are_noticed() -> None:
     for words in (
-        ["train.py", "configs/paper.yaml", "trainer.max_step=3"],
+        ["pbe", "train", "configs/paper.yaml", "trainer.max_step=3"],
         ["pbe", "evaluate", "--model", "m", "--out", "o", "--beauty"],
     ):
         with pytest.raises(Exception, match=r"max_step|beauty"):
@@ -73,10 +73,9 @@ def test_bad_commands_are_noticed() -> None:
 
 def test_both_trainings_take_the_same_samples_a_step() -> None:
     batches = set()
-    for words in (
-        each for each in commands("reproduce") if each[0] == "train.py" and "--dry-run" not in each
-    ):
-        config = load_config(ROOT / words[1], words[2:])
+    trainings = [words for words in commands("reproduce") if words[:2] == ["pbe", "train"]]
+    for _, _, file, *overrides in (words for words in trainings if "--dry-run" not in words):
+        config = load_config(ROOT / file, overrides)
         trainer = config.trainer
         batches.add(config.data.batch_size * int(trainer.devices) * trainer.num_nodes * trainer.accumulate)
         assert trainer.max_steps == round(40 * 1_700_000 / 256)

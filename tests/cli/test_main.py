@@ -187,6 +187,7 @@ def test_choices_and_defaults_are_those_of_the_rooms(tmp_path: Path) -> None:
     made = study.MakeSettings(systems=[], benchmark=tmp_path, out=tmp_path)
     assert {each.name: getattr(made, each.name) for each in fields(StudySettings)} == vars(StudySettings())
     quick = score.ScoreSettings()
-    for name in ("objects", "guidance", "steps", "solver"):
-        assert getattr(quick, name) == getattr(QuickSettings(), name)
+    known = QuickSettings()
+    assert (quick.objects, quick.steps, quick.solver) == (known.objects, known.steps, known.solver)
+    assert quick.guidance == known.guidance_scale
     assert naming.MakeSettings(out=tmp_path).objects == OBJECTS

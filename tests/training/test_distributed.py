@@ -86,7 +86,7 @@ def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
     middle, sizes = weights(tmp_path / "two" / "model"), weights(straight.model_dir)
     assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in sizes.items()}, "all of it"
     again = run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=6"))
-    tolerance = 1e-5 if optimizer == "adamw" else 1e-3  # Muon orthogonalises in bfloat16
+    tolerance = 1e-5 if optimizer == "adamw" else 5e-3  # Muon orthogonalises in bfloat16
     same_curves(tmp_path, 4, tolerance)
     assert furthest(sizes, weights(again.model_dir)) < tolerance
     grids = [cv2.imread(str(tmp_path / kind / "grids" / "step0000004.png")) for kind in ("one", "two")]

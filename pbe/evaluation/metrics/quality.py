@@ -83,7 +83,7 @@ class Mixture:
 def load_mixture(path: Path) -> Mixture:
     """Read a mixture."""
     if not path.is_file():
-        raise UserError(f"there is no mixture '{path}'; scripts/fit_mixture.py makes one")
+        raise UserError(f"there is no mixture '{path}'; pbe fit makes one")
     stranger = f"'{path}' is no mixture made by scripts/fit_mixture.py"
     try:
         with safe_open(path, "pt") as file:

@@ -322,7 +322,7 @@ def test_shards_close_by_bytes(plain: Path) -> None:
         (["nonsense"], "is not KIND:PATH"),
         (["zip:a"], "is not KIND:PATH"),
         (["csv:a", "--engine", "hadoop"], "--engine is 'hadoop'"),
-        (["csv:a", "--part", "3/3"], "is not I/N"),
+        (["csv:a", "--part", "3/3"], "it must be I/N"),
         (["csv:a", "--workers", "-1"], "--workers"),
         (["csv:a", "--check-against", "nowhere"], "is not a folder"),
     ],

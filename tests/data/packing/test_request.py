@@ -181,5 +181,5 @@ def test_a_run_that_waited_for_one_that_failed(plain: Path, tmp_path: Path) -> N
     threads[1].start()
     go_on.set()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert (request.out / "shards.json").exists()

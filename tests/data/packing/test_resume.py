@@ -79,9 +79,9 @@ KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from tests.commands import prepare as prepare_data
+from pbe.cli.main import main
 if __name__ == "__main__":
-    sys.exit(prepare_data.main({arguments!r}))
+    sys.exit(main(["prepare", *{arguments!r}]))
 """
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pbe.evaluation.ablation.measuring import POSE, exemplar_auc, own_share, pose_scores
-from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.benchmark.toy import ToyCase
+from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import Bootstrap
 
 FEW = Bootstrap(resamples=200)

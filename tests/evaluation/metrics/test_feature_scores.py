@@ -234,7 +234,7 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
     def too_late(*arguments):
         raise AssertionError("the tower was loaded first")
 
-    monkeypatch.setattr(fit_mixture, "load_tower", too_late)
+    monkeypatch.setattr("pbe.evaluation.metrics.towers.load_tower", too_late)
     monkeypatch.chdir(tmp_path)
     Path("FOLDER.safetensors").mkdir()
     Path("pictures").mkdir()
