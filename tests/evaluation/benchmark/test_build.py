@@ -23,7 +23,7 @@ from pbe.evaluation.benchmark.coco_ee import (
     find_problems,
     read_benchmark,
 )
-from scripts import build_benchmark as command
+from tests.commands import build_benchmark as command
 from tests.data.samples.test_colour import in_srgb, wide_gamut
 
 
@@ -289,7 +289,7 @@ def test_colours_are_those_that_training_sees(tmp_path: Path) -> None:
 def test_command_line(
     splits: tuple[Annotations, Annotations], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    val, train = (Path(found.pictures["path"][0]).parent for found in splits)
+    val, train = (Path(found.images["path"][0]).parent for found in splits)
     bench = tmp_path / "bench"
     sources = ["--sources", f"csv:{val / 'boxes.csv'}", "--exemplars", f"csv:{train / 'boxes.csv'}"]
     assert command.main([*sources, "--out", str(bench), "--cases", "3"]) == 0
