@@ -64,7 +64,8 @@ def row(key: str, item: Field[Any], meaning: str) -> str:
     allowed = ", ".join(f"`{each}`" for each in item.metadata.get("choices", ()) if each != "")
     if "range" in item.metadata:
         low, high = item.metadata["range"]
-        allowed = f"from {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        last = f"{high:,}" if isinstance(high, int) else f"{high:g}"
+        allowed = f"from {low:g}" if high == float("inf") else f"{low:g} to {last}"
     shown = {True: "true", False: "false", "": "empty"}.get(default, default) if default.__hash__ else default
     return f"| `{key}` | {shown} | {allowed} | {meaning} |"
 
