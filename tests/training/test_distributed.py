@@ -67,7 +67,7 @@ def test_two_processes_are_one_with_the_same_global_batch(shards, autoencoder, t
     assert furthest(weights(straight.model_dir), weights(again.model_dir)) < 1e-5
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
     shards, autoencoder, tmp_path, project_root, optimizer: str
 ):

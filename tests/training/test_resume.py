@@ -55,7 +55,9 @@ def exported(config: Config) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in KINDS if kind != "muon"), pytest.param("muon", marks=pytest.mark.slow)]
+)
 def test_interruptions_change_nothing(shards, autoencoder, tmp_path, kind: str):
     settings = [autoencoder, *LENGTH, *(text.format(folder=tmp_path / "cache") for text in KINDS[kind])]
     straight = run(tiny_config(shards, tmp_path / "straight", *settings))
