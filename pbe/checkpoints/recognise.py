@@ -224,9 +224,11 @@ def text_to_image(inputs: int | None) -> str:
 
 
 def _inputs(tensors: Lazies) -> int | None:
-    return next((tensors[key].shape[1] for key in INPUTS.values() if key in tensors), None)
+    kernels = (tensors[key].shape for key in INPUTS.values() if key in tensors)
+    return next((shape[1] for shape in kernels if len(shape) == 4), None)
 
 
 def _channels(tensors: Lazies) -> str:
-    first = next((tensors[key].shape for key in INPUTS.values() if key in tensors), None)
+    kernels = (tensors[key].shape for key in INPUTS.values() if key in tensors)
+    first = next((shape for shape in kernels if len(shape) == 4), None)
     return "no input convolution" if first is None else f"{first[0]} channels wide, {first[1]} input channels"

@@ -14,7 +14,7 @@ from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.saving import save_checkpoint
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from tests.checkpoints.small import original_state, save_original, small_config
+from tests.checkpoints.small import original_state, save_original, small_config, small_model
 
 TEXT = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -268,3 +268,13 @@ def test_wrong_keys_are_listed_under_the_files_own_names(folder: Path) -> None:
         in message
     )
     assert "1 misshapen: conv_out.bias (has [5], not [4])" in message
+
+
+def test_an_input_convolution_that_is_no_kernel_is_one_line(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, small_model(), "compvis")
+    file = tmp_path / "model.ckpt"
+    content = torch.load(file, weights_only=False)
+    content["state_dict"]["model.diffusion_model.input_blocks.0.0.weight"] = torch.tensor(1.0)
+    torch.save(content, file)
+    with pytest.raises(UserError, match="no input convolution"):
+        load_checkpoint(tmp_path)
