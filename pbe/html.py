@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from pbe.errors import UserError
-from pbe.files import make_folder
+from pbe.files import make_folder, write_output
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,6 @@ def render_page(template: Path, **values: Any) -> str:
 
 
 def write_html(page: str, path: Path) -> None:
-    """Write a page; the file appears under its name only when it is complete."""
-    temporary = make_folder(path.parent) / f".{path.name}.{os.getpid()}"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a page, whole or not at all, into a folder that is made where it is missing."""
+    make_folder(path.parent)
+    write_output(path, page)

@@ -13,7 +13,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from pbe import html
+from pbe import files
 from pbe.evaluation.demo.page import TEMPLATE, training_chart
 from pbe.evaluation.report.tables import Table
 from pbe.html import Tile, data_uri, render_page, small_uri, write_html
@@ -116,7 +116,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "deep" / "index.html"
     write_html("one", target)
     assert target.read_text() == "one"
-    monkeypatch.setattr(html.os, "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(files.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_html("two", target)
     assert target.read_text() == "one"

@@ -1,1 +1,1 @@
-"""From pictures with boxes to training samples: numpy and OpenCV in, uint8 tensors out."""
+"""From images with boxes to training samples: numpy and OpenCV in, uint8 tensors out."""

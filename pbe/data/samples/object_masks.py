@@ -1,6 +1,6 @@
 """The object's own mask as the sample's mask: read from the shard, cut like the image, dilated.
 
-A mask lies in the JSON of its picture as a run-length code of the whole picture, upright as the picture is
+A mask lies in the JSON of its image as a run-length code of the whole image, upright as the image is
 shown; ``pbe prepare`` puts it there for sources that have masks.
 """
 

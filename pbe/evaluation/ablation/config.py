@@ -87,7 +87,7 @@ class EvaluationConfig:
     ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
     ``metrics`` are names of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all.
     ``tower_weights`` (by tower: a file, for ``clip`` also a tag of open_clip), ``mixture`` (a file) and
-    ``reference`` (a folder of real pictures) are what some of them need, as ``pbe evaluate`` takes it.
+    ``reference`` (a folder of real images) are what some of them need, as ``pbe evaluate`` takes it.
     ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
     ``own_exemplars`` edits the cases once more, with the hidden objects themselves as exemplars, and adds
     what an exemplar in another pose costs; see :mod:`pbe.evaluation.ablation.pose`.

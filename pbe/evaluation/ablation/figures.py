@@ -109,7 +109,7 @@ def _short(title: str) -> str:
 
 
 def png(picture: np.ndarray) -> bytes:
-    """Return a picture, uint8 ``h w 3``, as PNG."""
+    """Return an image, uint8 ``h w 3``, as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

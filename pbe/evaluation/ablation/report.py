@@ -149,7 +149,7 @@ def _latex_parts(sections: list[Section]) -> list[str]:
 def page(
     results: Results, sections: list[Section], changed: list[Changed], pictures: dict[str, bytes]
 ) -> str:
-    """Return the page's HTML, which holds its pictures and needs no network; all texts are escaped."""
+    """Return the page's HTML, which holds its images and needs no network; all texts are escaped."""
     shown = {
         name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()
     }
@@ -161,7 +161,7 @@ def page(
 
 
 def number(value: float) -> str:
-    """Return a score as tables show it; ``exact`` for the infinite PSNR of equal pictures."""
+    """Return a score as tables show it; ``exact`` for the infinite PSNR of equal images."""
     if math.isnan(value):
         return "not run"
     if math.isinf(value):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics.base import Batch, CaseMeasure, Metric, Outcome, Score, ScoreCard
 from pbe.evaluation.metrics.sets import edit_features
 from pbe.evaluation.metrics.towers import Tower
-from pbe.files import sha256_of
+from pbe.files import sha256_of, write_output
 
 COMPONENTS = 20
 SCALE = 300.0  # of the log-likelihood, in the released script
@@ -70,14 +69,7 @@ class Mixture:
             name: torch.from_numpy(np.ascontiguousarray(getattr(self, name), np.float64))
             for name in ("weights", "means", "cholesky")
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "card": json.dumps(self.card)})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot write '{path}': {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_output(path, save(tensors, metadata={"format": FORMAT, "card": json.dumps(self.card)}))
 
 
 def load_mixture(path: Path) -> Mixture:

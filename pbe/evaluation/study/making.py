@@ -1,9 +1,9 @@
 """A human study as one static page: edits of several systems side by side, blinded, to be ranked.
 
 The form is that of the paper's study (30 groups, ranks 1 to 5 for quality and for consistency). The page
-knows pictures by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are. It
+knows images by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are. It
 lies outside the folder to publish, and holds the random salt that the names are hashes with: whoever guesses
-the systems' names, the seed and the program cannot compute whose a picture is.
+the systems' names, the seed and the program cannot compute whose an image is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGE = "page"
 PICTURES = "pictures"
 MAX_SYSTEMS = 9  # as many as there are digits to press
 QUESTIONS = {
-    "quality": "Which edit looks best? Rank them from the most to the least realistic picture.",
+    "quality": "Which edit looks best? Rank them from the most to the least realistic image.",
     "consistency": (
         "Which edit shows the reference's object? Rank them from the most to the least like the reference."
     ),
@@ -49,7 +49,7 @@ class StudySettings:
         groups: number of cases to rank, drawn from those that every system has an edit of.
         seed: of the draw of cases.
         title: of the page.
-        copy: put the pictures beside the page instead of into it.
+        copy: put the images beside the page instead of into it.
     """
 
     groups: int = 30
