@@ -15,7 +15,7 @@ from pbe.config import Config, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.errors import UserError
 from pbe.files import make_folder, sha256_of, write_output
-from pbe.training.latent_cache.settings import LOADING, halved
+from pbe.training.latent_cache.settings import LOADING, shaping_settings as latent_settings
 
 DONE = "done.json"
 SETTINGS_FILE = "stage.yaml"
@@ -144,15 +144,13 @@ def shaping_settings(config: Config) -> dict[str, Any]:
 
 def cache_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a cache belongs to, which loading is not among."""
-    shaping = shaping_settings(config)
-    data = {key: value for key, value in shaping["data"].items() if key not in LOADING}
-    encoder = config.model.exemplar_encoder
-    tower = [encoder.tower, encoder.pretrained, encoder.tokens, encoder.pooled_stages, encoder.image_size]
-    if encoder.layout_grid:
-        tower.append(encoder.layout_grid)
-    grid = encoder.token_grid if encoder.tokens == "all" else 0
-    tower_file = {"pretrained_sha256": shaping["pretrained"]} if "pretrained" in shaping else {}
-    return tower_file | {
-        "data": data, "samples": SAMPLES, "seed": config.seed, "variants": config.cache.variants,
-        "tower": [*tower, grid, encoder.mean, encoder.std], "halved": halved(config),
-    }  # fmt: skip
+    shaping = latent_settings(config)
+    encoder = dict(shaping.pop("exemplar_encoder"))
+    layout_grid, grid = encoder.pop("layout_grid"), encoder.pop("token_grid")
+    sizes = [encoder.pop(name) for name in ("tokens", "pooled_stages", "image_size")]
+    pretrained = config.model.exemplar_encoder.pretrained
+    tower = [encoder.pop("tower"), pretrained, *sizes, *([layout_grid] if layout_grid else []), grid]
+    tower_file = {"pretrained_sha256": sha256_of(pretrained)} if Path(pretrained).is_file() else {}
+    data = {key: value for key, value in shaping["data"].items() if key not in ASIDE["data"]}
+    own = {"data": data, "variants": config.cache.variants, "tower": [*tower, *encoder.values()]}
+    return tower_file | shaping | own
