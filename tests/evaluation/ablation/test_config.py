@@ -14,6 +14,7 @@ from pbe.evaluation.ablation import stages
 from pbe.evaluation.ablation.config import TOY_CASES, Ablation, load_ablation
 from pbe.evaluation.ablation.stages import cache_settings, fingerprint_of, shaping_settings
 from pbe.evaluation.benchmark.toy import check_count
+from pbe.training.latent_cache import settings as latent_cache_settings
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MASKS = "data.sample.arbitrary_mask_share"
@@ -219,6 +220,7 @@ def test_trainings_and_caches_of_samples_made_otherwise_are_made_again(
     """Older ones learned from padding that shows the hidden object."""
     before = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
     assert shaping_settings(Config())["samples"] == cache_settings(Config())["samples"] == 2
-    monkeypatch.setattr(stages, "SAMPLES", 3)
+    for module in (stages, latent_cache_settings):
+        monkeypatch.setattr(module, "SAMPLES", 3)
     after = [fingerprint_of(settings(Config())) for settings in (shaping_settings, cache_settings)]
     assert all(one != other for one, other in zip(before, after, strict=True))
