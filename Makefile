@@ -43,6 +43,7 @@ test-slow: $(DEV_READY) ## the tests that take minutes
 	if [ $$status -eq 5 ]; then echo "no test is marked slow"; status=0; fi; exit $$status
 
 wheel: $(DEV_READY) ## build dist/pbe-*.whl, with configurations, toy world and toy model in it
+	rm -f dist/pbe-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 test-wheel: wheel ## install that wheel in a fresh environment outside the clone and use it

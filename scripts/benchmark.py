@@ -25,8 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli.main import main as pbe
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import main as pbe, run_command
 from pbe.config import Config, DataConfig, SampleConfig, load_config
 from pbe.errors import UserError
 from scripts.benchmarks.loading import (
@@ -370,7 +369,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, subject in SUBJECTS.items():
         options = subjects.add_parser(name, help=subject.help)

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.data.randomness import generator
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
@@ -121,7 +121,7 @@ def table(shares: dict[str, np.ndarray]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the benchmark and of the warps")
     parser.add_argument("--image-size", type=int, default=64, help="of scenes and exemplars, pixels")

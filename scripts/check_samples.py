@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator
 from pbe.data.samples.masks import Box
@@ -70,7 +70,7 @@ def check_some(
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000, help="number of samples")
     parser.add_argument("--size", type=int, default=64, help="sides of the image, pixels")
     parser.add_argument("--exemplar-size", type=int, default=32, help="sides of the exemplar, pixels")

@@ -7,6 +7,7 @@ way to save memory saves.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbe.checkpoints.native import save_model
 from pbe.checkpoints.precision import DTYPES, torch_dtype
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
@@ -156,7 +157,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description="Time and memory of the official size, with random weights.")
+    parser = argparse.ArgumentParser(description="Time and memory of the official size, with random weights.")
     parser.add_argument("--steps", type=int, default=4, help="steps of the solver")
     parser.add_argument("--size", type=int, default=512, help="height and width of the picture, pixels")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="type of the weights")

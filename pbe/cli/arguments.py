@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import dataclass, fields
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from pbe.errors import UserError
 from pbe.files import expand_home
@@ -14,7 +16,30 @@ from pbe.resources import find_model
 if TYPE_CHECKING:
     from cyclopts import App, ArgumentCollection
 
-SETTINGS = Parameter(name="*")  # decorates a settings dataclass: its fields are options
+T = TypeVar("T")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(cls: type[T]) -> type[T]:
+    """Decorate a class of settings: it becomes a frozen dataclass whose fields are a command's options.
+
+    A field whose metadata name a ``group`` begins a group of the help, which goes on to the next such field.
+    A class's own groups stand before inherited ones. A switch that is on gets a ``--no-...`` form.
+    """
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    known = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls, include_extras=True)
+    marked: dict[str, Any] = {}
+    for base in cls.__mro__:
+        group: dict[str, Any] = {}
+        for name in get_annotations(base):
+            if title := known[name].metadata.get("group"):
+                group = {"group": Group.create_ordered(title)}
+            negative = "no-" if known[name].default is True else ()
+            mark = Parameter(negative_bool=negative, **group)
+            marked.setdefault(name, Annotated[hints[name], mark])
+    cls.__annotations__ = marked
+    return Parameter(name="*")(cls)
 
 
 def _text(_type: Any, tokens: Sequence[Any]) -> str:
@@ -29,8 +54,6 @@ Place = Annotated[str, Parameter(converter=_text, metavar="PATH")]
 """A path, or a name that is none (of open_clip's weights, of a repository)."""
 Model = Annotated[str, Parameter(converter=_model, metavar="MODEL")]
 """A model in any layout, or ``toy``: the one that ships."""
-Switch = Annotated[bool, Parameter(negative_bool="no-")]
-"""On unless ``--no-...`` is given; plain ``bool`` has no such form."""
 Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
 """One value each time. Several values may follow the option of any other list, and the last time counts."""
 Several = Annotated[list[str], Parameter(consume_multiple=1)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.cli.arguments import SETTINGS, Place
+from pbe.cli.arguments import Place, options
 from pbe.cli.prepare import read_noted
 from pbe.errors import UserError
 
@@ -22,8 +22,7 @@ OPTIONS = {
 }
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class BuildSettings:
     """Options of ``pbe benchmark build``."""
 
@@ -48,8 +47,7 @@ class BuildSettings:
     seed: int | None = None
     """of every choice (0)"""
     size: int | None = None
-    """sides of the images: those they get (default 512, with --toy 64), with --check those they must have
-    (default 512, 0: any)"""
+    """sides of the images (default 512, with --toy 64); with --check those they must have (0: any)"""
     world: Path | None = None
     """with --toy: the toy world's archive"""
 

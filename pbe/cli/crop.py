@@ -6,20 +6,19 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class CropSettings:
     """Options of ``pbe benchmark crop``."""
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.errors import UserError
 from pbe.files import check_file, expand_home
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class FitSettings:
     """Options of ``pbe fit``."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS, Place
+from pbe.cli.arguments import Place, options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
     from pbe.config import Config
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class InspectSettings:
     """Options of ``pbe inspect``."""
 

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.arguments import SETTINGS, Model
+from pbe.cli.arguments import Model, options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from pbe.editing.pipeline import PaintByExample
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class MakeSettings:
     """Options of ``pbe toy naming make``."""
 
@@ -113,8 +111,7 @@ def edit(pipe: PaintByExample, cases: list[Any], settings: MakeSettings) -> np.n
         return edit_cases(pipe, cases, chosen, progress=bar.update)
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScoreSettings:
     """Options of ``pbe toy naming score``."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.cli.arguments import SETTINGS, Place, Repeatable, parse_part
+from pbe.cli.arguments import Place, Repeatable, options, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,14 +28,11 @@ SOURCE_OPTIONS = {
 }
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class PrepareSettings:
     """Options of ``pbe prepare``."""
 
-    out: Path
-    """folder for the shards and the report"""
-    split: str = ""
+    split: str = field(default="", metadata={"group": "Reading the sources"})
     """of Open Images, or of a YOLO set of splits: train, validation, test (train)"""
     masks: bool = False
     """coco: take segmentations; they give the boxes"""
@@ -43,7 +40,9 @@ class PrepareSettings:
     """voc: the first pixel is 0, not 1"""
     relative: bool = False
     """csv: numbers are shares of width and height"""
-    min_area: float = 0.02
+    exif_frame: str = "displayed"
+    """of boxes where the sizes do not tell: displayed (EXIF orientation honoured) or stored"""
+    min_area: float = field(default=0.02, metadata={"group": "Boxes to keep"})
     """smallest share of the image that a box may cover"""
     max_area: float = 0.8
     """largest share of the image"""
@@ -52,14 +51,13 @@ class PrepareSettings:
     max_aspect: float = 0.0
     """longest side over shortest; 0: no limit"""
     drop_flag: Repeatable = field(default_factory=list)
-    """drop such boxes: is_group_of, is_depiction, is_occluded, is_truncated, is_inside or
-    is_difficult; repeatable"""
+    """drop boxes with this flag, such as is_group_of or is_difficult; repeatable (docs/data.md lists them)"""
     label: Repeatable = field(default_factory=list)
     """keep only boxes of this label; repeatable"""
     drop_label: Repeatable = field(default_factory=list)
     """drop boxes of this label; repeatable"""
-    exif_frame: str = "displayed"
-    """of boxes where the sizes do not tell: displayed (EXIF orientation honoured) or stored"""
+    out: Path = field(metadata={"group": "Shards"})
+    """folder for the shards and the report"""
     shard_pictures: int = 2000
     """most images a shard"""
     shard_mb: int = 512
@@ -72,11 +70,11 @@ class PrepareSettings:
     """hold this share of the images out, by a hash of the name; --out gets train/ and validation/"""
     shuffle: int | None = None
     """pack in a random order, of this seed"""
-    no_perceptual: bool = False
+    no_perceptual: bool = field(default=False, metadata={"group": "Copies"})
     """no hashes for near duplicates, no decoding"""
     check_against: Path | None = None
     """folder of benchmark images to look for in the set"""
-    workers: int | None = None
+    workers: int | None = field(default=None, metadata={"group": "Running"})
     """processes; default one a core, 0 packs in this one"""
     engine: str = "local"
     """local or ray"""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS, Dtype, Model
+from pbe.cli.arguments import Dtype, Model, options
 from pbe.errors import UserError
 from pbe.files import make_folder
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScoreSettings:
     """Options of ``pbe toy score``."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.errors import UserError
 from pbe.resources import packaged
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 RECOLOUR = 0.3
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class RenderSettings:
     """Options of ``pbe toy render``."""
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from pbe.cli.arguments import SETTINGS, Place
+from pbe.cli.arguments import Place, options
 from pbe.errors import UserError
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainSettings:
     """Options of ``pbe train``."""
 

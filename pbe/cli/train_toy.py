@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.cli.toy import RECOLOUR
 from pbe.errors import UserError
 
@@ -20,8 +19,7 @@ SCENES = (
 )
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainToySettings:
     """Options of ``pbe toy train``."""
 

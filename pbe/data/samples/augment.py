@@ -27,7 +27,7 @@ REFERENCE_SIZE = 224
 ANCHORS = np.array([[186.0, 186.0], [186.0, 38.0], [38.0, 38.0]])
 
 
-class ThreePointAffine(ImageOnlyTransform):
+class ThreePointAffine(ImageOnlyTransform):  # type: ignore[misc]
     """Affine map fixed by three points, each coordinate of which moves by U(-jitter, jitter).
 
     Args:
@@ -41,7 +41,7 @@ class ThreePointAffine(ImageOnlyTransform):
         uint8, float32
     """
 
-    class InitSchema(BaseTransformInitSchema):
+    class InitSchema(BaseTransformInitSchema):  # type: ignore[misc]
         """What albumentations validates."""
 
         jitter: float
