@@ -29,7 +29,7 @@ LAYOUT_KINDS = ("stretched", "mirrored", "true", "inpainted")
 
 
 def paste(case: ToyCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
-    """Return the case's scene with its exemplar warped over the hole and a tenth brighter.
+    """Return the case's scene with its exemplar warped over the masked region and a tenth brighter.
 
     Args:
         case: of the toy benchmark.
@@ -60,7 +60,7 @@ def paste_at_random(case: ToyCase, seed: int) -> np.ndarray:
 
 
 def inpaint(case: ToyCase) -> np.ndarray:
-    """Return the scene with its hole filled by OpenCV."""
+    """Return the scene with its masked region filled by OpenCV."""
     return cv2.inpaint(case.image, (case.mask > 127).astype(np.uint8), 3, cv2.INPAINT_TELEA)
 
 
@@ -79,7 +79,7 @@ def shares_by_kind(cases: Sequence[ToyCase], seed: int) -> dict[str, np.ndarray]
 def layouts_by_kind(cases: Sequence[ToyCase]) -> dict[str, np.ndarray]:
     """Return ``layout-copy`` and ``layout-true``, ``(n, 2)``, of each of :data:`LAYOUT_KINDS`.
 
-    ``stretched`` has the exemplar over the hole as it is, ``mirrored`` its mirror image.
+    ``stretched`` has the exemplar over the masked region as it is, ``mirrored`` its mirror image.
     """
     pictures = {
         "stretched": [paste(case, 0.0, 1.0, 1.0, 0.0) for case in cases],

@@ -1,4 +1,4 @@
-"""Write example triples (picture, mask, exemplar of another object) and ``pairs.jsonl`` for sample.py.
+"""Write example triples (image, mask, exemplar of another object) and ``pairs.jsonl`` for sample.py.
 
 python scripts/make_examples.py --out data/examples
 """
@@ -28,7 +28,7 @@ def run(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/examples"), help="folder to write")
     parser.add_argument("--count", type=int, default=6, help="number of triples")
-    parser.add_argument("--size", type=int, default=64, help="sides of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=64, help="sides of the images, pixels")
     parser.add_argument("--seed", type=int, default=7, help="of objects, scenes and poses")
     options = parser.parse_args(arguments)
     if options.count < 2 or options.size < 8:

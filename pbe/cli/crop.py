@@ -58,10 +58,10 @@ def make_squares(settings: CropSettings) -> int:
     paths = ImageFolder(settings.pictures).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
-        raise UserError(f"'{settings.pictures}' holds {times} pictures with the name '{name}'")
+        raise UserError(f"'{settings.pictures}' holds {times} images with the name '{name}'")
     out = make_folder(settings.out)
     if out.resolve() == settings.pictures.resolve():
-        raise UserError("--out is the folder of the pictures itself; name another")
+        raise UserError("--out is the folder of the images itself; name another")
     make_square = partial(_square, size=settings.size, resampling=settings.filter)
     waiting = [path for path in paths if not _target(path, out).exists()]
     _check_earlier([path for path in paths if _target(path, out).exists()], out, make_square)
@@ -89,7 +89,7 @@ def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np
         except UserError:
             return  # scoring names it
         if not np.array_equal(found, make_square(source)):
-            raise UserError(f"'{out}' holds squares of another size, filter or picture; name another folder")
+            raise UserError(f"'{out}' holds squares of another size, filter or image; name another folder")
 
 
 def _square(source: Path, size: int, resampling: str) -> np.ndarray:

@@ -236,7 +236,7 @@ def outcome(request: PackRequest, result: PackResult | None, part: Sequence[int]
 
     if result is not None:
         summary = result.summary
-        kept = f"{summary['pictures']} of {result.plan['pictures_seen']} pictures, {summary['boxes']} boxes"
+        kept = f"{summary['pictures']} of {result.plan['pictures_seen']} images, {summary['boxes']} boxes"
         return f"{kept} in {len(summary['shards'])} shards; report: {request.out / HTML_NAME}"
     if part[1] > 1:
         return f"part {part[0]} of {part[1]} is packed; the same command without --part completes the set"

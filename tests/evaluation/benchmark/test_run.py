@@ -225,7 +225,7 @@ def test_models_and_finished_edits_stand_in_one_table_with_paired_differences(
     found = read(out)["edits"]
     assert [each["label"] for each in found] == ["guidance 3", "a", "guidance_3", "guidance_1"]
     table = (out / "scores.md").read_text()
-    assert "| score | better | pictures | guidance 3 | a | guidance_3 | guidance_1 |" in table
+    assert "| score | better | images | guidance 3 | a | guidance_3 | guidance_1 |" in table
     assert "## Paired differences: the field's usual scores" in table
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| seam | lower | 7 | ")]
     assert len(rows) == 2, "scores and differences"
