@@ -76,7 +76,7 @@ def load_mixture(path: Path) -> Mixture:
     """Read a mixture."""
     if not path.is_file():
         raise UserError(f"there is no mixture '{path}'; pbe fit makes one")
-    stranger = f"'{path}' is no mixture made by scripts/fit_mixture.py"
+    stranger = f"'{path}' was not made by pbe fit"
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -87,7 +87,7 @@ def load_mixture(path: Path) -> Mixture:
                 file.get_tensor(n).double().numpy() for n in ("weights", "means", "cholesky")
             )
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        hint = "pickles are not read; fit one with scripts/fit_mixture.py"
+        hint = "pickles are not read; fit one with pbe fit"
         raise UserError(f"'{path}' cannot be read as a mixture ({hint})") from error
     k, d = means.shape if means.ndim == 2 else (0, 0)
     shapes = (weights.shape, factors.shape)
