@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from inspect import get_annotations
@@ -58,6 +59,21 @@ Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
 """One value each time. Several values may follow the option of any other list, and the last time counts."""
 Several = Annotated[list[str], Parameter(consume_multiple=1)]
 """Several values each time, and all times count."""
+
+
+def limits(low: float, high: float = math.inf) -> Parameter:
+    """Return the mark of an option whose number lies in [low, high]."""
+    wanted = f"be at least {low:g}" if high == math.inf else f"lie between {low:g} and {high:g}"
+
+    def check(_type: Any, value: float | None) -> None:
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"It must {wanted}.")
+
+    return Parameter(validator=check)
+
+
+Natural = Annotated[int, limits(0)]
+Count = Annotated[int, limits(1)]
 ANY_NUMBER = (0, None)  # what cyclopts makes of consume_multiple=True, the command's default
 Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
 

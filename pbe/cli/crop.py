@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import options
+from pbe.cli.arguments import Count, options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class CropSettings:
     """folder of real images"""
     out: Path
     """folder for the squares, PNG"""
-    size: int = 512
+    size: Count = 512
     """side, pixels"""
     filter: Literal["bilinear", "bicubic"] = "bilinear"
     """the paper's is bilinear"""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
     """processes; default: one a core"""
 
 
@@ -46,8 +46,6 @@ def crop(*, settings: CropSettings) -> None:
 
 def make_squares(settings: CropSettings) -> int:
     """Write the squares that are missing; return how many were made."""
-    if settings.size < 1 or settings.workers < 1:
-        raise UserError("--size and --workers must be at least 1")
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm

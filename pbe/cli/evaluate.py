@@ -8,7 +8,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pbe.cli.arguments import Dtype, Model, Several, options
+from pbe.cli.arguments import Count, Dtype, Model, Natural, Several, options
 from pbe.errors import UserError
 from pbe.files import expand_home
 from pbe.resources import packaged
@@ -56,7 +56,7 @@ class Sampling:
     """of the weights"""
     device: str = ""
     """auto, cpu, cuda, ... (default auto; without --benchmark cpu)"""
-    threads: int = 0
+    threads: Natural = 0
     """CPU threads (default 1 a process; without --benchmark all)"""
 
 
@@ -84,7 +84,7 @@ class Generating:
 class Scoring:
     """How a benchmark's edits are scored."""
 
-    cases: int = field(default=0, metadata={"group": "With --benchmark: how they are scored"})
+    cases: Natural = field(default=0, metadata={"group": "With --benchmark: how they are scored"})
     """the first so many only (0: all)"""
     metrics: list[str] = field(default_factory=list)
     """scores to make (default: all)"""
@@ -98,7 +98,7 @@ class Scoring:
     """of QS, from pbe fit"""
     rank_by: str = ""
     """score that best and worst edits are chosen by"""
-    show: int = 8
+    show: Count = 8
     """best, worst and random edits on the page, each"""
 
 
@@ -108,7 +108,7 @@ class Toy:
 
     objects: int = field(default=0, metadata={"group": "Without --benchmark: the toy world"})
     """test objects to use; 0 means all of them"""
-    sheet: int = 48
+    sheet: Count = 48
     """cases on the sheet of images, the first ones"""
     world: Path = field(default_factory=lambda: packaged("data/toy/toy_world.zip"))
     """archive of objects and panoramas"""
@@ -169,8 +169,6 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     """Generate or take edits of a benchmark's folder, score them and write."""
     source, scoring, seed = settings.source, settings.scoring, settings.sampling.seed
     assert source.benchmark is not None
-    if min(settings.sampling.threads, scoring.cases) < 0 or scoring.show < 1:
-        raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = generate_settings(settings)
     if settings.generating.edits_only:
         edit_benchmark(settings, generating)
@@ -273,8 +271,6 @@ def generate_settings(settings: EvaluateSettings) -> GenerateSettings:
 def run_toy(settings: EvaluateSettings) -> None:
     """Edit, score and write on the toy world's objects."""
     source, sampling, toy = settings.source, settings.sampling, settings.toy
-    if sampling.threads < 0 or toy.sheet < 1:
-        raise UserError("--threads must be 0 or more, --sheet at least 1")
     import torch
     from tqdm import tqdm
 

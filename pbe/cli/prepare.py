@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import Place, Repeatable, options, parse_part
+from pbe.cli.arguments import Natural, Place, Repeatable, options, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class PrepareSettings:
     """voc: the first pixel is 0, not 1"""
     relative: bool = False
     """csv: numbers are shares of width and height"""
-    exif_frame: str = "displayed"
-    """of boxes where the sizes do not tell: displayed (EXIF orientation honoured) or stored"""
+    exif_frame: Literal["displayed", "stored"] = "displayed"
+    """of boxes where the sizes do not tell: with the EXIF orientation honoured, or as the file is stored"""
     min_area: float = field(default=0.02, metadata={"group": "Boxes to keep"})
     """smallest share of the image that a box may cover"""
     max_area: float = 0.8
@@ -74,10 +74,10 @@ class PrepareSettings:
     """no hashes for near duplicates, no decoding"""
     check_against: Path | None = None
     """folder of benchmark images to look for in the set"""
-    workers: int | None = field(default=None, metadata={"group": "Running"})
+    workers: Natural | None = field(default=None, metadata={"group": "Running"})
     """processes; default one a core, 0 packs in this one"""
-    engine: str = "local"
-    """local or ray"""
+    engine: Literal["local", "ray"] = "local"
+    """processes here, or a Ray cluster"""
     part: str = ""
     """I/N: pack every N-th shard from the I-th (from 0) on"""
     overwrite: bool = False
@@ -155,7 +155,6 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
 
 def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
     """Check what needs no source to be read."""
-    from pbe.data.packing.pack import ENGINES
     from pbe.data.sources.annotations import find_images
     from pbe.data.sources.read import parse_source
 
@@ -164,10 +163,6 @@ def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
         if getattr(settings, name) and not kinds & set(fitting):
             one = " or ".join(fitting)
             raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {one} only")
-    if settings.engine not in ENGINES:
-        raise UserError(f"--engine is '{settings.engine}'; it must be one of {', '.join(ENGINES)}")
-    if settings.workers is not None and settings.workers < 0:
-        raise UserError("--workers must be 0 or more")
     if settings.validation_share is not None and not 0 < settings.validation_share < 1:
         raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
     if settings.check_against:

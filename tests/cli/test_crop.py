@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_one_line(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert crop(pictures, tmp_path / "out", "--size", "0") == 2
-    assert "must be at least 1" in capsys.readouterr().err
+    assert "It must be at least 1" in capsys.readouterr().err
     assert crop(pictures, pictures) == 2
     assert "name another" in capsys.readouterr().err
     (pictures / "broken.png").write_bytes(b"no picture")

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 
 import pbe
-from pbe.cli import arguments, naming, prepare, score, study
+from pbe.cli import arguments, naming, prepare, study, toy
 from pbe.cli.main import COMMANDS, GROUPS, main, make_app
 
 ROOT = Path(__file__).parent.parent.parent
@@ -186,7 +186,7 @@ def test_choices_and_defaults_are_those_of_the_rooms(tmp_path: Path) -> None:
     assert prepare.pack_settings(prepare.PrepareSettings(out=tmp_path)) == PackSettings()
     made = study.MakeSettings(systems=[], benchmark=tmp_path, out=tmp_path)
     assert {each.name: getattr(made, each.name) for each in fields(StudySettings)} == vars(StudySettings())
-    quick = score.ScoreSettings()
+    quick = toy.ScoreSettings()
     known = QuickSettings()
     assert (quick.objects, quick.steps, quick.solver) == (known.objects, known.steps, known.solver)
     assert quick.guidance == known.guidance_scale
