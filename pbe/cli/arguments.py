@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from inspect import get_annotations
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
 from cyclopts import Group, Parameter
 
+from pbe.editing.settings import Dtype as Dtype
 from pbe.errors import UserError
 from pbe.files import expand_home
 from pbe.resources import find_model
@@ -75,7 +76,6 @@ def limits(low: float, high: float = math.inf) -> Parameter:
 Natural = Annotated[int, limits(0)]
 Count = Annotated[int, limits(1)]
 ANY_NUMBER = (0, None)  # what cyclopts makes of consume_multiple=True, the command's default
-Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
 
 
 def tidy(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
