@@ -1,39 +1,37 @@
-"""The report of a packing: everything that was counted, as JSON and as one HTML page."""
+"""The report of a packing: everything that was counted, as JSON and as one HTML page.
+
+Exact and near duplicates are found by hashes, inside a set and against a benchmark, for millions of images.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pbe.data.packing.duplicates import Hashes, as_void, exact_pairs, hash_folder, matches, near_duplicates
-from pbe.data.packing.pack import PackResult
-from pbe.data.packing.records import (
-    AREA_EDGES,
-    ASPECT_EDGES,
-    COUNT_EDGES,
-    index_keys,
-    load_index,
-    read_summary,
-    write_whole,
-)
-from pbe.data.packing.request import PackRequest
+from pbe.data.packing.pack import PackRequest, PackResult, read_summary
+from pbe.data.packing.worker import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES, index_keys, load_index
+from pbe.data.shards.format import HASH_BYTES, digest
+from pbe.data.sources.annotations import find_images
+from pbe.data.sources.image_files import UnreadableImageError, check_and_hash, inspect_image
+from pbe.files import atomic_write
 from pbe.html import render_page
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 EXAMPLES = 200
 LABELS_SHOWN = 50
+NEAR_BITS = 3
+BANDS, BAND_BITS = 4, 16
+BLOCK_PAIRS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """A row of a chart: what it counts, how many, and the width of its bar, 0 to 1."""
 
     name: str
@@ -41,15 +39,122 @@ class Bar:
     width: float
 
 
+class Hashes(NamedTuple):
+    """Hashes of ``n`` images."""
+
+    names: list[str]
+    exact: np.ndarray  # n, void of 16 bytes
+    near: np.ndarray  # n, uint64; 0 where there is none
+
+
+Match = tuple[str, str, str]  # two names, and "exact" or "near"
+
+
 def read_hashes(out: Path, summary: dict[str, Any]) -> Hashes:
     """Return the hashes of all images of some shards, out of their indexes."""
-    names, exact, near = [], [as_void(b"")], [np.empty(0, np.uint64)]
-    for shard in summary["shards"]:
-        index = load_index(out / shard["index"])
-        names += index_keys(index)
-        exact.append(as_void(index["picture_hash"]))
-        near.append(index["perceptual_hash"])
-    return Hashes(names, np.concatenate(exact), np.concatenate(near))
+    indexes = [load_index(out / shard["index"]) for shard in summary["shards"]]
+    names = [name for index in indexes for name in index_keys(index)]
+    exact = [np.empty((0, HASH_BYTES), np.uint8), *(index["picture_hash"] for index in indexes)]
+    near = [np.empty(0, np.uint64), *(index["perceptual_hash"] for index in indexes)]
+    return Hashes(names, as_void(np.concatenate(exact)), np.concatenate(near))
+
+
+def hash_folder(folder: Path) -> tuple[Hashes, int]:
+    """Hash every image of a benchmark folder; returns the hashes and how many could not be read."""
+    names, exact, near, unreadable = [], bytearray(), [], 0
+    for path, name in find_images([folder])[0].select("path", "name").iter_rows():
+        try:
+            encoded = Path(path).read_bytes()
+            near.append(check_and_hash(encoded, inspect_image(encoded)))
+        except (OSError, UnreadableImageError):
+            unreadable += 1
+            continue
+        names.append(name)
+        exact += digest(encoded)
+    return Hashes(names, as_void(np.frombuffer(exact, np.uint8)), np.array(near, np.uint64)), unreadable
+
+
+def as_void(hashes: np.ndarray) -> np.ndarray:
+    """Return 16-byte hashes, uint8 of any shape, as an array of one element a hash."""
+    return np.ascontiguousarray(hashes).reshape(-1, HASH_BYTES).view(f"V{HASH_BYTES}").ravel()
+
+
+def _pairs_of_sorted(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield index pairs (i < j) of equal keys, of a sorted array, in blocks of bounded size."""
+    end = np.searchsorted(keys, keys, "right")
+    counts = end - np.arange(len(keys)) - 1
+    start = 0
+    total = np.concatenate([[0], np.cumsum(counts)])
+    while start < len(keys):
+        stop = int(np.searchsorted(total, total[start] + BLOCK_PAIRS, "right")) - 1
+        stop = max(stop, start + 1)
+        part = counts[start:stop]
+        first = np.repeat(np.arange(start, stop), part)
+        within = np.arange(int(part.sum())) - np.repeat(np.cumsum(part) - part, part)
+        yield first, first + 1 + within
+        start = stop
+
+
+def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
+    """Return the pairs (i < j) of hashes that differ in at most ``distance`` bits, int64 ``(n, 2)``, sorted.
+
+    Two hashes that differ in at most three bits agree in at least one of four bands of 16 bits, so only
+    those that share a band are compared. Hashes, uint64 ``(n,)``, of 0 (no structure) match nothing.
+
+    Raises:
+        ValueError: for a distance above three, which bands cannot find.
+    """
+    if not 0 <= distance < BANDS:
+        raise ValueError(f"distance must be 0 to {BANDS - 1}, not {distance}")
+    rows = np.flatnonzero(hashes)
+    found: list[np.ndarray] = [np.empty((0, 2), np.int64)]
+    for band in range(BANDS):
+        keys = (hashes[rows] >> np.uint64(BAND_BITS * band)).astype(np.uint16)
+        order = rows[np.argsort(keys, kind="stable")]
+        for i, j in _pairs_of_sorted(np.sort(keys, kind="stable")):
+            a, b = order[i], order[j]
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= distance
+            pairs = np.stack([a[close], b[close]], axis=1)
+            found.append(np.sort(pairs, axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def exact_pairs(hashes: np.ndarray) -> np.ndarray:
+    """Return (first, other) of images with equal hashes, int64 ``(n, 2)``: one pair for every repetition."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    original = first[inverse]
+    repeated = np.flatnonzero(original != np.arange(len(hashes)))
+    return np.stack([original[repeated], repeated], axis=1).astype(np.int64)
+
+
+def near_duplicates(hashes: np.ndarray) -> np.ndarray:
+    """Return pairs (first, other) of images that look the same, int64 ``(n, 2)``, sorted.
+
+    Images of one and the same hash are paired with the first of them only, and only the firsts with each
+    other: a set in which an image stands ten thousand times has not fifty million pairs.
+    """
+    values, first = np.unique(hashes, return_index=True)
+    same = exact_pairs(hashes)
+    close = np.sort(first[near_pairs(values)], axis=1)
+    return np.unique(np.concatenate([same[hashes[same[:, 0]] != 0], close]).astype(np.int64), axis=0)
+
+
+def matches(ours: Hashes, theirs: Hashes) -> list[Match]:
+    """Return (our name, their name, ``exact`` or ``near``) of images that stand in both sets, sorted."""
+    where: dict[bytes, list[int]] = {}
+    for row, value in enumerate(theirs.exact):
+        where.setdefault(value.tobytes(), []).append(row)
+    shared = np.flatnonzero(np.isin(ours.exact, theirs.exact)).tolist() if where else []
+    exact = {(row, other) for row in shared for other in where[ours.exact[row].tobytes()]}
+    our_values, their_values = np.unique(ours.near), np.unique(theirs.near)
+    pairs = near_pairs(np.concatenate([our_values, their_values]))
+    count = len(our_values)
+    close = set()
+    for a, b in pairs[(pairs[:, 0] < count) & (pairs[:, 1] >= count)]:
+        for i in np.flatnonzero(ours.near == our_values[a]):
+            close |= {(int(i), int(j)) for j in np.flatnonzero(theirs.near == their_values[b - count])}
+    found = [(ours.names[a], theirs.names[b], "exact") for a, b in exact]
+    return sorted(found + [(ours.names[a], theirs.names[b], "near") for a, b in close - exact])
 
 
 def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[float]]:
@@ -57,17 +162,20 @@ def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[f
     return {"edges": list(edges), "counts": [counts[str(number)] for number in range(len(edges))]}
 
 
-def _kinds(found: Sequence[tuple[str, str, str]]) -> dict[str, int]:
+def _kinds(found: Sequence[Match]) -> dict[str, Any]:
     kinds = Counter(kind for _, _, kind in found)
     return {"exact": kinds["exact"], "near": kinds["near"]}
 
 
-def _duplicates(hashes: Hashes) -> dict[str, Any]:
+def _with_examples(found: Sequence[Match]) -> dict[str, Any]:
+    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
+
+
+def _duplicates(hashes: Hashes) -> list[Match]:
     pairs = [(a, b, "exact") for a, b in sorted(exact_pairs(hashes.exact).tolist())]
     near = near_duplicates(hashes.near).tolist()
     pairs += [(a, b, "near") for a, b in near if hashes.exact[a] != hashes.exact[b]]
-    found = [(hashes.names[a], hashes.names[b], kind) for a, b, kind in pairs]
-    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
+    return [(hashes.names[a], hashes.names[b], kind) for a, b, kind in pairs]
 
 
 def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
@@ -76,12 +184,6 @@ def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
     found = matches(hashes, theirs)
     counts = {"folder": str(folder), "pictures": len(theirs.names), "unreadable": unreadable, **_kinds(found)}
     return {**counts, "matches": [list(match) for match in found]}
-
-
-def _also_in(hashes: Hashes, train: Path) -> dict[str, Any]:
-    """Return what a validation set shares with its training set although the files have other names."""
-    found = matches(hashes, read_hashes(train, read_summary(train) or {"shards": []}))
-    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
 
 
 def _reasons(counts: Counter[str]) -> dict[str, int]:
@@ -105,6 +207,7 @@ def make_report(
     """
     tally, plan, names = result.tally, result.plan, result.summary["labels"]
     hashes = read_hashes(request.out, result.summary)
+    others = read_hashes(train, read_summary(train) or {"shards": []}) if train else None
     labels = Counter({names[int(number)]: count for number, count in tally.labels.items()})
     return {
         "sources": list(request.description),
@@ -119,9 +222,9 @@ def make_report(
             "aspect": _histogram(ASPECT_EDGES, tally.aspect),
             "boxes_per_picture": _histogram(COUNT_EDGES, tally.boxes_per_picture),
         },
-        "duplicates": _duplicates(hashes),
+        "duplicates": _with_examples(_duplicates(hashes)),
         "check_against": _leaks(hashes, check_against) if check_against else None,
-        "also_in_train": _also_in(hashes, train) if train else None,
+        "also_in_train": _with_examples(matches(hashes, others)) if others else None,
         "shards": len(result.summary["shards"]),
         "bytes": result.summary["bytes"],
         "seconds": {stage: round(seconds, 3) for stage, seconds in tally.seconds.items()},
@@ -159,6 +262,5 @@ def render(report: dict[str, Any]) -> str:
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write ``report.json`` and ``report.html``; each appears only when it is complete."""
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    write_whole(folder / JSON_NAME, text.encode())
-    write_whole(folder / HTML_NAME, render(report).encode())
+    atomic_write(folder / JSON_NAME, json.dumps(report, indent=1, ensure_ascii=False), sync=True)
+    atomic_write(folder / HTML_NAME, render(report), sync=True)

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,13 +56,21 @@ def encoding_of(start: bytes) -> str:
     return "utf-16-be" if start[:1] == b"\0" and start[1:2] not in (b"", b"\0") else "utf-8"
 
 
-def file_encoding(path: Path) -> str:
-    """Return the encoding of a text file; a compressed one is refused."""
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a text file is read into a one-line UserError."""
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
+        yield
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    except UnicodeError as error:
+        raise UserError(f"'{path}': {undecodable(path, error)}") from error
+
+
+def file_encoding(path: Path) -> str:
+    """Return the encoding of a text file; a compressed one is refused."""
+    with reading(path), path.open("rb") as file:
+        start = file.read(8)
     for mark, name in COMPRESSED.items():
         if start.startswith(mark):
             raise UserError(f"'{path}' is compressed ({name}); unpack it first")
@@ -83,13 +92,8 @@ def undecodable(path: Path, error: UnicodeError) -> str:
 
 def read_text(path: Path) -> str:
     """Return the text of a file, without a byte order mark, and with plain line ends."""
-    encoding = file_encoding(path)
-    try:
-        return path.read_text(encoding=encoding)  # CRLF and CR become LF
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"'{path}': {undecodable(path, error)}") from error
+    with reading(path):
+        return path.read_text(encoding=file_encoding(path))  # CRLF and CR become LF
 
 
 class _Loader(yaml.BaseLoader):
@@ -112,24 +116,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     content = read_text(path)
     try:
         found = yaml.load(content, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = error.problem or error.context
-        if error.problem and error.context and error.problem.startswith("but "):
-            problem = f"{error.context} {error.problem}"
-        raise UserError(f"'{path}'{place}: {_one_line(problem)}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid YAML: {_one_line(error)}") from error
+        start, problem = f"'{path}' is not valid YAML", str(error)
+        if isinstance(error, yaml.MarkedYAMLError):
+            mark = error.problem_mark or error.context_mark
+            start = f"'{path}', line {mark.line + 1}" if mark else f"'{path}'"
+            problem = str(error.problem or error.context)
+            if error.context and problem.startswith("but "):
+                problem = f"{error.context} {problem}"
+        raise UserError(f"{start}: {' '.join(problem.split()) or 'damaged'}") from error
     if found in (None, ""):
         return {}
     if not isinstance(found, dict):
         raise UserError(f"'{path}' holds no 'key: value' lines")
     return found
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split()) or "damaged"
 
 
 class _JsonWindow:
@@ -158,13 +158,12 @@ class _JsonWindow:
 
     def peek(self) -> str:
         """Return the next character that is no white space; empty at the end."""
-        while True:
-            found = _NOT_WHITE.search(self.text, self.place)
-            self.place = found.start() if found else len(self.text)
-            if found:
-                return found[0]
+        while not (found := _NOT_WHITE.search(self.text, self.place)):
+            self.place = len(self.text)
             if not self.more():
                 return ""
+        self.place = found.start()
+        return found[0]
 
     def expect(self, characters: str) -> str:
         """Read past white space and one of ``characters``, and return that one; ValueError for others."""
@@ -210,39 +209,29 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
     Elements are read one by one, so that memory does not grow with the file. Members that are no arrays are
     read and left out.
     """
-    encoding = file_encoding(path)
-    line, column = 1, 1
-    try:
-        with path.open(encoding=encoding) as file:
-            window = _JsonWindow(file)
-            try:
+    with reading(path), path.open(encoding=file_encoding(path)) as file:
+        window = _JsonWindow(file)
+        try:
+            if window.peek() == "[":
+                raise UserError(
+                    f"'{path}' holds a list, as results of a detector do, where an object {{...}} belongs"
+                )
+            for _ in window.entries("{}"):
+                name = str(window.value())
+                window.expect(":")
                 if window.peek() == "[":
-                    raise UserError(
-                        f"'{path}' holds a list, as results of a detector do, where an object {{...}} belongs"
-                    )
-                yield from _members(window)
-            finally:
-                line, column = window.position()
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"'{path}': {undecodable(path, error)}") from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UserError(f"'{path}' is not valid JSON (line {line}, column {column}): {reason}") from error
-
-
-def _members(window: _JsonWindow) -> Iterator[tuple[str, Any]]:
-    for _ in window.entries("{}"):
-        name = str(window.value())
-        window.expect(":")
-        if window.peek() == "[":
-            for _ in window.entries("[]"):
-                yield name, window.value()
-        else:
-            window.value()
-    if window.peek():
-        raise ValueError("text goes on behind the closing '}'")
+                    for _ in window.entries("[]"):
+                        yield name, window.value()
+                else:
+                    window.value()
+            if window.peek():
+                raise ValueError("text goes on behind the closing '}'")
+        except UnicodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+            line, column = window.position()
+            raise UserError(f"'{path}' is not valid JSON (line {line}, column {column}): {reason}") from error
 
 
 def number(value: Any) -> float:

@@ -10,13 +10,19 @@ import cv2
 import numpy as np
 import pytest
 
-from pbe.data.packing.duplicates import as_void, exact_pairs, near_duplicates, near_pairs, perceptual_hash
-from pbe.data.packing.pack import PackResult
+from pbe.data.packing.pack import PackRequest, PackResult
 from pbe.data.packing.plan import PackSettings
-from pbe.data.packing.records import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
-from pbe.data.packing.report import make_report, write_report
-from pbe.data.packing.request import PackRequest
-from pbe.data.sources.csv_table import read_csv
+from pbe.data.packing.report import (
+    as_void,
+    exact_pairs,
+    make_report,
+    near_duplicates,
+    near_pairs,
+    write_report,
+)
+from pbe.data.packing.worker import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES
+from pbe.data.sources.image_files import perceptual_hash
+from pbe.data.sources.tables import read_csv
 from tests.data.packing.support import pack
 
 

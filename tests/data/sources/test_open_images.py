@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.sources.open_images import read_open_images
+from pbe.data.sources.tables import read_open_images
 from pbe.errors import UserError
 
 V4 = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.tables import read_csv
 from pbe.errors import UserError
 
 Save = Callable[..., Path]
