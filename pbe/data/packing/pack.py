@@ -21,9 +21,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from pbe.data.packing.plan import OPTIONS, SUMMARY, PackSettings, Plan, make_plan, save_plan
 from pbe.data.packing.worker import Tally, pack_shard, part_path
@@ -38,14 +37,6 @@ OUR_SHARD = re.compile(r"shard-\d{6}\.tar")
 # What packing writes: the list of shards is removed first.
 OUTPUTS = (MANIFEST_NAME, "shard-*.tar", "shard-*.index.npz", "report.json", "report.html")
 ANEW = "start anew with --overwrite"
-
-
-class State(Enum):
-    """What a folder holds of a request."""
-
-    NEW = "nothing"
-    PLANNED = "a plan, and what was packed of it"
-    COMPLETE = "everything"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,15 +87,15 @@ class PackRequest:
         """Folder of the plan."""
         return self.work / "plan"
 
-    def state(self, overwrite: bool = False) -> State:
-        """Return what the folder holds; what is not of this request is an error. Nothing is changed.
+    def state(self, overwrite: bool = False) -> Literal["new", "planned", "complete"]:
+        """Return what the folder holds of the request; what is of another is an error. Nothing is changed.
 
         With ``overwrite``, shards of other requests count as nothing, as long as they were packed here.
         """
         summary = None if overwrite else read_summary(self.out)
         if summary is not None:
             if summary.get("fingerprint") == self.fingerprint:
-                return State.COMPLETE
+                return "complete"
             raise UserError(
                 f"'{self.out}' holds shards of other sources or settings; name another folder or --overwrite"
             )
@@ -117,11 +108,11 @@ class PackRequest:
                     "start it with the same ones, name another folder or use --overwrite"
                 )
             planned = begun.get("version") == PLAN_VERSION and (self.plan / "plan.json").is_file()
-            return State.PLANNED if planned else State.NEW
+            return "planned" if planned else "new"
         for path in self.out.glob("*.tar"):
             if not (overwrite and OUR_SHARD.fullmatch(path.name)):
                 raise UserError(f"'{self.out}' holds shards that were not packed here; name another folder")
-        return State.NEW
+        return "new"
 
     @contextmanager
     def planning(self) -> Iterator[None]:
@@ -188,7 +179,7 @@ def plan_requests(
             request.settings.check()
             stack.enter_context(request.planning())
         states = [request.state(overwrite) for request in requests]
-        new = [request for request, state in zip(requests, states, strict=True) if state is State.NEW]
+        new = [request for request, state in zip(requests, states, strict=True) if state == "new"]
         start = time.perf_counter()
         sources = new[0].sources() if new else []
         read = time.perf_counter()
@@ -333,7 +324,7 @@ def pack_all(
     results: list[PackResult | None] = []
     for request in requests:
         with request.packing(shared=not whole):
-            if request.state() is State.COMPLETE:
+            if request.state() == "complete":
                 results.append(None)
                 continue
             plan = request.read_plan()

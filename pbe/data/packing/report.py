@@ -31,14 +31,6 @@ BANDS, BAND_BITS = 4, 16
 BLOCK_PAIRS = 1 << 22
 
 
-class Bar(NamedTuple):
-    """A row of a chart: what it counts, how many, and the width of its bar, 0 to 1."""
-
-    name: str
-    count: int
-    width: float
-
-
 class Hashes(NamedTuple):
     """Hashes of ``n`` images."""
 
@@ -231,33 +223,23 @@ def make_report(
     }
 
 
-def _bars(counts: dict[str, int]) -> list[Bar]:
-    most = max(counts.values(), default=0) or 1
-    return [Bar(name, count, count / most) for name, count in counts.items()]
-
-
-def _histogram_bars(histogram: dict[str, list[float]]) -> list[Bar]:
+def _bins(histogram: dict[str, list[float]]) -> list[tuple[str, int]]:
+    """Return the name and the count of every bin."""
     edges = histogram["edges"]
     names = [f"{low:.3g} to {high:.3g}" for low, high in itertools.pairwise(edges)]
-    return _bars(dict(zip([*names, f"{edges[-1]:.3g} and more"], map(int, histogram["counts"]), strict=True)))
+    return list(zip([*names, f"{edges[-1]:.3g} and more"], map(int, histogram["counts"]), strict=True))
 
 
 def render(report: dict[str, Any]) -> str:
     """Return the page's HTML."""
+    histograms, labels = report["histograms"], list(report["labels"].items())
     charts = [
-        ("Boxes kept, by their share of the image's area", _histogram_bars(report["histograms"]["area"])),
-        ("Boxes kept, by width over height", _histogram_bars(report["histograms"]["aspect"])),
-        ("Images kept, by number of boxes", _histogram_bars(report["histograms"]["boxes_per_picture"])),
+        ("Boxes kept, by their share of the image's area", _bins(histograms["area"])),
+        ("Boxes kept, by width over height", _bins(histograms["aspect"])),
+        ("Images kept, by number of boxes", _bins(histograms["boxes_per_picture"])),
     ]
-    labels = dict(list(report["labels"].items())[:LABELS_SHOWN])
-    return render_page(
-        TEMPLATE,
-        report=report,
-        charts=charts,
-        bars=_bars,
-        labels=_bars(labels),
-        hidden=len(report["labels"]) - len(labels),
-    )
+    shown, hidden = labels[:LABELS_SHOWN], len(labels[LABELS_SHOWN:])
+    return render_page(TEMPLATE, report=report, charts=charts, labels=shown, hidden=hidden)
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pbe.data.sources.annotations import Annotations
 from pbe.data.sources.coco import read_coco
-from pbe.data.sources.image_files import need_file
 from pbe.data.sources.masks import read_mask_folder
 from pbe.data.sources.tables import read_csv, read_open_images
 from pbe.data.sources.voc import read_voc
@@ -56,7 +55,8 @@ def read_source(text: str, options: SourceOptions) -> Annotations:
         return read_yolo(path, images, options.split)
     if kind == "masks":
         return read_mask_folder(path, images)
-    need_file(path, "the annotation file")
+    if not path.is_file():
+        raise UserError(f"the annotation file '{path}' is not a file")
     if kind == "coco":
         return read_coco(path, images or path.parent, options.masks)
     return read_csv(path, images or path.parent, options.relative)

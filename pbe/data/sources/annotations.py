@@ -26,14 +26,8 @@ from pbe.data.sources.image_files import (
 )
 from pbe.errors import UserError
 
-FLAG_BITS = {
-    "is_group_of": 1,
-    "is_depiction": 2,
-    "is_occluded": 4,
-    "is_truncated": 8,
-    "is_inside": 16,
-    "is_difficult": 32,
-}
+FLAGS = ("is_group_of", "is_depiction", "is_occluded", "is_truncated", "is_inside", "is_difficult")
+FLAG_BITS = {name: 1 << position for position, name in enumerate(FLAGS)}
 CORNERS = ("x1", "y1", "x2", "y2")
 IMAGE_COLUMNS: dict[str, Any] = {
     "path": pl.String,

@@ -57,13 +57,6 @@ def need_folder(path: Path, meaning: str) -> Path:
     return path
 
 
-def need_file(path: Path, meaning: str) -> Path:
-    """Return ``path`` if it is a file; else a UserError says what it should have been."""
-    if not path.is_file():
-        raise UserError(f"{meaning} '{path}' is not a file")
-    return path
-
-
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     """Yield (name within the root, bytes) of every file below ``folder`` that is not hidden."""
     with os.scandir(folder) as entries:

@@ -2,7 +2,7 @@
 
 The latter is the format to write when one's own data have none. One line a box, columns by name and in any
 order: ``file`` (within the folder), ``x1``, ``y1``, ``x2``, ``y2`` (or ``x``, ``y``, ``width``, ``height``),
-and, if wanted, ``label`` and the flags of :data:`~pbe.data.sources.annotations.FLAG_BITS`. Numbers are
+and, if wanted, ``label`` and the flags of :data:`~pbe.data.sources.annotations.FLAGS`. Numbers are
 pixels, or shares where ``relative`` is set. Commas, semicolons and tabs may part the columns; where they are
 no commas, one may stand for the decimal point.
 
@@ -37,7 +37,7 @@ from pbe.data.sources.annotations import (
     Reason,
     find_images,
 )
-from pbe.data.sources.image_files import need_file, need_folder
+from pbe.data.sources.image_files import need_folder
 from pbe.data.sources.names import AMBIGUOUS, NameMatcher
 from pbe.data.sources.parsing import file_encoding, flag_column, number_column, read_text, shown, undecodable
 from pbe.errors import UserError
@@ -48,13 +48,7 @@ SORT_PIECES = 16
 SPLITS = ("train", "validation", "test")
 TRAIN_FOLDERS = tuple(f"train_{letter}" for letter in string.hexdigits[:16])
 COORDINATES = {"x1": "XMin", "y1": "YMin", "x2": "XMax", "y2": "YMax"}
-FLAG_COLUMNS = {
-    "is_occluded": "IsOccluded",
-    "is_truncated": "IsTruncated",
-    "is_group_of": "IsGroupOf",
-    "is_depiction": "IsDepiction",
-    "is_inside": "IsInside",
-}
+FLAG_COLUMNS = {flag: flag.title().replace("_", "") for flag in FLAG_BITS}  # IsOccluded, IsGroupOf ...
 _REPEATED = re.compile(r"_duplicated_\d+$")  # how polars tells columns of one name apart
 
 
@@ -186,7 +180,6 @@ def read_csv(path: Path, images: Path, relative: bool = False) -> Annotations:
         images: the folder that ``file`` starts from.
         relative: numbers are shares of the image's width and height.
     """
-    need_file(path, "the CSV of boxes")
     table = _scan_table(path, wanted="file")
     if "file" not in table.names:
         raise table.lacks(f"the column 'file', the image's name within '{images}'")
