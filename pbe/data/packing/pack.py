@@ -169,10 +169,8 @@ def plan_requests(
 ) -> None:
     """Plan requests over the same sources and take over their folders: all of them, or none.
 
-    Args:
-        requests: one, or the two sides of a split.
-        overwrite: remove what an earlier packing left, once there is a plan.
-        finish: writes the report where nothing is left to pack.
+    With ``overwrite``, what an earlier packing left is removed once there is a plan. ``finish`` writes the
+    report where nothing is left to pack.
     """
     with ExitStack() as stack:
         for request in requests:

@@ -286,18 +286,13 @@ def _shard_ends(sizes: np.ndarray, settings: PackSettings) -> list[int]:
 def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
     """Return the labels, sorted, and for each box the position of its own, int32; no label counts as empty.
 
-    Goes by the codes of the categories: text would take several times the memory of the boxes.
+    Goes by categories: text would take several times the memory of the boxes.
     """
     present = labels.unique()
     texts = present.cast(pl.String).fill_null("").to_list()
     names = sorted(set(texts))
     numbers = {name: number for number, name in enumerate(names)}
-    codes = present.to_physical().cast(pl.Int64).fill_null(-1).to_list()
-    table = np.zeros(max(codes, default=0) + 2, np.int32)  # the last one is that of null
-    for code, text in zip(codes, texts, strict=True):
-        table[code] = numbers[text]
-    rows = labels.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
-    return names, pl.Series("label", table[rows])
+    return names, labels.replace_strict(present, [numbers[text] for text in texts], return_dtype=pl.Int32)
 
 
 def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:

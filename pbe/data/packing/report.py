@@ -91,10 +91,8 @@ def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
     """Return the pairs (i < j) of hashes that differ in at most ``distance`` bits, int64 ``(n, 2)``, sorted.
 
     Two hashes that differ in at most three bits agree in at least one of four bands of 16 bits, so only
-    those that share a band are compared. Hashes, uint64 ``(n,)``, of 0 (no structure) match nothing.
-
-    Raises:
-        ValueError: for a distance above three, which bands cannot find.
+    those that share a band are compared; a distance above three is a ValueError. Hashes, uint64 ``(n,)``, of
+    0 (no structure) match nothing.
     """
     if not 0 <= distance < BANDS:
         raise ValueError(f"distance must be 0 to {BANDS - 1}, not {distance}")
@@ -189,13 +187,10 @@ def _counts(seen: int, kept: int, dropped: Counter[str]) -> dict[str, Any]:
 def make_report(
     request: PackRequest, result: PackResult, check_against: Path | None = None, train: Path | None = None
 ) -> dict[str, Any]:
-    """Return the report as JSON has it; docs/data.md explains every field.
+    """Return the report as JSON has it, once the shards and their indexes are in place.
 
-    Args:
-        request: of the packing.
-        result: of the packing; its shards and their indexes are in place.
-        check_against: a folder of benchmark images that training must not have seen.
-        train: for the validation side of a split, the folder of the training side's shards.
+    docs/data.md explains every field. ``check_against`` is a folder of benchmark images that training must
+    not have seen; ``train``, for the validation side of a split, that of the training side's shards.
     """
     tally, plan, names = result.tally, result.plan, result.summary["labels"]
     hashes = read_hashes(request.out, result.summary)

@@ -357,14 +357,7 @@ def part_path(plan: Path, number: int) -> Path:
 def pack_shard(plan: Path, out: Path, number: int, labels: Sequence[str], settings: PackSettings) -> int:
     """Pack one shard and record that it is done; returns the number of images of the plan it dealt with.
 
-    A shard all of whose images are dropped is not written.
-
-    Args:
-        plan: folder of the plan; the record goes there.
-        out: folder of the shards.
-        number: of the shard.
-        labels: of the plan.
-        settings: of the plan.
+    The record goes to the folder of the plan. A shard all of whose images are dropped is not written.
     """
     cv2.setNumThreads(1)
     listed: dict[str, Any] | None = None

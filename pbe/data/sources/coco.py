@@ -197,13 +197,7 @@ def _boxes(
 
 
 def read_coco(path: Path, images: Path, masks: bool = False) -> Annotations:
-    """Read a COCO JSON and the images it names.
-
-    Args:
-        path: the JSON.
-        images: the folder that ``file_name`` starts from.
-        masks: take ``segmentation`` where given; it then gives the box.
-    """
+    """Read a COCO JSON and the images it names, whose ``file_name`` starts from the folder ``images``."""
     found = _Contents(masks)
     found.read(path)
     unusable = found.dropped["images"]

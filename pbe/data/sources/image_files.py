@@ -161,10 +161,8 @@ def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
 def first_frame(encoded: bytes) -> np.ndarray:
     """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
 
-    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded, or its numbers have no meaning as colours.
+    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`. Where
+    its numbers have no meaning as colours, it is unreadable.
     """
     try:
         with _opened(encoded) as image:
@@ -206,11 +204,7 @@ def perceptual_hash(grey: np.ndarray) -> int:
 
 
 def check_and_hash(encoded: bytes, header: ImageHeader) -> int:
-    """Return the perceptual hash of an image, decoded small where the format allows it.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded.
-    """
+    """Return the perceptual hash of an image, decoded small where the format allows it."""
     if not header.extension or header.frames > 1:
         return perceptual_hash(cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2GRAY))
     short = min(header.stored_size)
@@ -225,9 +219,6 @@ def encode_again(encoded: bytes, header: ImageHeader, max_side: int, quality: in
     """Return an image that fits, upright, and its extension: PNG for what was lossless, else JPEG.
 
     ``max_side`` is the longest side of the result in pixels, 0 for no limit; shrinking averages areas.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded.
     """
     try:
         plain = header.extension and header.frames == 1

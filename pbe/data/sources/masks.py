@@ -35,17 +35,13 @@ FAR = 4  # times the image's longest side: no polygon goes so far outside
 def load_mask(text: str, width: int, height: int) -> tuple[np.ndarray, str]:
     """Return the mask that a source names, of an image of that size in the frame of the annotation.
 
-    Returns:
-        uint8 ``h w``, of 0 and 1; and where a file could be read in several ways, what decided, as
-        :func:`~pbe.mask_reading.read_mask_image` says it.
-
-    Raises:
-        DroppedError: it is missing, damaged or of another size.
+    It is uint8 ``h w``, of 0 and 1, and comes with what decided, as :func:`~pbe.mask_reading.read_mask_image`
+    says it, where a file could be read in several ways. What is missing, damaged or of another size is dropped.
     """
-    is_file = text.startswith(FILE_PREFIX)
-    mask, decided = (
-        _read_file(text.removeprefix(FILE_PREFIX)) if is_file else (_draw(text, width, height), "")
-    )
+    if text.startswith(FILE_PREFIX):
+        mask, decided = _read_file(text.removeprefix(FILE_PREFIX))
+    else:
+        mask, decided = _draw(text, width, height), ""
     if mask.shape != (height, width):
         raise DroppedError(Reason.OTHER_MASK_SIZE)
     return mask, decided
@@ -75,31 +71,22 @@ def _draw(text: str, width: int, height: int) -> np.ndarray:
             if [parsing.whole(side) for side in shape["size"]] != [height, width]:
                 raise DroppedError(Reason.OTHER_MASK_SIZE)
             return decode_rle(shape)
-        return _fill(_polygons(shape, max(width, height)), width, height)
+        return _fill(shape, width, height)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, cv2.error) as error:
         raise DroppedError(Reason.UNREADABLE_MASK) from error
 
 
-def _polygons(shape: list[Any], longest: int) -> list[np.ndarray]:
-    """Return polygons, each ``n 2``, of COCO's lists of x y in turn; a single one may lack its brackets."""
-    lists = shape if all(isinstance(part, list) for part in shape) else [shape]
-    polygons = []
-    for part in lists:
-        points = np.array([parsing.number(value) for value in part], np.float64).reshape(-1, 2)
-        if not (np.abs(points) <= FAR * longest).all():
-            raise ValueError("a polygon's number is none or far outside the image")
-        polygons.append(points)
-    return polygons
+def _fill(shape: list[Any], width: int, height: int) -> np.ndarray:
+    """Draw COCO's lists of x y in turn, pixel i covering i to i + 1; a single one may lack its brackets.
 
-
-def _fill(polygons: list[np.ndarray], width: int, height: int) -> np.ndarray:
-    """Set the pixels whose centres lie inside; ``n 2`` corners, pixel i covering i to i + 1.
-
-    OpenCV also draws the outline, so that the polygons are drawn three times as large, where it covers no
-    pixel's centre, and every third point is taken.
+    Set are the pixels whose centres lie inside. OpenCV also draws the outline, so that the polygons are drawn
+    three times as large, where it covers no pixel's centre, and every third point is taken.
     """
     fine = np.zeros((FINE * height, FINE * width), np.uint8)
-    for corners in polygons:
+    for part in shape if all(isinstance(part, list) for part in shape) else [shape]:
+        corners = np.array([parsing.number(value) for value in part], np.float64).reshape(-1, 2)
+        if not (np.abs(corners) <= FAR * max(width, height)).all():
+            raise ValueError("a polygon's number is none or far outside the image")
         fixed = np.round((FINE * corners - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
         cv2.fillPoly(fine, [fixed], 1, cv2.LINE_8, SUBPIXEL_BITS)
     return np.ascontiguousarray(fine[FINE // 2 :: FINE, FINE // 2 :: FINE])
@@ -127,11 +114,8 @@ def read_mask_folder(folder: Path, images: Path | None = None) -> Annotations:
     """Read a folder of images and a folder of masks, ``images/`` and ``masks/``.
 
     ``dog.jpg`` may have one mask, ``dog.png``, or several, one an object: ``dog_1.png`` and ``dog_2.png``, or
-    ``dog/1.png`` and ``dog/2.png``. How they are read: :mod:`pbe.mask_reading`.
-
-    Args:
-        folder: holds ``masks/`` and, unless ``images`` is given, ``images/``; or is the folder of masks.
-        images: the folder of images.
+    ``dog/1.png`` and ``dog/2.png``. How they are read: :mod:`pbe.mask_reading`. Where ``images`` names the
+    folder of images, ``folder`` may be that of masks itself.
     """
     masks = folder / "masks" if (folder / "masks").is_dir() else need_folder(folder, "the folder of masks")
     root = images or need_folder(folder / "images", "the folder of images")

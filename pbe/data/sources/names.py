@@ -58,9 +58,7 @@ def _spellings(name: str) -> list[str]:
 class NameMatcher:
     """The files of a folder, to be found by the names that annotations give them.
 
-    Args:
-        names: of the files, relative to ``root``, with ``/`` between their parts.
-        root: the folder; its own name helps to tell files apart.
+    ``names`` are relative to ``root``, whose own name helps to tell files apart, with ``/`` between parts.
     """
 
     def __init__(self, names: Sequence[str], root: Path) -> None:

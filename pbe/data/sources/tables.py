@@ -173,13 +173,7 @@ def _corners(table: _Table) -> list[pl.Expr]:
 
 
 def read_csv(path: Path, images: Path, relative: bool = False) -> Annotations:
-    """Read a CSV of boxes and the images of a folder.
-
-    Args:
-        path: the CSV, with a header.
-        images: the folder that ``file`` starts from.
-        relative: numbers are shares of the image's width and height.
-    """
+    """Read a CSV of boxes, whose ``file`` starts from the folder ``images``, and the images there."""
     table = _scan_table(path, wanted="file")
     if "file" not in table.names:
         raise table.lacks(f"the column 'file', the image's name within '{images}'")
@@ -273,15 +267,10 @@ def _with_licences(images: pl.DataFrame, folder: Path, split: str) -> pl.DataFra
 
 
 def read_open_images(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
-    """Read one split.
+    """Read one split of a folder that holds the annotations and, unless ``images`` is given, the images.
 
     Columns of the boxes may stand in any order, and others among them. A flag that is -1 (unknown) or has no
     column counts as not set; codes of classes without a name stay.
-
-    Args:
-        folder: holds the annotations and, unless ``images`` is given, the images.
-        images: holds the images, in the folders above.
-        split: ``train``, ``validation`` or ``test``.
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}' is none of Open Images'; it must be one of {', '.join(SPLITS)}")

@@ -159,11 +159,8 @@ def _settle(
 def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -> Annotations:
     """Read a VOC folder.
 
-    Args:
-        folder: holds ``Annotations/`` (or the XMLs themselves) and, unless ``images`` is given,
-            ``JPEGImages/`` (or ``images/``, or the images beside the XMLs).
-        images: the folder of images.
-        one_based: the first pixel is number 1.
+    It holds ``Annotations/`` (or the XMLs themselves) and, unless ``images`` is given, ``JPEGImages/`` (or
+    ``images/``, or the images beside the XMLs).
     """
     need_folder(folder, "the VOC folder")
     place = folder / "Annotations" if (folder / "Annotations").is_dir() else folder

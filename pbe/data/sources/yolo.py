@@ -215,11 +215,7 @@ def _labels_of(images: Path) -> Path:
 
 
 def _parse_line(line: str, form: Form) -> tuple[int, Corners, int]:
-    """Return class and box of a line, and how many numbers it has where they may be a pose as well, else 0.
-
-    Raises:
-        DroppedError: it is no box.
-    """
+    """Return class and box of a line, and how many numbers it has if they may be a pose as well, else 0."""
     words = line.split()
     label = whole(words[0])
     numbers = [number(word) for word in words[1:]]
@@ -367,13 +363,9 @@ def _owners(texts: Iterable[str], stems: Sequence[str]) -> dict[str, list[int]]:
 def read_yolo(folder: Path, images: Path | None = None, split: str = "train") -> Annotations:
     """Read a YOLO folder; ``images/a/b.jpg`` belongs to ``labels/a/b.txt``.
 
-    An image whose text is empty or missing has no boxes.
-
-    Args:
-        folder: holds ``labels/`` (or the texts themselves, then beside the images) and ``images/``; or
-            splits that do, of which one is read.
-        images: the folder of images, if it is another.
-        split: of a set of splits: ``train``, ``validation`` or ``test``.
+    An image whose text is empty or missing has no boxes. The folder holds ``labels/`` (or the texts
+    themselves, then beside the images) and, unless ``images`` is given, ``images/``; or splits that do, of
+    which ``split`` is read: ``train``, ``validation`` or ``test``.
     """
     need_folder(folder, "the YOLO folder")
     metadata = _find_metadata(folder)
