@@ -26,7 +26,6 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 JSON_NAME, HTML_NAME = "report.json", "report.html"
 EXAMPLES = 200
 LABELS_SHOWN = 50
-NEAR_BITS = 3
 BANDS, BAND_BITS = 4, 16
 BLOCK_PAIRS = 1 << 22
 
@@ -87,15 +86,12 @@ def _pairs_of_sorted(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]
         start = stop
 
 
-def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
-    """Return the pairs (i < j) of hashes that differ in at most ``distance`` bits, int64 ``(n, 2)``, sorted.
+def near_pairs(hashes: np.ndarray) -> np.ndarray:
+    """Return the pairs (i < j) of hashes that differ in at most three bits, int64 ``(n, 2)``, sorted.
 
-    Two hashes that differ in at most three bits agree in at least one of four bands of 16 bits, so only
-    those that share a band are compared; a distance above three is a ValueError. Hashes, uint64 ``(n,)``, of
-    0 (no structure) match nothing.
+    Two such hashes agree in at least one of four bands of 16 bits, so only those that share a band are
+    compared. Hashes, uint64 ``(n,)``, of 0 (no structure) match nothing.
     """
-    if not 0 <= distance < BANDS:
-        raise ValueError(f"distance must be 0 to {BANDS - 1}, not {distance}")
     rows = np.flatnonzero(hashes)
     found: list[np.ndarray] = [np.empty((0, 2), np.int64)]
     for band in range(BANDS):
@@ -103,7 +99,7 @@ def near_pairs(hashes: np.ndarray, distance: int = NEAR_BITS) -> np.ndarray:
         order = rows[np.argsort(keys, kind="stable")]
         for i, j in _pairs_of_sorted(np.sort(keys, kind="stable")):
             a, b = order[i], order[j]
-            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= distance
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) < BANDS
             pairs = np.stack([a[close], b[close]], axis=1)
             found.append(np.sort(pairs, axis=1))
     return np.unique(np.concatenate(found), axis=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -183,12 +183,17 @@ def flag_names(bits: int) -> frozenset[str]:
     return frozenset(name for name, bit in FLAG_BITS.items() if bits & bit)
 
 
-def with_columns(images: pl.DataFrame, **columns: Mapping[int, Any]) -> pl.DataFrame:
-    """Return the table of images with values by row in some of its columns; what is left out is null."""
-    return images.with_columns(
-        pl.Series(name, [values.get(row) for row in range(images.height)], IMAGE_COLUMNS[name])
-        for name, values in columns.items()
-    )
+def with_known(
+    images: pl.DataFrame, sizes: Mapping[int, tuple[int, int]], licences: Mapping[int, str | None]
+) -> pl.DataFrame:
+    """Return the table of images with the sizes and licences of some rows; those of others are null."""
+    rows = range(images.height)
+    columns = {
+        "width": [sizes[row][0] if row in sizes else None for row in rows],
+        "height": [sizes[row][1] if row in sizes else None for row in rows],
+        "licence": [licences.get(row) for row in rows],
+    }
+    return images.with_columns(pl.Series(name, each, IMAGE_COLUMNS[name]) for name, each in columns.items())
 
 
 def find_images(
@@ -246,3 +251,12 @@ def take_images(
     if not taken["image"].is_sorted():  # sorting takes far more memory than the rows
         taken = taken.sort("image", maintain_order=True)
     return images[rows], taken
+
+
+def drop_images(
+    images: pl.DataFrame, boxes: pl.DataFrame, rows: Collection[int]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return all but some rows of ``images`` and their boxes."""
+    kept = np.ones(images.height, np.bool_)
+    kept[list(rows)] = False
+    return take_images(images, boxes, np.flatnonzero(kept))

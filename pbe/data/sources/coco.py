@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from pbe.data.sources import parsing
@@ -26,9 +25,9 @@ from pbe.data.sources.annotations import (
     Annotations,
     DroppedError,
     Reason,
+    drop_images,
     find_images,
-    take_images,
-    with_columns,
+    with_known,
 )
 from pbe.data.sources.names import AMBIGUOUS, NameMatcher
 from pbe.errors import UserError
@@ -88,11 +87,7 @@ class _Contents:
 
     def _number(self, kind: str, value: Any, optional: bool = False) -> int:
         known = self.numbers[kind]
-        try:
-            identity = None if optional and value is None else parsing.identity(value)
-        except ValueError as error:
-            raise DroppedError(Reason.BAD_ENTRY) from error
-        return known.setdefault(identity, len(known))
+        return known.setdefault(None if optional and value is None else parsing.identity(value), len(known))
 
     def _add_image(self, entry: dict[str, Any]) -> None:
         name = entry.get("file_name")
@@ -105,8 +100,8 @@ class _Contents:
             width, height = parsing.side(entry.get("width")), parsing.side(entry.get("height"))
             # Half a size says nothing of how the image was turned.
             found.size = (width, height) if width and height else None
-        except ValueError:
-            found.problem = Reason.BAD_SIZE
+        except DroppedError as error:
+            found.problem = str(error)
         known = self.images.get(number)
         if known is not None and known.name != name:
             known.problem = Reason.AMBIGUOUS_ID
@@ -118,10 +113,7 @@ class _Contents:
         if not shape and not (isinstance(box, list) and len(box) == 4):
             raise DroppedError(Reason.BAD_ENTRY)
         x, y, width, height = (0.0,) * 4 if shape else map(parsing.number, box or ())
-        try:
-            crowd = parsing.flag(entry.get("iscrowd"))
-        except ValueError as error:
-            raise DroppedError(Reason.BAD_FLAG) from error
+        crowd = parsing.flag(entry.get("iscrowd"))
         category = self._number("category", entry.get("category_id"), optional=True)
         self.image_ids.append(self._number("image", entry.get("image_id")))
         self.category_ids.append(category)
@@ -138,12 +130,13 @@ class _Contents:
 
 def _join(found: _Contents, matcher: NameMatcher) -> tuple[dict[int, int], dict[int, str], dict[int, _Image]]:
     """Return the row of each id's file, why others in ``images`` have none, and what is known of each row."""
-    reasons = {
-        number: Reason.AMBIGUOUS_ID
-        for number, one in found.images.items()
-        if one.problem == Reason.AMBIGUOUS_ID
-    }
-    usable = {number: image for number, image in found.images.items() if number not in reasons}
+    reasons: dict[int, str] = {}
+    usable = {}
+    for number, image in found.images.items():
+        if image.problem == Reason.AMBIGUOUS_ID:
+            reasons[number] = image.problem
+        else:
+            usable[number] = image
     matched = matcher.match(image.name for image in usable.values())
     rows: dict[int, int] = {}
     entries: dict[int, _Image] = {}
@@ -168,17 +161,12 @@ def _boxes(
         return pl.Series(table, dtype=dtype).gather(pl.Series(numbers, dtype=pl.UInt32))
 
     names = found.names["category"]
-    unplaced = {
-        number: reasons.get(number, Reason.MISSING)
-        for number in found.numbers["image"].values()
-        if number not in rows
-    }
+    unnamed = found.numbers["image"].values() - rows.keys()
+    unplaced = {number: reasons.get(number, Reason.MISSING) for number in unnamed}
     twice = {number: Reason.AMBIGUOUS_CATEGORY for number, name in names.items() if name is None}
     labels = {number: names.get(number) or "" for number in found.numbers["category"].values()}
     drawn = pl.col("mask").is_null()
-    unreadable = pl.when(drawn & ~pl.all_horizontal(pl.col(*CORNERS).is_finite())).then(
-        pl.lit(Reason.BAD_NUMBER)
-    )
+    finite = pl.all_horizontal(pl.col(*CORNERS).is_finite())
     masks = pl.Series(found.shapes, dtype=pl.String) if found.masks else pl.lit(None, pl.String)
     corners = {name: pl.Series(found.boxes[place::4], dtype=pl.Float64) for place, name in enumerate(CORNERS)}
     frame = pl.DataFrame(corners).with_columns(
@@ -189,7 +177,8 @@ def _boxes(
         twice=looked_up("category", found.category_ids, twice, pl.String),
         mask=masks,
     )
-    frame = frame.with_columns(problem=pl.coalesce("unplaced", "twice", unreadable))
+    odd = pl.when(drawn & ~finite).then(pl.lit(Reason.BAD_NUMBER))
+    frame = frame.with_columns(problem=pl.coalesce("unplaced", "twice", odd))
     lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem").len()
     known = [pl.when(drawn).then(pl.col(name)).alias(name) for name in CORNERS]
     boxes = frame.filter(pl.col("problem").is_null()).with_columns(known).select(list(BOX_COLUMNS))
@@ -215,17 +204,12 @@ def read_coco(path: Path, images: Path, masks: bool = False) -> Annotations:
     # Names are counted, not entries.
     lost_names = {(found.images[number].name, reason) for number, reason in reasons.items()}
     dropped += unusable + Counter(reason for _, reason in lost_names)
-    licences = found.names["license"]
-    table = with_columns(
-        files.with_columns(pl.col("name").str.replace(r"\.[^.]*$", "").alias("key")),
-        width={row: image.size[0] for row, image in entries.items() if image.size},
-        height={row: image.size[1] for row, image in entries.items() if image.size},
-        licence={
-            row: licences.get(image.licence) for row, image in entries.items() if image.licence is not None
-        },
-    )
-    good = [row for row in range(table.height) if row not in entries or not entries[row].problem]
+    names = found.names["license"]
+    licences = {row: names.get(image.licence) for row, image in entries.items() if image.licence is not None}
+    files = files.with_columns(pl.col("name").str.replace(r"\.[^.]*$", "").alias("key"))
+    table = with_known(files, {row: image.size for row, image in entries.items() if image.size}, licences)
     boxes, lost = _boxes(found, rows, reasons)
-    table, boxes = take_images(table, boxes, np.array(good, np.int64))
+    bad = [row for row, image in entries.items() if image.problem]
+    table, boxes = drop_images(table, boxes, bad)
     notes = [matcher.explain(missing, path)] if missing else []
     return Annotations(table, boxes, False, +dropped, +(found.dropped["annotations"] + lost), notes)

@@ -36,7 +36,7 @@ def load_mask(text: str, width: int, height: int) -> tuple[np.ndarray, str]:
     """Return the mask that a source names, of an image of that size in the frame of the annotation.
 
     It is uint8 ``h w``, of 0 and 1, and comes with what decided, as :func:`~pbe.mask_reading.read_mask_image`
-    says it, where a file could be read in several ways. What is missing, damaged or of another size is dropped.
+    says it, where a file can be read in several ways. What is missing, damaged or of another size is dropped.
     """
     if text.startswith(FILE_PREFIX):
         mask, decided = _read_file(text.removeprefix(FILE_PREFIX))

@@ -1,8 +1,8 @@
 """Text files, YAML, streamed JSON and single values, as tools write them.
 
 Text may carry a byte order mark or be UTF-16. Tools write a 3 as ``3``, ``3.0`` or ``"3"``, and a yes as
-``true``, ``1`` or ``"1"``: the same forms are accepted in every field of every format; what is none of them
-is no value, which the caller counts or names.
+``true``, ``1`` or ``"1"``: the same forms are accepted in every field of every format. What is none of them
+is no value, or a :class:`~pbe.data.sources.annotations.DroppedError`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import IO, Any
 import polars as pl
 import yaml
 
+from pbe.data.sources.annotations import DroppedError, Reason
 from pbe.errors import UserError
 
 MARKS = (
@@ -258,39 +259,33 @@ def whole(value: Any) -> int | None:
 
 
 def side(value: Any) -> int | None:
-    """Return a width or height in pixels; None where it is not given (absent, null, empty or 0).
-
-    What cannot be a number of pixels is a ValueError.
-    """
+    """Return a width or height in pixels; None where it is not given (absent, null, empty or 0)."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     found = whole(value)
     if found is None or not 0 <= found <= LARGEST_SIDE:
-        raise ValueError("no number of pixels")
+        raise DroppedError(Reason.BAD_SIZE)
     return found or None
 
 
 def identity(value: Any) -> int | str:
-    """Return an id so that 3, 3.0 and "3" are one and the same; other texts stay texts.
-
-    What is neither number nor text, or is empty, is a ValueError.
-    """
+    """Return an id, a number or a text that is not empty, so that 3, 3.0 and "3" are one and the same."""
     # A text with an exponent is a name: Open Images' ids are hexadecimal, and many read like 0e12.
     found = None if isinstance(value, str) and "e" in value.lower() else whole(value)
     if found is not None:
         return found
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("no id")
+        raise DroppedError(Reason.BAD_ENTRY)
     return text(value).strip()
 
 
 def flag(value: Any) -> bool:
-    """Return a yes or no; what is not given, and -1 for unknown, is a no; anything else is a ValueError."""
+    """Return a yes or no; what is not given, and -1 for unknown, is a no; anything else is dropped."""
     if value is None or isinstance(value, bool):
         return bool(value)
     word = value.strip().lower() if isinstance(value, str) else str(value)
     if word not in TRUE | FALSE:
-        raise ValueError("neither yes nor no")
+        raise DroppedError(Reason.BAD_FLAG)
     return word in TRUE
 
 

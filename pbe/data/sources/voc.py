@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from pbe.data.sources import parsing
@@ -26,9 +25,9 @@ from pbe.data.sources.annotations import (
     DroppedError,
     Reason,
     box_table,
+    drop_images,
     find_images,
-    take_images,
-    with_columns,
+    with_known,
 )
 from pbe.data.sources.image_files import find_files, need_folder
 from pbe.data.sources.names import AMBIGUOUS, NameMatcher
@@ -66,7 +65,7 @@ def _read_document(path: Path, stem: str, shift: float) -> _Document:
     try:
         width, height = (parsing.side(root.findtext(f"size/{side}")) for side in ("width", "height"))
         document.size = (width, height)
-    except ValueError:
+    except DroppedError:
         pass  # it stays None, for which the image is dropped
     return document
 
@@ -76,10 +75,7 @@ def _read_box(entry: ElementTree.Element, shift: float) -> tuple[Any, ...]:
     x1, y1, x2, y2 = (parsing.number(entry.findtext(f"bndbox/{side}")) for side in sides)
     if any(value != value for value in (x1, y1, x2, y2)):
         raise DroppedError(Reason.BAD_NUMBER)
-    try:
-        flags = sum(FLAG_BITS[flag] for name, flag in FLAGS.items() if parsing.flag(entry.findtext(name)))
-    except ValueError as error:
-        raise DroppedError(Reason.BAD_FLAG) from error
+    flags = sum(FLAG_BITS[flag] for name, flag in FLAGS.items() if parsing.flag(entry.findtext(name)))
     return (x1 - shift, y1 - shift, x2, y2, (entry.findtext("name") or "").strip(), flags, None)
 
 
@@ -182,11 +178,6 @@ def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -
             raise UserError(f"no image of the annotations is there: {notes[-1]}")
     dropped_boxes: Counter[str] = Counter()
     boxes, sizes, unclear = _settle(documents, owners, dropped, dropped_boxes)
-    table = with_columns(
-        files.with_columns(pl.Series("key", stems, pl.String)),
-        width={row: width for row, (width, _) in sizes.items()},
-        height={row: height for row, (_, height) in sizes.items()},
-    )
-    kept = np.array([row for row in range(table.height) if row not in unclear], np.int64)
-    table, found = take_images(table, box_table(boxes), kept)
+    table = with_known(files.with_columns(pl.Series("key", stems, pl.String)), sizes, {})
+    table, found = drop_images(table, box_table(boxes), unclear)
     return Annotations(table, found, False, +dropped, +dropped_boxes, notes)
