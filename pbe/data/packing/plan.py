@@ -89,14 +89,9 @@ class PackSettings:
 
 # What plan.json holds, and the types by which it is checked.
 SUMMARY: dict[str, type] = {
-    "labels": list,
-    "shards": list,
-    "pictures_seen": int,
-    "boxes_seen": int,
-    "dropped_pictures": dict,
-    "dropped_boxes": dict,
-    "examples": dict,
-}
+    "labels": list, "shards": list, "pictures_seen": int, "boxes_seen": int,
+    "dropped_pictures": dict, "dropped_boxes": dict, "examples": dict,
+}  # fmt: skip
 
 
 @dataclass

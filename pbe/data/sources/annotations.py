@@ -151,10 +151,10 @@ class Annotations:
         ends = self.boxes["image"].search_sorted(rows, "right")
         for row, end in zip(self.images.iter_rows(named=True), ends.to_list(), strict=True):
             own, start = self.boxes.slice(start, end - start), end
-            size, path = (row["width"], row["height"]), Path(row["path"])
-            if None in size:
+            width, height, path = row["width"], row["height"], Path(row["path"])
+            if width is None or height is None:
                 try:
-                    size = inspect_image(path.read_bytes()).displayed_size
+                    width, height = inspect_image(path.read_bytes()).displayed_size
                 except (OSError, UnreadableImageError) as error:
                     if unreadable is None:
                         raise UserError(f"'{path}' cannot be read: {error}") from error
@@ -162,14 +162,15 @@ class Annotations:
                     continue
             boxes = tuple(
                 SourceBox(
-                    *pixel_corners(box, size if self.relative else (1, 1)),
+                    *pixel_corners(box, (width, height) if self.relative else (1, 1)),
                     label=str(box["label"] or ""),
                     flags=flag_names(box["flags"]),
                     mask=box["mask"] or "",
                 )
                 for box in own.iter_rows(named=True)
             )
-            yield ImageRecord(path, row["name"], *size, boxes, row["licence"] or "", row["author"] or "")
+            licence, author = row["licence"] or "", row["author"] or ""
+            yield ImageRecord(path, row["name"], width, height, boxes, licence, author)
 
 
 def pixel_corners(row: Mapping[str, Any], scale: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -188,7 +189,7 @@ def with_known(
 ) -> pl.DataFrame:
     """Return the table of images with the sizes and licences of some rows; those of others are null."""
     rows = range(images.height)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "width": [sizes[row][0] if row in sizes else None for row in rows],
         "height": [sizes[row][1] if row in sizes else None for row in rows],
         "licence": [licences.get(row) for row in rows],

@@ -151,5 +151,5 @@ def read_mask_folder(folder: Path, images: Path | None = None) -> Annotations:
         if not rows:
             raise UserError(f"no mask has an image: {notes[0]}")
     return Annotations(
-        table, box_table(rows), False, dropped, +Counter({Reason.UNUSED_MASK: len(unused)}), notes
+        table, box_table(rows), False, dropped, +Counter[str]({Reason.UNUSED_MASK: len(unused)}), notes
     )

@@ -158,7 +158,7 @@ def _join_boxes(
     found = pl.concat(parts, rechunk=False).with_columns(pl.lit(None, BOX_COLUMNS["mask"]).alias("mask"))
     bad = table.count(there.filter(pl.col("bad_flag")).select("key"))
     dropped_images = dropped + Counter({Reason.MISSING: int(lost["images"][0])})
-    dropped_boxes = Counter({Reason.MISSING: int(lost["boxes"][0]), Reason.BAD_FLAG: bad})
+    dropped_boxes = Counter[str]({Reason.MISSING: int(lost["boxes"][0]), Reason.BAD_FLAG: bad})
     return Annotations(images, found, relative, +dropped_images, +dropped_boxes)
 
 
