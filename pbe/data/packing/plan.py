@@ -224,9 +224,11 @@ def _keep_boxes(
         chain = pl.when(test).then(pl.lit(number, pl.UInt8)).otherwise(chain)
     first = boxes.select(chain).to_series()
     counts = np.bincount(first.to_numpy(), minlength=len(tests) + 1).tolist()
-    for number in filter(counts.__getitem__, range(1, len(counts))):
-        reason, shown = tests[number - 1][1], boxes.filter(first == number).head(EXAMPLES)
+    for number, (_, reason) in enumerate(tests, 1):
         plan.dropped_boxes[reason] += counts[number]
+        if not counts[number]:
+            continue
+        shown = boxes.filter(first == number).head(EXAMPLES)
         rows = zip(images["name"].gather(shown["image"]), shown.iter_rows(named=True), strict=True)
         add_examples(plan.examples, reason, [box_text(name, row, row["label"]) for name, row in rows])
     return boxes.filter(first == 0)

@@ -161,7 +161,7 @@ def _boxes(
         return pl.Series(table, dtype=dtype).gather(pl.Series(numbers, dtype=pl.UInt32))
 
     names = found.names["category"]
-    unnamed = found.numbers["image"].values() - rows.keys()
+    unnamed = set(found.numbers["image"].values()) - rows.keys()
     unplaced = {number: reasons.get(number, Reason.MISSING) for number in unnamed}
     twice = {number: Reason.AMBIGUOUS_CATEGORY for number, name in names.items() if name is None}
     labels = {number: names.get(number) or "" for number in found.numbers["category"].values()}

@@ -146,8 +146,8 @@ def _settle(
             lost_images[Reason.OTHER_SIZES] += not bad
             lost_boxes[Reason.BAD_SIZE if bad else Reason.OTHER_SIZES] += sum(len(one.boxes) for one in own)
             continue
-        for size in known:
-            sizes[row] = size
+        if known:
+            sizes[row] = known.pop()
         boxes += [(row, *box) for one in own for box in one.boxes]
     return boxes, sizes, unclear
 
