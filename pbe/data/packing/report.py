@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pbe.data.packing.pack import PackRequest, PackResult, read_summary
-from pbe.data.packing.worker import AREA_EDGES, ASPECT_EDGES, COUNT_EDGES, index_keys, load_index
+from pbe.data.packing.worker import EDGES, index_keys, load_index
 from pbe.data.shards.format import HASH_BYTES, digest
 from pbe.data.sources.annotations import find_images
 from pbe.data.sources.image_files import UnreadableImageError, check_and_hash, inspect_image
@@ -24,6 +24,11 @@ from pbe.html import render_page
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 JSON_NAME, HTML_NAME = "report.json", "report.html"
+CHARTS = {
+    "area": "Boxes kept, by their share of the image's area",
+    "aspect": "Boxes kept, by width over height",
+    "boxes_per_picture": "Images kept, by number of boxes",
+}
 EXAMPLES = 200
 LABELS_SHOWN = 50
 BANDS, BAND_BITS = 4, 16
@@ -43,10 +48,12 @@ Match = tuple[str, str, str]  # two names, and "exact" or "near"
 
 def read_hashes(out: Path, summary: dict[str, Any]) -> Hashes:
     """Return the hashes of all images of some shards, out of their indexes."""
-    indexes = [load_index(out / shard["index"]) for shard in summary["shards"]]
-    names = [name for index in indexes for name in index_keys(index)]
-    exact = [np.empty((0, HASH_BYTES), np.uint8), *(index["picture_hash"] for index in indexes)]
-    near = [np.empty(0, np.uint64), *(index["perceptual_hash"] for index in indexes)]
+    names, exact, near = [], [np.empty((0, HASH_BYTES), np.uint8)], [np.empty(0, np.uint64)]
+    for shard in summary["shards"]:  # one at a time: the boxes take far more memory than the hashes
+        index = load_index(out / shard["index"])
+        names += index_keys(index)
+        exact.append(index["picture_hash"])
+        near.append(index["perceptual_hash"])
     return Hashes(names, as_void(np.concatenate(exact)), np.concatenate(near))
 
 
@@ -143,18 +150,9 @@ def matches(ours: Hashes, theirs: Hashes) -> list[Match]:
     return sorted(found + [(ours.names[a], theirs.names[b], "near") for a, b in close - exact])
 
 
-def _histogram(edges: Sequence[float], counts: Counter[str]) -> dict[str, list[float]]:
-    """Return the edges and the count of every bin; the last bin is open."""
-    return {"edges": list(edges), "counts": [counts[str(number)] for number in range(len(edges))]}
-
-
-def _kinds(found: Sequence[Match]) -> dict[str, Any]:
+def _shared(found: Sequence[Match], name: str = "examples", most: int | None = EXAMPLES) -> dict[str, Any]:
     kinds = Counter(kind for _, _, kind in found)
-    return {"exact": kinds["exact"], "near": kinds["near"]}
-
-
-def _with_examples(found: Sequence[Match]) -> dict[str, Any]:
-    return {**_kinds(found), "examples": [list(match) for match in found[:EXAMPLES]]}
+    return {"exact": kinds["exact"], "near": kinds["near"], name: [list(match) for match in found[:most]]}
 
 
 def _duplicates(hashes: Hashes) -> list[Match]:
@@ -167,9 +165,12 @@ def _duplicates(hashes: Hashes) -> list[Match]:
 def _leaks(hashes: Hashes, folder: Path) -> dict[str, Any]:
     """Return what the set shares with a folder of benchmark images."""
     theirs, unreadable = hash_folder(folder)
-    found = matches(hashes, theirs)
-    counts = {"folder": str(folder), "pictures": len(theirs.names), "unreadable": unreadable, **_kinds(found)}
-    return {**counts, "matches": [list(match) for match in found]}
+    counts = {"folder": str(folder), "pictures": len(theirs.names), "unreadable": unreadable}
+    return {**counts, **_shared(matches(hashes, theirs), "matches", None)}
+
+
+def _histogram(edges: list[float], counts: Counter[str]) -> dict[str, list[float]]:
+    return {"edges": edges, "counts": [counts[str(number)] for number in range(len(edges))]}
 
 
 def _reasons(counts: Counter[str]) -> dict[str, int]:
@@ -200,14 +201,10 @@ def make_report(
         "examples": tally.examples,
         "events": _reasons(tally.events),
         "labels": _reasons(labels),
-        "histograms": {
-            "area": _histogram(AREA_EDGES, tally.area),
-            "aspect": _histogram(ASPECT_EDGES, tally.aspect),
-            "boxes_per_picture": _histogram(COUNT_EDGES, tally.boxes_per_picture),
-        },
-        "duplicates": _with_examples(_duplicates(hashes)),
+        "histograms": {name: _histogram(edges, getattr(tally, name)) for name, edges in EDGES.items()},
+        "duplicates": _shared(_duplicates(hashes)),
         "check_against": _leaks(hashes, check_against) if check_against else None,
-        "also_in_train": _with_examples(matches(hashes, others)) if others else None,
+        "also_in_train": _shared(matches(hashes, others)) if others else None,
         "shards": len(result.summary["shards"]),
         "bytes": result.summary["bytes"],
         "seconds": {stage: round(seconds, 3) for stage, seconds in tally.seconds.items()},
@@ -223,12 +220,8 @@ def _bins(histogram: dict[str, list[float]]) -> list[tuple[str, int]]:
 
 def render(report: dict[str, Any]) -> str:
     """Return the page's HTML."""
-    histograms, labels = report["histograms"], list(report["labels"].items())
-    charts = [
-        ("Boxes kept, by their share of the image's area", _bins(histograms["area"])),
-        ("Boxes kept, by width over height", _bins(histograms["aspect"])),
-        ("Images kept, by number of boxes", _bins(histograms["boxes_per_picture"])),
-    ]
+    labels = list(report["labels"].items())
+    charts = [(title, _bins(report["histograms"][name])) for name, title in CHARTS.items()]
     shown, hidden = labels[:LABELS_SHOWN], len(labels[LABELS_SHOWN:])
     return render_page(TEMPLATE, report=report, charts=charts, labels=shown, hidden=hidden)
 

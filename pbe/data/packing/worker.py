@@ -71,9 +71,12 @@ DTYPES: dict[str, Any] = {
 }
 WIDTHS = {"boxes": 4, "picture_hash": HASH_BYTES}  # of arrays of two dimensions
 
-AREA_EDGES = [round(0.05 * step, 2) for step in range(21)]
-ASPECT_EDGES = [2.0 ** (step / 2) for step in range(-6, 7)]
-COUNT_EDGES = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50]
+# Of the histograms: bin i is edges[i] <= value < edges[i + 1], the ends are open.
+EDGES: dict[str, list[float]] = {
+    "area": [round(0.05 * step, 2) for step in range(21)],
+    "aspect": [2.0 ** (step / 2) for step in range(-6, 7)],
+    "boxes_per_picture": [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 50],
+}
 
 Size = tuple[int, int]  # width and height, pixels
 
@@ -102,27 +105,27 @@ class Tally:
     dropped_boxes: Counter[str] = field(default_factory=Counter)  # by reason
     events: Counter[str] = field(default_factory=Counter)  # what happened to images that were kept
     labels: Counter[str] = field(default_factory=Counter)  # boxes kept by label, its number as text
-    # Kept, by bin: bin i is edges[i] <= value < edges[i + 1], the ends are open.
-    area: Counter[str] = field(default_factory=Counter)  # boxes by share of the image: AREA_EDGES
-    aspect: Counter[str] = field(default_factory=Counter)  # boxes by width over height: ASPECT_EDGES
-    boxes_per_picture: Counter[str] = field(default_factory=Counter)  # images: COUNT_EDGES
+    # What is kept, by bin of EDGES.
+    area: Counter[str] = field(default_factory=Counter)  # boxes by share of the image
+    aspect: Counter[str] = field(default_factory=Counter)  # boxes by width over height
+    boxes_per_picture: Counter[str] = field(default_factory=Counter)  # images
     examples: dict[str, list[str]] = field(default_factory=dict)  # the first that were dropped, by reason
     seconds: dict[str, float] = field(default_factory=dict)  # by stage; they differ from run to run
 
     def keep(self, boxes: Sequence[KeptBox], size: Size) -> None:
         """Count an image that is kept, with its boxes."""
 
-        def count(bins: Counter[str], edges: Sequence[float], value: float) -> None:
-            bins[str(np.searchsorted(edges[1:], value, "right"))] += 1
+        def count(name: str, value: float) -> None:
+            getattr(self, name)[str(np.searchsorted(EDGES[name][1:], value, "right"))] += 1
 
         self.pictures += 1
         self.boxes += len(boxes)
-        count(self.boxes_per_picture, COUNT_EDGES, len(boxes))
+        count("boxes_per_picture", len(boxes))
         for box in boxes:
             x1, y1, x2, y2 = box.corners
             self.labels[str(box.label)] += 1
-            count(self.area, AREA_EDGES, (x2 - x1) * (y2 - y1) / (size[0] * size[1]))
-            count(self.aspect, ASPECT_EDGES, (x2 - x1) / (y2 - y1))
+            count("area", (x2 - x1) * (y2 - y1) / (size[0] * size[1]))
+            count("aspect", (x2 - x1) / (y2 - y1))
 
     def drop(self, reason: str, boxes: int, name: str) -> None:
         """Count an image that is dropped with the boxes that it had left."""
