@@ -179,7 +179,7 @@ def _boxes(
     )
     odd = pl.when(drawn & ~finite).then(pl.lit(Reason.BAD_NUMBER))
     frame = frame.with_columns(problem=pl.coalesce("unplaced", "twice", odd))
-    lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem").len()
+    lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem", maintain_order=True).len()
     known = [pl.when(drawn).then(pl.col(name)).alias(name) for name in CORNERS]
     boxes = frame.filter(pl.col("problem").is_null()).with_columns(known).select(list(BOX_COLUMNS))
     return boxes, Counter(dict(lost.iter_rows()))
