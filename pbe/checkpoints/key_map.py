@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from pbe.checkpoints.settings import UNSAID, Usage
 from pbe.checkpoints.tensors import (
     Lazies,
     LazyTensor,
@@ -22,7 +23,6 @@ from pbe.checkpoints.tensors import (
     split_heads,
     whole,
 )
-from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.errors import UserError
 from pbe.models import ExemplarEncoder, LatentDiffusion

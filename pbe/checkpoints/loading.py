@@ -17,8 +17,7 @@ from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_sha
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
 from pbe.checkpoints.readers import Weights, open_weights
 from pbe.checkpoints.recognise import COMPVIS, NATIVE, choose, describe, layout_of, left_out, sort_out
-from pbe.checkpoints.settings import reading
-from pbe.checkpoints.usage import UNSAID, Usage
+from pbe.checkpoints.settings import UNSAID, Usage, reading
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

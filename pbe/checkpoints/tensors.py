@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of options
 SMALL = 1 << 16  # bytes; below this a copy costs less than a mapping of its own
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from pbe.checkpoints.pickles import STORAGES
 from pbe.checkpoints.readers import SAFETENSORS_TYPES
 from pbe.checkpoints.tensors import Lazies, LazyTensor
-from pbe.errors import UserError
 from pbe.files import atomic_file
 
 ALIGNMENT = 64  # bytes; where torch starts the records of an archive
@@ -106,26 +105,3 @@ def _entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
         padding = -start % ALIGNMENT
         entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     return entry
-
-
-def check_target(folder: Path, files: set[str]) -> None:
-    """Refuse to write ``files`` of a model between others that would be taken for parts of it."""
-    if folder.is_file():
-        raise UserError(f"'{folder}' is a file; name a folder to write the model to")
-    suffixes = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".index.json", ".yaml")
-    names = ("config.json", "model_index.json")
-    places = [
-        path
-        for pattern in ("*", "*/*")
-        for path in folder.glob(pattern)
-        if path.is_file() and path.parent.name != "safety_checker"  # a network of its own, not the model's
-    ]
-    others = [
-        str(path.relative_to(folder))
-        for path in sorted(places)
-        if (path.name.endswith(suffixes) or path.name in names) and str(path.relative_to(folder)) not in files
-    ]
-    if others:
-        raise UserError(
-            f"'{folder}' holds other files of a model ({', '.join(others[:3])}); name an empty folder"
-        )

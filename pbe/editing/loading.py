@@ -12,7 +12,7 @@ from torch import nn
 
 from pbe.checkpoints.folders import ANY
 from pbe.checkpoints.loading import Loaded, load_checkpoint
-from pbe.checkpoints.usage import DEFAULT_SOLVER, Usage
+from pbe.checkpoints.settings import DEFAULT_SOLVER, Usage
 from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers import SolverChoice

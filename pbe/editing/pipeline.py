@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.saving import save_checkpoint
-from pbe.checkpoints.usage import Usage
+from pbe.checkpoints.settings import Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule

@@ -17,8 +17,8 @@ from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, TOWER, UNET, e
 from pbe.checkpoints.key_map import OpenedModel, converted, native_shapes, to_foreign, to_native
 from pbe.checkpoints.readers import Weights
 from pbe.checkpoints.recognise import TEXT, Sorted, choose, describe, left_out
+from pbe.checkpoints.settings import KEY, Usage, usage_from_json
 from pbe.checkpoints.tensors import Lazies, lazies
-from pbe.checkpoints.usage import KEY, Usage, usage_from_json
 from pbe.checkpoints.writers import write_checkpoint, write_safetensors
 from pbe.config import ModelConfig, ScheduleConfig, load_config
 from pbe.errors import UserError

@@ -34,9 +34,8 @@ from pbe.checkpoints.key_map import (
     to_native,
 )
 from pbe.checkpoints.recognise import describe, text_to_image
-from pbe.checkpoints.settings import Settings, Values, read_json, reading
+from pbe.checkpoints.settings import OWN_KEY, Settings, Usage, Values, read_json, reading, usage_from_json
 from pbe.checkpoints.tensors import Lazies
-from pbe.checkpoints.usage import OWN_KEY, Usage, usage_from_json
 from pbe.checkpoints.writers import write_safetensors
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.errors import UserError

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pbe.checkpoints.settings import solver_from_json, solver_to_json
-from pbe.diffusion.solvers import get_solver
-from pbe.diffusion.solvers.settings import SolverChoice, check_settings
+from pbe.diffusion.solvers import SPACINGS, get_solver
+from pbe.diffusion.solvers.settings import FINER, SolverChoice, check_settings
 from pbe.errors import UserError
 
 OWN = "_pbe_solver"  # diffusers leaves keys that begin with an underscore alone
@@ -237,3 +236,35 @@ def _resolved(choice: SolverChoice) -> SolverChoice:
         end=choice.end or end,
         variant=choice.variant or usual,
     )
+
+
+def solver_to_json(choice: SolverChoice) -> dict[str, Any]:
+    """Return a solver and how it is run as plain values; what is at its default is left out."""
+    found: dict[str, Any] = {"name": get_solver(choice.name).name}
+    if choice.spacing is not None:
+        found["spacing"] = choice.spacing
+    if choice.karras:
+        found["karras"] = True
+    values = {key: getattr(choice, key) for key in FINER}
+    settings = {key: value for key, value in values.items() if value != FINER[key]}
+    return found | ({"settings": settings} if settings else {})
+
+
+def solver_from_json(values: Any, source: str) -> SolverChoice:
+    """Return the choice that :func:`solver_to_json` wrote; ``source`` is the place, for errors."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        raise UserError(f"{source}: not a solver with a name; remove the entry to run with the default")
+    spacing, karras, settings = values.get("spacing"), values.get("karras", False), values.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{source}: settings are {settings!r}; they must be names with values")
+    for given, known in ((values, ("name", "spacing", "karras", "settings")), (settings, tuple(FINER))):
+        if unknown := [str(key) for key in given if key not in known]:
+            raise UserError(f"{source}: no setting '{unknown[0]}'; there are: {', '.join(known)}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise UserError(f"{source}: no timestep spacing {spacing!r}; there are: {', '.join(SPACINGS)}")
+    if not isinstance(karras, bool):
+        raise UserError(f"{source}: karras is {karras!r}; it must be true or false")
+    try:
+        return SolverChoice(get_solver(values["name"]).name, spacing, karras, **settings)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

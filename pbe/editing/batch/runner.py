@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pbe.checkpoints.loading import of_run
-from pbe.checkpoints.precision import torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
 from pbe.editing.batch.records import (
     make_grid,
@@ -70,7 +70,7 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
     pipe = PaintByExample.from_pretrained(
         place,
         config=command.config,
-        dtype=torch_dtype(command.dtype),
+        dtype=DTYPES[command.dtype],
         device="cpu" if command.cpu_offload else device,
         solver=command.solver,
         conventions=command.conventions,
