@@ -36,11 +36,8 @@ COUNTERS = {"decay", "num_updates", "n_averaged", "initted", "step"}  # of an av
 NATIVE = "native"
 COMPVIS = "compvis"
 
-INPUTS = {
-    "compvis": "model.diffusion_model.input_blocks.0.0.weight",
-    "diffusers": "conv_in.weight",
-    "native": "unet.conv_in.weight",
-}
+# The first convolution in each layout.
+INPUTS = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight", "unet.conv_in.weight")
 
 # A prefix that gives a kind of file away, and what to say of it; the first that fits is taken.
 SIGNS = (
@@ -191,21 +188,18 @@ def layout_of(found: Sorted) -> str | None:
 def describe(tensors: Lazies) -> str:
     """Return a sentence on what the file looks like and, where that helps, what to do."""
     if any(key.startswith(TEXT) for key in tensors):
-        return text_to_image(_inputs(tensors))
+        return text_to_image(kernel[1] if (kernel := _first_kernel(tensors)) else None)
     if any(".lora" in key for key in tensors):
         return "It looks like a LoRA, not a whole model."
     for prefix, what in SIGNS:
         if any(key.startswith(prefix) for key in tensors):
             return f"It looks like {what}."
     layout = layout_of(Sorted(tensors, {}, {}))
-    if layout == COMPVIS:
-        if not any(key.startswith("cond_stage_model.") for key in tensors):
-            return f"It looks like the original's layout without an exemplar encoder ({_channels(tensors)})."
-        return (
-            f"It looks like the original's layout ({_channels(tensors)}); is the configuration the right one?"
-        )
-    if layout == NATIVE:
-        return f"It looks like the native layout ({_channels(tensors)}); is the configuration the right one?"
+    if layout == COMPVIS and not any(key.startswith("cond_stage_model.") for key in tensors):
+        return f"It looks like the original's layout without an exemplar encoder ({_channels(tensors)})."
+    if layout is not None:
+        named = "the original's" if layout == COMPVIS else "the native"
+        return f"It looks like {named} layout ({_channels(tensors)}); is the configuration the right one?"
     return "It looks like none of the layouts known here (native, the original's, diffusers')."
 
 
@@ -223,12 +217,12 @@ def text_to_image(inputs: int | None) -> str:
     )
 
 
-def _inputs(tensors: Lazies) -> int | None:
-    kernels = (tensors[key].shape for key in INPUTS.values() if key in tensors)
-    return next((shape[1] for shape in kernels if len(shape) == 4), None)
+def _first_kernel(tensors: Lazies) -> tuple[int, ...] | None:
+    """Return the shape of the UNet's first convolution, in whatever layout."""
+    kernels = (tensors[key].shape for key in INPUTS if key in tensors)
+    return next((shape for shape in kernels if len(shape) == 4), None)
 
 
 def _channels(tensors: Lazies) -> str:
-    kernels = (tensors[key].shape for key in INPUTS.values() if key in tensors)
-    first = next((shape for shape in kernels if len(shape) == 4), None)
+    first = _first_kernel(tensors)
     return "no input convolution" if first is None else f"{first[0]} channels wide, {first[1]} input channels"

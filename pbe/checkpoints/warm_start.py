@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pbe.checkpoints.compvis.format import clean
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
-from pbe.checkpoints.diffusers.config import read_autoencoder, read_schedule, read_unet
-from pbe.checkpoints.diffusers.format import find_parts, named
+from pbe.checkpoints.diffusers.format import find_parts, named, read_autoencoder, read_schedule, read_unet
 from pbe.checkpoints.diffusers.names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
 from pbe.checkpoints.key_map import Entry, OpenedModel, keys_of, native_shapes, to_native

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self
 from torch import nn
 from tqdm import tqdm
 
-from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
+from pbe.checkpoints.diffusers.format import write_index, write_preprocessor, write_scheduler
 from pbe.checkpoints.settings import Usage
 from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, nearest, read_arguments, solver_of

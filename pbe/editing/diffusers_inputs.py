@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from pbe.checkpoints.diffusers.config import write_scheduler
+from pbe.checkpoints.diffusers.format import write_scheduler
 from pbe.checkpoints.diffusers.scheduler import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.checkpoints.folders import ANY, FileChoice
 from pbe.diffusion.solvers import SolverChoice
