@@ -19,7 +19,7 @@ from pbe.checkpoints.diffusers.format import write_index, write_preprocessor, wr
 from pbe.checkpoints.settings import Usage
 from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, nearest, read_arguments, solver_of
-from pbe.editing.hub import Hub, upload
+from pbe.editing.loading import Hub, upload
 from pbe.editing.safety import SafetyChecker, usable_checker
 from pbe.editing.settings import get_conventions
 from pbe.errors import EditAttributeError, EditTypeError, EditValueError

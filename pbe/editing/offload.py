@@ -8,12 +8,23 @@ import torch
 from torch import nn
 
 from pbe.editing.settings import check_count
-from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
+from pbe.errors import EditTypeError, EditValueError, UserError, first_line, warn_once
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
 
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
+
+
+def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
+    """Return a device that tensors can be made on, with its number; errors call the argument ``named``."""
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"{named} '{device}' cannot be used here: {first_line(error)}") from error
 
 
 class Offload:
@@ -57,12 +68,7 @@ def offload_idle_parts(model: LatentDiffusion, device: torch.device | str) -> Of
     parts must be used through the model's own methods (``encode_images``, ``predict``, ...), as the pipeline
     does.
     """
-    try:
-        # weights report the number of their GPU, so that 'cuda' alone would equal none of them
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"CPU offload: '{device}' cannot be used on this machine ({reason})") from error
+    device = usable_device(device, "CPU offload: device")
     if device.type == "cpu":
         raise UserError("CPU offload needs an accelerator to run on, such as cuda; this is the CPU itself")
     return Offload(model, device)
@@ -98,16 +104,15 @@ class MemorySettings:
             raise EditTypeError(NO_TARGET)
         checker = [self.safety_checker] if isinstance(self.safety_checker, nn.Module) else []
         try:
-            if any(
-                isinstance(each, str | torch.device) and torch.device(each).type == "meta" for each in given
-            ):
+            places = [torch.device(each) for each in given if isinstance(each, str | torch.device)]
+            if any(place.type == "meta" for place in places):
                 raise NotImplementedError("'meta' holds no numbers")  # all weights would be lost
             for network in (self.model, *checker):
                 network.to(*args, **kwargs)
         except TypeError as error:
             raise EditTypeError(NO_TARGET) from error
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"the pipeline cannot be moved: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the pipeline cannot be moved: {first_line(error)}") from error
         return self
 
     def enable_attention_slicing(

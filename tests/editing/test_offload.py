@@ -212,8 +212,8 @@ def test_offloading_to_a_device_that_holds_nothing(pipe: PaintByExample, name: s
     [
         ({"gpu_id": 1.0}, "gpu_id: float"),
         ({"gpu_id": 1, "device": "cuda:0"}, "gpu_id is 1, but device 'cuda:0' has a number already"),
-        ({"device": "abacus"}, "'abacus' cannot be used on this machine"),
-        ({"gpu_id": 99}, "'cuda:99' cannot be used on this machine"),
+        ({"device": "abacus"}, "'abacus' cannot be used here"),
+        ({"gpu_id": 99}, "'cuda:99' cannot be used here"),
         ({"device": "cpu"}, "needs an accelerator"),
     ],
 )

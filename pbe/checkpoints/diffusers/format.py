@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -347,17 +347,27 @@ def write_preprocessor(config: ModelConfig, preprocessor: Values | None = None) 
     if preprocessor:
         return preprocessor
     encoder = config.exemplar_encoder
-    steps = ("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize")
+    return preprocessor_config(encoder.image_size, encoder.image_size, 3, encoder.mean, encoder.std)
+
+
+def preprocessor_config(
+    edge: int, crop: int, resample: int, mean: Sequence[float], std: Sequence[float]
+) -> Values:
+    """Return the settings of CLIP's processor; ``edge`` 0 resizes nothing, ``resample`` is Pillow's."""
     return {
-        **dict.fromkeys(steps, True),
-        "crop_size": {"height": encoder.image_size, "width": encoder.image_size},
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(encoder.mean),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": list(encoder.std),
-        "resample": 3,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": bool(edge),
+        "size": {"shortest_edge": edge or crop},
+        "resample": resample,
+        "do_center_crop": True,
+        "crop_size": {"height": crop, "width": crop},
+        "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": encoder.image_size},
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_convert_rgb": True,
     }
 
 

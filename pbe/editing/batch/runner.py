@@ -26,8 +26,8 @@ from pbe.editing.batch.records import (
     write_json,
 )
 from pbe.editing.engine import merge_choice
-from pbe.editing.hub import Hub
-from pbe.editing.loading import usable_device
+from pbe.editing.loading import Hub
+from pbe.editing.offload import usable_device
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditCommand
@@ -114,12 +114,11 @@ def memory_errors() -> Iterator[None]:
     """Turn every way of running out of memory into one line."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(f"out of memory: {LESS_MEMORY}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"out of memory: {LESS_MEMORY}") from error
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if full:
+            raise UserError(f"out of memory: {LESS_MEMORY}") from error
+        raise
 
 
 def edit_batch(pipe: PaintByExample, batch: Batch, command: EditCommand, callback: Any) -> EditOutput:

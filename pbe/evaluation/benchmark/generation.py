@@ -32,8 +32,8 @@ from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.batch.records import write_image
-from pbe.editing.hub import Hub
 from pbe.editing.images import to_bytes
+from pbe.editing.loading import Hub
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import get_conventions
