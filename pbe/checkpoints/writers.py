@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbe.checkpoints.pickles import STORAGES
+from pbe.checkpoints.pickles import STORAGES, StorageRef
 from pbe.checkpoints.readers import SAFETENSORS_TYPES
 from pbe.checkpoints.tensors import Lazies, LazyTensor
 from pbe.files import atomic_file
@@ -53,19 +53,11 @@ def write_safetensors(path: Path, tensors: Lazies, metadata: dict[str, str]) -> 
             file.write(_raw(tensors[key].read()))
 
 
-class _Storage:
-    """Stands for the numbers of one tensor while the table of tensors is pickled."""
-
-    def __init__(self, key: str, dtype: torch.dtype, count: int) -> None:
-        self.reference = ("storage", getattr(torch, STORAGE_NAMES[dtype]), key, "cpu", count)
-
-
 class _Tensor:
     """Pickles as torch's own tensors do."""
 
     def __init__(self, key: str, tensor: LazyTensor) -> None:
-        self.storage = _Storage(key, tensor.dtype, tensor.count)
-        self.shape = tensor.shape
+        self.storage, self.shape = StorageRef(key, tensor.dtype, tensor.count), tensor.shape
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = torch.empty(self.shape, device="meta").stride()
@@ -74,7 +66,9 @@ class _Tensor:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: object) -> object:
-        return obj.reference if isinstance(obj, _Storage) else None
+        if not isinstance(obj, StorageRef):
+            return None
+        return "storage", getattr(torch, STORAGE_NAMES[obj.dtype]), obj.key, "cpu", obj.count
 
 
 def write_checkpoint(path: Path, tensors: Lazies, rest: dict[str, Any]) -> None:

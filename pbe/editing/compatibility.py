@@ -178,18 +178,15 @@ class DiffusersNames:
         create_pr: bool = False,
         **saving: Any,
     ) -> str:
-        """Save the model and upload it to a repository of the Hugging Face Hub, which is made when missing.
+        """Save the model and upload it to a repository of the Hugging Face Hub; return the commit's address.
 
         Args:
-            repo_id: ``owner/name``.
+            repo_id: ``owner/name``, made when missing.
             commit_message: of the commit.
             private: for a repository that is made; None is the account's default.
             token: with the right to write; None is the one of ``hf auth login``.
             create_pr: open a pull request instead of writing to ``main``.
             saving: arguments of :meth:`save_pretrained`, such as ``layout``.
-
-        Returns:
-            The address of the commit.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)

@@ -51,11 +51,9 @@ def read_image(path: str | Path, what: str = "image") -> LoadedFile:
     the edit; those of anything else are brought to sRGB.
     """
     image, digest = _open(Path(path), what)
-    named = f"{what} '{path}'"
-    if what != "image":
-        return LoadedFile(_named(lambda: pixels_of(image, named), named), digest)
-    pixels = _named(lambda: pixels_of(image, named, own_profile=True), named)
-    return LoadedFile(pixels, digest, carried(image, named))
+    named, own = f"{what} '{path}'", what == "image"
+    pixels = _named(lambda: pixels_of(image, named, own_profile=own), named)
+    return LoadedFile(pixels, digest, carried(image, named) if own else {})
 
 
 def read_mask(path: str | Path) -> LoadedFile:

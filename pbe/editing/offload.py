@@ -16,11 +16,14 @@ from pbe.models.autoencoder import AutoencoderKL
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
 
 
-def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
-    """Return a device that tensors can be made on, with its number; errors call the argument ``named``."""
+def usable_device(device: str | torch.device, named: str = "device", *, empty: bool = False) -> torch.device:
+    """Return a device that tensors can be made on, with its number; errors call the argument ``named``.
+
+    ``empty`` allows ``meta``, on which tensors hold no numbers.
+    """
     try:
         found = torch.empty(0, device=device).device
-        if found.type == "meta":
+        if found.type == "meta" and not empty:
             raise NotImplementedError("it holds no numbers")
         return found
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
@@ -28,17 +31,23 @@ def usable_device(device: str | torch.device, named: str = "device") -> torch.de
 
 
 class Offload:
-    """Keeps at most one network of a model on the accelerator. Made by :func:`offload_idle_parts`.
+    """Keeps the networks of a model on the CPU, but for the one at work, which it brings to ``device``.
 
     An edit uses exemplar encoder, autoencoder, UNet and autoencoder, in this order, so that weights travel
-    four times an edit, not with every step.
+    four times an edit, not with every step. Nothing changes in the results. Inputs are expected on ``device``
+    (``model.device`` tells), as ever, and parts must be used through the model's own methods
+    (``encode_images``, ``predict``, ...), as the pipeline does.
     """
 
-    def __init__(self, model: LatentDiffusion, device: torch.device) -> None:
-        self.model = model
-        self.device = device
+    def __init__(self, model: LatentDiffusion, device: torch.device | str) -> None:
+        # weights report the number of their GPU, so that 'cuda' alone would equal none of them
+        self.model, self.device = model, usable_device(device, "CPU offload: device", empty=True)
+        if self.device.type == "cpu":
+            raise UserError(
+                "CPU offload needs an accelerator to run on, such as cuda; this is the CPU itself"
+            )
         model.before_use = self.fetch
-        model.run_on = device
+        model.run_on = self.device
         for part in PARTS:
             self._move(part, torch.device("cpu"))
 
@@ -59,19 +68,6 @@ class Offload:
         module = self.model.get_submodule(part)
         if next(module.parameters()).device != device:
             module.to(device)
-
-
-def offload_idle_parts(model: LatentDiffusion, device: torch.device | str) -> Offload:
-    """Keep exemplar encoder, autoencoder and UNet on the CPU and bring each to ``device`` when it is needed.
-
-    Nothing changes in the results. Inputs are expected on ``device`` (``model.device`` tells), as ever, and
-    parts must be used through the model's own methods (``encode_images``, ``predict``, ...), as the pipeline
-    does.
-    """
-    device = usable_device(device, "CPU offload: device")
-    if device.type == "cpu":
-        raise UserError("CPU offload needs an accelerator to run on, such as cuda; this is the CPU itself")
-    return Offload(model, device)
 
 
 TARGETS = (str, int, torch.device, torch.dtype, torch.Tensor, type(None))
@@ -154,7 +150,7 @@ class MemorySettings:
     def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep parts on the CPU while they are idle, and run each on ``device``."""
         self.disable_cpu_offload()
-        self._offload = offload_idle_parts(self.model, device)
+        self._offload = Offload(self.model, device)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, vision_names
+from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, vision_config, vision_names
 from pbe.checkpoints.diffusers.format import preprocessor_config
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
 from pbe.checkpoints.key_map import Entry, checked, to_foreign, to_native
@@ -252,18 +252,8 @@ def _entries(checker: SafetyChecker) -> list[Entry]:
 
 
 def _config(sizes: CheckerSizes) -> dict[str, Any]:
-    tower = sizes.tower
-    vision = {
-        "hidden_size": tower.width,
-        "intermediate_size": tower.mlp,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "patch_size": tower.patch,
-        "image_size": sizes.image_size,
-        "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
-        "layer_norm_eps": sizes.norm_eps,
-        "projection_dim": sizes.projection,
-    }
+    vision = vision_config(sizes.tower, sizes.image_size)
+    vision |= {"layer_norm_eps": sizes.norm_eps, "projection_dim": sizes.projection}
     return {
         "architectures": ["StableDiffusionSafetyChecker"],
         "model_type": "clip",

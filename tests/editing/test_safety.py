@@ -231,7 +231,7 @@ def test_folders_that_hold_no_checker(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         load_safety_checker(folder)
     config.write_text("[]")
-    with pytest.raises(UserError, match="mapping"):
+    with pytest.raises(UserError, match="not an object of settings"):
         load_safety_checker(folder)
     config.write_text("{}")
     (folder / "model.safetensors").unlink()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pbe.checkpoints.clip import tower_sizes
+from pbe.checkpoints.clip import tower_sizes, vision_config
 from pbe.checkpoints.diffusers.names import current_names, entries
 from pbe.checkpoints.diffusers.scheduler import BETAS
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
@@ -327,13 +327,7 @@ def write_encoder(config: ModelConfig, preprocessor: Values) -> Values:
     values: Values = {
         **ENCODER_FIXED,
         **ENCODER_WRITTEN,
-        "hidden_act": "quick_gelu" if sizes.quick_gelu else "gelu",
-        "hidden_size": sizes.width,
-        "image_size": encoder.image_size,
-        "intermediate_size": sizes.mlp,
-        "num_attention_heads": sizes.heads,
-        "num_hidden_layers": sizes.layers,
-        "patch_size": sizes.patch,
+        **vision_config(sizes, encoder.image_size),
         "projection_dim": config.unet.context_dim,
     }
     usual = {"mapper_layers": (sizes.layers + 1) // 5, "mapper_heads": 1, "mapper_mlp_ratio": 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pbe.diffusion.solvers import SPACINGS, get_solver
@@ -89,11 +90,8 @@ def _unipc(config: Mapping[str, Any]) -> SolverChoice:
     )
 
 
-def _sigma_solver(name: str) -> Callable[[Mapping[str, Any]], SolverChoice]:
-    def choose(config: Mapping[str, Any]) -> SolverChoice:
-        return _choice(name, config, "linspace", end=_final(config) if name == "euler" else "clean")
-
-    return choose
+def _sigma_solver(name: str, config: Mapping[str, Any]) -> SolverChoice:
+    return _choice(name, config, "linspace", end=_final(config) if name == "euler" else "clean")
 
 
 CLASSES: dict[str, Callable[[Mapping[str, Any]], SolverChoice]] = {
@@ -101,10 +99,10 @@ CLASSES: dict[str, Callable[[Mapping[str, Any]], SolverChoice]] = {
     "PNDMScheduler": _pndm,
     DPM: _dpm,
     UNIPC: _unipc,
-    EULER: _sigma_solver("euler"),
-    ANCESTRAL: _sigma_solver("euler_ancestral"),
-    HEUN: _sigma_solver("heun"),
-    LMS: _sigma_solver("lms"),
+    EULER: partial(_sigma_solver, "euler"),
+    ANCESTRAL: partial(_sigma_solver, "euler_ancestral"),
+    HEUN: partial(_sigma_solver, "heun"),
+    LMS: partial(_sigma_solver, "lms"),
 }
 
 
@@ -217,25 +215,16 @@ def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
 
 
 def _says_all(config: Mapping[str, Any], choice: SolverChoice) -> bool:
-    """Return whether reading a configuration gives the choice back, but for what stands at its default."""
-    try:
-        return _read(config) == _resolved(choice)
-    except UserError:
-        return False
-
-
-def _resolved(choice: SolverChoice) -> SolverChoice:
-    """Name what the choice leaves to its solver, as :func:`solver_from_scheduler` does."""
+    """Return whether reading a configuration gives the choice back, with what it leaves to its solver."""
     solver = get_solver(choice.name)
     end = "first" if solver.name in ("ddim", "plms", "pndm") else "clean"
     usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(solver.name)
-    return replace(
-        choice,
-        name=solver.name,
-        spacing=choice.spacing or solver.spacing,
-        end=choice.end or end,
-        variant=choice.variant or usual,
-    )
+    spacing, variant = choice.spacing or solver.spacing, choice.variant or usual
+    told = replace(choice, name=solver.name, spacing=spacing, end=choice.end or end, variant=variant)
+    try:
+        return _read(config) == told
+    except UserError:
+        return False
 
 
 def solver_to_json(choice: SolverChoice) -> dict[str, Any]:
