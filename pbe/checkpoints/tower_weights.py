@@ -109,7 +109,8 @@ def _resampled(tower: nn.Module, state: dict[str, Tensor], path: Path) -> dict[s
         resize_pos_embed(table, SimpleNamespace(visual=tower))
     except (RuntimeError, IndexError) as error:
         raise UserError(f"'{path}': its position embeddings are not those of a square") from error
-    return state | {name: table[VISUAL + name]} if name in state else state
+    value = table[VISUAL + name]
+    return state if value is None else state | {name: value}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def _check_betas(values: Mapping[str, Any], model: LatentDiffusion) -> None:
     found["prediction_type"] = "epsilon"
     found |= {key: values[key] for key in found if key in values}
     for key, wanted in write_scheduler(model.config, {}).items():
-        value = found.get(key, wanted)
+        value: Any = found.get(key, wanted)
         numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
         if value != wanted and not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):
             raise EditValueError(

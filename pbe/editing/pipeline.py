@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.saving import save_checkpoint
-from pbe.checkpoints.settings import Usage
+from pbe.checkpoints.settings import DEFAULT_SOLVER, Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
@@ -102,7 +102,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         self.safety_checker = safety_checker
         self.watermark = bool(usage.watermark) if watermark is None else watermark
         self.conventions = str(usage.conventions) if conventions is None else conventions
-        self._choice = choose_solver(usage.solver if solver is None else solver)
+        self._choice = choose_solver(usage.solver or DEFAULT_SOLVER if solver is None else solver)
         self._crop = crop_settings(self.model.config.exemplar_encoder, usage.preprocessor)
         self._bar: dict[str, Any] = {}
         self._offload: Offload | None = None
@@ -194,8 +194,8 @@ class PaintByExample(MemorySettings, DiffusersNames):
     @property
     def usage(self) -> Usage:
         """How the model is run by calls that do not say: what saving keeps."""
-        now = {"solver": self._choice, "conventions": self.conventions, "watermark": self.watermark}
-        return replace(self.noise_schedule.usage, **now)
+        kept = self.noise_schedule.usage
+        return replace(kept, solver=self._choice, conventions=self.conventions, watermark=self.watermark)
 
     @property
     def components(self) -> dict[str, Any]:
