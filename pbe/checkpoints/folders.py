@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from pbe.checkpoints.readers import Weights, open_weights
+from pbe.checkpoints.recognise import Weights
+from pbe.checkpoints.weight_files import open_weights
 from pbe.errors import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")

@@ -19,9 +19,18 @@ from pbe.checkpoints.diffusers.format import find_parts, open_diffusers
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
-from pbe.checkpoints.readers import Weights, open_weights
-from pbe.checkpoints.recognise import COMPVIS, NATIVE, choose, describe, layout_of, left_out, sort_out
+from pbe.checkpoints.recognise import (
+    COMPVIS,
+    NATIVE,
+    Weights,
+    choose,
+    describe,
+    layout_of,
+    left_out,
+    sort_out,
+)
 from pbe.checkpoints.settings import UNSAID, Usage, reading
+from pbe.checkpoints.weight_files import open_weights
 from pbe.config import ModelConfig, flatten, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
-from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import describe
 from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_from_json
 from pbe.checkpoints.tensors import Lazies, cast, lazies
-from pbe.checkpoints.writers import write_safetensors
+from pbe.checkpoints.weight_files import open_weights, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.files import staged

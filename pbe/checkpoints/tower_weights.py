@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pbe.checkpoints.key_map import check_finite, check_floating, check_shapes
-from pbe.checkpoints.readers import LEGACY_MAGIC, is_program, open_weights
 from pbe.checkpoints.recognise import WRAPPED
 from pbe.checkpoints.tensors import lazies
+from pbe.checkpoints.weight_files import LEGACY_MAGIC, is_program, open_weights
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError, first_line
 from pbe.models.image_tower import TIMM, timm_name, timm_tags, tower_facts

@@ -14,11 +14,10 @@ from torch import Tensor
 from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, tower_sizes
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, TOWER, UNET, entries
 from pbe.checkpoints.key_map import OpenedModel, converted, native_shapes, to_foreign, to_native
-from pbe.checkpoints.readers import Weights
-from pbe.checkpoints.recognise import TEXT, Sorted, choose, describe, left_out
+from pbe.checkpoints.recognise import TEXT, Sorted, Weights, choose, describe, left_out
 from pbe.checkpoints.settings import KEY, Settings, Usage, Values, reading, usage_from_json
 from pbe.checkpoints.tensors import Lazies, lazies
-from pbe.checkpoints.writers import write_checkpoint, write_safetensors
+from pbe.checkpoints.weight_files import write_checkpoint, write_safetensors
 from pbe.config import (
     AutoencoderConfig,
     ExemplarEncoderConfig,

@@ -26,7 +26,7 @@ from pbe.checkpoints.key_map import (
 from pbe.checkpoints.recognise import describe, text_to_image
 from pbe.checkpoints.settings import OWN_KEY, Settings, Usage, Values, read_json, reading, usage_from_json
 from pbe.checkpoints.tensors import Lazies
-from pbe.checkpoints.writers import write_safetensors
+from pbe.checkpoints.weight_files import write_safetensors
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, ScheduleConfig, UNetConfig
 from pbe.errors import UserError
 from pbe.models.image_tower import TowerSizes
