@@ -135,10 +135,9 @@ class _ZipRecord(Record):
 
     def typed(self, dtype: torch.dtype) -> _ZipRecord:
         """Return the same bytes as numbers of another type."""
-        size = self._reference.count * self._reference.dtype.itemsize
-        return _ZipRecord(
-            self._file, self._entry, StorageRef(self._reference.key, dtype, size // dtype.itemsize)
-        )
+        own = self._reference
+        count = own.count * own.dtype.itemsize // dtype.itemsize
+        return _ZipRecord(self._file, self._entry, StorageRef(own.key, dtype, count))
 
     def _start(self) -> int:
         header = self._file.bytes_at(self._entry.header_offset, LOCAL_HEADER)
