@@ -14,10 +14,9 @@ import numpy as np
 
 from pbe.config import SampleConfig
 from pbe.data.dataset import AnnotatedImage, ExemplarDataset
-from pbe.data.samples.crops import resize
+from pbe.data.samples.crops import Box, resize
 from pbe.data.samples.decode import UnusableImageError
-from pbe.data.samples.masks import Box
-from pbe.data.samples.object_masks import ObjectMask
+from pbe.data.samples.masks import ObjectMask
 from pbe.data.samples.sample import TrainingSample, cut_exemplar, make_sample
 
 TILE = 160

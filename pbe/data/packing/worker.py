@@ -32,7 +32,7 @@ from pbe.data.packing.plan import (
 from pbe.data.packing.records import EXTENSIONS, IndexBuilder, Tally, box_text, write_whole
 from pbe.data.samples.crops import resize_area
 from pbe.data.samples.decode import TINY, UnusableImageError, decode_image
-from pbe.data.samples.rle import encode_rle
+from pbe.data.samples.masks import encode_rle
 from pbe.data.shards.format import ShardWriter, digest, new_shard
 from pbe.data.sources.annotations import BAD_NUMBER, CORNERS, flag_names
 from pbe.data.sources.image_files import (

@@ -1,19 +1,25 @@
 """From encoded bytes to uint8 RGB, at a half, a quarter or an eighth of the size where less is enough.
 
-What cannot be used is told apart by reason.
+Colours become sRGB where an ICC profile says otherwise, and transparent parts are laid on white. What cannot
+be used is told apart by reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import cv2
 import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from pbe.config import DataConfig
-from pbe.data.samples.colour import on_white, to_srgb
-from pbe.data.samples.masks import Box
-from pbe.data.shards.format import digest as digest_of
+from pbe.data.samples.crops import Box
+from pbe.data.shards.format import DamagedIndexError, digest as digest_of
 
 # The reasons, which stand in the indexes of latent caches too.
 UNREADABLE = "unreadable picture"
@@ -38,7 +44,10 @@ COLOUR = {
 }
 FACTORS = (8, 4, 2)
 MIN_REDUCED_SIDE = 2.0  # of a box
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_START, JPEG_END, PNG_START = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
+PROFILE_FLAG, ALPHA_FLAG = 0x20, 0x10  # of a WebP with extensions
+SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as sRGB
+T = TypeVar("T")
 
 
 class UnusableImageError(Exception):
@@ -49,12 +58,23 @@ class UnusableImageError(Exception):
         self.reason = reason
 
 
-def decode(encoded: bytes, flags: int) -> np.ndarray:
-    """Decode an image as OpenCV's ``flags`` say.
+@contextmanager
+def unusable() -> Iterator[None]:
+    """Turn what goes wrong while an image's index, annotation or bytes are read into UnusableImageError."""
+    try:
+        yield
+    except DamagedIndexError as error:
+        raise UnusableImageError(BAD_INDEX) from error
+    except FileNotFoundError as error:
+        raise UnusableImageError(MISSING_SHARD) from error
+    except OSError as error:
+        raise UnusableImageError(UNREADABLE) from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UnusableImageError(BAD_ANNOTATION) from error
 
-    Raises:
-        UnusableImageError: it cannot be decoded.
-    """
+
+def decode(encoded: bytes, flags: int) -> np.ndarray:
+    """Decode an image as OpenCV's ``flags`` say; UnusableImageError where that cannot be done."""
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -96,25 +116,16 @@ def decode_image(encoded: bytes, frame: tuple[int, int] | None = None, reduction
 
 
 def check_hash(encoded: bytes, digest: bytes) -> None:
-    """Compare an encoded image with the hash of it that the index holds.
-
-    Raises:
-        UnusableImageError: where they differ. Damaged images often still decode.
-    """
+    """Raise UnusableImageError where an image has another hash than the index says; many still decode."""
     if digest_of(encoded) != digest:
         raise UnusableImageError(DAMAGED)
 
 
 def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float) -> float:
-    """Return a length that no crop's side can fall below, pixels.
+    """Return a length in pixels that no side of a crop falls below, given the least longer side of a box.
 
     A crop starts at the short side or more, and gives up ``shrink_fraction`` of the least margin on all
     sides of the extended box, which is at least as long as the box.
-
-    Args:
-        frame: width and height of the image.
-        longer: least longer side of the boxes that may be drawn.
-        shrink_fraction: as in :class:`pbe.config.SampleConfig`.
     """
     side = min(frame)
     return side - shrink_fraction * max(side - longer, 0.0)
@@ -123,14 +134,9 @@ def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float)
 def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box], config: DataConfig) -> int:
     """Return the largest factor by which an image may be smaller when it is decoded: 1, 2, 4 or 8.
 
-    It divides width and height, so that boxes scale exactly; no crop becomes smaller than the training image,
-    and no box's longer side shorter than the exemplar's. Only JPEGs decode faster when they are reduced.
-
-    Args:
-        encoded: the file.
-        frame: width and height, as annotated.
-        boxes: any of which may be drawn, pixels.
-        config: sizes; where ``reduced_decoding`` is off the factor is 1.
+    It divides width and height of the frame, so that boxes scale exactly; no crop becomes smaller than the
+    training image, and no longer side of a box, any of which may be drawn, shorter than the exemplar's. Only
+    JPEGs decode faster when they are reduced.
     """
     if not config.reduced_decoding or not encoded.startswith(JPEG_START):
         return 1
@@ -145,3 +151,125 @@ def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box
 def reduced_box(box: Box, factor: int) -> Box:
     """Return a box in the pixels of the reduced image."""
     return Box(box.x1 / factor, box.y1 / factor, box.x2 / factor, box.y2 / factor)
+
+
+def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
+    """Return a decoded image, uint8 ``h w 3`` RGB as the file holds it, in sRGB.
+
+    A file without a profile costs a walk along its header, one with sRGB's a little more, and either is
+    returned as it is. So is one whose profile is damaged or of another colour space than the pixels (CMYK).
+    """
+    if not _has_profile(encoded):
+        return image
+    profile = _ask_pillow(encoded, lambda image: image.info.get("icc_profile"))
+    return convert_profile(image, profile) if profile else image
+
+
+def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.ndarray:
+    """Return a decoded image, uint8 ``h w 3``, with its transparent parts on white, as editing shows it.
+
+    A file that can hold no transparency costs a look at its header. ``turned`` says whether the EXIF
+    orientation has been applied to the image.
+    """
+    if not _may_be_transparent(encoded):
+        return image
+
+    def read_alpha(image: Image.Image) -> np.ndarray:
+        upright = ImageOps.exif_transpose(image) if turned else image
+        return np.asarray(upright.convert("RGBA").getchannel("A"))
+
+    alpha = _ask_pillow(encoded, read_alpha)
+    if alpha is None or alpha.shape != image.shape[:2] or alpha.min(initial=255) == 255:
+        return image
+    share = alpha[..., None].astype(np.uint16)
+    return ((image * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
+
+
+def _has_profile(encoded: bytes) -> bool:
+    if encoded.startswith(JPEG_START):
+        return _jpeg_has_profile(encoded)
+    if encoded.startswith(PNG_START):
+        return b"iCCP" in _png_chunks(encoded)
+    return bool(_webp_flags(encoded) & PROFILE_FLAG)
+
+
+def _may_be_transparent(encoded: bytes) -> bool:
+    if encoded.startswith(PNG_START):
+        return encoded[25:26] in (b"\x04", b"\x06") or b"tRNS" in _png_chunks(encoded)
+    return bool(_webp_flags(encoded) & ALPHA_FLAG)
+
+
+def _webp_flags(encoded: bytes) -> int:
+    """Return the flags of a WebP with extensions; of a lossless one that for alpha alone; else 0."""
+    if encoded[:4] != b"RIFF" or len(encoded) < 25:
+        return 0
+    if encoded[12:16] == b"VP8L":
+        return ALPHA_FLAG if encoded[24] & 0x10 else 0
+    return encoded[20] if encoded[12:16] == b"VP8X" else 0
+
+
+def _jpeg_has_profile(encoded: bytes) -> bool:
+    """Walk along the segments before the first scan."""
+    place = 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
+        if encoded[place + 1] == 0xFF:  # a filling byte
+            place += 1
+            continue
+        if encoded[place + 1] == 0xE2 and encoded.startswith(b"ICC_PROFILE\0", place + 4):
+            return True
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+    return False
+
+
+def _png_chunks(encoded: bytes) -> set[bytes]:
+    """Return the kinds of the chunks before the pixels."""
+    kinds: set[bytes] = set()
+    place = len(PNG_START)
+    while place + 8 <= len(encoded) and encoded[place + 4 : place + 8] != b"IDAT":
+        kinds.add(encoded[place + 4 : place + 8])
+        place += 12 + int.from_bytes(encoded[place : place + 4], "big")
+    return kinds
+
+
+def _ask_pillow(encoded: bytes, question: Callable[[Image.Image], T]) -> T | None:
+    """Return what Pillow answers of a file, or None where it cannot read the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded)) as image:
+                return question(image)
+    except Exception:  # its plugins raise whatever their parsers stumble over; OpenCV has read the pixels
+        return None
+
+
+def convert_profile(image: np.ndarray, profile: bytes) -> np.ndarray:
+    """Return an image, uint8 ``h w 3``, in sRGB; ``profile`` says what its numbers mean."""
+    mode, transform = _transform(profile)
+    if transform is None:
+        return image
+    if mode == "RGB":
+        source = Image.fromarray(image)
+    elif np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2]):
+        source = Image.fromarray(image[..., 0])
+    else:  # a grey profile in a coloured file
+        return image
+    return np.array(ImageCms.applyTransform(source, transform))
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the mode of a profile's colours and what converts them; None where there is nothing to do."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L"}.get(source.profile.xcolor_space.strip(), "")
+        if not mode:
+            return mode, None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(16, -1, 3)
+        probe = Image.fromarray(grid if mode == "RGB" else steps[None])
+        changed = np.asarray(ImageCms.applyTransform(probe, transform)).astype(np.int16)
+        plain = grid if mode == "RGB" else np.stack([steps[None]] * 3, axis=-1)
+        return mode, transform if np.abs(changed - plain).max() > SAME else None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return "", None

@@ -60,15 +60,8 @@ class CsvLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row for each metric."""
-        rows = [
-            (step, f"{time.time():.2f}", name, repr(float(value)))
-            for name, value in metrics.items()
-            if name != "epoch"
-        ]
-        self._waiting += _lines(rows)
-        self._write()
-
-    def _write(self) -> None:
+        values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
+        self._waiting += _lines((step, f"{time.time():.2f}", *row) for row in values.items())
         try:
             head = "" if self.path.exists() else _lines([HEADER])
             append_whole(self.path, head + self._waiting)
@@ -110,11 +103,7 @@ def _lines(rows: Iterable[Sequence[object]]) -> str:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append text to a file, all of it or nothing: half a number would read as another one.
-
-    Raises:
-        OSError: it could not be written; the file is as it was before.
-    """
+    """Append text to a file, all of it or (an OSError) nothing: half a number would read as another one."""
     content = text.encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:

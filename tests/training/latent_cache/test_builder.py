@@ -25,8 +25,7 @@ from pbe.data.shards.archive import ShardRecord, write_shards
 from pbe.errors import UserError
 from pbe.files import try_lock
 from pbe.models import LatentDiffusion
-from pbe.training.latent_cache.builder import ensure_cache, find_cache
-from pbe.training.latent_cache.listing import size_on_disk
+from pbe.training.latent_cache.builder import ensure_cache, find_cache, size_on_disk
 from pbe.training.latent_cache.settings import settings_of
 from pbe.training.latent_cache.store import LatentStore, store_folder
 from pbe.training.resume.signals import StopSignals, TrainingStopped

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -18,11 +19,9 @@ from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
-from pbe.training.latent_cache.builder import find_cache
+from pbe.training.latent_cache.builder import find_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import size_on_disk
-from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.planning.trials import available_memory
+from pbe.training.monitoring.callbacks import peak_memory
 from pbe.training.resume.signals import StopSignals
 from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
 from pbe.training.tasks.base import BaseTask
@@ -136,6 +135,15 @@ def make_plan(config: Config) -> Iterator[str]:
         yield f"not measured: {lacking}"
     else:
         yield from _duration(config, task, data)
+
+
+def available_memory() -> int:
+    """Return the bytes that this process may still take: of the machine, and of its control group."""
+    free = psutil.virtual_memory().available
+    most, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if most.is_file() and (text := most.read_text().strip()).isdigit():
+        free = min(free, max(int(text) - int(used.read_text()), 0))
+    return free
 
 
 def on_gpu(config: Config) -> bool:
