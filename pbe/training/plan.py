@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,32 +51,30 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     """
     model = task.model
     assert isinstance(model, LatentDiffusion)
-    encoder = model.exemplar_encoder
+    encoder, single = model.exemplar_encoder, model.config.exemplar_encoder.tokens == "class"
     tower = {id(p) for p in encoder.tower.parameters()}
-    single = model.config.exemplar_encoder.tokens == "class"
-    fused = [m.qkv for m in encoder.modules() if isinstance(m, MapperAttention)]
-    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters()) if single else 0
-    bottleneck = [p for p in encoder.parameters() if id(p) not in tower]
-    idle = [
-        p
-        for name, p in model.unet.named_parameters()
-        if single and any(part in name for part in DEAD_WITH_ONE_TOKEN)
-    ]
+    names = DEAD_WITH_ONE_TOKEN if single else ()
+    dead = {id(p) for name, p in model.unet.named_parameters() if any(part in name for part in names)}
+    fused = [module.qkv for module in encoder.modules() if isinstance(module, MapperAttention) and single]
+    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters())
+
+    def count(parameters: Iterable[nn.Parameter], idle: int = 0) -> Count:
+        trained = frozen = lost = 0
+        for p in parameters:
+            if id(p) in dead:
+                lost += p.numel()
+            elif p.requires_grad:
+                trained += p.numel()
+            else:
+                frozen += p.numel()
+        return Count(trained - idle, frozen, lost + idle) if trained else Count(0, frozen - idle, lost + idle)
+
     return {
-        "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),
-        "bottleneck": _count(bottleneck, idle_rows, set()),
-        "image tower": _count(list(encoder.tower.parameters()), 0, set()),
-        "autoencoder": _count(list(model.autoencoder.parameters()), 0, set()),
+        "UNet": count(model.unet.parameters()),
+        "bottleneck": count((p for p in encoder.parameters() if id(p) not in tower), idle_rows),
+        "image tower": count(encoder.tower.parameters()),
+        "autoencoder": count(model.autoencoder.parameters()),
     }
-
-
-def _count(parameters: list[nn.Parameter], dead: int, apart: set[int]) -> Count:
-    """Count; ``dead`` parameters are those ``apart`` or, where none are, rows of trained ones."""
-    trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in apart)
-    frozen = sum(p.numel() for p in parameters if not p.requires_grad and id(p) not in apart)
-    if not apart:
-        trained, frozen = (trained - dead, frozen) if trained else (0, frozen - dead)
-    return Count(trained, frozen, dead)
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
@@ -124,7 +122,7 @@ def make_plan(config: Config) -> Iterator[str]:
         notes.append(f"random weights: {error}")
         model = LatentDiffusion(config.model)
     task = make_task(config, model)
-    yield from [*_parameter_table(task), "", *_memory_table(task), ""]
+    yield from _tables(task)
     data = find_data(config, task, notes)
     yield from (f"note: {note}" for note in notes)
     if data is None:
@@ -163,17 +161,14 @@ def _memory_lacking(config: Config, task: BaseTask) -> str:
     )
 
 
-def _parameter_table(task: BaseTask) -> list[str]:
-    lines = [f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"]
+def _tables(task: BaseTask) -> Iterator[str]:
+    yield f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"
     for name, count in count_parameters(task).items():
-        lines.append(f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}")
-    return lines
-
-
-def _memory_table(task: BaseTask) -> list[str]:
+        yield f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}"
     sizes = state_bytes(task)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
-    return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
+    total = sum(sizes.values()) / GIB
+    yield from ["", f"memory on each device: {total:.2f} GiB ({parts}), activations on top", ""]
 
 
 def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:

@@ -70,13 +70,8 @@ DEVICES = re.compile(r"auto|-1|[0-9]+|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
 MAX_PROCESSES = 4  # on the CPU, for each of its cores
 # What Lightning raises where settings and machine do not fit.
 MISFIT = (
-    MisconfigurationException,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    AssertionError,
+    *(MisconfigurationException, ValueError, TypeError, RuntimeError),
+    *(ImportError, KeyError, AssertionError),
 )
 
 
@@ -98,7 +93,7 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with the weights that its training starts from.
 
     ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the
-    autoencoder and its scale factor come from ``autoencoder_from``. The configuration that is returned has the
+    autoencoder and its scale factor come from ``autoencoder_from``. The configuration is returned with the
     autoencoder's section as it was trained.
     """
     if config.start:
@@ -252,8 +247,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """Build Lightning's trainer with this project's callbacks and loggers.
 
-    Where ``trainer.max_epochs`` gives the length, the caller sets it later. The run resumes from optimizer step
-    ``step``, -1 for a start. ``callbacks`` come in place of a run's own, and then nothing is written.
+    Where ``trainer.max_epochs`` gives the length, the caller sets it later. The run resumes from optimizer
+    step ``step``, -1 for a start. ``callbacks`` come in place of a run's own; then nothing is written.
     """
     options, writer = config.trainer, SafeCheckpointIO()
     check_machine(options)

@@ -44,8 +44,10 @@ COLOUR = {
 }
 FACTORS = (8, 4, 2)
 MIN_REDUCED_SIDE = 2.0  # of a box
-JPEG_START, JPEG_END, PNG_START = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
-PROFILE_FLAG, ALPHA_FLAG = 0x20, 0x10  # of a WebP with extensions
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+# Bytes without which a JPEG, PNG or WebP has no profile and no transparency, so that Pillow need not be asked.
+PROFILE_MARKS, ALPHA_MARKS = (b"ICC_PROFILE", b"iCCP", b"ICCP"), (b"tRNS", b"ALPH", b"VP8L")
+PNG_WITH_ALPHA = (b"\x04", b"\x06")  # its colour types
 SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as sRGB
 T = TypeVar("T")
 
@@ -156,26 +158,28 @@ def reduced_box(box: Box, factor: int) -> Box:
 def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
     """Return a decoded image, uint8 ``h w 3`` RGB as the file holds it, in sRGB.
 
-    A file without a profile costs a walk along its header, one with sRGB's a little more, and either is
-    returned as it is. So is one whose profile is damaged or of another colour space than the pixels (CMYK).
+    One without a profile is returned as it is. So is one whose profile is sRGB's, damaged, or of another
+    colour space than the pixels (CMYK).
     """
-    if not _has_profile(encoded):
+    if not any(mark in encoded for mark in PROFILE_MARKS):
         return image
-    profile = _ask_pillow(encoded, lambda image: image.info.get("icc_profile"))
+    profile = _ask_pillow(encoded, lambda opened: opened.info.get("icc_profile"))
     return convert_profile(image, profile) if profile else image
 
 
 def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.ndarray:
     """Return a decoded image, uint8 ``h w 3``, with its transparent parts on white, as editing shows it.
 
-    A file that can hold no transparency costs a look at its header. ``turned`` says whether the EXIF
-    orientation has been applied to the image.
+    ``turned`` says whether the EXIF orientation has been applied to the image.
     """
-    if not _may_be_transparent(encoded):
+    transparent = encoded[1:4] == b"PNG" and encoded[25:26] in PNG_WITH_ALPHA
+    if not transparent and not any(mark in encoded for mark in ALPHA_MARKS):
         return image
 
-    def read_alpha(image: Image.Image) -> np.ndarray:
-        upright = ImageOps.exif_transpose(image) if turned else image
+    def read_alpha(opened: Image.Image) -> np.ndarray | None:
+        if not opened.has_transparency_data:
+            return None
+        upright = ImageOps.exif_transpose(opened) if turned else opened
         return np.asarray(upright.convert("RGBA").getchannel("A"))
 
     alpha = _ask_pillow(encoded, read_alpha)
@@ -185,59 +189,13 @@ def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.nd
     return ((image * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
 
 
-def _has_profile(encoded: bytes) -> bool:
-    if encoded.startswith(JPEG_START):
-        return _jpeg_has_profile(encoded)
-    if encoded.startswith(PNG_START):
-        return b"iCCP" in _png_chunks(encoded)
-    return bool(_webp_flags(encoded) & PROFILE_FLAG)
-
-
-def _may_be_transparent(encoded: bytes) -> bool:
-    if encoded.startswith(PNG_START):
-        return encoded[25:26] in (b"\x04", b"\x06") or b"tRNS" in _png_chunks(encoded)
-    return bool(_webp_flags(encoded) & ALPHA_FLAG)
-
-
-def _webp_flags(encoded: bytes) -> int:
-    """Return the flags of a WebP with extensions; of a lossless one that for alpha alone; else 0."""
-    if encoded[:4] != b"RIFF" or len(encoded) < 25:
-        return 0
-    if encoded[12:16] == b"VP8L":
-        return ALPHA_FLAG if encoded[24] & 0x10 else 0
-    return encoded[20] if encoded[12:16] == b"VP8X" else 0
-
-
-def _jpeg_has_profile(encoded: bytes) -> bool:
-    """Walk along the segments before the first scan."""
-    place = 2
-    while place + 4 <= len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
-        if encoded[place + 1] == 0xFF:  # a filling byte
-            place += 1
-            continue
-        if encoded[place + 1] == 0xE2 and encoded.startswith(b"ICC_PROFILE\0", place + 4):
-            return True
-        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
-    return False
-
-
-def _png_chunks(encoded: bytes) -> set[bytes]:
-    """Return the kinds of the chunks before the pixels."""
-    kinds: set[bytes] = set()
-    place = len(PNG_START)
-    while place + 8 <= len(encoded) and encoded[place + 4 : place + 8] != b"IDAT":
-        kinds.add(encoded[place + 4 : place + 8])
-        place += 12 + int.from_bytes(encoded[place : place + 4], "big")
-    return kinds
-
-
 def _ask_pillow(encoded: bytes, question: Callable[[Image.Image], T]) -> T | None:
     """Return what Pillow answers of a file, or None where it cannot read the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded)) as image:
-                return question(image)
+            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as opened:
+                return question(opened)
     except Exception:  # its plugins raise whatever their parsers stumble over; OpenCV has read the pixels
         return None
 
