@@ -45,7 +45,7 @@ COLOUR = {
 FACTORS = (8, 4, 2)
 MIN_REDUCED_SIDE = 2.0  # of a box
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-# Bytes without which a JPEG, PNG or WebP has no profile and no transparency, so that Pillow need not be asked.
+# Bytes without which a JPEG, PNG or WebP has no profile or no transparency: Pillow need not be asked.
 PROFILE_MARKS, ALPHA_MARKS = (b"ICC_PROFILE", b"iCCP", b"ICCP"), (b"tRNS", b"ALPH", b"VP8L")
 PNG_WITH_ALPHA = (b"\x04", b"\x06")  # its colour types
 SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as sRGB

@@ -8,14 +8,16 @@ sources that have masks. It is cut like the image, and dilated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
 from pbe.data.samples.crops import Box, Crop, resize_area, window
 from pbe.data.samples.decode import BAD_ANNOTATION, UnusableImageError, unusable
-from pbe.data.shards.archive import ShardImages
+
+if TYPE_CHECKING:  # packing needs no more of this module than run-length codes
+    from pbe.data.shards.archive import ShardImages
 
 CURVE_TIMES = 0.05 * np.arange(1, 19)
 SUBPIXEL_BITS = 4

@@ -15,7 +15,8 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,6 @@ class ShardRecord:
         return {"width": self.width, "height": self.height, "boxes": boxes}
 
 
-def _fill(
-    shard: ShardWriter, record: ShardRecord, rest: Iterator[ShardRecord], max_count: int, max_bytes: int
-) -> ShardRecord | None:
-    """Write records until a shard is full; returns the first one of the next shard, None at the end."""
-    count = size = 0
-    upcoming: ShardRecord | None = record
-    while upcoming is not None and (count < 1 or (count < max_count and size < max_bytes)):
-        if "." in upcoming.key or "/" in upcoming.key:
-            raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
-        annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
-        for extension, data in sorted([(upcoming.extension, upcoming.image), ("json", annotation)]):
-            size += shard.add(f"{upcoming.key}.{extension}", data)[1]
-        count += 1
-        upcoming = next(rest, None)
-    return upcoming
-
-
 def write_shards(
     records: Iterable[ShardRecord],
     folder: str | Path,
@@ -122,12 +106,20 @@ def write_shards(
     if (folder / MANIFEST_NAME).exists():
         raise UserError(f"'{folder}' holds shards that pbe prepare has packed; name another folder")
     paths: list[Path] = []
-    rest = iter(records)
-    upcoming = next(rest, None)
-    while upcoming is not None:
-        paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
-        with new_shard(paths[-1], tarfile.PAX_FORMAT) as shard:
-            upcoming = _fill(shard, upcoming, rest, max_count, max_bytes)
+    shard: ShardWriter | None = None
+    count = size = 0
+    with ExitStack() as opened:
+        for record in records:
+            if shard is None or count >= max_count or size >= max_bytes:
+                opened.close()  # the shard that is full
+                paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
+                shard, count, size = opened.enter_context(new_shard(paths[-1], tarfile.PAX_FORMAT)), 0, 0
+            if "." in record.key or "/" in record.key:
+                raise UserError(f"shard key '{record.key}' holds a dot or a slash; use a plain name")
+            annotation = json.dumps(record.annotation(), separators=(",", ":")).encode()
+            for extension, data in sorted([(record.extension, record.image), ("json", annotation)]):
+                size += shard.add(f"{record.key}.{extension}", data)[1]
+            count += 1
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths
