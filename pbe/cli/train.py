@@ -44,7 +44,7 @@ def train(config: Place, /, *overrides: str, settings: TrainSettings = TrainSett
             print(line, flush=True)  # counts stand there while the rest is measured
         return 0
     if settings.find_batch_size:
-        from pbe.training.batch_size import find_batch_size
+        from pbe.training.plan import find_batch_size
 
         find_batch_size(loaded, settings.memory_limit)
         return 0

@@ -1,17 +1,20 @@
-"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration."""
+"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration.
+
+How large a batch may be is measured too, by real optimizer steps on one device.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.memory import is_oom_error
 from torch import nn
 
 from pbe.config import Config
@@ -23,11 +26,31 @@ from pbe.training.latent_cache.builder import find_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.callbacks import peak_memory
 from pbe.training.resume.signals import StopSignals
-from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
+from pbe.training.setup import (
+    apply_performance_options,
+    build_model,
+    make_task,
+    make_trainer,
+    prepare_process,
+)
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN
+from pbe.training.trials import (
+    GB,
+    MemoryExceededError,
+    MemoryWatch,
+    Trial,
+    available_memory,
+    recommend,
+    search,
+    try_size,
+)
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
+# Of a trial: AdamW's moments are there after the first step, and a second one holds everything at once.
+TRIAL_WARM_UP, TRIAL_MEASURED = 2, 3
+SHARE = 0.8  # of the memory that is available
+HEAD = f"{'batch size':>10}{'samples a second':>20}{'peak memory':>16}"
 # Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
 # its training images have boxes, and no other one can be trained on.
 PAPER_EPOCHS, PAPER_IMAGES = 40, 1_700_000
@@ -135,15 +158,6 @@ def make_plan(config: Config) -> Iterator[str]:
         yield from _duration(config, task, data)
 
 
-def available_memory() -> int:
-    """Return the bytes that this process may still take: of the machine, and of its control group."""
-    free = psutil.virtual_memory().available
-    most, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if most.is_file() and (text := most.read_text().strip()).isdigit():
-        free = min(free, max(int(text) - int(used.read_text()), 0))
-    return free
-
-
 def on_gpu(config: Config) -> bool:
     """Return whether a configuration trains on CUDA here."""
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -235,3 +249,81 @@ def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
         f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_IMAGES / 1e6:.1f} million images with boxes: "
         f"{PAPER_EPOCHS * PAPER_IMAGES / speed / DAY:.1f} days",
     ]
+
+
+def find_batch_size(
+    config: Config, limit_gb: float = 0.0, show: Callable[[str], None] = print
+) -> list[Trial]:
+    """Try batch sizes on one device of this machine and return the trials; the run's folder stays as it is.
+
+    ``limit_gb`` 0 stands for 80 % of the memory that is available, or all of a GPU. ``show`` takes the table.
+    """
+    if limit_gb < 0:
+        raise UserError(f"--memory-limit is {limit_gb:g}; it must be a positive number of GB")
+    limit = int(limit_gb * GB)
+    if not limit and not on_gpu(config):
+        limit = int(SHARE * available_memory())
+    show(f"limit: {limit / GB:.2f} GB of memory" if limit else "limit: the GPU's memory")
+    show(HEAD)
+
+    def trial(size: int) -> Trial:
+        result = try_size(measure, config, size, limit)
+        show(result.row())
+        return result
+
+    trials = search(trial)
+    for line in recommend(trials, limit):
+        show(line)
+    return trials
+
+
+def trial_config(config: Config, size: int) -> Config:
+    """Return the configuration of a trial: one device, and whatever begins later begins at once.
+
+    Of accumulation two micro-batches are left: with them gradients are there while activations are.
+    """
+    one = {"devices": "1", "num_nodes": 1, "strategy": "auto", "overfit_batches": 0}
+    trainer = replace(config.trainer, accumulate=min(config.trainer.accumulate, 2), **one)  # type: ignore[arg-type]
+    data = replace(config.data, batch_size=size)
+    loss = replace(config.autoencoder_loss, adversarial_start=0)
+    return replace(config, data=data, trainer=trainer, autoencoder_loss=loss)
+
+
+def measure(config: Config, size: int, limit: int) -> Trial:
+    """Make the steps of a batch size; the process ends where they take more memory than ``limit`` bytes.
+
+    Raises MemoryExceededError where the device has no more.
+    """
+    gpu = on_gpu(config)
+    if gpu and limit:
+        share = limit / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    memory = MemoryWatch(0 if gpu else limit)
+    try:
+        trial = _measured_steps(trial_config(config, size))
+    except RuntimeError as error:
+        if not is_oom_error(error):
+            raise
+        raise MemoryExceededError from error
+    return replace(trial, peak=torch.cuda.max_memory_allocated() if gpu else memory.peak)
+
+
+def _measured_steps(config: Config) -> Trial:
+    prepare_process(config)
+    model, config = build_model(config)
+    apply_performance_options(model, config.trainer)
+    task = make_task(config, model)
+    notes: list[str] = []
+    data = find_data(config, task, notes)
+    if data is None:
+        raise UserError(notes[-1])
+    watch = Stopwatch(TRIAL_WARM_UP, TRIAL_MEASURED)
+    accumulate, length = config.trainer.accumulate, data.length
+    make_steps(config, task, data, watch)
+    return Trial(
+        size=config.data.batch_size,
+        fits=True,
+        samples_per_second=TRIAL_MEASURED * config.data.batch_size * accumulate / watch.seconds,
+        largest=length // accumulate,
+        note=notes[-1] if notes else "",
+    )

@@ -1,4 +1,4 @@
-"""Finds how large a batch may be, by real optimizer steps on one device: each size in a process of its own.
+"""Trials of batch sizes: the search, and each size in a process of its own.
 
 Lightning's BatchSizeFinder tries sizes in the running process: it sees a GPU's memory running out, but not
 the CPU's, where the system kills the process; and it reports neither speed nor memory.
@@ -14,26 +14,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-import torch
-from pytorch_lightning.utilities.memory import is_oom_error
 
 from pbe.config import Config
 from pbe.errors import UserError
 from pbe.files import atomic_write
-from pbe.training.plan import Stopwatch, available_memory, find_data, make_steps, on_gpu
-from pbe.training.setup import apply_performance_options, build_model, make_task, prepare_process
 
 TOO_MUCH = 77  # exit status of a trial that went above the limit
 POLL = 0.01  # seconds
 GB = 1e9
-SHARE = 0.8  # of the memory that is available
-HEAD = f"{'batch size':>10}{'samples a second':>20}{'peak memory':>16}"
-# AdamW's moments are there after the first step, and a second one holds everything at once.
-WARM_UP, MEASURED = 2, 3
 
 
 class MemoryExceededError(Exception):
@@ -176,79 +168,10 @@ class MemoryWatch:
             self.sample()
 
 
-def find_batch_size(
-    config: Config, limit_gb: float = 0.0, show: Callable[[str], None] = print
-) -> list[Trial]:
-    """Try batch sizes on one device of this machine and return the trials; the run's folder stays as it is.
-
-    ``limit_gb`` 0 stands for 80 % of the memory that is available, or all of a GPU. ``show`` takes the table.
-    """
-    if limit_gb < 0:
-        raise UserError(f"--memory-limit is {limit_gb:g}; it must be a positive number of GB")
-    limit = int(limit_gb * GB)
-    if not limit and not on_gpu(config):
-        limit = int(SHARE * available_memory())
-    show(f"limit: {limit / GB:.2f} GB of memory" if limit else "limit: the GPU's memory")
-    show(HEAD)
-
-    def trial(size: int) -> Trial:
-        result = try_size(measure, config, size, limit)
-        show(result.row())
-        return result
-
-    trials = search(trial)
-    for line in recommend(trials, limit):
-        show(line)
-    return trials
-
-
-def trial_config(config: Config, size: int) -> Config:
-    """Return the configuration of a trial: one device, and whatever begins later begins at once.
-
-    Of accumulation two micro-batches are left: with them gradients are there while activations are.
-    """
-    one = {"devices": "1", "num_nodes": 1, "strategy": "auto", "overfit_batches": 0}
-    trainer = replace(config.trainer, accumulate=min(config.trainer.accumulate, 2), **one)  # type: ignore[arg-type]
-    data = replace(config.data, batch_size=size)
-    loss = replace(config.autoencoder_loss, adversarial_start=0)
-    return replace(config, data=data, trainer=trainer, autoencoder_loss=loss)
-
-
-def measure(config: Config, size: int, limit: int) -> Trial:
-    """Make the steps of a batch size; the process ends where they take more memory than ``limit`` bytes.
-
-    Raises MemoryExceededError where the device has no more.
-    """
-    gpu = on_gpu(config)
-    if gpu and limit:
-        share = limit / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
-    memory = MemoryWatch(0 if gpu else limit)
-    try:
-        trial = _measured_steps(trial_config(config, size))
-    except RuntimeError as error:
-        if not is_oom_error(error):
-            raise
-        raise MemoryExceededError from error
-    return replace(trial, peak=torch.cuda.max_memory_allocated() if gpu else memory.peak)
-
-
-def _measured_steps(config: Config) -> Trial:
-    prepare_process(config)
-    model, config = build_model(config)
-    apply_performance_options(model, config.trainer)
-    task = make_task(config, model)
-    notes: list[str] = []
-    data = find_data(config, task, notes)
-    if data is None:
-        raise UserError(notes[-1])
-    watch = Stopwatch(WARM_UP, MEASURED)
-    accumulate, length = config.trainer.accumulate, data.length
-    make_steps(config, task, data, watch)
-    return Trial(
-        size=config.data.batch_size,
-        fits=True,
-        samples_per_second=MEASURED * config.data.batch_size * accumulate / watch.seconds,
-        largest=length // accumulate,
-        note=notes[-1] if notes else "",
-    )
+def available_memory() -> int:
+    """Return the bytes that this process may still take: of the machine, and of its control group."""
+    free = psutil.virtual_memory().available
+    most, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if most.is_file() and (text := most.read_text().strip()).isdigit():
+        free = min(free, max(int(text) - int(used.read_text()), 0))
+    return free
