@@ -282,8 +282,10 @@ def trial_config(config: Config, size: int) -> Config:
 
     Of accumulation two micro-batches are left: with them gradients are there while activations are.
     """
-    one = {"devices": "1", "num_nodes": 1, "strategy": "auto", "overfit_batches": 0}
-    trainer = replace(config.trainer, accumulate=min(config.trainer.accumulate, 2), **one)  # type: ignore[arg-type]
+    accumulate = min(config.trainer.accumulate, 2)
+    trainer = replace(
+        config.trainer, accumulate=accumulate, devices="1", num_nodes=1, strategy="auto", overfit_batches=0
+    )
     data = replace(config.data, batch_size=size)
     loss = replace(config.autoencoder_loss, adversarial_start=0)
     return replace(config, data=data, trainer=trainer, autoencoder_loss=loss)

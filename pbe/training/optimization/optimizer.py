@@ -66,8 +66,8 @@ def make_optimizer(
     betas = (config.betas[0], config.betas[1])
     optimizer: torch.optim.Optimizer
     if config.name == "muon":
-        newton = {"nesterov": True, "ns_coefficients": "original"}
-        optimizer = Muon(groups, lr=config.learning_rate, betas=betas, eps=config.eps, **newton)
+        rate, eps = config.learning_rate, config.eps
+        optimizer = Muon(groups, lr=rate, nesterov=True, ns_coefficients="original", betas=betas, eps=eps)
     else:
         optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=config.fused or None
