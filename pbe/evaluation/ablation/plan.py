@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Config, to_dict
-from pbe.data.shards.finding import shard_state
+from pbe.data.shards.archive import shard_state
 from pbe.data.toy.scenes import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, TOY_CASES, Ablation, Row

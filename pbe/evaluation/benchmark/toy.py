@@ -15,8 +15,8 @@ import numpy as np
 
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator, permutation
-from pbe.data.samples.crops import cut, mirror_mask, plan_square_crop, resize
-from pbe.data.samples.masks import Box, rectangle_mask
+from pbe.data.samples.crops import Box, cut, mirror_mask, plan_square_crop, resize
+from pbe.data.samples.masks import rectangle_mask
 from pbe.data.samples.sample import cut_exemplar
 from pbe.data.toy.scenes import Scene, SceneConfig, ToyWorld, aim_view, draw_centre, draw_light, paste_sprite
 from pbe.data.toy.sprites import ObjectPose, draw_pose, render_sprite

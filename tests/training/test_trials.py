@@ -12,16 +12,8 @@ import pytest
 import train
 from pbe.config import Config
 from pbe.errors import UserError
-from pbe.training.planning import batch_size as batch_size_module
-from pbe.training.planning.batch_size import measure, trial_config
-from pbe.training.planning.trials import (
-    MemoryWatch,
-    Trial,
-    available_memory,
-    recommend,
-    search,
-    try_size,
-)
+from pbe.training.plan import find_batch_size, measure, trial_config
+from pbe.training.trials import MemoryWatch, Trial, available_memory, recommend, search, try_size
 from tests.training.tiny import tiny_config, write_config
 
 
@@ -73,9 +65,9 @@ def test_the_largest_and_the_fastest_are_recommended():
 
 
 def test_a_limit_ends_the_trial_and_not_the_search(kinds, monkeypatch, capsys):
-    monkeypatch.setattr("pbe.training.planning.batch_size.measure", kinds.greedy)
+    monkeypatch.setattr("pbe.training.plan.measure", kinds.greedy)
     # 40 MB a sample and a tenth of a GB: two fit, four do not
-    trials = batch_size_module.find_batch_size(Config(), 0.1)
+    trials = find_batch_size(Config(), 0.1)
     assert [(trial.size, trial.fits) for trial in trials] == [(1, True), (2, True), (4, False), (3, False)]
     assert trials[1].peak - trials[0].peak == pytest.approx(kinds.EACH, rel=0.3)
     lines = capsys.readouterr().out.splitlines()

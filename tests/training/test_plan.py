@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pbe.models import LatentDiffusion
-from pbe.training.planning import plan
-from pbe.training.planning.plan import count_parameters, make_plan, state_bytes
+from pbe.training import plan
+from pbe.training.plan import count_parameters, make_plan, state_bytes
 from pbe.training.setup import make_task
 from tests.training.tiny import run, tiny_config
 

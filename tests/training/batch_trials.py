@@ -8,7 +8,7 @@ import time
 
 from pbe.config import Config
 from pbe.errors import UserError
-from pbe.training.planning.trials import MemoryExceededError, MemoryWatch, Trial
+from pbe.training.trials import MemoryExceededError, MemoryWatch, Trial
 
 EACH = 40_000_000  # bytes a sample takes
 

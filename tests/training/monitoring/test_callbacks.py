@@ -8,7 +8,12 @@ import torch
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.training.monitoring.sample_grids import diffusion_grid, fixed_samples, tile, to_uint8
+from pbe.training.monitoring.callbacks import (
+    diffusion_grid,
+    fixed_samples,
+    tile,
+    to_uint8,
+)
 from pbe.training.setup import build_model
 from pbe.training.tasks.diffusion import DiffusionTask
 from tests.training.tiny import run, tiny_config

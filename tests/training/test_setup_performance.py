@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import pbe.training.optimization.performance as module
+import pbe.training.setup as module
 from pbe.config import Config, OptimizerConfig, TrainerConfig, load_config
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.training.optimization.optimizer import make_optimizer
-from pbe.training.optimization.performance import apply_performance_options
+from pbe.training.setup import apply_performance_options
 from tests.training.tasks.test_diffusion import awaken, config_of, encoded
 from tests.training.tiny import checkpoint, run, tiny_config
 

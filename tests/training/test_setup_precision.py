@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pbe.config import CHOICES, TrainerConfig
-from pbe.training.optimization.performance import precision_plugin
+from pbe.training.setup import precision_plugin
 from tests.training.tiny import checkpoint, logged, run, tiny_config, weights
 
 KINDS = {

@@ -1,16 +1,20 @@
-"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration."""
+"""The plan of a run: its parameters, memory, data and, measured over ten steps, its duration.
+
+How large a batch may be is measured too, by real optimizer steps on one device.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.memory import is_oom_error
 from torch import nn
 
 from pbe.config import Config
@@ -18,17 +22,35 @@ from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
-from pbe.training.latent_cache.builder import find_cache
+from pbe.training.latent_cache.builder import find_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import size_on_disk
-from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.planning.trials import available_memory
+from pbe.training.monitoring.callbacks import peak_memory
 from pbe.training.resume.signals import StopSignals
-from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
+from pbe.training.setup import (
+    apply_performance_options,
+    build_model,
+    make_task,
+    make_trainer,
+    prepare_process,
+)
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN
+from pbe.training.trials import (
+    GB,
+    MemoryExceededError,
+    MemoryWatch,
+    Trial,
+    available_memory,
+    recommend,
+    search,
+    try_size,
+)
 
 WARM_UP, MEASURED = 2, 10  # optimizer steps
+# Of a trial: AdamW's moments are there after the first step, and a second one holds everything at once.
+TRIAL_WARM_UP, TRIAL_MEASURED = 2, 3
+SHARE = 0.8  # of the memory that is available
+HEAD = f"{'batch size':>10}{'samples a second':>20}{'peak memory':>16}"
 # Yang et al. 2022, section 4.1: 40 epochs of Open Images. The paper counts 1.9 million images; 1.7 million of
 # its training images have boxes, and no other one can be trained on.
 PAPER_EPOCHS, PAPER_IMAGES = 40, 1_700_000
@@ -52,32 +74,30 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     """
     model = task.model
     assert isinstance(model, LatentDiffusion)
-    encoder = model.exemplar_encoder
+    encoder, single = model.exemplar_encoder, model.config.exemplar_encoder.tokens == "class"
     tower = {id(p) for p in encoder.tower.parameters()}
-    single = model.config.exemplar_encoder.tokens == "class"
-    fused = [m.qkv for m in encoder.modules() if isinstance(m, MapperAttention)]
-    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters()) if single else 0
-    bottleneck = [p for p in encoder.parameters() if id(p) not in tower]
-    idle = [
-        p
-        for name, p in model.unet.named_parameters()
-        if single and any(part in name for part in DEAD_WITH_ONE_TOKEN)
-    ]
+    names = DEAD_WITH_ONE_TOKEN if single else ()
+    dead = {id(p) for name, p in model.unet.named_parameters() if any(part in name for part in names)}
+    fused = [module.qkv for module in encoder.modules() if isinstance(module, MapperAttention) and single]
+    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters())
+
+    def count(parameters: Iterable[nn.Parameter], idle: int = 0) -> Count:
+        trained = frozen = lost = 0
+        for p in parameters:
+            if id(p) in dead:
+                lost += p.numel()
+            elif p.requires_grad:
+                trained += p.numel()
+            else:
+                frozen += p.numel()
+        return Count(trained - idle, frozen, lost + idle) if trained else Count(0, frozen - idle, lost + idle)
+
     return {
-        "UNet": _count(list(model.unet.parameters()), sum(p.numel() for p in idle), {id(p) for p in idle}),
-        "bottleneck": _count(bottleneck, idle_rows, set()),
-        "image tower": _count(list(encoder.tower.parameters()), 0, set()),
-        "autoencoder": _count(list(model.autoencoder.parameters()), 0, set()),
+        "UNet": count(model.unet.parameters()),
+        "bottleneck": count((p for p in encoder.parameters() if id(p) not in tower), idle_rows),
+        "image tower": count(encoder.tower.parameters()),
+        "autoencoder": count(model.autoencoder.parameters()),
     }
-
-
-def _count(parameters: list[nn.Parameter], dead: int, apart: set[int]) -> Count:
-    """Count; ``dead`` parameters are those ``apart`` or, where none are, rows of trained ones."""
-    trained = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in apart)
-    frozen = sum(p.numel() for p in parameters if not p.requires_grad and id(p) not in apart)
-    if not apart:
-        trained, frozen = (trained - dead, frozen) if trained else (0, frozen - dead)
-    return Count(trained, frozen, dead)
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
@@ -125,7 +145,7 @@ def make_plan(config: Config) -> Iterator[str]:
         notes.append(f"random weights: {error}")
         model = LatentDiffusion(config.model)
     task = make_task(config, model)
-    yield from [*_parameter_table(task), "", *_memory_table(task), ""]
+    yield from _tables(task)
     data = find_data(config, task, notes)
     yield from (f"note: {note}" for note in notes)
     if data is None:
@@ -155,17 +175,14 @@ def _memory_lacking(config: Config, task: BaseTask) -> str:
     )
 
 
-def _parameter_table(task: BaseTask) -> list[str]:
-    lines = [f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"]
+def _tables(task: BaseTask) -> Iterator[str]:
+    yield f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"
     for name, count in count_parameters(task).items():
-        lines.append(f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}")
-    return lines
-
-
-def _memory_table(task: BaseTask) -> list[str]:
+        yield f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}"
     sizes = state_bytes(task)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
-    return [f"memory on each device: {sum(sizes.values()) / GIB:.2f} GiB ({parts}), activations on top"]
+    total = sum(sizes.values()) / GIB
+    yield from ["", f"memory on each device: {total:.2f} GiB ({parts}), activations on top", ""]
 
 
 def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:
@@ -232,3 +249,83 @@ def _duration(config: Config, task: BaseTask, data: TrainingData) -> list[str]:
         f"{PAPER_EPOCHS} epochs of Open Images' {PAPER_IMAGES / 1e6:.1f} million images with boxes: "
         f"{PAPER_EPOCHS * PAPER_IMAGES / speed / DAY:.1f} days",
     ]
+
+
+def find_batch_size(
+    config: Config, limit_gb: float = 0.0, show: Callable[[str], None] = print
+) -> list[Trial]:
+    """Try batch sizes on one device of this machine and return the trials; the run's folder stays as it is.
+
+    ``limit_gb`` 0 stands for 80 % of the memory that is available, or all of a GPU. ``show`` takes the table.
+    """
+    if limit_gb < 0:
+        raise UserError(f"--memory-limit is {limit_gb:g}; it must be a positive number of GB")
+    limit = int(limit_gb * GB)
+    if not limit and not on_gpu(config):
+        limit = int(SHARE * available_memory())
+    show(f"limit: {limit / GB:.2f} GB of memory" if limit else "limit: the GPU's memory")
+    show(HEAD)
+
+    def trial(size: int) -> Trial:
+        result = try_size(measure, config, size, limit)
+        show(result.row())
+        return result
+
+    trials = search(trial)
+    for line in recommend(trials, limit):
+        show(line)
+    return trials
+
+
+def trial_config(config: Config, size: int) -> Config:
+    """Return the configuration of a trial: one device, and whatever begins later begins at once.
+
+    Of accumulation two micro-batches are left: with them gradients are there while activations are.
+    """
+    accumulate = min(config.trainer.accumulate, 2)
+    trainer = replace(
+        config.trainer, accumulate=accumulate, devices="1", num_nodes=1, strategy="auto", overfit_batches=0
+    )
+    data = replace(config.data, batch_size=size)
+    loss = replace(config.autoencoder_loss, adversarial_start=0)
+    return replace(config, data=data, trainer=trainer, autoencoder_loss=loss)
+
+
+def measure(config: Config, size: int, limit: int) -> Trial:
+    """Make the steps of a batch size; the process ends where they take more memory than ``limit`` bytes.
+
+    Raises MemoryExceededError where the device has no more.
+    """
+    gpu = on_gpu(config)
+    if gpu and limit:
+        share = limit / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+    memory = MemoryWatch(0 if gpu else limit)
+    try:
+        trial = _measured_steps(trial_config(config, size))
+    except RuntimeError as error:
+        if not is_oom_error(error):
+            raise
+        raise MemoryExceededError from error
+    return replace(trial, peak=torch.cuda.max_memory_allocated() if gpu else memory.peak)
+
+
+def _measured_steps(config: Config) -> Trial:
+    prepare_process(config)
+    model, config = build_model(config)
+    apply_performance_options(model, config.trainer)
+    task = make_task(config, model)
+    notes: list[str] = []
+    data = find_data(config, task, notes)
+    if data is None:
+        raise UserError(notes[-1])
+    watch = Stopwatch(TRIAL_WARM_UP, TRIAL_MEASURED)
+    accumulate, length = config.trainer.accumulate, data.length
+    make_steps(config, task, data, watch)
+    return Trial(
+        size=config.data.batch_size,
+        fits=True,
+        samples_per_second=TRIAL_MEASURED * config.data.batch_size * accumulate / watch.seconds,
+        largest=length // accumulate,
+        note=notes[-1] if notes else "",
+    )
