@@ -85,6 +85,8 @@ class Generating:
     """Lightning's"""
     num_nodes: int = 1
     """machines, started by torchrun or SLURM"""
+    engine: Literal["local", "ray"] = "local"
+    """processes here, or tasks of a Ray cluster whose nodes see the same files"""
 
 
 @_group("With --benchmark: how they are scored")
@@ -277,6 +279,7 @@ def generate_settings(settings: EvaluateSettings) -> GenerateSettings:
         devices=generating.devices,
         strategy=generating.strategy,
         num_nodes=generating.num_nodes,
+        engine=generating.engine,
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pbe.cluster import RayCluster
 from pbe.data.packing.plan import OPTIONS, PackSettings, make_plan
 from pbe.data.packing.records import Tally, read_json, write_whole
 from pbe.data.packing.request import PackRequest, State
@@ -111,28 +112,8 @@ def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
 
 
 def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Pack shards on a Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine.
-
-    Every node has to see the images and the folder of shards under the same paths.
-
-    Args:
-        tasks: of :func:`~pbe.data.packing.worker.pack_shard`.
-        workers: most tasks at a time; 0 leaves that to Ray.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install ray") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    remote = ray.remote(max_retries=3)(pack_shard)
-    waiting = list(reversed(tasks))
-    pending: list[Any] = []
-    while waiting or pending:
-        while waiting and len(pending) < (workers or len(tasks)):
-            pending.append(remote.remote(*waiting.pop()))
-        done, pending = ray.wait(pending)
-        yield from ray.get(done)
+    """Pack shards on a Ray cluster, at most ``workers`` at a time; 0 leaves that to Ray."""
+    return RayCluster().completed(pack_shard, tasks, most=workers)
 
 
 ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}

@@ -14,10 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from pbe.cluster import RayCluster, result_of
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import Stage
 from pbe.files import FileLock, lock
@@ -220,7 +221,7 @@ class LocalPool:
         self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
         for place in range(jobs):
             gpu = device_variables(place, devices, os.environ) if jobs > 1 else {}
-            self.slots.put(dict.fromkeys(THREAD_VARIABLES, str(threads)) | gpu)
+            self.slots.put(_thread_variables(threads) | gpu)
 
     def submit(self, stage: Stage) -> Future[None]:
         """Start a stage in a free slot."""
@@ -254,54 +255,30 @@ def device_variables(place: int, devices: int, environment: Mapping[str, str]) -
     return {"CUDA_VISIBLE_DEVICES": names[:devices][place % devices].strip()}
 
 
-class RayCluster:
-    """A Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine; a task is a stage.
-
-    Every node has to see the project, its Python and all files of the ablation under the same paths. What a
-    lost node was at is done again on another one.
-
-    Args:
-        threads: CPU threads of each stage.
-    """
+class RayTasks:
+    """Tasks of a Ray cluster, each a stage that takes ``threads`` cores and its GPUs."""
 
     def __init__(self, threads: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError("--engine ray needs Ray: pip install ray") from error
-        self.ray: Any = ray
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
-        self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self.variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
-        self.remote = ray.remote(max_retries=3, num_cpus=threads)(_run_there)
-        self.tasks: list[Any] = []
+        self.cluster, self.variables = RayCluster(threads), _thread_variables(threads)
 
     def submit(self, stage: Stage) -> Future[None]:
         """Hand a stage to the cluster."""
-        remote = self.remote.options(num_gpus=stage.gpus if self.has_gpus else 0)
-        self.tasks.append(remote.remote(stage, self.variables, os.getcwd()))
-        future: Future[None] = self.tasks[-1].future()
-        return future
+        return self.cluster.submit(run_stage, stage, self.variables, gpus=stage.gpus)
 
     def stop(self) -> None:
         """End all stages, and wait for them."""
-        for task in self.tasks:
-            self.ray.cancel(task)
-        if self.tasks:
-            self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=GRACE_SECONDS + 10)
+        self.cluster.stop()
 
 
-def _run_there(stage: Stage, variables: Mapping[str, str], folder: str) -> None:
-    os.chdir(folder)
-    run_stage(stage, variables)
+def _thread_variables(threads: int) -> dict[str, str]:
+    return dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
 def make_engine(name: str, jobs: int, threads: int) -> Engine:
     """Return the engine ``local`` or ``ray``."""
     if jobs < 1 or threads < 1:
         raise UserError("jobs and threads must be at least 1")
-    return RayCluster(threads) if name == "ray" else LocalPool(jobs, threads)
+    return RayTasks(threads) if name == "ray" else LocalPool(jobs, threads)
 
 
 def only_one(workspace: Path) -> AbstractContextManager[FileLock]:
@@ -365,13 +342,7 @@ class Runner:
         marks = set()
         for future in [future for future in self.running if future.done()]:
             stage, started = self.running.pop(future)
-            if error := future.exception():
-                cause = getattr(error, "cause", error)  # of the error that Ray makes of a task's
-                if isinstance(cause, UserError):
-                    raise cause
-                if type(cause).__module__.startswith("ray."):
-                    raise UserError(f"stage '{stage.name}' was lost: {str(cause).splitlines()[0]}") from error
-                raise error
+            result_of(future, f"stage '{stage.name}'")
             self.say(f"{self._label[stage.fingerprint]}: done in {span(time.monotonic() - started)}")
             self.schedule.learn()
             marks.add(stage.fingerprint)
