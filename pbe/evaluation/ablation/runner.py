@@ -35,9 +35,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 class Schedule:
     """Estimates of stages, corrected by what the finished ones took, and the order to take them up in.
 
-    Args:
-        stages: all of them, each behind those that it needs.
-        rates: seconds that a unit takes on one core, by key.
+    Each stage stands behind those that it needs; ``rates`` are the seconds that a unit takes on one core.
     """
 
     def __init__(self, stages: Sequence[Stage], rates: Mapping[str, float]) -> None:
@@ -68,11 +66,9 @@ class Schedule:
         return max(ready, key=lambda stage: after[stage.fingerprint], default=None)
 
     def remaining(self, running: Mapping[str, float], jobs: int) -> float:
-        """Return the seconds until everything is done, by playing the schedule through.
+        """Return the seconds until everything is done with so many jobs, by playing the schedule through.
 
-        Args:
-            running: seconds since the start of the running stages, by fingerprint.
-            jobs: stages side by side.
+        ``running`` has the seconds since the start of the running stages, by fingerprint.
         """
         done = {stage.fingerprint for stage in self.stages if stage.mark() is not None}
         waiting = [s for s in self.stages if s.fingerprint not in done and s.fingerprint not in running]
@@ -119,15 +115,7 @@ def run_stage(
     """Run the command of a stage to its end in a process of its own, and mark the stage as done.
 
     A process that an earlier runner has left is waited for: it holds the stage's lock as long as it lives.
-
-    Args:
-        stage: which needs nothing any more.
-        variables: added to the process' environment.
-        stopping: asked whether to end early.
-
-    Raises:
-        UserError: the command failed; the message has the last line of its log.
-        TrainingStopped: it was ended early.
+    ``variables`` are added to the environment. When ``stopping`` says so, it ends with TrainingStopped.
     """
 
     def check() -> None:
@@ -209,10 +197,7 @@ class Engine(Protocol):
 class LocalPool:
     """Processes of this machine; those side by side get one GPU each, in turn, and a single one has all.
 
-    Args:
-        jobs: stages side by side.
-        threads: CPU threads of each.
-        devices: GPUs; None counts those there are.
+    ``devices`` is the number of GPUs; None counts those there are.
     """
 
     def __init__(self, jobs: int, threads: int, devices: int | None = None) -> None:
@@ -241,12 +226,9 @@ class LocalPool:
 
 
 def device_variables(place: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that give a process one of several GPUs; none where there are fewer than two.
+    """Return the variables that give the process at a place one of several GPUs; none where fewer than two.
 
-    Args:
-        place: of the process among those side by side, from 0 up.
-        devices: how many GPUs this process sees.
-        environment: its own; where CUDA_VISIBLE_DEVICES is set, its entries are shared out.
+    Where CUDA_VISIBLE_DEVICES is set in the environment, its entries are shared out.
     """
     if devices < 2:
         return {}
@@ -288,14 +270,7 @@ def only_one(workspace: Path) -> AbstractContextManager[FileLock]:
 
 
 class Runner:
-    """Does the stages that are not done.
-
-    Args:
-        schedule: the stages with estimates and order.
-        engine: where they run.
-        jobs: most stages at a time.
-        say: takes lines about the progress.
-    """
+    """Does the stages that are not done, ``jobs`` at a time; ``say`` takes lines about the progress."""
 
     def __init__(
         self, schedule: Schedule, engine: Engine, jobs: int, say: Callable[[str], None] = print

@@ -25,7 +25,7 @@ from pbe.evaluation.benchmark.coco_ee import (
     write_case,
     write_ids,
 )
-from pbe.evaluation.metrics.features import region
+from pbe.evaluation.metrics.towers import region
 
 MAX_SHARE = 0.5
 DRAWS = 10

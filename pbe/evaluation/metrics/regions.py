@@ -1,15 +1,16 @@
-"""How much the painted region resembles its exemplar: cosines of features, and the choice of one of twenty.
+"""How much the painted region resembles its exemplar: cosines of features, one of twenty, and layouts.
 
 The cosines are the paper's, whose crop loses a row and a column, and corrected ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch.nn import functional as F
 
+from pbe.data.samples.crops import resize_area
 from pbe.evaluation.metrics.base import (
     Batch,
     CaseMeasure,
@@ -18,11 +19,10 @@ from pbe.evaluation.metrics.base import (
     Outcome,
     Score,
     ScoreCard,
-    case_score,
+    by_case,
 )
 from pbe.evaluation.metrics.bootstrap import CHOICE, cosines, first_of
-from pbe.evaluation.metrics.features import region, to_grey
-from pbe.evaluation.metrics.towers import Tower
+from pbe.evaluation.metrics.towers import Tower, region, to_grey
 
 CORRECT_RULE = "bounding box of the mask's pixels above 127, whole; exemplars whole"
 PAPER_RULE = (
@@ -82,28 +82,17 @@ def _exemplars(tower: Tower, batch: Batch) -> np.ndarray:
     return batch.shared(tower.key, "exemplars", lambda: tower.squashed(exemplars))
 
 
-def region_measure(tower: Tower) -> CaseMeasure:
-    """Make a region similarity with the corrected crop, between -1 and 1."""
-    return _measure(tower, lambda batch: correct_cosines(tower, batch), CORRECT_RULE, "cosine")
-
-
-def corrected_region_measure(tower: Tower) -> CaseMeasure:
-    """Make the paper's region CLIP score with the corrected crop, a hundred times the cosine."""
-    return _measure(tower, lambda batch: 100.0 * correct_cosines(tower, batch), CORRECT_RULE, "cosine x 100")
+def region_measure(tower: Tower, scale: float = 1.0) -> CaseMeasure:
+    """Make a region similarity with the corrected crop, ``scale`` (the paper's is 100) times the cosine."""
+    notes = "cosine" if scale == 1.0 else f"cosine x {scale:g}"
+    card = ScoreCard(tower.spec.architecture, tower.sha256, tower.squashed_filter, CORRECT_RULE, notes=notes)
+    return CaseMeasure(lambda batch: scale * correct_cosines(tower, batch), card)
 
 
 def paper_region_measure(tower: Tower) -> CaseMeasure:
     """Make the paper's region CLIP score, a hundred times the cosine."""
-    return _measure(
-        tower, lambda batch: paper_cosines(tower, batch), PAPER_RULE, "cosine x 100", PAPER_FILTER
-    )
-
-
-def _measure(
-    tower: Tower, measure: Callable[[Batch], np.ndarray], rule: str, notes: str, resize: str = ""
-) -> CaseMeasure:
-    resize = resize or tower.squashed_filter
-    return CaseMeasure(measure, ScoreCard(tower.spec.architecture, tower.sha256, resize, rule, notes=notes))
+    card = ScoreCard(tower.spec.architecture, tower.sha256, PAPER_FILTER, PAPER_RULE, notes="cosine x 100")
+    return CaseMeasure(lambda batch: paper_cosines(tower, batch), card)
 
 
 class FirstOfMeasure(Measure):
@@ -150,13 +139,66 @@ class FirstOfMeasure(Measure):
         count = len(self.positions)
         if count < CHOICE:
             return metric.not_run(f"needs at least {CHOICE} cases, not {count}", card)
-        scores = []
-        for name in metric.scores:
+        values = np.full((len(metric.scores), outcome.count), np.nan)
+        for row, name in zip(values, metric.scores, strict=True):
             exemplars = np.concatenate(self.exemplars["grey" in name])
-            values = np.full(outcome.count, np.nan)
-            values[self.positions] = first_of(np.concatenate(self.regions[name]), exemplars)
-            family, better, excluded = metric.family, metric.better, outcome.excluded
-            scores.append(
-                case_score(name, family, better, values, card, outcome.bootstrap, excluded=excluded)
-            )
-        return scores
+            row[self.positions] = first_of(np.concatenate(self.regions[name]), exemplars)
+        return metric.case_scores(values, card, outcome)
+
+
+GRID = 8
+LAYOUT_NAMES = ("layout-copy", "layout-copy-true")
+LAYOUT_CROP = "bounding box of the mask, both axes stretched; exemplars whole"
+LAYOUT_COPY_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule=LAYOUT_CROP,
+    notes="correlation of the region's colour layout with the exemplar's, less that with the mirrored one's; "
+    "0 = prefers neither, and is what to aim at",
+)
+LAYOUT_TRUE_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule="bounding box of the mask",
+    notes="correlation of the region's colour layout with the real image's",
+)
+
+
+def layout(image: np.ndarray) -> np.ndarray:
+    """Return an image's colours on the grid less each channel's mean, float64 ``(8, 8, 3)``."""
+    small = resize_area(image, GRID, GRID).astype(np.float64)
+    return small - small.mean(axis=(0, 1))
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of two layouts, -1 to 1; 0 where one of them is a single colour."""
+    size = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(np.sum(first * second)) / size if size else 0.0
+
+
+def layout_copy(part: np.ndarray, exemplar: np.ndarray) -> float:
+    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2."""
+    own, shown = layout(part), layout(exemplar)
+    return agreement(own, shown) - agreement(own, shown[:, ::-1])
+
+
+def layout_true(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
+    """Return the correlation of an edit's layout inside the mask's box with the real image's, -1 to 1."""
+    return agreement(layout(region(edit, mask)), layout(region(image, mask)))
+
+
+def layout_copy_measure() -> CaseMeasure:
+    """Make ``layout-copy`` of the edits, and ``layout-copy-true`` of the true objects."""
+
+    def measure(batch: Batch) -> np.ndarray:
+        pairs = zip(batch.cases, batch.edits, strict=True)
+        rows = [
+            [layout_copy(region(image, case.mask), case.exemplar) for image in (edit, case.image)]
+            for case, edit in pairs
+        ]
+        return np.array(rows)
+
+    return CaseMeasure(measure, LAYOUT_COPY_CARD)
+
+
+def layout_true_measure() -> CaseMeasure:
+    """Make the measure ``layout-true``."""
+    return CaseMeasure(by_case(layout_true), LAYOUT_TRUE_CARD)

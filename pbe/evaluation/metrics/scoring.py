@@ -11,20 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics import copy_paste, layout, pixels
+from pbe.evaluation.metrics import copy_paste, pixels
 from pbe.evaluation.metrics.base import Batch, Case, Measure, Metric, NotRunError, Outcome, Score, reasons
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.frechet import frechet, kernel
 from pbe.evaluation.metrics.quality import QualityMeasure, load_mixture
 from pbe.evaluation.metrics.regions import (
     FIRST_OF,
     FIRST_OF_SCORES,
+    LAYOUT_NAMES,
     FirstOfMeasure,
-    corrected_region_measure,
+    layout_copy_measure,
+    layout_true_measure,
     paper_region_measure,
     region_measure,
 )
-from pbe.evaluation.metrics.sets import Compare, ImageFolder, SetMeasure
+from pbe.evaluation.metrics.sets import Compare, ImageFolder, SetMeasure, frechet, kernel
 from pbe.evaluation.metrics.towers import OTHERS_ALLOWED, TOWERS, Tower, load_tower
 
 Progress = Callable[[int, int], None]
@@ -121,10 +122,7 @@ ROWS = (
     Metric("qs", "paper", "higher", lambda tools: tools.quality()),
     Metric("region-clip", "paper", "higher", lambda tools: paper_region_measure(tools.tower("clip"))),
     Metric(
-        "region-clip-corrected",
-        "paper",
-        "higher",
-        lambda tools: corrected_region_measure(tools.tower("clip")),
+        "region-clip-corrected", "paper", "higher", lambda tools: region_measure(tools.tower("clip"), 100.0)
     ),
     Metric("fid", "clean", "lower", lambda tools: tools.distance(frechet, "inception")),
     Metric("kid", "clean", "lower", lambda tools: tools.distance(kernel, "inception", KID)),
@@ -135,8 +133,8 @@ ROWS = (
     Metric("ssim-outside", "clean", "higher", lambda tools: pixels.ssim_measure()),
     Metric("seam", "clean", "lower", lambda tools: pixels.seam_measure()),
     Metric("copy-paste", "clean", "lower", lambda tools: copy_paste.copy_paste_measure(), copy_paste.NAMES),
-    Metric("layout-copy", "clean", "lower", lambda tools: layout.layout_copy_measure(), layout.NAMES),
-    Metric("layout-true", "clean", "higher", lambda tools: layout.layout_true_measure()),
+    Metric("layout-copy", "clean", "lower", lambda tools: layout_copy_measure(), LAYOUT_NAMES),
+    Metric("layout-true", "clean", "higher", lambda tools: layout_true_measure()),
     Metric("colour-inside", "clean", "lower", lambda tools: pixels.colour_measure("inside")),
     Metric("colour-outside", "clean", "lower", lambda tools: pixels.colour_measure("outside")),
     Metric("toy-fd", "toy", "lower", lambda tools: tools.distance(frechet, "lite2", TOY_FD)),

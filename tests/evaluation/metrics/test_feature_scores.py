@@ -19,12 +19,10 @@ from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.base import Batch, Score
 from pbe.evaluation.metrics.bootstrap import Bootstrap, cosines
-from pbe.evaluation.metrics.features import region
-from pbe.evaluation.metrics.frechet import frechet_distance, kernel, kernel_distance
 from pbe.evaluation.metrics.quality import load_mixture, quality
 from pbe.evaluation.metrics.regions import paper_cosines, raster_crop
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
-from pbe.evaluation.metrics.sets import ImageFolder
+from pbe.evaluation.metrics.sets import ImageFolder, frechet_distance, kernel, kernel_distance
 from pbe.evaluation.metrics.towers import (
     TOWERS,
     LiteTower,
@@ -33,6 +31,7 @@ from pbe.evaluation.metrics.towers import (
     build_network,
     centre_crop,
     load_tower,
+    region,
 )
 from pbe.files import sha256_of
 from tests.checkpoints.test_tower_weights import save_program

@@ -11,7 +11,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from pbe.errors import UserError
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.frechet import (
+from pbe.evaluation.metrics.sets import (
     Distance,
     frechet,
     frechet_distance,
