@@ -10,6 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pbe.data.samples.crops import resize
 
+LABEL_WIDTH = 132
+GAP = 2
+BAND_GAP = 14
+PAPER = (255, 255, 255)
+INK = (30, 30, 30)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -33,13 +39,6 @@ def markdown(table: Table) -> str:
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     return f"{text}\n\n{table.note}\n" if table.note else f"{text}\n"
-
-
-LABEL_WIDTH = 132
-GAP = 2
-BAND_GAP = 14
-PAPER = (255, 255, 255)
-INK = (30, 30, 30)
 
 
 def at_side(image: np.ndarray, side: int) -> np.ndarray:

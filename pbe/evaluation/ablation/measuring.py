@@ -29,8 +29,8 @@ from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import export_toy_benchmark
 from pbe.evaluation.metrics.base import Case, Score, ScoreCard, case_score
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.quality import load_mixture
-from pbe.evaluation.metrics.regions import LAYOUT_TRUE_CARD, layout_true
+from pbe.evaluation.metrics.copy_paste import LAYOUT_TRUE_CARD, layout_true
+from pbe.evaluation.metrics.feature_scores import load_mixture
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.sets import ImageFolder
 from pbe.evaluation.metrics.towers import LITE_TOWER, TOWERS, load_tower, region

@@ -14,7 +14,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
 
 import torch
 
@@ -184,16 +183,6 @@ def _failure(stage: Stage, status: int) -> str:
     return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
 
 
-class Engine(Protocol):
-    """Where stages run."""
-
-    def submit(self, stage: Stage) -> Future[None]:
-        """Start a stage, at once or as soon as there is room."""
-
-    def stop(self) -> None:
-        """End all stages, and wait for them."""
-
-
 class LocalPool:
     """Processes of this machine; those side by side get one GPU each, in turn, and a single one has all.
 
@@ -254,6 +243,9 @@ class RayTasks:
 
 def _thread_variables(threads: int) -> dict[str, str]:
     return dict.fromkeys(THREAD_VARIABLES, str(threads))
+
+
+Engine = LocalPool | RayTasks
 
 
 def make_engine(name: str, jobs: int, threads: int) -> Engine:

@@ -133,22 +133,17 @@ def _exemplars(records: Iterable[ImageRecord], settings: BuildSettings) -> dict[
 def _cut_exemplar(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> np.ndarray | None:
     """Return the crop of one of the exemplars of other images; None where all draws hit damaged ones."""
     for _ in range(DRAWS):
-        path, width, height, box = _draw_other(choices, own, rng)
+        drawn = (choices[int(rng.integers(len(choices)))] for _ in range(DRAWS))
+        other = next((choice for choice in drawn if choice[0] != own), None)
+        if other is None:  # the image itself is seldom drawn so often
+            others = [choice for choice in choices if choice[0] != own]
+            other = others[int(rng.integers(len(others)))]
+        path, width, height, box = other
         image = _read(path, width, height)
         if image is not None:
             x1, y1 = max(round(box.x1), 0), max(round(box.y1), 0)
             return image[y1 : round(min(box.y2, height)), x1 : round(min(box.x2, width))]
     return None
-
-
-def _draw_other(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> Exemplar:
-    """Return one of the objects that is not of the image itself; there is one."""
-    for _ in range(DRAWS):  # the image itself is seldom drawn: no need to go through all of them
-        choice = choices[int(rng.integers(len(choices)))]
-        if choice[0] != own:
-            return choice
-    others = [choice for choice in choices if choice[0] != own]
-    return others[int(rng.integers(len(others)))]
 
 
 def _render(image: np.ndarray, place: _Place, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -288,7 +288,8 @@ def _edit_on_ray(task: _EditTask, left: int) -> None:
 
     A part stays the same whatever is left of it, and a task that a lost node had starts again with the rest.
     """
-    settings, cluster = task.settings, RayCluster(task.settings.threads)
+    settings = task.settings
+    cluster = RayCluster(settings.threads)
     gpus = cluster.count("GPU") if settings.accelerator in ("auto", "gpu") else 0
     every = gpus or cluster.count("CPU") // settings.threads
     wanted = every if settings.devices == "auto" else int(settings.devices)

@@ -58,6 +58,10 @@ PUBLISHED_NOTE = (
     "Published: seen in the leaderboard of bcmi/Awesome-Generative-Image-Composition. "
     "Unverified: recalled from the paper, which was not at hand."
 )
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+TILE = 256  # longest side of an image on the page
+# Scores that tell good edits from bad ones come first where no other is asked for.
+PREFERRED = ("region", "similarity", "copy-paste", "seam")
 
 
 @dataclass(frozen=True)
@@ -208,12 +212,6 @@ def markdown_page(title: str, tables: Sequence[Table], runs: Sequence[ScoredEdit
                 facts = "; ".join(f"{what}: {value}" for what, value in card_facts(one.card))
                 parts.append(f"- **{one.name}**, {run.label}. {facts}")
     return "\n\n".join(parts) + "\n"
-
-
-TEMPLATE = Path(__file__).with_name("page.html.j2")
-TILE = 256  # longest side of an image on the page
-# Scores that tell good edits from bad ones come first where no other is asked for.
-PREFERRED = ("region", "similarity", "copy-paste", "seam")
 
 
 @dataclass(frozen=True)

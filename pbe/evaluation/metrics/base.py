@@ -319,10 +319,8 @@ class CaseMeasure(Measure):
 
     Args:
         measure: the numbers ``(b,)`` of a batch, or ``(b, k)`` for ``k`` scores; NaN leaves a case out.
-        card: what is known beforehand.
+        card: what is known beforehand; where it names no other reference, it gets the hash of the cases.
         finish: see :func:`case_score`, as for ``show``.
-        against_images: the edits are compared with their cases, whose hash the card then bears; if not, the
-            card says itself what they are compared with.
     """
 
     def __init__(
@@ -332,9 +330,8 @@ class CaseMeasure(Measure):
         *,
         finish: Callable[[float], float] = lambda mean: mean,
         show: Callable[[np.ndarray], np.ndarray] = lambda values: values,
-        against_images: bool = True,
     ) -> None:
-        self.measure, self.card, self.against_images = measure, card, against_images
+        self.measure, self.card = measure, card
         self.maps: dict[str, Any] = {"finish": finish, "show": show}
         self.values: dict[int, np.ndarray] = {}
 
@@ -348,7 +345,7 @@ class CaseMeasure(Measure):
         values = np.full((len(metric.scores), outcome.count), np.nan)
         for position, row in self.values.items():
             values[:, position] = row
-        sha256 = outcome.cases_sha256 if self.against_images else self.card.reference_sha256
+        sha256 = self.card.reference_sha256 or outcome.cases_sha256
         return metric.case_scores(values, replace(self.card, reference_sha256=sha256), outcome, **self.maps)
 
 

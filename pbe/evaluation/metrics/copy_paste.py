@@ -1,4 +1,6 @@
-"""Copy-paste score: how much of the painted region an affine warp of the exemplar explains.
+"""Scores of copying: what an affine warp of the exemplar explains, and where its colours lie.
+
+The copy-paste score is how much of the painted region an affine warp of the exemplar explains.
 
 Both images are brought to 64 px and freed of their coarse shading (a Gaussian is taken off), so that
 structure counts and smooth fills, which any smooth piece of the exemplar would explain, do not. The best
@@ -7,6 +9,11 @@ up to 1. What the warped exemplar does not cover stays unexplained.
 
 The number means little alone: a true object in a similar pose is explained in part as well. So the same
 is measured for the real image's object, and the paired difference is the score to look at.
+
+Coordinates are those of ``grid_sample`` without aligned corners: both images span [-1, 1] squared, whatever
+their aspect, so that the identity is the exemplar stretched over the region. A warp is a matrix ``2 3`` that
+takes a place of the region to the place of the exemplar that is shown there. The search starts from a fixed
+grid of warps, and goes on from its best by Gauss-Newton steps.
 """
 
 from __future__ import annotations
@@ -22,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pbe.data.samples.crops import resize_area
-from pbe.evaluation.metrics.base import Batch, CaseMeasure, ScoreCard
-from pbe.evaluation.metrics.towers import mask_bounds
+from pbe.evaluation.metrics.base import Batch, CaseMeasure, ScoreCard, by_case
+from pbe.evaluation.metrics.towers import mask_bounds, region
 
 SIZES = (16, 32, 64)  # the grid is searched on the first, and its best refined on the others
 SHADING = 6 / 64  # sigma of what is taken off, a share of the side
@@ -37,6 +44,26 @@ CARD = ScoreCard(
     resize_filter="area, both axes stretched to 64 px; exemplars likewise",
     crop_rule="bounding box of the mask, pixels of the mask only",
     notes="share of the region's band-passed energy that the best affine warp of the exemplar explains",
+)
+ROTATIONS = (-40.0, -20.0, 0.0, 20.0, 40.0)  # degrees
+SCALES = (0.7, 0.9, 1.15, 1.5)  # of each axis; below 1 = the exemplar enlarged
+SHIFTS = (-0.2, 0.0, 0.2)  # of each axis; 2 = the whole side
+MIN_STRETCH, MAX_STRETCH = 0.45, 1.8  # singular values that a warp may have
+MAX_SHIFT = 0.7
+DAMPING = 0.02
+GRID = 8
+LAYOUT_NAMES = ("layout-copy", "layout-copy-true")
+LAYOUT_CROP = "bounding box of the mask, both axes stretched; exemplars whole"
+LAYOUT_COPY_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule=LAYOUT_CROP,
+    notes="correlation of the region's colour layout with the exemplar's, less that with the mirrored one's; "
+    "0 = prefers neither, and is what to aim at",
+)
+LAYOUT_TRUE_CARD = ScoreCard(
+    resize_filter=f"area, to {GRID} x {GRID}",
+    crop_rule="bounding box of the mask",
+    notes="correlation of the region's colour layout with the real image's",
 )
 
 
@@ -120,14 +147,6 @@ def copy_paste_measure() -> CaseMeasure:
         return np.column_stack([both, both[:, 0] - both[:, 1]])
 
     return CaseMeasure(measure, CARD)
-
-
-ROTATIONS = (-40.0, -20.0, 0.0, 20.0, 40.0)  # degrees
-SCALES = (0.7, 0.9, 1.15, 1.5)  # of each axis; below 1 = the exemplar enlarged
-SHIFTS = (-0.2, 0.0, 0.2)  # of each axis; 2 = the whole side
-MIN_STRETCH, MAX_STRETCH = 0.45, 1.8  # singular values that a warp may have
-MAX_SHIFT = 0.7
-DAMPING = 0.02
 
 
 def warp_grid(flips: bool = True) -> Tensor:
@@ -238,3 +257,53 @@ def _newton_step(error: Tensor, slopes: Tensor, weight: Tensor, size: int) -> Te
     diagonal = torch.diagonal(normal, dim1=-2, dim2=-1)
     damped = normal + torch.diag_embed(DAMPING * diagonal + 1e-6 + 1e-4 * diagonal.amax(-1, keepdim=True))
     return torch.linalg.solve(damped, right[..., None]).view(*right.shape[:2], 2, 3)
+
+
+def layout(image: np.ndarray) -> np.ndarray:
+    """Return an image's colours on the grid less each channel's mean, float64 ``(8, 8, 3)``."""
+    small = resize_area(image, GRID, GRID).astype(np.float64)
+    return small - small.mean(axis=(0, 1))
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the correlation of two layouts, -1 to 1; 0 where one of them is a single colour."""
+    size = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(np.sum(first * second)) / size if size else 0.0
+
+
+def layout_copy(part: np.ndarray, exemplar: np.ndarray) -> float:
+    """Return how much more a region's layout is the exemplar's than the mirrored exemplar's, -2 to 2.
+
+    The copy-paste score asks how much of the region's detail some warp of the exemplar explains; a model that
+    copies blurredly, or has learned little else yet, hardly moves it. Colours on a coarse grid do: the region
+    of a model that copies agrees with its exemplar as it stands, and less with the mirrored one. A model that
+    only knows *what* the exemplar shows has no reason to prefer either, and scores 0, the value to aim at;
+    below it stands who copies the mirror image. Who ignores the exemplar scores 0 as well, so the score says
+    nothing alone.
+    """
+    own, shown = layout(part), layout(exemplar)
+    return agreement(own, shown) - agreement(own, shown[:, ::-1])
+
+
+def layout_true(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> float:
+    """Return the correlation of an edit's layout inside the mask's box with the real image's, -1 to 1."""
+    return agreement(layout(region(edit, mask)), layout(region(image, mask)))
+
+
+def layout_copy_measure() -> CaseMeasure:
+    """Make ``layout-copy`` of the edits, and ``layout-copy-true`` of the true objects."""
+
+    def measure(batch: Batch) -> np.ndarray:
+        pairs = zip(batch.cases, batch.edits, strict=True)
+        rows = [
+            [layout_copy(region(image, case.mask), case.exemplar) for image in (edit, case.image)]
+            for case, edit in pairs
+        ]
+        return np.array(rows)
+
+    return CaseMeasure(measure, LAYOUT_COPY_CARD)
+
+
+def layout_true_measure() -> CaseMeasure:
+    """Make the measure ``layout-true``."""
+    return CaseMeasure(by_case(layout_true), LAYOUT_TRUE_CARD)

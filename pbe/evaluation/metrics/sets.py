@@ -14,7 +14,7 @@ from PIL import Image
 
 from pbe.data.randomness import generator
 from pbe.errors import UserError
-from pbe.evaluation.metrics.base import Batch, Measure, Metric, Outcome, Score, ScoreCard, reasons
+from pbe.evaluation.metrics.base import Batch, Measure, Metric, Outcome, Score, reasons
 from pbe.evaluation.metrics.bootstrap import Bootstrap, resample_counts
 from pbe.evaluation.metrics.towers import Tower
 
@@ -191,7 +191,18 @@ class SetMeasure(Measure):
         if not finite.all():
             excluded["features not finite"] = int(np.sum(~finite))
         features = features[finite]
-        card = self._card(len(features), len(real), excluded, outcome)
+        bootstrap = outcome.bootstrap
+        source = "the cases' own true images" if self.own_reference else "a folder"
+        card = self.tower.card(
+            "whole images",
+            resize_filter=self.tower.whole_filter,
+            pictures=len(features),
+            excluded=excluded,
+            reference_sha256=outcome.cases_sha256 if self.own_reference else outcome.reference_sha256,
+            interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
+            "resamples of the edits",
+            notes=f"{self.notes}{'; ' if self.notes else ''}{len(real)} real images from {source}",
+        )
         broken = int(np.sum(~np.isfinite(real).all(axis=1)))
         if broken:
             why = f"features of {broken} of {len(real)} real images are not finite; check the weights"
@@ -199,25 +210,9 @@ class SetMeasure(Measure):
         if min(len(features), len(real)) < 2:
             why = f"needs at least two images on either side, not {len(features)} and {len(real)}"
             return metric.not_run(why + (f" ({reasons(excluded)})" if excluded else ""), card)
-        found = self.compare(features, real, outcome.bootstrap)
-        low, high = found.interval(outcome.bootstrap.level)
+        found = self.compare(features, real, bootstrap)
+        low, high = found.interval(bootstrap.level)
         return [Score(metric.name, metric.family, found.value, low, high, card, None, metric.better)]
-
-    def _card(self, edits: int, real: int, excluded: dict[str, int], outcome: Outcome) -> ScoreCard:
-        source = "the cases' own true images" if self.own_reference else "a folder"
-        bootstrap = outcome.bootstrap
-        return ScoreCard(
-            feature_model=self.tower.spec.architecture,
-            weights_sha256=self.tower.sha256,
-            resize_filter=self.tower.whole_filter,
-            crop_rule="whole images",
-            pictures=edits,
-            excluded=excluded,
-            reference_sha256=outcome.cases_sha256 if self.own_reference else outcome.reference_sha256,
-            interval=f"{bootstrap.level:.0%} normal, standard error of {bootstrap.set_resamples} "
-            "resamples of the edits",
-            notes=f"{self.notes}{'; ' if self.notes else ''}{real} real images from {source}",
-        )
 
 
 def edit_features(tower: Tower, batch: Batch) -> np.ndarray:

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,7 +37,7 @@ from pbe.checkpoints.tower_weights import (
 )
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
-from pbe.evaluation.metrics.base import NotRunError
+from pbe.evaluation.metrics.base import NotRunError, ScoreCard
 from pbe.files import sha256_of
 from pbe.models.image_tower import build_tower
 
@@ -44,6 +45,23 @@ LITE_TOWER = "tf_efficientnet_lite2"
 LITE_SIZE = 128
 CENTRE, SPREAD = 127.0, 128.0  # the packages' normalisation: (x - 127) / 128
 LITE_FILTER = "bilinear, align_corners=False, no antialias, float32"
+WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
+SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
+# What PyTorch raises of files that are no state dict, and building raises of those of another network.
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    EOFError,
+    struct.error,
+    pickle.UnpicklingError,
+    UserError,
+)
+INCEPTION = "both axes to 299 px by TensorFlow 1's bilinear (torch-fidelity)"
+OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 def build_lite(path: Path) -> nn.Module:
@@ -82,24 +100,6 @@ def to_grey(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
-WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
-SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
-# What PyTorch raises of files that are no state dict, and building raises of those of another network.
-UNREADABLE = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OSError,
-    EOFError,
-    struct.error,
-    pickle.UnpicklingError,
-    UserError,
-)
-INCEPTION = "both axes to 299 px by TensorFlow 1's bilinear (torch-fidelity)"
-
-
 @dataclass(frozen=True)
 class TowerSpec:
     """Architecture and input of a tower.
@@ -124,7 +124,6 @@ TOWERS = {
     "inception": TowerSpec("inception-v3-compat", 299),
     "lite2": TowerSpec(f"timm/{LITE_TOWER}", LITE_SIZE),
 }
-OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 class Tower:
@@ -136,6 +135,11 @@ class Tower:
         self.spec, self.sha256, self.device = spec, sha256, device
         self.key = f"{spec} {sha256}"  # under which features are shared
         self.network = network.eval().requires_grad_(False).to(device)
+
+    def card(self, crop_rule: str, *, resize_filter: str = "", **more: Any) -> ScoreCard:
+        """Return the card of a score of its features, of stretched images unless a filter is named."""
+        resize_filter = resize_filter or self.squashed_filter
+        return ScoreCard(self.spec.architecture, self.sha256, resize_filter, crop_rule, **more)
 
     def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the features of images, uint8 ``h w 3``, shown as :attr:`whole_filter` says."""
@@ -211,17 +215,14 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
 
     Args:
         role: key of :data:`TOWERS`.
-        architecture: another one than the role's own; its input stays the role's.
+        architecture: another one than the role's own, which :data:`OTHERS_ALLOWED` may have; its input stays
+            the role's.
         weights: a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of all of CLIP or of
             its image tower), for ``clip`` also a tag of open_clip, which may download. None: not
             given, a NotRunError; Lite2 has its package.
         device: where it runs.
     """
     spec = TOWERS[role]
-    if architecture is not None and role not in OTHERS_ALLOWED:
-        raise UserError(
-            f"the tower '{role}' has one architecture; {' and '.join(OTHERS_ALLOWED)} may have others"
-        )
     if architecture is not None:
         spec = TowerSpec(architecture, spec.size, spec.mean, spec.std)
     if role == "lite2":

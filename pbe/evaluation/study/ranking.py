@@ -42,6 +42,7 @@ QUESTIONS = {
         "Which edit shows the reference's object? Rank them from the most to the least like the reference."
     ),
 }
+FORMAT = "pbe-rankings-1"
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,6 @@ def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"the system '{name.strip()}' is named twice")
         systems[name.strip()] = Path(expand_home(folder))
     return systems
-
-
-FORMAT = "pbe-rankings-1"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
 from pbe.evaluation.metrics.base import Batch, Score
 from pbe.evaluation.metrics.bootstrap import Bootstrap, cosines
-from pbe.evaluation.metrics.quality import load_mixture, quality
-from pbe.evaluation.metrics.regions import paper_cosines, raster_crop
+from pbe.evaluation.metrics.feature_scores import load_mixture, paper_cosines, quality, raster_crop
 from pbe.evaluation.metrics.scoring import METRICS, ScoreSettings, score
 from pbe.evaluation.metrics.sets import ImageFolder, frechet_distance, kernel, kernel_distance
 from pbe.evaluation.metrics.towers import (

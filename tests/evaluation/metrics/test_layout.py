@@ -12,7 +12,7 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_case
 from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.regions import GRID, LAYOUT_NAMES, agreement, layout, layout_copy, layout_true
+from pbe.evaluation.metrics.copy_paste import GRID, LAYOUT_NAMES, agreement, layout, layout_copy, layout_true
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 
 COUNT = 16
