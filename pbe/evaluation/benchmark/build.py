@@ -54,8 +54,8 @@ class BuildSettings:
     max_share: float = MAX_SHARE
     min_exemplar_side: float = 64.0
 
-    def check(self) -> None:
-        """Raise a UserError for a value that makes no sense."""
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
         if self.size < MIN_SIZE:
             raise UserError(
                 f"images of a benchmark need sides of at least {MIN_SIZE} pixels, not {self.size}"
@@ -191,7 +191,6 @@ def build_benchmark(
         settings: how many, and of what sizes.
         validation_share: take only those of the sources that packing holds out with this share; 0: all.
     """
-    settings.check()
     damaged: list[Path] = []
     records = _sorted_records(sources, validation_share, damaged)
     objects = _exemplars(_others(sources, exemplars, records), settings)

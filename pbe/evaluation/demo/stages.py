@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,18 +221,6 @@ def score(options: DemoSettings, clock: Clock, cases: list[ToyCase], edits: ToyE
     return scores
 
 
-def write_sheet(cases: Sequence[ToyCase], edits: ToyEdits, path: Path) -> None:
-    """Write four rows: masked scene, exemplar, edit at the last guidance scale, true object."""
-    count, last = len(cases), list(edits.own.values())[-1]
-    rows = {
-        "masked": [case.masked for case in cases],
-        "exemplar": [case.exemplar for case in cases],
-        "edit": list(last[:count]),
-        "hidden": [case.image for case in cases],
-    }
-    Image.fromarray(sheet(rows, tile=128, columns=8)).save(path)
-
-
 def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
     """Return what one may do next, with the commands."""
     example = options.out / "example"
@@ -291,7 +279,14 @@ def run(options: DemoSettings) -> Path:
         example = make_folder(options.out / "example")
         for name in ("image", "mask", "exemplar"):  # the first case, as files for `pbe edit`
             Image.fromarray(getattr(cases[0], name)).save(example / f"{name}.png")
-        write_sheet(cases[:SHOWN], edits, options.out / EDITS)
+        shown, last = cases[:SHOWN], list(edits.own.values())[-1]
+        rows = {
+            "masked": [case.masked for case in shown],
+            "exemplar": [case.exemplar for case in shown],
+            "edit": list(last[: len(shown)]),
+            "hidden": [case.image for case in shown],
+        }
+        Image.fromarray(sheet(rows, tile=128, columns=8)).save(options.out / EDITS)
         write_html(page, options.out / "index.html")
         clock.note = f"{options.out / 'index.html'}"
     total = time.perf_counter() - started

@@ -128,20 +128,12 @@ def _off_diagonal_mean(a: np.ndarray) -> float:
     return float(np.sum(kernel_sums(a, a) * n - own) / (n * (n - 1)))
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
+def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
     """Return the unbiased squared maximum mean discrepancy under the cubic kernel (Binkowski et al. 2018).
 
     All pairs are taken at once; the customary mean over random subsets estimates the same with more noise.
-    ``a`` is ``(n, d)``, ``b`` ``(m, d)``.
-    """
-    a, b = _pair(a, b)
-    return _off_diagonal_mean(a) + _off_diagonal_mean(b) - 2.0 * float(np.mean(kernel_sums(a, b)))
-
-
-def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
-    """Return :func:`kernel_distance` with its standard error over the rows of ``a``.
-
-    An image that a resample draws twice is not compared with itself.
+    ``a`` is ``(n, d)``, ``b`` ``(m, d)``; the standard error is over the rows of ``a``. An image that a resample
+    draws twice is not compared with itself.
     """
     a, b = _pair(a, b)
     within = (a @ a.T / a.shape[1] + 1.0) ** 3
