@@ -132,8 +132,8 @@ def kernel(a: np.ndarray, b: np.ndarray, bootstrap: Bootstrap) -> Distance:
     """Return the unbiased squared maximum mean discrepancy under the cubic kernel (Binkowski et al. 2018).
 
     All pairs are taken at once; the customary mean over random subsets estimates the same with more noise.
-    ``a`` is ``(n, d)``, ``b`` ``(m, d)``; the standard error is over the rows of ``a``. An image that a resample
-    draws twice is not compared with itself.
+    ``a`` is ``(n, d)``, ``b`` ``(m, d)``; the standard error is over the rows of ``a``. An image that a
+    resample draws twice is not compared with itself.
     """
     a, b = _pair(a, b)
     within = (a @ a.T / a.shape[1] + 1.0) ** 3
