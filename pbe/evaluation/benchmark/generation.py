@@ -197,6 +197,7 @@ class _EditTask(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.source, self.benchmark, self.folder, self.settings = model, benchmark, folder, settings
+        self.part = part
         self.groups = groups_of(benchmark.sizes, settings.batch_size)[part[0] :: part[1]]
 
     @property
@@ -274,21 +275,19 @@ def generate(
     source = model if isinstance(model, PaintByExample) else Hub().find(str(model))
     claim_folder(folder, model_identity(source), benchmark, settings.identity())
     task = _EditTask(source, benchmark, folder, settings)
-    if not (left := task.left):
-        return folder  # all processes see the same: none writes before all have come past here
-    if settings.engine == "ray":
-        _edit_on_ray(task, left)
+    if settings.engine == "ray" and task.left:
+        _edit_on_ray(task)
     else:
-        _predict(task, _trainer(settings, left))
+        _edit(task)  # all processes find the same to do: none writes before all have looked
     return folder
 
 
-def _edit_on_ray(task: _EditTask, left: int) -> None:
+def _edit_on_ray(task: _EditTask) -> None:
     """Share the groups out among tasks of a cluster, one for each of its devices; files are the results.
 
-    A part stays the same whatever is left of it, and a task that a lost node had starts again with the rest.
+    A task that a lost node had starts again on another one, with what is left of its part.
     """
-    settings = task.settings
+    settings, left = task.settings, task.left
     cluster = RayCluster(settings.threads)
     gpus = cluster.count("GPU") if settings.accelerator in ("auto", "gpu") else 0
     every = gpus or cluster.count("CPU") // settings.threads
@@ -296,23 +295,16 @@ def _edit_on_ray(task: _EditTask, left: int) -> None:
     parts = max(1, min(wanted, left if gpus else left // GROUPS_A_PROCESS))
     alone = replace(settings, engine="local", devices=1, progress=False)
     given = (task.source, task.benchmark, task.folder, alone)
-    calls = [(*given, (number, parts)) for number in range(parts)]
-    ended = cluster.completed(_edit_part, calls, most=wanted, gpus=1 if gpus else 0)
+    calls = [(_EditTask(*given, (number, parts)),) for number in range(parts)]
+    ended = cluster.completed(_edit, calls, most=wanted, gpus=1 if gpus else 0)
     for _ in tqdm(ended, total=parts, desc="edit", unit="part", disable=not settings.progress):
         pass
 
 
-def _edit_part(
-    model: Path | PaintByExample,
-    benchmark: BenchmarkFolder,
-    folder: Path,
-    settings: GenerateSettings,
-    part: tuple[int, int],
-) -> None:
-    """Edit one part in this process, on one device."""
-    task = _EditTask(model, benchmark, folder, settings, part)
+def _edit(task: _EditTask) -> None:
+    """Edit what is left of a task, in this process and those that its settings ask for."""
     if left := task.left:
-        _predict(task, _trainer(settings, left))
+        _predict(task, _trainer(task.settings, left))
 
 
 def _quieten() -> None:

@@ -86,7 +86,7 @@ def test_ray_has_its_gpus_and_no_strategy(model, benchmark, tmp_path, monkeypatc
     stand_in = StandIn(CPU=8.0, GPU=3.0)
     monkeypatch.setitem(sys.modules, "ray", stand_in)
     parts = []
-    monkeypatch.setattr(generation, "_edit_part", lambda *given: parts.append(given[-1]))
+    monkeypatch.setattr(generation, "_edit", lambda task: parts.append(task.part))
     settings = dataclasses.replace(SETTINGS, engine="ray", devices="auto", accelerator="auto")
     generate(model, benchmark, tmp_path / "out", settings)
     assert parts == [(0, 3), (1, 3), (2, 3)]
