@@ -125,7 +125,7 @@ class Score:
     def from_dict(cls, content: Mapping[str, Any]) -> Score:
         """Read what :meth:`to_dict` returned; a KeyError, TypeError or ValueError where it is damaged."""
         texts = {name: content[name] for name in ("name", "family", "better", "run", "why_not")}
-        numbers = {name: _from_json(content[name]) for name in ("value", "low", "high")}
+        numbers: dict[str, Any] = {name: _from_json(content[name]) for name in ("value", "low", "high")}
         per_case = content["per_case"]
         if per_case is not None:
             per_case = np.array([_from_json(one) for one in per_case], np.float64)

@@ -90,7 +90,7 @@ def make_study(
         groups.append(_group(name, benchmark[position], edits, published if settings.copy else None))
         key[name] = {"case": benchmark.ids[position], "edits": owners}
     study = _opaque(salt, "study")
-    content = {"format": KEY_FORMAT, "study": study, "salt": salt, "systems": sorted(systems)}
+    content: dict[str, Any] = {"format": KEY_FORMAT, "study": study, "salt": salt, "systems": sorted(systems)}
     content |= {"questions": list(QUESTIONS), "benchmark": benchmark.sha256, "groups": key}
     write_json(out / KEY, content)
     questions = [{"id": name, "text": text} for name, text in QUESTIONS.items()]
