@@ -17,9 +17,14 @@ from pbe.checkpoints.native import save_model
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings
-from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, ScoreCallback, quick_values
-from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.benchmark.toy_run import make_edits, score_edits
+from pbe.evaluation.benchmark.toy import make_benchmark, make_edits
+from pbe.evaluation.benchmark.toy_run import (
+    QuickScorer,
+    QuickSettings,
+    ScoreCallback,
+    quick_values,
+    score_edits,
+)
 from pbe.evaluation.metrics.towers import Tower
 from pbe.training.tasks.diffusion import DiffusionTask
 from tests.commands import score as command

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pbe.evaluation.report.sheets import BAND_GAP, GAP, LABEL_WIDTH, at_side, sheet
+from pbe.evaluation.report import BAND_GAP, GAP, LABEL_WIDTH, Table, at_side, markdown, sheet
 
 
 def test_small_images_are_enlarged_by_lanczos_and_large_ones_averaged():
@@ -27,3 +27,10 @@ def test_sheet_places_its_images():
     second_band = 2 * (8 + GAP) + BAND_GAP
     assert page[second_band + 3, LABEL_WIDTH + 3].tolist() == [255, 0, 0]
     assert page[second_band + 3, LABEL_WIDTH + 8 + GAP + 3].tolist() == [255, 255, 255]  # no fourth case
+
+
+def test_markdown_by_hand():
+    table = Table(["score", "a|b"], [["seam", "1 (0 to 2)"]], "A note.", "not shown")
+    lines = ["| score | a\\|b |", "| --- | --- |", "| seam | 1 (0 to 2) |"]
+    assert markdown(table) == "\n".join([*lines, "", "A note.", ""])
+    assert markdown(Table(table.head, table.rows)) == "\n".join([*lines, ""])

@@ -9,14 +9,13 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from pbe.checkpoints.tower_weights import lite_weights
 from pbe.errors import UserError
-from pbe.evaluation.metrics.features import SIZE, TOWER, mask_bounds, region, to_grey, to_input
-from pbe.evaluation.metrics.towers import Tower
+from pbe.evaluation.metrics.towers import LITE_SIZE, LITE_TOWER, Tower, mask_bounds, region, to_grey, to_input
 
 
 def test_features_are_those_of_the_weights_own_package(features: Tower):
     pictures = list(np.random.default_rng(0).integers(0, 256, (3, 40, 57, 3), dtype=np.uint8))
     reference = EfficientNet.from_pretrained(
-        "efficientnet-lite2", weights_path=str(lite_weights(TOWER)), image_size=SIZE
+        "efficientnet-lite2", weights_path=str(lite_weights(LITE_TOWER)), image_size=LITE_SIZE
     ).eval()
     with torch.no_grad():
         maps = reference.extract_features(torch.cat([to_input(picture) for picture in pictures]))
@@ -27,7 +26,7 @@ def test_features_are_those_of_the_weights_own_package(features: Tower):
 
 
 def test_the_card_names_the_weights(features: Tower):
-    assert features.sha256 == hashlib.sha256(lite_weights(TOWER).read_bytes()).hexdigest()
+    assert features.sha256 == hashlib.sha256(lite_weights(LITE_TOWER).read_bytes()).hexdigest()
     assert (features.spec.architecture, features.spec.size) == ("timm/tf_efficientnet_lite2", 128)
 
 

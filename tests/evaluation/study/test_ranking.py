@@ -14,9 +14,16 @@ from PIL import Image
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
-from pbe.evaluation.study import making
-from pbe.evaluation.study.making import StudySettings, make_study
-from pbe.evaluation.study.tables import kendall_w, read_key, read_rankings, study_markdown, summarise
+from pbe.evaluation.study import ranking
+from pbe.evaluation.study.ranking import (
+    StudySettings,
+    kendall_w,
+    make_study,
+    read_key,
+    read_rankings,
+    study_markdown,
+    summarise,
+)
 from tests.commands import study as command
 
 SYSTEMS = ("alpha", "beta", "gamma")
@@ -84,8 +91,8 @@ def test_page_is_blinded_and_whole(study):
 def test_what_is_published_tells_nobody_whose_an_edit_is(systems, bench_files, tmp_path, monkeypatch):
     """Who knows the systems, the seed, the pictures and this program still lacks the salt of the key."""
     order: list[str] = []
-    write = making.write_image
-    monkeypatch.setattr(making, "write_image", lambda path, it: (order.append(path.stem), write(path, it)))
+    write = ranking.write_image
+    monkeypatch.setattr(ranking, "write_image", lambda path, it: (order.append(path.stem), write(path, it)))
     seen = []
     for name in ("one", "two"):
         order.clear()

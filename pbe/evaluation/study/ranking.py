@@ -1,21 +1,162 @@
-"""Tabulating a human study: mean ranks, first places, pairwise wins with intervals, and agreement."""
+"""A human study as one static page: edits of several systems side by side, blinded, to be ranked.
+
+The form is that of the paper's study (30 groups, ranks 1 to 5 for quality and for consistency). The page
+knows images by opaque names only; ``key.json``, which whoever runs the study keeps, says whose they are. It
+lies outside the folder to publish, and holds the random salt that the names are hashes with: whoever guesses
+the systems' names, the seed and the program cannot compute whose an image is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from pbe.data.randomness import generator
+from pbe.data.randomness import generator, permutation
+from pbe.editing.batch.records import write_image, write_json
 from pbe.errors import UserError
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.edits import EditFolder
+from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Estimate
-from pbe.evaluation.study.making import KEY_FORMAT
+from pbe.evaluation.report import Table, markdown
+from pbe.files import expand_home, make_folder
+from pbe.html import data_uri, render_page, write_html
 
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+KEY = "key.json"
+KEY_FORMAT = "pbe-study-key-1"
+PAGE = "page"
+PICTURES = "pictures"
+MAX_SYSTEMS = 9  # as many as there are digits to press
+QUESTIONS = {
+    "quality": "Which edit looks best? Rank them from the most to the least realistic image.",
+    "consistency": (
+        "Which edit shows the reference's object? Rank them from the most to the least like the reference."
+    ),
+}
 FORMAT = "pbe-rankings-1"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What a study is made of.
+
+    Attributes:
+        groups: number of cases to rank, drawn from those that every system has an edit of.
+        seed: of the draw of cases.
+        title: of the page.
+        copy: put the images beside the page instead of into it.
+    """
+
+    groups: int = 30
+    seed: int = 0
+    title: str = "Which edit is better?"
+    copy: bool = False
+
+
+def make_study(
+    systems: Mapping[str, Path], benchmark: BenchmarkFolder, out: Path, settings: StudySettings
+) -> Path:
+    """Write the page and its key, which no two calls make alike; return the page's path.
+
+    The systems are folders of edits by name. The new folder ``out`` gets ``key.json``, and ``page/``, which
+    may be published: ``index.html`` and, with ``copy``, ``pictures/``.
+    """
+    if not 2 <= len(systems) <= MAX_SYSTEMS:
+        raise UserError(f"a study compares 2 to {MAX_SYSTEMS} systems, not {len(systems)}")
+    if settings.groups < 1:
+        raise UserError("a study needs at least one group")
+    folders = {name: EditFolder(folder, benchmark) for name, folder in systems.items()}
+    chosen = _choose(folders, benchmark, settings)
+    for position in chosen:
+        benchmark[position]  # what cannot be read is told before the folder is begun
+    if any(make_folder(out).iterdir()):
+        raise UserError(f"'{out}' is not empty; name a new folder")
+    published = make_folder(out / PAGE)
+    groups, key = [], {}
+    salt = secrets.token_hex(16)
+    for number, position in enumerate(chosen, start=1):
+        name = f"{number:02d}"
+        owners = {_opaque(salt, name, system): system for system in folders}
+        edits = {opaque: folders[system][position] for opaque, system in owners.items()}
+        groups.append(_group(name, benchmark[position], edits, published if settings.copy else None))
+        key[name] = {"case": benchmark.ids[position], "edits": owners}
+    study = _opaque(salt, "study")
+    content: dict[str, Any] = {"format": KEY_FORMAT, "study": study, "salt": salt, "systems": sorted(systems)}
+    content |= {"questions": list(QUESTIONS), "benchmark": benchmark.sha256, "groups": key}
+    write_json(out / KEY, content)
+    questions = [{"id": name, "text": text} for name, text in QUESTIONS.items()]
+    data = {"study": study, "title": settings.title, "questions": questions, "groups": groups}
+    page = render_page(TEMPLATE, title=settings.title, data=data)
+    write_html(page, published / "index.html")
+    return published / "index.html"
+
+
+def _opaque(salt: str, *what: str) -> str:
+    """Return the name of a thing that only those can tell who have the salt."""
+    return hashlib.sha256("\0".join((salt, *what)).encode()).hexdigest()[:16]
+
+
+def _choose(
+    folders: Mapping[str, EditFolder], benchmark: BenchmarkFolder, settings: StudySettings
+) -> list[int]:
+    """Return positions of the cases, in the order drawn, that every system has a whole edit of."""
+    chosen: list[int] = []
+    for position in permutation(len(benchmark), settings.seed, "study-cases"):
+        if len(chosen) == settings.groups:
+            break
+        if all(folder[int(position)] is not None for folder in folders.values()):  # None: another size, too
+            chosen.append(int(position))
+    if len(chosen) < settings.groups:
+        raise UserError(
+            f"only {len(chosen)} cases have whole edits by all systems, not {settings.groups} as asked for"
+        )
+    return chosen
+
+
+def _group(
+    name: str, case: Case, edits: Mapping[str, np.ndarray | None], copy_to: Path | None
+) -> dict[str, Any]:
+    """Return what the page shows of a group, whose edits have their opaque names.
+
+    Files are written in the order of these, since they tell when they were written.
+    """
+
+    def address(what: str, image: np.ndarray) -> str:
+        if copy_to is None:
+            return data_uri(image)
+        file = f"{name}-{what}.png"
+        write_image(make_folder(copy_to / PICTURES) / file, Image.fromarray(image))
+        return f"{PICTURES}/{file}"
+
+    shown = {"source": case.image, "hole": case.masked, "exemplar": case.exemplar}
+    addresses = {what: address(what, image) for what, image in shown.items()}
+    listed = []
+    for opaque, edit in sorted(edits.items()):
+        assert edit is not None
+        listed.append({"id": opaque, "src": address(opaque, edit)})
+    return {"id": name, **addresses, "edits": listed}
+
+
+def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
+    """Read ``name=folder`` pairs."""
+    systems: dict[str, Path] = {}
+    for text in texts:
+        name, separator, folder = text.partition("=")
+        if not (separator and name.strip() and folder):
+            raise UserError(f"'{text}' is no system; write name=folder")
+        if name.strip() in systems:
+            raise UserError(f"the system '{name.strip()}' is named twice")
+        systems[name.strip()] = Path(expand_home(folder))
+    return systems
 
 
 @dataclass(frozen=True)
@@ -89,12 +230,7 @@ def read_key(path: Path) -> StudyKey:
 
 
 def read_rankings(paths: Sequence[Path], key: StudyKey, *, partial: bool = False) -> dict[str, np.ndarray]:
-    """Read the files of all raters.
-
-    Args:
-        paths: one file a rater.
-        key: of the study.
-        partial: take files that lack groups.
+    """Read the files of all raters, with ``partial`` also those that lack groups.
 
     Returns:
         Question to ranks, float64 ``raters groups systems`` in the key's order: 1 to the number of systems,
@@ -158,12 +294,8 @@ def kendall_w(ranks: np.ndarray) -> float:
 def summarise(ranks: np.ndarray, systems: Sequence[str], seed: int = 0) -> Summary:
     """Summarise the ranks of one question.
 
-    Intervals are percentile bootstrap intervals: raters and groups are both drawn anew, with replacement.
-
-    Args:
-        ranks: ``raters groups systems``, NaN where there is none.
-        systems: names.
-        seed: of the bootstrap.
+    Intervals are percentile bootstrap intervals: raters and groups are both drawn anew, with replacement. The
+    ranks are ``raters groups systems``, NaN where there is none.
     """
     there = np.isfinite(ranks[:, :, 0])
     if not there.any():
@@ -202,15 +334,14 @@ def _intervals(numbers: np.ndarray, there: np.ndarray, seed: int) -> list[Estima
 def study_markdown(question: str, summary: Summary) -> str:
     """Return the tables of one question as Markdown, systems by mean rank."""
     systems = sorted(summary.mean_rank, key=lambda name: summary.mean_rank[name].value)
-    head = ["system", "mean rank", "first places", *(f"before {name}" for name in systems)]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for name in systems:
         wins = ["–" if other == name else str(summary.wins[name, other]) for other in systems]
-        lines.append([name, str(summary.mean_rank[name]), str(summary.first[name]), *wins])
+        rows.append([name, str(summary.mean_rank[name]), str(summary.first[name]), *wins])
     agreement = "" if summary.agreement is None else f"; Kendall's W {summary.agreement:.3f}"
     note = (
         f"{summary.raters} raters, {summary.rankings} rankings{agreement}. In brackets {LEVEL:.0%} bootstrap "
         f"intervals over raters and groups, {RESAMPLES} resamples."
     )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"## {question}\n\n{table}\n\n{note}\n"
+    head = ["system", "mean rank", "first places", *(f"before {name}" for name in systems)]
+    return f"## {question}\n\n{markdown(Table(head, rows, note))}"

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from pbe.errors import UserError
-from pbe.evaluation.ablation.statistics import (
+from pbe.evaluation.ablation.results import (
     UNDECIDED,
     case_interval,
     paired_difference,

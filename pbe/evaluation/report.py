@@ -1,8 +1,9 @@
-"""Sheets of images: the same cases side by side, a row for each kind of image."""
+"""What reports are made of: tables of texts, and sheets of images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,30 @@ GAP = 2
 BAND_GAP = 14
 PAPER = (255, 255, 255)
 INK = (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Attributes:
+        head: names of the columns.
+        rows: cells; the first one names the row.
+        note: below the table.
+        title: above it.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    title: str = ""
+
+
+def markdown(table: Table) -> str:
+    """Return a table with its note, without its title, as Markdown."""
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return f"{text}\n\n{table.note}\n" if table.note else f"{text}\n"
 
 
 def at_side(image: np.ndarray, side: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pbe.evaluation.benchmark.tables import ScoredEdits, markdown_page, score_tables
+from pbe.evaluation.benchmark.page import ScoredEdits, markdown_page, score_tables
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from tests.evaluation.metrics.test_scoring import make
 
