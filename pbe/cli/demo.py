@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pbe.cli.arguments import options
-from pbe.evaluation.demo.settings import DemoSettings
+from pbe.evaluation.demo import DemoSettings
 from pbe.resources import find_model
 
 

@@ -121,10 +121,10 @@ def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> i
     """
     import torch
 
-    from pbe.checkpoints.conversion import convert
     from pbe.checkpoints.loading import open_checkpoint
+    from pbe.checkpoints.saving import convert
     from pbe.config import load_config
-    from pbe.evaluation.benchmark.quick import ScoreCallback
+    from pbe.evaluation.benchmark.toy_run import ScoreCallback
     from pbe.training.run import train as run
 
     diffusion = load_config("toy", list(overrides))
@@ -179,7 +179,7 @@ def score(*models: Model, settings: ScoreSettings = ScoreSettings()) -> None:
     import torch
 
     from pbe.editing.pipeline import PaintByExample
-    from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, quick_values
+    from pbe.evaluation.benchmark.toy_run import QuickScorer, QuickSettings, quick_values
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
