@@ -71,7 +71,7 @@ def test_packing_and_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"read", "hash and write", "decode and perceptual hash"} <= set(numbers["stages"])
     assert len(numbers["kills"]["shards_left"]) == 1
     assert numbers["kills"]["faults"] == []
-    assert "every picture once" in capsys.readouterr().out
+    assert "every image once" in capsys.readouterr().out
 
 
 @pytest.fixture
