@@ -46,7 +46,7 @@ from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_outpu
 from pbe.editing.placement import View, choose_view, place_back, resize_batch
 from pbe.editing.preprocess import check_embeds, crop_settings
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
-from pbe.editing.settings import EditSettings, check_count, get_conventions
+from pbe.editing.settings import DEFAULT_STEPS, EditSettings, check_count, get_conventions
 from pbe.errors import EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
@@ -290,17 +290,26 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         margin: float = EditSettings.margin,
         feather: float | None = None,
+        preset: str | None = None,
+        guidance_interval: tuple[float, float] = EditSettings.guidance_interval,
+        reuse_features: int = 1,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
         """Paint the exemplar into the masked region; docs/pipeline.md explains every argument."""
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
+        if preset is not None and solver is not None:
+            raise EditValueError("preset and solver both name a solver; give one of them")
+        usual = preset is not None and num_inference_steps == DEFAULT_STEPS
         place: dict[str, Any] = {"region": region, "margin": margin, "feather": feather}
         place |= {"height": height, "width": width, "preserve_background": preserve_background}
         settings = EditSettings(
-            steps=num_inference_steps,
+            preset=preset,  # type: ignore[arg-type]  # any name, which is checked
+            steps=None if usual else num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            reuse_features=reuse_features,
             eta=eta,
             num_images=num_images_per_prompt,
             conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked

@@ -35,10 +35,14 @@ from pbe.errors import UserError
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
 # What a record holds of the settings, and what the command that repeats an edit holds where it was given.
-RECORDED = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
+RECORDED = (
+    *("guidance_scale", "guidance_interval", "reuse_features", "eta"),
+    *("preserve_background", "region", "margin", "feather"),
+)
 GIVEN = (
     *("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
-    *("solver", "spacing", "karras", "margin", "feather", "height", "width"),
+    *("solver", "spacing", "karras", "guidance_interval", "reuse_features"),
+    *("margin", "feather", "height", "width"),
 )
 Batch = list[tuple[LoadedJob, int]]  # jobs and numbers of their edits
 
@@ -93,7 +97,7 @@ def edit_all(jobs: Sequence[CheckedJob], command: EditCommand) -> None:
     device = pick_device(command.device)
     pipe, place = load_pipeline(command, device)
     pipe.solver = merge_choice(pipe.choice, command)
-    total = len(jobs) * command.num_images * pipe.solver_steps(command.steps, command.eta)
+    total = len(jobs) * command.num_images * pipe.solver_steps(command.count, command.eta)
     shared = _shared_record(command, pipe, place, device)
     with tqdm(total=total, desc="editing", unit="step", mininterval=0.5, disable=command.quiet) as bar:
 
@@ -163,6 +167,7 @@ def _shared_record(
         "model": {"folder": command.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
         "conventions": pipe.conventions,
+        "steps": command.count,
         **{name: getattr(command, name) for name in RECORDED},
         "spacing": pipe.choice.spacing,
         "karras": pipe.choice.karras,
@@ -187,7 +192,7 @@ def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: Edit
         **kept,
         **{key: file["path"] for key, file in inputs.items()},
         "seed": seed,
-        "steps": command.steps,
+        "steps": command.count,
         "guidance-scale": command.guidance_scale,
         "eta": command.eta,
         "device": shared["device"],
