@@ -64,11 +64,10 @@ class Convolution(nn.Conv2d):
             return super().forward(x)
         if tile := fastest_tile(x, self.out_channels):
             return winograd(x, self.weight, self.bias, tile)
-        if x.shape[2] * x.shape[3] > ENOUGH_POSITIONS:
+        if self.weight.numel() < 2 * x.numel() or not is_channels_last(x):
             return super().forward(x)
-        # on small maps weights in another layout than the map's cost more than laying out the map again
-        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-        return super().forward(x.contiguous()).contiguous(memory_format=layout)
+        # of weights and map, which lie differently, torch would lay out the larger again: the weights
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
     def _as_product(self, x: Tensor) -> Tensor:
         if not is_channels_last(x):
