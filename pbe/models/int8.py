@@ -35,12 +35,13 @@ def _with_int8_weight(kind: type[nn.Module]) -> type[nn.Module]:
 def quantise(module: nn.Module) -> None:
     """Hold the weights of all linear and convolutional layers inside a module in 8 bits, in place.
 
-    The module can compute and be moved afterwards, but neither be trained nor saved.
+    Layers on the meta device, which are not loaded yet, are passed over. The module can compute and be moved
+    afterwards, but neither be trained nor saved.
     """
     for layer in module.modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, Int8Weight):
             continue
-        if layer.weight.numel() < ENOUGH:
+        if layer.weight.numel() < ENOUGH or layer.weight.is_meta:
             continue
         weight = layer.weight.detach()
         scale = weight.float().flatten(1).abs().amax(dim=1).clamp(min=1e-12) / LARGEST
