@@ -305,15 +305,10 @@ class PaintByExample(MemorySettings, DiffusersNames):
         usual = preset is not None and num_inference_steps == DEFAULT_STEPS
         more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
         more |= {"height": height, "width": width, "preserve_background": preserve_background}
-        more |= {"guidance_interval": guidance_interval, "reuse_features": reuse_features}
-        settings = EditSettings(
-            steps=None if usual else num_inference_steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            num_images=num_images_per_prompt,
-            conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked
-            **more,
-        ).checked()
+        more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
+        more |= {"reuse_features": reuse_features, "conventions": conventions}
+        steps = None if usual else num_inference_steps
+        settings = EditSettings(steps=steps, num_images=num_images_per_prompt, **more).checked()
         output = self.edit(
             example_image,
             image,

@@ -95,7 +95,7 @@ class TimmTower(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.trunk = timm.create_model(name, pretrained=False)
+        self.trunk: Any = timm.create_model(name, pretrained=False)
         self.trunk.reset_classifier(0)
         self.head: nn.Module = nn.Identity()
 

@@ -7,6 +7,7 @@ Each output channel has a scale of its own, so that a weight is off by at most 1
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class Int8Weight(nn.Module):
 
 
 @cache
-def _with_int8_weight(kind: type[nn.Module]) -> type[nn.Module]:
+def _with_int8_weight(kind: Any) -> Any:
     return type(f"Int8{kind.__name__}", (Int8Weight, kind), {"__doc__": kind.__doc__})
 
 

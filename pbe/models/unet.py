@@ -281,11 +281,10 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Run everything behind the first convolution, whose output is ``x``."""
         skips = [x]
-        outermost = self.down[0]
-        x, produced = outermost(x, time, context)
+        x, produced = self.down[0](x, time, context)
         known = deep.take(context.shape[0]) if deep is not None and len(self.down) > 1 else None
         if known is not None:
-            x, skips = known, skips + produced[: len(outermost.blocks)]
+            x, skips = known, skips + produced[: self.config.num_res_blocks]
         else:
             x = self._inner_levels(x, skips, produced, time, context)
             if deep is not None:
