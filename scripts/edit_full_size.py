@@ -1,13 +1,12 @@
 """Time and memory of the official size: ``python scripts/edit_full_size.py --dtype bf16 --steps 4``.
 
 The weights are random, made in the type that they are stored in, written as a model folder by a process of
-their own and loaded from there like any other, with ``--int8`` in 8 bits; so this measures time and memory, not pictures. On a GPU ``--levers`` measures what each
-way to save memory saves.
+their own and loaded from there like any other, with ``--int8`` in 8 bits; so this measures time and memory,
+not images. On a GPU ``--levers`` measures what each way to save memory saves.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
@@ -17,10 +16,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pbe.checkpoints.native import save_model
 from pbe.checkpoints.tensors import DTYPES
 from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig
@@ -29,7 +31,6 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from scripts.benchmarks.common import random_model
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 LARGE = 2048  # pixels of the pictures that the autoencoder is measured with
 HALF_LARGE = 1024  # and of those that the UNet is measured with
@@ -56,7 +57,7 @@ def edit(pipe: PaintByExample, size: int, steps: int) -> None:
 def make_model(folder: Path, dtype: str) -> None:
     """Write a model in a process of its own, whose memory is not to be counted."""
     command = [sys.executable, __file__, "--make", str(folder), "--dtype", dtype]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(command, check=True)
 
 
 def measure_edit(
@@ -146,8 +147,13 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="type of the weights")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--levers", action="store_true", help="measure what each lever saves (needs a GPU)")
+    parser.add_argument("--int8", action="store_true", help="load the weights in 8 bits")
+    parser.add_argument("--make", type=Path, help="only write the model, into this folder")
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    if options.make:
+        save_model(options.make, random_model(ModelConfig(), dtype, "cpu"))
+        return
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
     if options.levers:

@@ -26,7 +26,7 @@ from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from scripts.benchmarks.common import add_options, print_rows, write
 from scripts.benchmarks.convergence import Candidate, distance
-from scripts.benchmarks.presets import HEADS, Cases, measure_settings
+from scripts.benchmarks.presets import HEADS, SETTINGS, Cases, measure_settings
 from scripts.benchmarks.solver_runs import (
     CANDIDATES,
     FLOW,
@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scored", type=int, default=90, help="cases that presets are scored on (%(default)s)"
     )
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), help="only these rows of the table")
     parser.add_argument("--model", type=Path, default=Path("data/toy/model"), help="model folder")
     parser.add_argument("--page", type=Path, default=Path("docs/solvers.md"), help="page to put tables into")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/solvers.png"), help="plot to write")
@@ -82,7 +83,8 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     world = ToyWorld(options.world)
     cases = Cases.make(model, world, options.scored, options.guidance, options.seed)
-    rows = measure_settings(cases, options.reference)
+    chosen = {name: each for name, each in SETTINGS.items() if name in (options.settings or SETTINGS)}
+    rows = measure_settings(cases, options.reference, chosen)
     print_rows("settings of an edit", rows)
     title = f"settings, {options.scored} toy edits, guidance {options.guidance:g}"
     write(options, {title: rows})
