@@ -28,7 +28,7 @@ import torch
 
 from pbe.checkpoints.diffusers.config import write_autoencoder
 from pbe.checkpoints.diffusers.names import autoencoder_name
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import SolverChoice
@@ -180,7 +180,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, "edit", repeats=3)
     parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
     parser.add_argument("--size", type=int, default=512, help="height and width of the image, pixels")

@@ -7,6 +7,7 @@ python scripts/benchmarks/performance.py                 # none: write the page 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.errors import UserError
 from scripts.benchmarks.common import RESULTS, ROOT
 
@@ -123,7 +124,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: a benchmark failed, or the page cannot be written.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--run", nargs="+", choices=["all", *BENCHMARKS], default=[], help="benchmarks to run"
     )

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pbe.cli.main import main as pbe
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import main as pbe, run_command
 from pbe.config import ModelConfig, load_config
 from pbe.errors import UserError
 from pbe.models import UNet
@@ -133,7 +132,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, "scaling", repeats=2)
     parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")

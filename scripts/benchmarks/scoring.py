@@ -12,14 +12,11 @@ import numpy as np
 
 from pbe.data.toy.scenes import ToyWorld
 from pbe.evaluation.benchmark.coco_ee import (
-    GT,
     ID_LIST,
-    MASK,
     PARTS,
-    REF,
     BenchmarkFolder,
     case_id,
-    case_path,
+    case_paths,
 )
 from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import make_case
@@ -41,12 +38,12 @@ class ScoringTimes:
 
 
 def synthetic_edits(folder: Path, count: int, size: int) -> tuple[Path, Path]:
-    """Write a benchmark and edits of it: scenes of the toy world, the hole filled from its border.
+    """Write a benchmark and edits of it: scenes of the toy world, the mask filled from its border.
 
     Args:
         folder: made when missing.
         count: of cases.
-        size: sides of the pictures, pixels.
+        size: sides of the images, pixels.
 
     Returns:
         The folders of the benchmark and of the edits.
@@ -71,7 +68,7 @@ def synthetic_edits(folder: Path, count: int, size: int) -> tuple[Path, Path]:
 
 
 def _files(cases: Path, edits: Path, number: int) -> list[Path]:
-    return [*(case_path(cases, part, number) for part in (GT, MASK, REF)), edits / f"{case_id(number)}.png"]
+    return [*case_paths(cases, number), edits / f"{case_id(number)}.png"]
 
 
 def measure_scoring(cases: Path, edits: Path) -> ScoringTimes:

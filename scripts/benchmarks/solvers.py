@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pbe.checkpoints.native import load_model
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from scripts.benchmarks.common import add_options, print_rows, write
@@ -48,7 +48,7 @@ BEGIN, END = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, "solvers", repeats=1)
     parser.add_argument("--only", choices=["presets", "all"], default="all", help="what is measured")
     parser.add_argument(

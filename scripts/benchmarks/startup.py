@@ -7,6 +7,7 @@ Every run is a process of its own; runs take turns.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from scripts.benchmarks.common import ROOT, add_options, machine, print_rows, summary, take_turns, write
 
 IMPORTS = ("pbe", "torch", "pbe.editing.pipeline", "pbe.training.run")
@@ -54,7 +55,7 @@ def first_step(out: str) -> None:
 
 def run(arguments: list[str] | None) -> None:
     """Measure everything and write the numbers."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, "startup", repeats=5)
     options = parser.parse_args(arguments)
     options.clock = "wall"  # of other processes

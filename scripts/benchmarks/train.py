@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import Config, load_config
 from pbe.diffusion.objective import drop_condition
 from pbe.diffusion.schedule import make_schedule
@@ -269,7 +269,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used, diffusers is missing, or the losses differ.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, "train", repeats=3)
     parser.add_argument("--full", action="store_true", help="the official sizes at 256 px")
     parser.add_argument("--compile", action="store_true", help="ours with trainer.compile")

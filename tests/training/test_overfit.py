@@ -20,8 +20,7 @@ from pbe.editing import PaintByExample
 from pbe.models import LatentDiffusion
 from pbe.training.setup import build_model
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS, DiffusionTask
-from pbe.training.tasks.draws import Draws, draw
-from pbe.training.tasks.encoding import encode_batch
+from pbe.training.tasks.encoding import Draws, draw, encode_batch
 from tests.training.tiny import OBJECTS, run, tiny_config
 
 GUIDANCE, STEPS = 3.0, 20
@@ -39,7 +38,7 @@ OVERFIT = (
     "optimizer.warmup_steps=20",
     "optimizer.decay=cosine",
     "optimizer.ema_decay=0.98",
-    "trainer.max_steps=700",
+    "trainer.max_steps=600",
     "logging.every=100",
 )
 

@@ -16,7 +16,7 @@ from pbe.data.packing.pack import PackRequest, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
 from pbe.data.packing.worker import index_keys, load_index
 from pbe.data.samples.decode import decode_image
-from pbe.data.samples.rle import decode_rle
+from pbe.data.samples.masks import decode_rle
 from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco
@@ -321,7 +321,7 @@ def test_shards_close_by_bytes(plain: Path) -> None:
         (["coco:x.json"], "not a file"),
         (["nonsense"], "is not KIND:PATH"),
         (["zip:a"], "is not KIND:PATH"),
-        (["csv:a", "--engine", "hadoop"], "--engine is 'hadoop'"),
+        (["csv:a", "--engine", "hadoop"], '"hadoop" for --engine'),
         (["csv:a", "--part", "3/3"], "it must be I/N"),
         (["csv:a", "--workers", "-1"], "--workers"),
         (["csv:a", "--check-against", "nowhere"], "is not a folder"),

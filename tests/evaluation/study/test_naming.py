@@ -15,7 +15,7 @@ from pbe.checkpoints.native import save_model
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, edit_batch
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.report.sheets import at_side
+from pbe.evaluation.report import at_side
 from pbe.evaluation.study.naming import (
     LETTERS,
     TILE,
@@ -189,7 +189,7 @@ def test_the_true_images_need_no_model(tmp_path: Path, capsys):
     ("arguments", "message"),
     [
         (["make", "--out", "x"], "give --model or --true, and only one of them"),
-        (["make", "--true", "--out", "x", "--objects", "0"], "--objects must be at least 1"),
+        (["make", "--true", "--out", "x", "--objects", "0"], "for --objects. It must be at least 1"),
         (["make", "--true", "--out", "x", "--objects", "182"], "there are 181"),
         (["score", "none.csv", "--key", "none.csv"], "cannot be read"),
     ],
