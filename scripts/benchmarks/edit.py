@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from pbe.checkpoints.diffusers.config import write_autoencoder
+from pbe.checkpoints.diffusers.format import write_autoencoder
 from pbe.checkpoints.diffusers.names import autoencoder_name
 from pbe.cli.main import run_command
 from pbe.config import ModelConfig
@@ -91,7 +91,8 @@ def their_edit(model: LatentDiffusion, options: argparse.Namespace) -> Edit | No
     with torch.device("meta"):
         vae = diffusers.AutoencoderKL.from_config(write_autoencoder(model.config))
     state = {autoencoder_name(key): value for key, value in model.autoencoder.state_dict().items()}
-    vae.load_state_dict(state, assign=True)
+    shapes = {key: value.shape for key, value in vae.state_dict().items()}  # ours have 1x1 convolutions
+    vae.load_state_dict({key: value.view(shapes[key]) for key, value in state.items()}, assign=True)
     image, masked = image_and_mask(options.size)
     device, dtype, scale = model.device, model.dtype, model.config.autoencoder.scale_factor
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(device, dtype) / 127.5 - 1.0

@@ -23,7 +23,7 @@ from scripts.benchmarks.common import ROOT, add_options, machine, print_rows, su
 
 IMPORTS = ("pbe", "torch", "pbe.editing.pipeline", "pbe.training.run")
 EXAMPLE = ROOT / "data" / "examples"
-FIRST = re.compile(rb"\b1/\d+ \[")  # of the bar, once the first step is done
+FIRST = re.compile(rb"\b[1-9]\d*/\d+ \[")  # of the bar, which is drawn twice a second at most
 
 
 def run_python(*words: str) -> Callable[[], None]:
