@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTES
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo setup test test-slow test-wheel lint format docs wheel toy-model clean
+.PHONY: help demo setup test test-slow test-wheel lint format docs wheel toy-model performance clean
 
 help: ## show this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken
 
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
 	$(BIN)/pbe toy train
+
+performance: $(DEV_READY) ## run every benchmark (an hour on two idle cores) and write docs/performance.md
+	$(BIN)/python scripts/benchmarks/performance.py --run all
 
 clean: ## remove caches and build products; .venv and outputs/ stay
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

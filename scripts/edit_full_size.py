@@ -1,25 +1,26 @@
 """Time and memory of the official size: ``python scripts/edit_full_size.py --dtype bf16 --steps 4``.
 
-The weights are random, made in the type that they are stored in, written as a model folder and loaded from
-there like any other; so this measures time and memory, not images. On a GPU ``--levers`` measures what each
-way to save memory saves.
+The weights are random, made in the type that they are stored in, written as a model folder by a process of
+their own and loaded from there like any other, with ``--int8`` in 8 bits; so this measures time and memory,
+not images. On a GPU ``--levers`` measures what each way to save memory saves.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbe.checkpoints.native import save_model
@@ -29,34 +30,11 @@ from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+from scripts.benchmarks.common import random_model
 
-Module = TypeVar("Module", bound=nn.Module)
 GIB = 2**30
 LARGE = 2048  # pixels of the images that the autoencoder is measured with
 HALF_LARGE = 1024  # and of those that the UNet is measured with
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> LatentDiffusion:
-    """Build a model whose weights are drawn in ``dtype``: no float32 copy ever exists."""
-    with torch.device("meta"):
-        model = LatentDiffusion(config)
-    return drawn(model, dtype, device)
-
-
-def drawn(module: Module, dtype: torch.dtype, device: str | torch.device) -> Module:
-    """Give a module on the meta device random weights, and switch it to evaluation.
-
-    Norms start as the identity, everything else is normal with a variance of one over its inputs, so that
-    numbers stay finite through all layers.
-    """
-    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
-        else:
-            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-    return module
 
 
 def peak_memory(device: torch.device) -> str:
@@ -77,23 +55,30 @@ def edit(pipe: PaintByExample, size: int, steps: int) -> None:
     pipe(exemplar, picture, hole, num_inference_steps=steps, generator=generator)
 
 
-def measure_edit(folder: Path, dtype: torch.dtype, device: torch.device, size: int, steps: int) -> None:
-    """Make the model, load it from ``folder`` and edit once; print time and peak memory of each."""
+def make_model(folder: Path, dtype: str) -> None:
+    """Write a model in a process of its own, whose memory is not to be counted."""
+    command = [sys.executable, __file__, "--make", str(folder), "--dtype", dtype]
+    subprocess.run(command, check=True)
+
+
+def measure_edit(
+    folder: Path, dtype: torch.dtype, device: torch.device, size: int, steps: int, int8: bool
+) -> None:
+    """Load the model from ``folder`` and edit once; print time and peak memory of each."""
     started = time.perf_counter()
 
     def report(stage: str) -> None:
         print(f"{stage}: done at {time.perf_counter() - started:.1f} s; peak memory {peak_memory(device)}")
 
-    save_model(folder, random_model(ModelConfig(), dtype, "cpu"))
-    report("made and written")
-    pipe = PaintByExample.from_pretrained(folder, device=device, dtype=dtype)
+    pipe = PaintByExample.from_pretrained(folder, device=device, dtype=dtype, int8=int8)
     report("loaded")
     before = time.perf_counter()
     edit(pipe, size, steps)
     seconds = time.perf_counter() - before
     report("edited")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{size}x{size} at {steps} steps in {dtype} on {device}{threads}: {seconds:.1f} s")
+    kind = f"{dtype}{' with weights in 8 bits' if int8 else ''}"
+    print(f"{size}x{size} at {steps} steps in {kind} on {device}{threads}: {seconds:.1f} s")
 
 
 @torch.no_grad()
@@ -163,8 +148,13 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="type of the weights")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--levers", action="store_true", help="measure what each lever saves (needs a GPU)")
+    parser.add_argument("--int8", action="store_true", help="load the weights in 8 bits")
+    parser.add_argument("--make", type=Path, help="only write the model, into this folder")
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    if options.make:
+        save_model(options.make, random_model(ModelConfig(), dtype, "cpu"))
+        return
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
     if options.levers:
@@ -173,7 +163,8 @@ def run(arguments: list[str] | None) -> None:
         measure_levers(dtype, device, options.size, options.steps)
         return
     with tempfile.TemporaryDirectory(prefix="full-size-") as folder:
-        measure_edit(Path(folder), dtype, device, options.size, options.steps)
+        make_model(Path(folder), options.dtype)
+        measure_edit(Path(folder), dtype, device, options.size, options.steps, options.int8)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -339,3 +339,17 @@ def test_the_script_edits_until_ctrl_c(project_root: Path, model: Path, files: P
     assert printed.splitlines()[0] == f"{files}/out/a_0.png"
     assert pixels(files / "out/a_0.png").shape == (30, 40, 3)
     assert not list((files / "out").glob(".*"))
+
+
+def test_a_preset_is_recorded_as_what_it_stands_for(model: Path, files: Path):
+    fast = ("--preset", "draft", "--guidance-interval", "0.1", "0.9", "--reuse-features", "2")
+    assert main(arguments(model, files, *fast)) == 0
+    record = json.loads((files / "out/a_0.json").read_text())
+    expected = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 4, "reuse_features": 2}
+    assert {key: record[key] for key in expected} == expected
+    assert record["guidance_interval"] == [0.1, 0.9]
+    again = shlex.split(record["repeat"])[2:]
+    again[again.index("--out") + 1] = f"{files}/again"
+    assert main(again) == 0
+    np.testing.assert_array_equal(pixels(files / "again/a_0.png"), pixels(files / "out/a_0.png"))
+    assert main(arguments(model, files, "--preset", "fast")) == 2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import open_clip
-
 from pbe.checkpoints.key_map import Kind
 from pbe.checkpoints.tensors import Lazies
 from pbe.config import ExemplarEncoderConfig
@@ -37,6 +35,8 @@ def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
     """Return the sizes of a configured tower."""
     if sizes := TowerSizes.from_name(config.tower):
         return sizes
+    import open_clip  # takes seconds
+
     known = open_clip.get_model_config(config.tower) or {}
     vision = known.get("vision_cfg", {})
     if not vision or set(vision) - PLAIN or not isinstance(vision["layers"], int):

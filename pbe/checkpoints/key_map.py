@@ -26,6 +26,7 @@ from pbe.checkpoints.tensors import (
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.errors import UserError, first_line
 from pbe.models import ExemplarEncoder, LatentDiffusion
+from pbe.models.int8 import quantise
 
 LARGEST, MOST_LAYERS, MOST_LEVELS = 1 << 20, 256, 32  # of a width, of layers, and of what a list counts
 PARTS = ("unet", "autoencoder", "exemplar_encoder")
@@ -257,9 +258,21 @@ class OpenedModel:
         check_floating({k: v for k, v in self.tensors.items() if not k.endswith(WHOLE)}, self.source)
         return {key: whole(value) if key.endswith(WHOLE) else value for key, value in self.tensors.items()}
 
-    def read(self, dtype: torch.dtype | None) -> LatentDiffusion:
-        """Read the weights into a model on the CPU, in evaluation mode; ``dtype`` None keeps the file's."""
+    def read(self, dtype: torch.dtype | None, *, int8: bool = False) -> LatentDiffusion:
+        """Read the weights into a model on the CPU, in evaluation mode; ``dtype`` None keeps the file's.
+
+        With ``int8`` the layers of UNet and exemplar encoder keep their weights in 8 bits, as
+        :mod:`pbe.models.int8` does it; one after the other, so that never more than one is there in full.
+        """
         model = empty_model(self.config)
-        state = {key: checked(key, value, dtype, self.source) for key, value in self.tensors.items()}
-        model.load_state_dict(state, assign=True)
+        layers: dict[str, Lazies] = {}
+        for key, value in self.tensors.items():
+            layers.setdefault(key.rpartition(".")[0] if int8 else "", {})[key] = value
+        for name, tensors in layers.items():
+            layer = model.get_submodule(name)
+            state = {key: checked(key, value, dtype, self.source) for key, value in tensors.items()}
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items()}
+            layer.load_state_dict(own, assign=True, strict=not int8)
+            if int8 and not name.startswith("autoencoder."):
+                quantise(layer)
         return model.eval().requires_grad_(False)

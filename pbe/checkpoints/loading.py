@@ -69,6 +69,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     files: FileChoice = ANY,
     raw_weights: bool = False,
+    int8: bool = False,
 ) -> Loaded:
     """Load a model of any layout, strictly; where it is not one, the error says what it looks like.
 
@@ -83,9 +84,10 @@ def load_checkpoint(
         dtype: type of the weights in memory; None means float32.
         files: which copies of the weights, where a folder holds several.
         raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
+        int8: hold the weights of UNet and exemplar encoder in 8 bits; ``dtype`` is then what they compute in.
     """
     opened = open_checkpoint(path, config, files, raw_weights=raw_weights)
-    model = opened.read(dtype or torch.float32).to(device)
+    model = opened.read(dtype or torch.float32, int8=int8).to(device)
     return Loaded(model, opened.layout, opened.usage, opened.safety_checker, opened.notes)
 
 

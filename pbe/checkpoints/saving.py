@@ -24,6 +24,7 @@ from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.files import staged
 from pbe.models import LatentDiffusion
+from pbe.models.int8 import is_quantised
 
 LAYOUTS = ("native", "compvis", "diffusers")
 CHECKPOINT, YAML = "model.ckpt", "config.yaml"
@@ -57,6 +58,8 @@ def save_checkpoint(
         beside: writes what else belongs into the folder, such as a safety checker, into the one it is given.
     """
     folder = Path(folder)
+    if is_quantised(model):
+        raise UserError("weights in 8 bits cannot be saved; load the model without int8, and save that")
     check_layout(model.config, layout)
     _check_target(folder, layout)
     with staged(folder) as staging:

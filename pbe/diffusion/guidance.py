@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from pbe.diffusion.schedule import NoiseSchedule
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Interval = tuple[float, float]
+"""Lowest and highest noise level, as shares of the schedule: 0 is clean, 1 is noise."""
+EVERYWHERE: Interval = (0.0, 1.0)
 
 
 def guided(
@@ -37,6 +40,23 @@ def guided(
         return null + guidance_scale * (conditional - null)
 
     return predict
+
+
+def guided_in(
+    interval: Interval, inside: PredictNoise, outside: PredictNoise, timesteps: Sequence[float], last: int
+) -> PredictNoise:
+    """Guide in an interval of noise levels only (Kynkäänniemi et al. 2024): other calls cost one half.
+
+    Args:
+        interval: where guidance is at work, both ends included.
+        inside: the guided predictor.
+        outside: the predictor of the conditional branch alone.
+        timesteps: of all calls to come, in their order; so the host need not ask the device for them.
+        last: timestep of pure noise.
+    """
+    low, high = interval
+    plan = iter([low * last <= timestep <= high * last for timestep in timesteps])
+    return lambda x_t, timesteps: (inside if next(plan) else outside)(x_t, timesteps)
 
 
 def noise_from_v(predict_v: PredictNoise, schedule: NoiseSchedule) -> PredictNoise:

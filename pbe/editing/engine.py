@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pbe.diffusion.guidance import PredictNoise, guided, noise_from_v
+from pbe.diffusion.guidance import (
+    EVERYWHERE,
+    Interval,
+    Network,
+    PredictNoise,
+    guided,
+    guided_in,
+    noise_from_v,
+)
 from pbe.diffusion.noise import Generators, draw_noise
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers import Callback, SolverChoice, get_solver
@@ -30,6 +38,7 @@ from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from pbe.models.codec import known_pixels
 from pbe.models.latent_diffusion import masked_image
+from pbe.models.unet import DeepFeatures
 
 ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # of so many steps; gives what is told of each
 
@@ -60,7 +69,7 @@ def count_steps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSch
         kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
         raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
     try:
-        return len(solver.grid(schedule, settings.steps, choice))
+        return len(solver.grid(schedule, settings.count, choice))
     except UserError as error:
         raise EditValueError(str(error)) from error
 
@@ -80,7 +89,7 @@ def solve(
         predict,
         x_T,
         schedule,
-        settings.steps,
+        settings.count,
         eta=settings.eta,
         generator=generator,
         callback=callback,
@@ -170,22 +179,44 @@ def prepared_predictor(
     conditioning: Conditioning,
     guidance_scale: float,
     timesteps: Tensor,
+    *,
+    interval: Interval = EVERYWHERE,
+    reuse: int = 1,
 ) -> PredictNoise:
     """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
 
-    Weights must stay as they are while it is used, and lie whole in memory; ``timesteps`` ``(n,)`` are all
-    that the solver will ask for.
+    Weights must stay as they are while it is used, and lie whole in memory; it serves one edit.
+
+    Args:
+        model: to edit with.
+        schedule: of its noise.
+        conditioning: of the batch.
+        guidance_scale: 1 turns guidance off.
+        timesteps: ``(n,)`` all that the solver will ask for, in that order.
+        interval: of noise levels where guidance is at work; elsewhere a call costs one half.
+        reuse: so many calls share the UNet's inner levels; 1 shares nothing, above is an approximation.
     """
-    condition, dtype = conditioning.condition, model.dtype
+    condition = conditioning.condition
     null = model.null_condition(*condition.shape[:2])
-    both = condition if guidance_scale == 1.0 else torch.cat([null, condition])  # in the order of `guided`
-    fixed = (conditioning.masked_latents, conditioning.keep_mask)
-    prepared = model.prepare(both, *fixed, timesteps.to(model.device))
+    known = timesteps.to(model.device)
 
-    def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return model.predict_prepared(x_t.to(dtype), timesteps, prepared).float()
+    def of(*conditions: Tensor) -> Network:
+        fixed = (conditioning.masked_latents, conditioning.keep_mask)
+        prepared = model.prepare(torch.cat(conditions), *fixed, known)
+        deep = DeepFeatures(reuse) if reuse > 1 else None
+        return lambda x_t, timesteps, _: model.predict_prepared(
+            x_t.to(model.dtype), timesteps, prepared, deep
+        ).float()
 
-    predict = guided(network, condition, null, guidance_scale)
+    def alone() -> PredictNoise:
+        return guided(of(condition), condition, null, 1.0)
+
+    if guidance_scale == 1.0:
+        predict = alone()
+    else:
+        predict = guided(of(null, condition), condition, null, guidance_scale)  # null first, as in `guided`
+        if interval != EVERYWHERE:
+            predict = guided_in(interval, predict, alone(), timesteps.tolist(), len(schedule.betas) - 1)
     return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
 
 
@@ -228,7 +259,15 @@ class Engine:
         scale = max(settings.guidance_scale, self.conventions.guidance_floor)
         steps = count_steps(choice, settings, self.schedule)
         timesteps = network_timesteps(choice, settings, self.schedule)
-        predict = prepared_predictor(self.model, self.schedule, conditioning, scale, timesteps)
+        predict = prepared_predictor(
+            self.model,
+            self.schedule,
+            conditioning,
+            scale,
+            timesteps,
+            interval=settings.guidance_interval,
+            reuse=settings.reuse_features,
+        )
         with show(steps) as step:
             generator = batch.generator
             sampled = solve(choice, settings, predict, x_T, self.schedule, generator=generator, callback=step)

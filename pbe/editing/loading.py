@@ -286,6 +286,7 @@ def load_parts(
     given: LoadingArguments,
     *,
     raw_weights: bool = False,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Load a model, its sampling settings and its safety checker: what a pipeline is made of."""
     place, dtype = "cpu" if given.device is None else given.device, given.dtype
@@ -298,6 +299,7 @@ def load_parts(
         dtype=dtype,
         files=hub.files,
         raw_weights=raw_weights,
+        int8=int8,
     )
     usage = loaded.usage
     if solver is not None and given.scheduler is not None:

@@ -22,14 +22,7 @@ from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers import Callback, SolverChoice
 from pbe.editing.compatibility import DiffusersNames
 from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_arguments
-from pbe.editing.engine import (
-    Engine,
-    check_callback,
-    choose_solver,
-    count_steps,
-    merge_choice,
-    progress_bar,
-)
+from pbe.editing.engine import Engine, check_callback, choose_solver, count_steps, merge_choice, progress_bar
 from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.inputs import Batch, check_generator, match_inputs, read_exemplars
 from pbe.editing.loading import (
@@ -47,7 +40,7 @@ from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_outpu
 from pbe.editing.placement import View, choose_view, place_back, resize_batch
 from pbe.editing.preprocess import check_embeds, crop_settings
 from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_safety_checker
-from pbe.editing.settings import EditSettings, check_count, get_conventions
+from pbe.editing.settings import DEFAULT_STEPS, EditSettings, check_count, get_conventions
 from pbe.errors import EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
@@ -126,6 +119,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         local_files_only: bool = False,
         token: str | bool | None = None,
         raw_weights: bool = False,
+        int8: bool = False,
         **others: Any,
     ) -> PaintByExample:
         """Load a model: a folder in any layout or of a run, a checkpoint, or a repository of the Hub.
@@ -147,6 +141,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
             local_files_only: use what is cached and stay offline.
             token: for private repositories; None is the one of ``hf auth login``.
             raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
+            int8: hold the weights of UNet and exemplar encoder in 8 bits: half of bfloat16's memory.
             others: arguments of diffusers' pipelines: ``torch_dtype``, ``device_map`` (one device),
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
@@ -155,7 +150,9 @@ class PaintByExample(MemorySettings, DiffusersNames):
         given = read_arguments(others, dtype, device, inspect.signature(cls.from_pretrained))
         hub = Hub(revision, cache_dir, local_files_only, token, given.files, given.force_download)
         path = pretrained_model_name_or_path
-        parts = load_parts(path, config, solver, safety_checker, hub, given, raw_weights=raw_weights)
+        parts = load_parts(
+            path, config, solver, safety_checker, hub, given, raw_weights=raw_weights, int8=int8
+        )
         pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
         return pipe
@@ -294,22 +291,24 @@ class PaintByExample(MemorySettings, DiffusersNames):
         solver: str | SolverChoice | None = None,
         margin: float = EditSettings.margin,
         feather: float | None = None,
+        preset: str | None = None,
+        guidance_interval: tuple[float, float] = EditSettings.guidance_interval,
+        reuse_features: int = 1,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
         """Paint the exemplar into the masked region; docs/pipeline.md explains every argument."""
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
-        place: dict[str, Any] = {"region": region, "margin": margin, "feather": feather}
-        place |= {"height": height, "width": width, "preserve_background": preserve_background}
-        settings = EditSettings(
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            num_images=num_images_per_prompt,
-            conventions=conventions,  # type: ignore[arg-type]  # any name, which is checked
-            **place,
-        ).checked()
+        if preset is not None and solver is not None:
+            raise EditValueError("preset and solver both name a solver; give one of them")
+        usual = preset is not None and num_inference_steps == DEFAULT_STEPS
+        more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
+        more |= {"height": height, "width": width, "preserve_background": preserve_background}
+        more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
+        more |= {"reuse_features": reuse_features, "conventions": conventions}
+        steps = None if usual else num_inference_steps
+        settings = EditSettings(steps=steps, num_images=num_images_per_prompt, **more).checked()
         output = self.edit(
             example_image,
             image,

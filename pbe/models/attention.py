@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.errors import UserError
+from pbe.models.convolution import Convolution, is_channels_last
 from pbe.models.layers import make_norm, zero_init
 
 SHORT = 64 * 64
@@ -207,14 +208,15 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, *, num_heads: int, context_dim: int, groups: int) -> None:
         super().__init__()
         self.norm = make_norm(channels, groups, 1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Convolution(channels, channels, 1)
         self.block = TransformerBlock(channels, num_heads=num_heads, context_dim=context_dim)
-        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(Convolution(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | PreparedCondition) -> Tensor:
         """Map ``(b, c, h, w)`` to the same shape, given a context ``(b, m, context_dim)``."""
         height = x.shape[2]
         tokens = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         tokens = self.block(tokens, context)
-        output = self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous())
+        tokens = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        output = self.proj_out(tokens if is_channels_last(x) else tokens.contiguous())
         return repeat_to(x, len(output)) + output

@@ -11,18 +11,18 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import open_clip
 import timm
-from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
 from torch import Tensor, nn
 
 from pbe.config import Config, ExemplarEncoderConfig
 from pbe.errors import UserError
 
-TIMM = "timm/"
+TIMM, DESCRIBED = "timm/", "vit/"
 PACKAGED = (127 / 255, 128 / 255)  # mean and deviation of the weights that come as a Python package
 LARGEST = 4096  # pixels; a position table of more would take gigabytes
 OFFICIAL = "ViT-L-14-quickgelu"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT = re.compile(r"vit/(\d+)x(\d+)-patch(\d+)-heads(\d+)-mlp(\d+)(-quickgelu)?")
 
 
@@ -68,6 +68,11 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
         on open_clip's own transformers), and its width.
     """
     follow_tower(config)
+    if config.tower.startswith(TIMM):
+        trunk = TimmTower(_known_to_timm(config.tower.removeprefix(TIMM)))
+        return trunk, _finish_trunk(trunk, config)
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
+
     vision, embed_dim, quick_gelu = _vision_config(config)
     tower = _build_vision_tower(
         embed_dim=embed_dim, vision_cfg=CLIPVisionCfg(**vision), quick_gelu=quick_gelu
@@ -80,6 +85,23 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
         return tower, width
     tower.proj = None
     return tower, embed_dim if vision.get("attentional_pool") else int(vision["width"])
+
+
+class TimmTower(nn.Module):
+    """A bare timm trunk, pooled as it is by itself; keys are those of open_clip's adapter.
+
+    open_clip takes as long to import as everything else together, and such a tower needs nothing of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.trunk: Any = timm.create_model(name, pretrained=False)
+        self.trunk.reset_classifier(0)
+        self.head: nn.Module = nn.Identity()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map ``(b, 3, s, s)`` to the pooled feature ``(b, width)``."""
+        return self.head(self.trunk(pixels))
 
 
 def _finish_trunk(tower: nn.Module, config: ExemplarEncoderConfig) -> int:
@@ -96,16 +118,10 @@ def _finish_trunk(tower: nn.Module, config: ExemplarEncoderConfig) -> int:
 
 def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
     """Return open_clip's vision section, the width of CLIP's common space, and whether it uses QuickGELU."""
-    if config.tower.startswith("vit/"):
+    if config.tower.startswith(DESCRIBED):
         return _described_transformer(config)
-    if config.tower.startswith("timm/"):
-        # without a pool of CLIP's the trunk keeps its own: class token, or a convolutional one's average
-        vision: dict[str, Any] = {
-            "timm_model_name": config.tower.removeprefix("timm/"),
-            "timm_pool": "",
-            "timm_proj": "linear",
-        }
-        return _checked(vision | {"image_size": config.image_size}), 1, False
+    import open_clip
+
     known = open_clip.get_model_config(config.tower)
     if known is None:
         raise UserError(
@@ -120,7 +136,10 @@ def _vision_config(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, 
         vision["output_tokens"] = config.tokens == "all"
         if vision.get("patch_size"):  # none of CLIP's ResNets
             check_divided(config, int(vision["patch_size"]))
-    return _checked(vision), int(known["embed_dim"]), bool(known.get("quick_gelu", False))
+    if "timm_model_name" in vision:
+        _known_to_timm(vision["timm_model_name"])
+    vision["timm_model_pretrained"] = False
+    return vision, int(known["embed_dim"]), bool(known.get("quick_gelu", False))
 
 
 def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any], int, bool]:
@@ -148,12 +167,10 @@ def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any
     return vision, sizes.width, sizes.quick_gelu
 
 
-def _checked(vision: dict[str, Any]) -> dict[str, Any]:
-    name = vision.get("timm_model_name")
-    if name is not None and not timm.is_model(name):
+def _known_to_timm(name: str) -> str:
+    if not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'; timm.list_models() shows those that exist")
-    vision["timm_model_pretrained"] = False
-    return vision
+    return name
 
 
 def tower_stages(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -222,12 +239,16 @@ def tower_facts(config: ExemplarEncoderConfig) -> TowerFacts:
     timm's and open_clip's own lists say it: that of the tag in ``pretrained``, else of the tag in the name of
     the tower, else of the architecture. Transformers that are described by sizes are CLIP's.
     """
-    clip = TowerFacts(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    clip = TowerFacts(CLIP_MEAN, CLIP_STD)
     if config.tower.startswith(TIMM):
         facts = _timm_facts(config)
         if config.pretrained == "pypi":
             return replace(facts or clip, mean=(PACKAGED[0],) * 3, std=(PACKAGED[1],) * 3)
         return facts or clip
+    if config.tower.startswith(DESCRIBED):
+        return clip
+    import open_clip
+
     known = open_clip.get_model_config(config.tower)
     if known is None:
         return clip
@@ -257,6 +278,8 @@ def _timm_facts(config: ExemplarEncoderConfig) -> TowerFacts | None:
 def timm_name(config: ExemplarEncoderConfig) -> tuple[str, str]:
     """Return timm's name of a tower and the tag of its weights: ``pretrained``, or that in the name."""
     if not config.tower.startswith(TIMM):  # one of open_clip's around a trunk of timm's
+        import open_clip
+
         return str(open_clip.get_model_config(config.tower)["vision_cfg"]["timm_model_name"]), ""
     name, _, tag = config.tower.removeprefix(TIMM).partition(".")
     tags = timm_tags(name)

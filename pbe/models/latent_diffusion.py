@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pbe.config import ModelConfig
 from pbe.models.autoencoder import AutoencoderKL
 from pbe.models.exemplar_encoder import ExemplarEncoder
-from pbe.models.unet import Prepared, UNet
+from pbe.models.unet import DeepFeatures, Prepared, UNet
 
 
 class LatentDiffusion(nn.Module):
@@ -142,10 +142,12 @@ class LatentDiffusion(nn.Module):
         self._use("unet")
         return self.unet.prepare(condition, masked_latents, keep_mask, timesteps)
 
-    def predict_prepared(self, x_t: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
+    def predict_prepared(
+        self, x_t: Tensor, timesteps: Tensor, prepared: Prepared, deep: DeepFeatures | None = None
+    ) -> Tensor:
         """Do what :meth:`predict` does with ``(k b, z, h, w)``, k times the same, for k conditions."""
         self._use("unet")
-        return self.unet(x_t, timesteps, prepared)
+        return self.unet(x_t, timesteps, prepared, deep)
 
 
 def masked_image(images: Tensor, keep_mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe.models.convolution import Convolution
+
 
 def zero_init(module: nn.Conv2d) -> nn.Conv2d:
     """Set weight and bias of a convolution to zero, so that its residual branch starts as the identity."""
@@ -75,13 +77,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.modulation = modulation
         self.norm1 = make_norm(in_channels, groups, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Convolution(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(time_dim, out_channels * (1 + modulation)) if time_dim else None
         self.norm2 = make_norm(out_channels, groups, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Convolution(out_channels, out_channels, 3, padding=1)
         if time_dim:  # the UNet starts every residual branch at zero, the autoencoder does not
             zero_init(self.conv2)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.skip = Convolution(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def embed(self, time: Tensor) -> Tensor:
         """Map time embeddings ``(n, time_dim)`` to what this block adds, or scales and shifts with."""
@@ -116,7 +118,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Convolution(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Map ``(b, c, h, w)`` to ``(b, c, 2h, 2w)``, or to a ``size`` without its last row or column."""

@@ -52,6 +52,32 @@ class Prepared:
         return dict(zip(self.blocks, parts, strict=True))
 
 
+class DeepFeatures:
+    """What the UNet's inner levels made of one call, kept for the calls that follow it.
+
+    Between neighbouring noise levels it changes slowly (Ma et al. 2024, DeepCache): calls that take it over
+    run the outermost level only. An approximation.
+
+    Args:
+        every: so many calls share what the first of them makes; 1 keeps nothing.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._calls = 0
+        self._kept: Tensor | None = None
+
+    def take(self, rows: int) -> Tensor | None:
+        """Return what is kept for a batch of ``rows``, or None where this call must make it."""
+        due = self._calls % self.every == 0 or self._kept is None or len(self._kept) != rows
+        self._calls = 1 if due else self._calls + 1
+        return None if due else self._kept
+
+    def keep(self, made: Tensor) -> None:
+        """Keep what a call made."""
+        self._kept = made
+
+
 class Level(nn.Module):
     """One resolution of the UNet: residual blocks, each with a transformer where the level has them."""
 
@@ -175,7 +201,13 @@ class UNet(nn.Module):
             levels.append(level)
         return levels
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | Prepared) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Prepared,
+        deep: DeepFeatures | None = None,
+    ) -> Tensor:
         """Predict the noise (or v).
 
         Args:
@@ -185,13 +217,17 @@ class UNet(nn.Module):
                 prepared, or the output is NaN.
             context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
                 for each sample.
+            deep: with a prepared context, what the calls of one edit share.
 
         Returns:
             ``(b, z, h, w)``, or ``(k b, z, h, w)``.
         """
         if isinstance(context, Prepared):
             x = self._first_convolution(x, context)
-            return self.after_input(x, context.time(timesteps), context.condition)
+            if x.device.type == "cpu" and not torch.is_grad_enabled():
+                # transformers and 1x1 convolutions then read positions as rows, without a copy
+                x = x.contiguous(memory_format=torch.channels_last)
+            return self.after_input(x, context.time(timesteps), context.condition, deep)
         time = self.embed_time(timesteps)
         if self.context_embed is not None:
             time = time + self.context_embed(context.mean(dim=1))
@@ -240,13 +276,31 @@ class UNet(nn.Module):
         embedding = timestep_embedding(timesteps, self.config.model_channels)
         return self.time_embed(embedding.to(self.conv_in.weight.dtype))
 
-    def after_input(self, x: Tensor, time: Time, context: Context) -> Tensor:
+    def after_input(
+        self, x: Tensor, time: Time, context: Context, deep: DeepFeatures | None = None
+    ) -> Tensor:
         """Run everything behind the first convolution, whose output is ``x``."""
         skips = [x]
-        for level in self.down:
+        x, produced = self.down[0](x, time, context)
+        known = deep.take(context.shape[0]) if deep is not None and len(self.down) > 1 else None
+        if known is not None:
+            x, skips = known, skips + produced[: self.config.num_res_blocks]
+        else:
+            x = self._inner_levels(x, skips, produced, time, context)
+            if deep is not None:
+                deep.keep(x)
+        x = self.up[-1](x, skips, time, context)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+    def _inner_levels(
+        self, x: Tensor, skips: list[Tensor], produced: list[Tensor], time: Time, context: Context
+    ) -> Tensor:
+        """Run all but the outermost level; leaves in ``skips`` what that one wants."""
+        skips += produced
+        for level in self.down[1:]:
             x, produced = level(x, time, context)
             skips += produced
         x = self.mid2(self.mid_attention(self.mid1(x, time), context), time)
-        for level in self.up:
+        for level in self.up[:-1]:
             x = level(x, skips, time, context)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return x

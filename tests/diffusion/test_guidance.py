@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pbe.config import ScheduleConfig
-from pbe.diffusion.guidance import guided, noise_from_v
+from pbe.diffusion.guidance import guided, guided_in, noise_from_v
 from pbe.diffusion.schedule import make_schedule
 
 SCHEDULE = make_schedule(ScheduleConfig())
@@ -60,3 +60,15 @@ def test_guidance_on_v_equals_guidance_on_the_noise_it_stands_for() -> None:
         return noise_from_v(lambda a, b: Network()(a, b, condition), SCHEDULE)(x, timesteps)
 
     torch.testing.assert_close(guided(network, CONDITION, NULL, 3.0)(X, T), outside)
+
+
+def test_outside_of_the_interval_the_condition_runs_alone() -> None:
+    network, timesteps = Network(), [999, 800, 400, 200, 0]
+    both = guided(network, CONDITION, NULL, 5.0)
+    alone = guided(network, CONDITION, NULL, 1.0)
+    predict = guided_in((0.2, 800 / 999), both, alone, timesteps, 999)
+    made = [predict(X, T * 0 + timestep) for timestep in timesteps]
+    assert [len(x) // len(X) for x, _, _ in network.calls] == [1, 2, 2, 2, 1]
+    for index, result in enumerate(made):
+        scale = 5.0 if index in (1, 2, 3) else 1.0
+        torch.testing.assert_close(result, guided(Network(), CONDITION, NULL, scale)(X, T))

@@ -147,3 +147,27 @@ def test_scale_one_costs_one_half(scale: float, rows: int) -> None:
     predict = prepared_predictor(model, schedule, conditioning, scale, torch.tensor([7]))
     assert predict(torch.randn(2, 4, 8, 8), torch.tensor([7, 7])).shape == (2, 4, 8, 8)
     assert seen == [rows]
+
+
+@torch.no_grad()
+def test_interval_and_sharing_in_a_whole_solve() -> None:
+    """An interval of everything is plain guidance, of nothing is none; sharing moves the end a little."""
+    model = randomised(LatentDiffusion(tiny_model_config()), std=0.05).double()
+    schedule = make_schedule(model.config.schedule)
+    fixed = torch.randn(2, 4, 8, 8).double(), torch.ones(2, 1, 8, 8).double()
+    conditioning, start = Conditioning(torch.randn(2, 1, 24).double(), *fixed), torch.randn(2, 4, 8, 8)
+    choice, settings = SolverChoice("unipc"), EditSettings(steps=8)
+    known = network_timesteps(choice, settings, schedule)
+
+    def end(scale: float, **options: Any) -> torch.Tensor:
+        predict = prepared_predictor(model, schedule, conditioning, scale, known, **options)
+        return solve(choice, settings, predict, start, schedule, generator=torch.Generator())
+
+    whole, alone = end(3.0), end(1.0)
+    assert torch.equal(end(3.0, interval=(0.0, 1.0)), whole)
+    assert relative(end(3.0, interval=(0.0, 0.0)), alone) < 1e-6
+    assert relative(whole, alone) > 1e-3
+    half = end(3.0, interval=(0.0, 0.5))
+    assert relative(half, whole) > 1e-4
+    assert relative(half, alone) > 1e-4
+    assert 0.0 < relative(end(3.0, reuse=2), whole) < 0.2

@@ -20,7 +20,7 @@ from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing import PaintByExample
 from pbe.editing.safety import CheckerSizes, SafetyChecker
 from pbe.errors import UserError, warn_once
-from pbe.models import AutoencoderKL, LatentDiffusion, UNet
+from pbe.models import AutoencoderKL, LatentDiffusion, UNet, int8
 from pbe.models.image_tower import TowerSizes
 from tests.editing.conftest import Scene
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
@@ -312,3 +312,24 @@ def test_parts_that_do_not_fit_together(clip_model: LatentDiffusion):
         name = "unet" if isinstance(part, UNet) else "autoencoder"
         with pytest.raises(ValueError, match=message):
             PaintByExample(**(parts | {name: part}))
+
+
+def test_weights_in_8_bits(
+    clip_model: LatentDiffusion, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Loaded layer by layer they are what quantising the whole gives; they compute, and are not saved."""
+    monkeypatch.setattr(int8, "ENOUGH", 1)
+    PaintByExample(clip_model).save_pretrained(tmp_path / "model")
+    pipe = PaintByExample.from_pretrained(tmp_path / "model", int8=True)
+    plain = PaintByExample.from_pretrained(tmp_path / "model")
+    assert not int8.is_quantised(pipe.autoencoder)
+    assert not [name for name, each in pipe.model.named_parameters() if each.is_meta]
+    for network in (plain.unet, plain.exemplar_encoder):
+        int8.quantise(network)
+    expected = plain.model.state_dict()
+    assert pipe.model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in pipe.model.state_dict().items())
+    assert np.isfinite(edit(pipe, scene)).all()
+    with pytest.raises(UserError, match="weights in 8 bits cannot be saved; load the model without int8"):
+        pipe.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -328,3 +328,22 @@ def test_types_that_cannot_be_used(
 ):
     with pytest.raises(TypeError, match=message):
         edit(pipe, scene, **arguments)
+
+
+def test_presets_and_intervals_of_a_call(pipe: PaintByExample, scene: Scene):
+    def made(**settings: Any) -> np.ndarray:
+        return pipe(
+            scene.exemplar, scene.picture, scene.mask, generator=seeded(), output_type="np", **settings
+        ).images
+
+    draft = made(preset="draft")
+    own = SolverChoice("dpmpp_2m", spacing="trailing")
+    np.testing.assert_array_equal(made(solver=own, num_inference_steps=10), draft)
+    fewer = made(preset="draft", num_inference_steps=3)
+    np.testing.assert_array_equal(made(solver=own, num_inference_steps=3), fewer)
+    everywhere = made(preset="draft", num_inference_steps=3, guidance_interval=(0.0, 1.0))
+    np.testing.assert_array_equal(everywhere, fewer)
+    assert np.abs(made(preset="draft", num_inference_steps=3, guidance_interval=(0.0, 0.5)) - fewer).max() > 0
+    assert np.abs(made(preset="draft", num_inference_steps=3, reuse_features=2) - fewer).max() > 0
+    with pytest.raises(EditValueError, match="preset and solver both name a solver"):
+        made(preset="draft", solver="ddim")

@@ -12,7 +12,7 @@ import torch
 
 from pbe.editing import loading
 from pbe.editing.loading import Hub
-from pbe.editing.settings import EditSettings, check_count, check_number, existing_path
+from pbe.editing.settings import PRESETS, EditSettings, check_count, check_number, existing_path
 from pbe.errors import EditTypeError, EditValueError
 
 
@@ -103,4 +103,36 @@ def test_settings_become_plain_numbers():
 )
 def test_settings_of_no_meaning(settings: dict[str, Any], message: str):
     with pytest.raises((EditTypeError, EditValueError), match=message):
+        EditSettings(**settings).checked()
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_fill_in_what_is_not_given(name: Any):
+    found, values = EditSettings(preset=name).checked(), PRESETS[name]
+    assert {key: getattr(found, key) for key in values} == values
+    assert (found.preset, found.count) == (None, values["steps"])
+    assert EditSettings(preset=name, steps=50).checked().count == 50
+    own = EditSettings(preset=name, solver="ddim").checked()
+    assert (own.solver, own.spacing, own.karras, own.count) == ("ddim", None, False, values["steps"])
+    spaced = EditSettings(preset=name, spacing="leading").checked()
+    assert (spaced.solver, spaced.spacing, spaced.karras) == (values["solver"], "leading", False)
+
+
+def test_without_a_preset_there_are_fifty_steps():
+    assert EditSettings().checked().count == 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"preset": "fast"}, EditValueError, "no preset 'fast'; there are: draft, normal, best"),
+        ({"guidance_interval": (0.5, 0.2)}, EditValueError, "is 0.5 to 0.2; the lower number comes first"),
+        ({"guidance_interval": (0.5, 1.2)}, EditValueError, "it must lie between 0 and 1"),
+        ({"guidance_interval": 0.5}, EditTypeError, "it must be two numbers from 0 to 1"),
+        ({"guidance_interval": (0.1, "x")}, EditTypeError, "it must be a number"),
+        ({"reuse_features": 0}, EditValueError, "reuse_features is 0; it must be at least 1"),
+    ],
+)
+def test_settings_that_save_time_are_checked(settings: dict[str, Any], kind: type, message: str):
+    with pytest.raises(kind, match=message):
         EditSettings(**settings).checked()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -156,3 +158,16 @@ def test_sizes_and_tags_that_a_tower_does_not_have(tower: str, size: int, match:
 def test_statistics_that_are_none(wrong: dict[str, list[float]]) -> None:
     with pytest.raises(UserError, match=r"exemplar_encoder\.(mean|std) is"):
         followed("ViT-B-32", **wrong)
+
+
+def test_a_bare_trunk_needs_no_open_clip() -> None:
+    """It takes seconds to import, which the start of a toy edit would wait for."""
+    script = (
+        "import sys, pbe.editing.pipeline\n"
+        "from pbe.config import ExemplarEncoderConfig\n"
+        "from pbe.models.image_tower import build_tower\n"
+        "build_tower(ExemplarEncoderConfig(tower='timm/test_vit', image_size=64))\n"
+        "assert 'open_clip' not in sys.modules\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

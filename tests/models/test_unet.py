@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pbe.config import UNetConfig
 from pbe.models import UNet
 from pbe.models.layers import ChannelNorm, Downsample, ResBlock, Upsample, timestep_embedding
+from pbe.models.unet import DeepFeatures
 from tests.models.tiny import randomised, relative, tiny_unet_config
 
 
@@ -229,3 +230,32 @@ def test_prepared_calls_in_bfloat16_are_as_close_to_float32_as_plain_ones(unet: 
     prepared = half.prepare(*(part.bfloat16() for part in (condition, masked, keep)), timesteps)
     actual = half(x.bfloat16().repeat(2, 1, 1, 1), timesteps.repeat(2), prepared)
     assert (actual - expected).std() < 1.2 * (plain - expected).std()
+
+
+@pytest.mark.parametrize("variant", ["plain", "toy"])
+@torch.no_grad()
+def test_shared_features_are_those_of_the_first_call(variant: str) -> None:
+    """At the same input sharing is exact; inner levels run in one call of ``every``, the outermost in all."""
+    unet = randomised(UNet(replace(tiny_unet_config(), **VARIANTS[variant]))).double()
+    x, masked, keep = (torch.randn(2, channels, 7, 6, dtype=torch.float64) for channels in (4, 4, 1))
+    prepared = unet.prepare(torch.randn(4, 1, 24, dtype=torch.float64), masked, keep, torch.tensor([5.0]))
+    ran = {"outer": 0, "inner": 0}
+    for name, level in (("outer", unet.down[0]), ("inner", unet.down[1])):
+        level.register_forward_hook(lambda *_, name=name: ran.update({name: ran[name] + 1}))
+    doubled, timesteps, deep = x.repeat(2, 1, 1, 1), torch.full((4,), 5.0), DeepFeatures(3)
+    expected = unet(doubled, timesteps, prepared)
+    for _ in range(7):
+        assert relative(unet(doubled, timesteps, prepared, deep), expected) < 1e-12
+    assert ran == {"outer": 8, "inner": 4}
+    moved = unet(doubled + 0.5, timesteps, prepared, deep)
+    assert 1e-6 < relative(moved, unet(doubled + 0.5, timesteps, prepared)) < 1.0
+
+
+@torch.no_grad()
+def test_features_of_another_batch_are_not_taken(unet: UNet) -> None:
+    deep = DeepFeatures(5)
+    for samples in (1, 2, 1):
+        x, fixed = torch.randn(samples, 4, 8, 8), torch.randn(samples, 5, 8, 8).split([4, 1], 1)
+        prepared = unet.prepare(torch.randn(samples, 1, 24), *fixed, torch.arange(9))
+        timesteps = torch.full((samples,), 5)
+        assert torch.equal(unet(x, timesteps, prepared, deep), unet(x, timesteps, prepared))

@@ -113,11 +113,13 @@ def versions() -> dict[str, str]:
 
 
 def repeat_command(options: dict[str, Any]) -> str:
-    """Return the shell command with these ``--option value`` pairs; a value of True is a bare flag."""
+    """Return the shell command with ``--option value`` pairs; True is a bare flag, a tuple several words."""
     words = ["python", "sample.py"]
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
         elif str(value).startswith("-"):  # a file of such a name would be taken for an option
             words.append(f"--{name}={value}")
         else:

@@ -35,10 +35,14 @@ from pbe.errors import UserError
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
 # What a record holds of the settings, and what the command that repeats an edit holds where it was given.
-RECORDED = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
+RECORDED = (
+    *("guidance_scale", "guidance_interval", "reuse_features", "eta"),
+    *("preserve_background", "region", "margin", "feather"),
+)
 GIVEN = (
-    *("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
-    *("solver", "spacing", "karras", "margin", "feather", "height", "width"),
+    *("config", "raw_weights", "int8", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
+    *("solver", "spacing", "karras", "guidance_interval", "reuse_features"),
+    *("margin", "feather", "height", "width"),
 )
 Batch = list[tuple[LoadedJob, int]]  # jobs and numbers of their edits
 
@@ -79,6 +83,7 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
         cache_dir=command.cache_dir,
         local_files_only=command.offline,
         raw_weights=command.raw_weights,
+        int8=command.int8,
     )
     if command.attention_slicing:
         pipe.enable_attention_slicing(queries=command.attention_slicing)
@@ -93,7 +98,7 @@ def edit_all(jobs: Sequence[CheckedJob], command: EditCommand) -> None:
     device = pick_device(command.device)
     pipe, place = load_pipeline(command, device)
     pipe.solver = merge_choice(pipe.choice, command)
-    total = len(jobs) * command.num_images * pipe.solver_steps(command.steps, command.eta)
+    total = len(jobs) * command.num_images * pipe.solver_steps(command.count, command.eta)
     shared = _shared_record(command, pipe, place, device)
     with tqdm(total=total, desc="editing", unit="step", mininterval=0.5, disable=command.quiet) as bar:
 
@@ -162,12 +167,14 @@ def _shared_record(
         "model": {"folder": command.model, "sha256": model_digests(place)},
         "solver": pipe.solver,
         "conventions": pipe.conventions,
+        "steps": command.count,
         **{name: getattr(command, name) for name in RECORDED},
         "spacing": pipe.choice.spacing,
         "karras": pipe.choice.karras,
         "watermark": pipe.watermark,
         "device": str(device),
         "dtype": command.dtype,
+        "int8": command.int8,
         "batch_size": command.batch_size,
         "versions": versions(),
     }
@@ -186,7 +193,7 @@ def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: Edit
         **kept,
         **{key: file["path"] for key, file in inputs.items()},
         "seed": seed,
-        "steps": command.steps,
+        "steps": command.count,
         "guidance-scale": command.guidance_scale,
         "eta": command.eta,
         "device": shared["device"],

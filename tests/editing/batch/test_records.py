@@ -68,5 +68,6 @@ def test_digests_and_versions(tmp_path: Path):
 def test_the_command_survives_odd_names():
     command = repeat_command({"image": "my image's.png", "seed": 3, "preserve-background": True})
     assert shlex.split(command)[2:] == ["--image", "my image's.png", "--seed", "3", "--preserve-background"]
+    assert repeat_command({"guidance-interval": (0.2, 0.75)}).endswith("--guidance-interval 0.2 0.75")
     command = repeat_command({"image": "-x.png", "out": "~"})
     assert shlex.split(command)[2:] == ["--image=-x.png", "--out", "~"]

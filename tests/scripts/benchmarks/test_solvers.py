@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.benchmarks.solvers import CANDIDATES
-from scripts.plot_solvers import BEGIN, END, main
+from scripts.benchmarks.solver_runs import CANDIDATES
+from scripts.benchmarks.solvers import BEGIN, END, main
+
+KEPT = ["preset draft", "normal, guidance in 0.2 to 0.8", "normal, inner levels kept for 2"]
 
 
 @pytest.fixture
@@ -21,7 +23,8 @@ def page(tmp_path: Path) -> Path:
 def test_a_small_run(project_root: Path, page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = page.parent / "images" / "plot.png"
     model = project_root / "data" / "toy" / "model"
-    sizes = ["--cases", "1", "--calls", "2", "4", "--reference", "5"]
+    sizes = ["--cases", "1", "--calls", "2", "4", "--reference", "5", "--scored", "2"]
+    sizes += ["--json", str(page.parent / "numbers.json"), "--settings", *KEPT]
     assert main(["--model", str(model), "--page", str(page), "--plot", str(plot), *sizes]) == 0
     assert str(plot) in capsys.readouterr().out
     with Image.open(plot) as picture:
@@ -30,7 +33,10 @@ def test_a_small_run(project_root: Path, page: Path, capsys: pytest.CaptureFixtu
     assert text.startswith(f"before {{}}\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert "--cases 1 --calls 2 4 --reference 5`: 1 edits" in text
+    assert "--calls 2 4 --reference 5" in text
+    assert ": 1 edits" in text
+    for name in KEPT:
+        assert text.count(f"| {name} |") == 1
     for candidate in CANDIDATES:
         rows = [line for line in text.splitlines() if line.startswith(f"| {candidate.label} |")]
         assert len(rows) == 2
@@ -50,4 +56,4 @@ def test_a_page_without_its_place(page: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("options", [["--cases", "0"], ["--calls", "1", "5"]])
 def test_nothing_to_measure(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(options) == 2
-    assert "--cases must be at least 1, --calls at least 2" in capsys.readouterr().err
+    assert "--cases and --scored must be at least 1, --calls at least 2" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""What all benchmarks share: the machine, runs in turns, medians and ratios, JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
+import torch
+from torch import nn
+
+from pbe.config import ModelConfig
+from pbe.models import LatentDiffusion
+
+Module = TypeVar("Module", bound=nn.Module)
+Form = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "outputs" / "performance"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+GIB = 2**30
+PEAK_SIDE = 2048  # of the matrices whose product gives the peak
+
+
+def add_options(parser: argparse.ArgumentParser, name: str, *, repeats: int) -> None:
+    """Add the options of every benchmark; ``name`` is that of its JSON."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="turns that are timed (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's time")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS / f"{name}.json", help="where the numbers go (%(default)s)"
+    )
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what was measured on, and with which versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    for package in ("torch", "diffusers", "pytorch-lightning"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a reference that not everyone has
+            found[package] = None
+    return found
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def wait_for(device: str | torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    forms: Mapping[str, Form], repeats: int, clock: str = "wall", device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Time all forms in turns, so that what slows the machine slows them all; seconds."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    read = CLOCKS[clock]
+    for _ in range(repeats):
+        for name, form in forms.items():
+            wait_for(device)
+            started = read()
+            form()
+            wait_for(device)
+            times[name].append(read() - started)
+    return times
+
+
+def ratio(mine: Sequence[float], other: Sequence[float]) -> float:
+    """Return the median of the ratios of each turn."""
+    return median(one / another for one, another in zip(mine, other, strict=True))
+
+
+def summary(times: Sequence[float], base: Sequence[float] | None = None) -> dict[str, float]:
+    """Return median and spread of times, and the ratio to those of ``base`` in the same turns."""
+    found = {"median": median(times), "least": min(times), "most": max(times)}
+    return found if base is None else found | {"ratio": ratio(times, base)}
+
+
+def matmul_peak(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> float:
+    """Return what matrix products reach on this machine now, in GFLOP/s."""
+    side = PEAK_SIDE if torch.device(device).type == "cpu" else 4 * PEAK_SIDE
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    seconds = take_turns({"product": lambda: matrix @ matrix}, repeats + 1, device=device)["product"]
+    return 2 * side**3 / min(seconds[1:]) / 1e9
+
+
+def peak_memory(device: str | torch.device = "cpu") -> float:
+    """Return the most memory that this process, or the GPU where one is used, has held so far, GiB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def alone(script: str, *options: object) -> dict[str, Any]:
+    """Run a benchmark in a process of its own, for its memory; returns the JSON that it prints last."""
+    command = [sys.executable, script, *map(str, options)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype, device: str | torch.device) -> LatentDiffusion:
+    """Build a model whose weights are drawn in ``dtype``: no float32 copy ever exists."""
+    with torch.device("meta"):
+        model = LatentDiffusion(config)
+    return drawn(model, dtype, device)
+
+
+def drawn(module: Module, dtype: torch.dtype, device: str | torch.device) -> Module:
+    """Give a module on the meta device random weights, and switch it to evaluation.
+
+    Norms start as the identity, everything else is normal with a variance of one over its inputs, so that
+    numbers stay finite through all layers.
+    """
+    module = module.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+    return module
+
+
+def print_rows(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a table of numbers with a row for each name."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    print(f"\n{title:<38}" + "".join(f"{column:>12}" for column in columns))
+    for name, row in rows.items():
+        cells = "".join(f"{row[column]:12.4g}" if column in row else f"{'':>12}" for column in columns)
+        print(f"{name:<38}{cells}")
+
+
+def write(options: argparse.Namespace, tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Write a benchmark's tables (title, row, column) with machine and command as JSON."""
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
+    content = {"command": command, "machine": machine(options.device), "tables": tables}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\n{options.json}")
+
+
+def plot(path: Path, lines: Mapping[str, Mapping[float, float]], *, x: str, y: str) -> dict[str, float]:
+    """Draw lines on logarithmic axes; returns the exponent fitted to each."""
+    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    exponents = {}
+    for name, points in lines.items():
+        across, up = list(points), list(points.values())
+        label = name
+        if len(points) > 1:
+            exponents[name] = float(np.polyfit(np.log(across), np.log(up), 1)[0])
+            label = f"{name}: exponent {exponents[name]:.2f}"
+        axes.plot(across, up, marker=".", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return exponents

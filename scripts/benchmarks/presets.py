@@ -1,0 +1,150 @@
+"""Settings of an edit measured on the toy model: distance to the converged edit and scores, over time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbe.data.toy.scenes import ToyWorld
+from pbe.diffusion.schedule import make_schedule
+from pbe.diffusion.solvers import SolverChoice
+from pbe.editing.engine import (
+    Conditioning,
+    merge_choice,
+    network_timesteps,
+    noise_predictor,
+    prepared_predictor,
+    solve,
+)
+from pbe.editing.output import to_images
+from pbe.editing.settings import PRESETS, EditSettings
+from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
+from pbe.evaluation.benchmark.toy_run import Scorer
+from pbe.evaluation.metrics.bootstrap import derangement
+from pbe.evaluation.metrics.towers import load_tower
+from pbe.models import LatentDiffusion
+from scripts.benchmarks.convergence import BrownianPath, Candidate, distance, solve as converge
+from scripts.benchmarks.solver_runs import condition_on
+
+# What a user may ask for: the original's 50 PLMS steps, the presets, and what can be added to one.
+SETTINGS: dict[str, EditSettings] = {
+    "50 PLMS steps": EditSettings(solver="plms", steps=50),
+    "50 DDIM steps": EditSettings(solver="ddim", steps=50),
+    **{f"preset {name}": EditSettings(preset=name) for name in PRESETS},
+    "normal, guidance in 0 to 0.8": EditSettings(preset="normal", guidance_interval=(0.0, 0.8)),
+    "normal, guidance in 0.2 to 1": EditSettings(preset="normal", guidance_interval=(0.2, 1.0)),
+    "normal, guidance in 0.2 to 0.8": EditSettings(preset="normal", guidance_interval=(0.2, 0.8)),
+    "normal, guidance in 0.4 to 1": EditSettings(preset="normal", guidance_interval=(0.4, 1.0)),
+    "normal, inner levels kept for 2": EditSettings(preset="normal", reuse_features=2),
+    "best, inner levels kept for 2": EditSettings(preset="best", reuse_features=2),
+    "best, inner levels kept for 3": EditSettings(preset="best", reuse_features=3),
+    **{
+        f"{solver}, Karras, {steps} steps": EditSettings(solver=solver, karras=True, steps=steps)  # type: ignore[arg-type]
+        for solver in ("dpmpp_2m", "unipc", "lms")
+        for steps in (10, 12, 15, 25)
+    },
+}
+HEADS = ("calls", "halves", "seconds", "speed", "latents %", "pixels", "similarity", "first of 20 %")
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Where an edit ended, and what it cost: network calls, half calls and seconds."""
+
+    latents: Tensor
+    calls: int
+    halves: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Cases of the toy benchmark, encoded once, with the noise that all edits start from."""
+
+    model: LatentDiffusion
+    cases: Sequence[ToyCase]
+    conditioning: Conditioning
+    start: Tensor
+    guidance: float
+
+    @staticmethod
+    def make(model: LatentDiffusion, world: ToyWorld, count: int, guidance: float, seed: int) -> Cases:
+        """Return the first ``count`` cases."""
+        sizes = (model.config.image_size, model.config.exemplar_encoder.image_size)
+        cases = make_benchmark(world, seed=seed, image_size=sizes[0], exemplar_size=sizes[1], objects=count)
+        conditioning = condition_on(model, cases)
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(conditioning.masked_latents.shape, generator=generator)
+        return Cases(model, cases, conditioning, start, guidance)
+
+    def converged(self, steps: int) -> Tensor:
+        """Return where the guided flow ends with very many steps."""
+        schedule = make_schedule(self.model.config.schedule)
+        predict = noise_predictor(self.model, schedule, self.conditioning, self.guidance)
+        path = BrownianPath(schedule, (1, 1, 1, 1))
+        return converge(Candidate("LMS", "lms"), predict, self.start, schedule, steps, path).latents
+
+    def edit(self, settings: EditSettings) -> Edited:
+        """Edit all cases with settings, as the pipeline does it."""
+        settings, model = replace(settings, guidance_scale=self.guidance).checked(), self.model
+        schedule = make_schedule(model.config.schedule)
+        choice = merge_choice(SolverChoice("plms"), settings)
+        timesteps = network_timesteps(choice, settings, schedule)
+        rows: list[int] = []
+        handle = model.unet.conv_out.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        started = time.perf_counter()
+        predict = prepared_predictor(
+            model,
+            schedule,
+            self.conditioning,
+            self.guidance,
+            timesteps,
+            interval=settings.guidance_interval,
+            reuse=settings.reuse_features,
+        )
+        latents = solve(choice, settings, predict, self.start, schedule, generator=torch.Generator())
+        seconds = time.perf_counter() - started
+        handle.remove()
+        return Edited(latents, len(rows), sum(rows) // len(self.start), seconds)
+
+    def images(self, latents: Tensor) -> np.ndarray:
+        """Return uint8 ``n s s 3`` with the true image outside the mask."""
+        painted = to_images(self.model.decode_latents(latents))
+        made = np.stack([np.round(255.0 * each).astype(np.uint8) for each in painted])
+        masks = np.stack([case.mask for case in self.cases])[..., None] > 127
+        return np.where(masks, made, np.stack([case.image for case in self.cases]))
+
+
+def measure_settings(
+    cases: Cases, reference_steps: int, settings: Mapping[str, EditSettings] = SETTINGS
+) -> dict[str, dict[str, float]]:
+    """Edit with every setting; return calls, seconds, distances to the converged edit and scores."""
+    scorer = Scorer(cases.cases, load_tower("lite2", None, None))
+    masks = np.stack([case.mask for case in cases.cases]) > 127
+    partner = derangement(len(cases.cases), 0, "partner")
+    reference = cases.converged(reference_steps)
+    ends = {name: cases.edit(each) for name, each in settings.items()}
+    ends = {"converged": Edited(reference, reference_steps, 2 * reference_steps, float("nan")), **ends}
+    shown, base = cases.images(reference), next(iter(settings))
+    rows = {}
+    for name, end in ends.items():
+        images = cases.images(end.latents)
+        regions = scorer.regions(images)
+        difference = np.abs(images[masks].astype(float) - shown[masks]).mean()
+        row = scorer.row(regions, scorer.similarity(regions, partner))
+        rows[name] = {
+            "calls": float(end.calls),
+            "halves": float(end.halves),
+            "seconds": end.seconds,
+            "speed": ends[base].seconds / end.seconds,
+            "latents %": 100.0 * distance(end.latents, reference),
+            "pixels": float(difference),
+            "similarity": row.similarity.value if row.similarity is not None else float("nan"),
+            "first of 20 %": 100.0 * row.first_of_20.value if row.first_of_20 is not None else float("nan"),
+        }
+    return rows

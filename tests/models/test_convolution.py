@@ -1,0 +1,85 @@
+"""Convolutions in other forms: the numbers of torch's own, whatever the size, type and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pbe.models import convolution
+from pbe.models.convolution import Convolution, fastest_tile, is_channels_last, winograd
+from tests.models.tiny import relative
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 10), (5, 3), (1, 1)])
+def test_tiles_give_the_plain_convolution(
+    tile: int, dtype: torch.dtype, height: int, width: int, layout: torch.memory_format
+) -> None:
+    x = torch.randn(2, 5, height, width, dtype=dtype).to(memory_format=layout)
+    weight, bias = torch.randn(3, 5, 3, 3, dtype=dtype), torch.randn(3, dtype=dtype)
+    made = winograd(x, weight, bias, tile)
+    assert relative(made, F.conv2d(x, weight, bias, padding=1)) < TOLERANCES[dtype]
+    assert relative(winograd(x, weight, None, tile), F.conv2d(x, weight, padding=1)) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+def test_strips_and_shares_of_kernels_are_all_there(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(2, 5, 13, 9), torch.randn(7, 5, 3, 3), torch.randn(7)
+    monkeypatch.setattr(convolution, "STRIP", 1)
+    monkeypatch.setattr(convolution, "KERNELS", (tile + 2) ** 2 * 5 * 3)
+    assert relative(winograd(x, weight, bias, tile), F.conv2d(x, weight, bias, padding=1)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0)])
+@torch.no_grad()
+def test_layer_is_torchs_own_and_keeps_the_layout(
+    kernel: int, stride: int, padding: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "ENOUGH_CHANNELS", 4)
+    layer = Convolution(4, 6, kernel, stride=stride, padding=padding).double()
+    plain = nn.Conv2d(4, 6, kernel, stride=stride, padding=padding).double()
+    plain.load_state_dict(layer.state_dict())
+    for size in (6, 20, 64):
+        x = torch.randn(2, 4, size, size, dtype=torch.float64).to(memory_format=layout)
+        made = layer(x)
+        assert relative(made, plain(x)) < 1e-12
+        if layout == torch.channels_last:
+            assert is_channels_last(made)
+
+
+def test_gradients_are_those_of_the_plain_convolution() -> None:
+    layer, x = Convolution(256, 256, 3, padding=1), torch.randn(1, 256, 16, 16, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = torch.autograd.grad(F.conv2d(x, layer.weight, layer.bias, padding=1).square().sum(), x)[0]
+    assert torch.equal(x.grad, expected)
+
+
+def test_form_follows_size_and_type() -> None:
+    def tile(channels: int, size: int, out: int = 320, dtype: torch.dtype = torch.float32) -> int:
+        return fastest_tile(torch.empty(1, channels, size, size, dtype=dtype), out)
+
+    assert (tile(320, 64), tile(640, 32), tile(1280, 16)) == (4, 2, 2)
+    assert (tile(1280, 8), tile(128, 64), tile(320, 64, out=4)) == (0, 0, 0)
+    assert tile(320, 64, dtype=torch.bfloat16) == 0
+
+
+@torch.no_grad()
+def test_tiles_of_two_round_less_than_the_plain_convolution() -> None:
+    x, weight = torch.randn(1, 256, 16, 16), torch.randn(256, 256, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    plain, two, four = (
+        F.conv2d(x, weight, padding=1),
+        winograd(x, weight, None, 2),
+        winograd(x, weight, None, 4),
+    )
+    errors = [float((made - exact).std() / exact.std()) for made in (plain, two, four)]
+    assert errors[1] < 1e-6
+    assert errors[2] < 1e-5
