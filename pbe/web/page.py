@@ -1,0 +1,289 @@
+"""The page: what stands where, and what happens when something is pressed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from pbe.editing.settings import EditSettings
+from pbe.errors import UserError
+from pbe.web import views
+from pbe.web.app import STATIC, Editor
+from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
+from pbe.web.service import Edit
+
+TICK = 0.15  # seconds between two looks at how far an edit is
+HEAD = '<script src="pbe/page.js"></script><meta name="color-scheme" content="light dark">'
+MOUNT = "(function go() { window.pbe ? window.pbe.mount(element) : setTimeout(go, 30); })();"
+COLLECT = "(_, ...others) => [window.pbe.collect(), ...others]"
+DICE = 2**31 - 1
+OWN = "the model's own"
+
+
+def mount_page(api: FastAPI, editor: Editor) -> FastAPI:
+    """Return the application with the page at its root."""
+    seconds = max(int(editor.settings.keep_minutes * 60), 60)
+    with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, seconds)) as page:
+        _Page(editor).build()
+    page.queue(max_size=editor.settings.max_queue, default_concurrency_limit=None)
+    fonts = ("system-ui", "sans-serif")
+    theme = gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace"), primary_hue="indigo")
+    return gr.mount_gradio_app(
+        api,
+        page,
+        path="/",
+        theme=theme,
+        css_paths=STATIC / "page.css",
+        head=HEAD,
+        max_file_size=f"{editor.settings.max_megabytes}mb",
+        footer_links=["settings"],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+    )
+
+
+class _Page:
+    """The components of the page and their handlers."""
+
+    def __init__(self, editor: Editor) -> None:
+        self.editor = editor
+        self.fields: dict[str, Any] = {}
+
+    def build(self) -> None:
+        """Lay out the page."""
+        gr.HTML(views.header(self.editor.settings.model_name))
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=320):
+                gr.HTML(views.board("image"), js_on_load=MOUNT)
+            with gr.Column(min_width=320):
+                gr.HTML(views.board("exemplar"), js_on_load=MOUNT)
+            with gr.Column(min_width=320):
+                gr.HTML(views.title("result"))
+                with gr.Row(elem_id="pbe-buttons"):
+                    run = gr.Button("Paint", variant="primary", elem_id="pbe-run", min_width=120)
+                    cancel = gr.Button(
+                        "Cancel", variant="stop", interactive=False, elem_id="pbe-cancel", min_width=120
+                    )
+                results = gr.HTML(views.waiting(), js_on_load=MOUNT)
+        gr.HTML(views.examples(), js_on_load=MOUNT)
+        with gr.Accordion("Settings", open=True):
+            self._settings()
+        collected = gr.Textbox(visible=False)
+        read = self._reading()
+        outputs = [results, run, cancel, read]
+        running = run.click(
+            self.run,
+            [collected, *self.fields.values()],
+            outputs,
+            js=COLLECT,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+        cancel.click(self.stopped, None, outputs, cancels=[running], api_visibility="private")
+        self._api()
+
+    def _settings(self) -> None:
+        limits, usual = self.editor.settings, EditSettings()
+        with gr.Row():
+            self.fields["steps"] = gr.Slider(
+                1, limits.max_steps, min(usual.steps, limits.max_steps), step=1,
+                label="Steps", info="More are slower and, up to about 50, better.",
+            )  # fmt: skip
+            self.fields["guidance_scale"] = gr.Slider(
+                0, 20, usual.guidance_scale, step=0.5,
+                label="Guidance scale", info="How strongly the exemplar is followed; 1 turns guidance off.",
+            )  # fmt: skip
+            self.fields["num_images"] = gr.Slider(
+                1, limits.max_images, 1, step=1,
+                label="Images", info="Edits of each exemplar, each with the next seed.",
+            )  # fmt: skip
+            with gr.Column(min_width=200):
+                self.fields["seed"] = gr.Number(
+                    0, precision=0, minimum=0, label="Seed", info="The same seed gives the same edit."
+                )
+                dice = gr.Button("⚄ Another seed", size="sm", elem_id="pbe-dice")
+        dice.click(lambda: random.randrange(DICE), None, self.fields["seed"], api_visibility="private")
+        with gr.Row():
+            self.fields["region"] = gr.Radio(
+                [("Whole image", "full"), ("Surroundings of the mask", "mask")], value="full",
+                label="What the model sees", info="For a small mask in a large photograph take the surroundings.",
+            )  # fmt: skip
+            self.fields["margin"] = gr.Slider(
+                0, 3, usual.margin, step=0.05,
+                label="Margin", info="Of the surroundings: room around the mask, in shares of its longer side.",
+            )  # fmt: skip
+            self.fields["preserve_background"] = gr.Checkbox(
+                True, label="Keep the background", info="Outside the mask every pixel stays as it is."
+            )
+            self.fields["feather"] = gr.Number(
+                None, label="Feather", placeholder="by size",
+                info="Of the surroundings: width of the soft seam in pixels; empty chooses by size.",
+            )  # fmt: skip
+        with gr.Accordion("Solver and sizes", open=False):
+            self._rare()
+
+    def _rare(self) -> None:
+        with gr.Row():
+            texts = {
+                "solver": ("Solver", "How the steps are made; unipc and dpmpp_2m need about 20."),
+                "spacing": ("Spacing", "How the steps are spread over the noise levels."),
+                "conventions": ("Conventions", "Inputs prepared as the original code or as diffusers does."),
+            }
+            for name, (label, info) in texts.items():
+                choices = [(OWN, ""), *((each, each) for each in CHOICES[name])]
+                self.fields[name] = gr.Dropdown(choices, value="", label=label, info=info)
+            self.fields["karras"] = gr.Checkbox(
+                False, label="Karras noise levels", info="Not with plms, pndm and ddim."
+            )
+            self.fields["eta"] = gr.Slider(
+                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solver ddim only."
+            )
+            for name in ("height", "width"):
+                self.fields[name] = gr.Number(
+                    None, precision=0, label=name.capitalize(), placeholder="the image's",
+                    info="Of the result in pixels; empty keeps the image's.",
+                )  # fmt: skip
+
+    def _reading(self) -> gr.Textbox:
+        """Lay out the place where settings are shown and read back."""
+        with gr.Accordion("Settings as JSON", open=False):
+            text = gr.Textbox(
+                lines=8, max_lines=8, label="Settings of the last edit",
+                info="Paste those of an earlier edit, the page's or pbe edit's, and press Read.",
+            )  # fmt: skip
+            said = gr.Markdown("", elem_id="pbe-read")
+            with gr.Row():
+                read = gr.Button("Read", elem_id="pbe-read-button")
+                file = gr.UploadButton("Open a settings file", type="binary", file_types=[".json"])
+        outputs = [said, text, *self.fields.values()]
+        read.click(self.read, text, outputs, api_visibility="private")
+        file.upload(self.read, file, outputs, api_visibility="private")
+        return text
+
+    def read(self, given: str | bytes) -> list[Any]:
+        """Set the controls as a JSON says."""
+        text = given.decode(errors="replace") if isinstance(given, bytes) else given
+        try:
+            settings = read_record(text or "", self.editor.settings)
+        except UserError as error:
+            return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
+        values = (getattr(settings, name) for name in self.fields)
+        return [
+            "Read.",
+            text,
+            *("" if each is None and name in CHOICES else each for name, each in zip(self.fields, values)),
+        ]
+
+    async def run(self, collected: str, *values: Any) -> AsyncIterator[list[Any]]:
+        """Edit, and show how far it is."""
+        busy = [gr.skip(), gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()]
+        yield [views.progress("Reading the images", 0, 0, None), *busy[1:]]
+        edits: list[Edit] = []
+        try:
+            given = _parse(collected)
+            settings = read_settings(dict(zip(self.fields, values, strict=True)), self.editor.settings)
+            inputs = await run_in_threadpool(self._inputs, given)
+            edits = split(inputs, settings, self.editor.settings, watched=True)
+            self.editor.service.submit(edits)
+            while not all(edit.done.done() for edit in edits):
+                yield [views.running(edits, self.editor.service), *busy[1:]]
+                await asyncio.sleep(TICK)
+            results = [await run_in_threadpool(self.editor.finish, edit, inputs) for edit in edits]
+            names = [self.editor.store.put(each) for each in results]
+            shown = views.results(given["image"], names, results, self.editor.hint(inputs, settings))
+            told = json.dumps(results[0].record, indent=2)
+            yield [shown, gr.Button(interactive=True), gr.Button(interactive=False), told]
+        except (UserError, RuntimeError) as error:
+            yield [
+                views.problem(str(error)),
+                gr.Button(interactive=True),
+                gr.Button(interactive=False),
+                gr.skip(),
+            ]
+        finally:
+            self.editor.service.cancel(edits)
+
+    def stopped(self) -> list[Any]:
+        """Show that an edit was cancelled."""
+        return [
+            views.problem("Cancelled."),
+            gr.Button(interactive=True),
+            gr.Button(interactive=False),
+            gr.skip(),
+        ]
+
+    def _inputs(self, given: dict[str, Any]) -> Any:
+        """Return the inputs that the browser's boards hold."""
+        store, limits = self.editor.store, self.editor.settings
+        mask = given["mask"]
+        drawn = store.get(mask[5:]).content if mask.startswith("file:") else _png_of(mask)
+        exemplars = [store.get(each["name"]).content for each in given["exemplars"]]
+        crops = [each["crop"] for each in given["exemplars"]]
+        return read_inputs(store.get(given["image"]).content, drawn, exemplars, limits, crops)
+
+    def _api(self) -> None:
+        """Give gradio_client its endpoint; nothing of it is seen on the page."""
+        with gr.Row(visible=False):
+            image, mask = gr.File(label="image", type="binary"), gr.File(label="mask", type="binary")
+            exemplars = gr.File(label="exemplars", type="binary", file_count="multiple")
+            settings, answer = gr.JSON(label="settings"), gr.JSON(label="edits")
+            gr.Button().click(
+                self.call, [image, mask, exemplars, settings], answer, api_name="edit", show_progress="hidden"
+            )
+
+    async def call(
+        self, image: bytes, mask: bytes, exemplars: list[bytes], settings: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Paint exemplars into the masked region of an image.
+
+        Settings are those of pbe edit by their names; each edit comes as a PNG in a data URL with its record.
+        """
+        try:
+            chosen = read_settings(settings or {}, self.editor.settings)
+            if not image or not mask:
+                raise UserError("image and mask are needed")
+            inputs = await run_in_threadpool(read_inputs, image, mask, exemplars or [], self.editor.settings)
+            return (await self.editor.answer(inputs, chosen)).model_dump()
+        except (UserError, RuntimeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+
+def _parse(collected: str) -> dict[str, Any]:
+    """Return what the boards hold; an error says what is missing."""
+    try:
+        given = json.loads(collected)
+        exemplars = [{"name": str(each["name"]), "crop": _crop(each["crop"])} for each in given["exemplars"]]
+        found = {"image": str(given["image"] or ""), "mask": str(given["mask"] or ""), "exemplars": exemplars}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError("the page is out of date; reload it") from error
+    if not found["image"]:
+        raise UserError("The image is missing: open, drop or paste one.")
+    if not found["mask"]:
+        raise UserError("The mask is missing: brush over what is to be replaced, or draw a box around it.")
+    if not exemplars:
+        raise UserError("The exemplar is missing: open an image of what is to be painted in.")
+    return found
+
+
+def _crop(box: Any) -> tuple[float, float, float, float] | None:
+    if box is None:
+        return None
+    left, top, right, bottom = (float(each) for each in box)
+    return left, top, right, bottom
+
+
+def _png_of(url: str) -> bytes:
+    """Return the file that a data URL holds."""
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise UserError("the mask did not arrive whole; reload the page") from error
