@@ -15,17 +15,20 @@ from starlette.concurrency import run_in_threadpool
 
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
-from pbe.web import views
-from pbe.web.app import STATIC, Editor
+from pbe.web.app import EXAMPLES, STATIC, Editor
 from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
 from pbe.web.service import Edit
+from pbe.web.views import part, results, running
 
-TICK = 0.15  # seconds between two looks at how far an edit is
+TICK = 0.25  # seconds between two looks at how far an edit is
 HEAD = '<script src="pbe/page.js"></script><meta name="color-scheme" content="light dark">'
 MOUNT = "(function go() { window.pbe ? window.pbe.mount(element) : setTimeout(go, 30); })();"
 COLLECT = "(_, ...others) => [window.pbe.collect(), ...others]"
 DICE = 2**31 - 1
 OWN = "the model's own"
+OPTIONAL = ("feather", "height", "width")
+BUSY = ({"interactive": False, "__type__": "update"}, {"interactive": True, "__type__": "update"})
+READY = BUSY[::-1]  # of the buttons Paint and Cancel
 
 
 def mount_page(api: FastAPI, editor: Editor) -> FastAPI:
@@ -60,24 +63,31 @@ class _Page:
 
     def build(self) -> None:
         """Lay out the page."""
-        gr.HTML(views.header(self.editor.settings.model_name))
+        gr.HTML(part("header", self.editor.settings.model_name))
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
-                gr.HTML(views.board("image"), js_on_load=MOUNT)
+                gr.HTML(part("board", "image"), js_on_load=MOUNT)
             with gr.Column(min_width=320):
-                gr.HTML(views.board("exemplar"), js_on_load=MOUNT)
+                gr.HTML(part("board", "exemplar"), js_on_load=MOUNT)
             with gr.Column(min_width=320):
-                gr.HTML(views.title("result"))
+                gr.HTML(part("title", "result"))
                 with gr.Row(elem_id="pbe-buttons"):
                     run = gr.Button("Paint", variant="primary", elem_id="pbe-run", min_width=120)
                     cancel = gr.Button(
                         "Cancel", variant="stop", interactive=False, elem_id="pbe-cancel", min_width=120
                     )
-                results = gr.HTML(views.waiting(), js_on_load=MOUNT)
-        gr.HTML(views.examples(), js_on_load=MOUNT)
+                results = gr.HTML(part("message", "The edit appears here.", False), js_on_load=MOUNT)
+        gr.HTML(part("examples", EXAMPLES), js_on_load=MOUNT)
         with gr.Accordion("Settings", open=True):
             self._settings()
         collected = gr.Textbox(visible=False)
+        wider = gr.Button(elem_id="pbe-wider", visible="hidden")
+        wider.click(
+            lambda margin: max(2 * margin, 1.0),
+            self.fields["margin"],
+            self.fields["margin"],
+            api_visibility="private",
+        )
         read = self._reading()
         outputs = [results, run, cancel, read]
         running = run.click(
@@ -115,18 +125,18 @@ class _Page:
         with gr.Row():
             self.fields["region"] = gr.Radio(
                 [("Whole image", "full"), ("Surroundings of the mask", "mask")], value="full",
-                label="What the model sees", info="For a small mask in a large photograph take the surroundings.",
+                label="What the model sees", info="For a small mask in a large photograph: surroundings.",
             )  # fmt: skip
             self.fields["margin"] = gr.Slider(
                 0, 3, usual.margin, step=0.05,
-                label="Margin", info="Of the surroundings: room around the mask, in shares of its longer side.",
+                label="Margin", info="Of the surroundings: room around the mask, as a share of its side.",
             )  # fmt: skip
             self.fields["preserve_background"] = gr.Checkbox(
                 True, label="Keep the background", info="Outside the mask every pixel stays as it is."
             )
-            self.fields["feather"] = gr.Number(
-                None, label="Feather", placeholder="by size",
-                info="Of the surroundings: width of the soft seam in pixels; empty chooses by size.",
+            self.fields["feather"] = gr.Textbox(
+                label="Feather", placeholder="by size", max_lines=1,
+                info="Of the surroundings: width of the soft seam in pixels.",
             )  # fmt: skip
         with gr.Accordion("Solver and sizes", open=False):
             self._rare()
@@ -148,9 +158,9 @@ class _Page:
                 0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solver ddim only."
             )
             for name in ("height", "width"):
-                self.fields[name] = gr.Number(
-                    None, precision=0, label=name.capitalize(), placeholder="the image's",
-                    info="Of the result in pixels; empty keeps the image's.",
+                self.fields[name] = gr.Textbox(
+                    label=name.capitalize(), placeholder="the image's", max_lines=1,
+                    info="Of the result, in pixels.",
                 )  # fmt: skip
 
     def _reading(self) -> gr.Textbox:
@@ -176,50 +186,40 @@ class _Page:
             settings = read_record(text or "", self.editor.settings)
         except UserError as error:
             return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
-        values = (getattr(settings, name) for name in self.fields)
-        return [
-            "Read.",
-            text,
-            *("" if each is None and name in CHOICES else each for name, each in zip(self.fields, values)),
-        ]
+        values = {name: getattr(settings, name) for name in self.fields}
+        shown = ["" if value is None else value for value in values.values()]
+        return ["Read.", text, *shown]
 
     async def run(self, collected: str, *values: Any) -> AsyncIterator[list[Any]]:
         """Edit, and show how far it is."""
-        busy = [gr.skip(), gr.Button(interactive=False), gr.Button(interactive=True), gr.skip()]
-        yield [views.progress("Reading the images", 0, 0, None), *busy[1:]]
+        editor = self.editor
+        yield [part("progress", "Reading the images", 0, 0, None), *BUSY, gr.skip()]
         edits: list[Edit] = []
         try:
             given = _parse(collected)
-            settings = read_settings(dict(zip(self.fields, values, strict=True)), self.editor.settings)
+            values_given = {
+                name: _plain(name, value) for name, value in zip(self.fields, values, strict=True)
+            }
+            settings = read_settings(values_given, editor.settings)
             inputs = await run_in_threadpool(self._inputs, given)
-            edits = split(inputs, settings, self.editor.settings, watched=True)
-            self.editor.service.submit(edits)
+            edits = split(inputs, settings, editor.settings, watched=True)
+            editor.service.submit(edits)
             while not all(edit.done.done() for edit in edits):
-                yield [views.running(edits, self.editor.service), *busy[1:]]
+                yield [running(edits, editor.service), gr.skip(), gr.skip(), gr.skip()]
                 await asyncio.sleep(TICK)
-            results = [await run_in_threadpool(self.editor.finish, edit, inputs) for edit in edits]
-            names = [self.editor.store.put(each) for each in results]
-            shown = views.results(given["image"], names, results, self.editor.hint(inputs, settings))
-            told = json.dumps(results[0].record, indent=2)
-            yield [shown, gr.Button(interactive=True), gr.Button(interactive=False), told]
+            made = [await run_in_threadpool(editor.finish, edit, inputs) for edit in edits]
+            names = [editor.store.put(each) for each in made]
+            remarks = editor.hint(inputs, settings)
+            shown = results(given["image"], names, made, remarks, wider=settings.region == "mask")
+            yield [shown, *READY, json.dumps(made[0].record, indent=2)]
         except (UserError, RuntimeError) as error:
-            yield [
-                views.problem(str(error)),
-                gr.Button(interactive=True),
-                gr.Button(interactive=False),
-                gr.skip(),
-            ]
+            yield [part("message", str(error), True), *READY, gr.skip()]
         finally:
-            self.editor.service.cancel(edits)
+            editor.service.cancel(edits)
 
     def stopped(self) -> list[Any]:
         """Show that an edit was cancelled."""
-        return [
-            views.problem("Cancelled."),
-            gr.Button(interactive=True),
-            gr.Button(interactive=False),
-            gr.skip(),
-        ]
+        return [part("message", "Cancelled.", False), *READY, gr.skip()]
 
     def _inputs(self, given: dict[str, Any]) -> Any:
         """Return the inputs that the browser's boards hold."""
@@ -255,6 +255,16 @@ class _Page:
             return (await self.editor.answer(inputs, chosen)).model_dump()
         except (UserError, RuntimeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a control's value; texts of numbers that may be empty become numbers."""
+    if name not in OPTIONAL or not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"{name} is '{value}'; it must be a number, or empty") from error
 
 
 def _parse(collected: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pbe.web.service import Edit, Made
 from pbe.web.settings import ServeSettings
 
 # What browsers and cameras make; Pillow's other readers are older and some start other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 NAMES = tuple(each.name for each in fields(EditSettings))
 ALMOST_ALL = 0.9  # share of what the model sees, from which a mask leaves it nothing to fit the exemplar to
 LEAST_CROP = 8  # pixels a side
@@ -51,8 +51,10 @@ def open_image(content: bytes, what: str, limits: ServeSettings) -> Image.Image:
     """Return an uploaded image, decoded and upright, after its size was checked."""
     if len(content) > limits.max_megabytes * 2**20:
         raise EditValueError(f"{what}: the file has more than {limits.max_megabytes} MB; reduce it first")
+    Image.init()
+    formats = [each for each in FORMATS if each in Image.OPEN]
     try:
-        size = Image.open(io.BytesIO(content), formats=FORMATS).size if content else (0, 0)
+        size = Image.open(io.BytesIO(content), formats=formats).size
     except UnidentifiedImageError as error:
         raise EditValueError(f"{what}: this is not an image; give a PNG, JPEG or WebP file") from error
     except Exception as error:  # decoders raise nearly anything, a bomb's own error among it

@@ -1,4 +1,4 @@
-"""One model and the edits that wait for it: queued, batched where they match, told of each step, cancelled."""
+"""One model and the edits that wait for it: queued, batched where they match, watched, cancelled."""
 
 from __future__ import annotations
 

@@ -80,14 +80,14 @@ class Guard:
 
         async def noted(message: Message) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if taken <= self.most or started:  # else it tells of an error that this one led to
+                started = True
+                await send(message)
 
-        try:
+        with contextlib.suppress(_TooLargeError):
             await self.app(scope, counted, noted)
-        except _TooLargeError:
-            if not started:
-                await self._too_large()(scope, receive, send)
+        if taken > self.most and not started:
+            await self._too_large()(scope, receive, send)
 
 
 def load_editor(settings: ServeSettings) -> Editor:

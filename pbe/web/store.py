@@ -1,4 +1,4 @@
-"""What the server remembers for a while, in memory: uploads and results, each under a name nobody can guess."""
+"""What the server remembers for a while, in memory: uploads and results under names nobody can guess."""
 
 from __future__ import annotations
 

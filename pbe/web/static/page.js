@@ -411,7 +411,8 @@
     const button = event.target.closest("button");
     if (!button) return;
     const panel = button.closest(".pbe-results");
-    const { show, use } = button.dataset;
+    const { show, use, wider } = button.dataset;
+    if (wider !== undefined) document.querySelector("#pbe-wider").click();
     if (show !== undefined) {
       panel.querySelectorAll("figure").forEach((each, index) => { each.hidden = index !== Number(show); });
       panel.querySelectorAll("[data-show]").forEach((each) => each.setAttribute("aria-pressed", each === button));
@@ -474,6 +475,7 @@
         element.addEventListener("input", (event) => { if (event.target.matches(".pbe-compare input")) compare(event.target); });
       } else element.addEventListener("click", clickedExample);
     },
+    ready: () => Boolean(boards.image && boards.exemplar),
     collect() {
       return JSON.stringify({
         image: boards.image?.item?.name ?? "",
