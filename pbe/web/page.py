@@ -118,7 +118,12 @@ class _Page:
             )  # fmt: skip
             with gr.Column(min_width=200):
                 self.fields["seed"] = gr.Number(
-                    0, precision=0, minimum=0, label="Seed", info="The same seed gives the same edit."
+                    0,
+                    precision=0,
+                    minimum=0,
+                    label="Seed",
+                    elem_id="pbe-seed",
+                    info="The same seed gives the same edit.",
                 )
                 dice = gr.Button("⚄ Another seed", size="sm", elem_id="pbe-dice")
         dice.click(lambda: random.randrange(DICE), None, self.fields["seed"], api_visibility="private")
