@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,7 +113,7 @@ class Result:
         """Size in memory; edits of one request share their image."""
         return len(self.content) + self.edit.image.nbytes + self.edit.mask.nbytes + self.edit.exemplar.nbytes
 
-    @cached_property
+    @property
     def preview(self) -> bytes:
         """What the browser shows."""
         return self.content
@@ -138,8 +137,8 @@ class Editor:
             shown = Image.fromarray(mask.astype(np.uint8) * 255)
         else:
             shown = Image.fromarray(pixels_of(image, kind))
-        size = shown.size
-        shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.NEAREST if kind == "mask" else None)
+        size, resample = shown.size, Image.Resampling.NEAREST if kind == "mask" else Image.Resampling.LANCZOS
+        shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), resample)
         name = self.store.put(Upload(content, to_png(shown)))
         return Uploaded(name=name, width=size[0], height=size[1])
 

@@ -37,13 +37,11 @@ def mount_page(api: FastAPI, editor: Editor) -> FastAPI:
     with gr.Blocks(title="Paint by Example", analytics_enabled=False, delete_cache=(60, seconds)) as page:
         _Page(editor).build()
     page.queue(max_size=editor.settings.max_queue, default_concurrency_limit=None)
-    fonts = ("system-ui", "sans-serif")
-    theme = gr.themes.Soft(font=fonts, font_mono=("ui-monospace", "monospace"), primary_hue="indigo")
     return gr.mount_gradio_app(
         api,
         page,
         path="/",
-        theme=theme,
+        theme=_theme(),
         css_paths=STATIC / "page.css",
         head=HEAD,
         max_file_size=f"{editor.settings.max_megabytes}mb",
@@ -52,6 +50,25 @@ def mount_page(api: FastAPI, editor: Editor) -> FastAPI:
         show_error=False,
         ssr_mode=False,
     )
+
+
+def _theme() -> gr.themes.Base:
+    """Return colours that can be read, light and dark, and fonts that are on every machine."""
+    theme = gr.themes.Soft(
+        font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"), primary_hue="indigo"
+    )
+    both = {
+        "block_title_background_fill": "none",
+        "button_primary_background_fill": "*primary_600",
+        "button_primary_background_fill_hover": "*primary_700",
+        "checkbox_label_background_fill_selected": "*primary_600",
+    }
+    lights = dict.fromkeys(
+        ("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600"
+    )
+    lights |= {"block_title_text_color": "*neutral_800", "link_text_color": "*primary_700"}
+    darks = {f"{name}_dark": "*neutral_300" for name in lights} | {"link_text_color_dark": "*primary_300"}
+    return theme.set(**both, **{f"{name}_dark": value for name, value in both.items()}, **lights, **darks)
 
 
 class _Page:
@@ -172,7 +189,7 @@ class _Page:
         """Lay out the place where settings are shown and read back."""
         with gr.Accordion("Settings as JSON", open=False):
             text = gr.Textbox(
-                lines=8, max_lines=8, label="Settings of the last edit",
+                lines=8, max_lines=8, label="Settings of the last edit", elem_id="pbe-json",
                 info="Paste those of an earlier edit, the page's or pbe edit's, and press Read.",
             )  # fmt: skip
             said = gr.Markdown("", elem_id="pbe-read")

@@ -164,14 +164,21 @@ class EditService:
     def _next(self) -> list[Edit]:
         """Wait for work; return the oldest edit with others that match it, or nothing at the end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._pending or self._stopping)
+            self._wake.wait_for(self._has_work)
             if not self._pending:
                 return []
             key = self._pending[0].key
-            batch = [edit for edit in self._pending if edit.key == key][: self.batch_size]
+            batch = [each for each in self._pending if each.key == key and not each.done.cancelled()]
+            batch = batch[: self.batch_size]
             for edit in batch:
                 self._pending.remove(edit)
+                edit.done.set_running_or_notify_cancel()  # from here on it cannot be cancelled by its future
             return batch
+
+    def _has_work(self) -> bool:
+        while self._pending and self._pending[0].done.cancelled():  # whoever waited is gone
+            self._pending.popleft()
+        return bool(self._pending) or self._stopping
 
     def _run(self, batch: list[Edit]) -> None:
         settings = batch[0].settings

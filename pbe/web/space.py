@@ -14,6 +14,7 @@ from pbe.resources import TOY_MODEL, packaged
 from pbe.web.settings import ServeSettings
 
 EXTRA = re.compile(r"extra == ['\"](\w+)['\"]")
+NAME = re.compile(r"([\w.-]+)(\[[\w,]+\])?")
 APP = '''"""Serves the page; Spaces run this file."""
 
 import sys
@@ -36,8 +37,8 @@ license: apache-2.0
 
 # Paint by Example
 
-Mask a part of an image, show an exemplar, and it is painted in. `python app.py` runs the page here; `/docs` is the API's
-own page. Written by `pbe serve --export`; the examples lie in `pbe/_resources/data/examples`.
+Mask a part of an image, show an exemplar, and it is painted in. `python app.py` runs the page here; its API
+is described at `/docs`. Written by `pbe serve --export`.
 """
 LARGE = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.ckpt filter=lfs diff=lfs merge=lfs -text\n"
 
@@ -80,12 +81,14 @@ def _copy_model(name: str, folder: Path) -> str:
 
 
 def requirements() -> list[str]:
-    """Return what serving needs, in the versions that are installed here; Gradio is the Space's own business."""
+    """Return what serving needs, in the versions installed here; the Space has Gradio itself."""
     pins = []
     for line in importlib.metadata.metadata("pbe").get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")
         extra = EXTRA.search(marker)
-        name, bracket = re.match(r"([\w.-]+)(\[[\w,]+\])?", requirement.strip()).groups()  # type: ignore[union-attr]
+        found = NAME.match(requirement.strip())
+        assert found is not None  # metadata are well-formed
+        name, bracket = found.groups()
         if name != "gradio" and (extra is None or extra[1] == "web"):
             version = importlib.metadata.version(name).partition("+")[0]
             pins.append(f"{name}{bracket or ''}=={version}")

@@ -108,7 +108,7 @@ def test_settings_come_back_and_repeat_the_edit(tab: Tab, served: Served) -> Non
     tab.paint()
     assert record_shown(tab)["seed"] == 77
     assert np.array_equal(edit_shown(tab), made)
-    tab.set("Settings of the last edit", "{broken")
+    tab.page.locator("#pbe-json textarea").fill("{broken")
     tab.page.click("#pbe-read-button")
     tab.page.wait_for_function("document.querySelector('#pbe-read').innerText.includes('not JSON')")
 
@@ -176,11 +176,11 @@ def test_the_keyboard_paints_undoes_and_compares(tab: Tab, served: Served) -> No
         stage.press("ArrowRight")
         stage.press("ArrowDown")
     stage.press("Space")
-    assert "6.2 %" in said.inner_text()  # a quarter of each side
+    assert "6.3 %" in said.inner_text()  # a quarter of each side
     stage.press("Control+z")
     assert said.inner_text() == "No mask."
     stage.press("Control+Shift+z")
-    assert "6.2 %" in said.inner_text()
+    assert "6.3 %" in said.inner_text()
     before = tab.page.locator("[data-size]").input_value()
     stage.press("b")
     stage.press("]")

@@ -112,6 +112,15 @@ def test_a_full_queue_refuses_and_cancelling_frees_it(editor: Any) -> None:
         service.submit(first)
 
 
+def test_an_edit_whose_future_was_cancelled_disturbs_nobody(editor: Any) -> None:
+    settings = read_settings({"steps": 1}, editor.settings)
+    edits = [split(inputs_of(0, editor), settings, editor.settings)[0] for _ in range(3)]
+    edits[0].done.cancel()
+    edits[2].done.cancel()
+    editor.service.submit(edits)
+    assert edits[1].done.result(WAIT).rows == 1
+
+
 def test_edits_of_other_sizes_or_settings_do_not_share_a_batch(editor: Any) -> None:
     inputs = inputs_of(0, editor)
     small = replace(inputs, image=inputs.image[:40], mask=inputs.mask[:40])

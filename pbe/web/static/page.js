@@ -207,16 +207,17 @@
       this.start = null;
       if (this.kind === "exemplar") this.crop(box);
       else if (this.tool === "box") {
-        this.change((pen) => { pen.fillStyle = COLOUR; pen.fillRect(box.x, box.y, box.width, box.height); });
+        if (box.width && box.height) this.change((pen) => { pen.fillStyle = COLOUR; pen.fillRect(box.x, box.y, box.width, box.height); });
       } else this.harden();
       this.draw();
     }
 
     box() { // between start and cursor, in whole pixels of the picture
-      const [left, right] = [this.start.x, this.cursor.x].map((x) => clamp(x, 0, this.image.width)).sort((a, b) => a - b);
-      const [top, bottom] = [this.start.y, this.cursor.y].map((y) => clamp(y, 0, this.image.height)).sort((a, b) => a - b);
-      const [x, y] = [Math.floor(left), Math.floor(top)];
-      return { x, y, width: Math.ceil(right) - x, height: Math.ceil(bottom) - y };
+      const side = (axis, length) =>
+        [this.start[axis], this.cursor[axis]].map((each) => clamp(Math.round(each), 0, length)).sort((a, b) => a - b);
+      const [left, right] = side("x", this.image.width);
+      const [top, bottom] = side("y", this.image.height);
+      return { x: left, y: top, width: right - left, height: bottom - top };
     }
 
     crop(box) {
