@@ -6,17 +6,19 @@ import asyncio
 import base64
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
+from pbe.editing import settings as editing
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
 from pbe.web.app import EXAMPLES, STATIC, Editor
-from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
+from pbe.web.records import CHOICES, DEFAULT_STEPS, read_inputs, read_record, read_settings, split
 from pbe.web.service import Edit
 from pbe.web.views import part, results, running
 
@@ -26,9 +28,10 @@ MOUNT = "(function go() { window.pbe ? window.pbe.mount(element) : setTimeout(go
 COLLECT = "(_, ...others) => [window.pbe.collect(), ...others]"
 DICE = 2**31 - 1
 OWN = "the model's own"
-OPTIONAL = ("feather", "height", "width")
+PRESETS: dict[str, dict[str, Any]] = getattr(editing, "PRESETS", {})
+OWN_SOLVER = {"solver": "", "spacing": "", "karras": False}
 BUSY = ({"interactive": False, "__type__": "update"}, {"interactive": True, "__type__": "update"})
-READY = BUSY[::-1]  # of the buttons Paint and Cancel
+WORKING, READY = (BUSY[0], BUSY[0]), BUSY[::-1]  # of the buttons Paint and Cancel
 
 
 def mount_page(api: FastAPI, editor: Editor) -> FastAPI:
@@ -77,6 +80,7 @@ class _Page:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
         self.fields: dict[str, Any] = {}
+        self.running: dict[str, list[Edit]] = {}
 
     def build(self) -> None:
         """Lay out the page."""
@@ -107,7 +111,7 @@ class _Page:
         )
         read = self._reading()
         outputs = [results, run, cancel, read]
-        running = run.click(
+        run.click(
             self.run,
             [collected, *self.fields.values()],
             outputs,
@@ -115,14 +119,18 @@ class _Page:
             show_progress="hidden",
             api_visibility="private",
         )
-        cancel.click(self.stopped, None, outputs, cancels=[running], api_visibility="private")
+        cancel.click(self.cancel, collected, None, js="() => [window.pbe.run]", api_visibility="private")
         self._api()
 
     def _settings(self) -> None:
         limits, usual = self.editor.settings, EditSettings()
+        preset = gr.Radio(
+            [each.capitalize() for each in PRESETS], visible=bool(PRESETS),
+            label="Preset", info="Solver, spacing and steps in one word.",
+        )  # fmt: skip
         with gr.Row():
             self.fields["steps"] = gr.Slider(
-                1, limits.max_steps, min(usual.steps, limits.max_steps), step=1,
+                1, limits.max_steps, min(usual.steps or DEFAULT_STEPS, limits.max_steps), step=1,
                 label="Steps", info="More are slower and, up to about 50, better.",
             )  # fmt: skip
             self.fields["guidance_scale"] = gr.Slider(
@@ -162,6 +170,10 @@ class _Page:
             )  # fmt: skip
         with gr.Accordion("Solver and sizes", open=False):
             self._rare()
+        if PRESETS:
+            names = list(self.fields)
+            changed = [self.fields[name] for name in names]
+            preset.input(_preset(names), preset, changed, api_visibility="private")
 
     def _rare(self) -> None:
         with gr.Row():
@@ -184,6 +196,13 @@ class _Page:
                     label=name.capitalize(), placeholder="the image's", max_lines=1,
                     info="Of the result, in pixels.",
                 )  # fmt: skip
+
+            for each in fields(EditSettings):  # what has no control of its own
+                if each.name not in self.fields and each.name != "preset":
+                    self.fields[each.name] = gr.Textbox(
+                        json.dumps(each.default), label=each.name.replace("_", " ").capitalize(), max_lines=1,
+                        info=f"As --{each.name.replace('_', '-')} of pbe edit.",
+                    )  # fmt: skip
 
     def _reading(self) -> gr.Textbox:
         """Lay out the place where settings are shown and read back."""
@@ -209,25 +228,28 @@ class _Page:
         except UserError as error:
             return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
         values = {name: getattr(settings, name) for name in self.fields}
-        shown = ["" if value is None else value for value in values.values()]
+        shown = [_shown(value) for value in values.values()]
         return ["Read.", text, *shown]
 
     async def run(self, collected: str, *values: Any) -> AsyncIterator[list[Any]]:
         """Edit, and show how far it is."""
         editor = self.editor
-        yield [part("progress", "Reading the images", 0, 0, None), *BUSY, gr.skip()]
+        yield [part("progress", "Reading the images", 0, 0, None), *WORKING, gr.skip()]
         edits: list[Edit] = []
+        run = ""
         try:
-            given = _parse(collected)
-            values_given = {
-                name: _plain(name, value) for name, value in zip(self.fields, values, strict=True)
-            }
-            settings = read_settings(values_given, editor.settings)
+            run, given = _parse(collected)
+            chosen = dict(zip(self.fields, values, strict=True))
+            settings = read_settings({name: _plain(name, chosen[name]) for name in chosen}, editor.settings)
             inputs = await run_in_threadpool(self._inputs, given)
             edits = split(inputs, settings, editor.settings, watched=True)
             editor.service.submit(edits)
+            self.running[run] = edits
             while not all(edit.done.done() for edit in edits):
-                yield [running(edits, editor.service), gr.skip(), gr.skip(), gr.skip()]
+                if edits[0].cancelled:
+                    yield [part("message", "Cancelled.", False), *READY, gr.skip()]
+                    return
+                yield [running(edits, editor.service), *BUSY, gr.skip()]
                 await asyncio.sleep(TICK)
             made = [await run_in_threadpool(editor.finish, edit, inputs) for edit in edits]
             names = [editor.store.put(each) for each in made]
@@ -237,11 +259,12 @@ class _Page:
         except (UserError, RuntimeError) as error:
             yield [part("message", str(error), True), *READY, gr.skip()]
         finally:
+            self.running.pop(run, None)
             editor.service.cancel(edits)
 
-    def stopped(self) -> list[Any]:
-        """Show that an edit was cancelled."""
-        return [part("message", "Cancelled.", False), *READY, gr.skip()]
+    def cancel(self, run: str) -> None:
+        """Stop a run of this page, which knows its name."""
+        self.editor.service.cancel(self.running.get(run, []))
 
     def _inputs(self, given: dict[str, Any]) -> Any:
         """Return the inputs that the browser's boards hold."""
@@ -279,21 +302,39 @@ class _Page:
             raise gr.Error(str(error), print_exception=False) from error
 
 
+def _shown(value: Any) -> Any:
+    """Return what a control shows of a setting."""
+    if value is None:
+        return ""
+    return json.dumps(value) if isinstance(value, tuple) else value
+
+
+def _preset(names: list[str]) -> Callable[[str], list[Any]]:
+    """Return the handler that sets these controls to what a preset stands for."""
+
+    def choose(preset: str) -> list[Any]:
+        chosen = OWN_SOLVER | PRESETS[preset.lower()]
+        return [chosen.get(name, gr.skip()) for name in names]
+
+    return choose
+
+
 def _plain(name: str, value: Any) -> Any:
-    """Return a control's value; texts of numbers that may be empty become numbers."""
-    if name not in OPTIONAL or not isinstance(value, str) or not value.strip():
+    """Return a control's value; numbers that stand in a text become numbers."""
+    if name in CHOICES or not isinstance(value, str) or not value.strip():
         return value
     try:
-        return float(value)
+        return json.loads(value)
     except ValueError as error:
         raise UserError(f"{name} is '{value}'; it must be a number, or empty") from error
 
 
-def _parse(collected: str) -> dict[str, Any]:
-    """Return what the boards hold; an error says what is missing."""
+def _parse(collected: str) -> tuple[str, dict[str, Any]]:
+    """Return the run's name and what the boards hold; an error says what is missing."""
     try:
         given = json.loads(collected)
         exemplars = [{"name": str(each["name"]), "crop": _crop(each["crop"])} for each in given["exemplars"]]
+        run = str(given["run"])
         found = {"image": str(given["image"] or ""), "mask": str(given["mask"] or ""), "exemplars": exemplars}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError("the page is out of date; reload it") from error
@@ -303,7 +344,7 @@ def _parse(collected: str) -> dict[str, Any]:
         raise UserError("The mask is missing: brush over what is to be replaced, or draw a box around it.")
     if not exemplars:
         raise UserError("The exemplar is missing: open an image of what is to be painted in.")
-    return found
+    return run, found
 
 
 def _crop(box: Any) -> tuple[float, float, float, float] | None:

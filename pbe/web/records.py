@@ -8,7 +8,7 @@ import json
 import shlex
 import zipfile
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from pbe.editing.image_files import carried, decode_image
 from pbe.editing.images import aspect_remark, fit_mask, mask_from_image, pixels_of, require_masked
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.placement import region_box
-from pbe.editing.settings import MAX_SEED, ConventionsName, EditSettings, SolverName, SpacingName
+from pbe.editing.settings import MAX_SEED, EditSettings
 from pbe.errors import EditValueError, UserError
 from pbe.web.service import Edit, Made
 from pbe.web.settings import ServeSettings
@@ -29,11 +29,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 NAMES = tuple(each.name for each in fields(EditSettings))
 ALMOST_ALL = 0.9  # share of what the model sees, from which a mask leaves it nothing to fit the exemplar to
 LEAST_CROP = 8  # pixels a side
-CHOICES: dict[str, tuple[str, ...]] = {
-    "solver": get_args(SolverName),
-    "spacing": get_args(SpacingName),
-    "conventions": get_args(ConventionsName),
-}
+DEFAULT_STEPS = 50
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Return the values of a type that is a Literal, or one of several that is."""
+    literals = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
+CHOICES = {each.name: found for each in fields(EditSettings) if (found := _choices(each.type))}
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def read_settings(values: dict[str, Any], limits: ServeSettings) -> EditSettings
         if name in given and type(given[name]) is not kind:
             wanted = "a whole number" if kind is int else "true or false"
             raise EditValueError(f"{name} is {given[name]!r}; it must be {wanted}")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = EditSettings(**given).checked(lambda name: name)
+    settings = replace(settings, steps=settings.steps or DEFAULT_STEPS)
     for name, most in (("steps", limits.max_steps), ("num_images", limits.max_images)):
         if getattr(settings, name) > most:
             raise EditValueError(f"{name} is {getattr(settings, name)}; this server takes at most {most}")
@@ -217,7 +224,7 @@ def command(settings: dict[str, Any], rows: int, limits: ServeSettings, device: 
             if isinstance(value, bool):
                 words.append(f"--{option}" if value else f"--no-{option}")
             else:
-                words += [f"--{option}", str(value)]
+                words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
     if rows > 1:
         words += ["--batch-size", str(rows)]
     return shlex.join(words)

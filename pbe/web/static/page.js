@@ -478,7 +478,9 @@
     },
     ready: () => Boolean(boards.image && boards.exemplar),
     collect() {
+      window.pbe.run = crypto.getRandomValues(new Uint32Array(4)).join("-");
       return JSON.stringify({
+        run: window.pbe.run,
         image: boards.image?.item?.name ?? "",
         mask: boards.image?.item ? boards.image.maskSent() : "",
         exemplars: (boards.exemplar?.items ?? []).map(({ name, crop }) => ({ name, crop })),
