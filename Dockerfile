@@ -12,7 +12,7 @@ COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY pbe pbe
 COPY configs configs
 COPY data data
-RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" -c constraints.txt ".[demo,web]" \
+RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" -c constraints.txt ".[web]" \
     && rm -rf /src \
     && useradd --create-home pbe
 

@@ -30,7 +30,7 @@ class ServeSettings:
     """port to listen on"""
     user: str | None = None
     """ask for this name and a password"""
-    password: str = field(default_factory=lambda: os.environ.get(PASSWORD, ""), repr=False)
+    password: str | None = field(default=None, repr=False)
     """that password (better in the environment variable PBE_PASSWORD, which other users cannot list)"""
     max_megabytes: int = 20
     """largest file that is taken"""
@@ -56,9 +56,10 @@ class ServeSettings:
             raise UserError(f"--port is {self.port}; it must be at most 65535")
         found["keep_minutes"] = check_number("--keep-minutes", self.keep_minutes)
         existing_path(self.model, "--model")
-        if self.user is not None and not self.password:
+        found["password"] = self.password or os.environ.get(PASSWORD)
+        if self.user is not None and not found["password"]:
             raise UserError(f"--user needs a password: set {PASSWORD} or give --password")
-        if self.user is None and self.password:
+        if self.user is None and found["password"]:
             raise UserError("a password needs a name: give --user")
         return replace(self, **found)
 

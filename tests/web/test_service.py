@@ -18,7 +18,17 @@ from tests.web.conftest import EXAMPLES, need_web
 need_web()
 
 from pbe.cli.main import main  # noqa: E402
-from pbe.web.records import Inputs, archive, command, read_inputs, read_settings, split  # noqa: E402
+from pbe.errors import UserError  # noqa: E402
+from pbe.web.records import (  # noqa: E402
+    Inputs,
+    archive,
+    command,
+    mask_hint,
+    read_inputs,
+    read_record,
+    read_settings,
+    split,
+)
 from pbe.web.service import BusyError, EditService  # noqa: E402
 
 WAIT = 120
@@ -140,3 +150,33 @@ def test_previews_come_close_to_the_edit(editor: Any) -> None:
         assert edit.preview is not None
         inside = edit.mask
         assert np.abs(edit.preview.astype(int) - made)[inside].mean() < 40
+
+
+def test_a_mask_that_leaves_nothing_to_see_is_told(editor: Any) -> None:
+    inputs = inputs_of(0, editor)
+    settings = read_settings({}, editor.settings)
+    assert mask_hint(inputs, settings, 64) is None
+    everything = replace(inputs, mask=np.ones_like(inputs.mask))
+    assert "100% of the image" in str(mask_hint(everything, settings, 64))
+    box = np.zeros((64, 64), bool)
+    box[8:40, 8:40] = True
+    tight = replace(settings, region="mask", margin=0.0)
+    assert "raise the margin" in str(mask_hint(replace(inputs, mask=box), tight, 64))
+    assert mask_hint(replace(inputs, mask=box), replace(tight, margin=0.5), 64) is None
+
+
+def test_settings_come_back_from_records(editor: Any) -> None:
+    text = '{"steps": 7, "solver": "ddim", "eta": 0.5, "seed": 3, "batch_size": 4, "model": {"folder": "x"}}'
+    settings = read_record(text, editor.settings)
+    assert (settings.steps, settings.solver, settings.eta, settings.seed) == (7, "ddim", 0.5, 3)
+    for broken, said in (
+        ("{", "not JSON"),
+        ("[1]", "no settings"),
+        ('{"a": 1}', "no settings"),
+        ('{"solver": "magic"}', "no solver 'magic'"),
+        ('{"seed": "x"}', "seed is 'x'"),
+        ('{"steps": 1e99}', "steps is"),
+        ('{"steps": [3]}', "steps"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read_record(broken, editor.settings)

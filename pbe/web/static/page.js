@@ -4,6 +4,7 @@
   "use strict";
   const COLOUR = "#ff2d78";
   const SMALL = 400; // images below this many pixels a side are shown with crisp pixels
+  const LARGE = 1024; // from here on a small mask is better edited by its surroundings
   const UNDO = 30;
   const boards = {};
   let lastBoard = "image";
@@ -95,7 +96,9 @@
       if (this.kind === "image") this.items = [];
       this.items.push({ name, picture: shown, crop: null });
       this.show(this.items.length - 1);
-      this.say(`${width} × ${height} pixels`);
+      const large = this.kind === "image" && Math.max(width, height) > LARGE;
+      const advice = large ? " For a small mask take its surroundings: Settings, What the model sees." : "";
+      this.say(`${width} × ${height} pixels.${advice}`);
     }
 
     show(index) {
