@@ -22,6 +22,7 @@ from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
 
 logger = logging.getLogger(__name__)
+GATHER, MOST_PATIENCE = 0.1, 0.25  # share of a batch's time, and seconds, to wait for others to join the next
 PREVIEW_SHARE = 0.1  # of the time of an edit that its previews may take
 EARLY = 0.02  # share of signal from which an estimate shows more than noise
 SIGMA_SOLVERS = ("euler", "euler_ancestral", "heun", "lms")  # their latents are x_0 + sigma eps
@@ -99,6 +100,7 @@ class EditService:
         self._wake = threading.Condition()
         self._running: list[Edit] = []
         self._stopping = False
+        self._patience = 0.0
         self._thread = threading.Thread(target=self._work, name="edits", daemon=True)
         self._thread.start()
 
@@ -162,26 +164,34 @@ class EditService:
                     edit.done.set_exception(problem)
 
     def _next(self) -> list[Edit]:
-        """Wait for work; return the oldest edit with others that match it, or nothing at the end."""
+        """Wait for work; return the oldest edit with others that match it, or nothing at the end.
+
+        After a batch of several the clients that were answered ask again one by one, so the first of them is
+        held back for a moment: else every other batch would be a single edit.
+        """
         with self._wake:
-            self._wake.wait_for(self._has_work)
-            if not self._pending:
-                return []
-            key = self._pending[0].key
-            batch = [each for each in self._pending if each.key == key and not each.done.cancelled()]
-            batch = batch[: self.batch_size]
+            batch: list[Edit] = []
+            while not batch:
+                self._wake.wait_for(lambda: self._pending or self._stopping)
+                if self._stopping:
+                    return []
+                until = time.monotonic() + self._patience
+                while len(self._matching()) < self.batch_size and (left := until - time.monotonic()) > 0:
+                    self._wake.wait(left)
+                batch = self._matching()
             for edit in batch:
                 self._pending.remove(edit)
-                edit.done.set_running_or_notify_cancel()  # from here on it cannot be cancelled by its future
+                edit.done.set_running_or_notify_cancel()  # from here on its future cannot cancel it
             return batch
 
-    def _has_work(self) -> bool:
-        while self._pending and self._pending[0].done.cancelled():  # whoever waited is gone
-            self._pending.popleft()
-        return bool(self._pending) or self._stopping
+    def _matching(self) -> list[Edit]:
+        """Return the oldest edit that waits and those that may run with it; forget those nobody waits for."""
+        self._pending = deque(edit for edit in self._pending if not edit.done.cancelled())
+        found = [edit for edit in self._pending if edit.key == self._pending[0].key]
+        return found[: self.batch_size]
 
     def _run(self, batch: list[Edit]) -> None:
-        settings = batch[0].settings
+        settings, start = batch[0].settings, time.monotonic()
         steps = self.pipe.solver_steps(settings.steps, settings.eta, settings.solver, settings.conventions)
         for edit in batch:
             edit.steps = steps
@@ -197,6 +207,8 @@ class EditService:
         flags = output.nsfw_content_detected or [False] * len(batch)
         for edit, image, flag in zip(batch, output.images, flags, strict=True):
             edit.done.set_result(Made(image, flag, len(batch)))
+        several = GATHER * (time.monotonic() - start) if len(batch) > 1 else 0.0
+        self._patience = min(several, MOST_PATIENCE)
 
 
 class _Watcher:
