@@ -22,6 +22,7 @@ from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
 
 logger = logging.getLogger(__name__)
+STOPPING = "the server is stopping; try again in a minute"
 GATHER, MOST_PATIENCE = 0.1, 0.25  # share of a batch's time, and seconds, to wait for others to join the next
 PREVIEW_SHARE = 0.1  # of the time of an edit that its previews may take
 EARLY = 0.02  # share of signal from which an estimate shows more than noise
@@ -112,7 +113,7 @@ class EditService:
         """
         with self._wake:
             if self._stopping:
-                raise BusyError("the server is stopping; try again in a minute")
+                raise BusyError(STOPPING)
             if len(self._pending) + len(edits) > self.max_queue:
                 raise BusyError(f"the queue is full ({len(self._pending)} edits wait); try again in a moment")
             self._pending.extend(edits)
@@ -137,7 +138,8 @@ class EditService:
         with self._wake:
             self._stopping = True
             for edit in self._pending:
-                edit.done.set_exception(BusyError("the server is stopping; try again in a minute"))
+                if edit.done.set_running_or_notify_cancel():
+                    edit.done.set_exception(BusyError(STOPPING))
             self._pending.clear()
             self._wake.notify()
         self._thread.join(seconds)
