@@ -97,7 +97,7 @@ class _Page:
                     cancel = gr.Button(
                         "Cancel", variant="stop", interactive=False, elem_id="pbe-cancel", min_width=120
                     )
-                results = gr.HTML(part("message", "The edit appears here.", False), js_on_load=MOUNT)
+                panel = gr.HTML(part("message", "The edit appears here.", False), js_on_load=MOUNT)
         gr.HTML(part("examples", EXAMPLES), js_on_load=MOUNT)
         with gr.Accordion("Settings", open=True):
             self._settings()
@@ -110,7 +110,7 @@ class _Page:
             api_visibility="private",
         )
         read = self._reading()
-        outputs = [results, run, cancel, read]
+        outputs = [panel, run, cancel, read]
         run.click(
             self.run,
             [collected, *self.fields.values()],
@@ -245,12 +245,12 @@ class _Page:
             edits = split(inputs, settings, editor.settings, watched=True)
             editor.service.submit(edits)
             self.running[run] = edits
-            while not all(edit.done.done() for edit in edits):
-                if edits[0].cancelled:
-                    yield [part("message", "Cancelled.", False), *READY, gr.skip()]
-                    return
+            while not (edits[0].cancelled or all(edit.done.done() for edit in edits)):
                 yield [running(edits, editor.service), *BUSY, gr.skip()]
                 await asyncio.sleep(TICK)
+            if edits[0].cancelled:
+                yield [part("message", "Cancelled.", False), *READY, gr.skip()]
+                return
             made = [await run_in_threadpool(editor.finish, edit, inputs) for edit in edits]
             names = [editor.store.put(each) for each in made]
             remarks = editor.hint(inputs, settings)
