@@ -38,9 +38,7 @@ def collected(page: _Page, run: str = "r") -> str:
 
 
 def values(page: _Page, **chosen: Any) -> list[Any]:
-    return [
-        (component.value if name not in chosen else chosen[name]) for name, component in page.fields.items()
-    ]
+    return [chosen.get(name, component.value) for name, component in page.fields.items()]
 
 
 async def shown(page: _Page, boards: str, chosen: list[Any], at_second: Any = lambda: None) -> list[str]:
