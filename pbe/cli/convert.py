@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS, Dtype, Place
+from pbe.cli.arguments import Dtype, Place, options
 from pbe.errors import UserError
 from pbe.resources import find_model
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from pbe.checkpoints.key_map import OpenedModel
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class ConvertSettings:
     """Options of ``pbe convert``."""
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
 
-from pbe.cli.arguments import SETTINGS, Switch
+from pbe.cli.arguments import options
 from pbe.editing.settings import EditCommand
 
 NOISY = ("PIL", "torch", "timm", "open_clip")
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class EditOptions(EditCommand):
     """Options of ``pbe edit``."""
-
-    preserve_background: Switch = True
-    """keep every pixel outside the mask bit by bit"""
 
 
 def edit(*, settings: EditOptions) -> None:
