@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     server = subprocess.Popen(command)
     try:
         url = f"http://127.0.0.1:{port}/"
-        wait_for(url)
+        wait_for(url, server)
         take(browser, url, options)
     finally:
         server.terminate()
@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def wait_for(url: str) -> None:
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     """Wait until a server answers."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(f"{url}openapi.json").close()
             return

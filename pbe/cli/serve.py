@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.web.settings import ServeSettings
 
-DEFAULTS = ServeSettings()
+
+@options
+class ServeOptions(ServeSettings):
+    """Options of ``pbe serve``."""
 
 
-def serve(*, settings: Annotated[ServeSettings, SETTINGS] = DEFAULTS) -> None:
+def serve(*, settings: ServeOptions = ServeOptions()) -> None:
     """Open a web page on which images are edited, with an API for scripts beside it.
 
     pbe serve
