@@ -38,6 +38,7 @@ COMMANDS = {
     "toy naming make": "pbe.cli.naming:make",
     "toy naming score": "pbe.cli.naming:score",
     "demo": "pbe.cli.demo:demo",
+    "serve": "pbe.cli.serve:serve",
     "doctor": "pbe.cli.doctor:doctor",
 }
 GROUPS = {

@@ -1,0 +1,70 @@
+"""Settings of the server: what it serves, to whom, and how much of everything. No torch here.
+
+Annotations are evaluated (no ``from __future__``): a command line reads them in a class of another module.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from pbe.editing.settings import Dtype, check_count, check_number, existing_path, option_name
+from pbe.errors import UserError
+
+PASSWORD = "PBE_PASSWORD"
+COUNTS = ("port", "max_megabytes", "max_megapixels", "max_steps", "max_images", "batch_size", "max_queue")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How a model is served."""
+
+    model: str = "toy"
+    """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Dtype = "fp32"
+    """of the weights"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other machines in"""
+    port: int = 7860
+    """port to listen on"""
+    user: str | None = None
+    """ask for this name and a password"""
+    password: str | None = field(default=None, repr=False)
+    """that password (better in the environment variable PBE_PASSWORD, which other users cannot list)"""
+    max_megabytes: int = 20
+    """largest file that is taken"""
+    max_megapixels: int = 40
+    """largest image, in millions of pixels"""
+    max_steps: int = 200
+    """most steps of an edit"""
+    max_images: int = 8
+    """most edits of one request: images times exemplars"""
+    batch_size: int = 8
+    """edits that run at once where their settings and sizes match"""
+    max_queue: int = 64
+    """edits that may wait; more are refused"""
+    keep_minutes: float = 30.0
+    """uploads and results are forgotten after this time"""
+    export: str | None = None
+    """write a folder for a Hugging Face Space instead of serving"""
+
+    def checked(self) -> Self:
+        """Return the settings with every value checked."""
+        found: dict[str, Any] = {name: check_count(option_name(name), getattr(self, name)) for name in COUNTS}
+        if self.port > 65535:
+            raise UserError(f"--port is {self.port}; it must be at most 65535")
+        found["keep_minutes"] = check_number("--keep-minutes", self.keep_minutes)
+        existing_path(self.model, "--model")
+        found["password"] = self.password or os.environ.get(PASSWORD)
+        if self.user is not None and not found["password"]:
+            raise UserError(f"--user needs a password: set {PASSWORD} or give --password")
+        if self.user is None and found["password"]:
+            raise UserError("a password needs a name: give --user")
+        return replace(self, **found)
+
+    @property
+    def model_name(self) -> str:
+        """What the page and its records call the model: a folder on this machine loses its place."""
+        path = existing_path(self.model)
+        return self.model if path is None or self.model == "toy" else path.name

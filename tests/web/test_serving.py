@@ -1,0 +1,173 @@
+"""The command: start, many clients, SIGTERM, gradio_client, the exported folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.web.conftest import EXAMPLES, Served, need_web
+
+need_web()
+
+import httpx  # noqa: E402
+import torch  # noqa: E402
+
+from pbe.cli.main import main  # noqa: E402
+from pbe.web.records import read_inputs, read_settings  # noqa: E402
+from pbe.web.settings import ServeSettings  # noqa: E402
+
+EDITS, CLIENTS, STEPS = 200, 8, 3
+
+
+def ask(url: str, number: int, seed: int, **data: Any) -> tuple[int, bytes, str]:
+    """Status, content and record of an edit of an example."""
+    files = {kind: (EXAMPLES / f"{number}_{kind}.png").read_bytes() for kind in ("image", "mask", "exemplar")}
+    values = {"seed": seed, "steps": STEPS, "output": "png"} | data
+    with httpx.Client(timeout=600, verify=False) as client:
+        answer = client.post(f"{url}edit", data=values, files=files)
+    return answer.status_code, answer.content, answer.headers.get("X-Record", "")
+
+
+def again(editor: Any, number: int, record: dict[str, Any]) -> np.ndarray:
+    """The edit of a record, made as its command makes it: in a batch as large, of which it is the first."""
+    files = [(EXAMPLES / f"{number}_{kind}.png").read_bytes() for kind in ("image", "mask", "exemplar")]
+    inputs = read_inputs(files[0], files[1], files[2:], editor.settings)
+    rows, seed = record["batch_size"], record["seed"]
+    output = editor.pipe.edit(
+        [inputs.exemplars[0]] * rows,
+        [inputs.image] * rows,
+        [inputs.mask] * rows,
+        read_settings({"steps": record["steps"], "solver": record["solver"]}, editor.settings),
+        generator=[torch.Generator().manual_seed(seed + index) for index in range(rows)],
+    )
+    return np.asarray(output.images[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_many_clients_get_their_own_edits(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    def client(number: int, count: int) -> list[tuple[Any, ...]]:
+        seeds = range(1000 * number, 1000 * number + count)
+        return [(number % 6, *ask(served.url, number % 6, seed)) for seed in seeds]
+
+    def rates(work: Callable[[], int]) -> np.ndarray:
+        """Edits a second of the clock and of the processor."""
+        start = np.array([time.perf_counter(), time.process_time()])
+        return work() / (np.array([time.perf_counter(), time.process_time()]) - start)
+
+    process, used, answers = psutil.Process(), [], []
+
+    def everybody() -> int:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for _ in range(5):
+                for each in pool.map(lambda number: client(number, EDITS // CLIENTS // 5), range(CLIENTS)):
+                    answers.extend(each)
+                used.append(process.memory_info().rss)
+        return EDITS
+
+    client(0, 3)
+    alone, together = rates(lambda: len(client(0, 16))), rates(everybody)
+    (clock, work), memory = together / alone, [each >> 20 for each in used]
+    with capsys.disabled():
+        print(f"\nedits a second: {alone[0]:.2f} alone, {together[0]:.2f} of {CLIENTS} clients")
+        print(f"{clock:.2f} times, by processor time {work:.2f} times; memory {memory} MiB")
+    assert len(answers) == EDITS
+    assert {status for _, status, _, _ in answers} == {200}
+    for number, _, content, record in answers[::20]:
+        pixels = np.asarray(Image.open(io.BytesIO(content)))
+        assert np.array_equal(pixels, again(served.editor, number, json.loads(record)))
+    assert max(used[1:]) <= 1.1 * used[0]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_cleanly_with_every_request_answered(tmp_path: Path) -> None:
+    port = 17861
+    command = [sys.executable, "-m", "pbe.cli", "serve", "--port", str(port)]
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).resolve().parents[2])
+        url = f"http://127.0.0.1:{port}/"
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{url}openapi.json").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, url, number, 0, steps=40 + number) for number in range(4)]
+            time.sleep(3.0)
+            server.send_signal(signal.SIGTERM)
+            statuses = sorted(each.result()[0] for each in asked)
+        assert server.wait(60) == 0
+        log.seek(0)
+        assert "Traceback" not in log.read()
+    assert set(statuses) <= {200, 503}
+    assert 503 in statuses
+
+
+@pytest.mark.slow
+def test_gradio_client_edits(served: Served) -> None:
+    gradio_client = pytest.importorskip("gradio_client")
+    client = gradio_client.Client(served.url, verbose=False)
+    paths = [gradio_client.handle_file(EXAMPLES / f"0_{kind}.png") for kind in ("image", "mask", "exemplar")]
+    answer = client.predict(paths[0], paths[1], paths[2:], {"steps": 2, "seed": 4}, api_name="/edit")
+    assert answer["edits"][0]["record"]["seed"] == 4
+    assert answer["edits"][0]["image"].startswith("data:image/png;base64,")
+    with pytest.raises(Exception, match="there is no setting 'stepz'"):
+        client.predict(paths[0], paths[1], paths[2:], {"stepz": 2}, api_name="/edit")
+
+
+def test_bad_options_are_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PBE_PASSWORD", raising=False)
+    for words, said in (
+        (["--port", "70000"], "--port is 70000; it must be at most 65535"),
+        (["--model", "/nowhere"], "--model '/nowhere' does not exist"),
+        (["--user", "me"], "--user needs a password"),
+        (["--max-steps", "0"], "--max-steps is 0; it must be at least 1"),
+    ):
+        assert main(["serve", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_the_server_loses_its_place(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert ServeSettings(model=str(tmp_path / "mine")).model_name == "mine"
+    assert ServeSettings(model="owner/name").model_name == "owner/name"
+    assert ServeSettings(user="a", password="hidden").__repr__().count("hidden") == 0
+
+
+def test_the_exported_folder_is_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pbe.web import space
+
+    monkeypatch.setattr(space, "requirements", lambda: ["torch==2.6"])
+    target = tmp_path / "space"
+    assert main(["serve", "--export", str(target)]) == 0
+    header = re.match(r"---\n(.*?)\n---\n", (target / "README.md").read_text(), re.DOTALL)
+    assert header
+    assert {"sdk: gradio", "app_file: app.py"} <= set(header[1].splitlines())
+    assert (target / "pbe/_resources/data/toy/model/unet.safetensors").is_file()
+    code = "import pbe, sys; from pbe.resources import find_model; print(pbe.__file__, find_model('toy'))"
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    ran = subprocess.check_output([sys.executable, "-c", code], cwd=target, env=environment, text=True)
+    package, model = ran.split()
+    assert Path(package).is_relative_to(target)
+    assert Path(model).is_relative_to(target)
+    compile((target / "app.py").read_text(), "app.py", "exec")
+    assert main(["serve", "--export", str(target)]) == 2
