@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.clip import tower_sizes
 from pbe.checkpoints.compvis.format import write_original
 from pbe.checkpoints.diffusers.format import JSON_FILES, WEIGHT_FILES, write_diffusers
 from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.key_map import PARTS, converted
 from pbe.checkpoints.native import CONFIG_NAME, write_native
-from pbe.checkpoints.tensors import Lazies, lazies
+from pbe.checkpoints.tensors import Lazies
 from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.checkpoints.writers import check_target
 from pbe.config import ModelConfig
@@ -40,7 +41,7 @@ def save_checkpoint(
 
     Args:
         folder: made when missing; it must not hold another model's files.
-        model: the weights.
+        model: the weights; its adapters are merged into those in the files.
         layout: of the files.
         dtype: type of the floating-point weights in the files; None keeps each tensor's own.
         usage: how the model is to be run; None leaves that to the layout's default.
@@ -53,7 +54,7 @@ def save_checkpoint(
         if beside is not None:
             beside(staging)
         checker = any((place / CHECKER / "config.json").is_file() for place in (staging, folder))
-        state = lazies(model.state_dict())
+        state = model_state(model)
         write_layout(staging, layout, model.config, state, dtype, usage or UNSAID, checker)
 
 

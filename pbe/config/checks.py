@@ -154,8 +154,8 @@ def _check_lora(config: Config) -> None:
         )
     if config.trainer.strategy in ("fsdp2", "model_parallel"):
         raise UserError(
-            f"'trainer.strategy' is {config.trainer.strategy}, which cuts weights that adapters leave frozen; "
-            "use ddp"
+            f"'trainer.strategy' is {config.trainer.strategy}, which cuts weights that adapters leave "
+            "frozen; use ddp"
         )
 
 

@@ -65,7 +65,7 @@ class DataConfig:
     validation_shards: str = path()
     """Validation shards; empty: no validation."""
     prior_shards: str = path()
-    """Ordinary training shards to mix in, so that fine-tuning on a few images forgets nothing; empty: none."""
+    """Ordinary training shards that are mixed in, so that training on few images forgets little."""
     prior_share: float = number(0.5, high=0.99)
     """Share of the samples that come from ``prior_shards``."""
     image_size: int = 512

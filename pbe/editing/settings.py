@@ -178,6 +178,24 @@ def existing_path(path_or_hub_id: str | Path, option: str = "") -> Path | None:
     return None
 
 
+def parse_adapter(text: str, option: str = "adapter") -> tuple[Path, float]:
+    """Read ``FILE`` or ``FILE:SCALE``, an adapter and the factor on it (1 where none is given).
+
+    A file that is called so as a whole comes first; the scale may be any finite number.
+    """
+    place, colon, number = text.rpartition(":")
+    whole = Path(expand_home(text))
+    if not colon or os.path.exists(whole):
+        return whole, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        return whole, 1.0
+    if not math.isfinite(scale):
+        raise EditValueError(f"{option} is '{text}'; its scale must be a finite number")
+    return Path(expand_home(place)), scale
+
+
 def check_count(
     name: str,
     value: object,

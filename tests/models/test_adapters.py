@@ -87,7 +87,7 @@ def test_parts_are_what_they_are_called():
     """Counted by the modules themselves, not by their names: every layer but four has its part."""
     model = tiny_model()
     unet, encoder = model.unet, model.exemplar_encoder
-    inside = [each for each in (*unet.modules(), *encoder.modules())]
+    inside = [*unet.modules(), *encoder.modules()]
     own = {id(each) for each in inside if isinstance(each, nn.Linear | nn.Conv2d)}
     tower = {id(each) for each in encoder.tower.modules()}
     chosen = {id(layer) for layer in layers_of(model, PARTS).values()}
@@ -169,8 +169,8 @@ def test_unknown_and_missing_parts_are_told():
     model = tiny_model()
     with pytest.raises(UserError, match="no part 'attention'; there are: self_attention, "):
         layers_of(model, ["attention"])
-    model.unet.config.attention_factors = []
-    bare = LatentDiffusion(model.config)
+    model.unet.mid_attention = nn.Identity()
+    for level in (*model.unet.down, *model.unet.up):
+        level.attentions = nn.ModuleList()
     with pytest.raises(UserError, match="no layers in the part 'self_attention'"):
-        bare.unet.mid_attention = nn.Identity()
-        layers_of(bare, ["self_attention"])
+        layers_of(model, ["self_attention"])
