@@ -26,9 +26,10 @@ from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import AutoencoderConfig, Config, ModelConfig, TrainerConfig, differences, flatten, to_dict
+from pbe.config.checks import check_values
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.image_tower import follow_sizes
+from pbe.models.image_tower import follow_sizes, follow_tower
 from pbe.training.monitoring.loggers import make_loggers
 from pbe.training.monitoring.sample_grids import autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.step_log import GridCallback, StepLog
@@ -135,8 +136,10 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
             "init_from=none trains from random weights"
         )
     # a folder tells its sizes, a bare checkpoint is taken for this run's
-    sizes = None if Path(config.start).is_dir() else config.model
+    sizes = None if Path(config.start).is_dir() or config.model_from_init else config.model
     opened = open_checkpoint(config.start, sizes)
+    if config.model_from_init:
+        config = _with_sizes(config, opened.config)
     merged = _merged(config, opened.config)
     model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
     if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
@@ -144,6 +147,17 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
         model.autoencoder.make_mask_aware()
         model.config = replace(model.config, autoencoder=model.autoencoder.config)
     return model, replace(config, model=model.config)
+
+
+def _with_sizes(config: Config, stored: ModelConfig) -> Config:
+    """Return the configuration with the model section of ``init_from``, at the data's resolution."""
+    size = config.data.image_size or stored.image_size
+    model = replace(stored, image_size=size, exemplar_encoder=replace(stored.exemplar_encoder))
+    follow_tower(model.exemplar_encoder)
+    data = replace(config.data, image_size=size, exemplar_size=model.exemplar_encoder.image_size)
+    found = replace(config, model=model, data=data)
+    check_values(replace(found, model_from_init=False))
+    return found
 
 
 def _merged(config: Config, stored: ModelConfig) -> ModelConfig:

@@ -45,6 +45,7 @@ class BaseTask(pl.LightningModule):
         rate: learning rate of the last optimizer step.
         loaded_step: optimizer step of the checkpoint that was loaded, else 0.
         validated_step: optimizer step of the last validation, -1 before any.
+        base: fingerprint of the weights that adapters are trained beside, empty without adapters.
     """
 
     ema: Ema | None
@@ -63,6 +64,7 @@ class BaseTask(pl.LightningModule):
         self.step_made = True
         self.loaded_step = 0
         self.validated_step = -1
+        self.base = ""
 
     def start_average(self) -> None:
         """Begin the moving average of the trainable parameters, unless the decay is 0 (off)."""
@@ -177,7 +179,7 @@ class BaseTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the average, what is not logged yet and the configuration into the checkpoint."""
         checkpoint["sums"] = self.sums.reduced()
-        checkpoint["config"] = to_dict(self.config)
+        checkpoint["config"], checkpoint["base"] = to_dict(self.config), self.base
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
