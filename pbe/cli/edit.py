@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pbe.cli.arguments import SETTINGS, Switch
+from pbe.cli.arguments import SETTINGS, Repeatable, Switch
 from pbe.editing.settings import EditCommand
 
 NOISY = ("PIL", "torch", "timm", "open_clip")
@@ -19,6 +19,8 @@ class EditOptions(EditCommand):
 
     preserve_background: Switch = True
     """keep every pixel outside the mask bit by bit"""
+    adapter: Repeatable = field(default_factory=list)
+    """adapter to put beside the weights, FILE or FILE:SCALE; once for each"""
 
 
 def edit(*, settings: EditOptions) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pbe.config import Config
 from pbe.data.dataset import ExemplarDataset, check_counts, collate as collate_samples, describe
+from pbe.data.mixture import Mixture
 from pbe.data.shards.archive import ShardImages
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
@@ -270,11 +271,12 @@ class TrainingData(lightning.LightningDataModule):
         self._loaders: dict[str, CountingLoader] = {}
 
     def dataset(self, stream: str) -> ExemplarDataset:
-        """Return the data set ``train`` or ``validation``; its shards are indexed when first asked for."""
+        """Return the data set ``train``, ``prior`` or ``validation``; shards are indexed when asked for."""
         if stream not in self._datasets:
             config = self.config
+            shards = {"train": config.train_shards, "validation": config.validation_shards}
             images = ShardImages(
-                {"train": config.train_shards, "validation": config.validation_shards}[stream],
+                (shards | {"prior": config.prior_shards})[stream],
                 count_boxes=config.boxes == "every",
                 verify=config.verify,
                 cache=config.remote_cache,
@@ -284,6 +286,8 @@ class TrainingData(lightning.LightningDataModule):
 
     def samples(self, stream: str) -> Dataset[Any]:
         """Return the samples of a stream by global counter."""
+        if stream == "train" and self.config.prior_shards:
+            return Mixture(self.dataset("train"), self.dataset("prior"), self.config.prior_share)
         return self.dataset(stream)
 
     def open(self) -> None:

@@ -6,7 +6,7 @@ Annotations are evaluated (no ``from __future__``): a command line reads them in
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -112,6 +112,8 @@ class EditCommand(EditSettings):
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False
     """the plain weights of a training, not the average"""
+    adapter: Sequence[str] = ()
+    """adapter to put beside the weights, FILE or FILE:SCALE; once for each"""
     revision: str | None = None
     """branch, tag or commit of a model on the Hub (default: main)"""
     cache_dir: str | None = None
@@ -159,6 +161,10 @@ class EditCommand(EditSettings):
         """Return the command with every value checked, and that its models may exist."""
         found = super().checked(named)
         existing_path(self.model, named("model"))
+        for text in self.adapter:
+            place, _ = parse_adapter(text, named("adapter"))
+            if not os.path.exists(place):
+                raise EditValueError(f"{named('adapter')} '{place}' does not exist; give an adapter's file")
         if self.safety_checker not in ("auto", "none"):
             existing_path(self.safety_checker, named("safety_checker"))
         return found

@@ -31,32 +31,40 @@ PATTERNS = {
 
 
 class LowRank(nn.Module):
-    """One adapter of a layer: ``scale * up(down(x))``, zero at the start.
+    """One adapter of a layer: ``factor * alpha / rank * up(down(x))``, zero at the start.
 
     Args:
         layer: a linear layer or a convolution, whose shape it takes.
         rank: rows of ``down``, 1 and above.
-        scale: factor on what it adds.
+        alpha: strength that belongs to the weights.
         name: of the adapter that it is a part of.
         generator: of the start of ``down``; None is torch's own.
+
+    Attributes:
+        factor: how much of the adapter is wanted; 1 is what was trained.
     """
 
     def __init__(
         self,
         layer: nn.Linear | nn.Conv2d,
         rank: int,
-        scale: float,
+        alpha: float,
         name: str = "",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.scale, self.name = scale, name
+        self.alpha, self.factor, self.name = alpha, 1.0, name
         weight = layer.weight
         down = torch.empty(rank, *weight.shape[1:])
         bound = 1.0 / math.sqrt(down[0].numel())  # what linear layers and convolutions start with
         self.down = nn.Parameter(down.uniform_(-bound, bound, generator=generator).to(weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
         self._place = (layer.stride, layer.padding) if isinstance(layer, nn.Conv2d) else None
+
+    @property
+    def scale(self) -> float:
+        """Factor on ``up(down(x))``."""
+        return self.factor * self.alpha / len(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the output for the layer's input, in the input's type."""
@@ -139,7 +147,7 @@ def add_adapter(
     model: nn.Module,
     parts: Iterable[str],
     rank: int,
-    scale: float,
+    alpha: float,
     name: str = "",
     generator: torch.Generator | None = None,
 ) -> list[LowRank]:
@@ -148,29 +156,30 @@ def add_adapter(
     They are float32 whatever the type of the weights beside them. Returns them in the order of the layers.
     """
     layers = layers_of(model, parts) if rank else {}
-    made = [LowRank(layer, rank, scale, name, generator) for layer in layers.values()]
+    made = [LowRank(layer, rank, alpha, name, generator) for layer in layers.values()]
     for layer, adapter in zip(layers.values(), made, strict=True):
         attach(layer, adapter)
     return made
 
 
 def load_adapter(
-    model: nn.Module, state: Mapping[str, Tensor], alpha: float, scale: float, name: str
+    model: nn.Module, state: Mapping[str, Tensor], alpha: float, factor: float, name: str
 ) -> None:
     """Add the adapters of a state as :func:`adapter_state` gives it, in the type of the weights beside them.
 
     Args:
         model: that has all the layers of the state, in the same shapes.
         state: for each layer ``<layer>.down`` and ``<layer>.up``.
-        alpha: the adapter's own strength; over the rank it is the factor on what a layer's adapter adds.
-        scale: a further factor.
+        alpha: see :class:`LowRank`.
+        factor: likewise.
         name: by which it is known in the model.
     """
     for layer_name in layer_names(state):
         layer = model.get_submodule(layer_name)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         down, up = state[f"{layer_name}.down"], state[f"{layer_name}.up"]
-        adapter = LowRank(layer, len(down), scale * alpha / len(down), name)
+        adapter = LowRank(layer, len(down), alpha, name)
+        adapter.factor = factor
         adapter.load_state_dict({"down": down, "up": up})
         attach(layer, adapter.to(layer.weight.dtype).requires_grad_(False))
 

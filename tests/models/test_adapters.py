@@ -56,7 +56,7 @@ def stirred(model: LatentDiffusion, name: str = "", std: float = 0.2) -> None:
 
 def test_the_closed_form_of_a_linear_layer():
     layer = nn.Linear(6, 5)
-    adapter = LowRank(layer, 2, scale=1.5)
+    adapter = LowRank(layer, 2, alpha=3.0)
     nn.init.normal_(adapter.up)
     attach(layer, adapter)
     x = torch.randn(3, 4, 6)
@@ -69,7 +69,7 @@ def test_the_closed_form_of_a_linear_layer():
 @pytest.mark.parametrize("options", [{"kernel_size": 1}, {"kernel_size": 3, "stride": 2, "padding": 1}])
 def test_a_convolution_is_one_with_another_kernel(options: dict[str, int]):
     layer = nn.Conv2d(4, 6, **options)
-    adapter = LowRank(layer, 2, scale=0.5)
+    adapter = LowRank(layer, 2, alpha=1.0)
     nn.init.normal_(adapter.up)
     kernel = layer.weight + 0.5 * torch.einsum("or,rihw->oihw", adapter.up, adapter.down)
     x = torch.randn(2, 4, 9, 7)
@@ -127,14 +127,13 @@ def test_merged_equals_unmerged(tokens: str):
 def test_adapters_are_loaded_combined_and_taken_away():
     model = tiny_model()
     before = outputs(model)
-    add_adapter(model, ["self_attention", "mapper"], 3, scale=2.0)
+    add_adapter(model, ["self_attention", "mapper"], 3, alpha=6.0)
     stirred(model)
     state, alone = adapter_state(model), outputs(model)
     remove_adapter(model)
     assert torch.equal(outputs(model), before)
-    # alpha over rank is the scale that it was trained with
-    load_adapter(model, state, alpha=6.0, scale=0.25, name="first")
-    load_adapter(model, state, alpha=6.0, scale=0.75, name="second")
+    load_adapter(model, state, alpha=6.0, factor=0.25, name="first")
+    load_adapter(model, state, alpha=6.0, factor=0.75, name="second")
     assert relative(outputs(model), alone) < 1e-5
     remove_adapter(model, "second")
     quarter = outputs(model)

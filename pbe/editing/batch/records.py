@@ -113,9 +113,13 @@ def versions() -> dict[str, str]:
 
 
 def repeat_command(options: dict[str, Any]) -> str:
-    """Return the shell command with these ``--option value`` pairs; a value of True is a bare flag."""
+    """Return the shell command with these ``--option value`` pairs.
+
+    A value of True is a bare flag, and of a list every value has the option before it.
+    """
     words = ["python", "sample.py"]
-    for name, value in options.items():
+    pairs = ((name, each) for name, given in options.items() for each in _values(given))
+    for name, value in pairs:
         if value is True:
             words.append(f"--{name}")
         elif str(value).startswith("-"):  # a file of such a name would be taken for an option
@@ -123,3 +127,7 @@ def repeat_command(options: dict[str, Any]) -> str:
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
+
+
+def _values(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [given]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pbe.checkpoints.adapters import find_adapter
 from pbe.checkpoints.loading import of_run
 from pbe.checkpoints.precision import torch_dtype
 from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
@@ -30,14 +31,15 @@ from pbe.editing.hub import Hub
 from pbe.editing.loading import usable_device
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.settings import EditCommand
+from pbe.editing.settings import EditCommand, parse_adapter
 from pbe.errors import UserError
+from pbe.files import sha256_of
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
 # What a record holds of the settings, and what the command that repeats an edit holds where it was given.
 RECORDED = ("steps", "guidance_scale", "eta", "preserve_background", "region", "margin", "feather")
 GIVEN = (
-    *("config", "raw_weights", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
+    *("config", "raw_weights", "adapter", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
     *("solver", "spacing", "karras", "margin", "feather", "height", "width"),
 )
 Batch = list[tuple[LoadedJob, int]]  # jobs and numbers of their edits
@@ -80,6 +82,9 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
         local_files_only=command.offline,
         raw_weights=command.raw_weights,
     )
+    for text in command.adapter:
+        path, scale = parse_adapter(text)
+        pipe.load_adapter(path, scale, str(path))
     if command.attention_slicing:
         pipe.enable_attention_slicing(queries=command.attention_slicing)
     if command.cpu_offload:
@@ -161,6 +166,7 @@ def _shared_record(
         place, _ = of_run(place, raw_weights=command.raw_weights)
     return {
         "model": {"folder": command.model, "sha256": model_digests(place)},
+        "adapters": [_adapter_record(text) for text in command.adapter],
         "solver": pipe.solver,
         "conventions": pipe.conventions,
         **{name: getattr(command, name) for name in RECORDED},
@@ -174,14 +180,21 @@ def _shared_record(
     }
 
 
+def _adapter_record(text: str) -> dict[str, Any]:
+    path, scale = parse_adapter(text)
+    return {"file": str(path), "scale": scale, "sha256": sha256_of(find_adapter(path))}
+
+
 def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: EditCommand) -> dict[str, Any]:
     job, seed = loaded.job, loaded.job.seed + index
     inputs: dict[str, dict[str, Any]] = {
         key: {"path": str(getattr(job, key)), "sha256": getattr(loaded, key).sha256} for key in FILE_KEYS
     }
     kept = {"out": command.out, "name": job.name} if command.output is None else {"output": command.output}
-    usual = {each.name: each.default for each in fields(command) if each.default is not MISSING}
-    given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) != usual[name]}
+    usual = {each.name: each.default for each in fields(EditCommand) if each.default is not MISSING}
+    given = {
+        name: getattr(command, name) for name in GIVEN if getattr(command, name) not in (usual[name], [])
+    }
     repeat = {
         "model": command.model,
         **kept,

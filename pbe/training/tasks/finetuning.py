@@ -48,7 +48,7 @@ def train_adapters(model: LatentDiffusion, config: Config) -> None:
         module.to(TYPES[options.base])
     encoder.null_condition.data = encoder.null_condition.data.to(TYPES[options.base])
     generator = torch.Generator().manual_seed(config.seed)
-    add_adapter(model, options.targets, options.rank, options.alpha / options.rank, generator=generator)
+    add_adapter(model, options.targets, options.rank, options.alpha, generator=generator)
 
 
 def fingerprint_of_frozen(model: nn.Module) -> str:
