@@ -95,7 +95,7 @@ def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
         finished = _run(trainer, task, checkpoint, stop)
     seconds, steps = time.monotonic() - started, max(trainer.global_step, begun, 0)
     stopped_by = 0 if finished else stop.received
-    made = folder / (ADAPTER_NAME if task.base else "model")
+    made = folder / (ADAPTER_NAME if task.adapted else "model")
     return TrainResult(folder, made, steps, seconds, stopped_by, trainer.global_rank)
 
 
@@ -163,7 +163,7 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     """Check that a checkpoint continues this very task, and report which settings have changed."""
     content = read_checkpoint(path)
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
-    if task.base and content["base"] != task.base:
+    if task.adapted and content["base"] != task.base_fingerprint():
         raise UserError(
             f"the adapters of '{path}' were trained beside other weights than those of "
             f"'{task.config.init_from}'; name the model that they started from, or another output_dir"
@@ -196,7 +196,7 @@ def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
         shutil.rmtree(left, ignore_errors=True)
     model = task.model
     assert isinstance(model, LatentDiffusion)
-    if task.base:
+    if task.adapted:
         with task.averaged_weights():
             lora, base = task.config.lora, task.config.init_from
             save_adapter(folder.parent / ADAPTER_NAME, adapter_state(model), lora.alpha, base)

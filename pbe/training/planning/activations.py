@@ -51,7 +51,8 @@ def activation_bytes(task: DiffusionTask, device: str) -> int:
     mixed = MIXED.get(task.config.trainer.precision)
     arithmetic = torch.autocast(device, mixed) if mixed else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, arithmetic:
-        state = {f"model.{name}": mode.from_tensor(p) for name, p in task.model.named_parameters()}
+        parameters = task.model.named_parameters()
+        state: dict[str, Tensor] = {f"model.{name}": mode.from_tensor(p) for name, p in parameters}
         weights = {value.untyped_storage()._cdata for value in state.values()}
         kept: dict[int, int] = {}
 

@@ -45,12 +45,13 @@ class BaseTask(pl.LightningModule):
         rate: learning rate of the last optimizer step.
         loaded_step: optimizer step of the checkpoint that was loaded, else 0.
         validated_step: optimizer step of the last validation, -1 before any.
-        base: fingerprint of the weights that adapters are trained beside, empty without adapters.
+        adapted: whether adapters are trained beside frozen weights.
     """
 
     ema: Ema | None
     model: nn.Module
     shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
+    adapted: bool = False
     entry: str = ""  # the method through which a step uses all weights; empty: they cannot be sharded
 
     def __init__(self, config: Config) -> None:
@@ -64,7 +65,6 @@ class BaseTask(pl.LightningModule):
         self.step_made = True
         self.loaded_step = 0
         self.validated_step = -1
-        self.base = ""
 
     def start_average(self) -> None:
         """Begin the moving average of the trainable parameters, unless the decay is 0 (off)."""
@@ -75,6 +75,10 @@ class BaseTask(pl.LightningModule):
     def sharded(self) -> bool:
         """Whether each process holds a share of the weights only."""
         return is_sharded(self.parameters())
+
+    def base_fingerprint(self) -> str:
+        """Return a fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        return ""
 
     def whole_parts(self) -> list[nn.Module]:
         """Return the networks that are kept whole where the weights are sharded."""
@@ -179,7 +183,7 @@ class BaseTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the average, what is not logged yet and the configuration into the checkpoint."""
         checkpoint["sums"] = self.sums.reduced()
-        checkpoint["config"], checkpoint["base"] = to_dict(self.config), self.base
+        checkpoint["config"], checkpoint["base"] = to_dict(self.config), self.base_fingerprint()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 

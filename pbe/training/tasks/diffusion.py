@@ -37,17 +37,21 @@ class DiffusionTask(BaseTask):
         self.model: LatentDiffusion = model
         self.schedule = make_schedule(config.model.schedule)
         freeze(model)
-        if config.lora.rank:
+        self.adapted = config.lora.rank > 0
+        if self.adapted:
             train_adapters(model, config)
-            self.base = fingerprint_of_frozen(model)
         elif config.optimizer.parts:
             train_parts(model, config.optimizer.parts)
         self.start_average()
 
+    def base_fingerprint(self) -> str:
+        """Return the fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        return fingerprint_of_frozen(self.model) if self.adapted else ""
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return all weights, or the adapters alone: what they adapt is read from ``init_from`` again."""
         state = super().state_dict(*args, **kwargs)
-        if not self.config.lora.rank:
+        if not self.adapted:
             return state
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: value for name, value in state.items() if name in trained}
@@ -58,7 +62,7 @@ class DiffusionTask(BaseTask):
         """Take what :meth:`state_dict` gives."""
         if strict:
             check_keys(dict(state_dict), self, "the checkpoint")
-        return super().load_state_dict(state_dict, strict=strict and not self.config.lora.rank, assign=assign)
+        return super().load_state_dict(state_dict, strict=strict and not self.adapted, assign=assign)
 
     def whole_parts(self) -> list[nn.Module]:
         """Return the frozen networks, which are used outside of a step too."""
