@@ -27,6 +27,12 @@ class EditAttributeError(UserError, AttributeError):
     """An attribute that a pipeline does not have, or that cannot be assigned."""
 
 
+def first_line(error: object) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @cache
 def warn_once(text: str) -> None:
     """Log a warning, the first time only: what was decided about an input, for instance."""

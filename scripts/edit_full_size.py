@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbe.checkpoints.native import save_model
-from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
@@ -163,7 +163,7 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--levers", action="store_true", help="measure what each lever saves (needs a GPU)")
     options = parser.parse_args(arguments)
-    device, dtype = torch.device(options.device), torch_dtype(options.dtype)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA GPU that torch can use")
     if options.levers:

@@ -280,6 +280,19 @@ def test_pages_name_commands_that_exist(page: str) -> None:
         assert not unknown, f"{page}: pbe {command} has no {', '.join(sorted(unknown))}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_files_that_exist(page: str) -> None:
+    """Code that a page points to is there; folders that only runs make are not asked for."""
+    tracked = run("git", "ls-files").splitlines()
+    names = {Path(path).name for path in tracked}
+    text = (ROOT / page).read_text()
+    paths = set(re.findall(r"`((?:pbe|scripts|tests|configs)/[\w/.-]+)`", text))
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    if page != "docs/coming_from.md":  # it names files of the original code
+        missing |= set(re.findall(r"`(\w+\.py)`", text)) - names
+    assert not missing
+
+
 def test_make_help_lists_every_target() -> None:
     listed = set(re.findall(r"^\s+make ([a-z-]+) ", run("make", "--no-print-directory"), re.MULTILINE))
     assert listed == makefile_targets()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.checkpoints.precision import DTYPES, torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.diffusion.solvers import SOLVERS, SPACINGS
 from pbe.editing.batch import runner
 from pbe.editing.settings import CONVENTIONS, ConventionsName, Dtype, SolverName, SpacingName
@@ -290,7 +290,7 @@ def test_the_names_of_the_command_line_are_those_of_the_package():
     assert set(get_args(SpacingName)) == set(SPACINGS)
     assert set(get_args(ConventionsName)) == set(CONVENTIONS)
     assert get_args(Dtype) == tuple(DTYPES)
-    assert [torch_dtype(name).itemsize for name in DTYPES] == [4, 2, 2]
+    assert [DTYPES[name].itemsize for name in DTYPES] == [4, 2, 2]
 
 
 def sample(project_root: Path, *call: str) -> subprocess.CompletedProcess[str]:

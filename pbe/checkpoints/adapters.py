@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pbe.checkpoints.key_map import LISTED, OpenedModel, checked
-from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.settings import reading
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
-from pbe.checkpoints.writers import write_safetensors
+from pbe.checkpoints.weight_files import open_weights, write_safetensors
 from pbe.errors import UserError
 from pbe.models.adapters import adapted_layers, delta, layer_names, merged_weight
 
@@ -122,7 +121,7 @@ def open_adapter(path: str | Path) -> AdapterFile:
         header = json.loads(said["adapter"])
         alpha, base, settings = float(header["alpha"]), str(header["base"]), dict(header["settings"])
     for layer in layer_names(tensors):
-        _check_pair(*(tensors.get(f"{layer}.{key}") for key in ("down", "up")), f"{source}: '{layer}'")
+        _check_pair(tensors.get(f"{layer}.down"), tensors.get(f"{layer}.up"), f"{source}: '{layer}'")
     if len(tensors) != 2 * len(layer_names(tensors)):
         raise UserError(f"{source} is damaged: it holds more than adapters; copy it again")
     return AdapterFile(source, tensors, alpha, base, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import open_clip
 
@@ -52,6 +53,19 @@ def tower_sizes(config: ExemplarEncoderConfig) -> TowerSizes:
         mlp=int(width * vision.get("mlp_ratio", 4.0)),
         quick_gelu=bool(known.get("quick_gelu", False)),
     )
+
+
+def vision_config(sizes: TowerSizes, image_size: int) -> dict[str, Any]:
+    """Return a tower's sizes and its input side in pixels by transformers' names."""
+    return {
+        "hidden_size": sizes.width,
+        "intermediate_size": sizes.mlp,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "patch_size": sizes.patch,
+        "image_size": image_size,
+        "hidden_act": "quick_gelu" if sizes.quick_gelu else "gelu",
+    }
 
 
 def vision_names(key: str) -> tuple[tuple[str, ...], Kind]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from pbe.checkpoints.readers import Weights, open_weights
+from pbe.checkpoints.recognise import Weights
+from pbe.checkpoints.weight_files import open_weights
 from pbe.errors import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -17,15 +18,9 @@ CHECKER = "safety_checker"  # the folder of one inside a model's
 SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 # Files that lie beside weights under the same suffixes without being the model's.
 STRANGERS = (
-    "training_args.bin",
-    "optimizer.bin",
-    "optimizer.pt",
-    "scheduler.pt",
-    "scheduler.bin",
+    *("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin"),
     "rng_state.pth",
 )
-
-
 Name = TypeVar("Name", bound=PurePath)
 
 
@@ -78,14 +73,14 @@ def open_folder(folder: Path, choice: FileChoice = ANY) -> Weights:
     indices = [path for path in allowed if path.suffix == ".json"]
     files = [path for path in allowed if path not in indices]
     if indices:
-        best = min(indices, key=lambda path: (*_rank(path), path.name))
+        best = min(indices, key=lambda path: (*rank(path), path.name))
         return _open_shards(folder, _index(best), str(best))
     if not files:
         raise UserError(f"'{folder}' is not a model folder: it holds no weights ({', '.join(SUFFIXES)})")
     shards = [path for path in files if SHARD.search(path.stem)]
     if shards:
         return _open_numbered(folder, shards)
-    ranked = [path for path in files if _rank(path) == min(map(_rank, files))]
+    ranked = [path for path in files if rank(path) == min(map(rank, files))]
     if len(ranked) > 1:
         raise UserError(
             f"'{folder}' holds several models ({', '.join(path.name for path in ranked)}); name one of them"
@@ -104,7 +99,8 @@ def is_pickle(path: PurePath) -> bool:
     return ".safetensors" not in path.name
 
 
-def _rank(path: PurePath) -> tuple[bool, bool]:
+def rank(path: PurePath) -> tuple[bool, bool]:
+    """Return what the best copy of the same weights has the least of: a variant, being a pickle."""
     return bool(variant_of(path)), is_pickle(path)
 
 
@@ -117,7 +113,11 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _open_shards(folder: Path, index: dict[str, str], source: str) -> Weights:
-    files = {name: open_weights(_inside(folder, name)) for name in sorted(set(index.values()))}
+    files = {}
+    for name in sorted(set(index.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"'{folder}': shard '{name}' is missing; copy the model again")
+        files[name] = open_weights(folder / name)
     lost = [key for key, name in index.items() if key not in files[name].tensors]
     if lost:
         raise UserError(
@@ -126,18 +126,9 @@ def _open_shards(folder: Path, index: dict[str, str], source: str) -> Weights:
     return Weights(source, {key: files[name].tensors[key] for key, name in index.items()})
 
 
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if Path(name).name != name or not path.is_file():
-        raise UserError(f"'{folder}': shard '{name}' is missing; copy the model again")
-    return path
-
-
 def _open_numbered(folder: Path, shards: list[Path]) -> Weights:
     kinds = {SHARD.sub("", path.stem) + path.suffix for path in shards}
-    match = SHARD.search(shards[0].stem)
-    assert match is not None
-    if len(kinds) > 1 or len(shards) != int(match[1]):
+    if len(kinds) > 1 or len(shards) != int(SHARD.findall(shards[0].stem)[0]):
         raise UserError(
             f"'{folder}': the shards {', '.join(path.name for path in shards)} are not one complete model"
         )

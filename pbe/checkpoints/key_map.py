@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from pbe.checkpoints.settings import UNSAID, Usage
 from pbe.checkpoints.tensors import (
     Lazies,
     LazyTensor,
@@ -22,9 +23,8 @@ from pbe.checkpoints.tensors import (
     split_heads,
     whole,
 )
-from pbe.checkpoints.usage import UNSAID, Usage
 from pbe.config import ModelConfig, ScheduleConfig
-from pbe.errors import UserError
+from pbe.errors import UserError, first_line
 from pbe.models import ExemplarEncoder, LatentDiffusion
 
 LARGEST, MOST_LAYERS, MOST_LEVELS = 1 << 20, 256, 32  # of a width, of layers, and of what a list counts
@@ -86,13 +86,8 @@ def to_native(
 ) -> Lazies:
     """Translate a state dict of another layout into this project's, strictly.
 
-    Args:
-        entries: of every weight that is wanted.
-        foreign: the state dict; it must have exactly the keys and shapes of the entries.
-        expected: tensors of the model's shapes under their native names.
-        source: as for :func:`check_shapes`.
-        hint: likewise.
-        parts: likewise.
+    It must have exactly the keys and shapes of the entries; ``expected`` are tensors of the model's shapes
+    under their native names, the rest is :func:`check_shapes`'s.
     """
     entries = list(entries)
     check_shapes(foreign, to_foreign(entries, expected), source, hint, parts)
@@ -121,7 +116,7 @@ def empty_model(config: ModelConfig) -> LatentDiffusion:
     except UserError:
         raise
     except Exception as error:  # torch and timm raise all kinds for sizes that do not go together
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise UserError(f"no model can be made of the sizes in its configuration: {why}") from error
     return model
 
@@ -140,7 +135,9 @@ def check_sizes(config: Any, section: str = "model") -> None:
             continue
         values = value if isinstance(value, list) else [value]
         limit = MOST_LAYERS if field.name in ("num_res_blocks", "mapper_layers") else LARGEST
-        if len(values) > MOST_LEVELS or not all(_usable(each, limit) for each in values):
+        broken = [each for each in values if isinstance(each, float) and not math.isfinite(each)]
+        broken += [each for each in values if isinstance(each, int) and not 0 <= each <= limit]
+        if len(values) > MOST_LEVELS or broken:
             raise UserError(f"{name} is {str(value)[:60]}; no model has that")
     if isinstance(config, ScheduleConfig) and not 0 < config.beta_start <= config.beta_end < 1:
         raise UserError(
@@ -149,23 +146,13 @@ def check_sizes(config: Any, section: str = "model") -> None:
         )
 
 
-def _usable(value: Any, limit: int) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or 0 <= value <= limit
-
-
 def check_shapes(
     found: Lazies, expected: Lazies, source: str, hint: str = "", parts: Mapping[str, str] | None = None
 ) -> None:
     """Refuse missing, unexpected and misshapen keys; the error lists ten of each and counts them.
 
-    Args:
-        found: what there is.
-        expected: what the model wants.
-        source: named in the error.
-        hint: what the file looks like, said at the end of the error.
-        parts: names of networks by the prefix of their keys, to be told that a whole one is missing.
+    ``hint`` says at its end what the file looks like; ``parts`` are names of networks by the prefix of their
+    keys, to be told that a whole one is missing.
     """
     absent = {
         prefix: name
@@ -195,6 +182,17 @@ def check_shapes(
         lines[-1] += f" (has {list(found[key].shape)}, not {list(expected[key].shape)})"
     if lines:
         raise UserError(f"{source} does not fit the model: {'; '.join(lines)}{f'. {hint}' if hint else ''}")
+
+
+def check_floating(weights: Lazies, source: str) -> None:
+    """Refuse weights that are no floating-point numbers."""
+    wrong = [key for key, tensor in weights.items() if not tensor.dtype.is_floating_point]
+    if wrong:
+        kind = str(weights[wrong[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source}: {len(wrong)} weights are not floating-point numbers, such as '{wrong[0]}' ({kind}); "
+            "quantised files are not supported, take the fp16 one"
+        )
 
 
 def check_finite(key: str, value: torch.Tensor, source: str) -> None:
@@ -256,17 +254,7 @@ class OpenedModel:
 
     def numbers(self) -> Lazies:
         """Return the tensors, counters and indices as whole numbers; all others must be floating-point."""
-        wrong = [
-            key
-            for key, tensor in self.tensors.items()
-            if not tensor.dtype.is_floating_point and not key.endswith(WHOLE)
-        ]
-        if wrong:
-            kind = str(self.tensors[wrong[0]].dtype).removeprefix("torch.")
-            raise UserError(
-                f"{self.source}: {len(wrong)} weights are not floating-point numbers, such as '{wrong[0]}' "
-                f"({kind}); quantised files are not supported, take the fp16 one"
-            )
+        check_floating({k: v for k, v in self.tensors.items() if not k.endswith(WHOLE)}, self.source)
         return {key: whole(value) if key.endswith(WHOLE) else value for key, value in self.tensors.items()}
 
     def read(self, dtype: torch.dtype | None) -> LatentDiffusion:

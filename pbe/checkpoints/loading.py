@@ -5,21 +5,33 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from pbe.checkpoints.compvis.config import is_original_yaml, read_yaml
-from pbe.checkpoints.compvis.format import ConfigSource, open_compvis, resolve_config
+from pbe.checkpoints.compvis.format import (
+    ConfigSource,
+    is_original_yaml,
+    open_compvis,
+    read_yaml,
+    resolve_config,
+)
 from pbe.checkpoints.diffusers.format import find_parts, open_diffusers
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder, weight_files
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes
 from pbe.checkpoints.native import CONFIG_NAME, FORMAT, open_native
-from pbe.checkpoints.readers import Weights, open_weights
-from pbe.checkpoints.recognise import COMPVIS, NATIVE, choose, describe, layout_of, left_out, sort_out
-from pbe.checkpoints.settings import reading
-from pbe.checkpoints.usage import UNSAID, Usage
-from pbe.config import ModelConfig, from_dict, to_dict
+from pbe.checkpoints.recognise import (
+    COMPVIS,
+    NATIVE,
+    Weights,
+    choose,
+    describe,
+    layout_of,
+    left_out,
+    sort_out,
+)
+from pbe.checkpoints.settings import UNSAID, Usage, reading
+from pbe.checkpoints.weight_files import open_weights
+from pbe.config import ModelConfig, flatten, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
@@ -98,9 +110,7 @@ def open_checkpoint(
 def of_run(folder: Path, *, raw_weights: bool) -> tuple[Path, list[str]]:
     """Return what a run's folder stands for: its model, or its newest checkpoint where there is none.
 
-    Args:
-        folder: of a run, its ``checkpoints`` folder, or any other, which stands for itself.
-        raw_weights: the plain weights are wanted, which only checkpoints hold.
+    The ``checkpoints`` folder of a run does too; any other stands for itself. Raw weights are in checkpoints.
     """
     newest = _newest(folder / CHECKPOINTS) or _newest(folder)
     model = folder / MODEL / CONFIG_NAME
@@ -197,17 +207,10 @@ def _training_notes(weights: Weights, given: ModelConfig) -> list[str]:
     if weights.config.get("task") == "autoencoder":
         notes.append("of an autoencoder's training: its UNet is untrained, its scale factor not yet measured")
     with reading(weights.source):
-        stored, used = _flat(weights.config["model"]), _flat(to_dict(given))
+        stored, used = flatten(weights.config["model"]), flatten(to_dict(given))
     both = [key for key in used if key in stored and (stored[key] or key not in OPEN)]
     differing = [f"{key} {stored[key]} -> {used[key]}" for key in both if stored[key] != used[key]]
     if differing:
         listed = "; ".join(differing[:SHOWN])
         notes.append(f"the configuration given is used, which is not the one it carries: {listed}")
     return notes
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

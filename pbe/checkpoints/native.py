@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
-from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import describe
-from pbe.checkpoints.settings import read_json
+from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_from_json
 from pbe.checkpoints.tensors import Lazies, cast, lazies
-from pbe.checkpoints.usage import KEY, UNSAID, Usage, usage_from_json
-from pbe.checkpoints.writers import write_safetensors
+from pbe.checkpoints.weight_files import open_weights, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
 from pbe.errors import UserError
 from pbe.files import staged
@@ -48,7 +46,10 @@ def write_native(folder: Path, config: ModelConfig, state: Lazies, usage: Usage 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """Read the model's configuration of a native folder."""
-    content, path = _read_config(Path(folder)), Path(folder) / CONFIG_NAME
+    return _sizes(_read_config(Path(folder)), Path(folder) / CONFIG_NAME)
+
+
+def _sizes(content: dict[str, Any], path: Path) -> ModelConfig:
     if not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: it has no 'model' section; copy the model again")
     return from_dict(ModelConfig, content["model"], str(path))
@@ -66,17 +67,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def open_native(folder: Path, config: ModelConfig | None = None) -> OpenedModel:
     """Check the files of a native folder; no weight is read."""
-    sizes = config or load_config(folder)
+    path = folder / CONFIG_NAME
+    content = _read_config(folder) if config is None or path.is_file() else {}
+    sizes = config or _sizes(content, path)
     native = native_shapes(sizes)
     tensors: Lazies = {}
     for part in PARTS:
         found, expected = _part_file(folder, part), part_of(native, part)
         check_shapes(found, expected, str(folder / f"{part}.safetensors"), describe(found))
         tensors |= {f"{part}.{key}": found[key] for key in expected}
-    usage = UNSAID
-    if (path := folder / CONFIG_NAME).is_file():
-        usage = usage_from_json(_read_config(folder).get(KEY), path)
-    return OpenedModel(str(folder), "native", sizes, tensors, usage=usage)
+    return OpenedModel(str(folder), "native", sizes, tensors, usage=usage_from_json(content.get(KEY), path))
 
 
 def _part_file(folder: Path, part: str) -> Lazies:

@@ -1,15 +1,21 @@
-"""Settings in the files of a model: read from JSON, checked, and refused where they have another form."""
+"""Settings in the files of a model: read and checked, and how the model is meant to be run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pbe.diffusion.solvers import SPACINGS, SolverChoice, get_solver
-from pbe.diffusion.solvers.settings import FINER
+from pbe.checkpoints.diffusers.scheduler import (
+    scheduler_from_solver,
+    solver_from_json,
+    solver_from_scheduler,
+    solver_to_json,
+)
+from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import UserError
 
 Values = dict[str, Any]
@@ -96,33 +102,82 @@ class Settings:
         raise UserError(f"{self.source}: {reason}")
 
 
-def solver_to_json(choice: SolverChoice) -> dict[str, Any]:
-    """Return a solver and how it is run as plain values; what is at its default is left out."""
-    found: dict[str, Any] = {"name": get_solver(choice.name).name}
-    if choice.spacing is not None:
-        found["spacing"] = choice.spacing
-    if choice.karras:
-        found["karras"] = True
-    values = {key: getattr(choice, key) for key in FINER}
-    settings = {key: value for key, value in values.items() if value != FINER[key]}
-    return found | ({"settings": settings} if settings else {})
+DEFAULT_SOLVER = "plms"
+CONVENTIONS = {"diffusers": "diffusers"}  # of a layout whose files do not say; "original" of all others
+KEY = "pipeline"  # of the section in config.json and config.yaml
+OWN_KEY = "_pbe"  # of the entry in model_index.json: diffusers leaves keys with an underscore alone
 
 
-def solver_from_json(values: Any, source: str) -> SolverChoice:
-    """Return the choice that :func:`solver_to_json` wrote; ``source`` is the place, for errors."""
-    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
-        raise UserError(f"{source}: not a solver with a name; remove the entry to run with the default")
-    spacing, karras, settings = values.get("spacing"), values.get("karras", False), values.get("settings", {})
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{source}: settings are {settings!r}; they must be names with values")
-    for given, known in ((values, ("name", "spacing", "karras", "settings")), (settings, tuple(FINER))):
-        if unknown := [str(key) for key in given if key not in known]:
-            raise UserError(f"{source}: no setting '{unknown[0]}'; there are: {', '.join(known)}")
-    if spacing is not None and spacing not in SPACINGS:
-        raise UserError(f"{source}: no timestep spacing {spacing!r}; there are: {', '.join(SPACINGS)}")
-    if not isinstance(karras, bool):
-        raise UserError(f"{source}: karras is {karras!r}; it must be true or false")
-    try:
-        return SolverChoice(get_solver(values["name"]).name, spacing, karras, **settings)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+@dataclass(frozen=True)
+class Usage:
+    """What a pipeline does with a model unless a call says otherwise; None is what the files do not say.
+
+    Attributes:
+        solver: and how it is run.
+        conventions: name of the pipeline's conventions.
+        watermark: whether edits get the watermark.
+        preprocessor: a parsed ``preprocessor_config.json``.
+        scheduler: a parsed ``scheduler_config.json``, written again as it is where it means ``solver``.
+    """
+
+    solver: SolverChoice | None = None
+    conventions: str | None = None
+    watermark: bool | None = None
+    preprocessor: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+
+    def complete(self, layout: str) -> Usage:
+        """Say what the files of a layout leave open, as loading them does."""
+        solver = self.solver
+        if solver is None:
+            read = None if self.scheduler is None else solver_from_scheduler(self.scheduler)
+            solver = read or SolverChoice(DEFAULT_SOLVER)
+        conventions = self.conventions or CONVENTIONS.get(layout, "original")
+        return replace(self, solver=solver, conventions=conventions)
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """Return the ``scheduler_config.json`` to write, but for the betas and what the network predicts."""
+        if self.scheduler is not None:
+            with suppress(UserError):  # one that cannot be read means no solver of a call
+                if self.solver is None or solver_from_scheduler(self.scheduler) == self.solver:
+                    return self.scheduler
+        return scheduler_from_solver(self.solver or SolverChoice("pndm"))
+
+    def section(self, layout: str) -> dict[str, Any]:
+        """Return what a layout has no file of its own for, under its key; empty if it says it all."""
+        found: dict[str, Any] = {}
+        if self.conventions not in (None, CONVENTIONS.get(layout, "original")):
+            found["conventions"] = self.conventions
+        if self.watermark:
+            found["watermark"] = True
+        if layout != "diffusers":
+            if self.solver is not None and self.solver != SolverChoice(DEFAULT_SOLVER):
+                found["solver"] = solver_to_json(self.solver)
+            if self.preprocessor:
+                found["preprocessor"] = self.preprocessor
+        return {OWN_KEY if layout == "diffusers" else KEY: found} if found else {}
+
+
+UNSAID = Usage()
+
+
+def usage_from_json(values: Any, source: str | Path) -> Usage:
+    """Read the content of a section that :meth:`Usage.section` gave; None means that there is none."""
+    if values is None:
+        return UNSAID
+    where = f"{source}: {KEY}"
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} is {json.dumps(values)}; it must be a section of settings")
+    kinds = {"solver": Mapping, "conventions": str, "watermark": bool, "preprocessor": Mapping}
+    with reading(source):
+        for key, value in values.items():
+            if key not in kinds:
+                raise UserError(f"{where}: no setting '{key}'; there are: {', '.join(kinds)}")
+            if not isinstance(value, kinds[key]):
+                raise UserError(f"{where}: {key} is {json.dumps(value)}, which is not possible")
+        found = dict(values)
+        if "solver" in found:
+            found["solver"] = solver_from_json(found["solver"], f"{where}: solver")
+        if "preprocessor" in found:
+            found["preprocessor"] = dict(found["preprocessor"])
+        return Usage(**found)

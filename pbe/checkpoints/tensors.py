@@ -7,11 +7,13 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names of options
 SMALL = 1 << 16  # bytes; below this a copy costs less than a mapping of its own
 
 
@@ -67,9 +69,7 @@ def whole(source: LazyTensor) -> LazyTensor:
 
 def widened(source: LazyTensor) -> LazyTensor:
     """Return a tensor of 8-bit floats as float16, which holds each of their numbers exactly; others as is."""
-    if source.dtype.is_floating_point and source.dtype.itemsize == 1:
-        return LazyTensor(source.shape, torch.float16, lambda: source.read().to(torch.float16))
-    return source
+    return cast(source, torch.float16) if source.dtype.itemsize == 1 else source
 
 
 def reshaped(source: LazyTensor, shape: Sequence[int]) -> LazyTensor:
@@ -82,13 +82,9 @@ def split_heads(source: LazyTensor, heads: int) -> list[LazyTensor]:
     rows, rest = source.shape[0] // 3, source.shape[1:]
 
     def part(index: int) -> Tensor:
-        value = source.read().reshape(heads, 3, -1, *rest)[:, index]
-        return value.reshape(rows, *rest)
+        return source.read().reshape(heads, 3, -1, *rest)[:, index].reshape(rows, *rest)
 
-    return [
-        LazyTensor((rows, *rest), source.dtype, lambda index=index: part(index))  # type: ignore[misc]
-        for index in range(3)
-    ]
+    return [LazyTensor((rows, *rest), source.dtype, partial(part, index)) for index in range(3)]
 
 
 def fuse_heads(parts: Sequence[LazyTensor], heads: int) -> LazyTensor:

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pbe.checkpoints.key_map import check_finite
-from pbe.checkpoints.readers import LEGACY_MAGIC, is_program, open_weights
+from pbe.checkpoints.key_map import check_finite, check_floating, check_shapes
 from pbe.checkpoints.recognise import WRAPPED
+from pbe.checkpoints.tensors import lazies
+from pbe.checkpoints.weight_files import LEGACY_MAGIC, is_program, open_weights
 from pbe.config import ExemplarEncoderConfig
-from pbe.errors import UserError
+from pbe.errors import UserError, first_line
 from pbe.models.image_tower import TIMM, timm_name, timm_tags, tower_facts
 
 RANDOM = "random"  # in place of a name of weights
@@ -57,10 +58,8 @@ def load_tower_weights(tower: nn.Module, config: ExemplarEncoderConfig) -> str:
     tag of timm's or open_clip's, which may download, or a file: of the tower or of all of CLIP, whose
     projection is left out; under open_clip's names or, for timm's towers, under any that timm reads;
     safetensors, a state dict in any wrapping or OpenAI's TorchScript archive. Positions are resampled where
-    the weights are for another size.
-
-    Returns:
-        A line that says what was loaded, and where the configuration departs from what it was trained on.
+    the weights are for another size. Returns a line on what was loaded, and where the configuration departs
+    from what it was trained on.
     """
     path = Path(config.pretrained)
     if config.pretrained in ("", "pypi", RANDOM) or not path.is_file():
@@ -104,13 +103,14 @@ def _read_tower(path: Path) -> tuple[dict[str, Tensor], str]:
 
 def _resampled(tower: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Bring CLIP's position embeddings to the tower's size, as open_clip does."""
-    table = {f"{VISUAL}positional_embedding": state.get("positional_embedding")}
+    name = "positional_embedding"
+    table = {VISUAL + name: state.get(name)}
     try:
         resize_pos_embed(table, SimpleNamespace(visual=tower))
     except (RuntimeError, IndexError) as error:
         raise UserError(f"'{path}': its position embeddings are not those of a square") from error
-    (value,) = table.values()
-    return state if value is None else state | {"positional_embedding": value}
+    value = table[VISUAL + name]
+    return state if value is None else state | {name: value}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -139,22 +139,9 @@ def image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path, architecture: str) -> None:
     """Load a state dict that has all tensors of a network, in its shapes, and no other."""
-    wanted = network.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shaped = [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
-    if missing or extra or shaped:
-        first = (missing or extra or shaped)[0]
-        raise UserError(
-            f"'{path}' holds no weights of {architecture}: {len(missing)} tensors missing, {len(extra)} "
-            f"unknown, {len(shaped)} of another shape, such as '{first}'"
-        )
-    for key, value in wanted.items():
-        if value.is_floating_point() and not state[key].is_floating_point():
-            kind = str(state[key].dtype).removeprefix("torch.")
-            raise UserError(
-                f"'{path}': '{key}' holds no floating-point numbers ({kind}); quantised files are not "
-                "supported, take the fp16 one"
-            )
+    found, wanted = lazies(state), lazies(network.state_dict())
+    check_shapes(found, wanted, f"'{path}' holds no weights of {architecture}: it")
+    check_floating({key: found[key] for key in wanted if wanted[key].dtype.is_floating_point}, f"'{path}'")
     network.load_state_dict(state)
 
 
@@ -214,7 +201,7 @@ def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Modul
             network = open_clip.create_model(name, pretrained=tag, force_image_size=image_size)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"the weights '{tag}' of {name} cannot be had ({_first_line(error)}); without a network name a "
+            f"the weights '{tag}' of {name} cannot be had ({first_line(error)}); without a network name a "
             "file of weights"
         ) from error
     return cast(nn.Module, network.visual)
@@ -229,10 +216,6 @@ def _without_their_log() -> Iterator[None]:
         yield
     finally:
         logging.disable(silenced)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def lite_weights(name: str) -> Path:
@@ -300,11 +283,8 @@ def timm_state(
 ) -> dict[str, Tensor]:
     """Return the weights of a timm trunk as timm loads them: names brought to its own, positions resampled.
 
-    Args:
-        config: of the tower.
-        trunk: the network that they are for; only its class is looked at.
-        state: a published file's tensors, under any names that timm reads; None takes the weights of the tag,
-            which may download.
+    ``state`` are a published file's tensors, under any names that timm reads; None takes the weights of the
+    tag, which may download.
     """
     name, tag = timm_name(config)
     size: dict[str, Any] = {"img_size": config.image_size} if hasattr(trunk, "set_input_size") else {}
@@ -319,7 +299,7 @@ def timm_state(
         with _without_their_log():
             source = timm.create_model(full, pretrained=True, num_classes=0, **size, **overlay)
     except Exception as error:  # of the network, the file system or torch, for whatever stands in a file
-        why = _mismatch(str(error)) or _first_line(error)
+        why = _mismatch(str(error)) or first_line(error)
         if state is None:
             raise UserError(
                 f"the weights '{tag}' of {config.tower} cannot be had ({why}); without a network name a file"

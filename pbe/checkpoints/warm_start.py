@@ -15,16 +15,15 @@ from torch import Tensor
 
 from pbe.checkpoints.compvis.format import clean
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, UNET, entries as compvis_entries
-from pbe.checkpoints.diffusers.config import read_autoencoder, read_schedule, read_unet
-from pbe.checkpoints.diffusers.format import find_parts, named
+from pbe.checkpoints.diffusers.format import find_parts, named, read_autoencoder, read_schedule, read_unet
 from pbe.checkpoints.diffusers.names import current_names, entries as diffusers_entries
 from pbe.checkpoints.folders import open_folder
 from pbe.checkpoints.key_map import Entry, OpenedModel, keys_of, native_shapes, to_native
-from pbe.checkpoints.readers import open_weights
 from pbe.checkpoints.recognise import choose, describe, sort_out, text_to_image
 from pbe.checkpoints.settings import Settings, read_json, reading
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
 from pbe.checkpoints.tower_weights import load_tower_weights
+from pbe.checkpoints.weight_files import open_weights
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import ExemplarEncoder

@@ -36,7 +36,7 @@ Repeatable = Annotated[list[str], Parameter(consume_multiple=False)]
 Several = Annotated[list[str], Parameter(consume_multiple=1)]
 """Several values each time, and all times count."""
 ANY_NUMBER = (0, None)  # what cyclopts makes of consume_multiple=True, the command's default
-Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.precision.DTYPES
+Dtype = Literal["fp32", "bf16", "fp16"]  # pbe.checkpoints.tensors.DTYPES
 
 
 def tidy(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

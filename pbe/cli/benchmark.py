@@ -125,7 +125,7 @@ def build_from_sources(settings: BuildSettings, cases: int | None) -> None:
 
 
 def _read(source: str, split: str) -> Annotations:
-    from pbe.data.sources.read import SourceOptions
+    from pbe.data.sources import SourceOptions
 
     return read_noted(source, SourceOptions(split))
 

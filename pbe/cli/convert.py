@@ -54,10 +54,10 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
         raise UserError("name OUT alone with --from-sd, and IN and OUT without it (--help lists the options)")
     if settings.tower and not settings.from_sd:
         raise UserError("--tower goes with --from-sd only")
-    from pbe.checkpoints import conversion
+    from pbe.checkpoints import saving
     from pbe.checkpoints.adapters import open_adapter, with_adapters
     from pbe.checkpoints.loading import open_checkpoint
-    from pbe.checkpoints.precision import torch_dtype
+    from pbe.checkpoints.tensors import DTYPES
 
     target = Path(paths[-1])
     adapters = [parse_adapter(text, "--merge") for text in settings.merge]
@@ -66,11 +66,11 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
     else:
         opened = open_checkpoint(find_model(paths[0]), settings.config, raw_weights=settings.raw_weights)
     opened = with_adapters(opened, [(open_adapter(path), scale) for path, scale in adapters])
-    print(conversion.table(opened))
-    if opened.safety_checker is not None and target.suffix in conversion.FILE_SUFFIXES:
+    print(saving.table(opened))
+    if opened.safety_checker is not None and target.suffix in saving.FILE_SUFFIXES:
         print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
-    dtype = torch_dtype(settings.dtype) if settings.dtype else None
-    conversion.convert(opened, target, settings.to, dtype, verify=settings.verify)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    saving.convert(opened, target, settings.to, dtype, verify=settings.verify)
     count = sum(tensor.count for tensor in opened.tensors.values())
     kind = settings.dtype or "they were"
     print(f"{count:,} parameters as {kind} in {target}{', verified' if settings.verify else ''}")

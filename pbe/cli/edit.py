@@ -42,8 +42,7 @@ def edit(*, settings: EditOptions) -> None:
 
 def _edit(command: EditCommand) -> None:
     """Check everything, then load the model and edit."""
-    from pbe.editing.batch.jobs import check_files, check_format, output_folder
-    from pbe.editing.batch.pairs import collect_jobs
+    from pbe.editing.batch.jobs import check_files, check_format, collect_jobs, output_folder
     from pbe.files import make_folder
 
     jobs = collect_jobs(command)

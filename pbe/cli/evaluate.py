@@ -344,12 +344,12 @@ def run_toy(settings: EvaluateSettings) -> None:
 
 def load_pipeline(source: Source, dtype: str, device: torch.device) -> PaintByExample:
     """Load the model whose edits of the toy world's objects are scored."""
-    from pbe.checkpoints.precision import torch_dtype
+    from pbe.checkpoints.tensors import DTYPES
     from pbe.editing.pipeline import PaintByExample
 
     assert source.model is not None
     pipe = PaintByExample.from_pretrained(
-        source.model, device=device, dtype=torch_dtype(dtype), raw_weights=source.raw_weights
+        source.model, device=device, dtype=DTYPES[dtype], raw_weights=source.raw_weights
     )
     pipe.set_progress_bar_config(disable=True)  # the edits have a bar of their own
     return pipe

@@ -49,7 +49,7 @@ def fit(*, settings: FitSettings) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from pbe.editing.loading import usable_device
+    from pbe.editing.offload import usable_device
     from pbe.evaluation.metrics.quality import check_fit, fit_mixture
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.evaluation.metrics.towers import load_tower

@@ -13,11 +13,10 @@ from pbe.cli.arguments import SETTINGS, Place, Repeatable, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
-    from pbe.data.packing.pack import PackResult
+    from pbe.data.packing.pack import PackRequest, PackResult
     from pbe.data.packing.plan import PackSettings
-    from pbe.data.packing.request import PackRequest
+    from pbe.data.sources import SourceOptions
     from pbe.data.sources.annotations import Annotations
-    from pbe.data.sources.read import SourceOptions
 
 # The kinds of sources that an option is for.
 SOURCE_OPTIONS = {
@@ -158,8 +157,8 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
 def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
     """Check what needs no source to be read."""
     from pbe.data.packing.pack import ENGINES
+    from pbe.data.sources import parse_source
     from pbe.data.sources.annotations import find_images
-    from pbe.data.sources.read import parse_source
 
     kinds = {parse_source(source)[0] for source in sources}
     for name, fitting in SOURCE_OPTIONS.items():
@@ -181,9 +180,9 @@ def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
 
 def make_requests(sources: Sequence[str], settings: PrepareSettings) -> list[PackRequest]:
     """Return what is to be packed: one set, or the two sides of a split."""
+    from pbe.data.packing.pack import PackRequest
     from pbe.data.packing.plan import SIDES
-    from pbe.data.packing.request import PackRequest
-    from pbe.data.sources.read import SourceOptions
+    from pbe.data.sources import SourceOptions
 
     check_settings(sources, settings)
     reading = SourceOptions(settings.split or "train", settings.masks, settings.zero_based, settings.relative)
@@ -201,7 +200,7 @@ def make_requests(sources: Sequence[str], settings: PrepareSettings) -> list[Pac
 
 def read_noted(source: str, reading: SourceOptions) -> Annotations:
     """Read a source, and print on stderr what was noticed about it."""
-    from pbe.data.sources.read import read_source
+    from pbe.data.sources import read_source
 
     found = read_source(source, reading)
     for note in found.notes:

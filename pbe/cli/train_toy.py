@@ -47,8 +47,8 @@ def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> i
         raise UserError("--score-every must be at least 1 (--help lists the options)")
     import torch
 
-    from pbe.checkpoints.conversion import convert
     from pbe.checkpoints.loading import open_checkpoint
+    from pbe.checkpoints.saving import convert
     from pbe.config import load_config
     from pbe.evaluation.benchmark.quick import ScoreCallback
     from pbe.training.run import train as run

@@ -15,11 +15,11 @@ from typing import Any, NoReturn, Self
 from torch import nn
 from tqdm import tqdm
 
-from pbe.checkpoints.diffusers.config import write_index, write_preprocessor, write_scheduler
-from pbe.checkpoints.usage import Usage
+from pbe.checkpoints.diffusers.format import write_index, write_preprocessor, write_scheduler
+from pbe.checkpoints.settings import Usage
 from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.diffusers_inputs import OURS, ReadOnly, Scheduler, nearest, read_arguments, solver_of
-from pbe.editing.hub import Hub, upload
+from pbe.editing.loading import Hub, upload
 from pbe.editing.safety import SafetyChecker, usable_checker
 from pbe.editing.settings import get_conventions
 from pbe.errors import EditAttributeError, EditTypeError, EditValueError
@@ -178,18 +178,15 @@ class DiffusersNames:
         create_pr: bool = False,
         **saving: Any,
     ) -> str:
-        """Save the model and upload it to a repository of the Hugging Face Hub, which is made when missing.
+        """Save the model and upload it to a repository of the Hugging Face Hub; return the commit's address.
 
         Args:
-            repo_id: ``owner/name``.
+            repo_id: ``owner/name``, made when missing.
             commit_message: of the commit.
             private: for a repository that is made; None is the account's default.
             token: with the right to write; None is the one of ``hf auth login``.
             create_pr: open a pull request instead of writing to ``main``.
             saving: arguments of :meth:`save_pretrained`, such as ``layout``.
-
-        Returns:
-            The address of the commit.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **saving)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from pbe.checkpoints.diffusers.config import write_scheduler
+from pbe.checkpoints.diffusers.format import write_scheduler
 from pbe.checkpoints.diffusers.scheduler import BETAS, CLASSES, OWN, solver_from_scheduler
 from pbe.checkpoints.folders import ANY, FileChoice
 from pbe.diffusion.solvers import SolverChoice
@@ -88,27 +88,17 @@ def solver_of(scheduler: Any, model: LatentDiffusion) -> SolverChoice:
 
 def _check_betas(values: Mapping[str, Any], model: LatentDiffusion) -> None:
     start, end = BETAS[values["_class_name"]]
-    found: dict[str, Any] = {
-        "num_train_timesteps": 1000,
-        "beta_start": start,
-        "beta_end": end,
-        "prediction_type": "epsilon",
-    }
+    found: dict[str, Any] = {"num_train_timesteps": 1000, "beta_start": start, "beta_end": end}
+    found["prediction_type"] = "epsilon"
     found |= {key: values[key] for key in found if key in values}
     for key, wanted in write_scheduler(model.config, {}).items():
-        value = found.get(key, wanted)
-        if value != wanted and not _close(value, wanted):
+        value: Any = found.get(key, wanted)
+        numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
+        if value != wanted and not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):
             raise EditValueError(
                 f"the scheduler's {key} is {value}, the model's {wanted}; "
                 "make it by X.from_config(pipe.scheduler.config)"
             )
-
-
-def _close(one: Any, other: Any) -> bool:
-    """Return whether two values are numbers that differ by rounding only."""
-    return all(isinstance(each, int | float) for each in (one, other)) and math.isclose(
-        one, other, rel_tol=1e-6
-    )
 
 
 OURS = {"vae": "autoencoder", "image_encoder": "exemplar_encoder"}  # diffusers' names
@@ -183,12 +173,15 @@ def read_arguments(
                 f"{name}: {type(others[name]).__module__.split('.')[0]}'s {type(others[name]).__name__}; it "
                 f"must be a pipeline's here, such as PaintByExample.from_pretrained(FOLDER).{name}"
             )
+    device_map = others.get("device_map")
+    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise EditValueError("device_map: networks are not spread over devices; name one, such as cuda:0")
     variant, safetensors = others.get("variant"), others.get("use_safetensors")
     if not isinstance(variant, str | None) or not isinstance(safetensors, bool | None):
         raise EditTypeError("from_pretrained: variant must be a str or None, use_safetensors a bool or None")
     return LoadingArguments(
         _one("dtype", dtype, "torch_dtype", others.get("torch_dtype")),
-        _one("device", device, "device_map", _device_of(others.get("device_map"))),
+        _one("device", device, "device_map", device_map),
         FileChoice(variant, safetensors),
         bool(others.get("force_download")),
         others.get("requires_safety_checker") is not False,
@@ -209,12 +202,6 @@ def _one(name: str, ours: Any, other: str, theirs: Any) -> Any:
     if ours is not None and theirs is not None and str(ours) != str(theirs):
         raise EditValueError(f"{name} is {ours} and {other} {theirs}; give one of them")
     return theirs if ours is None else ours
-
-
-def _device_of(device_map: Any) -> Any:
-    if isinstance(device_map, dict) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise EditValueError("device_map: networks are not spread over devices; name one, such as cuda:0")
-    return device_map
 
 
 def preprocessor_of(extractor: Any) -> dict[str, Any] | None:

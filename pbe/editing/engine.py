@@ -143,10 +143,6 @@ class Conditioning:
     masked_latents: Tensor
     keep_mask: Tensor
 
-    def part(self, which: slice) -> Conditioning:
-        """Return the conditioning of some of the batch."""
-        return Conditioning(self.condition[which], self.masked_latents[which], self.keep_mask[which])
-
 
 def noise_predictor(
     model: LatentDiffusion, schedule: NoiseSchedule, conditioning: Conditioning, guidance_scale: float

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from pbe.errors import EditValueError, warn_once
+from pbe.errors import EditValueError, first_line, warn_once
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -68,12 +68,6 @@ def needed_turn(image: Image.Image) -> Image.Transpose | None:
         return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # any damage of the metadata, which Pillow reports in as many ways
         return None
-
-
-def first_line(error: object) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _attempts(content: bytes) -> Iterator[bytes]:

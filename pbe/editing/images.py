@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from pbe.editing.image_files import carried, decode_image, first_line, lab_to_srgb, needed_turn, profile_of
-from pbe.errors import EditTypeError, EditValueError, warn_once
+from pbe.editing.image_files import carried, decode_image, lab_to_srgb, needed_turn, profile_of
+from pbe.errors import EditTypeError, EditValueError, first_line, warn_once
 from pbe.mask_reading import BY_LUMINANCE, MASK_FROM, UnclearMaskError, read_mask_image
 
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -51,11 +51,9 @@ def read_image(path: str | Path, what: str = "image") -> LoadedFile:
     the edit; those of anything else are brought to sRGB.
     """
     image, digest = _open(Path(path), what)
-    named = f"{what} '{path}'"
-    if what != "image":
-        return LoadedFile(_named(lambda: pixels_of(image, named), named), digest)
-    pixels = _named(lambda: pixels_of(image, named, own_profile=True), named)
-    return LoadedFile(pixels, digest, carried(image, named))
+    named, own = f"{what} '{path}'", what == "image"
+    pixels = _named(lambda: pixels_of(image, named, own_profile=own), named)
+    return LoadedFile(pixels, digest, carried(image, named) if own else {})
 
 
 def read_mask(path: str | Path) -> LoadedFile:
@@ -75,15 +73,12 @@ def _open(path: Path, what: str) -> tuple[Image.Image, str]:
     except FileNotFoundError as error:
         raise EditValueError(f"{what} '{path}' does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: no system has such a path
-        raise EditValueError(f"{what} '{path}' cannot be read: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise EditValueError(f"{what} '{path}' cannot be read: {reason}") from error
     try:
         return decode_image(content), hashlib.sha256(content).hexdigest()
     except EditValueError as error:
         raise EditValueError(f"{what} '{path}' {error}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def _named(convert: Callable[[], T], named: str) -> T:

@@ -1,70 +1,210 @@
-"""What a pipeline is made of: model, sampling settings and safety checker, loaded or given as parts."""
+"""Models by name: found here or on the Hugging Face Hub, loaded, and made a pipeline's parts."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import nn
 
-from pbe.checkpoints.folders import ANY
-from pbe.checkpoints.loading import Loaded, load_checkpoint
-from pbe.checkpoints.usage import DEFAULT_SOLVER, Usage
+from pbe.checkpoints.folders import ANY, CHECKER, SHARD, STRANGERS, SUFFIXES, FileChoice, rank
+from pbe.checkpoints.loading import load_checkpoint
+from pbe.checkpoints.settings import UNSAID, Usage
 from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.diffusers_inputs import OURS, LoadingArguments, check_dtype, solver_of
 from pbe.editing.engine import choose_solver
-from pbe.editing.hub import Hub
+from pbe.editing.offload import usable_device
 from pbe.editing.safety import load_safety_checker
-from pbe.editing.settings import ORIGINAL
-from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
+from pbe.editing.settings import existing_path
+from pbe.errors import EditTypeError, EditValueError, UserError, first_line, warn_once
 from pbe.files import expand_home
 from pbe.models import AutoencoderKL, ExemplarEncoder, LatentDiffusion, UNet
 
+NATIVE_FILES = ("unet.safetensors", "autoencoder.safetensors", "exemplar_encoder.safetensors")
+COMPONENTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
+SMALL = (".json", ".yaml", ".yml")
+# Whatever goes wrong on the way to the Hub: errors of the system, and those of the HTTP library underneath.
+TRANSPORT: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+logger = logging.getLogger(__name__)
+USUAL = UNSAID.complete("native")  # what models run like that say nothing of it
 NETWORKS = ("unet", "autoencoder", "exemplar_encoder")
 PARTS = (*NETWORKS, "noise_schedule")
 
 
 @dataclass(frozen=True)
+class Hub:
+    """How the Hub is asked; the address is ``$HF_ENDPOINT``, ``HF_HUB_OFFLINE=1`` keeps every call offline.
+
+    Attributes:
+        revision: branch, tag or commit; None is ``main``.
+        cache_dir: where downloads go; None is huggingface_hub's cache.
+        local_files_only: take what is cached and do not connect.
+        token: for private repositories; None is the one that ``hf auth login`` stored.
+        files: which copies of the weights are fetched.
+        force_download: fetch files that are cached, too.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+    files: FileChoice = ANY
+    force_download: bool = False
+
+    def find(self, path_or_hub_id: str | Path) -> Path:
+        """Return the path of a model: the one given, or that of a download.
+
+        A path that exists comes before a repository of the same name.
+        """
+        path = existing_path(path_or_hub_id)
+        return self._download(str(path_or_hub_id)) if path is None else path
+
+    def _download(self, name: str) -> Path:
+        if self.local_files_only:
+            return self._cached(
+                name, f"'{name}' is neither a path here nor in the cache, and the call stays offline"
+            )
+        api = HfApi(token=self.token)
+        try:
+            info = api.model_info(name, revision=self.revision or "main")
+            files = [each.rfilename for each in info.siblings or []]
+            files = files or list(api.list_repo_files(name, revision=info.sha))
+        except RevisionNotFoundError as error:
+            raise UserError(f"'{name}' on the Hub has no revision '{self.revision}'") from error
+        except HFValidationError as error:
+            raise UserError(f"'{name}' cannot be the name of a repository: {first_line(error)}") from error
+        except TRANSPORT as error:
+            problem = _explain(name, error)
+            logger.warning("%s; taking the cached copy, if there is one", problem)
+            return self._cached(name, problem, error)
+        try:
+            return self._snapshot(name, select_files(files, name, self.files))
+        except TRANSPORT as error:
+            raise UserError(f"downloading '{name}' failed: {first_line(error)}") from error
+
+    def _cached(self, name: str, problem: str, cause: BaseException | None = None) -> Path:
+        """Return the folder of an earlier download, whatever it holds: loading finds what is missing."""
+        try:
+            return self._snapshot(name, [], offline=True)
+        except TRANSPORT as error:
+            raise UserError(problem) from cause or error
+
+    def _snapshot(self, name: str, files: list[str], offline: bool = False) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=self.revision,
+            cache_dir=None if self.cache_dir is None else expand_home(str(self.cache_dir)),
+            token=self.token,
+            force_download=self.force_download,
+            local_files_only=offline,
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", file) for file in files],
+        )
+        return Path(folder)
+
+
+def _explain(name: str, error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return f"'{name}' on the Hub is gated: accept its terms there and give a token"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"'{name}' is neither a path here nor a model on the Hub (a private one needs a token)"
+    return f"'{name}' is no path here, and the Hub cannot be reached: {first_line(error)}"
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    create_pr: bool,
+) -> str:
+    """Put a folder's files into a repository, made when missing; return the commit's address."""
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, create_pr=create_pr
+        )
+    except HFValidationError as error:
+        raise UserError(f"'{repo_id}' cannot be the name of a repository: {first_line(error)}") from error
+    except TRANSPORT as error:
+        raise UserError(f"uploading to '{repo_id}' failed: {first_line(error)}") from error
+    return str(commit.commit_url)
+
+
+def select_files(files: Iterable[str], name: str, choice: FileChoice = ANY) -> list[str]:
+    """Choose what to download of a repository: settings, and the weights of every network once.
+
+    A model in diffusers' layout is taken before a native one, and that before a checkpoint: repositories hold
+    the same weights several times. Where ``choice`` leaves it open, safetensors come before pickles and
+    variants last.
+    """
+    listed = sorted(files)
+    there = [part for part in (*COMPONENTS, CHECKER) if any(each.startswith(f"{part}/") for each in listed)]
+    if "model_index.json" in listed:
+        chosen = [each for folder in there for each in _folder_files(listed, folder, name, choice)]
+        return ["model_index.json", *chosen]
+    checker = _folder_files(listed, CHECKER, name, choice) if CHECKER in there else []
+    if all(each in listed for each in NATIVE_FILES):
+        choice.narrow([PurePosixPath(each) for each in NATIVE_FILES], f"'{name}' on the Hub")
+        return ["config.json", *NATIVE_FILES, *checker]
+    return [*_folder_files(listed, "", name, choice), *checker]
+
+
+def _folder_files(listed: list[str], folder: str, name: str, choice: FileChoice) -> list[str]:
+    """Return the settings and the best weights that lie in a folder itself."""
+    inside = [PurePosixPath(each) for each in listed if str(PurePosixPath(each).parent) == (folder or ".")]
+    settings = [str(path) for path in inside if path.suffix in SMALL]
+    weights = [path for path in inside if path.suffix in SUFFIXES and path.name not in STRANGERS]
+    if not weights:
+        if folder in ("feature_extractor", "scheduler"):
+            return settings
+        raise UserError(f"'{name}' on the Hub holds no weights{f' in {folder}/' if folder else ''}")
+    weights = choice.narrow(weights, f"'{name}' on the Hub{f': {folder}/' if folder else ''}")
+    best = [path for path in weights if rank(path) == min(map(rank, weights))]
+    if len(best) > 1 and not all(SHARD.search(path.stem) for path in best):
+        found = ", ".join(path.name for path in best)
+        raise UserError(f"'{name}' on the Hub holds several models ({found}); download one and give its path")
+    return settings + [str(path) for path in best]
+
+
+@dataclass(frozen=True)
 class PipelineSchedule(NoiseSchedule):
-    """A pipeline's noise schedule, with what else its weights were made for and how it samples them.
+    """A pipeline's noise schedule, with what else its weights were made for and how they are run.
 
     Attributes:
         config: of the schedule.
         prediction: what the network predicts, ``eps`` or ``v``.
         image_size: training resolution in pixels.
-        conventions: name of the pipeline's conventions.
-        solver: the pipeline's solver.
-        watermark: whether its edits get the watermark.
-        preprocessor: the ``preprocessor_config.json`` that came with the model, or None.
-        scheduler: its ``scheduler_config.json``, or None.
+        usage: how calls run the model that do not say; its solver and conventions are given.
     """
 
     config: ScheduleConfig = field(default_factory=ScheduleConfig)
     prediction: str = "eps"
     image_size: int = 512
-    conventions: str = ORIGINAL.name
-    solver: SolverChoice = field(default_factory=lambda: SolverChoice(DEFAULT_SOLVER))
-    watermark: bool = False
-    preprocessor: dict[str, Any] | None = None
-    scheduler: dict[str, Any] | None = None
+    usage: Usage = USUAL
 
 
-def schedule_of(model: LatentDiffusion, **settings: Any) -> PipelineSchedule:
-    """Return the schedule of a whole model, with these settings of :class:`PipelineSchedule`."""
+def schedule_of(model: LatentDiffusion, usage: Usage = USUAL) -> PipelineSchedule:
+    """Return the schedule of a whole model that is run like this."""
     config, plain = model.config, make_schedule(model.config.schedule)
-    return PipelineSchedule(
-        plain.betas,
-        plain.alphas_cumprod,
-        config=config.schedule,
-        prediction=config.prediction,
-        image_size=config.image_size,
-        **settings,
-    )
+    sizes = (config.schedule, config.prediction, config.image_size)
+    return PipelineSchedule(plain.betas, plain.alphas_cumprod, *sizes, usage)
 
 
 def full_schedule(schedule: object) -> PipelineSchedule:
@@ -106,7 +246,7 @@ def assemble(parts: dict[str, Any]) -> tuple[LatentDiffusion, PipelineSchedule]:
     config = ModelConfig(
         image_size=schedule.image_size,
         prediction=schedule.prediction,
-        schedule=dataclasses.replace(schedule.config),
+        schedule=replace(schedule.config),
         **{name: part.config for name, part in networks.items()},
     )
     return LatentDiffusion(config, **networks), schedule
@@ -159,26 +299,27 @@ def load_parts(
         files=hub.files,
         raw_weights=raw_weights,
     )
-    usage = _usage(loaded, solver, given)
-    schedule = schedule_of(
-        loaded.model,
-        conventions=usage.conventions,
-        solver=usage.solver,
-        watermark=bool(usage.watermark),
-        preprocessor=usage.preprocessor,
-        scheduler=usage.scheduler,
-    )
+    usage = loaded.usage
+    if solver is not None and given.scheduler is not None:
+        raise EditValueError("solver and scheduler are two names for one thing; give one of them")
+    if solver is not None:
+        usage = replace(usage, solver=choose_solver(solver))
+    elif given.scheduler is not None:
+        usage = replace(usage, solver=solver_of(given.scheduler, loaded.model))
+    usage = replace(usage, preprocessor=given.preprocessor or usage.preprocessor).complete(loaded.layout)
     for note in loaded.notes:
         warn_once(f"'{path_or_hub_id}': {note}")
-    checker = _checker(safety_checker, loaded, hub)
+    checker: Any = loaded.safety_checker if safety_checker == AUTO else safety_checker
     if checker is None and given.screened:
         warn_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
-    elif isinstance(checker, Path):
+    elif isinstance(checker, str | Path):
+        if safety_checker != AUTO:
+            checker = replace(hub, revision=None, files=ANY, force_download=False).find(checker)
         checker = load_safety_checker(checker, device=place, dtype=dtype, files=hub.files)
     parts: dict[str, Any] = {"model": loaded.model}
     if given.networks:
         parts = {name: getattr(loaded.model, name) for name in NETWORKS} | given.networks
-    return parts | {"noise_schedule": schedule, "safety_checker": checker}
+    return parts | {"noise_schedule": schedule_of(loaded.model, usage), "safety_checker": checker}
 
 
 def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
@@ -189,35 +330,3 @@ def _sizes(config: Configuration) -> str | Path | ModelConfig | None:
     if config is None or isinstance(config, ModelConfig):
         return config
     raise EditTypeError(f"config: {type(config).__name__}; it must be a YAML file or a typed configuration")
-
-
-def usable_device(device: str | torch.device, named: str = "device") -> torch.device:
-    """Return a device that tensors can be made on; errors call the argument ``named``."""
-    try:
-        found = torch.empty(0, device=device).device
-        if found.type == "meta":
-            raise NotImplementedError("it holds no numbers")
-        return found
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"{named} '{device}' cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def _usage(loaded: Loaded, solver: str | SolverChoice | None, given: LoadingArguments) -> Usage:
-    """Return how the model is to be run: as the call says, else as its files do, else as the layout does."""
-    usage = loaded.usage
-    if solver is not None and given.scheduler is not None:
-        raise EditValueError("solver and scheduler are two names for one thing; give one of them")
-    if solver is not None:
-        usage = replace(usage, solver=choose_solver(solver))
-    elif given.scheduler is not None:
-        usage = replace(usage, solver=solver_of(given.scheduler, loaded.model))
-    return replace(usage, preprocessor=given.preprocessor or usage.preprocessor).complete(loaded.layout)
-
-
-def _checker(wanted: Checker, loaded: Loaded, hub: Hub) -> Path | nn.Module | None:
-    """Return the checker, or the folder to load it from."""
-    if wanted is None or isinstance(wanted, nn.Module) or callable(wanted):
-        return wanted
-    if wanted != AUTO:
-        return replace(hub, revision=None, files=ANY, force_download=False).find(wanted)
-    return loaded.safety_checker

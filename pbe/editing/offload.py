@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pbe.editing.settings import check_count
-from pbe.errors import EditTypeError, EditValueError, UserError, warn_once
+from pbe.errors import EditTypeError, EditValueError, UserError, first_line, warn_once
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
@@ -16,18 +16,38 @@ from pbe.models.autoencoder import AutoencoderKL
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
 
 
+def usable_device(device: str | torch.device, named: str = "device", *, empty: bool = False) -> torch.device:
+    """Return a device that tensors can be made on, with its number; errors call the argument ``named``.
+
+    ``empty`` allows ``meta``, on which tensors hold no numbers.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+        if found.type == "meta" and not empty:
+            raise NotImplementedError("it holds no numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise UserError(f"{named} '{device}' cannot be used here: {first_line(error)}") from error
+
+
 class Offload:
-    """Keeps at most one network of a model on the accelerator. Made by :func:`offload_idle_parts`.
+    """Keeps the networks of a model on the CPU, but for the one at work, which it brings to ``device``.
 
     An edit uses exemplar encoder, autoencoder, UNet and autoencoder, in this order, so that weights travel
-    four times an edit, not with every step.
+    four times an edit, not with every step. Nothing changes in the results. Inputs are expected on ``device``
+    (``model.device`` tells), as ever, and parts must be used through the model's own methods
+    (``encode_images``, ``predict``, ...), as the pipeline does.
     """
 
-    def __init__(self, model: LatentDiffusion, device: torch.device) -> None:
-        self.model = model
-        self.device = device
+    def __init__(self, model: LatentDiffusion, device: torch.device | str) -> None:
+        # weights report the number of their GPU, so that 'cuda' alone would equal none of them
+        self.model, self.device = model, usable_device(device, "CPU offload: device", empty=True)
+        if self.device.type == "cpu":
+            raise UserError(
+                "CPU offload needs an accelerator to run on, such as cuda; this is the CPU itself"
+            )
         model.before_use = self.fetch
-        model.run_on = device
+        model.run_on = self.device
         for part in PARTS:
             self._move(part, torch.device("cpu"))
 
@@ -48,24 +68,6 @@ class Offload:
         module = self.model.get_submodule(part)
         if next(module.parameters()).device != device:
             module.to(device)
-
-
-def offload_idle_parts(model: LatentDiffusion, device: torch.device | str) -> Offload:
-    """Keep exemplar encoder, autoencoder and UNet on the CPU and bring each to ``device`` when it is needed.
-
-    Nothing changes in the results. Inputs are expected on ``device`` (``model.device`` tells), as ever, and
-    parts must be used through the model's own methods (``encode_images``, ``predict``, ...), as the pipeline
-    does.
-    """
-    try:
-        # weights report the number of their GPU, so that 'cuda' alone would equal none of them
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"CPU offload: '{device}' cannot be used on this machine ({reason})") from error
-    if device.type == "cpu":
-        raise UserError("CPU offload needs an accelerator to run on, such as cuda; this is the CPU itself")
-    return Offload(model, device)
 
 
 TARGETS = (str, int, torch.device, torch.dtype, torch.Tensor, type(None))
@@ -98,16 +100,15 @@ class MemorySettings:
             raise EditTypeError(NO_TARGET)
         checker = [self.safety_checker] if isinstance(self.safety_checker, nn.Module) else []
         try:
-            if any(
-                isinstance(each, str | torch.device) and torch.device(each).type == "meta" for each in given
-            ):
+            places = [torch.device(each) for each in given if isinstance(each, str | torch.device)]
+            if any(place.type == "meta" for place in places):
                 raise NotImplementedError("'meta' holds no numbers")  # all weights would be lost
             for network in (self.model, *checker):
                 network.to(*args, **kwargs)
         except TypeError as error:
             raise EditTypeError(NO_TARGET) from error
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"the pipeline cannot be moved: {str(error).splitlines()[0]}") from error
+            raise UserError(f"the pipeline cannot be moved: {first_line(error)}") from error
         return self
 
     def enable_attention_slicing(
@@ -149,7 +150,7 @@ class MemorySettings:
     def enable_cpu_offload(self, device: str | torch.device = "cuda") -> None:
         """Keep parts on the CPU while they are idle, and run each on ``device``."""
         self.disable_cpu_offload()
-        self._offload = offload_idle_parts(self.model, device)
+        self._offload = Offload(self.model, device)
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

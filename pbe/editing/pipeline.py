@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.saving import save_checkpoint
-from pbe.checkpoints.usage import Usage
+from pbe.checkpoints.settings import DEFAULT_SOLVER, Usage
 from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
@@ -30,11 +31,11 @@ from pbe.editing.engine import (
     merge_choice,
     progress_bar,
 )
-from pbe.editing.hub import Hub
 from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.inputs import Batch, check_generator, match_inputs, read_exemplars
 from pbe.editing.loading import (
     NETWORKS,
+    Hub,
     PipelineSchedule,
     assemble,
     full_schedule,
@@ -46,7 +47,7 @@ from pbe.editing.offload import MemorySettings, Offload
 from pbe.editing.output import OUTPUT_TYPES, EditOutput, add_watermark, as_output, to_images
 from pbe.editing.placement import View, choose_view, place_back, resize_batch
 from pbe.editing.preprocess import check_embeds, crop_settings
-from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_checker_in
+from pbe.editing.safety import SafetyChecker, checker_problem, flags_of, save_safety_checker
 from pbe.editing.settings import EditSettings, check_count, get_conventions
 from pbe.errors import EditValueError
 from pbe.files import expand_home
@@ -95,14 +96,15 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         else:
             self.model = model
             schedule = schedule_of(model) if noise_schedule is None else full_schedule(noise_schedule)
+        usage = schedule.usage
         if theirs.get("feature_extractor") is not None:
-            schedule = replace(schedule, preprocessor=preprocessor_of(theirs["feature_extractor"]))
-        self.noise_schedule = schedule
+            usage = replace(usage, preprocessor=preprocessor_of(theirs["feature_extractor"]))
+        self.noise_schedule = replace(schedule, usage=usage)
         self.safety_checker = safety_checker
-        self.watermark = schedule.watermark if watermark is None else watermark
-        self.conventions = schedule.conventions if conventions is None else conventions
-        self._choice = schedule.solver if solver is None else choose_solver(solver)
-        self._crop = crop_settings(self.model.config.exemplar_encoder, schedule.preprocessor)
+        self.watermark = bool(usage.watermark) if watermark is None else watermark
+        self.conventions = str(usage.conventions) if conventions is None else conventions
+        self._choice = choose_solver(usage.solver or DEFAULT_SOLVER if solver is None else solver)
+        self._crop = crop_settings(self.model.config.exemplar_encoder, usage.preprocessor)
         self._bar: dict[str, Any] = {}
         self._offload: Offload | None = None
         if theirs.get("scheduler") is not None:
@@ -181,23 +183,25 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         """
         check_saving(layout, dtype, safe_serialization, variant, push_to_hub)
         folder, checker = expand_home(str(folder)), self.safety_checker
-        beside = partial(save_checker_in, checker) if isinstance(checker, SafetyChecker) else None
         if problem := checker_problem(Path(folder), checker):
             logger.warning(problem)
+
+        def beside(staging: Path) -> None:
+            if isinstance(checker, SafetyChecker):
+                save_safety_checker(staging / CHECKER, checker)
+
         save_checkpoint(folder, self.model, layout, dtype, self.usage, beside)
 
     @property
     def usage(self) -> Usage:
         """How the model is run by calls that do not say: what saving keeps."""
-        schedule = self.noise_schedule
-        return Usage(
-            self._choice, self.conventions, self.watermark, schedule.preprocessor, schedule.scheduler
-        )
+        kept = self.noise_schedule.usage
+        return replace(kept, solver=self._choice, conventions=self.conventions, watermark=self.watermark)
 
     @property
     def components(self) -> dict[str, Any]:
         """What ``PaintByExample(**components)`` makes a pipeline of that shares these very networks."""
-        schedule = replace(self.noise_schedule, conventions=self.conventions, solver=self._choice)
+        schedule = replace(self.noise_schedule, usage=self.usage)
         networks = {name: getattr(self.model, name) for name in NETWORKS}
         rest = {"safety_checker": self.safety_checker, "watermark": self.watermark}
         return networks | {"noise_schedule": schedule} | rest

@@ -14,13 +14,7 @@ from torch.nn import functional as F
 from pbe.editing.images import composite, to_unit
 from pbe.editing.inputs import Batch
 from pbe.editing.output import to_images
-from pbe.editing.preprocess import (
-    Size,
-    pad,
-    reduce_mask,
-    resize_image,
-    working_size,
-)
+from pbe.editing.preprocess import Size, pad, reduce_mask, resize_image, working_size
 from pbe.editing.settings import EditSettings
 
 LEAST_SHARE = 0.25  # the margin may shrink to this share of itself before a region leaves the image
@@ -59,15 +53,11 @@ class Box:
 
 
 def region_box(mask: np.ndarray, target: Size, margin: float = EditSettings.margin) -> Box:
-    """Return the part of the image to edit: of the target's aspect, around the masked region.
+    """Return the part of the image to edit: of the target's aspect, around the masked region, bool ``h w``.
 
-    It is the region's bounding box with the margin, inside the image if it can be: the margin shrinks before
-    the box leaves the image, though not to nothing. A very small region gets more surroundings.
-
-    Args:
-        mask: bool ``h w``.
-        target: height and width that the part is edited at.
-        margin: room on each side, as a share of the longer side of the bounding box.
+    It is the region's bounding box with the margin (a share of its longer side) on each side, inside the
+    image if it can be: the margin shrinks before the box leaves the image, though not to nothing. A very
+    small region gets more surroundings. ``target`` is the height and width that the part is edited at.
     """
     (top, bottom), (left, right) = (_extent(np.any(mask, axis=axis)) for axis in (1, 0))
     height, width = bottom - top, right - left
@@ -104,14 +94,10 @@ def seam(
 ) -> np.ndarray:
     """Return how much of the edit each pixel of the box takes, float32 in [0, 1], inside the image.
 
-    Args:
-        mask: bool ``h w`` of the image.
-        box: the edited part.
-        target: height and width that it was edited at.
-        keep_outside: nothing outside the mask is touched, and the seam runs inside it; otherwise the whole
-            box is taken, and the seam runs along the box's border.
-        feather: width of the seam in pixels of the image; None takes half a latent cell of the model, but
-            no more than a quarter of the way to the middle of the masked region.
+    With ``keep_outside`` nothing outside the mask (bool ``h w``) is touched, and the seam runs inside it;
+    otherwise the whole box is taken, and the seam runs along its border. ``target`` is the height and width
+    that it was edited at, ``feather`` the width of the seam in pixels of the image; None takes half a latent
+    cell of the model, but no more than a quarter of the way to the middle of the masked region.
     """
     rows, columns = box.inside(mask.shape)
     scale = max(box.height / target[0], box.width / target[1])

@@ -50,10 +50,7 @@ def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def reduce_mask(mask: np.ndarray, size: Size) -> np.ndarray:
-    """Resize a mask, bool ``h w``; a pixel that any part of the mask touches is a mask.
-
-    So nothing of what is to be replaced stays visible at the border of a reduced mask.
-    """
+    """Resize a mask, bool ``h w``; pixels that it touches anywhere are in it, so that no border stays."""
     if mask.shape == size:
         return mask
     cover = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
@@ -61,16 +58,16 @@ def reduce_mask(mask: np.ndarray, size: Size) -> np.ndarray:
 
 
 def pad_to_multiple(array: np.ndarray, multiple: int) -> np.ndarray:
-    """Pad ``h w ...`` at the bottom and right to multiples of ``multiple``.
-
-    A side is reflected where it is longer than its padding, otherwise its last row or column is repeated.
-    """
+    """Pad ``h w ...`` at the bottom and right to multiples of ``multiple``."""
     rows, columns = (-side % multiple for side in array.shape[:2])
     return pad(array, ((0, rows), (0, columns)))
 
 
 def pad(array: np.ndarray, pads: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Pad ``h w ...`` by (before, after) rows and columns, filled as :func:`pad_to_multiple` says."""
+    """Pad ``h w ...`` by (before, after) rows and columns.
+
+    A side is reflected where it is longer than its padding, otherwise its last row or column is repeated.
+    """
     for axis, (before, after) in enumerate(pads):
         if not before + after:
             continue
@@ -138,10 +135,9 @@ class CropSettings:
 
 
 def crop_settings(config: ExemplarEncoderConfig, preprocessor: dict[str, Any] | None = None) -> CropSettings:
-    """Return the settings of a ``preprocessor_config.json`` of any age.
+    """Return the settings of a ``preprocessor_config.json`` of any age; the tower has what it leaves open.
 
-    What it leaves open follows from the tower. A crop of another size than the tower's is an error, and so is
-    a step that is switched off.
+    A crop of another size than the tower's is an error, and so is a step that is switched off.
     """
     found, config = preprocessor or {}, replace(config)
     follow_tower(config)  # what it leaves open is the tower's own
@@ -180,26 +176,6 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def preprocessor_config(settings: CropSettings) -> dict[str, Any]:
-    """Return the ``preprocessor_config.json`` that :func:`crop_settings` reads these settings from."""
-    numbers = {name: number for number, name in FILTERS.items()}
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": bool(settings.shortest_edge),
-        "size": {"shortest_edge": settings.shortest_edge or settings.crop},
-        "resample": numbers[settings.resample],
-        "do_center_crop": True,
-        "crop_size": {"height": settings.crop, "width": settings.crop},
-        "do_rescale": True,
-        "rescale_factor": RESCALE,
-        "do_normalize": True,
-        "image_mean": list(settings.mean),
-        "image_std": list(settings.std),
-        "do_convert_rgb": True,
-    }
-
-
 def _side(value: Any, key: str) -> int:
     """Return the length that a size of the file stands for: a number, a shortest edge, or a square."""
     if isinstance(value, dict):
@@ -218,7 +194,7 @@ def clip_crop(
     The numbers are those of torchvision's uint8 resize, which the processor uses.
 
     Args:
-        image: uint8 ``h w 3``.
+        image: uint8 ``h w 3``, and so is the result.
         size: side of the square; where the image is smaller the rest is black.
         shortest_edge: length for the shorter side; None means ``size``, 0 leaves the size.
         resample: ``bicubic`` or ``bilinear``, antialiased.
@@ -246,33 +222,33 @@ def exemplar_pixels(
     Images (``h w 3``, uint8 or float32 in [-1, 1]) are cropped as ``settings`` say, or squashed whole,
     bicubic, as the original does it, where these are None; tensors are normalised for the tower already.
     """
-    ready = [
-        _checked(each, config.image_size) if isinstance(each, Tensor) else _normalised(each, config, settings)
-        for each in exemplars
-    ]
+    size, ready = config.image_size, []
+    for exemplar in exemplars:
+        if isinstance(exemplar, Tensor):
+            if tuple(exemplar.shape) != (3, size, size):
+                raise EditValueError(
+                    "example_image: a float tensor is taken as pixels normalised for the image tower and "
+                    f"must be (3, {size}, {size}) or (b, 3, {size}, {size}), not {tuple(exemplar.shape)}"
+                )
+            ready.append(exemplar.float().cpu())
+        elif settings is None:
+            ready.append(_normalised(resize_image(exemplar, (size, size)), config.mean, config.std))
+        else:
+            ready.append(cropped_pixels(exemplar, settings))
     return torch.stack(ready)
 
 
-def _normalised(image: np.ndarray, config: ExemplarEncoderConfig, settings: CropSettings | None) -> Tensor:
-    size = config.image_size
-    if settings is None:
-        square, mean, std = resize_image(image, (size, size)), config.mean, config.std
-    else:
-        array = image if image.dtype == np.uint8 else to_bytes(to_unit(image))
-        square = clip_crop(array, size, settings.shortest_edge, settings.resample)
-        mean, std = list(settings.mean), list(settings.std)
-    pixels = torch.from_numpy(np.array(square))
-    pixels = pixels.float() / 255.0 if square.dtype == np.uint8 else pixels / 2.0 + 0.5
+def cropped_pixels(image: np.ndarray, settings: CropSettings) -> Tensor:
+    """Return an image (``h w 3``, uint8 or float32 in [-1, 1]) as the tower takes it, ``(3, s, s)``."""
+    array = image if image.dtype == np.uint8 else to_bytes(to_unit(image))
+    square = clip_crop(array, settings.crop, settings.shortest_edge, settings.resample)
+    return _normalised(square, settings.mean, settings.std)
+
+
+def _normalised(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    pixels = torch.from_numpy(np.array(image))
+    pixels = pixels.float() / 255.0 if image.dtype == np.uint8 else pixels / 2.0 + 0.5
     return rearrange((pixels - torch.tensor(mean)) / torch.tensor(std), "h w c -> c h w")
-
-
-def _checked(pixels: Tensor, size: int) -> Tensor:
-    if tuple(pixels.shape) != (3, size, size):
-        raise EditValueError(
-            "example_image: a float tensor is taken as pixels normalised for the image tower and must be "
-            f"(3, {size}, {size}) or (b, 3, {size}, {size}), not {tuple(pixels.shape)}"
-        )
-    return pixels.float().cpu()
 
 
 def check_embeds(embeds: Any, context_dim: int) -> Tensor:

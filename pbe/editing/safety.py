@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, vision_names
+from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, vision_config, vision_names
+from pbe.checkpoints.diffusers.format import preprocessor_config
 from pbe.checkpoints.folders import ANY, CHECKER, FileChoice, open_folder
 from pbe.checkpoints.key_map import Entry, checked, to_foreign, to_native
+from pbe.checkpoints.settings import read_json
 from pbe.checkpoints.tensors import Lazies, lazies
 from pbe.config import ExemplarEncoderConfig
-from pbe.editing.preprocess import CropSettings, clip_crop, crop_settings, preprocessor_config
+from pbe.editing.preprocess import FILTERS, CropSettings, crop_settings, cropped_pixels
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.files import make_folder
 from pbe.models.image_tower import TowerSizes, build_tower
@@ -42,6 +43,12 @@ NAMES = {
     "special": "special_care_embeds",
     "special_thresholds": "special_care_embeds_weights",
 }
+
+
+READ_FOR_SIZES = (
+    *(f"embeddings.{kind}_embedding.weight" for kind in ("patch", "position")),
+    "encoder.layers.0.mlp.fc1.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class SafetyChecker(nn.Module):
         arrays = _as_bytes(images)
         if not arrays:
             return []
-        margins = self.margins(torch.stack([self._pixels(array) for array in arrays]))
+        margins = self.margins(torch.stack([cropped_pixels(array, self.crop) for array in arrays]))
         if not bool(margins.isfinite().all()):
             raise EditValueError("the safety checker gave infinite numbers; load it in float32 or bfloat16")
         return (margins > 0).any(dim=1).tolist()
@@ -113,14 +120,6 @@ class SafetyChecker(nn.Module):
         # a NaN of the special scores must not pass for "no special care"
         scores = scores + careful * SPECIAL_CARE + 0.0 * special.sum(dim=1, keepdim=True)
         return torch.round(scores, decimals=DECIMALS)
-
-    def _pixels(self, image: np.ndarray) -> Tensor:
-        """Map uint8 ``h w 3`` to the tower's pixels ``(3, s, s)``."""
-        square = clip_crop(image, self.crop.crop, self.crop.shortest_edge, self.crop.resample)
-        pixels = (torch.from_numpy(square).float() / 255.0 - torch.tensor(self.crop.mean)) / torch.tensor(
-            self.crop.std
-        )
-        return rearrange(pixels, "h w c -> c h w")
 
 
 def _cosine(embeddings: Tensor, directions: Tensor) -> Tensor:
@@ -150,14 +149,18 @@ def load_safety_checker(
     float32.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"'{folder}' is not a safety checker: it has no config.json")
+    config = read_json(folder / "config.json")
     weights = open_folder(folder, files)
-    tensors = _plain_names(weights.tensors)
+    # one level of vision_model, whatever transformers' age, and no counters
+    tensors = {re.sub(r"^(vision_model\.)+", TOWER, key): value for key, value in weights.tensors.items()}
+    tensors.pop(f"{TOWER}{POSITION_IDS}", None)
     sizes = _sizes(config, tensors, weights.source)
     preprocessor = folder / "preprocessor_config.json"
     crop = crop_settings(
         ExemplarEncoderConfig(tower=sizes.tower.name, image_size=sizes.image_size),
-        _read_json(preprocessor) if preprocessor.is_file() else None,
+        read_json(preprocessor) if preprocessor.is_file() else None,
     )
     with torch.device("meta"):
         checker = SafetyChecker(sizes, crop)
@@ -203,12 +206,10 @@ def save_safety_checker(folder: str | Path, checker: SafetyChecker) -> None:
     published = {key.replace(TOWER, TOWER * 2, 1): tensors[key].read().contiguous() for key in tensors}
     save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(checker.sizes), indent=2))
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(checker.crop), indent=2))
-
-
-def save_checker_in(checker: SafetyChecker, folder: Path) -> None:
-    """Write a checker where a model's folder has it."""
-    save_safety_checker(folder / CHECKER, checker)
+    crop = checker.crop
+    number = next(number for number, name in FILTERS.items() if name == crop.resample)
+    processor = preprocessor_config(crop.shortest_edge, crop.crop, number, crop.mean, crop.std)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
 
 
 def checker_problem(folder: Path, checker: Any) -> str | None:
@@ -220,26 +221,8 @@ def checker_problem(folder: Path, checker: Any) -> str | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"'{path.parent}' is not a safety checker: it has no {path.name}")
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a mapping of settings; copy it again")
-    return content
-
-
-def _plain_names(tensors: Lazies) -> Lazies:
-    """Return the tensors with one ``vision_model.`` level, whatever transformers' age, and no counters."""
-    renamed = {re.sub(r"^(vision_model\.)+", TOWER, key): tensor for key, tensor in tensors.items()}
-    return {key: tensor for key, tensor in renamed.items() if key != f"{TOWER}{POSITION_IDS}"}
-
-
 def _sizes(config: dict[str, Any], tensors: Lazies, source: str) -> CheckerSizes:
-    wanted = [*NAMES.values(), *(f"{TOWER}{name}" for name in _READ_FOR_SIZES)]
+    wanted = [*NAMES.values(), *(f"{TOWER}{name}" for name in READ_FOR_SIZES)]
     if missing := [key for key in wanted if key not in tensors]:
         raise UserError(f"{source} is not a safety checker of Stable Diffusion: it has no '{missing[0]}'")
     vision = config.get("vision_config") or config.get("vision_config_dict") or {}
@@ -259,13 +242,6 @@ def _sizes(config: dict[str, Any], tensors: Lazies, source: str) -> CheckerSizes
     )
 
 
-_READ_FOR_SIZES = (
-    "embeddings.patch_embedding.weight",
-    "embeddings.position_embedding.weight",
-    "encoder.layers.0.mlp.fc1.weight",
-)
-
-
 def _entries(checker: SafetyChecker) -> list[Entry]:
     """Return what each weight is called in the published layout."""
     entries = [Entry(native, (foreign,)) for native, foreign in NAMES.items()]
@@ -276,18 +252,8 @@ def _entries(checker: SafetyChecker) -> list[Entry]:
 
 
 def _config(sizes: CheckerSizes) -> dict[str, Any]:
-    tower = sizes.tower
-    vision = {
-        "hidden_size": tower.width,
-        "intermediate_size": tower.mlp,
-        "num_hidden_layers": tower.layers,
-        "num_attention_heads": tower.heads,
-        "patch_size": tower.patch,
-        "image_size": sizes.image_size,
-        "hidden_act": "quick_gelu" if tower.quick_gelu else "gelu",
-        "layer_norm_eps": sizes.norm_eps,
-        "projection_dim": sizes.projection,
-    }
+    vision = vision_config(sizes.tower, sizes.image_size)
+    vision |= {"layer_norm_eps": sizes.norm_eps, "projection_dim": sizes.projection}
     return {
         "architectures": ["StableDiffusionSafetyChecker"],
         "model_type": "clip",

@@ -85,7 +85,9 @@ class EditSettings:
     def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
         """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
         values = vars(self)
-        found: dict[str, Any] = {"seed": check_seed(named("seed"), self.seed)}
+        found: dict[str, Any] = {}
+        if not 0 <= self.seed <= MAX_SEED:
+            raise EditValueError(f"{named('seed')} is {self.seed}; it must lie between 0 and {MAX_SEED}")
         optional = ("height", "width", "feather", "attention_slicing")
         for name in (each for each in values if not (each in optional and values[each] is None)):
             if name in COUNTS:
@@ -235,13 +237,6 @@ def check_number(name: str, value: object, largest: float = math.inf) -> float:
     return number
 
 
-def check_seed(name: str, value: int) -> int:
-    """Return a seed that generators take."""
-    if not 0 <= value <= MAX_SEED:
-        raise EditValueError(f"{name} is {value}; it must lie between 0 and {MAX_SEED}")
-    return value
-
-
 def _float(name: str, value: Real) -> float:
     try:
         return float(value)
@@ -251,41 +246,25 @@ def _float(name: str, value: Real) -> float:
 
 @dataclass(frozen=True)
 class Conventions:
-    """Where the original's inference and diffusers' pipeline differ.
+    """Where the original's inference, which has the defaults, and diffusers' pipeline differ."""
 
-    Attributes:
-        name: ``original`` or ``diffusers``.
-        crop_exemplar: the exemplar goes through CLIP's processor (shortest edge, centre crop) instead of
-            being squashed whole.
-        mask_mode: interpolation of the keep mask to latent size, never antialiased.
-        half_is_masked: a mask value of exactly one half is repainted.
-        share_posterior: the masked image's posterior is drawn once an image, not once an edit.
-        guidance_floor: guidance scales below count as this.
-        leading: solvers that take timesteps in ``leading`` spacing where none is asked for.
-        largest_side: images up to the square of this many pixels a side are edited at their own size
-            whatever size the model was trained at.
-    """
-
-    name: str
-    crop_exemplar: bool
-    mask_mode: str
-    half_is_masked: bool
-    share_posterior: bool
-    guidance_floor: float
-    leading: frozenset[str]
-    largest_side: int
+    name: str = "original"
+    crop_exemplar: bool = False
+    """the exemplar goes through CLIP's processor (shortest edge, centre crop), not squashed whole"""
+    mask_mode: str = "bilinear"
+    """interpolation of the keep mask to latent size, never antialiased"""
+    half_is_masked: bool = True
+    """a mask value of exactly one half is repainted"""
+    share_posterior: bool = False
+    """the masked image's posterior is drawn once an image, not once an edit"""
+    guidance_floor: float = 0.0
+    """guidance scales below count as this"""
+    leading: frozenset[str] = frozenset()
+    """solvers that take timesteps in ``leading`` spacing where none is asked for"""
+    largest_side: int = 0
+    """images up to its square in pixels keep their size, whatever size the model was trained at"""
 
 
-ORIGINAL = Conventions(
-    name="original",
-    crop_exemplar=False,
-    mask_mode="bilinear",
-    half_is_masked=True,
-    share_posterior=False,
-    guidance_floor=0.0,
-    leading=frozenset(),
-    largest_side=0,
-)
 DIFFUSERS = Conventions(
     name="diffusers",
     crop_exemplar=True,
@@ -296,7 +275,7 @@ DIFFUSERS = Conventions(
     leading=frozenset({"ddim", "plms"}),
     largest_side=1024,
 )
-CONVENTIONS = {each.name: each for each in (ORIGINAL, DIFFUSERS)}
+CONVENTIONS = {each.name: each for each in (Conventions(), DIFFUSERS)}
 
 
 def get_conventions(name: str) -> Conventions:

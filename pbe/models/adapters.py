@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,33 +88,23 @@ def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     return scale * product.view(len(up), *down.shape[1:])
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer with adapters; made of one in place by :func:`attach`."""
+class Adapted(nn.Module):
+    """What a layer inherits from first once it has adapters."""
 
     adapters: nn.ModuleList
+    weight: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in)`` to ``(..., out)``."""
-        return _sum(super().forward(x), self.adapters, x)
+        """Return what the layer makes of ``x``, with what each adapter adds."""
+        output: Tensor = super().forward(x)
+        for adapter in self.adapters:
+            output = output + adapter(x)
+        return output
 
 
-class AdaptedConv2d(nn.Conv2d):
-    """A convolution with adapters; made of one in place by :func:`attach`."""
-
-    adapters: nn.ModuleList
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, in, h, w)`` to ``(b, out, h, w)``."""
-        return _sum(super().forward(x), self.adapters, x)
-
-
-Adapted = AdaptedLinear | AdaptedConv2d
-
-
-def _sum(output: Tensor, adapters: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for adapter in adapters:
-        output = output + adapter(x)
-    return output
+@cache
+def _with_adapters(kind: Any) -> Any:
+    return type(f"Adapted{kind.__name__}", (Adapted, kind), {"__doc__": kind.__doc__})
 
 
 def layers_of(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -136,10 +128,11 @@ def layers_of(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Linear | n
 
 def attach(layer: nn.Linear | nn.Conv2d, adapter: LowRank) -> None:
     """Add an adapter to a layer, which stays the same object with the same weights."""
-    if not isinstance(layer, AdaptedLinear | AdaptedConv2d):
-        layer.__class__ = AdaptedLinear if isinstance(layer, nn.Linear) else AdaptedConv2d
+    if not isinstance(layer, Adapted):
+        kind: Any = type(layer)
+        layer.__class__ = _with_adapters(kind)
         layer.adapters = nn.ModuleList()
-    assert isinstance(layer.adapters, nn.ModuleList)
+    assert isinstance(layer, Adapted)
     layer.adapters.append(adapter)
 
 
@@ -192,7 +185,7 @@ def layer_names(keys: Iterable[str]) -> list[str]:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Yield the layers that have adapters, by name."""
     for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLinear | AdaptedConv2d):
+        if isinstance(layer, Adapted):
             yield name, layer
 
 
@@ -221,7 +214,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
         layer.adapters = nn.ModuleList(kept)
         if not kept:
             del layer.adapters
-            layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
+            layer.__class__ = type(layer).__bases__[1]
 
 
 def merged_weight(layer: Adapted) -> Tensor:

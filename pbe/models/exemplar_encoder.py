@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
-from pbe.models.adapters import AdaptedLinear
+from pbe.models.adapters import Adapted
 from pbe.models.image_tower import build_tower, stage_widths, tower_stages
 
 PYRAMID = 5
@@ -40,7 +40,7 @@ class MapperAttention(nn.Module):
 
     def _values(self, x: Tensor) -> Tensor:
         values = F.linear(x, *self._value_rows())
-        if isinstance(self.qkv, AdaptedLinear):
+        if isinstance(self.qkv, Adapted):
             for adapter in self.qkv.adapters:
                 parts = rearrange(adapter(x), "b n (h three d) -> three b n (h d)", h=self.heads, three=3)
                 values = values + parts[2]

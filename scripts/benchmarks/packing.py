@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 import polars as pl
 
-from pbe.data.packing.records import index_keys, load_index, read_summary
+from pbe.data.packing.pack import PACK_LOCK, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
-from pbe.data.packing.request import PACK_LOCK
+from pbe.data.packing.worker import index_keys, load_index
 from pbe.data.randomness import generator
 from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
@@ -122,8 +122,8 @@ import json, sys, time
 from pathlib import Path
 from pbe.data.packing.pack import plan_requests
 from pbe.data.packing.plan import PackSettings
-from pbe.data.packing.request import PackRequest
-from pbe.data.sources.read import SourceOptions, read_source
+from pbe.data.packing.pack import PackRequest
+from pbe.data.sources import SourceOptions, read_source
 source, out = sys.argv[1:]
 request = PackRequest(lambda: [read_source(source, SourceOptions())], [source], PackSettings(), Path(out))
 start, used = time.perf_counter(), time.process_time()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.checkpoints.diffusers.config import write_unet
+from pbe.checkpoints.diffusers.format import write_unet
 from pbe.checkpoints.diffusers.names import unet_name
 from pbe.cli.parser import Parser, run_command
 from pbe.config import ModelConfig

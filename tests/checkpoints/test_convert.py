@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pbe.checkpoints import conversion, saving
+from pbe.checkpoints import saving
 from pbe.checkpoints.loading import load_checkpoint
 from pbe.checkpoints.saving import LAYOUTS, save_checkpoint
 from pbe.checkpoints.tensors import LazyTensor
@@ -111,10 +111,10 @@ def test_a_file_that_differs_is_not_left(
             native = native | {"unet.conv_out.bias": LazyTensor((4,), torch.float32, lambda: zeros)}
             write(folder, layout, config, native, *rest)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(conversion, "write_layout", flawed)
+        monkeypatch.setattr(saving, "write_layout", flawed)
         match = "differs from its source in 'unet.conv_out.bias'; nothing was written"
     else:
-        monkeypatch.setattr(conversion, "_run", lambda *rest: torch.randn(3))
+        monkeypatch.setattr(saving, "_output", lambda *rest: torch.randn(3))
         match = "the unet of the converted model differs from its source by"
     assert match in complaint(capsys, tmp_path / "native", tmp_path / "out", "--verify")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*")} == before

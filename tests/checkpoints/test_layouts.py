@@ -17,7 +17,7 @@ from torch import Tensor
 from pbe.checkpoints import saving
 from pbe.checkpoints.loading import Loaded, load_checkpoint, open_checkpoint
 from pbe.checkpoints.saving import LAYOUTS, layout_files, save_checkpoint
-from pbe.checkpoints.usage import Usage
+from pbe.checkpoints.settings import Usage
 from pbe.config import Config, ModelConfig, save_yaml
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.loading import load_checkpoint, open_checkpoint
+from pbe.checkpoints.saving import convert
 from pbe.config import ModelConfig
 from tests.checkpoints.small import same_weights, save_original, small_model, with_unet
 

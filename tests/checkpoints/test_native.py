@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pbe.checkpoints import native
 from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, save_model
-from pbe.checkpoints.writers import write_safetensors
+from pbe.checkpoints.weight_files import write_safetensors
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.commands import convert as convert_checkpoint

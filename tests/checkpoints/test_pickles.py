@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from pbe.checkpoints.loading import load_checkpoint
-from pbe.checkpoints.readers import open_weights
+from pbe.checkpoints.weight_files import open_weights
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from tests.checkpoints.small import same_weights, save_original, small_config

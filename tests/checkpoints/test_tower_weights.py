@@ -13,11 +13,11 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pbe.checkpoints import readers
+from pbe.checkpoints import recognise
 from pbe.checkpoints.key_map import check_finite
 from pbe.checkpoints.loading import load_checkpoint
-from pbe.checkpoints.readers import is_program, open_weights
 from pbe.checkpoints.tower_weights import lite_weights, load_tower_weights, read_state
+from pbe.checkpoints.weight_files import is_program, open_weights
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.models.image_tower import build_tower
@@ -108,7 +108,7 @@ def test_a_program_with_a_payload_is_refused_and_not_run(tmp_path: Path, kind: s
 
 
 def test_a_program_that_holds_itself_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_MODULES", 100)
+    monkeypatch.setattr(recognise, "MAX_MODULES", 100)
     with pytest.raises(UserError, match="a program of more than 100 modules"):
         open_weights(archive(tmp_path / "loop.pt", LOOP))
 
@@ -177,8 +177,11 @@ def test_a_tower_of_other_numbers_than_floats_is_refused(
 def test_weights_of_another_tower_are_one_line(config: ExemplarEncoderConfig) -> None:
     state = tower_state(config)
     for change, message in (
-        ({"conv1.weight": torch.ones(2)}, "0 tensors missing, 0 unknown, 1 of another shape"),
-        ({"stranger": torch.ones(2)}, "0 tensors missing, 1 unknown, 0 of another shape, such as 'stranger'"),
+        ({"conv1.weight": torch.ones(2)}, r"1 misshapen: conv1\.weight \(has \[2\], not"),
+        (
+            {"stranger": torch.ones(2)},
+            "holds no weights of .* fit the model: 1 unexpected: stranger",
+        ),
     ):
         torch.save(state | change, config.pretrained)
         with pytest.raises(UserError, match=message):

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.loading import load_checkpoint, open_checkpoint
-from pbe.checkpoints.saving import LAYOUTS, save_checkpoint
-from pbe.checkpoints.usage import KEY, Usage, usage_from_json
+from pbe.checkpoints.saving import LAYOUTS, convert, save_checkpoint
+from pbe.checkpoints.settings import KEY, Usage, usage_from_json
 from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion

@@ -176,7 +176,7 @@ def test_command_lines_are_read_in_one_room() -> None:
 
 def test_choices_and_defaults_are_those_of_the_rooms(tmp_path: Path) -> None:
     """Where a room states them too, for those who call it from Python."""
-    from pbe.checkpoints.precision import DTYPES
+    from pbe.checkpoints.tensors import DTYPES
     from pbe.data.packing.plan import PackSettings
     from pbe.evaluation.benchmark.quick import QuickSettings
     from pbe.evaluation.study.making import StudySettings

@@ -18,7 +18,8 @@ import pytest
 
 from pbe.config import DataConfig
 from pbe.data.dataset import read_image
-from pbe.data.packing.records import load_index, read_summary
+from pbe.data.packing.pack import read_summary
+from pbe.data.packing.worker import load_index
 from pbe.data.samples.decode import UnusableImageError
 from pbe.data.shards.archive import ShardImages
 from pbe.errors import UserError

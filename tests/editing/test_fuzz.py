@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pbe.editing.batch.jobs import check_name
-from pbe.editing.batch.pairs import read_pairs
+from pbe.editing.batch.jobs import check_name, read_pairs
 from pbe.editing.images import read_image, read_mask
 from pbe.editing.inputs import match_inputs
 from pbe.editing.pipeline import PaintByExample

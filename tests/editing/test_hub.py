@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from pbe.checkpoints.folders import FileChoice
 from pbe.checkpoints.saving import save_checkpoint
 from pbe.editing import PaintByExample
-from pbe.editing.hub import Hub, select_files
+from pbe.editing.loading import Hub, select_files
 from pbe.errors import UserError
 from tests.editing.small_hub import small_hub
 from tests.editing.tiny_model import make_tiny_model
@@ -28,7 +28,7 @@ NAME = "someone/tiny"
 # Tries each call in one process, since importing takes the most time, and prints what came of it.
 SCRIPT = """
 import json, sys
-from pbe.editing.hub import Hub
+from pbe.editing.loading import Hub
 from pbe.errors import UserError
 for call in json.loads(sys.argv[1]):
     try:

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.checkpoints.conversion import convert
 from pbe.checkpoints.diffusers.scheduler import scheduler_from_solver
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.saving import save_checkpoint
-from pbe.checkpoints.usage import Usage
+from pbe.checkpoints.saving import convert, save_checkpoint
+from pbe.checkpoints.settings import Usage
 from pbe.config import AutoencoderConfig, ExemplarEncoderConfig, ModelConfig, UNetConfig
 from pbe.diffusion.solvers import SOLVERS, SolverChoice
 from pbe.editing import PaintByExample

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from pbe.editing import PaintByExample
-from pbe.editing.offload import PARTS, offload_idle_parts
+from pbe.editing.offload import PARTS, Offload
 from pbe.errors import UserError, warn_once
 from pbe.models import LatentDiffusion
 from tests.editing.conftest import Scene
@@ -37,7 +37,7 @@ def test_an_edit_fetches_each_part_once_and_the_autoencoder_twice(
 
 def test_only_the_part_that_works_leaves_the_cpu(tiny_model: LatentDiffusion) -> None:
     model = copy.deepcopy(tiny_model)
-    offload = offload_idle_parts(model, "meta")
+    offload = Offload(model, "meta")
     assert set(places(model).values()) == {"cpu"}
     assert model.device.type == "meta"
     offload.fetch("unet")
@@ -48,7 +48,7 @@ def test_a_part_that_is_there_is_not_moved_again(
     tiny_model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = copy.deepcopy(tiny_model)
-    offload = offload_idle_parts(model, "meta")
+    offload = Offload(model, "meta")
     offload.fetch("unet")
     monkeypatch.setattr(torch.nn.Module, "to", lambda *args: pytest.fail("moved"))
     offload.fetch("unet")
@@ -56,7 +56,7 @@ def test_a_part_that_is_there_is_not_moved_again(
 
 def test_removing_it_brings_everything_back(tiny_model: LatentDiffusion) -> None:
     model = copy.deepcopy(tiny_model)
-    offload_idle_parts(model, "meta").remove("cpu")
+    Offload(model, "meta").remove("cpu")
     assert set(places(model).values()) == {"cpu"}
     assert model.device.type == "cpu"
     assert model.before_use is None
@@ -65,14 +65,14 @@ def test_removing_it_brings_everything_back(tiny_model: LatentDiffusion) -> None
 @pytest.mark.parametrize(("device", "error"), [("cpu", "accelerator"), ("nonsense", "cannot be used")])
 def test_devices_that_make_no_sense(tiny_model: LatentDiffusion, device: str, error: str) -> None:
     with pytest.raises(UserError, match=error):
-        offload_idle_parts(tiny_model, device)
+        Offload(tiny_model, device)
     assert tiny_model.before_use is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_a_gpu_that_is_not_there(tiny_model: LatentDiffusion) -> None:
     with pytest.raises(UserError, match="cuda"):
-        offload_idle_parts(tiny_model, "cuda")
+        Offload(tiny_model, "cuda")
 
 
 @needs_gpu
@@ -92,7 +92,7 @@ def test_results_are_those_without_it(tiny_model: LatentDiffusion, scene: Scene)
         ).images
 
     expected = edit()
-    offload = offload_idle_parts(model, "cuda")
+    offload = Offload(model, "cuda")
     assert set(places(model).values()) == {"cpu"}
     torch.testing.assert_close(edit(), expected, rtol=0.0, atol=1e-5)
     assert places(model) == {"exemplar_encoder": "cpu", "autoencoder": "cuda", "unet": "cpu"}
@@ -212,8 +212,8 @@ def test_offloading_to_a_device_that_holds_nothing(pipe: PaintByExample, name: s
     [
         ({"gpu_id": 1.0}, "gpu_id: float"),
         ({"gpu_id": 1, "device": "cuda:0"}, "gpu_id is 1, but device 'cuda:0' has a number already"),
-        ({"device": "abacus"}, "'abacus' cannot be used on this machine"),
-        ({"gpu_id": 99}, "'cuda:99' cannot be used on this machine"),
+        ({"device": "abacus"}, "'abacus' cannot be used here"),
+        ({"gpu_id": 99}, "'cuda:99' cannot be used here"),
         ({"device": "cpu"}, "needs an accelerator"),
     ],
 )

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from pbe.editing.preprocess import cropped_pixels
 from pbe.editing.safety import SafetyChecker, load_safety_checker, save_safety_checker
 from pbe.errors import UserError
 from tests.models.tiny import relative
@@ -103,7 +104,9 @@ def closest(checker: SafetyChecker, images: np.ndarray) -> np.ndarray:
     """Cosine of each image's closest concept."""
     checker.concept_thresholds.zero_()
     checker.special_thresholds.fill_(2.0)
-    pixels = torch.stack([checker._pixels(np.round(image * 255).astype(np.uint8)) for image in images])
+    pixels = torch.stack(
+        [cropped_pixels(np.round(image * 255).astype(np.uint8), checker.crop) for image in images]
+    )
     return checker.margins(pixels).max(dim=1).values.numpy()
 
 
@@ -228,7 +231,7 @@ def test_folders_that_hold_no_checker(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid JSON"):
         load_safety_checker(folder)
     config.write_text("[]")
-    with pytest.raises(UserError, match="mapping"):
+    with pytest.raises(UserError, match="not an object of settings"):
         load_safety_checker(folder)
     config.write_text("{}")
     (folder / "model.safetensors").unlink()

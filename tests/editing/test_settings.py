@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.editing import hub
-from pbe.editing.hub import Hub
+from pbe.editing import loading
+from pbe.editing.loading import Hub
 from pbe.editing.settings import EditSettings, check_count, check_number, existing_path
 from pbe.errors import EditTypeError, EditValueError
 
@@ -24,7 +24,8 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(EditValueError, match="/none' does not exist; give a model's folder"):
         existing_path("~/none")
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **settings: asked.update(settings) or "there")
+    answer = {"snapshot_download": lambda *_, **settings: asked.update(settings) or "there"}
+    monkeypatch.setattr(loading, "snapshot_download", answer["snapshot_download"])
     assert Hub(cache_dir="~/cache", local_files_only=True).find("owner/name") == Path("there")
     assert asked["cache_dir"] == str(tmp_path / "cache")
 

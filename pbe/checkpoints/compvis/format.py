@@ -11,17 +11,24 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from pbe.checkpoints.clip import POSITION_IDS
-from pbe.checkpoints.compvis.config import is_original_yaml, read_config, read_yaml, write_config
+from pbe.checkpoints.clip import POSITION_IDS, sizes_in_file, tower_sizes
 from pbe.checkpoints.compvis.names import AUTOENCODER, CONDITION, TOWER, UNET, entries
 from pbe.checkpoints.key_map import OpenedModel, converted, native_shapes, to_foreign, to_native
-from pbe.checkpoints.readers import Weights
-from pbe.checkpoints.recognise import TEXT, Sorted, choose, describe, left_out
+from pbe.checkpoints.recognise import TEXT, Sorted, Weights, choose, describe, left_out
+from pbe.checkpoints.settings import KEY, Settings, Usage, Values, reading, usage_from_json
 from pbe.checkpoints.tensors import Lazies, lazies
-from pbe.checkpoints.usage import KEY, Usage, usage_from_json
-from pbe.checkpoints.writers import write_checkpoint, write_safetensors
-from pbe.config import ModelConfig, ScheduleConfig, load_config
+from pbe.checkpoints.weight_files import write_checkpoint, write_safetensors
+from pbe.config import (
+    AutoencoderConfig,
+    ExemplarEncoderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    UNetConfig,
+    load_config,
+    loading,
+)
 from pbe.errors import UserError
+from pbe.models.image_tower import follow_tower
 
 ConfigSource = ModelConfig | str | Path | None
 PARTS = {UNET: "UNet", AUTOENCODER: "autoencoder", CONDITION: "exemplar encoder"}
@@ -56,6 +63,10 @@ def schedule_buffers(schedule: ScheduleConfig) -> dict[str, Tensor]:
 
 
 BUFFERS = (*schedule_buffers(ScheduleConfig(timesteps=2)), "lvlb_weights", "logvar", "scale_factor")
+# A tower's names without the level that transformers 5 leaves out.
+SHORT_TOWER = re.compile(
+    rf"^{re.escape(CONDITION)}transformer\.(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm)\.)"
+)
 # Left out without loss: what follows from the configuration, and the loss's own network.
 DROPPED = (
     ("schedule buffers", re.compile(rf"(?:.*\.)?(?:{'|'.join(BUFFERS)})")),
@@ -73,18 +84,11 @@ def clean(found: Sorted) -> tuple[Sorted, list[str]]:
         for key, tensor in names.items():
             reason = next((reason for reason, pattern in DROPPED if pattern.fullmatch(key)), None)
             if reason is None:
-                table[_tower_of_2022(key)] = tensor
+                table[SHORT_TOWER.sub(TOWER, key)] = tensor
             else:
                 counts[reason] = counts.get(reason, 0) + 1
     notes = [f"{count} {reason}" for reason, count in counts.items()]
     return Sorted(kept, found.average, strangers), [*notes, *left_out(strangers)]
-
-
-def _tower_of_2022(key: str) -> str:
-    """Put the level back that transformers 5 leaves out of a tower's names."""
-    inner = key.removeprefix(f"{CONDITION}transformer.")
-    moved = inner != key and inner.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm."))
-    return TOWER + inner if moved else key
 
 
 def yaml_beside(path: Path) -> Path | None:
@@ -101,11 +105,8 @@ def yaml_beside(path: Path) -> Path | None:
 def resolve_config(given: ConfigSource, path: Path, tensors: Lazies) -> tuple[ModelConfig, list[str]]:
     """Return the sizes of a model without any of its own, and a note where they were assumed.
 
-    Args:
-        given: a configuration, a YAML of this project or of the original, or None: the YAML beside the
-            weights, and the official sizes without one.
-        path: the file or folder of weights.
-        tensors: its state dict, cleaned.
+    ``given`` None takes the YAML beside the weights, and the official sizes without one; a YAML is this
+    project's or the original's. ``tensors`` are the state dict, cleaned.
     """
     if isinstance(given, ModelConfig):
         return given, []
@@ -117,7 +118,8 @@ def resolve_config(given: ConfigSource, path: Path, tensors: Lazies) -> tuple[Mo
         return load_config(source).model, []
     if not any(key.startswith(TOWER) for key in tensors):
         raise UserError(f"{path}: no image tower in it. {describe(tensors)}")
-    return read_config(content, str(source), tensors), []
+    with reading(source):
+        return _read_model(content["model"]["params"], str(source), tensors), []
 
 
 def open_compvis(
@@ -130,7 +132,11 @@ def open_compvis(
     names = entries(sizes, list(native := native_shapes(sizes)))
     expected = [key for entry in names for key in entry.foreign]
     tensors, said = choose(found, expected, weights.source, raw_weights=raw_weights)
-    hint = _hint(path, whole, bool(assumed))
+    hint = describe(whole)
+    if assumed and not any(key.startswith(TEXT) for key in whole):
+        folder = path if path.is_dir() else path.parent
+        beside = ", ".join(sorted(p.name for p in folder.glob("*.y*ml")))
+        hint += " The official sizes were assumed; give its own as config" + (beside and f" ({beside}?)")
     native_tensors = to_native(names, tensors, native, weights.source, hint, PARTS)
     _check_schedule(whole, sizes.schedule, weights.source)
     if weights.extra:
@@ -160,17 +166,6 @@ def _usage(given: ConfigSource, path: Path) -> Usage:
     return usage_from_json(content.get(KEY) if is_original_yaml(content) else None, str(source))
 
 
-def _hint(path: Path, tensors: Lazies, assumed: bool) -> str:
-    hint = describe(tensors)
-    if not assumed or any(key.startswith(TEXT) for key in tensors):
-        return hint
-    folder = path if path.is_dir() else path.parent
-    beside = ", ".join(sorted(p.name for p in folder.glob("*.y*ml")))
-    return (
-        f"{hint} The official sizes were assumed; give its own as config{f' ({beside}?)' if beside else ''}"
-    )
-
-
 def original_weights(config: ModelConfig, native: Lazies) -> Lazies:
     """Return the weights under the original's names."""
     return to_foreign(entries(config, list(native)), native)
@@ -198,3 +193,196 @@ def write_original(
     else:
         write_checkpoint(path, stored, {"global_step": 0, "epoch": 0})
     OmegaConf.save(OmegaConf.create(write_config(config) | usage.section("compvis")), yaml)
+
+
+UNET_FIXED: Values = {
+    "conv_resample": True, "dims": 2, "dropout": 0, "legacy": False, "num_classes": None, "n_embed": None,
+    "num_head_channels": -1, "num_heads_upsample": -1, "resblock_updown": False, "transformer_depth": 1,
+    "use_linear_in_transformer": False, "use_scale_shift_norm": False, "use_spatial_transformer": True,
+    "add_conv_in_front_of_unet": False,
+}  # fmt: skip
+AUTOENCODER_FIXED: Values = {
+    "attn_resolutions": [], "double_z": True, "in_channels": 3, "out_ch": 3, "dropout": 0.0,
+}  # fmt: skip
+PREDICTIONS = ("eps", "v")
+
+
+def is_original_yaml(content: Any) -> bool:
+    """Tell whether the content of a YAML file has the original's structure."""
+    model = content.get("model") if isinstance(content, dict) else None
+    params = model.get("params") if isinstance(model, dict) else None
+    return isinstance(params, dict) and "unet_config" in params
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as plain containers; errors as in :func:`pbe.config.loading.read_yaml`."""
+    return OmegaConf.to_container(loading.read_yaml(path), resolve=False)
+
+
+def _read_model(params: Values, source: str, tensors: Lazies) -> ModelConfig:
+    """Read the sizes of an original YAML; those of the tower, which it does not give, are the weights'."""
+    official = ScheduleConfig()
+    root = Settings(params, source)
+    unet = Settings(params["unet_config"].get("params", {}), f"{source}: unet_config")
+    first = params.get("first_stage_config", {}).get("params", {})
+    autoencoder = _read_autoencoder(Settings(first.get("ddconfig", {}), f"{source}: ddconfig"))
+    autoencoder.scale_factor = root.real("scale_factor", autoencoder.scale_factor)
+    if first.get("embed_dim", autoencoder.latent_channels) != autoencoder.latent_channels:
+        raise UserError(f"{source}: 'embed_dim' is {first['embed_dim']}; it must equal 'z_channels'")
+    factor = 2 ** (len(autoencoder.channel_mult) - 1)
+    encoder = params.get("cond_stage_config", {}).get("params") or {}
+    prediction = params.get("parameterization", "eps")
+    if prediction not in PREDICTIONS:
+        root.refuse(f"'parameterization' is {prediction}; this model has eps and v only")
+    return ModelConfig(
+        image_size=factor * root.number("image_size", 64),
+        prediction=prediction,
+        schedule=ScheduleConfig(
+            root.number("timesteps", official.timesteps),
+            root.real("linear_start", official.beta_start),
+            root.real("linear_end", official.beta_end),
+        ),
+        unet=_read_unet(unet),
+        autoencoder=autoencoder,
+        exemplar_encoder=_read_encoder(Settings(encoder, f"{source}: cond_stage_config"), tensors),
+    )
+
+
+def _read_unet(settings: Settings) -> UNetConfig:
+    settings.fixed(UNET_FIXED)
+    return UNetConfig(
+        model_channels=settings.number("model_channels"),
+        channel_mult=list(settings.get("channel_mult", [1, 2, 4, 8])),
+        num_res_blocks=settings.number("num_res_blocks"),
+        attention_factors=sorted(settings.get("attention_resolutions")),
+        num_heads=settings.number("num_heads"),
+        context_dim=settings.number("context_dim"),
+        time_embed_mult=settings.number("time_embed_mult", 4),
+        norm_groups=settings.number("norm_groups", 32),
+    )
+
+
+def _read_autoencoder(settings: Settings) -> AutoencoderConfig:
+    settings.fixed(AUTOENCODER_FIXED)
+    return AutoencoderConfig(
+        channels=settings.number("ch"),
+        channel_mult=list(settings.get("ch_mult", [1, 2, 4, 8])),
+        num_res_blocks=settings.number("num_res_blocks"),
+        latent_channels=settings.number("z_channels"),
+        norm_groups=settings.number("norm_groups", 32),
+        mid_attention=bool(settings.get("mid_attention", True)),
+    )
+
+
+def _read_encoder(settings: Settings, tensors: Lazies) -> ExemplarEncoderConfig:
+    mapper = [key for key in tensors if key.startswith(f"{CONDITION}mapper.resblocks.")]
+    if f"{TOWER}embeddings.patch_embedding.weight" not in tensors or not mapper:
+        raise UserError(f"{settings.source}: the checkpoint has no image tower with a mapper behind it")
+    values = settings.values
+    quick_gelu = values.get("hidden_act", "quick_gelu") == "quick_gelu"
+    heads = settings.number("num_attention_heads") if "num_attention_heads" in values else None
+    sizes, image_size = sizes_in_file(tensors, TOWER, heads=heads, quick_gelu=quick_gelu)
+    fc, width = tensors[f"{CONDITION}mapper.resblocks.0.mlp.c_fc.weight"].shape
+    return ExemplarEncoderConfig(
+        tower=sizes.name,
+        image_size=image_size,
+        mean=list(settings.get("mean", [])),  # the tower's own, which are CLIP's
+        std=list(settings.get("std", [])),
+        mapper_layers=len({key.split(".")[3] for key in mapper}),
+        mapper_heads=settings.number("mapper_heads", 1),
+        mapper_mlp_ratio=fc // width,
+    )
+
+
+def write_config(config: ModelConfig) -> Values:
+    """Return the content of an original YAML.
+
+    What the original has no setting for is added only where the model departs from it: its classes refuse
+    such a setting, so that nothing is computed in another way unnoticed.
+    """
+    autoencoder, encoder = config.autoencoder, _write_encoder(config.exemplar_encoder)
+    params: Values = {
+        "linear_start": config.schedule.beta_start,
+        "linear_end": config.schedule.beta_end,
+        "timesteps": config.schedule.timesteps,
+        "first_stage_key": "inpaint",
+        "cond_stage_key": "image",
+        "image_size": config.image_size // 2 ** (len(autoencoder.channel_mult) - 1),
+        "channels": autoencoder.latent_channels,
+        "cond_stage_trainable": True,
+        "conditioning_key": "crossattn",
+        "u_cond_percent": 0.2,
+        "scale_factor": autoencoder.scale_factor,
+        "use_ema": False,
+        **_departures(parameterization=(config.prediction, "eps")),
+        "unet_config": {
+            "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": _write_unet(config),
+        },
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL", "params": _write_autoencoder(autoencoder),
+        },
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenCLIPImageEmbedder",
+            **({"params": encoder} if encoder else {}),
+        },
+    }  # fmt: skip
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
+
+
+def _departures(**values: tuple[Any, Any]) -> Values:
+    """Return those of the (value, original's value) that differ."""
+    return {key: value for key, (value, usual) in values.items() if value != usual}
+
+
+def _write_unet(config: ModelConfig) -> Values:
+    unet, latents = config.unet, config.autoencoder.latent_channels
+    return {
+        "image_size": 32,  # unused there, but wanted
+        "in_channels": 2 * latents + 1,
+        "out_channels": latents,
+        "model_channels": unet.model_channels,
+        "attention_resolutions": sorted(unet.attention_factors, reverse=True),
+        "num_res_blocks": unet.num_res_blocks,
+        "channel_mult": list(unet.channel_mult),
+        "num_heads": unet.num_heads,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": unet.context_dim,
+        "use_checkpoint": True,
+        "legacy": False,
+        **_departures(time_embed_mult=(unet.time_embed_mult, 4), norm_groups=(unet.norm_groups, 32)),
+    }
+
+
+def _write_autoencoder(config: AutoencoderConfig) -> Values:
+    sizes = {
+        "double_z": True,
+        "z_channels": config.latent_channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": config.channels,
+        "ch_mult": list(config.channel_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+        **_departures(norm_groups=(config.norm_groups, 32), mid_attention=(config.mid_attention, True)),
+    }
+    return {
+        "embed_dim": config.latent_channels,
+        "monitor": "val/rec_loss",
+        "ddconfig": sizes,
+        "lossconfig": {"target": "torch.nn.Identity"},
+    }
+
+
+def _write_encoder(config: ExemplarEncoderConfig) -> Values:
+    sizes, official = tower_sizes(config), ExemplarEncoderConfig()
+    follow_tower(official)
+    return _departures(
+        num_attention_heads=(sizes.heads, max(4, sizes.width // 64)),
+        hidden_act=("quick_gelu" if sizes.quick_gelu else "gelu", "quick_gelu"),
+        mean=(list(config.mean), official.mean),
+        std=(list(config.std), official.std),
+        mapper_heads=(config.mapper_heads, 1),
+    )

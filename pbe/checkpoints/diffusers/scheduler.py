@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from pbe.checkpoints.settings import solver_from_json, solver_to_json
-from pbe.diffusion.solvers import get_solver
-from pbe.diffusion.solvers.settings import SolverChoice, check_settings
+from pbe.diffusion.solvers import SPACINGS, get_solver
+from pbe.diffusion.solvers.settings import FINER, SolverChoice, check_settings
 from pbe.errors import UserError
 
 OWN = "_pbe_solver"  # diffusers leaves keys that begin with an underscore alone
@@ -90,11 +90,8 @@ def _unipc(config: Mapping[str, Any]) -> SolverChoice:
     )
 
 
-def _sigma_solver(name: str) -> Callable[[Mapping[str, Any]], SolverChoice]:
-    def choose(config: Mapping[str, Any]) -> SolverChoice:
-        return _choice(name, config, "linspace", end=_final(config) if name == "euler" else "clean")
-
-    return choose
+def _sigma_solver(name: str, config: Mapping[str, Any]) -> SolverChoice:
+    return _choice(name, config, "linspace", end=_final(config) if name == "euler" else "clean")
 
 
 CLASSES: dict[str, Callable[[Mapping[str, Any]], SolverChoice]] = {
@@ -102,10 +99,10 @@ CLASSES: dict[str, Callable[[Mapping[str, Any]], SolverChoice]] = {
     "PNDMScheduler": _pndm,
     DPM: _dpm,
     UNIPC: _unipc,
-    EULER: _sigma_solver("euler"),
-    ANCESTRAL: _sigma_solver("euler_ancestral"),
-    HEUN: _sigma_solver("heun"),
-    LMS: _sigma_solver("lms"),
+    EULER: partial(_sigma_solver, "euler"),
+    ANCESTRAL: partial(_sigma_solver, "euler_ancestral"),
+    HEUN: partial(_sigma_solver, "heun"),
+    LMS: partial(_sigma_solver, "lms"),
 }
 
 
@@ -218,22 +215,45 @@ def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
 
 
 def _says_all(config: Mapping[str, Any], choice: SolverChoice) -> bool:
-    """Return whether reading a configuration gives the choice back, but for what stands at its default."""
+    """Return whether reading a configuration gives the choice back, with what it leaves to its solver."""
+    solver = get_solver(choice.name)
+    end = "first" if solver.name in ("ddim", "plms", "pndm") else "clean"
+    usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(solver.name)
+    spacing, variant = choice.spacing or solver.spacing, choice.variant or usual
+    told = replace(choice, name=solver.name, spacing=spacing, end=choice.end or end, variant=variant)
     try:
-        return _read(config) == _resolved(choice)
+        return _read(config) == told
     except UserError:
         return False
 
 
-def _resolved(choice: SolverChoice) -> SolverChoice:
-    """Name what the choice leaves to its solver, as :func:`solver_from_scheduler` does."""
-    solver = get_solver(choice.name)
-    end = "first" if solver.name in ("ddim", "plms", "pndm") else "clean"
-    usual = {"dpmpp_2m": "midpoint", "dpmpp_sde": "midpoint", "unipc": "bh2"}.get(solver.name)
-    return replace(
-        choice,
-        name=solver.name,
-        spacing=choice.spacing or solver.spacing,
-        end=choice.end or end,
-        variant=choice.variant or usual,
-    )
+def solver_to_json(choice: SolverChoice) -> dict[str, Any]:
+    """Return a solver and how it is run as plain values; what is at its default is left out."""
+    found: dict[str, Any] = {"name": get_solver(choice.name).name}
+    if choice.spacing is not None:
+        found["spacing"] = choice.spacing
+    if choice.karras:
+        found["karras"] = True
+    values = {key: getattr(choice, key) for key in FINER}
+    settings = {key: value for key, value in values.items() if value != FINER[key]}
+    return found | ({"settings": settings} if settings else {})
+
+
+def solver_from_json(values: Any, source: str) -> SolverChoice:
+    """Return the choice that :func:`solver_to_json` wrote; ``source`` is the place, for errors."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        raise UserError(f"{source}: not a solver with a name; remove the entry to run with the default")
+    spacing, karras, settings = values.get("spacing"), values.get("karras", False), values.get("settings", {})
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{source}: settings are {settings!r}; they must be names with values")
+    for given, known in ((values, ("name", "spacing", "karras", "settings")), (settings, tuple(FINER))):
+        if unknown := [str(key) for key in given if key not in known]:
+            raise UserError(f"{source}: no setting '{unknown[0]}'; there are: {', '.join(known)}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise UserError(f"{source}: no timestep spacing {spacing!r}; there are: {', '.join(SPACINGS)}")
+    if not isinstance(karras, bool):
+        raise UserError(f"{source}: karras is {karras!r}; it must be true or false")
+    try:
+        return SolverChoice(get_solver(values["name"]).name, spacing, karras, **settings)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,35 +21,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from pbe.data.packing.records import EXAMPLES, add_examples, box_text, write_whole
 from pbe.data.randomness import permutation
-from pbe.data.sources.annotations import (
-    BAD_NUMBER,
-    CORNERS,
-    FLAG_BITS,
-    FLAGS,
-    IMAGE_COLUMNS,
-    Annotations,
-    take_images,
-)
+from pbe.data.sources.annotations import CORNERS, FLAG_BITS, Annotations, Reason, take_images
 from pbe.errors import UserError
+from pbe.files import atomic_write
 
-WITHOUT_BOXES = "without boxes"
-NO_BOX_LEFT = "no box left"
-UNWANTED_LABEL = "label not wanted"
-NO_AREA = "no area"
-OUTSIDE = "outside the image"
-SMALL_AREA = "area too small"
-LARGE_AREA = "area too large"
-SHORT_SIDE = "side too short"
-ASPECT = "too elongated"
-TWO_SIZES = "annotated with two sizes by two sources"
-SAME_BOX = "the same box from two sources"
 OPTIONS = {
-    SMALL_AREA: "--min-area", LARGE_AREA: "--max-area", SHORT_SIDE: "--min-side", ASPECT: "--max-aspect",
-    UNWANTED_LABEL: "--label, --drop-label", **dict.fromkeys(FLAGS, "--drop-flag"),
+    Reason.SMALL_AREA: "--min-area", Reason.LARGE_AREA: "--max-area", Reason.SHORT_SIDE: "--min-side",
+    Reason.ASPECT: "--max-aspect", Reason.UNWANTED_LABEL: "--label, --drop-label",
+    **dict.fromkeys(FLAG_BITS, "--drop-flag"),
 }  # fmt: skip
 MAX_KEY = 80
+EXAMPLES = 5  # of each reason
 FRAMES = ("displayed", "stored")
 SIDES = ("train", "validation")
 OTHER_SIDE = {"train": "in the validation set", "validation": "in the training set"}
@@ -57,44 +40,26 @@ OTHER_SIDE = {"train": "in the validation set", "validation": "in the training s
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What is kept and how it is packed.
+    """What is kept and how it is packed."""
 
-    Attributes:
-        min_area: smallest share of the image's area that a box may cover; the paper's code has 0.02.
-        max_area: largest; the paper's code has 0.8.
-        min_side: shortest side of a box, pixels of the image as it lies on the disk.
-        max_aspect: longest side over shortest; 0 for no limit.
-        drop_flags: boxes with one of these flags are dropped; the paper's code drops none.
-        labels: if any are named, only boxes of these labels are kept.
-        drop_labels: boxes of these labels are dropped.
-        shard_pictures: most images a shard.
-        shard_bytes: bytes of image files after which a shard is closed.
-        max_side: longer images are made this long and encoded again; 0 keeps every file as it is.
-        quality: of JPEGs that are encoded again.
-        exif_frame: the frame of boxes where the sizes do not tell: ``displayed`` (EXIF orientation
-            honoured, as OpenCV does) or ``stored``.
-        shuffle: seed of the order of images; None keeps the source's.
-        perceptual: make the hashes that near duplicates are found by.
-        validation_share: share of the images that is held out for validation, by a hash of the name.
-        side: ``train`` or ``validation``, where a share is held out; else empty.
-    """
-
-    min_area: float = 0.02
-    max_area: float = 0.8
-    min_side: float = 2.0
-    max_aspect: float = 0.0
-    drop_flags: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    min_area: float = 0.02  # smallest share of the image's area that a box may cover; as in the paper's code
+    max_area: float = 0.8  # largest; as in the paper's code
+    min_side: float = 2.0  # shortest side of a box, pixels of the image as it lies on the disk
+    max_aspect: float = 0.0  # longest side over shortest; 0 for no limit
+    drop_flags: tuple[str, ...] = ()  # boxes with one of them are dropped; the paper's code drops none
+    labels: tuple[str, ...] = ()  # if any are named, only boxes of these are kept
     drop_labels: tuple[str, ...] = ()
-    shard_pictures: int = 2000
-    shard_bytes: int = 512 * 2**20
-    max_side: int = 0
-    quality: int = 95
+    shard_pictures: int = 2000  # most images a shard
+    shard_bytes: int = 512 * 2**20  # of image files, after which a shard is closed
+    max_side: int = 0  # longer images are made this long and encoded again; 0 keeps every file as it is
+    quality: int = 95  # of JPEGs that are encoded again
+    # The frame of boxes where the sizes do not tell: "displayed" (EXIF orientation honoured, as OpenCV does)
+    # or "stored".
     exif_frame: str = "displayed"
-    shuffle: int | None = None
-    perceptual: bool = True
-    validation_share: float = 0.0
-    side: str = ""
+    shuffle: int | None = None  # seed of the order of images; None keeps the source's
+    perceptual: bool = True  # make the hashes that near duplicates are found by
+    validation_share: float = 0.0  # of the images, held out for validation by a hash of the name
+    side: str = ""  # one of SIDES where a share is held out
 
     def check(self) -> None:
         """Raise a UserError for a value that makes no sense."""
@@ -106,9 +71,9 @@ class PackSettings:
             raise UserError("the aspect is the longest side over the shortest: 1 or more, or 0 for no limit")
         if not 1 <= self.quality <= 100:
             raise UserError("the JPEG quality must lie in 1 to 100")
-        unknown = sorted(set(self.drop_flags) - set(FLAGS))
+        unknown = sorted(set(self.drop_flags) - set(FLAG_BITS))
         if unknown:
-            raise UserError(f"there is no flag '{unknown[0]}'; there are {', '.join(FLAGS)}")
+            raise UserError(f"there is no flag '{unknown[0]}'; there are {', '.join(FLAG_BITS)}")
         if self.exif_frame not in FRAMES:
             raise UserError(f"the EXIF frame is '{self.exif_frame}'; it must be displayed or stored")
         if self.side and not (self.side in SIDES and 0 < self.validation_share < 1):
@@ -124,14 +89,9 @@ class PackSettings:
 
 # What plan.json holds, and the types by which it is checked.
 SUMMARY: dict[str, type] = {
-    "labels": list,
-    "shards": list,
-    "pictures_seen": int,
-    "boxes_seen": int,
-    "dropped_pictures": dict,
-    "dropped_boxes": dict,
-    "examples": dict,
-}
+    "labels": list, "shards": list, "pictures_seen": int, "boxes_seen": int,
+    "dropped_pictures": dict, "dropped_boxes": dict, "examples": dict,
+}  # fmt: skip
 
 
 @dataclass
@@ -156,6 +116,18 @@ class Plan:
 Tables = tuple[pl.DataFrame, pl.DataFrame]  # images and boxes
 
 
+def add_examples(known: dict[str, list[str]], reason: str, texts: Sequence[str]) -> None:
+    """Add examples of a reason to those that are known, up to :data:`EXAMPLES`."""
+    if texts:
+        known[reason] = [*known.get(reason, []), *texts][:EXAMPLES]
+
+
+def box_text(name: str, row: Mapping[str, Any], label: str | None) -> str:
+    """Return a box as an example shows it: its image, its corners as the source gives them, its label."""
+    corners = " ".join("?" if row[side] is None else f"{row[side]:g}" for side in CORNERS)
+    return f"{name}: {'mask' if row['mask'] else corners} {label or ''}".rstrip()
+
+
 def _merge_sources(sources: Sequence[Annotations], plan: Plan) -> Tables:
     """Return the images of all sources, each file once, with their boxes, and count the rest."""
     images, boxes, offset = [], [], 0
@@ -163,7 +135,7 @@ def _merge_sources(sources: Sequence[Annotations], plan: Plan) -> Tables:
         plan.dropped_pictures += found.dropped_images
         plan.dropped_boxes += found.dropped_boxes
         shift = (pl.col("image") + offset).cast(pl.UInt32)
-        images.append(found.images.select(list(IMAGE_COLUMNS)))
+        images.append(found.images)
         boxes.append(found.boxes.with_columns(shift, pl.lit(found.relative).alias("relative")))
         offset += found.images.height
     if len(sources) == 1:
@@ -177,7 +149,11 @@ def _join_files(images: pl.DataFrame, boxes: pl.DataFrame, plan: Plan) -> Tables
     It keeps its first name and key. Boxes that two sources give alike count once. Where the sources disagree
     on the size of a file, nobody knows which boxes fit: it is dropped.
     """
-    table = images.with_columns(_real_paths(images["path"])).with_row_index("row")
+    # Paths are equal where the files are: of folders, links and dots are resolved.
+    parts = [os.path.split(path) for path in images["path"]]
+    folders = {folder: os.path.realpath(folder) for folder in {folder for folder, _ in parts}}
+    real = pl.Series("real", [f"{folders[folder]}/{name}" for folder, name in parts], dtype=pl.String)
+    table = images.with_columns(real).with_row_index("row")
     facts = ("width", "height", "licence", "author")
     known = [pl.col(name).drop_nulls().first().over("real").alias(name) for name in facts]
     unequal = [pl.col(name).drop_nulls().n_unique().over("real") > 1 for name in ("width", "height")]
@@ -193,27 +169,18 @@ def _join_files(images: pl.DataFrame, boxes: pl.DataFrame, plan: Plan) -> Tables
     clear = moved.filter(~pl.Series(unclear))
     what = ["image", *CORNERS, "label", "mask", "relative"]
     unique = clear.filter(pl.col("row") == pl.col("row").min().over(what)).select(boxes.columns)
-    plan.dropped_pictures += Counter({TWO_SIZES: first.height - len(kept)})
-    plan.dropped_boxes += Counter({TWO_SIZES: int(unclear.sum()), SAME_BOX: clear.height - unique.height})
-    return take_images(table.select(list(IMAGE_COLUMNS)), unique, kept)
-
-
-def _real_paths(paths: pl.Series) -> pl.Series:
-    """Return paths that are equal where the files are: of folders, links and dots are resolved."""
-    parts = [os.path.split(path) for path in paths]
-    folders = {folder: os.path.realpath(folder) for folder in {folder for folder, _ in parts}}
-    return pl.Series("real", [f"{folders[folder]}/{name}" for folder, name in parts], dtype=pl.String)
+    plan.dropped_pictures += Counter({Reason.TWO_SIZES: first.height - len(kept)})
+    plan.dropped_boxes += Counter(
+        {Reason.TWO_SIZES: int(unclear.sum()), Reason.SAME_BOX: clear.height - unique.height}
+    )
+    return take_images(table.select(images.columns), unique, kept)
 
 
 def held_out(names: Iterable[str], share: float) -> np.ndarray:
-    """Say of every image whether it belongs to the validation set, bool.
+    """Say of every image, by the name of its file within its source, whether it is for validation, bool.
 
     The first eight bytes of the BLAKE2b hash of the name without its ending, as a share of 2 to the 64,
     lie below ``share``: neither order, nor other images, nor options change the side of an image.
-
-    Args:
-        names: of the files within their source.
-        share: of the images, 0 to 1.
     """
     limit = share * 2.0**64
     stems = (os.path.splitext(name)[0].encode() for name in names)
@@ -221,17 +188,17 @@ def held_out(names: Iterable[str], share: float) -> np.ndarray:
     return np.array([int.from_bytes(value, "big") < limit for value in hashes], np.bool_)
 
 
-def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
+def _tests(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     """Return tests of boxes, each with the reason to drop a box for which it is the first to hold."""
     corners = [pl.col(name) for name in CORNERS]
     drawn = pl.col("mask").is_null()
     number = pl.all_horizontal([corner.is_finite().fill_null(False) for corner in corners])
     label = pl.col("label").cast(pl.String)
-    tests: list[tuple[pl.Expr, str]] = [(drawn & ~number, BAD_NUMBER)]
+    tests: list[tuple[pl.Expr, str]] = [(drawn & ~number, Reason.BAD_NUMBER)]
     if settings.labels:
-        tests.append((~label.is_in(settings.labels), UNWANTED_LABEL))
+        tests.append((~label.is_in(settings.labels), Reason.UNWANTED_LABEL))
     if settings.drop_labels:
-        tests.append((label.is_in(settings.drop_labels), UNWANTED_LABEL))
+        tests.append((label.is_in(settings.drop_labels), Reason.UNWANTED_LABEL))
     tests += [((pl.col("flags") & FLAG_BITS[flag]) != 0, flag) for flag in settings.drop_flags]
     # Shares of an image's sides can be measured before it is opened.
     share = drawn & pl.col("relative")
@@ -240,29 +207,31 @@ def _reasons(settings: PackSettings) -> list[tuple[pl.Expr, str]]:
     hollow = (corners[2] <= corners[0]) | (corners[3] <= corners[1])
     return [
         *tests,
-        (share & hollow, NO_AREA),
-        (share & ((width <= 0) | (height <= 0)), OUTSIDE),
-        (share & (width * height < settings.min_area), SMALL_AREA),
-        (share & (width * height > settings.max_area), LARGE_AREA),
+        (share & hollow, Reason.NO_AREA),
+        (share & ((width <= 0) | (height <= 0)), Reason.OUTSIDE),
+        (share & (width * height < settings.min_area), Reason.SMALL_AREA),
+        (share & (width * height > settings.max_area), Reason.LARGE_AREA),
     ]
 
 
-def _drop_boxes(images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> pl.Series:
-    """Return which boxes are left, bool, and count the others."""
-    tests = _reasons(settings)
+def _keep_boxes(
+    images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan
+) -> pl.DataFrame:
+    """Return the boxes that are left, and count the others."""
+    tests = _tests(settings)
     chain: pl.Expr = pl.lit(0, pl.UInt8)  # or the number, from 1 on, of the first test that holds
     for number, (test, _) in reversed(list(enumerate(tests, 1))):
         chain = pl.when(test).then(pl.lit(number, pl.UInt8)).otherwise(chain)
     first = boxes.select(chain).to_series()
     counts = np.bincount(first.to_numpy(), minlength=len(tests) + 1).tolist()
-    for number, ((_, reason), count) in enumerate(zip(tests, counts[1:], strict=True), 1):
-        plan.dropped_boxes[reason] += count
-        if count:
-            shown = boxes.filter(first == number).head(EXAMPLES)
-            names = images["name"].gather(shown["image"]).to_list()
-            rows = zip(names, shown.iter_rows(named=True), strict=True)
-            add_examples(plan.examples, {reason: [box_text(name, row, row["label"]) for name, row in rows]})
-    return first == 0
+    for number, (_, reason) in enumerate(tests, 1):
+        plan.dropped_boxes[reason] += counts[number]
+        if not counts[number]:
+            continue
+        shown = boxes.filter(first == number).head(EXAMPLES)
+        rows = zip(images["name"].gather(shown["image"]), shown.iter_rows(named=True), strict=True)
+        add_examples(plan.examples, reason, [box_text(name, row, row["label"]) for name, row in rows])
+    return boxes.filter(first == 0)
 
 
 def _filter(images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, plan: Plan) -> Tables:
@@ -273,14 +242,14 @@ def _filter(images: pl.DataFrame, boxes: pl.DataFrame, settings: PackSettings, p
         images, boxes = take_images(images, boxes, np.flatnonzero(wanted))
         plan.dropped_pictures[OTHER_SIDE[settings.side]] += int((~wanted).sum())
         plan.dropped_boxes[OTHER_SIDE[settings.side]] += before - boxes.height
-    left = boxes.filter(_drop_boxes(images, boxes, settings, plan))
+    left = _keep_boxes(images, boxes, settings, plan)
     with_boxes, with_left = np.zeros((2, images.height), np.bool_)
     with_boxes[boxes["image"].unique().to_numpy()] = True
     with_left[left["image"].unique().to_numpy()] = True
-    for reason, lost in ((WITHOUT_BOXES, ~with_boxes), (NO_BOX_LEFT, with_boxes & ~with_left)):
+    for reason, lost in ((Reason.WITHOUT_BOXES, ~with_boxes), (Reason.NO_BOX_LEFT, with_boxes & ~with_left)):
         plan.dropped_pictures[reason] += int(lost.sum())
         shown = images["name"].gather(np.flatnonzero(lost)[:EXAMPLES])
-        add_examples(plan.examples, {reason: shown.to_list()} if len(shown) else {})
+        add_examples(plan.examples, reason, shown.to_list())
     return take_images(images, left, np.flatnonzero(with_left))
 
 
@@ -314,18 +283,13 @@ def _shard_ends(sizes: np.ndarray, settings: PackSettings) -> list[int]:
 def _number_labels(labels: pl.Series) -> tuple[list[str], pl.Series]:
     """Return the labels, sorted, and for each box the position of its own, int32; no label counts as empty.
 
-    Goes by the codes of the categories: text would take several times the memory of the boxes.
+    Goes by categories: text would take several times the memory of the boxes.
     """
     present = labels.unique()
     texts = present.cast(pl.String).fill_null("").to_list()
     names = sorted(set(texts))
     numbers = {name: number for number, name in enumerate(names)}
-    codes = present.to_physical().cast(pl.Int64).fill_null(-1).to_list()
-    table = np.zeros(max(codes, default=0) + 2, np.int32)  # the last one is that of null
-    for code, text in zip(codes, texts, strict=True):
-        table[code] = numbers[text]
-    rows = labels.to_physical().cast(pl.Int64).fill_null(-1).to_numpy()
-    return names, pl.Series("label", table[rows])
+    return names, labels.replace_strict(present, [numbers[text] for text in texts], return_dtype=pl.Int32)
 
 
 def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
@@ -353,10 +317,6 @@ def make_plan(sources: Sequence[Annotations], settings: PackSettings) -> Plan:
     return plan
 
 
-def _table_path(folder: Path, number: int, kind: str) -> Path:
-    return folder / f"{number:06d}.{kind}.arrow"
-
-
 def save_plan(plan: Plan, folder: Path) -> None:
     """Write the plan; ``plan.json`` comes last, so that a folder that has it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -368,14 +328,14 @@ def save_plan(plan: Plan, folder: Path) -> None:
         for kind, table in (("pictures", images), ("boxes", boxes)):
             buffer = io.BytesIO()
             table.write_ipc(buffer, compression="uncompressed")
-            write_whole(_table_path(folder, number, kind), buffer.getvalue())
+            atomic_write(folder / f"{number:06d}.{kind}.arrow", buffer.getvalue(), sync=True)
         start, first_box = end, first_box + boxes.height
-    write_whole(folder / "plan.json", json.dumps(plan.summary()))
+    atomic_write(folder / "plan.json", json.dumps(plan.summary()), sync=True)
 
 
 def load_task(folder: Path, number: int) -> Tables:
     """Return the images and the boxes of shard ``number`` of a plan."""
-    paths = [_table_path(folder, number, kind) for kind in ("pictures", "boxes")]
+    paths = [folder / f"{number:06d}.{kind}.arrow" for kind in ("pictures", "boxes")]
     try:
         images, boxes = (pl.read_ipc(io.BytesIO(path.read_bytes())) for path in paths)
     except (OSError, pl.exceptions.PolarsError) as error:

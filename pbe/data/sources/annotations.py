@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,6 @@ from pbe.errors import UserError
 FLAGS = ("is_group_of", "is_depiction", "is_occluded", "is_truncated", "is_inside", "is_difficult")
 FLAG_BITS = {name: 1 << position for position, name in enumerate(FLAGS)}
 CORNERS = ("x1", "y1", "x2", "y2")
-
-# Reasons that several sources count under.
-MISSING = "image missing"
-BAD_NUMBER = "not a number"
-BAD_FLAG = "flag that is neither yes nor no"
-BAD_SIZE = "width or height that no image has"
-AMBIGUOUS_ID = "id of several images"
-OTHER_SIZES = "annotated with several sizes"
-BAD_NAME = "file name is not UTF-8"
-TWICE = "image found twice"
-AMBIGUOUS_STEM = "different images of one name"
-
 IMAGE_COLUMNS: dict[str, Any] = {
     "path": pl.String,
     "name": pl.String,
@@ -57,6 +46,53 @@ BOX_COLUMNS: dict[str, Any] = {
     "flags": pl.UInt8,
     "mask": pl.String,
 }
+
+
+class Reason(StrEnum):
+    """Why an image or a box is left out, as counts and reports name it."""
+
+    # Of the sources
+    MISSING = "image missing"
+    BAD_NUMBER = "not a number"
+    BAD_FLAG = "flag that is neither yes nor no"
+    BAD_SIZE = "width or height that no image has"
+    AMBIGUOUS_ID = "id of several images"
+    AMBIGUOUS_NAME = "ambiguous name"
+    OTHER_SIZES = "annotated with several sizes"
+    BAD_NAME = "file name is not UTF-8"
+    TWICE = "image found twice"
+    AMBIGUOUS_STEM = "different images of one name"
+    # Of one format
+    BAD_ENTRY = "entry without id, file name or box"
+    AMBIGUOUS_CATEGORY = "category with several names"
+    BAD_XML = "unreadable annotation"
+    CONTRADICTORY = "annotation whose name and <filename> are two images"
+    OTHER_FORM = "line of another form than data.yaml says"
+    ODD = "polygon with an odd number of coordinates"
+    NO_SHARE = "polygon beyond 0 to 1"
+    UNCLEAR_FORM = "polygon or keypoints, which data.yaml does not say"
+    # Of masks
+    UNUSED_MASK = "mask without an image"
+    UNREADABLE_MASK = "unreadable mask"
+    OTHER_MASK_SIZE = "mask of another size than its image"
+    EMPTY_MASK = "empty mask"
+    # Of packing
+    WITHOUT_BOXES = "without boxes"
+    NO_BOX_LEFT = "no box left"
+    UNWANTED_LABEL = "label not wanted"
+    NO_AREA = "no area"
+    OUTSIDE = "outside the image"
+    SMALL_AREA = "area too small"
+    LARGE_AREA = "area too large"
+    SHORT_SIDE = "side too short"
+    ASPECT = "too elongated"
+    TWO_SIZES = "annotated with two sizes by two sources"
+    SAME_BOX = "the same box from two sources"
+    OTHER_SIZE = "annotated for an image of another size"
+
+
+class DroppedError(Exception):
+    """An image, a box or a mask is left out; the text is the reason that it is counted under."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +144,14 @@ class Annotations:
     def records(self, unreadable: list[Path] | None = None) -> Iterator[ImageRecord]:
         """Yield every image with its boxes in pixels; sizes that are not given are read from the files.
 
-        Args:
-            unreadable: takes images of unknown size that cannot be opened, and are passed over; without it
-                they are a UserError.
+        Images of unknown size that cannot be opened go to ``unreadable``; without it they are a UserError.
         """
         start = 0
         rows = pl.Series(range(self.images.height), dtype=pl.UInt32)
         ends = self.boxes["image"].search_sorted(rows, "right")
         for row, end in zip(self.images.iter_rows(named=True), ends.to_list(), strict=True):
+            own, start = self.boxes.slice(start, end - start), end
             width, height, path = row["width"], row["height"], Path(row["path"])
-            first, start = start, end
             if width is None or height is None:
                 try:
                     width, height = inspect_image(path.read_bytes()).displayed_size
@@ -126,47 +160,41 @@ class Annotations:
                         raise UserError(f"'{path}' cannot be read: {error}") from error
                     unreadable.append(path)
                     continue
-            across, down = (width, height) if self.relative else (1, 1)
-            own = self.boxes.slice(first, end - first).iter_rows(named=True)
-            boxes = tuple(_typed_box(box, across, down) for box in own)
+            boxes = tuple(
+                SourceBox(
+                    *pixel_corners(box, (width, height) if self.relative else (1, 1)),
+                    label=str(box["label"] or ""),
+                    flags=flag_names(box["flags"]),
+                    mask=box["mask"] or "",
+                )
+                for box in own.iter_rows(named=True)
+            )
             licence, author = row["licence"] or "", row["author"] or ""
             yield ImageRecord(path, row["name"], width, height, boxes, licence, author)
 
 
-def _typed_box(row: dict[str, Any], across: int, down: int) -> SourceBox:
+def pixel_corners(row: Mapping[str, Any], scale: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return x1 y1 x2 y2 of a row of boxes, times the scale across and down; NaN where there is no number."""
     x1, y1, x2, y2 = (math.nan if row[name] is None else row[name] for name in CORNERS)
-    return SourceBox(
-        x1=x1 * across,
-        y1=y1 * down,
-        x2=x2 * across,
-        y2=y2 * down,
-        label=str(row["label"] or ""),
-        flags=flag_names(row["flags"]),
-        mask=row["mask"] or "",
-    )
+    return x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]
 
 
 def flag_names(bits: int) -> frozenset[str]:
-    """Return the names of the flags set in ``bits``."""
+    """Return the names of the flags that are set in ``bits``."""
     return frozenset(name for name, bit in FLAG_BITS.items() if bits & bit)
 
 
-def complete(images: pl.DataFrame, **columns: Mapping[int, Any]) -> pl.DataFrame:
-    """Return a table with every column of :data:`IMAGE_COLUMNS`, in their order; what is left out is null.
-
-    Args:
-        images: some of the columns.
-        columns: values of others by row.
-    """
-    given = [
-        pl.Series(name, [values.get(row) for row in range(images.height)], IMAGE_COLUMNS[name])
-        for name, values in columns.items()
-    ]
-    table = images.with_columns(given)
-    absent = [name for name in IMAGE_COLUMNS if name not in table.columns]
-    return table.with_columns(pl.lit(None).alias(name) for name in absent).select(
-        pl.col(name).cast(kind) for name, kind in IMAGE_COLUMNS.items()
-    )
+def with_known(
+    images: pl.DataFrame, sizes: Mapping[int, tuple[int, int]], licences: Mapping[int, str | None]
+) -> pl.DataFrame:
+    """Return the table of images with the sizes and licences of some rows; those of others are null."""
+    rows = range(images.height)
+    columns: dict[str, list[Any]] = {
+        "width": [sizes[row][0] if row in sizes else None for row in rows],
+        "height": [sizes[row][1] if row in sizes else None for row in rows],
+        "licence": [licences.get(row) for row in rows],
+    }
+    return images.with_columns(pl.Series(name, each, IMAGE_COLUMNS[name]) for name, each in columns.items())
 
 
 def find_images(
@@ -180,12 +208,12 @@ def find_images(
             bytes the first is taken, of others none. Else it is the name within the root, ending included.
         root: names are within this folder; with none, within each of ``folders``.
     """
-    schema = {name: IMAGE_COLUMNS[name] for name in ("name", "bytes")}
+    schema = {"name": pl.String, "bytes": pl.Int64}
     tables = [pl.DataFrame(schema={"path": pl.String, **schema})]
     dropped: Counter[str] = Counter()
     for folder in folders:
         files, bad = find_files(need_folder(folder, "the folder of images"))
-        dropped[BAD_NAME] += bad
+        dropped[Reason.BAD_NAME] += bad
         start = f"{folder.relative_to(root).as_posix()}/" if root is not None and folder != root else ""
         table = pl.DataFrame([file for file in files if is_image(file[0])], schema=schema, orient="row")
         within, name = pl.lit(f"{folder}/") + pl.col("name"), pl.lit(start) + pl.col("name")
@@ -196,9 +224,12 @@ def find_images(
     copies = table.select(pl.col("bytes").n_unique().over("key") == 1).to_series()
     unique = table.filter(copies).unique("key", keep="first", maintain_order=True)
     alike = int(copies.sum())
-    dropped[TWICE] += alike - unique.height
-    dropped[AMBIGUOUS_STEM] += table.height - alike
-    return complete(unique), +dropped
+    dropped[Reason.TWICE] += alike - unique.height
+    dropped[Reason.AMBIGUOUS_STEM] += table.height - alike
+    absent = [
+        pl.lit(None, kind).alias(name) for name, kind in IMAGE_COLUMNS.items() if name not in unique.columns
+    ]
+    return unique.with_columns(absent).select(list(IMAGE_COLUMNS)), +dropped
 
 
 def box_table(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
@@ -221,3 +252,12 @@ def take_images(
     if not taken["image"].is_sorted():  # sorting takes far more memory than the rows
         taken = taken.sort("image", maintain_order=True)
     return images[rows], taken
+
+
+def drop_images(
+    images: pl.DataFrame, boxes: pl.DataFrame, rows: Collection[int]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Return all but some rows of ``images`` and their boxes."""
+    kept = np.ones(images.height, np.bool_)
+    kept[list(rows)] = False
+    return take_images(images, boxes, np.flatnonzero(kept))

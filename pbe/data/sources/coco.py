@@ -10,38 +10,27 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from pbe.data.sources import parsing
 from pbe.data.sources.annotations import (
-    AMBIGUOUS_ID,
-    BAD_FLAG,
-    BAD_NUMBER,
-    BAD_SIZE,
     BOX_COLUMNS,
     CORNERS,
     FLAG_BITS,
-    MISSING,
-    OTHER_SIZES,
     Annotations,
-    complete,
+    DroppedError,
+    Reason,
+    drop_images,
     find_images,
-    take_images,
+    with_known,
 )
-from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
+from pbe.data.sources.names import AMBIGUOUS, NameMatcher
 from pbe.errors import UserError
-
-BAD_ENTRY = "entry without id, file name or box"
-AMBIGUOUS_CATEGORY = "category with several names"
-
-
-class BadEntryError(Exception):
-    """An entry is no use; the text is the reason it is counted under."""
 
 
 @dataclass(slots=True)
@@ -50,8 +39,15 @@ class _Image:
 
     name: str
     size: tuple[int, int] | None
-    licence: int
+    licence: int | None
     problem: str = ""
+
+    def merged(self, other: _Image) -> _Image:
+        """Return one entry for two of the same file."""
+        sizes = {self.size, other.size} - {None}
+        problem = self.problem or other.problem or (Reason.OTHER_SIZES if len(sizes) > 1 else "")
+        licence = other.licence if self.licence is None else self.licence
+        return _Image(self.name, sizes.pop() if len(sizes) == 1 else None, licence, problem)
 
 
 class _Contents:
@@ -63,79 +59,68 @@ class _Contents:
 
     def __init__(self, masks: bool) -> None:
         self.masks = masks
-        self.numbers: dict[str, dict[int | str, int]] = {"image": {}, "category": {}, "license": {}}
+        self.numbers: dict[str, dict[int | str | None, int]] = {"image": {}, "category": {}, "license": {}}
         # Names of categories and licences by number; None where entries contradict each other.
         self.names: dict[str, dict[int, str | None]] = {"category": {}, "license": {}}
         self.images: dict[int, _Image] = {}
-        self.image_ids, self.category_ids = array("i"), array("i")
+        self.image_ids, self.category_ids = array("I"), array("I")
         self.boxes, self.flags = array("d"), array("B")
-        self.shapes: list[str] = []
-        self.dropped_images: Counter[str] = Counter()
-        self.dropped_boxes: Counter[str] = Counter()
+        self.shapes: list[str | None] = []
+        self.dropped = {name: Counter[str]() for name in ("images", "annotations", "categories", "licenses")}
 
     def read(self, path: Path) -> None:
         """Take every element of the file, in whatever order its arrays stand."""
-        for array_name, entry in parsing.stream_arrays(path):
+        for name, entry in parsing.stream_arrays(path):
+            if name not in self.dropped:
+                continue
             try:
-                if array_name == "images":
+                if not isinstance(entry, dict):
+                    raise DroppedError(Reason.BAD_ENTRY)
+                if name == "images":
                     self._add_image(entry)
-                elif array_name == "annotations":
+                elif name == "annotations":
                     self._add_box(entry)
-                elif array_name in ("categories", "licenses") and isinstance(entry, dict):
-                    self._add_name("category" if array_name == "categories" else "license", entry)
-            except BadEntryError as error:
-                if array_name == "images":
-                    self.dropped_images[str(error)] += 1
-                elif array_name == "annotations":
-                    self.dropped_boxes[str(error)] += 1
+                else:
+                    self._add_name("category" if name == "categories" else "license", entry)
+            except DroppedError as error:
+                self.dropped[name][str(error)] += 1
 
-    def _number(self, kind: str, value: Any) -> int:
+    def _number(self, kind: str, value: Any, optional: bool = False) -> int:
         known = self.numbers[kind]
-        try:
-            return known.setdefault(parsing.identity(value), len(known))
-        except ValueError as error:
-            raise BadEntryError(BAD_ENTRY) from error
+        return known.setdefault(None if optional and value is None else parsing.identity(value), len(known))
 
-    def _add_image(self, entry: Any) -> None:
-        name = entry.get("file_name") if isinstance(entry, dict) else None
+    def _add_image(self, entry: dict[str, Any]) -> None:
+        name = entry.get("file_name")
         if not isinstance(name, str) or not name.strip() or parsing.text(name) != name:
-            raise BadEntryError(BAD_ENTRY)
+            raise DroppedError(Reason.BAD_ENTRY)
         number = self._number("image", entry.get("id"))
         licence = entry.get("license")
-        found = _Image(name, None, -1 if licence is None else self._number("license", licence))
+        found = _Image(name, None, None if licence is None else self._number("license", licence))
         try:
             width, height = parsing.side(entry.get("width")), parsing.side(entry.get("height"))
             # Half a size says nothing of how the image was turned.
             found.size = (width, height) if width and height else None
-        except ValueError:
-            found.problem = BAD_SIZE
+        except DroppedError as error:
+            found.problem = str(error)
         known = self.images.get(number)
         if known is not None and known.name != name:
-            known.problem = AMBIGUOUS_ID
-            self.dropped_images[AMBIGUOUS_ID] += 1
-        else:
-            self.images[number] = _merged(known, found)
+            known.problem = Reason.AMBIGUOUS_ID
+            raise DroppedError(Reason.AMBIGUOUS_ID)
+        self.images[number] = known.merged(found) if known else found
 
-    def _add_box(self, entry: Any) -> None:
-        if not isinstance(entry, dict):
-            raise BadEntryError(BAD_ENTRY)
-        shape = entry.get("segmentation") if self.masks else None
-        box = entry.get("bbox")
+    def _add_box(self, entry: dict[str, Any]) -> None:
+        shape, box = entry.get("segmentation") if self.masks else None, entry.get("bbox")
         if not shape and not (isinstance(box, list) and len(box) == 4):
-            raise BadEntryError(BAD_ENTRY)
+            raise DroppedError(Reason.BAD_ENTRY)
         x, y, width, height = (0.0,) * 4 if shape else map(parsing.number, box or ())
-        try:
-            crowd = parsing.flag(entry.get("iscrowd"))
-        except ValueError as error:
-            raise BadEntryError(BAD_FLAG) from error
-        category = entry.get("category_id")
-        kind = -1 if category is None else self._number("category", category)
+        crowd = parsing.flag(entry.get("iscrowd"))
+        category = self._number("category", entry.get("category_id"), optional=True)
         self.image_ids.append(self._number("image", entry.get("image_id")))
-        self.category_ids.append(kind)
+        self.category_ids.append(category)
         self.boxes.extend((x, y, x + width, y + height))
         self.flags.append(FLAG_BITS["is_group_of"] if crowd else 0)
         if self.masks:
-            self.shapes.append(json.dumps(shape, separators=(",", ":")) if shape else "")
+            self.shapes.append(json.dumps(shape, separators=(",", ":")) if shape else None)
 
     def _add_name(self, kind: str, entry: dict[str, Any]) -> None:
         number, name = self._number(kind, entry.get("id")), parsing.text(entry.get("name"))
@@ -143,31 +128,25 @@ class _Contents:
         names[number] = name if names.get(number, name) == name else None
 
 
-def _merged(known: _Image | None, found: _Image) -> _Image:
-    """Return one entry for two of the same file."""
-    if known is None:
-        return found
-    sizes = {known.size, found.size} - {None}
-    problem = known.problem or found.problem or (OTHER_SIZES if len(sizes) > 1 else "")
-    size = next(iter(sizes)) if len(sizes) == 1 else None
-    return _Image(known.name, size, known.licence if known.licence >= 0 else found.licence, problem)
-
-
 def _join(found: _Contents, matcher: NameMatcher) -> tuple[dict[int, int], dict[int, str], dict[int, _Image]]:
     """Return the row of each id's file, why others in ``images`` have none, and what is known of each row."""
-    unclear = [number for number, image in found.images.items() if image.problem == AMBIGUOUS_ID]
-    reasons = dict.fromkeys(unclear, AMBIGUOUS_ID)
-    usable = {number: image for number, image in found.images.items() if number not in reasons}
+    reasons: dict[int, str] = {}
+    usable = {}
+    for number, image in found.images.items():
+        if image.problem == Reason.AMBIGUOUS_ID:
+            reasons[number] = image.problem
+        else:
+            usable[number] = image
     matched = matcher.match(image.name for image in usable.values())
     rows: dict[int, int] = {}
     entries: dict[int, _Image] = {}
     for number, image in usable.items():
         row = matched[image.name]
         if row is None or row == AMBIGUOUS:
-            reasons[number] = MISSING if row is None else AMBIGUOUS_NAME
+            reasons[number] = Reason.MISSING if row is None else Reason.AMBIGUOUS_NAME
         else:
             rows[number] = row
-            entries[row] = _merged(entries.get(row), image)
+            entries[row] = entries[row].merged(image) if row in entries else image
     reasons |= {number: entries[row].problem for number, row in rows.items() if entries[row].problem}
     return {number: row for number, row in rows.items() if number not in reasons}, reasons, entries
 
@@ -176,78 +155,61 @@ def _boxes(
     found: _Contents, rows: dict[int, int], reasons: dict[int, str]
 ) -> tuple[pl.DataFrame, Counter[str]]:
     """Return the table of boxes whose image is there, sorted by image, and what was dropped."""
-    columns: dict[str, Any] = {
-        "id": pl.Series(found.image_ids, dtype=pl.Int32),
-        "category": pl.Series(found.category_ids, dtype=pl.Int32),
-        "flags": pl.Series(found.flags, dtype=pl.UInt8),
-    }
-    if found.masks:
-        columns["mask"] = pl.Series(found.shapes, dtype=pl.String)
-    for position, name in enumerate(CORNERS):
-        columns[name] = pl.Series(found.boxes[position::4], dtype=pl.Float64)
+
+    def looked_up(kind: str, numbers: array[int], values: Mapping[int, Any], dtype: Any) -> pl.Series:
+        table = [values.get(number) for number in range(len(found.numbers[kind]))]
+        return pl.Series(table, dtype=dtype).gather(pl.Series(numbers, dtype=pl.UInt32))
+
     names = found.names["category"]
-    mask = pl.col("mask").replace("", None) if found.masks else pl.lit(None, pl.String)
-    frame = pl.DataFrame(columns).with_columns(
-        _looked_up("id", rows, pl.UInt32).alias("image"),
-        _looked_up("category", names, pl.String).fill_null("").cast(pl.Categorical).alias("label"),
-        mask.alias("mask"),
-    )
-    contradictory = [number for number, name in names.items() if name is None]
+    unnamed = set(found.numbers["image"].values()) - rows.keys()
+    unplaced = {number: reasons.get(number, Reason.MISSING) for number in unnamed}
+    twice = {number: Reason.AMBIGUOUS_CATEGORY for number, name in names.items() if name is None}
+    labels = {number: names.get(number) or "" for number in found.numbers["category"].values()}
     drawn = pl.col("mask").is_null()
-    problem = (
-        pl.when(pl.col("image").is_null())
-        .then(_looked_up("id", reasons, pl.String).fill_null(MISSING))
-        .when(pl.col("category").is_in(contradictory))
-        .then(pl.lit(AMBIGUOUS_CATEGORY))
-        .when(drawn & ~pl.all_horizontal(pl.col(*CORNERS).is_finite()))
-        .then(pl.lit(BAD_NUMBER))
+    finite = pl.all_horizontal(pl.col(*CORNERS).is_finite())
+    masks = pl.Series(found.shapes, dtype=pl.String) if found.masks else pl.lit(None, pl.String)
+    corners = {name: pl.Series(found.boxes[place::4], dtype=pl.Float64) for place, name in enumerate(CORNERS)}
+    frame = pl.DataFrame(corners).with_columns(
+        flags=pl.Series(found.flags, dtype=pl.UInt8),
+        image=looked_up("image", found.image_ids, rows, pl.UInt32),
+        unplaced=looked_up("image", found.image_ids, unplaced, pl.String),
+        label=looked_up("category", found.category_ids, labels, pl.Categorical),
+        twice=looked_up("category", found.category_ids, twice, pl.String),
+        mask=masks,
     )
-    frame = frame.with_columns(problem.alias("problem"))
-    lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem").len()
-    corners = [pl.when(drawn).then(pl.col(name)).alias(name) for name in CORNERS]
-    boxes = frame.filter(pl.col("problem").is_null()).with_columns(corners).select(list(BOX_COLUMNS))
+    odd = pl.when(drawn & ~finite).then(pl.lit(Reason.BAD_NUMBER))
+    frame = frame.with_columns(problem=pl.coalesce("unplaced", "twice", odd))
+    lost = frame.filter(pl.col("problem").is_not_null()).group_by("problem", maintain_order=True).len()
+    known = [pl.when(drawn).then(pl.col(name)).alias(name) for name in CORNERS]
+    boxes = frame.filter(pl.col("problem").is_null()).with_columns(known).select(list(BOX_COLUMNS))
     return boxes, Counter(dict(lost.iter_rows()))
 
 
-def _looked_up(column: str, table: dict[int, Any], kind: Any) -> pl.Expr:
-    known = {number: value for number, value in table.items() if value is not None}
-    return pl.col(column).replace_strict(known or {-2: None}, default=None, return_dtype=kind)
-
-
 def read_coco(path: Path, images: Path, masks: bool = False) -> Annotations:
-    """Read a COCO JSON and the images it names.
-
-    Args:
-        path: the JSON.
-        images: the folder that ``file_name`` starts from.
-        masks: take ``segmentation`` where given; it then gives the box.
-    """
+    """Read a COCO JSON and the images it names, whose ``file_name`` starts from the folder ``images``."""
     found = _Contents(masks)
     found.read(path)
-    if not found.images and not found.dropped_images:
+    unusable = found.dropped["images"]
+    if not found.images and not unusable:
         raise UserError(f"'{path}' holds no 'images'; is it a COCO annotation file?")
     if not found.images:
-        listed = ", ".join(f"{count} {reason}" for reason, count in found.dropped_images.items())
+        listed = ", ".join(f"{count} {reason}" for reason, count in unusable.items())
         raise UserError(f"no entry of 'images' in '{path}' can be used: {listed}")
     files, dropped = find_images([images])
     matcher = NameMatcher(files["name"].to_list(), images)
     rows, reasons, entries = _join(found, matcher)
-    missing = [found.images[number].name for number, reason in reasons.items() if reason == MISSING]
+    missing = [found.images[number].name for number, reason in reasons.items() if reason == Reason.MISSING]
     if missing and not rows:
         raise UserError(f"no image of the annotations is there: {matcher.explain(missing, path)}")
     # Names are counted, not entries.
     lost_names = {(found.images[number].name, reason) for number, reason in reasons.items()}
-    dropped += found.dropped_images + Counter(reason for _, reason in lost_names)
-    licences = found.names["license"]
-    sized = {row: image.size for row, image in entries.items() if image.size}
-    table = complete(
-        files.select("path", "name", "bytes", pl.col("name").str.replace(r"\.[^.]*$", "").alias("key")),
-        width={row: size[0] for row, size in sized.items()},
-        height={row: size[1] for row, size in sized.items()},
-        licence={row: licences.get(image.licence) for row, image in entries.items()},
-    )
-    good = [row for row in range(table.height) if row not in entries or not entries[row].problem]
+    dropped += unusable + Counter(reason for _, reason in lost_names)
+    names = found.names["license"]
+    licences = {row: names.get(image.licence) for row, image in entries.items() if image.licence is not None}
+    files = files.with_columns(pl.col("name").str.replace(r"\.[^.]*$", "").alias("key"))
+    table = with_known(files, {row: image.size for row, image in entries.items() if image.size}, licences)
     boxes, lost = _boxes(found, rows, reasons)
-    table, boxes = take_images(table, boxes, np.array(good, np.int64))
+    bad = [row for row, image in entries.items() if image.problem]
+    table, boxes = drop_images(table, boxes, bad)
     notes = [matcher.explain(missing, path)] if missing else []
-    return Annotations(table, boxes, False, +dropped, +(found.dropped_boxes + lost), notes)
+    return Annotations(table, boxes, False, +dropped, +(found.dropped["annotations"] + lost), notes)

@@ -1,20 +1,23 @@
-"""Image files: finding them, their headers, any format's first frame, and turning boxes as EXIF says."""
+"""Image files: finding them, headers, any format's first frame, hashes, and turning boxes as EXIF says."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pbe.data.samples.colour import convert_profile
-from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusableImageError, decode
+from pbe.data.samples.crops import resize_area
+from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusableImageError, decode, decode_image
 from pbe.errors import UserError
 
 # What is no JPEG, PNG or WebP is encoded again when it is packed, or counted as what Pillow cannot read.
@@ -30,9 +33,16 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 STARTS = {JPEG_START: "jpg", PNG_START: "png"}
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 ORIENTATION_TAG = 0x0112
-TRANSPOSED = frozenset({5, 6, 7, 8})
+# EXIF's orientations; mirrored from left to right and from top to bottom before a transposition.
+MIRRORED, UPSIDE_DOWN, TRANSPOSED = {2, 3, 7, 8}, {3, 4, 6, 7}, {5, 6, 7, 8}
 CANNOT_DECODE = "cannot be decoded"
+HASH_SIDE, HASH_BITS, MIN_CONTRAST = 32, 8, 2.0
+REDUCED = ((512, cv2.IMREAD_REDUCED_GRAYSCALE_8), (256, cv2.IMREAD_REDUCED_GRAYSCALE_4))  # from a side on
 NO_RANGE = "values beyond 16 bits, which are no colours"
+
+
+class UnreadableImageError(Exception):
+    """An image cannot be read; the text says why."""
 
 
 def is_image(name: str) -> bool:
@@ -44,13 +54,6 @@ def need_folder(path: Path, meaning: str) -> Path:
     """Return ``path`` if it is a folder; else a UserError says what it should have been."""
     if not path.is_dir():
         raise UserError(f"{meaning} '{path}' is not a folder")
-    return path
-
-
-def need_file(path: Path, meaning: str) -> Path:
-    """Return ``path`` if it is a file; else a UserError says what it should have been."""
-    if not path.is_file():
-        raise UserError(f"{meaning} '{path}' is not a file")
     return path
 
 
@@ -75,10 +78,6 @@ def find_files(folder: Path) -> tuple[list[tuple[str, int]], int]:
     # What cannot be decoded is a lone surrogate in Python's names.
     good = [file for file in found if file[0].encode(errors="replace").decode() == file[0]]
     return good, len(found) - len(good)
-
-
-class UnreadableImageError(Exception):
-    """An image cannot be read; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -116,47 +115,44 @@ def inspect_image(encoded: bytes) -> ImageHeader:
     """Read an image's header; UnreadableImageError where it is no image, or was cut short."""
     _check_whole(encoded)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF blocks and large images are no reason to speak
-            with Image.open(io.BytesIO(encoded)) as image:
-                orientation, frames, size = _orientation(image), _frames(image), image.size
-                extension = EXTENSIONS.get(image.format or "", "")
+        with _opened(encoded) as image:
+            extension, size = EXTENSIONS.get(image.format or "", ""), image.size
+            # A block of EXIF that cannot be read turns nothing, and damage behind the first frame ends there.
+            orientation = _tried(lambda: image.getexif().get(ORIENTATION_TAG, 1))
+            frames = 1 if extension == "jpg" else _tried(lambda: int(getattr(image, "n_frames", 1)))
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         return _by_pixels(encoded, error)
     # OpenCV, with which images are decoded later, turns JPEG, PNG and WebP alike, but no other format.
-    return ImageHeader(extension, size, orientation if extension else 1, frames)
+    known = bool(extension) and isinstance(orientation, int) and 1 <= orientation <= 8
+    return ImageHeader(extension, size, orientation if known else 1, frames)
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation; a block that cannot be read turns nothing, and harms no pixel."""
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd tags and large images are no reason to speak
+        with Image.open(io.BytesIO(encoded)) as image:
+            yield image
+
+
+def _tried(read: Callable[[], Any]) -> Any:
+    """Return what a parser of Pillow's finds, or 1 where it fails, with whatever it stumbles over."""
     try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # its parser raises whatever it stumbles over
-        return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def _frames(image: Image.Image) -> int:
-    if image.format in ("JPEG", "MPO"):
-        return 1
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except Exception:  # damage behind the first frame
+        return read()
+    except Exception:
         return 1
 
 
 def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
     """Return the header of an image that Pillow cannot open, and OpenCV decodes all the same."""
-    reason = "damaged header"
-    if isinstance(error, UnidentifiedImageError):
-        reason = "no image"
+    reason = "no image" if isinstance(error, UnidentifiedImageError) else "damaged header"
     if isinstance(error, Image.DecompressionBombError):
         raise UnreadableImageError("too many pixels") from error
     extension = next((name for mark, name in STARTS.items() if encoded.startswith(mark)), "")
     if not extension:
         raise UnreadableImageError(reason) from error
     try:
-        height, width = decode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
+        height, width = decode(encoded, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION).shape
     except UnusableImageError as damage:
         raise UnreadableImageError(reason) from damage
     return ImageHeader(extension, (width, height), 1, 1)
@@ -165,16 +161,12 @@ def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
 def first_frame(encoded: bytes) -> np.ndarray:
     """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
 
-    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded, or its numbers have no meaning as colours.
+    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`. Where
+    its numbers have no meaning as colours, it is unreadable.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd tags and large images; what matters is an error
-            with Image.open(io.BytesIO(encoded)) as image:
-                return _colours(image)
+        with _opened(encoded) as image:
+            return _colours(image)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
@@ -197,12 +189,58 @@ def _colours(image: Image.Image) -> np.ndarray:
     return convert_profile(pixels, profile) if profile else pixels
 
 
+def perceptual_hash(grey: np.ndarray) -> int:
+    """Return a 64-bit hash of uint8 ``h w`` that survives scaling and recompression; 0 without structure.
+
+    Signs, against their median, of the 64 lowest frequencies (without the constant) of a 32 x 32 image.
+    """
+    small = resize_area(grey, HASH_SIDE, HASH_SIDE).astype(np.float32)
+    if small.std() < MIN_CONTRAST:
+        return 0
+    spectrum = cv2.dct(small)[: HASH_BITS + 1, : HASH_BITS + 1]
+    values = np.concatenate([spectrum[:HASH_BITS, :HASH_BITS].ravel()[1:], spectrum[:1, HASH_BITS]])
+    bits = values > np.median(values)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def check_and_hash(encoded: bytes, header: ImageHeader) -> int:
+    """Return the perceptual hash of an image, decoded small where the format allows it."""
+    if not header.extension or header.frames > 1:
+        return perceptual_hash(cv2.cvtColor(first_frame(encoded), cv2.COLOR_RGB2GRAY))
+    short = min(header.stored_size)
+    flag = next((flag for side, flag in REDUCED if short >= side), cv2.IMREAD_GRAYSCALE)
+    try:
+        return perceptual_hash(decode(encoded, flag))
+    except UnusableImageError as error:
+        raise UnreadableImageError(CANNOT_DECODE) from error
+
+
+def encode_again(encoded: bytes, header: ImageHeader, max_side: int, quality: int) -> tuple[bytes, str]:
+    """Return an image that fits, upright, and its extension: PNG for what was lossless, else JPEG.
+
+    ``max_side`` is the longest side of the result in pixels, 0 for no limit; shrinking averages areas.
+    """
+    try:
+        plain = header.extension and header.frames == 1
+        image = decode_image(encoded) if plain else first_frame(encoded)
+    except UnusableImageError as error:
+        raise UnreadableImageError(CANNOT_DECODE) from error
+    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    height, width = image.shape[:2]
+    scale = max_side / max(width, height) if max_side else 1.0
+    if scale < 1:
+        image = resize_area(image, max(1, round(width * scale)), max(1, round(height * scale)))
+    extension = "jpg" if header.extension in ("jpg", "webp") else "png"
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality] if extension == "jpg" else []
+    return cv2.imencode(f".{extension}", image, options)[1].tobytes(), extension
+
+
 def turn_boxes(boxes: np.ndarray, width: int, height: int, orientation: int) -> np.ndarray:
     """Turn boxes, ``n 4`` of x1 y1 x2 y2 in pixels, from the stored frame of that size to the displayed."""
     x1, y1, x2, y2 = boxes.T
-    if orientation in (2, 3, 7, 8):  # mirrored from left to right, before a transposition
+    if orientation in MIRRORED:
         x1, x2 = width - x2, width - x1
-    if orientation in (3, 4, 6, 7):
+    if orientation in UPSIDE_DOWN:
         y1, y2 = height - y2, height - y1
     turned = (y1, x1, y2, x2) if orientation in TRANSPOSED else (x1, y1, x2, y2)
     return np.stack(turned, axis=1)
@@ -210,10 +248,6 @@ def turn_boxes(boxes: np.ndarray, width: int, height: int, orientation: int) -> 
 
 def turn_image(image: np.ndarray, orientation: int) -> np.ndarray:
     """Turn an image or mask, ``h w`` or ``h w c``, from the stored frame into the displayed one."""
-    if orientation in (2, 3, 7, 8):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 6, 7):
-        image = image[::-1]
-    if orientation in TRANSPOSED:
-        image = image.swapaxes(0, 1)
-    return np.ascontiguousarray(image)
+    image = image[:, ::-1] if orientation in MIRRORED else image
+    image = image[::-1] if orientation in UPSIDE_DOWN else image
+    return np.ascontiguousarray(image.swapaxes(0, 1) if orientation in TRANSPOSED else image)

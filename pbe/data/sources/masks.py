@@ -12,7 +12,6 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +21,7 @@ from PIL import Image
 
 from pbe.data.samples.rle import decode_rle
 from pbe.data.sources import parsing
-from pbe.data.sources.annotations import Annotations, box_table, find_images
+from pbe.data.sources.annotations import Annotations, DroppedError, Reason, box_table, find_images
 from pbe.data.sources.image_files import find_files, is_image, need_folder
 from pbe.data.sources.names import NameMatcher
 from pbe.errors import UserError
@@ -31,39 +30,24 @@ from pbe.mask_reading import BY_LUMINANCE, UnclearMaskError, read_mask_image
 FILE_PREFIX = "file:"
 SUBPIXEL_BITS, FINE = 4, 3
 FAR = 4  # times the image's longest side: no polygon goes so far outside
-UNUSED_MASK = "mask without an image"
-UNREADABLE_MASK = "unreadable mask"
-OTHER_SIZE = "mask of another size than its image"
 
 
-class BadMaskError(Exception):
-    """A mask cannot be used; the text is the reason it is counted under."""
-
-
-@dataclass(frozen=True)
-class LoadedMask:
-    """A mask and what decided, where its file could be read in several ways."""
-
-    pixels: np.ndarray  # uint8 h w, of 0 and 1
-    read_by: str = ""  # of read_mask_image; empty where luminance did, or for no file
-
-
-def load_mask(text: str, width: int, height: int) -> LoadedMask:
+def load_mask(text: str, width: int, height: int) -> tuple[np.ndarray, str]:
     """Return the mask that a source names, of an image of that size in the frame of the annotation.
 
-    Raises:
-        BadMaskError: it is missing, damaged or of another size.
+    It is uint8 ``h w``, of 0 and 1, and comes with what decided, as :func:`~pbe.mask_reading.read_mask_image`
+    says it, where a file can be read in several ways. What is missing, damaged or of another size is dropped.
     """
     if text.startswith(FILE_PREFIX):
-        mask = _read_file(text.removeprefix(FILE_PREFIX))
+        mask, decided = _read_file(text.removeprefix(FILE_PREFIX))
     else:
-        mask = LoadedMask(_draw(text, width, height))
-    if mask.pixels.shape != (height, width):
-        raise BadMaskError(OTHER_SIZE)
-    return mask
+        mask, decided = _draw(text, width, height), ""
+    if mask.shape != (height, width):
+        raise DroppedError(Reason.OTHER_MASK_SIZE)
+    return mask, decided
 
 
-def _read_file(path: str) -> LoadedMask:
+def _read_file(path: str) -> tuple[np.ndarray, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large masks and odd tags are no reason to speak
@@ -73,54 +57,46 @@ def _read_file(path: str) -> LoadedMask:
         # Without its numbers, so that the masks of a set are counted together.
         reason = re.split("[:;]", str(error))[0]
         joint = "mask " if reason.startswith("it ") else "mask: "
-        raise BadMaskError(joint + reason.removeprefix("it ")) from error
+        raise DroppedError(joint + reason.removeprefix("it ")) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
-        raise BadMaskError(UNREADABLE_MASK) from error
-    return LoadedMask(pixels // 255, "" if decided == BY_LUMINANCE else decided)
+        raise DroppedError(Reason.UNREADABLE_MASK) from error
+    return pixels // 255, "" if decided == BY_LUMINANCE else decided
 
 
 def _draw(text: str, width: int, height: int) -> np.ndarray:
+    """Draw COCO's ``segmentation``; a run-length code keeps its own size, which must be that of the image."""
     try:
         shape: Any = json.loads(text)
         if isinstance(shape, dict):
             if [parsing.whole(side) for side in shape["size"]] != [height, width]:
-                raise BadMaskError(OTHER_SIZE)
+                raise DroppedError(Reason.OTHER_MASK_SIZE)
             return decode_rle(shape)
-        return _fill(_polygons(shape, max(width, height)), width, height)
+        return _fill(shape, width, height)
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError, cv2.error) as error:
-        raise BadMaskError(UNREADABLE_MASK) from error
+        raise DroppedError(Reason.UNREADABLE_MASK) from error
 
 
-def _polygons(shape: list[Any], longest: int) -> list[np.ndarray]:
-    """Return polygons, each ``n 2``, of COCO's lists of x y in turn; a single one may lack its brackets."""
-    lists = shape if all(isinstance(part, list) for part in shape) else [shape]
-    polygons = []
-    for part in lists:
-        points = np.array([parsing.number(value) for value in part], np.float64).reshape(-1, 2)
-        if not (np.abs(points) <= FAR * longest).all():
-            raise ValueError("a polygon's number is none or far outside the image")
-        polygons.append(points)
-    return polygons
+def _fill(shape: list[Any], width: int, height: int) -> np.ndarray:
+    """Draw COCO's lists of x y in turn, pixel i covering i to i + 1; a single one may lack its brackets.
 
-
-def _fill(polygons: list[np.ndarray], width: int, height: int) -> np.ndarray:
-    """Set the pixels whose centres lie inside; ``n 2`` corners, pixel i covering i to i + 1.
-
-    OpenCV also draws the outline, so that the polygons are drawn three times as large, where it covers no
-    pixel's centre, and every third point is taken.
+    Set are the pixels whose centres lie inside. OpenCV also draws the outline, so that the polygons are drawn
+    three times as large, where it covers no pixel's centre, and every third point is taken.
     """
     fine = np.zeros((FINE * height, FINE * width), np.uint8)
-    for corners in polygons:
+    for part in shape if all(isinstance(part, list) for part in shape) else [shape]:
+        corners = np.array([parsing.number(value) for value in part], np.float64).reshape(-1, 2)
+        if not (np.abs(corners) <= FAR * max(width, height)).all():
+            raise ValueError("a polygon's number is none or far outside the image")
         fixed = np.round((FINE * corners - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)
         cv2.fillPoly(fine, [fixed], 1, cv2.LINE_8, SUBPIXEL_BITS)
     return np.ascontiguousarray(fine[FINE // 2 :: FINE, FINE // 2 :: FINE])
 
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the tight box of what is not zero, x2 and y2 exclusive; BadMaskError for an empty mask."""
+    """Return the tight box of what is not zero, x2 and y2 exclusive; DroppedError for an empty mask."""
     x, y, width, height = cv2.boundingRect(mask)
     if not width or not height:
-        raise BadMaskError("empty mask")
+        raise DroppedError(Reason.EMPTY_MASK)
     return float(x), float(y), float(x + width), float(y + height)
 
 
@@ -134,34 +110,26 @@ def _owner(mask: str, stems: dict[str, int]) -> int | None:
     return next((stems[each] for each in candidates if each in stems), None)
 
 
-def _stems(names: list[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the rows of images by name without ending, and by that in lower case where it is unambiguous."""
-    stems: dict[str, int] = {}
-    folded: dict[str, list[int]] = defaultdict(list)
-    for row, name in enumerate(names):
-        stem = unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
-        if stem in stems:
-            raise UserError(f"two images are called '{stem}', so their masks cannot be told apart")
-        stems[stem] = row
-        folded[stem.casefold()].append(row)
-    return stems, {stem: rows[0] for stem, rows in folded.items() if len(rows) == 1}
-
-
 def read_mask_folder(folder: Path, images: Path | None = None) -> Annotations:
     """Read a folder of images and a folder of masks, ``images/`` and ``masks/``.
 
     ``dog.jpg`` may have one mask, ``dog.png``, or several, one an object: ``dog_1.png`` and ``dog_2.png``, or
-    ``dog/1.png`` and ``dog/2.png``. How they are read: :mod:`pbe.mask_reading`.
-
-    Args:
-        folder: holds ``masks/`` and, unless ``images`` is given, ``images/``; or is the folder of masks.
-        images: the folder of images.
+    ``dog/1.png`` and ``dog/2.png``. How they are read: :mod:`pbe.mask_reading`. Where ``images`` names the
+    folder of images, ``folder`` may be that of masks itself.
     """
     masks = folder / "masks" if (folder / "masks").is_dir() else need_folder(folder, "the folder of masks")
     root = images or need_folder(folder / "images", "the folder of images")
     table, dropped = find_images([root])
     names = table["name"].to_list()
-    stems, folded = _stems(names)
+    stems: dict[str, int] = {}
+    in_lower_case: dict[str, list[int]] = defaultdict(list)
+    for row, name in enumerate(names):
+        stem = unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+        if stem in stems:
+            raise UserError(f"two images are called '{stem}', so their masks cannot be told apart")
+        stems[stem] = row
+        in_lower_case[stem.casefold()].append(row)
+    folded = {stem: found[0] for stem, found in in_lower_case.items() if len(found) == 1}
     rows: list[tuple[Any, ...]] = []
     unused: list[str] = []
     for name in filter(is_image, (name for name, _ in find_files(masks)[0])):
@@ -182,4 +150,6 @@ def read_mask_folder(folder: Path, images: Path | None = None) -> Annotations:
         )
         if not rows:
             raise UserError(f"no mask has an image: {notes[0]}")
-    return Annotations(table, box_table(rows), False, dropped, +Counter({UNUSED_MASK: len(unused)}), notes)
+    return Annotations(
+        table, box_table(rows), False, dropped, +Counter[str]({Reason.UNUSED_MASK: len(unused)}), notes
+    )

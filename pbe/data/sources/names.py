@@ -14,13 +14,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from pbe.data.sources.parsing import shown
 
-AMBIGUOUS_NAME = "ambiguous name"
 AMBIGUOUS = -1
 MAX_COMPARED = 5000  # names, for the nearest one
 
@@ -29,18 +28,12 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/]*/?")
 _DRIVE = re.compile(r"[A-Za-z]:(?=/|$)")
 
 
-@dataclass(frozen=True)
-class _Match:
+class _Match(NamedTuple):
     """A name's best file: its row, how many parts of both paths agree from the end, and the name's parts."""
 
     row: int
     common: int
     parts: Parts
-
-    @property
-    def folder(self) -> Parts:
-        """The name without its last part."""
-        return self.parts[:-1]
 
 
 def clean_name(name: str) -> str:
@@ -65,9 +58,7 @@ def _spellings(name: str) -> list[str]:
 class NameMatcher:
     """The files of a folder, to be found by the names that annotations give them.
 
-    Args:
-        names: of the files, relative to ``root``, with ``/`` between their parts.
-        root: the folder; its own name helps to tell files apart.
+    ``names`` are relative to ``root``, whose own name helps to tell files apart, with ``/`` between parts.
     """
 
     def __init__(self, names: Sequence[str], root: Path) -> None:
@@ -114,37 +105,36 @@ class NameMatcher:
             if match is not None and match != AMBIGUOUS:
                 parts = tuple(cleaned.split("/"))
                 same[name] = _Match(match, _common_end(parts, self._paths[match]), parts)
-        if not partial:
-            return found
-        sure = bool(same) or any(self._covers(match) for match in partial.values())
-        taken = {match.row for match in same.values()}
-        refused: dict[str, int | None] = {
-            name: None
+        return found | self._checked(same, partial) if partial else found
+
+    def _checked(self, same: dict[str, _Match], partial: dict[str, _Match]) -> dict[str, int | None]:
+        """Return the rows of names of which an end fits, but for those that other names speak against."""
+        # All of the name, or all of the file's name within the root, is the common end.
+        covering = {
+            name
             for name, match in partial.items()
-            if match.row in taken or (sure and not self._covers(match))
+            if match.common >= min(len(match.parts), len(self._paths[match.row]) - self._above)
         }
-        refused |= _rivals({name: match for name, match in partial.items() if name not in refused})
-        left = {name: match for name, match in partial.items() if refused.get(name, 0) is not None}
-        refused = _strange_folders(left, same, partial, self._paths) | refused
-        rows_found = {name: match.row for name, match in partial.items()}
-        return found | rows_found | refused | self._doubly_named(same, partial)
-
-    def _covers(self, match: _Match) -> bool:
-        """Whether all of the name, or all of the file's name within the root, is the common end."""
-        return match.common >= min(len(match.parts), len(self._paths[match.row]) - self._above)
-
-    def _doubly_named(self, same: dict[str, _Match], partial: dict[str, _Match]) -> dict[str, int | None]:
-        """Refuse a file's own name and a longer one that starts above the root, if both are there.
-
-        ``1.jpg`` and ``camA/1.jpg`` are two images of one set, and the folder ``camA`` holds the second.
-        """
+        taken = {match.row for match in same.values()}
+        wanted = {
+            name: match
+            for name, match in partial.items()
+            if match.row not in taken and (name in covering or not (same or covering))
+        }
+        found: dict[str, int | None] = {
+            name: wanted[name].row if name in wanted else None for name in partial
+        }
+        found |= _rivals(wanted)
+        left = {name: match for name, match in partial.items() if found[name] is not None}
+        strange = _strange_folders(left, same, partial, self._paths)
+        found |= {name: why for name, why in strange.items() if found[name] != AMBIGUOUS}
+        # ``1.jpg`` and ``camA/1.jpg`` are two images of one set, and the folder ``camA`` holds the second.
         owners = {match.row: name for name, match in same.items()}
-        refused: dict[str, int | None] = {}
         for name, match in partial.items():
             inside = len(self._paths[match.row]) - self._above
             if match.row in owners and match.common == len(match.parts) > inside:
-                refused |= {name: AMBIGUOUS, owners[match.row]: AMBIGUOUS}
-        return refused
+                found |= {name: AMBIGUOUS, owners[match.row]: AMBIGUOUS}
+        return found
 
     def _longest_end(self, name: str) -> _Match | int | None:
         for folded in (False, True):
@@ -223,24 +213,17 @@ def _strange_folders(
     folders: dict[Parts, dict[Parts, int]] = defaultdict(dict)
     for match in (*same.values(), *left.values()):
         target = paths[match.row][:-1]
-        folders[target][match.folder] = _common_end(match.folder, target)
+        folders[target][match.parts[:-1]] = _common_end(match.parts[:-1], target)
     ends: dict[Parts, set[str]] = defaultdict(set)
     for match in (*same.values(), *every.values()):
-        ends[match.folder].add(match.parts[-1])
+        ends[match.parts[:-1]].add(match.parts[-1])
     refused: dict[str, int | None] = {}
     for name, match in left.items():
-        rivals = folders[paths[match.row][:-1]]
-        if len(rivals) == 1:
-            continue
-        own = rivals[match.folder]
+        rivals, own = folders[paths[match.row][:-1]], match.parts[:-1]
         # Of two folders one may be the end of the other.
-        others = [
-            folder
-            for folder in rivals
-            if _common_end(folder, match.folder) < min(len(folder), len(match.folder))
-        ]
-        if any(rivals[folder] > own for folder in others):
+        others = [each for each in rivals if _common_end(each, own) < min(len(each), len(own))]
+        if any(rivals[each] > rivals[own] for each in others):
             refused[name] = None
-        elif any(rivals[folder] == own and ends[folder] & ends[match.folder] for folder in others):
+        elif any(rivals[each] == rivals[own] and ends[each] & ends[own] for each in others):
             refused[name] = AMBIGUOUS
     return refused

@@ -1,8 +1,8 @@
 """Text files, YAML, streamed JSON and single values, as tools write them.
 
 Text may carry a byte order mark or be UTF-16. Tools write a 3 as ``3``, ``3.0`` or ``"3"``, and a yes as
-``true``, ``1`` or ``"1"``: the same forms are accepted in every field of every format; what is none of them
-is no value, which the caller counts or names.
+``true``, ``1`` or ``"1"``: the same forms are accepted in every field of every format. What is none of them
+is no value, or a :class:`~pbe.data.sources.annotations.DroppedError`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
 import yaml
 
+from pbe.data.sources.annotations import DroppedError, Reason
 from pbe.errors import UserError
 
 MARKS = (
@@ -55,13 +57,21 @@ def encoding_of(start: bytes) -> str:
     return "utf-16-be" if start[:1] == b"\0" and start[1:2] not in (b"", b"\0") else "utf-8"
 
 
-def file_encoding(path: Path) -> str:
-    """Return the encoding of a text file; a compressed one is refused."""
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a text file is read into a one-line UserError."""
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
+        yield
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    except UnicodeError as error:
+        raise UserError(f"'{path}': {undecodable(path, error)}") from error
+
+
+def file_encoding(path: Path) -> str:
+    """Return the encoding of a text file; a compressed one is refused."""
+    with reading(path), path.open("rb") as file:
+        start = file.read(8)
     for mark, name in COMPRESSED.items():
         if start.startswith(mark):
             raise UserError(f"'{path}' is compressed ({name}); unpack it first")
@@ -83,13 +93,8 @@ def undecodable(path: Path, error: UnicodeError) -> str:
 
 def read_text(path: Path) -> str:
     """Return the text of a file, without a byte order mark, and with plain line ends."""
-    encoding = file_encoding(path)
-    try:
-        return path.read_text(encoding=encoding)  # CRLF and CR become LF
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"'{path}': {undecodable(path, error)}") from error
+    with reading(path):
+        return path.read_text(encoding=file_encoding(path))  # CRLF and CR become LF
 
 
 class _Loader(yaml.BaseLoader):
@@ -112,24 +117,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     content = read_text(path)
     try:
         found = yaml.load(content, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = error.problem or error.context
-        if error.problem and error.context and error.problem.startswith("but "):
-            problem = f"{error.context} {error.problem}"
-        raise UserError(f"'{path}'{place}: {_one_line(problem)}") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid YAML: {_one_line(error)}") from error
+        start, problem = f"'{path}' is not valid YAML", str(error)
+        if isinstance(error, yaml.MarkedYAMLError):
+            mark = error.problem_mark or error.context_mark
+            start = f"'{path}', line {mark.line + 1}" if mark else f"'{path}'"
+            problem = str(error.problem or error.context)
+            if error.context and problem.startswith("but "):
+                problem = f"{error.context} {problem}"
+        raise UserError(f"{start}: {' '.join(problem.split()) or 'damaged'}") from error
     if found in (None, ""):
         return {}
     if not isinstance(found, dict):
         raise UserError(f"'{path}' holds no 'key: value' lines")
     return found
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split()) or "damaged"
 
 
 class _JsonWindow:
@@ -158,13 +159,12 @@ class _JsonWindow:
 
     def peek(self) -> str:
         """Return the next character that is no white space; empty at the end."""
-        while True:
-            found = _NOT_WHITE.search(self.text, self.place)
-            self.place = found.start() if found else len(self.text)
-            if found:
-                return found[0]
+        while not (found := _NOT_WHITE.search(self.text, self.place)):
+            self.place = len(self.text)
             if not self.more():
                 return ""
+        self.place = found.start()
+        return found[0]
 
     def expect(self, characters: str) -> str:
         """Read past white space and one of ``characters``, and return that one; ValueError for others."""
@@ -210,39 +210,29 @@ def stream_arrays(path: Path) -> Iterator[tuple[str, Any]]:
     Elements are read one by one, so that memory does not grow with the file. Members that are no arrays are
     read and left out.
     """
-    encoding = file_encoding(path)
-    line, column = 1, 1
-    try:
-        with path.open(encoding=encoding) as file:
-            window = _JsonWindow(file)
-            try:
+    with reading(path), path.open(encoding=file_encoding(path)) as file:
+        window = _JsonWindow(file)
+        try:
+            if window.peek() == "[":
+                raise UserError(
+                    f"'{path}' holds a list, as results of a detector do, where an object {{...}} belongs"
+                )
+            for _ in window.entries("{}"):
+                name = str(window.value())
+                window.expect(":")
                 if window.peek() == "[":
-                    raise UserError(
-                        f"'{path}' holds a list, as results of a detector do, where an object {{...}} belongs"
-                    )
-                yield from _members(window)
-            finally:
-                line, column = window.position()
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except UnicodeError as error:
-        raise UserError(f"'{path}': {undecodable(path, error)}") from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UserError(f"'{path}' is not valid JSON (line {line}, column {column}): {reason}") from error
-
-
-def _members(window: _JsonWindow) -> Iterator[tuple[str, Any]]:
-    for _ in window.entries("{}"):
-        name = str(window.value())
-        window.expect(":")
-        if window.peek() == "[":
-            for _ in window.entries("[]"):
-                yield name, window.value()
-        else:
-            window.value()
-    if window.peek():
-        raise ValueError("text goes on behind the closing '}'")
+                    for _ in window.entries("[]"):
+                        yield name, window.value()
+                else:
+                    window.value()
+            if window.peek():
+                raise ValueError("text goes on behind the closing '}'")
+        except UnicodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+            line, column = window.position()
+            raise UserError(f"'{path}' is not valid JSON (line {line}, column {column}): {reason}") from error
 
 
 def number(value: Any) -> float:
@@ -269,39 +259,33 @@ def whole(value: Any) -> int | None:
 
 
 def side(value: Any) -> int | None:
-    """Return a width or height in pixels; None where it is not given (absent, null, empty or 0).
-
-    What cannot be a number of pixels is a ValueError.
-    """
+    """Return a width or height in pixels; None where it is not given (absent, null, empty or 0)."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     found = whole(value)
     if found is None or not 0 <= found <= LARGEST_SIDE:
-        raise ValueError("no number of pixels")
+        raise DroppedError(Reason.BAD_SIZE)
     return found or None
 
 
 def identity(value: Any) -> int | str:
-    """Return an id so that 3, 3.0 and "3" are one and the same; other texts stay texts.
-
-    What is neither number nor text, or is empty, is a ValueError.
-    """
+    """Return an id, a number or a text that is not empty, so that 3, 3.0 and "3" are one and the same."""
     # A text with an exponent is a name: Open Images' ids are hexadecimal, and many read like 0e12.
     found = None if isinstance(value, str) and "e" in value.lower() else whole(value)
     if found is not None:
         return found
     if not isinstance(value, str) or not value.strip():
-        raise ValueError("no id")
+        raise DroppedError(Reason.BAD_ENTRY)
     return text(value).strip()
 
 
 def flag(value: Any) -> bool:
-    """Return a yes or no; what is not given, and -1 for unknown, is a no; anything else is a ValueError."""
+    """Return a yes or no; what is not given, and -1 for unknown, is a no; anything else is dropped."""
     if value is None or isinstance(value, bool):
         return bool(value)
     word = value.strip().lower() if isinstance(value, str) else str(value)
     if word not in TRUE | FALSE:
-        raise ValueError("neither yes nor no")
+        raise DroppedError(Reason.BAD_FLAG)
     return word in TRUE
 
 

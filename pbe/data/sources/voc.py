@@ -12,33 +12,27 @@ import posixpath
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from pbe.data.sources import parsing
 from pbe.data.sources.annotations import (
-    BAD_FLAG,
-    BAD_NUMBER,
-    BAD_SIZE,
     FLAG_BITS,
-    MISSING,
-    OTHER_SIZES,
     Annotations,
+    DroppedError,
+    Reason,
     box_table,
-    complete,
+    drop_images,
     find_images,
-    take_images,
+    with_known,
 )
 from pbe.data.sources.image_files import find_files, need_folder
-from pbe.data.sources.names import AMBIGUOUS, AMBIGUOUS_NAME, NameMatcher
+from pbe.data.sources.names import AMBIGUOUS, NameMatcher
 from pbe.errors import UserError
 
-BAD_XML = "unreadable annotation"
-CONTRADICTORY = "annotation whose name and <filename> are two images"
 FLAGS = {"difficult": "is_difficult", "truncated": "is_truncated", "occluded": "is_occluded"}
 IMAGE_FOLDERS = ("JPEGImages", "images")
 
@@ -49,9 +43,9 @@ class _Document:
 
     stem: str  # its name without ending, within the folder of XMLs
     filename: str  # the image that it names, within the same folder; empty if it names none
-    size: tuple[int | None, int | None]  # width and height; None where a tool wrote zeros or nothing
-    boxes: list[tuple[Any, ...] | str]  # x1 y1 x2 y2, label, flags, no mask; or why it cannot be used
-    problem: str = ""  # why all of it cannot be used
+    size: tuple[int | None, int | None] | None  # width and height; None for numbers that no image has
+    boxes: list[tuple[Any, ...]]  # x1 y1 x2 y2, label, flags, no mask
+    bad_boxes: Counter[str]  # that cannot be used, by reason
 
 
 def _read_document(path: Path, stem: str, shift: float) -> _Document:
@@ -60,79 +54,44 @@ def _read_document(path: Path, stem: str, shift: float) -> _Document:
     if root.tag != "annotation":
         raise ValueError(f"its root is {parsing.shown(root.tag)}, not annotation")
     name = (root.findtext("filename") or "").strip()
-    filename = posixpath.join(posixpath.dirname(stem), name) if name else ""
-    boxes = [_read_box(entry, shift) for entry in root.iter("object")]
+    document = _Document(
+        stem, posixpath.join(posixpath.dirname(stem), name) if name else "", None, [], Counter()
+    )
+    for entry in root.iter("object"):
+        try:
+            document.boxes.append(_read_box(entry, shift))
+        except DroppedError as error:
+            document.bad_boxes[str(error)] += 1
     try:
         width, height = (parsing.side(root.findtext(f"size/{side}")) for side in ("width", "height"))
-    except ValueError:
-        return _Document(stem, filename, (None, None), boxes, BAD_SIZE)
-    return _Document(stem, filename, (width, height), boxes)
+        document.size = (width, height)
+    except DroppedError:
+        pass  # it stays None, for which the image is dropped
+    return document
 
 
-def _read_box(entry: ElementTree.Element, shift: float) -> tuple[Any, ...] | str:
+def _read_box(entry: ElementTree.Element, shift: float) -> tuple[Any, ...]:
     sides = ("xmin", "ymin", "xmax", "ymax")
     x1, y1, x2, y2 = (parsing.number(entry.findtext(f"bndbox/{side}")) for side in sides)
     if any(value != value for value in (x1, y1, x2, y2)):
-        return BAD_NUMBER
-    try:
-        flags = sum(FLAG_BITS[flag] for name, flag in FLAGS.items() if parsing.flag(entry.findtext(name)))
-    except ValueError:
-        return BAD_FLAG
+        raise DroppedError(Reason.BAD_NUMBER)
+    flags = sum(FLAG_BITS[flag] for name, flag in FLAGS.items() if parsing.flag(entry.findtext(name)))
     return (x1 - shift, y1 - shift, x2, y2, (entry.findtext("name") or "").strip(), flags, None)
 
 
-@dataclass
-class _Collected:
-    """Boxes and sizes by row of the image, and what was dropped; ``bad`` images are counted already."""
-
-    boxes: list[tuple[Any, ...]] = field(default_factory=list)
-    sizes: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
-    bad: set[int] = field(default_factory=set)
-    dropped_images: Counter[str] = field(default_factory=Counter)
-    dropped_boxes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, document: _Document, owner: int | str) -> None:
-        """Take size and boxes of a document for its image, or count why not."""
-        reason = owner if isinstance(owner, str) else document.problem
-        if reason:
-            self.dropped_images[reason] += 1
-            self.dropped_boxes[reason] += len(document.boxes)
-            if isinstance(owner, int):
-                self.bad.add(owner)
-            return
-        width, height = document.size
-        if width and height:
-            self.sizes[int(owner)].add((width, height))
-        for box in document.boxes:
-            if isinstance(box, str):
-                self.dropped_boxes[box] += 1
-            else:
-                self.boxes.append((owner, *box))
-
-    def drop_contradictory(self) -> set[int]:
-        """Return the images whose size is none or contradicts itself, and count their boxes as lost."""
-        unclear = {row for row, sizes in self.sizes.items() if len(sizes) > 1} - self.bad
-        self.dropped_images[OTHER_SIZES] += len(unclear)
-        for reason, rows in ((OTHER_SIZES, unclear), (BAD_SIZE, self.bad)):
-            self.dropped_boxes[reason] += sum(box[0] in rows for box in self.boxes)
-        return unclear | self.bad
-
-
-def _read_documents(place: Path, found: _Collected, one_based: bool) -> tuple[list[_Document], list[str]]:
-    """Read every XML; what cannot be read is counted, and a note names the first of it."""
+def _read_documents(place: Path, shift: float, notes: list[str]) -> tuple[list[_Document], int]:
+    """Read every XML; returns how many cannot be read, of which a note names the first."""
     names = [name for name, _ in find_files(place)[0] if name.lower().endswith(".xml")]
     if not names:
         raise UserError(f"'{place}' holds no .xml files; is it a folder of Pascal VOC annotations?")
     documents: list[_Document] = []
-    notes: list[str] = []
     for name in names:
         try:
-            documents.append(_read_document(place / name, name.rpartition(".")[0], float(one_based)))
+            documents.append(_read_document(place / name, name.rpartition(".")[0], shift))
         except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
             if not notes:
                 notes.append(f"'{place / name}' cannot be read: {' '.join(str(error).split())}")
-            found.dropped_images[BAD_XML] += 1
-    return documents, notes
+    return documents, len(names) - len(documents)
 
 
 def _owners(documents: Sequence[_Document], stems: list[str], matcher: NameMatcher) -> list[int | str]:
@@ -148,55 +107,77 @@ def _owners(documents: Sequence[_Document], stems: list[str], matcher: NameMatch
         match = named.get(document.filename)
         if len(rows) == 1:
             other = match not in (None, AMBIGUOUS, rows[0]) and match not in taken
-            owners.append(CONTRADICTORY if other else rows[0])
+            owners.append(Reason.CONTRADICTORY if other else rows[0])
         elif match == AMBIGUOUS or (rows and match not in rows):
-            owners.append(AMBIGUOUS_NAME)
+            owners.append(Reason.AMBIGUOUS_NAME)
         else:
-            owners.append(MISSING if match is None or (match in taken and not rows) else match)
+            owners.append(Reason.MISSING if match is None or (match in taken and not rows) else match)
     return owners
 
 
-def _image_folder(folder: Path, place: Path) -> Path:
-    """Return ``JPEGImages/`` or ``images/``, or the folder of the XMLs, where images lie among them."""
-    found = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
-    return found or (folder / IMAGE_FOLDERS[0] if place != folder else folder)
+def _settle(
+    documents: Sequence[_Document],
+    owners: Sequence[int | str],
+    lost_images: Counter[str],
+    lost_boxes: Counter[str],
+) -> tuple[list[tuple[Any, ...]], dict[int, tuple[int, int]], set[int]]:
+    """Return boxes, sizes by row, and the rows of images whose sizes are none or contradict each other."""
+    by_row: dict[int, list[_Document]] = defaultdict(list)
+    for document, owner in zip(documents, owners, strict=True):
+        reason = owner if isinstance(owner, str) else "" if document.size else Reason.BAD_SIZE
+        if isinstance(owner, int):
+            by_row[owner].append(document)
+        if reason:
+            lost_images[reason] += 1
+            lost_boxes[reason] += len(document.boxes) + document.bad_boxes.total()
+            document.boxes.clear()
+        else:
+            lost_boxes.update(document.bad_boxes)
+    boxes: list[tuple[Any, ...]] = []
+    sizes: dict[int, tuple[int, int]] = {}
+    unclear: set[int] = set()
+    for row, own in by_row.items():
+        known = {
+            (width, height) for width, height in filter(None, (one.size for one in own)) if width and height
+        }
+        bad = any(one.size is None for one in own)
+        if bad or len(known) > 1:
+            unclear.add(row)
+            lost_images[Reason.OTHER_SIZES] += not bad
+            lost_boxes[Reason.BAD_SIZE if bad else Reason.OTHER_SIZES] += sum(len(one.boxes) for one in own)
+            continue
+        if known:
+            sizes[row] = known.pop()
+        boxes += [(row, *box) for one in own for box in one.boxes]
+    return boxes, sizes, unclear
 
 
 def read_voc(folder: Path, images: Path | None = None, one_based: bool = True) -> Annotations:
     """Read a VOC folder.
 
-    Args:
-        folder: holds ``Annotations/`` (or the XMLs themselves) and, unless ``images`` is given,
-            ``JPEGImages/`` (or ``images/``, or the images beside the XMLs).
-        images: the folder of images.
-        one_based: the first pixel is number 1.
+    It holds ``Annotations/`` (or the XMLs themselves) and, unless ``images`` is given, ``JPEGImages/`` (or
+    ``images/``, or the images beside the XMLs).
     """
     need_folder(folder, "the VOC folder")
     place = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-    root = images or _image_folder(folder, place)
+    beside = folder if place == folder else folder / IMAGE_FOLDERS[0]
+    inside = (folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir())
+    root = images or next(inside, beside)
     files, dropped = find_images([root])
     names = files["name"].to_list()
     stems = [name.rpartition(".")[0] for name in names]
-    matcher = NameMatcher(names, root)
-    found = _Collected(dropped_images=dropped)
-    documents, notes = _read_documents(place, found, one_based)
+    matcher, notes = NameMatcher(names, root), list[str]()
+    documents, dropped[Reason.BAD_XML] = _read_documents(place, float(one_based), notes)
     owners = _owners(documents, stems, matcher)
-    for document, owner in zip(documents, owners, strict=True):
-        found.add(document, owner)
-    lost = [document for document, owner in zip(documents, owners, strict=True) if owner == MISSING]
+    lost = [document for document, owner in zip(documents, owners, strict=True) if owner == Reason.MISSING]
     present = {"", *names}  # a stale <filename> may name the image of another XML
     missing = [f"{one.stem}.jpg" if one.filename in present else one.filename for one in lost]
     if missing:
         notes.append(matcher.explain(missing, place))
         if not any(isinstance(owner, int) for owner in owners):
             raise UserError(f"no image of the annotations is there: {notes[-1]}")
-    bad = found.drop_contradictory()
-    sizes = {row: next(iter(one)) for row, one in found.sizes.items() if len(one) == 1}
-    table = complete(
-        files.select("path", "name", "bytes", pl.Series("key", stems, pl.String)),
-        width={row: width for row, (width, _) in sizes.items()},
-        height={row: height for row, (_, height) in sizes.items()},
-    )
-    kept = np.array([row for row in range(table.height) if row not in bad], np.int64)
-    table, boxes = take_images(table, box_table(found.boxes), kept)
-    return Annotations(table, boxes, False, +found.dropped_images, +found.dropped_boxes, notes)
+    dropped_boxes: Counter[str] = Counter()
+    boxes, sizes, unclear = _settle(documents, owners, dropped, dropped_boxes)
+    table = with_known(files.with_columns(pl.Series("key", stems, pl.String)), sizes, {})
+    table, found = drop_images(table, box_table(boxes), unclear)
+    return Annotations(table, found, False, +dropped, +dropped_boxes, notes)

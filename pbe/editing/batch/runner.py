@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pbe.checkpoints.adapters import find_adapter
 from pbe.checkpoints.loading import of_run
-from pbe.checkpoints.precision import torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
 from pbe.editing.batch.records import (
     make_grid,
@@ -27,8 +27,8 @@ from pbe.editing.batch.records import (
     write_json,
 )
 from pbe.editing.engine import merge_choice
-from pbe.editing.hub import Hub
-from pbe.editing.loading import usable_device
+from pbe.editing.loading import Hub
+from pbe.editing.offload import usable_device
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditCommand, parse_adapter
@@ -72,7 +72,7 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
     pipe = PaintByExample.from_pretrained(
         place,
         config=command.config,
-        dtype=torch_dtype(command.dtype),
+        dtype=DTYPES[command.dtype],
         device="cpu" if command.cpu_offload else device,
         solver=command.solver,
         conventions=command.conventions,
@@ -119,12 +119,11 @@ def memory_errors() -> Iterator[None]:
     """Turn every way of running out of memory into one line."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(f"out of memory: {LESS_MEMORY}") from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(f"out of memory: {LESS_MEMORY}") from error
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if full:
+            raise UserError(f"out of memory: {LESS_MEMORY}") from error
+        raise
 
 
 def edit_batch(pipe: PaintByExample, batch: Batch, command: EditCommand, callback: Any) -> EditOutput:

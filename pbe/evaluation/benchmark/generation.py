@@ -27,13 +27,13 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 
-from pbe.checkpoints.precision import torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.batch.records import write_image
-from pbe.editing.hub import Hub
 from pbe.editing.images import to_bytes
+from pbe.editing.loading import Hub
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import get_conventions
@@ -97,7 +97,6 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be used before any time is spent on it."""
         get_solver(self.solver)
-        torch_dtype(self.dtype)
         if self.conventions is not None:
             get_conventions(self.conventions)
         if not 0.0 <= self.guidance_scale < float("inf"):
@@ -208,7 +207,7 @@ class _EditTask(pl.LightningModule):
         if isinstance(self.source, PaintByExample):
             self.pipe = self.source.to(self.device)
         else:
-            dtype = torch_dtype(self.settings.dtype)
+            dtype = DTYPES[self.settings.dtype]
             self.pipe = PaintByExample.from_pretrained(
                 self.source,
                 dtype=dtype,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from pbe.checkpoints.precision import torch_dtype
+from pbe.checkpoints.tensors import DTYPES
 from pbe.config import ModelConfig
 from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
@@ -71,7 +71,7 @@ class QuickScorer:
                 f"images and exemplars of {_sizes(model.config)} px, not {self.sizes} as the cases have: "
                 "score models of different sizes by calls of their own"
             )
-        pipe = PaintByExample(copy.deepcopy(model).to(dtype=torch_dtype(self.settings.dtype)).eval())
+        pipe = PaintByExample(copy.deepcopy(model).to(dtype=DTYPES[self.settings.dtype]).eval())
         pipe.set_progress_bar_config(disable=True)
         others = [self.cases[place].exemplar for place in self.partner]
         own, shuffled = (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pbe.editing.batch.pairs import read_pairs
+from pbe.editing.batch.jobs import read_pairs
 from pbe.editing.images import grey_out, read_image, read_mask
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample

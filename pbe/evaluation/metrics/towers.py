@@ -22,7 +22,6 @@ from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public buil
 from PIL import Image
 from torch import Tensor, nn
 
-from pbe.checkpoints.readers import is_program
 from pbe.checkpoints.tower_weights import (
     image_tower,
     lite_weights,
@@ -30,6 +29,7 @@ from pbe.checkpoints.tower_weights import (
     read_state,
     tagged_tower,
 )
+from pbe.checkpoints.weight_files import is_program
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.evaluation.metrics.base import NotRunError

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
-from pbe.checkpoints.diffusers.scheduler import OWN, scheduler_from_solver, solver_from_scheduler
-from pbe.checkpoints.settings import solver_from_json
+from pbe.checkpoints.diffusers.scheduler import (
+    OWN,
+    scheduler_from_solver,
+    solver_from_json,
+    solver_from_scheduler,
+)
 from pbe.diffusion.solvers import SOLVERS, SPACINGS, SolverChoice, get_solver
 from pbe.errors import UserError
 

@@ -8,11 +8,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.packing.pack import PackResult, pack_all
+from pbe.data.packing.pack import PackRequest, PackResult, pack_all
 from pbe.data.packing.plan import PackSettings
-from pbe.data.packing.request import PackRequest
 from pbe.data.sources.annotations import Annotations
-from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.tables import read_csv
 
 
 def noise(width: int = 100, height: int = 80, seed: int = 0) -> Image.Image:

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pbe.data.packing.pack import PackRequest, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
-from pbe.data.packing.records import index_keys, load_index, read_summary
-from pbe.data.packing.request import PackRequest
+from pbe.data.packing.worker import index_keys, load_index
 from pbe.data.samples.decode import decode_image
 from pbe.data.samples.rle import decode_rle
 from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco
-from pbe.data.sources.csv_table import read_csv
 from pbe.data.sources.image_files import turn_boxes, turn_image
 from pbe.data.sources.masks import read_mask_folder
+from pbe.data.sources.tables import read_csv
 from pbe.errors import UserError
 from tests.commands import prepare as prepare_data
 from tests.data.packing.support import make_plain, noise, pack, pack_straight, request_of, run

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pbe.data.packing.pack import PackResult
+from pbe.data.packing.pack import PackRequest, PackResult
 from pbe.data.packing.plan import PackSettings, held_out
-from pbe.data.packing.request import PackRequest
 from pbe.data.shards.archive import ShardImages
 from pbe.data.sources.coco import read_coco
-from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.tables import read_csv
 from tests.commands import prepare as prepare_data
 from tests.data.packing.support import contents, noise, run
 

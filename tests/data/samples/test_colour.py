@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pbe.data.packing.worker import encode_again
 from pbe.data.samples.colour import convert_profile, on_white, to_srgb
 from pbe.data.samples.decode import decode_image
-from pbe.data.sources.image_files import UnreadableImageError, first_frame, inspect_image
+from pbe.data.sources.image_files import UnreadableImageError, encode_again, first_frame, inspect_image
 
 GAMMA = 563 / 256
 # Columns are the primaries, adapted to D50: Adobe RGB (1998) as published, and sRGB.

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pbe.config import DataConfig, SampleConfig
 from pbe.data.dataset import ExemplarDataset
+from pbe.data.packing.pack import PackRequest
 from pbe.data.packing.plan import PackSettings
-from pbe.data.packing.request import PackRequest
 from pbe.data.preview import OBJECT_COLUMNS, make_row, sheet_html
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import Crop

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.sources.masks import BadMaskError, load_mask, mask_box
-from pbe.data.sources.read import SourceOptions, read_source
+from pbe.data.sources import SourceOptions, read_source
+from pbe.data.sources.annotations import DroppedError
+from pbe.data.sources.masks import load_mask, mask_box
 from tests.fuzzing import damaged_bytes, damaged_json, damaged_text, outcome
 
 COCO = {
@@ -118,8 +119,8 @@ def read(source: str, masks: bool) -> Counter[str]:
         for box in record.boxes:
             try:
                 if box.mask:
-                    mask_box(load_mask(box.mask, record.width, record.height).pixels)
-            except BadMaskError as error:
+                    mask_box(load_mask(box.mask, record.width, record.height)[0])
+            except DroppedError as error:
                 dropped[str(error)] += 1
     return dropped
 

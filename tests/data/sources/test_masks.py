@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pbe.data.sources.masks import BadMaskError, load_mask, mask_box, read_mask_folder
+from pbe.data.sources.annotations import DroppedError
+from pbe.data.sources.masks import load_mask, mask_box, read_mask_folder
 from pbe.errors import UserError
 
 Save = Callable[..., Path]
@@ -32,21 +33,21 @@ def test_files_are_read_as_editing_reads_them(tmp_path: Path) -> None:
     }
     for decided, values in kinds.items():
         Image.fromarray(values).save(tmp_path / "a.png")
-        mask = load_mask(f"file:{tmp_path / 'a.png'}", 40, 30)
-        assert mask.read_by == decided
-        assert (mask.pixels == DRAWN).all()
+        mask, read_by = load_mask(f"file:{tmp_path / 'a.png'}", 40, 30)
+        assert read_by == decided
+        assert (mask == DRAWN).all()
 
 
 def test_classes_are_counted_under_one_reason(tmp_path: Path) -> None:
     for brightest in (5, 9):
         Image.fromarray(DRAWN * brightest).save(tmp_path / "a.png")
-        with pytest.raises(BadMaskError, match=r"^mask is not black and white$"):
+        with pytest.raises(DroppedError, match=r"^mask is not black and white$"):
             load_mask(f"file:{tmp_path / 'a.png'}", 40, 30)
 
 
 def test_reasons_read_well(tmp_path: Path) -> None:
     Image.fromarray(DRAWN.astype(np.int32) - 1).save(tmp_path / "a.tif")
-    with pytest.raises(BadMaskError, match=r"^mask: its grey values lie outside 0 to 65535$"):
+    with pytest.raises(DroppedError, match=r"^mask: its grey values lie outside 0 to 65535$"):
         load_mask(f"file:{tmp_path / 'a.tif'}", 40, 30)
 
 
@@ -59,7 +60,7 @@ def test_reasons_read_well(tmp_path: Path) -> None:
     ],
 )
 def test_polygons(shape: list[Any]) -> None:
-    assert (load_mask(json.dumps(shape), 40, 30).pixels == DRAWN).all()
+    assert (load_mask(json.dumps(shape), 40, 30)[0] == DRAWN).all()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_polygons(shape: list[Any]) -> None:
     ],
 )
 def test_damaged_shapes(shape: Any, words: str) -> None:
-    with pytest.raises(BadMaskError, match=words):
+    with pytest.raises(DroppedError, match=words):
         load_mask(json.dumps(shape), 40, 30)
 
 
@@ -101,7 +102,7 @@ def test_owners_of_masks(tmp_path: Path, save: Save) -> None:
     assert found.dropped_boxes == {"mask without an image": 1}
     assert "masks/c.png' (1 in all) belongs to no image" in found.notes[0]
     text = next(found.records()).boxes[0].mask
-    assert mask_box(load_mask(text, 40, 30).pixels) == (8, 4, 20, 10)
+    assert mask_box(load_mask(text, 40, 30)[0]) == (8, 4, 20, 10)
     for path in (tmp_path / "images").iterdir():
         path.rename(path.with_name(f"x{path.name}"))
     with pytest.raises(UserError, match="no mask has an image"):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pbe.data.sources import parsing
-from pbe.data.sources.annotations import ImageRecord
+from pbe.data.sources.annotations import DroppedError, ImageRecord
 from pbe.data.sources.coco import read_coco
-from pbe.data.sources.csv_table import read_csv
-from pbe.data.sources.masks import BadMaskError, load_mask, mask_box, read_mask_folder
+from pbe.data.sources.masks import load_mask, mask_box, read_mask_folder
+from pbe.data.sources.tables import read_csv
 from pbe.data.sources.voc import read_voc
 from pbe.data.sources.yolo import read_yolo
 from pbe.errors import UserError
@@ -83,12 +83,12 @@ def test_coco(coco: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_coco_masks(coco: Path) -> None:
     found = read_coco(coco, coco.parent / "val", masks=True)
     dog = next(record for record in found.records() if record.boxes)
-    assert mask_box(load_mask(dog.boxes[0].mask, 40, 30).pixels) == (5, 6, 15, 18)
-    assert load_mask(dog.boxes[0].mask, 40, 30).pixels.sum() == 10 * 12
-    assert load_mask(dog.boxes[1].mask, 40, 30).pixels.all()
+    assert mask_box(load_mask(dog.boxes[0].mask, 40, 30)[0]) == (5, 6, 15, 18)
+    assert load_mask(dog.boxes[0].mask, 40, 30)[0].sum() == 10 * 12
+    assert load_mask(dog.boxes[1].mask, 40, 30)[0].all()
     assert dog.boxes[2].mask == "", "without a mask the box stays"
     assert dog.boxes[2].x2 == 1
-    with pytest.raises(BadMaskError, match="another size"):
+    with pytest.raises(DroppedError, match="another size"):
         load_mask(dog.boxes[1].mask, 30, 40)
 
 
@@ -190,7 +190,7 @@ def test_mask_folder(tmp_path: Path, save: Save) -> None:
     assert [len(record.boxes) for record in found.records()] == [2, 1, 2]
     assert found.dropped_boxes == {"mask without an image": 1}
     text = next(found.records()).boxes[0].mask
-    assert mask_box(load_mask(text, 40, 30).pixels) == (8, 4, 20, 10)
+    assert mask_box(load_mask(text, 40, 30)[0]) == (8, 4, 20, 10)
     for values, reason in (
         (mask // 85, "not black and white"),
         (mask[:5], "another size"),
@@ -198,12 +198,12 @@ def test_mask_folder(tmp_path: Path, save: Save) -> None:
     ):
         cv2.imwrite(str(tmp_path / "masks" / "a.png"), values)
         if reason:
-            with pytest.raises(BadMaskError, match=reason):
+            with pytest.raises(DroppedError, match=reason):
                 load_mask(text, 40, 30)
         else:
-            assert load_mask(text, 40, 30).pixels.sum() == 6 * 12
+            assert load_mask(text, 40, 30)[0].sum() == 6 * 12
     (tmp_path / "masks" / "a.png").write_bytes(b"junk")
-    with pytest.raises(BadMaskError, match="unreadable"):
+    with pytest.raises(DroppedError, match="unreadable"):
         load_mask(text, 40, 30)
-    with pytest.raises(BadMaskError, match="empty"):
+    with pytest.raises(DroppedError, match="empty"):
         mask_box(np.zeros((3, 3), np.uint8))

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from pbe.data.sources import parsing
+from pbe.data.sources.annotations import DroppedError
 from pbe.data.sources.parsing import read_text, read_yaml
 from pbe.errors import UserError
 
@@ -54,14 +55,14 @@ def test_ids_are_numbers_or_texts() -> None:
     assert parsing.identity("img_a") == "img_a"
     assert parsing.identity(2**80) == parsing.identity(str(2**80)) == 2**80, "however large"
     for value in (None, True, "", " ", [], {}, 1.5, math.nan):
-        with pytest.raises(ValueError, match="no id"):
+        with pytest.raises(DroppedError, match="entry without id"):
             parsing.identity(value)
 
 
 def test_sides() -> None:
     assert [parsing.side(value) for value in (None, "", 0, "0", 0.0)] == [None] * 5
     for value in (-1, 2.5, "wide", 2**31, math.inf, math.nan, True, [1]):
-        with pytest.raises(ValueError, match="no number of pixels"):
+        with pytest.raises(DroppedError, match="that no image has"):
             parsing.side(value)
 
 
@@ -74,7 +75,7 @@ def test_flags() -> None:
     assert all(parsing.flag(value) for value in YES)
     assert not any(parsing.flag(value) for value in NO)
     for value in NEITHER:
-        with pytest.raises(ValueError, match="neither"):
+        with pytest.raises(DroppedError, match="neither"):
             parsing.flag(value)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.sources.read import parse_source
+from pbe.data.sources import parse_source
 from pbe.errors import UserError
 
 

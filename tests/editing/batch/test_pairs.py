@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.editing.batch.jobs import check_outputs
-from pbe.editing.batch.pairs import read_pairs
+from pbe.editing.batch.jobs import check_outputs, read_pairs
 from pbe.errors import UserError
 
 PAIR = {"image": "a.png", "mask": "m.png", "exemplar": "e.png"}
@@ -73,7 +72,8 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path):
         (PAIR | {"image": None}, "line 2: 'image' is missing"),
         (PAIR | {"image": "https://x/i.png"}, "line 2: 'image' is the URL 'https://x/i.png'; download it"),
         ('{"image": "a", "image": "b"}', "line 2: 'image' is there twice"),
-        (json.dumps(PAIR) + " more", "line 2: not valid JSON .Extra data"),
+        (json.dumps(PAIR) + " more", "line 2: not valid JSON .Expecting value at column 58"),
+        (json.dumps(PAIR) * 2, "line 2: not valid JSON .Extra data"),
         ("# a comment", "line 2: not valid JSON"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pbe.data.packing.plan import held_out
 from pbe.data.sources.annotations import Annotations
-from pbe.data.sources.csv_table import read_csv
+from pbe.data.sources.tables import read_csv
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import build
 from pbe.evaluation.benchmark.build import BuildSettings, build_benchmark, write_own_exemplars

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pbe.data.sources.open_images import read_open_images
+from pbe.data.sources.tables import read_open_images
 from scripts import benchmark
 from scripts.benchmarks.packing import (
     BOXES_NAME,

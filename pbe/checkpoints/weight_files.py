@@ -1,26 +1,29 @@
-"""The two kinds of files that weights come in, torch's zip archives and safetensors, told by content.
+"""Files of weights, torch's zip archives and safetensors: read lazily, and written.
 
-An archive may be a TorchScript program, as OpenAI's CLIP is: its tensors are read by the paths of their
-attributes, and none of its code is.
+Files are told by content. An archive may be a TorchScript program, as OpenAI's CLIP is: its tensors are read
+by the paths of their attributes, and none of its code is. No more than one tensor is in memory at a time.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import re
+import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from pbe.checkpoints.pickles import Placeholder, Record, ScriptModule, StorageRef, read_pickle
+from pbe.checkpoints.pickles import STORAGES, Record, StorageRef, read_pickle
+from pbe.checkpoints.recognise import Weights, state_of
 from pbe.checkpoints.tensors import Lazies, LazyTensor, WeightFile, widened
 from pbe.errors import UserError
+from pbe.files import atomic_file
 
 SAFETENSORS_TYPES = {
     "F64": torch.float64,
@@ -46,40 +49,9 @@ LOCAL_HEADER, LOCAL_MAGIC = 30, b"PK\x03\x04"  # bytes of a zip entry's header b
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError)
 SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input")
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# Under which names a state dict lies in a checkpoint; the first that is there is taken.
-WRAPPERS = (
-    "state_dict", "model_state_dict", "model_state", "module", "model", "params", "net", "network", "weights",
-    "student", "pipe", "pipeline",
-)  # fmt: skip
-# A name that speaks of averaged weights (those of a teacher are its student's average).
-AVERAGE = re.compile(r"(?:^|[_.])(?:ema|average|averaged|avg|shadow|swa|teacher)(?:[_.]|$)", re.IGNORECASE)
-LIGHTNING_PLAIN = "current_model_state"  # where Lightning's averaging puts the plain weights
-NOT_WEIGHTS = ("optimizer", "optimizer_states", "optimizer_state_dict", "lr_schedulers", "loops", "callbacks")
-MAX_MODULES = 10_000  # of a program; a crafted one may hold itself
-MAX_DEPTH = 20  # of containers in one another, likewise
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The state dict of a file or of several shards, and what else lay beside it.
-
-    Attributes:
-        source: the file, for errors.
-        tensors: the state dict; empty where there is an average only.
-        extra: names of the other things in a checkpoint.
-        extra_bytes: size of their tensors (optimizer moments, mostly), none of which is read.
-        average: the averaged weights that lie beside the state dict, under names of their own.
-        config: the configuration that a training checkpoint of this project carries.
-        notes: one line for each thing that was done to the numbers.
-    """
-
-    source: str
-    tensors: Lazies
-    extra: tuple[str, ...] = field(default=())
-    extra_bytes: int = 0
-    average: Lazies = field(default_factory=dict)
-    config: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
+ALIGNMENT = 64  # bytes; where torch starts the records of an archive
+NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 
 
 def open_weights(path: Path) -> Weights:
@@ -163,10 +135,9 @@ class _ZipRecord(Record):
 
     def typed(self, dtype: torch.dtype) -> _ZipRecord:
         """Return the same bytes as numbers of another type."""
-        size = self._reference.count * self._reference.dtype.itemsize
-        return _ZipRecord(
-            self._file, self._entry, StorageRef(self._reference.key, dtype, size // dtype.itemsize)
-        )
+        own = self._reference
+        count = own.count * own.dtype.itemsize // dtype.itemsize
+        return _ZipRecord(self._file, self._entry, StorageRef(own.key, dtype, count))
 
     def _start(self) -> int:
         header = self._file.bytes_at(self._entry.header_offset, LOCAL_HEADER)
@@ -228,117 +199,79 @@ def _open_zip(file: WeightFile) -> Weights:
     return state_of(read_pickle(table, locate, str(path)), str(path))
 
 
-def state_of(content: object, source: str) -> Weights:
-    """Find the state dict in what a pickle holds: the content itself, or wrapped once or more."""
-    config = _config(content)
-    extra: list[str] = []
-    extra_bytes = 0
-    average: Lazies = {}
-    for _ in range(MAX_DEPTH):
-        average = average or _average(content)
-        inner = _wrapped(content)
-        if inner is None:
-            break
-        assert isinstance(content, dict)
-        others = {key: value for key, value in content.items() if value is not inner}
-        extra += [str(key) for key in others]
-        extra_bytes += sum(tensor.nbytes for tensor in _tensors_in(list(others.values())))
-        content = inner
-    if isinstance(content, ScriptModule):
-        content = _attributes(content, source)
-    if isinstance(content, Placeholder):
-        raise UserError(
-            f"{source}: no weights where they should be but an object of '{content.origin}'; "
-            "save its state_dict() instead"
-        )
-    state = _tensors(content)
-    if not state and not average:
-        raise UserError(f"{source}: a checkpoint of torch, but there is no state dict in it")
-    if state and isinstance(content, dict):
-        extra += [str(key) for key, value in content.items() if not isinstance(value, LazyTensor)]
-    return Weights(source, state, tuple(extra), extra_bytes, average, config)
+def _raw(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-def _tensors(content: object) -> Lazies:
-    """Return the tensors that lie in a container by name."""
-    if not isinstance(content, dict):
-        return {}
-    return {str(key): value for key, value in content.items() if isinstance(value, LazyTensor)}
+def write_safetensors(path: Path, tensors: Lazies, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, with texts for its header.
+
+    The library's own writer wants all tensors in memory at once.
+    """
+    # the widest types first keeps every tensor aligned
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, str(tensors[key].dtype), key))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for key in order:
+        end = offset + tensors[key].nbytes
+        header[key] = {
+            "dtype": NAMES[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path, sync=True) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(_raw(tensors[key].read()))
 
 
-def _wrapped(content: object) -> object | None:
-    """Return what the container wraps: by a known name, or the only one in it that holds tensors."""
-    if not isinstance(content, dict) or _tensors(content):
-        return None
-    if LIGHTNING_PLAIN in content and isinstance(content.get("state_dict"), dict):
-        return content[LIGHTNING_PLAIN]
-    for name in WRAPPERS:
-        if name in content:
-            return content[name]
-    holders = [
-        value
-        for key, value in content.items()
-        if isinstance(value, dict)
-        and str(key) not in NOT_WEIGHTS
-        and not AVERAGE.search(str(key))
-        and _dict_of_tensors(value)
-    ]
-    return holders[0] if len(holders) == 1 else None
+class _Tensor:
+    """Pickles as torch's own tensors do."""
+
+    def __init__(self, key: str, tensor: LazyTensor) -> None:
+        self.storage, self.shape = StorageRef(key, tensor.dtype, tensor.count), tensor.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = torch.empty(self.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, strides, False, {})
 
 
-def _dict_of_tensors(content: object, depth: int = 4) -> Lazies:
-    """Return the first tensors by name in a container or those it wraps."""
-    if not isinstance(content, dict) or not depth:
-        return {}
-    if found := _tensors(content):
-        return found
-    for value in content.values():
-        if found := _dict_of_tensors(value, depth - 1):
-            return found
-    return {}
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> object:
+        if not isinstance(obj, StorageRef):
+            return None
+        return "storage", getattr(torch, STORAGE_NAMES[obj.dtype]), obj.key, "cpu", obj.count
 
 
-def _average(content: object) -> Lazies:
-    """Return the averaged weights that lie in a container beside the state dict."""
-    if not isinstance(content, dict):
-        return {}
-    if LIGHTNING_PLAIN in content:
-        return _dict_of_tensors(content.get("state_dict"))
-    callbacks = content.get("callbacks")
-    states = [*callbacks.values()] if isinstance(callbacks, dict) else []
-    for place in (content, *states):
-        for key, value in place.items() if isinstance(place, dict) else ():
-            if AVERAGE.search(str(key)) and (found := _dict_of_tensors(value)):
-                return found
-    return {}
+def write_checkpoint(path: Path, tensors: Lazies, rest: dict[str, Any]) -> None:
+    """Write a checkpoint that ``torch.load`` reads: ``{"state_dict": ..., **rest}`` with plain ``rest``."""
+    state = {key: _Tensor(str(index), tensor) for index, (key, tensor) in enumerate(tensors.items())}
+    table = io.BytesIO()
+    _Pickler(table, protocol=2).dump({"state_dict": state, **rest})
+    with (
+        atomic_file(path, sync=True) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        archive.writestr(_zip_entry("data.pkl"), table.getvalue())
+        archive.writestr(_zip_entry("byteorder"), b"little")
+        for index, tensor in enumerate(tensors.values()):
+            entry = _zip_entry(f"data/{index}", tensor.nbytes, at=file.tell())
+            with archive.open(entry, "w") as record:
+                record.write(_raw(tensor.read()))
+        archive.writestr(_zip_entry("version"), b"3\n")
 
 
-def _config(content: object) -> dict[str, Any] | None:
-    """Return the configuration of a training checkpoint of this project."""
-    config = content.get("config") if isinstance(content, dict) else None
-    return config if isinstance(config, dict) and isinstance(config.get("model"), dict) else None
-
-
-def _attributes(program: ScriptModule, source: str) -> dict[str, LazyTensor]:
-    """Return the tensors of a program and of all modules in it, by the paths of their attributes."""
-    found: dict[str, LazyTensor] = {}
-    waiting = [("", program)]
-    for _ in range(MAX_MODULES):
-        if not waiting:
-            return found
-        prefix, module = waiting.pop()
-        for name, value in module.attributes.items():
-            if isinstance(value, LazyTensor):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, ScriptModule):
-                waiting.append((f"{prefix}{name}.", value))
-    raise UserError(f"{source}: damaged, a program of more than {MAX_MODULES:,} modules")
-
-
-def _tensors_in(content: object, depth: int = MAX_DEPTH) -> Iterator[LazyTensor]:
-    """Find tensors in nested containers, to a depth, since a crafted pickle may hold itself."""
-    if isinstance(content, LazyTensor):
-        yield content
-    elif depth and isinstance(content, (dict, list, tuple)):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _tensors_in(value, depth - 1)
+def _zip_entry(name: str, size: int = 0, at: int | None = None) -> zipfile.ZipInfo:
+    """Describe a record; ``at`` is where it begins, to have its numbers start at a multiple of 64."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    entry.file_size = size
+    if at is not None:
+        zip64 = 20 if size * 1.05 > zipfile.ZIP64_LIMIT else 0
+        start = at + 30 + len(entry.filename) + zip64 + 4
+        padding = -start % ALIGNMENT
+        entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    return entry
