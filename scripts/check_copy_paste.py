@@ -19,9 +19,8 @@ from pbe.data.randomness import generator
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
 from pbe.evaluation.metrics.bootstrap import auc
-from pbe.evaluation.metrics.copy_paste import explained_shares
-from pbe.evaluation.metrics.features import mask_bounds, region
-from pbe.evaluation.metrics.layout import layout_copy, layout_true
+from pbe.evaluation.metrics.copy_paste import explained_shares, layout_copy, layout_true
+from pbe.evaluation.metrics.towers import mask_bounds, region
 
 BRIGHTER = 1.1
 KINDS = ("pasted", "true", "inpainted", "grey")

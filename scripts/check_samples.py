@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pbe.cli.parser import Parser, run_command
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator
-from pbe.data.samples.masks import Box
+from pbe.data.samples.crops import Box
 from pbe.data.samples.sample import make_sample
 from pbe.errors import UserError
 from scripts.sample_properties import box_cover, check_sample

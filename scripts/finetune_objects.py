@@ -30,11 +30,9 @@ from pbe.data.toy.scenes import DEFAULT_WORLD, SceneConfig, ToyObject, ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings
-from pbe.evaluation.benchmark.toy import EXEMPLAR_SIZE, IMAGE_SIZE, SPLIT, ToyCase, make_case
-from pbe.evaluation.benchmark.toy_run import edit_cases
+from pbe.evaluation.benchmark.toy import EXEMPLAR_SIZE, IMAGE_SIZE, SPLIT, ToyCase, edit_cases, make_case
 from pbe.evaluation.metrics.bootstrap import Estimate, cosine, mean_interval
-from pbe.evaluation.metrics.features import region
-from pbe.evaluation.metrics.towers import Tower, load_tower
+from pbe.evaluation.metrics.towers import Tower, load_tower, region
 from pbe.training.run import train
 
 FIRST_SEED = 1000  # of cases that the benchmark does not have

@@ -11,6 +11,8 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +54,28 @@ def golden() -> Path:
     if os.environ.get("PBE_REQUIRE_GOLDEN") == "1":
         pytest.fail(f"golden data are required but {folder} is not a folder; set PBE_GOLDEN")
     pytest.skip("no golden data; PBE_GOLDEN names their folder")
+
+
+@pytest.fixture
+def ray_nodes(monkeypatch: pytest.MonkeyPatch, project_root: Path) -> Iterator[None]:
+    """A Ray cluster of two nodes of a core each; their workers find the project on PYTHONPATH.
+
+    Starting it takes up to a minute or two on a busy machine, so it is for slow tests.
+    """
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    # Processes that are slow to start are no fault of what is tested.
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "60000")
+    monkeypatch.setenv("RAY_health_check_timeout_ms", "60000")
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "300")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project_root), *filter(None, sys.path)]))
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+    nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    ray.init(address=nodes.address, log_to_driver=False)
+    assert len(ray.nodes()) == 2
+    yield
+    ray.shutdown()
+    nodes.shutdown()

@@ -14,7 +14,7 @@ import pytest
 from pbe.checkpoints.native import save_model
 from pbe.data.shards.archive import write_shards
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import toy_run
+from pbe.evaluation.benchmark import toy
 from pbe.evaluation.demo import stages
 from pbe.files import (
     atomic_file,
@@ -79,7 +79,7 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, capsys, monkeypatch):
     save_model(model, make_tiny_model())
     way.touch()
     monkeypatch.setattr(stages, "check", lambda options: None)
-    monkeypatch.setattr(toy_run, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
+    monkeypatch.setattr(toy, "make_edits", lambda *_: pytest.fail("edited before --out was checked"))
     calls = (
         (convert, [str(model), str(way)]),
         (demo, ["--out", str(way)]),

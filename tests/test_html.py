@@ -15,7 +15,7 @@ from PIL import Image
 
 from pbe import files
 from pbe.evaluation.demo.page import TEMPLATE, training_chart
-from pbe.evaluation.report.tables import Table
+from pbe.evaluation.report import Table
 from pbe.html import Tile, data_uri, render_page, small_uri, write_html
 
 NASTY = '<script>alert("x")</script> & "quotes"'
@@ -27,12 +27,9 @@ def nasty_page() -> dict[str, Any]:
     table = Table([NASTY], [[NASTY]], NASTY)
     return {
         "title": NASTY,
-        "lead": NASTY,
         "figures": [(NASTY, NASTY)],
         "edits": [[Tile(NASTY, PICTURE)]],
-        "edits_note": NASTY,
         "outside": [[Tile(NASTY, PICTURE)]],
-        "outside_note": NASTY,
         "curve": training_chart([(0, 1.0), (10, 0.5)], [(0, 1.0), (10, 0.5)]),
         "losses": table,
         "grids": [Tile(NASTY, PICTURE)],
@@ -93,8 +90,8 @@ def test_texts_are_escaped():
 
 def test_what_a_page_lacks_is_an_error_and_not_a_gap():
     values = nasty_page()
-    del values["lead"]
-    with pytest.raises(UndefinedError, match="'lead' is undefined"):
+    del values["title"]
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
         render_page(TEMPLATE, **values)
 
 

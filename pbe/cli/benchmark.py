@@ -117,7 +117,6 @@ def build_from_sources(settings: BuildSettings, cases: int | None) -> None:
         cases = building.BuildSettings().cases if settings.exemplars else 0
     size = SIZE if settings.size is None else settings.size
     chosen = building.BuildSettings(cases, settings.seed or 0, size)
-    chosen.check()
     sources = _read(settings.sources, settings.sources_split or "validation")
     exemplars = _read(settings.exemplars, settings.exemplars_split or "train") if settings.exemplars else None
     count = building.build_benchmark(sources, exemplars, settings.out, chosen, share or 0.0)

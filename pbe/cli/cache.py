@@ -9,7 +9,7 @@ from pbe.cli.arguments import SETTINGS, Place, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
-    from pbe.training.latent_cache.listing import CacheSize
+    from pbe.training.latent_cache.builder import CacheSize
 
 
 @SETTINGS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pbe.cli.arguments import SETTINGS
-from pbe.evaluation.demo.settings import DemoSettings
+from pbe.evaluation.demo import DemoSettings
 from pbe.resources import find_model
 
 DEFAULTS = DemoSettings()

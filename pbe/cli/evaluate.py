@@ -85,6 +85,8 @@ class Generating:
     """Lightning's"""
     num_nodes: int = 1
     """machines, started by torchrun or SLURM"""
+    engine: Literal["local", "ray"] = "local"
+    """processes here, or tasks of a Ray cluster whose nodes see the same files"""
 
 
 @_group("With --benchmark: how they are scored")
@@ -189,7 +191,7 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.benchmark.page import PageSettings
     from pbe.evaluation.benchmark.run import BenchmarkRun
-    from pbe.evaluation.benchmark.toy_run import GUIDANCE
+    from pbe.evaluation.benchmark.toy import GUIDANCE
     from pbe.evaluation.metrics.bootstrap import Bootstrap
     from pbe.evaluation.metrics.scoring import ScoreSettings
 
@@ -214,14 +216,15 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     work.score()
     print(f"\n{work.write()}")
     spent = work.seconds
-    print(f"generated in {spent.generate:.1f} s, scored in {spent.score:.1f} s: {source.out}/index.html")
+    times = f"generated in {spent['generate']:.1f} s, scored in {spent['score']:.1f} s"
+    print(f"{times}: {source.out}/index.html")
 
 
 def edit_benchmark(settings: EvaluateSettings, generating: GenerateSettings) -> None:
     """Generate a benchmark's edits into the folder itself, to be scored elsewhere with ``--edits``."""
     from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
     from pbe.evaluation.benchmark.generation import generate
-    from pbe.evaluation.benchmark.toy_run import GUIDANCE
+    from pbe.evaluation.benchmark.toy import GUIDANCE
 
     source, scales = settings.source, settings.sampling.guidance or [GUIDANCE[-1]]
     if source.edits or len(scales) > 1:
@@ -277,6 +280,7 @@ def generate_settings(settings: EvaluateSettings) -> GenerateSettings:
         devices=generating.devices,
         strategy=generating.strategy,
         num_nodes=generating.num_nodes,
+        engine=generating.engine,
     )
 
 
@@ -291,8 +295,8 @@ def run_toy(settings: EvaluateSettings) -> None:
     from pbe.data.toy.scenes import ToyWorld
     from pbe.editing.batch.runner import pick_device
     from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
-    from pbe.evaluation.benchmark.toy import make_benchmark
-    from pbe.evaluation.benchmark.toy_run import GUIDANCE, make_edits, score_edits
+    from pbe.evaluation.benchmark.toy import GUIDANCE, make_benchmark, make_edits
+    from pbe.evaluation.benchmark.toy_run import score_edits
     from pbe.evaluation.metrics.towers import load_tower
     from pbe.files import make_folder
 
@@ -360,8 +364,7 @@ def write_toy(settings: EvaluateSettings, cases: Any, edits: Any, scores: Any, h
     from PIL import Image
 
     from pbe.editing.batch.records import write_image, write_json
-    from pbe.evaluation.report.sheets import sheet
-    from pbe.evaluation.report.tables import markdown
+    from pbe.evaluation.report import markdown, sheet
     from pbe.files import write_output
 
     out, seconds, table = settings.source.out, head["seconds"], markdown(scores.table())

@@ -50,7 +50,7 @@ def fit(*, settings: FitSettings) -> None:
     from tqdm import tqdm
 
     from pbe.editing.offload import usable_device
-    from pbe.evaluation.metrics.quality import check_fit, fit_mixture
+    from pbe.evaluation.metrics.feature_scores import check_fit, fit_mixture
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.evaluation.metrics.towers import load_tower
 

@@ -66,7 +66,7 @@ def make(*, settings: MakeSettings) -> None:
     from pbe.editing.batch.records import write_image
     from pbe.editing.pipeline import PaintByExample
     from pbe.evaluation.benchmark.toy import EXEMPLAR_SIZE, IMAGE_SIZE, make_benchmark
-    from pbe.evaluation.metrics.features import to_grey
+    from pbe.evaluation.metrics.towers import to_grey
     from pbe.evaluation.study import naming
     from pbe.files import make_folder
 
@@ -103,7 +103,7 @@ def edit(pipe: PaintByExample, cases: list[Any], settings: MakeSettings) -> np.n
     from tqdm import tqdm
 
     from pbe.evaluation.benchmark.generation import GenerateSettings
-    from pbe.evaluation.benchmark.toy_run import edit_cases
+    from pbe.evaluation.benchmark.toy import edit_cases
 
     pipe.set_progress_bar_config(disable=True)
     chosen = GenerateSettings(

@@ -51,7 +51,7 @@ def score(*models: Model, settings: ScoreSettings = ScoreSettings()) -> None:
     import torch
 
     from pbe.editing.pipeline import PaintByExample
-    from pbe.evaluation.benchmark.quick import QuickScorer, QuickSettings, quick_values
+    from pbe.evaluation.benchmark.toy_run import QuickScorer, QuickSettings, quick_values
 
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -36,7 +36,7 @@ def make(*, settings: MakeSettings) -> None:
     pbe study make --systems ours=outputs/ours theirs=results/theirs --benchmark data/bench --out study
     """
     from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
-    from pbe.evaluation.study.making import KEY, StudySettings, make_study, parse_systems
+    from pbe.evaluation.study.ranking import KEY, StudySettings, make_study, parse_systems
 
     chosen = StudySettings(settings.groups, settings.seed, settings.title, settings.copy)
     benchmark = BenchmarkFolder(settings.benchmark)
@@ -68,7 +68,7 @@ def tabulate(*rankings: Path, settings: TabulateSettings) -> None:
     """
     if not rankings:
         raise UserError("name the files that raters sent (--help lists the options)")
-    from pbe.evaluation.study.tables import read_key, read_rankings, study_markdown, summarise
+    from pbe.evaluation.study.ranking import read_key, read_rankings, study_markdown, summarise
 
     key = read_key(settings.key)
     ranks = read_rankings(list(rankings), key, partial=settings.partial)

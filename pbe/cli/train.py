@@ -38,13 +38,13 @@ def train(config: Place, /, *overrides: str, settings: TrainSettings = TrainSett
 
     loaded = load_config(config, list(overrides))
     if settings.dry_run:
-        from pbe.training.planning.plan import make_plan
+        from pbe.training.plan import make_plan
 
         for line in make_plan(loaded):
             print(line, flush=True)  # counts stand there while the rest is measured
         return 0
     if settings.find_batch_size:
-        from pbe.training.planning.batch_size import find_batch_size
+        from pbe.training.plan import find_batch_size
 
         find_batch_size(loaded, settings.memory_limit)
         return 0

@@ -50,7 +50,7 @@ def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> i
     from pbe.checkpoints.loading import open_checkpoint
     from pbe.checkpoints.saving import convert
     from pbe.config import load_config
-    from pbe.evaluation.benchmark.quick import ScoreCallback
+    from pbe.evaluation.benchmark.toy_run import ScoreCallback
     from pbe.training.run import train as run
 
     diffusion = load_config("toy", list(overrides))

@@ -43,9 +43,6 @@ class CounterSampler(DistributedSampler[int]):
             number of samples; an epoch shorter than a step is one short step.
         accumulate: micro-batches of an optimizer step.
         only: batches to repeat for ever, the same samples each time; 0 takes them all.
-
-    Attributes:
-        start: position in the epoch to start with.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class CounterSampler(DistributedSampler[int]):
         drop_last = drop_last and self.length >= batch_size * world_size * accumulate
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False, drop_last=drop_last)
         self.batch_size, self.accumulate, self.only = batch_size, accumulate, only
-        self.start = 0
+        self.start = 0  # position in the epoch
 
     @property
     def global_batch(self) -> int:
@@ -116,16 +113,8 @@ class CountingLoader(DataLoader[Any]):
     """A DataLoader that knows its place in the stream of samples and adds up what was skipped.
 
     Iterating yields the rest of the current epoch; the next iteration continues with the next one, or where
-    an abandoned one stopped. Counting happens in the main process, as batches are handed out.
-
-    Args:
-        sampler: gives the order.
-        name: of the stream, for messages.
-        max_bad_share: share of an epoch's images that may be unusable.
-        repeat: draw epoch 0 again in every iteration.
-        num_workers: processes; 0 loads in this one.
-        collate: makes a batch of samples; its batches count nothing. Without it they are those of
-            :func:`pbe.data.dataset.collate`.
+    an abandoned one stopped. With ``repeat`` every iteration draws epoch 0. Counting happens in the main
+    process, as batches are handed out; those of a ``collate`` of its own count nothing.
 
     Attributes:
         counts: what was skipped or adjusted in the current epoch, or in the last one after its end.
@@ -152,13 +141,10 @@ class CountingLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-        self._inbox = inbox
-        self.counter = sampler
-        self.name = name
+        self._inbox = inbox  # which lives as long as the loader
+        self.counter, self.name, self.repeat = sampler, name, repeat
         self.max_faults = max_bad_share * sampler.length / sampler.num_replicas
-        self.repeat = repeat
-        self.counts: Counter[str] = Counter()
-        self.waited = 0.0
+        self.counts, self.waited = Counter[str](), 0.0
         self._places = deque([(0, 0)], maxlen=PLACES)
 
     @property
@@ -195,7 +181,9 @@ class CountingLoader(DataLoader[Any]):
             done = start + number * self.counter.global_batch
             self._places.append((epoch, done) if number < left else (epoch + 1, 0))
             yield batch
-        self._report(epoch)
+        if self.counts and not self.repeat and self.counter.rank == 0:
+            images = self.counter.length
+            LOG.info("%s epoch %d: %d images; %s", self.name, epoch, images, describe(self.counts))
 
     def _timed(self) -> Iterator[Any]:
         """Yield batches, and note how long each was waited for."""
@@ -218,12 +206,6 @@ class CountingLoader(DataLoader[Any]):
         except UserError:
             self._iterator = None  # ends the workers now, not when the error has been dealt with
             raise
-
-    def _report(self, epoch: int) -> None:
-        if self.counts and not self.repeat and self.counter.rank == 0:
-            LOG.info(
-                "%s epoch %d: %d images; %s", self.name, epoch, self.counter.length, describe(self.counts)
-            )
 
 
 def start_worker(_: int) -> None:
@@ -258,9 +240,6 @@ class TrainingData(lightning.LightningDataModule):
 
     A checkpoint holds the place in the training stream, under the name of the class, and a resumed run takes
     the very next batch.
-
-    Args:
-        config: the experiment.
     """
 
     def __init__(self, config: Config) -> None:
@@ -275,12 +254,9 @@ class TrainingData(lightning.LightningDataModule):
         if stream not in self._datasets:
             config = self.config
             shards = {"train": config.train_shards, "validation": config.validation_shards}
-            images = ShardImages(
-                (shards | {"prior": config.prior_shards})[stream],
-                count_boxes=config.boxes == "every",
-                verify=config.verify,
-                cache=config.remote_cache,
-            )
+            shards["prior"] = config.prior_shards
+            every, cache = config.boxes == "every", config.remote_cache
+            images = ShardImages(shards[stream], count_boxes=every, verify=config.verify, cache=cache)
             self._datasets[stream] = ExemplarDataset(images, config, self.seed, stream)
         return self._datasets[stream]
 
@@ -326,14 +302,14 @@ class TrainingData(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Return the place in the training stream: epoch, and samples of it that are done."""
         loader = self._loaders.get("train")
-        if loader is None:
-            return {"epoch": self._restored[0], "samples": self._restored[1]}
-        waiting = 0
-        if self.trainer is not None:
-            # A batch that was handed out but whose step was interrupted is to be taken again.
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            waiting = progress.ready - progress.processed
-        epoch, samples = loader.place_before(waiting)
+        epoch, samples = self._restored
+        if loader is not None:
+            waiting = 0
+            if self.trainer is not None:
+                # A batch that was handed out but whose step was interrupted is to be taken again.
+                progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+                waiting = progress.ready - progress.processed
+            epoch, samples = loader.place_before(waiting)
         return {"epoch": epoch, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

@@ -20,27 +20,24 @@ from torch.utils.data import Dataset
 
 from pbe.config import DataConfig
 from pbe.data.randomness import generator, permutation, shuffled
+from pbe.data.samples.crops import Box
 from pbe.data.samples.decode import (
     AREA,
     BAD_ANNOTATION,
-    BAD_INDEX,
     FAULTS,
-    MISSING_SHARD,
     NO_BOX,
     TINY,
-    UNREADABLE,
     WITHOUT_BOXES,
     UnusableImageError,
     check_hash,
     choose_reduction,
     decode_image,
     reduced_box,
+    unusable,
 )
-from pbe.data.samples.masks import Box
-from pbe.data.samples.object_masks import ObjectMask, read_object_mask
+from pbe.data.samples.masks import ObjectMask, read_object_mask
 from pbe.data.samples.sample import TrainingSample, choose_box, make_sample
 from pbe.data.shards.archive import ShardImages, parse_annotation
-from pbe.data.shards.format import DamagedIndexError
 from pbe.data.shards.index import ImageRow
 from pbe.data.transport import Allocator, allocate
 from pbe.errors import UserError
@@ -70,27 +67,10 @@ class DatasetItem:
     counts: Counter[str]
 
 
-def _parse_annotation(annotation: dict[str, Any]) -> tuple[int, int, list[Box]]:
-    if "boxes" not in annotation:  # as in sets of images and captions
-        raise UnusableImageError(WITHOUT_BOXES)
-    try:
-        boxes = [Box(*(float(value) for value in box["xyxy"])) for box in annotation["boxes"]]
-        width, height = int(annotation["width"]), int(annotation["height"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UnusableImageError(BAD_ANNOTATION) from error
-    if max(width, height) > MAX_SIDE:
-        raise UnusableImageError(BAD_ANNOTATION)
-    return width, height, boxes
-
-
 def usable_boxes(boxes: Sequence[Box], width: int, height: int, config: DataConfig) -> list[Box]:
     """Clip boxes to an image and keep those of the wanted relative area.
 
-    Args:
-        boxes: in pixels; they may reach beyond the image, be empty or hold NaN.
-        width: of the image, pixels.
-        height: of the image, pixels.
-        config: ``min_box_area`` and ``max_box_area``, shares of the image's area.
+    They are in pixels, and may reach beyond the image, be empty or hold NaN.
 
     Raises:
         UnusableImageError: where none is left; ``NO_BOX`` if none keeps 2 pixels a side, else ``AREA``.
@@ -108,23 +88,18 @@ def usable_boxes(boxes: Sequence[Box], width: int, height: int, config: DataConf
 
 def _read_row(images: ShardImages, position: int) -> tuple[ImageRow, tuple[int, int], list[Box]]:
     """Return an image's row, the frame of its boxes and the boxes; from the index if it knows them."""
-    try:
+    with unusable():
         row = images.row(position)
         if row.frame is not None and row.boxes is not None:
             return row, row.frame, [Box(*box) for box in row.boxes.tolist()]
         annotation = parse_annotation(images.read(position, row.annotation))
-    except DamagedIndexError as error:
-        raise UnusableImageError(BAD_INDEX) from error
-    except (ValueError, RecursionError) as error:
-        raise UnusableImageError(BAD_ANNOTATION) from error
-    except OSError as error:
-        raise UnusableImageError(_why_unreadable(error)) from error
-    width, height, boxes = _parse_annotation(annotation)
+        if "boxes" not in annotation:  # as in sets of images and captions
+            raise UnusableImageError(WITHOUT_BOXES)
+        boxes = [Box(*(float(value) for value in box["xyxy"])) for box in annotation["boxes"]]
+        width, height = int(annotation["width"]), int(annotation["height"])
+        if max(width, height) > MAX_SIDE:
+            raise UnusableImageError(BAD_ANNOTATION)
     return row, (width, height), boxes
-
-
-def _why_unreadable(error: OSError) -> str:
-    return MISSING_SHARD if isinstance(error, FileNotFoundError) else UNREADABLE
 
 
 def read_image(
@@ -132,23 +107,14 @@ def read_image(
 ) -> AnnotatedImage:
     """Decode an image of the shards with its usable boxes, both smaller where ``reduced_decoding`` allows.
 
-    Args:
-        images: the shards.
-        position: of the image.
-        config: filters; ``verify`` compares the image with its hash.
-        box: number of the one box that is wanted; None for all of them.
-
-    Raises:
-        UnusableImageError: where it cannot be used.
+    ``box`` is the number of the one box that is wanted. Raises UnusableImageError where it cannot be used.
     """
     row, (width, height), boxes = _read_row(images, position)
     if min(width, height) < MIN_BOX_SIDE:
         raise UnusableImageError(TINY)
     wanted = usable_boxes(boxes if box is None else boxes[box : box + 1], width, height, config)
-    try:
+    with unusable():
         encoded = images.read(position, row.image)
-    except OSError as error:
-        raise UnusableImageError(_why_unreadable(error)) from error
     if config.verify and row.digest:
         check_hash(encoded, row.digest)
     factor = choose_reduction(encoded, (width, height), wanted, config)
@@ -160,20 +126,12 @@ class ExemplarDataset(Dataset[DatasetItem]):
     """Samples by global counter: epoch and position follow from the index, which may be any size.
 
     An epoch visits every image once, with one of its boxes (``config.boxes`` is ``one``), or every box once
-    (``every``; the images must have been opened with their boxes counted).
-
-    Args:
-        images: where they come from.
-        config: sizes, filters and sample settings.
-        seed: of the run.
-        stream: keeps training and validation draws apart.
+    (``every``; the images must have been opened with their boxes counted). The name of the ``stream`` keeps
+    training and validation draws apart.
     """
 
     def __init__(self, images: ShardImages, config: DataConfig, seed: int, stream: str = "train") -> None:
-        self.images = images
-        self.config = config
-        self.seed = seed
-        self.stream = stream
+        self.images, self.config, self.seed, self.stream = images, config, seed, stream
         self.length = images.box_count if config.boxes == "every" else len(images)
         self._orders: dict[int, Callable[[int], int]] = {}
 
@@ -226,10 +184,9 @@ class ExemplarDataset(Dataset[DatasetItem]):
 
     def _make(self, turn: int, epoch: int, attempt: int) -> tuple[str, TrainingSample]:
         annotated, box, rng = self.choose(turn, epoch, attempt)
-        config = self.config
-        sizes = config.image_size, config.exemplar_size
+        sizes = self.config.image_size, self.config.exemplar_size
         mask = self.object_mask(turn, annotated, box)
-        return annotated.key, make_sample(annotated.image, box, rng, config.sample, *sizes, mask)
+        return annotated.key, make_sample(annotated.image, box, rng, self.config.sample, *sizes, mask)
 
     def object_mask(self, turn: int, annotated: AnnotatedImage, box: Box) -> ObjectMask:
         """Return what reads the mask of the object in a box that :meth:`choose` gave, when it is called."""
@@ -249,16 +206,15 @@ class ExemplarDataset(Dataset[DatasetItem]):
     ) -> tuple[AnnotatedImage, Box, np.random.Generator]:
         """Return the image of a turn, its box of this epoch, and the generator of the sample's draws.
 
-        Args:
-            turn: position of an image in the shards, or the number of a box where every one has its turn.
-            epoch: other epochs draw other boxes, masks, crops and augmentations.
-            attempt: other than zero where it stands in for an unusable one.
+        A turn is the position of an image in the shards, or the number of a box where every one has its turn.
+        Other epochs, and other attempts to stand in for an unusable image, draw otherwise.
 
         Raises:
             UnusableImageError: where the image cannot be used.
         """
         if self.config.boxes == "every":
-            annotated = self._read_owner(turn)
+            image, number = self._owner(turn)
+            annotated = read_image(self.images, image, self.config, number)
             rng = generator(self.seed, self.stream, "box", epoch, turn, attempt)
             return annotated, annotated.boxes[0], rng
         annotated = read_image(self.images, turn, self.config)
@@ -266,20 +222,8 @@ class ExemplarDataset(Dataset[DatasetItem]):
         return annotated, choose_box(annotated.boxes, rng), rng
 
     def _owner(self, box: int) -> tuple[int, int]:
-        try:
+        with unusable():
             return self.images.owner(box)
-        except DamagedIndexError as error:
-            raise UnusableImageError(BAD_INDEX) from error
-        except OSError as error:
-            raise UnusableImageError(_why_unreadable(error)) from error
-
-    def _read_owner(self, box: int) -> AnnotatedImage:
-        image, number = self._owner(box)
-        return read_image(self.images, image, self.config, number)
-
-    def sample(self, turn: int, epoch: int, attempt: int = 0) -> TrainingSample:
-        """Return the sample of a turn in an epoch; arguments and errors as of :meth:`choose`."""
-        return self._make(turn, epoch, attempt)[1]
 
 
 def _shape(arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
@@ -302,10 +246,7 @@ def collate(items: Sequence[DatasetItem], allocate: Allocator = allocate) -> dic
     """Stack samples into the batch that :class:`pbe.data.datamodule.TrainingData` describes.
 
     ``missing`` is the number of samples that no image could be found for; the loader ends the run then.
-
-    Args:
-        items: of one batch.
-        allocate: gives the arrays that the tensors look into.
+    ``allocate`` gives the arrays that the tensors look into.
     """
     counts: Counter[str] = sum((item.counts for item in items), Counter())
     found = [(item, item.sample) for item in items if item.sample is not None]
@@ -327,13 +268,9 @@ def describe(counts: Counter[str] | dict[str, int]) -> str:
 
 
 def check_counts(stream: str, counts: Counter[str], max_faults: float, missing: int = 0) -> None:
-    """Raise a UserError where too many images cannot be used, or nothing was found for a sample.
+    """Raise a UserError where too many images cannot be used, or no image was found for ``missing`` samples.
 
-    Args:
-        stream: that they belong to, for messages.
-        counts: what was skipped or adjusted.
-        max_faults: how many of them may be images that cannot be used.
-        missing: samples that no image was found for.
+    ``counts`` is what was skipped or adjusted; ``max_faults`` of it may be images that cannot be used.
     """
     faults = {name: count for name, count in counts.items() if name in FAULTS}
     if sum(faults.values()) > max_faults:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import dataclasses
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 
 from pbe.config import SampleConfig
-from pbe.data.dataset import AnnotatedImage, ExemplarDataset
+from pbe.data.dataset import ExemplarDataset
 from pbe.data.samples.crops import resize
 from pbe.data.samples.decode import UnusableImageError
-from pbe.data.samples.masks import Box
-from pbe.data.samples.object_masks import ObjectMask
+from pbe.data.samples.masks import ObjectMask
 from pbe.data.samples.sample import TrainingSample, cut_exemplar, make_sample
+from pbe.html import render_page
 
 TILE = 160
 GREY = 128  # what the masked region of a masked image holds
@@ -28,12 +27,6 @@ COLUMNS = (
 )  # fmt: skip
 # Where the objects' own masks may be drawn; a sample whose object has none shows an empty one.
 OBJECT_COLUMNS = (*COLUMNS[:5], "object", *COLUMNS[5:])
-STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; background: #fff; color: #222; }
-table { border-collapse: collapse; } th, td { padding: 3px; text-align: left; vertical-align: top; }
-img { display: block; image-rendering: pixelated; background: #eee; } .note { color: #666; max-width: 12rem; }
-th.chosen, td.chosen { background: #dff0d8; }
-"""
 
 
 @dataclass(frozen=True)
@@ -56,34 +49,36 @@ class SheetRow:
     mask_kind: str = ""
     columns: Sequence[str] = COLUMNS
 
-
-def _source(annotated: AnnotatedImage, box: Box) -> np.ndarray:
-    image = annotated.image
-    height, width = image.shape[:2]
-    scale = TILE / max(height, width)
-    small = resize(image, max(round(width * scale), 1), max(round(height * scale), 1))
-    corners = [round(value * scale) for value in (box.x1, box.y1, box.x2, box.y2)]
-    return cv2.rectangle(small.copy(), tuple(corners[:2]), tuple(corners[2:]), (255, 0, 80), 2)
+    def cells(self) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yield column, image and the width that it is shown at; no image is larger than a tile."""
+        for name, image in zip(self.columns, self.tiles, strict=bool(self.tiles)):
+            small = _within_tile(image)
+            yield name, small, max(round(small.shape[1] * TILE / max(small.shape[:2])), 1)
 
 
-def _tiles(
-    annotated: AnnotatedImage,
-    box: Box,
-    samples: dict[str, TrainingSample],
-    drawn: TrainingSample,
-    factor: int,
-) -> list[np.ndarray]:
-    size, latent = drawn.image.shape[0], max(drawn.image.shape[0] // factor, 1)
-    before = resize(cut_exemplar(annotated.image, box, 0), TILE, TILE)
-    masked = np.where(drawn.mask[..., None] > 0, np.uint8(GREY), drawn.image)
-    # Bilinear without antialias, 1 = keep: what the network gets.
-    keep = cv2.resize(255 - drawn.mask, (latent, latent), interpolation=cv2.INTER_LINEAR)
-    bigger = cv2.resize(keep, (size, size), interpolation=cv2.INTER_NEAREST)
-    masks = {kind: sample.mask for kind, sample in samples.items()}
-    if "object" in samples and samples["object"].mask_kind != "object":
-        masks["object"] = np.zeros_like(drawn.mask)
-    masks[drawn.mask_kind] = drawn.mask
-    return [_source(annotated, box), before, drawn.exemplar, *masks.values(), masked, bigger, drawn.image]
+def _within_tile(image: np.ndarray) -> np.ndarray:
+    scale = TILE / max(image.shape[:2])
+    height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+    return resize(image, width, height) if scale < 1 else image
+
+
+def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
+    """Return the row of a global counter, ``epoch * len(dataset) + position``.
+
+    Images of no use are skipped as training does. A latent stands for ``factor`` pixels along a side.
+    """
+    notes: list[str] = []
+    columns = OBJECT_COLUMNS if dataset.config.sample.object_mask_share else COLUMNS
+    for attempt, turn in enumerate(dataset.turns(index)):
+        try:
+            key, drawn, tiles = _draw(dataset, turn, index // len(dataset), attempt, factor)
+        except UnusableImageError as skip:
+            notes.append(f"skipped: {skip.reason}")
+            continue
+        masked = cv2.countNonZero(drawn.mask) / drawn.mask.size
+        notes += [f"{drawn.mask_kind} mask, {masked:.0%} masked", *drawn.events]
+        return SheetRow(index, key, notes, tiles, drawn.mask_kind, columns)
+    return SheetRow(index, "", [*notes[:3], "no usable image found"], [])
 
 
 def _draw(
@@ -101,69 +96,31 @@ def _draw(
     drawn = make(own, usual)
     # With no mask to read, the draws stay those of the object's.
     shares = {"rectangle": 0.0, "arbitrary": 1.0}
-    samples = {
-        kind: make(None, dataclasses.replace(usual, arbitrary_mask_share=share))
+    masks = {
+        kind: make(None, dataclasses.replace(usual, arbitrary_mask_share=share)).mask
         for kind, share in shares.items()
     }
     if usual.object_mask_share:
-        samples["object"] = make(own, dataclasses.replace(usual, object_mask_share=1.0))
-    return annotated.key, drawn, _tiles(annotated, box, samples, drawn, factor)
-
-
-def make_row(dataset: ExemplarDataset, index: int, factor: int) -> SheetRow:
-    """Return the row of a global counter; skips stand-ins as training does.
-
-    Args:
-        dataset: of one stream.
-        index: ``epoch * len(dataset) + position``.
-        factor: pixels a latent.
-    """
-    notes: list[str] = []
-    for attempt, turn in enumerate(dataset.turns(index)):
-        try:
-            key, drawn, tiles = _draw(dataset, turn, index // len(dataset), attempt, factor)
-        except UnusableImageError as skip:
-            notes.append(f"skipped: {skip.reason}")
-            continue
-        masked = cv2.countNonZero(drawn.mask) / drawn.mask.size
-        notes += [f"{drawn.mask_kind} mask, {masked:.0%} masked", *drawn.events]
-        columns = OBJECT_COLUMNS if dataset.config.sample.object_mask_share else COLUMNS
-        return SheetRow(index, key, notes, tiles, drawn.mask_kind, columns)
-    return SheetRow(index, "", [*notes[:3], "no usable image found"], [])
-
-
-def _image(image: np.ndarray) -> str:
-    scale = TILE / max(image.shape[:2])
-    if scale < 1:
-        height, width = (max(round(side * scale), 1) for side in image.shape[:2])
-        image = resize(image, width, height)
-    channels = cv2.COLOR_RGB2BGR if image.ndim == 3 else cv2.COLOR_GRAY2BGR
-    encoded = cv2.imencode(".png", cv2.cvtColor(image, channels))[1].tobytes()
-    size = f'width="{max(1, round(image.shape[1] * max(scale, 1)))}"'
-    return f'<img {size} alt="" src="data:image/png;base64,{base64.b64encode(encoded).decode()}">'
+        sample = make(own, dataclasses.replace(usual, object_mask_share=1.0))
+        masks["object"] = sample.mask if sample.mask_kind == "object" else np.zeros_like(drawn.mask)
+    masks[drawn.mask_kind] = drawn.mask
+    size, latent = drawn.image.shape[0], max(drawn.image.shape[0] // factor, 1)
+    masked = np.where(drawn.mask[..., None] > 0, np.uint8(GREY), drawn.image)
+    # Bilinear without antialias, 1 = keep: what the network gets.
+    keep = cv2.resize(255 - drawn.mask, (latent, latent), interpolation=cv2.INTER_LINEAR)
+    bigger = cv2.resize(keep, (size, size), interpolation=cv2.INTER_NEAREST)
+    height, width = annotated.image.shape[:2]
+    scale = TILE / max(height, width)
+    source = resize(annotated.image, max(round(width * scale), 1), max(round(height * scale), 1)).copy()
+    corners = [round(value * scale) for value in (box.x1, box.y1, box.x2, box.y2)]
+    cv2.rectangle(source, tuple(corners[:2]), tuple(corners[2:]), (255, 0, 80), 2)
+    before = resize(cut_exemplar(annotated.image, box, 0), TILE, TILE)
+    tiles = [source, before, drawn.exemplar, *masks.values(), masked, bigger, drawn.image]
+    return annotated.key, drawn, tiles
 
 
 def sheet_html(title: str, facts: Sequence[str], rows: Sequence[SheetRow]) -> str:
-    """Return the page; the same rows give the same bytes.
-
-    Args:
-        title: of the page.
-        facts: lines above the table.
-        rows: of :func:`make_row`.
-    """
+    """Return the page, with the facts as lines above the table; the same rows give the same bytes."""
     columns = max((row.columns for row in rows), key=len, default=COLUMNS)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("sample", *columns))
-    lines = []
-    for row in rows:
-        notes = "<br>".join(html.escape(text) for text in (f"{row.index}: {row.key}", *row.notes))
-        cells = "".join(
-            f"<td{' class=chosen' if name == row.mask_kind else ''}>{_image(tile)}</td>"
-            for name, tile in zip(row.columns, row.tiles, strict=bool(row.tiles))
-        )
-        lines.append(f'<tr><td class="note">{notes}</td>{cells}</tr>')
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        + "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
-        + f"<table><tr>{head}</tr>{''.join(lines)}</table></html>\n"
-    )
+    template = Path(__file__).with_name("preview.html.j2")
+    return render_page(template, title=title, facts=facts, rows=rows, columns=("sample", *columns))

@@ -24,16 +24,15 @@ from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapter_state
-from pbe.training.latent_cache.builder import ensure_cache
+from pbe.training.latent_cache.builder import CacheSize, describe_folder, ensure_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import CacheSize, describe_folder, size_on_disk
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
-from pbe.training.optimization.performance import apply_performance_options
 from pbe.training.optimization.sharding import on_the_cpu
 from pbe.training.resume.callback import Checkpoints
 from pbe.training.resume.files import changed_settings, find_checkpoint, read_checkpoint, report, step_of
 from pbe.training.resume.signals import StopSignals, TrainingStopped
 from pbe.training.setup import (
+    apply_performance_options,
     build_model,
     check_machine,
     find_autoencoder,
@@ -74,9 +73,7 @@ class TrainResult:
 def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
     """Train as configured, from the newest checkpoint when ``trainer.resume`` says so.
 
-    Args:
-        config: the experiment; see ``configs/``.
-        extra: callbacks beside the run's own.
+    ``extra`` are callbacks beside the run's own.
     """
     started = time.monotonic()
     prepare_process(config)
@@ -182,13 +179,8 @@ def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
     """Write the averaged weights, once; an autoencoder whose latents are new gets its measured scale factor.
 
     Of a run that trains adapters these are written, beside the folder.
-
-    The files of an older model there are replaced when all new ones are whole.
-
-    Args:
-        task: after training; all ranks have to come here where its weights are sharded.
-        folder: for the model.
-        writes: this process does.
+    The files of an older model there are replaced when all new ones are whole. All ranks have to come here
+    where the weights are sharded; one ``writes``.
     """
     if not writes and not task.sharded:
         return
@@ -203,7 +195,11 @@ def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
         return
     with task.averaged_weights():
         if isinstance(task, AutoencoderTask) and not task.decoder_only:
-            _set_scale_factor(model, task.config)
+            # a stream of its own, so that a run that was stopped on the way measures the same samples
+            batches = list(islice(TrainingData(task.config).train_dataloader(), SCALE_BATCHES))
+            factor = measure_scale_factor(model.eval(), batches)
+            autoencoder = replace(model.config.autoencoder, scale_factor=factor)
+            model.config = replace(model.config, autoencoder=autoencoder)
         if not task.sharded and model.dtype == torch.float32:
             save_model(folder, model)
             return
@@ -229,15 +225,6 @@ def _export_early(trainer: pl.Trainer, task: BaseTask, folder: Path) -> None:
         )
 
 
-def _set_scale_factor(model: LatentDiffusion, config: Config) -> None:
-    """Measure the scale factor of the model's latents and put it into its configuration."""
-    # a stream of its own, so that a run that was stopped on the way measures the same samples
-    loader = TrainingData(config).train_dataloader()
-    factor = measure_scale_factor(model.eval(), list(islice(loader, SCALE_BATCHES)))
-    autoencoder = replace(model.config.autoencoder, scale_factor=factor)
-    model.config = replace(model.config, autoencoder=autoencoder)
-
-
 def _whole_copy(task: BaseTask, model: LatentDiffusion) -> LatentDiffusion:
     """Return a copy of a model that is in shards or in half precision, with the averages in float32.
 
@@ -255,8 +242,7 @@ def _whole_copy(task: BaseTask, model: LatentDiffusion) -> LatentDiffusion:
 def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
     """Build the latent cache of a configuration, or part ``i`` of ``n`` of it (from 0).
 
-    Returns:
-        The signal that stopped it, or 0.
+    Returns the signal that stopped it, or 0.
     """
     prepare_process(config)
     stop = StopSignals()

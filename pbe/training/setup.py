@@ -7,7 +7,10 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,22 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from pytorch_lightning.strategies import StrategyRegistry
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import AutoencoderConfig, Config, ModelConfig, TrainerConfig, differences, flatten, to_dict
-from pbe.config.checks import check_values
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.image_tower import follow_sizes, follow_tower
+from pbe.models.attention import SpatialTransformer
+from pbe.models.image_tower import follow_sizes
+from pbe.models.layers import ResBlock
+from pbe.training.monitoring.callbacks import GridCallback, StepLog, autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.loggers import make_loggers
-from pbe.training.monitoring.sample_grids import autoencoder_grid, diffusion_grid
-from pbe.training.monitoring.step_log import GridCallback, StepLog
-from pbe.training.optimization.performance import precision_plugin
 from pbe.training.optimization.sharding import STRATEGY_NAMES, ShardedStrategy
 from pbe.training.resume.callback import Checkpoints
 from pbe.training.resume.files import FOLDER_NAME, SafeCheckpointIO, report
@@ -41,6 +46,7 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.finetuning import follow_model
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
 # a place in the data that the data module restores, and a library's own housekeeping.
@@ -88,35 +94,32 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with the weights that its training starts from.
 
     ``init_from`` gives all weights, in any layout; else the tower is pretrained and, for diffusion, the
-    autoencoder and its scale factor come from ``autoencoder_from``.
-
-    Returns:
-        The model, and the configuration with the autoencoder's section as it was trained.
+    autoencoder and its scale factor come from ``autoencoder_from``. The configuration is returned with the
+    autoencoder's section as it was trained.
     """
     if config.start:
         return _warm_started(config)
-    if config.task == "autoencoder":
-        torch.manual_seed(config.seed)
-        model = LatentDiffusion(config.model)
-        weights = config.autoencoder_loss
-        if weights.perceptual_weight and weights.perceptual_on == "tower":
-            print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
-        return model, config
-    if not config.autoencoder_from:
-        raise UserError("autoencoder_from is empty: name the model folder that holds the trained autoencoder")
-    source, trained = find_autoencoder(config)
-    config = replace(config, model=replace(config.model, autoencoder=trained))
+    diffusion, loss, source = config.task == "diffusion", config.autoencoder_loss, Path()
+    if diffusion:
+        source, trained = find_autoencoder(config)
+        config = replace(config, model=replace(config.model, autoencoder=trained))
     torch.manual_seed(config.seed)
     model = LatentDiffusion(config.model)
-    load_part(source, "autoencoder", model.autoencoder)
-    if not config.init_from:
-        print("init_from is empty: the UNet starts from random weights (init_from=none says that it shall)")
-    print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
+    if diffusion:
+        load_part(source, "autoencoder", model.autoencoder)
+        if not config.init_from:
+            print(
+                "init_from is empty: the UNet starts from random weights (init_from=none says that it shall)"
+            )
+    if diffusion or (loss.perceptual_weight and loss.perceptual_on == "tower"):
+        print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
     return model, config
 
 
 def find_autoencoder(config: Config) -> tuple[Path, AutoencoderConfig]:
     """Return the model folder that ``autoencoder_from`` means (``model/`` of a run), and the sizes there."""
+    if not config.autoencoder_from:
+        raise UserError("autoencoder_from is empty: name the model folder that holds the trained autoencoder")
     source = Path(config.autoencoder_from)
     if not source.exists():
         raise UserError(
@@ -139,7 +142,7 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     sizes = None if Path(config.start).is_dir() or config.model_from_init else config.model
     opened = open_checkpoint(config.start, sizes)
     if config.model_from_init:
-        config = _with_sizes(config, opened.config)
+        config = follow_model(config, opened.config)
     merged = _merged(config, opened.config)
     model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
     if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
@@ -149,34 +152,19 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     return model, replace(config, model=model.config)
 
 
-def _with_sizes(config: Config, stored: ModelConfig) -> Config:
-    """Return the configuration with the model section of ``init_from``, at the data's resolution."""
-    size = config.data.image_size or stored.image_size
-    model = replace(stored, image_size=size, exemplar_encoder=replace(stored.exemplar_encoder))
-    follow_tower(model.exemplar_encoder)
-    data = replace(config.data, image_size=size, exemplar_size=model.exemplar_encoder.image_size)
-    found = replace(config, model=model, data=data)
-    check_values(replace(found, model_from_init=False))
-    return found
-
-
 def _merged(config: Config, stored: ModelConfig) -> ModelConfig:
     """Return the stored sizes with what the configuration decides; other differences are an error."""
     wanted = config.model
-    encoder = {name: getattr(wanted.exemplar_encoder, name) for name in OWN_OF_ENCODER}
-    merged = replace(
-        stored,
-        exemplar_encoder=replace(stored.exemplar_encoder, **encoder),
-        **{name: getattr(wanted, name) for name in OWN},
-    )
+    own = {name: getattr(wanted.exemplar_encoder, name) for name in OWN_OF_ENCODER}
+    encoder, autoencoder = replace(stored.exemplar_encoder, **own), stored.autoencoder
+    merged = replace(stored, exemplar_encoder=encoder, **{name: getattr(wanted, name) for name in OWN})
     # stored scale factor and tower weights win, and a plain decoder may be made mask-aware
-    aware = merged.autoencoder.mask_aware_decoder or wanted.autoencoder.mask_aware_decoder
+    aware = autoencoder.mask_aware_decoder or wanted.autoencoder.mask_aware_decoder
+    scale = wanted.autoencoder.scale_factor
     taken = replace(
         merged,
-        autoencoder=replace(
-            merged.autoencoder, scale_factor=wanted.autoencoder.scale_factor, mask_aware_decoder=aware
-        ),
-        exemplar_encoder=replace(merged.exemplar_encoder, pretrained=wanted.exemplar_encoder.pretrained),
+        autoencoder=replace(autoencoder, scale_factor=scale, mask_aware_decoder=aware),
+        exemplar_encoder=replace(encoder, pretrained=wanted.exemplar_encoder.pretrained),
     )
     if different := _model_differences(wanted, taken):
         raise UserError(
@@ -193,34 +181,85 @@ def _model_differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     return [f"{key} {new} instead of {old}" for key, (old, new) in changed.items()]
 
 
+def apply_performance_options(model: LatentDiffusion, options: TrainerConfig) -> None:
+    """Apply ``gradient_checkpointing``, ``channels_last`` and ``compile`` in place; weights stay."""
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if options.gradient_checkpointing:
+        checkpoint_blocks(model)
+    if options.compile:
+        model.unet.compile()
+        model.autoencoder.encoder.compile()
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Keep only the inputs of residual and transformer blocks and recompute the rest in the backward pass.
+
+    Chen et al. 2016. The gradients are those of training without it.
+    """
+
+    def recomputed(forward: Callable[..., Any], *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+    for module in model.modules():
+        if isinstance(module, ResBlock | SpatialTransformer):
+            module.forward = partial(recomputed, module.forward)  # type: ignore[method-assign]
+
+
+class PureBfloat16(HalfPrecision):
+    """All weights in bfloat16, frozen ones included; the networks' inputs are converted where they are used.
+
+    Latents, noise, targets and losses stay float32: Lightning would convert the batch, which is uint8 or a
+    frozen dataclass, and everything that is made in a step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("bf16-true")
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Leave torch's default type as it is."""
+        yield
+
+    def convert_input(self, data: Any) -> Any:
+        """Leave a batch as it is."""
+        return data
+
+
+def precision_plugin(options: TrainerConfig, *, cpu: bool) -> Precision | None:
+    """Return the plugin of ``trainer.precision``, or None where Lightning's own is right.
+
+    On the CPU Lightning would take bf16-mixed in place of 16-mixed.
+    """
+    if options.precision == "bf16-true":
+        return PureBfloat16()
+    if options.precision == "16-mixed" and cpu:
+        return MixedPrecision("16-mixed", "cpu")
+    return None
+
+
 def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
     """Return the task that a configuration names, over a model."""
     return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
 
 
 def make_trainer(
-    config: Config,
-    folder: Path,
-    stop: StopSignals,
-    step: int = -1,
-    callbacks: list[Callback] | None = None,
+    config: Config, folder: Path, stop: StopSignals, step: int = -1, callbacks: list[Callback] | None = None
 ) -> pl.Trainer:
     """Build Lightning's trainer with this project's callbacks and loggers.
 
-    Args:
-        config: the experiment; where ``trainer.max_epochs`` gives its length, the caller sets it later.
-        folder: of the run.
-        stop: tells whether a signal came.
-        step: optimizer step that the run resumes from, -1 for a start.
-        callbacks: in place of a run's own, and then nothing is written.
+    Where ``trainer.max_epochs`` gives the length, the caller sets it later. The run resumes from optimizer
+    step ``step``, -1 for a start. ``callbacks`` come in place of a run's own; then nothing is written.
     """
     options, writer = config.trainer, SafeCheckpointIO()
     check_machine(options)
-    own = options.strategy in STRATEGY_NAMES or not options.strategy.startswith(OTHER_FILES)
+    sharded = options.strategy in STRATEGY_NAMES
+    own = sharded or not options.strategy.startswith(OTHER_FILES)
     precision = precision_plugin(options, cpu=on_cpu(options))
-    plugins: list[Any] = [
-        plugin for plugin in (writer if own else None, precision, cluster()) if plugin is not None
-    ]
+    wanted = (writer if own else None, precision, cluster())
+    plugins: list[Any] = [plugin for plugin in wanted if plugin is not None]
     loggers = make_loggers(config, folder, step)
     made = _callbacks(config, folder, stop, writer) if callbacks is None else callbacks
     try:
@@ -230,7 +269,7 @@ def make_trainer(
             accelerator=options.accelerator,
             devices=_devices(options.devices),
             num_nodes=options.num_nodes,
-            strategy=ShardedStrategy() if options.strategy in STRATEGY_NAMES else options.strategy,
+            strategy=ShardedStrategy() if sharded else options.strategy,
             profiler=options.profiler or None,
             precision=None if precision else options.precision,  # type: ignore[arg-type]
             accumulate_grad_batches=options.accumulate,
@@ -322,9 +361,8 @@ def _check_devices(options: TrainerConfig) -> None:
 
 def strategy_names() -> list[str]:
     """Return the values of ``trainer.strategy``."""
-    lightnings = [
-        name for name in StrategyRegistry.available_strategies() if not any(part in name for part in LEFT_OUT)
-    ]
+    known = StrategyRegistry.available_strategies()
+    lightnings = [name for name in known if not any(part in name for part in LEFT_OUT)]
     return ["auto", *lightnings, *STRATEGY_NAMES]
 
 

@@ -27,10 +27,10 @@ from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import ExemplarDataset, collate
 from pbe.data.randomness import generator
 from pbe.data.samples import sample as sample_module
-from pbe.data.samples.augment import ExemplarAugmentation
+from pbe.data.samples.sample import ExemplarAugmentation
 from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.data.shards.format import HASH_BYTES, MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION
-from pbe.data.shards.tar_members import read_members
+from pbe.data.shards.index import read_members
 
 # Stage, and the function whose time it is; whatever none of them covers is "the rest".
 STAGES: tuple[tuple[str, Any, str], ...] = (

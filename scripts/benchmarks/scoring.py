@@ -12,14 +12,11 @@ import numpy as np
 
 from pbe.data.toy.scenes import ToyWorld
 from pbe.evaluation.benchmark.coco_ee import (
-    GT,
     ID_LIST,
-    MASK,
     PARTS,
-    REF,
     BenchmarkFolder,
     case_id,
-    case_path,
+    case_paths,
 )
 from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import make_case
@@ -71,7 +68,7 @@ def synthetic_edits(folder: Path, count: int, size: int) -> tuple[Path, Path]:
 
 
 def _files(cases: Path, edits: Path, number: int) -> list[Path]:
-    return [*(case_path(cases, part, number) for part in (GT, MASK, REF)), edits / f"{case_id(number)}.png"]
+    return [*case_paths(cases, number), edits / f"{case_id(number)}.png"]
 
 
 def measure_scoring(cases: Path, edits: Path) -> ScoringTimes:

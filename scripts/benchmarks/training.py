@@ -22,11 +22,16 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
+from pbe.training.monitoring.callbacks import peak_memory
 from pbe.training.monitoring.loggers import read_curve
-from pbe.training.monitoring.step_log import peak_memory
-from pbe.training.optimization.performance import apply_performance_options
 from pbe.training.resume.signals import StopSignals
-from pbe.training.setup import build_model, make_task, make_trainer, prepare_process
+from pbe.training.setup import (
+    apply_performance_options,
+    build_model,
+    make_task,
+    make_trainer,
+    prepare_process,
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pbe.checkpoints.native import save_model
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import load_config
 from pbe.evaluation.demo import stages
-from pbe.evaluation.report.sheets import BAND_GAP, GAP
+from pbe.evaluation.report import BAND_GAP, GAP
 from pbe.models import LatentDiffusion
 from tests.commands import demo, evaluate
 

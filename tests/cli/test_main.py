@@ -178,9 +178,9 @@ def test_choices_and_defaults_are_those_of_the_rooms(tmp_path: Path) -> None:
     """Where a room states them too, for those who call it from Python."""
     from pbe.checkpoints.tensors import DTYPES
     from pbe.data.packing.plan import PackSettings
-    from pbe.evaluation.benchmark.quick import QuickSettings
-    from pbe.evaluation.study.making import StudySettings
+    from pbe.evaluation.benchmark.toy_run import QuickSettings
     from pbe.evaluation.study.naming import OBJECTS
+    from pbe.evaluation.study.ranking import StudySettings
 
     assert get_args(arguments.Dtype) == tuple(DTYPES)
     assert prepare.pack_settings(prepare.PrepareSettings(out=tmp_path)) == PackSettings()

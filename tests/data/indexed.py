@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pbe.data.shards.tar_members import read_members
+from pbe.data.shards.index import read_members
 
 
 def blake(data: bytes) -> bytes:

@@ -16,8 +16,8 @@ from pbe.config import AugmentConfig, Config, DataConfig, SampleConfig
 from pbe.data.datamodule import CounterSampler, TrainingData
 from pbe.data.dataset import ExemplarDataset, usable_boxes
 from pbe.data.samples import decode as reasons
+from pbe.data.samples.crops import Box
 from pbe.data.samples.decode import UnusableImageError
-from pbe.data.samples.masks import Box
 from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.errors import UserError
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator
-from pbe.data.samples.masks import Box, rectangle_mask
+from pbe.data.samples.crops import Box
+from pbe.data.samples.masks import rectangle_mask
 from pbe.data.samples.sample import make_sample
 from scripts import check_samples
 from scripts.sample_properties import check_sample

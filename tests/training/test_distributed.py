@@ -14,7 +14,7 @@ import torch
 
 from pbe.errors import UserError
 from pbe.training.monitoring.loggers import read_curve
-from pbe.training.tasks.draws import batch_drop
+from pbe.training.tasks.encoding import batch_drop
 from tests.training.tiny import run, tiny_config, weights, write_config
 
 # a large epsilon: Adam divides by the gradient's size and would blow up rounding where it is near zero

@@ -20,8 +20,7 @@ from pbe.editing import PaintByExample
 from pbe.models import LatentDiffusion
 from pbe.training.setup import build_model
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS, DiffusionTask
-from pbe.training.tasks.draws import Draws, draw
-from pbe.training.tasks.encoding import encode_batch
+from pbe.training.tasks.encoding import Draws, draw, encode_batch
 from tests.training.tiny import OBJECTS, run, tiny_config
 
 GUIDANCE, STEPS = 3.0, 20

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from pbe.cluster import RayCluster
 from pbe.data.packing.plan import OPTIONS, SUMMARY, PackSettings, Plan, make_plan, save_plan
 from pbe.data.packing.worker import Tally, pack_shard, part_path
 from pbe.data.shards.format import MANIFEST_FORMAT, MANIFEST_NAME, MANIFEST_VERSION, PACK_AGAIN, load_manifest
@@ -230,25 +231,8 @@ def run_here(tasks: Sequence[Task], workers: int) -> Iterator[int]:
 
 
 def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Pack shards on a Ray cluster, at most ``workers`` at a time (0: as many as Ray will).
-
-    It is the one that ``RAY_ADDRESS`` names, or one of this machine. Every node has to see the images and the
-    folder of shards under the same paths.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install ray") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    remote = ray.remote(max_retries=3)(pack_shard)
-    waiting = list(reversed(tasks))
-    pending: list[Any] = []
-    while waiting or pending:
-        while waiting and len(pending) < (workers or len(tasks)):
-            pending.append(remote.remote(*waiting.pop()))
-        done, pending = ray.wait(pending)
-        yield from ray.get(done)
+    """Pack shards on a Ray cluster, at most ``workers`` at a time; 0 leaves that to Ray."""
+    return RayCluster().completed(pack_shard, tasks, most=workers)
 
 
 ENGINES: dict[str, Engine] = {"local": run_here, "ray": run_on_ray}

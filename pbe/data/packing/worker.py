@@ -24,7 +24,7 @@ import polars as pl
 
 from pbe.data.packing.plan import PackSettings, add_examples, box_text, load_task
 from pbe.data.samples.decode import TINY
-from pbe.data.samples.rle import encode_rle
+from pbe.data.samples.masks import encode_rle
 from pbe.data.shards.format import (
     HASH_BYTES,
     PACK_AGAIN,

@@ -1,9 +1,11 @@
-"""The square crop: it keeps the extended box inside and never squashes the image.
+"""Boxes and the square crop: it keeps the extended box inside and never squashes the image.
 
 Paint by Example crops a square of the short side around the object, then shrinks it symmetrically. Where no
 such square exists the original squashes the whole image; here the extended box is shrunk towards the box,
 and where the box itself is too long the image is padded to a square by reflection. A mask is reflected with
 its image (:func:`mirror_mask`): otherwise the padding would show what the mask hides.
+
+All coordinates are pixels as continuous numbers: pixel i covers the interval from i to i + 1.
 """
 
 from __future__ import annotations
@@ -14,9 +16,48 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pbe.data.samples.masks import Box
-
 GREY = 127  # of padding that is no reflection: what the network reads as 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """An upright rectangle in pixels; x2 and y2 are exclusive."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def width(self) -> float:
+        """Pixels."""
+        return self.x2 - self.x1
+
+    @property
+    def height(self) -> float:
+        """Pixels."""
+        return self.y2 - self.y1
+
+    @property
+    def area(self) -> float:
+        """Square pixels; zero for an empty or inverted box."""
+        return max(self.width, 0.0) * max(self.height, 0.0)
+
+    def clipped(self, width: float, height: float) -> Box:
+        """Return the part inside an image of ``width`` x ``height``; it may be empty or inverted."""
+        return Box(max(self.x1, 0.0), max(self.y1, 0.0), min(self.x2, width), min(self.y2, height))
+
+    def rounded_out(self, width: int, height: int) -> Box:
+        """Return the smallest box of whole pixels around this one, clipped to ``width`` x ``height``."""
+        # A hair of tolerance keeps 12.000000001 from claiming a thirteenth pixel.
+        low = (math.floor(self.x1 + 1e-6), math.floor(self.y1 + 1e-6))
+        high = (math.ceil(self.x2 - 1e-6), math.ceil(self.y2 - 1e-6))
+        whole = (max(low[0], 0), max(low[1], 0), min(high[0], width), min(high[1], height))
+        return Box(*map(float, whole))
+
+    def pixels(self) -> tuple[slice, slice]:
+        """Return the rows and columns of a box of whole pixels, to index an array with."""
+        return slice(int(self.y1), int(self.y2)), slice(int(self.x1), int(self.x2))
 
 
 @dataclass(frozen=True)
@@ -57,11 +98,7 @@ class CropPlan:
 def _fit_length(
     low: float, high: float, inner_low: float, inner_high: float, limit: float
 ) -> tuple[float, float]:
-    """Shrink the interval low..high to ``limit`` by moving both ends towards the inner interval.
-
-    Each end gives up the same share of its distance, to whole pixels; the inner interval is not longer
-    than ``limit``.
-    """
+    """Shrink low..high to ``limit``: both ends give up the same share of their distance to the inner ends."""
     excess = (high - low) - limit
     if excess <= 0:
         return low, high
@@ -95,19 +132,11 @@ def _offset_range(low: float, high: float, length: int, side: int) -> tuple[int,
 def plan_square_crop(
     box: Box, extended: Box, width: int, height: int, shrink_fraction: float, rng: np.random.Generator
 ) -> CropPlan:
-    """Choose a square crop that contains the extended box.
+    """Choose a square crop that contains the extended box; both boxes are of whole pixels.
 
-    Args:
-        box: the object, inside the image, of whole pixels.
-        extended: contains the box, of whole pixels.
-        width: of the image, pixels.
-        height: of the image, pixels.
-        shrink_fraction: share of the least margin by which the square may shrink on all sides.
-        rng: generator that is advanced.
-
-    Returns:
-        The crop; the extended box, smaller where it was longer than the short side (event ``shrunk``);
-        or a crop that reaches beyond the image where the box itself was longer (event ``padded``).
+    The extended box becomes smaller where it is longer than the image's short side (event ``shrunk``); where
+    the box itself is longer, the crop reaches beyond the image (``padded``). ``shrink_fraction`` is the share
+    of the least margin by which the square may shrink on all sides. Advances ``rng``.
     """
     side = min(width, height)
     if max(box.width, box.height) > side:
@@ -131,15 +160,13 @@ def plan_original_crop(
     Square images are neither cropped nor shrunk. The event ``squashed`` marks a changed aspect ratio.
     """
     side = min(width, height)
-    low, high = (
-        _offset_range(extended.x1, extended.x2, width, side)
-        if width > height
-        else _offset_range(extended.y1, extended.y2, height, side)
-    )
+    wide = width > height
+    ends = (extended.x1, extended.x2) if wide else (extended.y1, extended.y2)
+    low, high = _offset_range(*ends, max(width, height), side)
     start = int(rng.integers(low, high + 1)) if low < high else 0
     if width == height or low >= high:
         return CropPlan(Crop(0, 0, width, height), extended, () if width == height else ("squashed",))
-    crop = Crop(start, 0, side, side) if width > height else Crop(0, start, side, side)
+    crop = Crop(start, 0, side, side) if wide else Crop(0, start, side, side)
     return CropPlan(_shrink_margin(crop, extended, shrink_fraction, rng), extended)
 
 
@@ -147,13 +174,8 @@ def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2
     """Resize ``h w ...`` by area: each pixel is the mean of what it covers, along both axes.
 
     OpenCV's ``INTER_AREA`` averages only where neither axis grows; where one shrinks and the other grows it
-    looks at two pixels of the shrinking one, however many there are. So the axes are then done one by one.
-
-    Args:
-        image: uint8 or float32.
-        width: of the result, pixels.
-        height: of the result, pixels.
-        enlarging: OpenCV's filter along an axis that grows while the other shrinks.
+    looks at two pixels of the shrinking one, however many there are. So the axes are then done one by one,
+    the growing one with the filter ``enlarging``. Takes uint8 or float32.
     """
     rows, columns = image.shape[:2]
     if (width < columns and height > rows) or (width > columns and height < rows):
@@ -166,13 +188,8 @@ def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2
 def resize(image: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
     """Resize a uint8 image ``h w c`` or ``h w``, in uint8.
 
-    Args:
-        image: what to resize.
-        width: of the result, pixels.
-        height: of the result, pixels.
-        antialias_above: where a side shrinks by more than this factor, sides that shrink are averaged by
-            area (antialiased) before those that grow are interpolated; below it both are interpolated
-            bilinearly (``INTER_LINEAR``).
+    Where a side shrinks by more than ``antialias_above``, sides that shrink are averaged by area before those
+    that grow are interpolated; below it both are interpolated bilinearly (``INTER_LINEAR``).
     """
     factor = max(image.shape[1] / width, image.shape[0] / height)
     if factor > antialias_above:
@@ -181,12 +198,9 @@ def resize(image: np.ndarray, width: int, height: int, antialias_above: float = 
 
 
 def window(image: np.ndarray, crop: Crop, fill: int = GREY) -> np.ndarray:
-    """Cut a crop out of an image, uint8 ``h w ...``, at its own size; padded as the crop says.
+    """Cut a crop out of an image, uint8 ``h w ...``, at its own size: a view where nothing is padded.
 
-    Args:
-        image: what to cut; a view of it is returned where nothing is padded.
-        crop: in its pixels.
-        fill: value of what lies outside the image where that is not its reflection.
+    ``fill`` is the value of what lies outside the image where that is not its reflection.
     """
     height, width = image.shape[:2]
     left, top = max(-crop.x, 0), max(-crop.y, 0)
@@ -210,13 +224,8 @@ def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.nda
     """Return which pixels of a resized crop each of its pixels shows along one axis: the first and the last.
 
     That is itself inside the image. Beyond it, the image is read to and fro between the centres of its
-    first and last pixels, as ``BORDER_REFLECT_101`` does.
-
-    Args:
-        start: of the crop, pixels of the image.
-        length: of the crop, pixels of the image.
-        side: of the image, at least 2.
-        size: of the resized crop, pixels.
+    first and last pixels, as ``BORDER_REFLECT_101`` does. ``start`` and ``length`` of the crop and ``side``
+    of the image (at least 2) are pixels of the image; ``size`` is the resized crop's.
     """
     scale, span, own = length / size, side - 1, np.arange(size)
     edges = start + np.arange(size + 1) * scale
@@ -244,14 +253,7 @@ def _any_between(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.nd
 def mirror_mask(mask: np.ndarray, crop: Crop, width: int, height: int) -> np.ndarray:
     """Hide in a crop's padding the reflection of everything that a mask hides in the image.
 
-    Args:
-        mask: drawn on the resized crop, uint8 ``s s``, 0 or 255.
-        crop: of the image.
-        width: of the image, pixels.
-        height: of the image, pixels.
-
-    Returns:
-        The mask with its mirror images, uint8 ``s s``; itself where nothing is reflected.
+    The mask, uint8 ``s s`` of 0 and 255, is drawn on the resized crop of an image of ``width`` x ``height``.
     """
     size = len(mask)
     padded = crop.x < 0 or crop.y < 0 or crop.x + crop.width > width or crop.y + crop.height > height

@@ -1,19 +1,25 @@
 """From encoded bytes to uint8 RGB, at a half, a quarter or an eighth of the size where less is enough.
 
-What cannot be used is told apart by reason.
+Colours become sRGB where an ICC profile says otherwise, and transparent parts are laid on white. What cannot
+be used is told apart by reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import cv2
 import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from pbe.config import DataConfig
-from pbe.data.samples.colour import on_white, to_srgb
-from pbe.data.samples.masks import Box
-from pbe.data.shards.format import digest as digest_of
+from pbe.data.samples.crops import Box
+from pbe.data.shards.format import DamagedIndexError, digest as digest_of
 
 # The reasons, which stand in the indexes of latent caches too.
 UNREADABLE = "unreadable picture"
@@ -39,6 +45,11 @@ COLOUR = {
 FACTORS = (8, 4, 2)
 MIN_REDUCED_SIDE = 2.0  # of a box
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+# Bytes without which a JPEG, PNG or WebP has no profile or no transparency: Pillow need not be asked.
+PROFILE_MARKS, ALPHA_MARKS = (b"ICC_PROFILE", b"iCCP", b"ICCP"), (b"tRNS", b"ALPH", b"VP8L")
+PNG_WITH_ALPHA = (b"\x04", b"\x06")  # its colour types
+SAME = 2  # levels of 255 by which a profile may differ from sRGB and count as sRGB
+T = TypeVar("T")
 
 
 class UnusableImageError(Exception):
@@ -49,12 +60,23 @@ class UnusableImageError(Exception):
         self.reason = reason
 
 
-def decode(encoded: bytes, flags: int) -> np.ndarray:
-    """Decode an image as OpenCV's ``flags`` say.
+@contextmanager
+def unusable() -> Iterator[None]:
+    """Turn what goes wrong while an image's index, annotation or bytes are read into UnusableImageError."""
+    try:
+        yield
+    except DamagedIndexError as error:
+        raise UnusableImageError(BAD_INDEX) from error
+    except FileNotFoundError as error:
+        raise UnusableImageError(MISSING_SHARD) from error
+    except OSError as error:
+        raise UnusableImageError(UNREADABLE) from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UnusableImageError(BAD_ANNOTATION) from error
 
-    Raises:
-        UnusableImageError: it cannot be decoded.
-    """
+
+def decode(encoded: bytes, flags: int) -> np.ndarray:
+    """Decode an image as OpenCV's ``flags`` say; UnusableImageError where that cannot be done."""
     try:
         decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
@@ -96,25 +118,16 @@ def decode_image(encoded: bytes, frame: tuple[int, int] | None = None, reduction
 
 
 def check_hash(encoded: bytes, digest: bytes) -> None:
-    """Compare an encoded image with the hash of it that the index holds.
-
-    Raises:
-        UnusableImageError: where they differ. Damaged images often still decode.
-    """
+    """Raise UnusableImageError where an image has another hash than the index says; many still decode."""
     if digest_of(encoded) != digest:
         raise UnusableImageError(DAMAGED)
 
 
 def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float) -> float:
-    """Return a length that no crop's side can fall below, pixels.
+    """Return a length in pixels that no side of a crop falls below, given the least longer side of a box.
 
     A crop starts at the short side or more, and gives up ``shrink_fraction`` of the least margin on all
     sides of the extended box, which is at least as long as the box.
-
-    Args:
-        frame: width and height of the image.
-        longer: least longer side of the boxes that may be drawn.
-        shrink_fraction: as in :class:`pbe.config.SampleConfig`.
     """
     side = min(frame)
     return side - shrink_fraction * max(side - longer, 0.0)
@@ -123,14 +136,9 @@ def smallest_crop(frame: tuple[int, int], longer: float, shrink_fraction: float)
 def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box], config: DataConfig) -> int:
     """Return the largest factor by which an image may be smaller when it is decoded: 1, 2, 4 or 8.
 
-    It divides width and height, so that boxes scale exactly; no crop becomes smaller than the training image,
-    and no box's longer side shorter than the exemplar's. Only JPEGs decode faster when they are reduced.
-
-    Args:
-        encoded: the file.
-        frame: width and height, as annotated.
-        boxes: any of which may be drawn, pixels.
-        config: sizes; where ``reduced_decoding`` is off the factor is 1.
+    It divides width and height of the frame, so that boxes scale exactly; no crop becomes smaller than the
+    training image, and no longer side of a box, any of which may be drawn, shorter than the exemplar's. Only
+    JPEGs decode faster when they are reduced.
     """
     if not config.reduced_decoding or not encoded.startswith(JPEG_START):
         return 1
@@ -145,3 +153,81 @@ def choose_reduction(encoded: bytes, frame: tuple[int, int], boxes: Sequence[Box
 def reduced_box(box: Box, factor: int) -> Box:
     """Return a box in the pixels of the reduced image."""
     return Box(box.x1 / factor, box.y1 / factor, box.x2 / factor, box.y2 / factor)
+
+
+def to_srgb(image: np.ndarray, encoded: bytes) -> np.ndarray:
+    """Return a decoded image, uint8 ``h w 3`` RGB as the file holds it, in sRGB.
+
+    One without a profile is returned as it is. So is one whose profile is sRGB's, damaged, or of another
+    colour space than the pixels (CMYK).
+    """
+    if not any(mark in encoded for mark in PROFILE_MARKS):
+        return image
+    profile = _ask_pillow(encoded, lambda opened: opened.info.get("icc_profile"))
+    return convert_profile(image, profile) if profile else image
+
+
+def on_white(image: np.ndarray, encoded: bytes, *, turned: bool = True) -> np.ndarray:
+    """Return a decoded image, uint8 ``h w 3``, with its transparent parts on white, as editing shows it.
+
+    ``turned`` says whether the EXIF orientation has been applied to the image.
+    """
+    transparent = encoded[1:4] == b"PNG" and encoded[25:26] in PNG_WITH_ALPHA
+    if not transparent and not any(mark in encoded for mark in ALPHA_MARKS):
+        return image
+
+    def read_alpha(opened: Image.Image) -> np.ndarray | None:
+        if not opened.has_transparency_data:
+            return None
+        upright = ImageOps.exif_transpose(opened) if turned else opened
+        return np.asarray(upright.convert("RGBA").getchannel("A"))
+
+    alpha = _ask_pillow(encoded, read_alpha)
+    if alpha is None or alpha.shape != image.shape[:2] or alpha.min(initial=255) == 255:
+        return image
+    share = alpha[..., None].astype(np.uint16)
+    return ((image * share + 255 * (255 - share) + 127) // 255).astype(np.uint8)
+
+
+def _ask_pillow(encoded: bytes, question: Callable[[Image.Image], T]) -> T | None:
+    """Return what Pillow answers of a file, or None where it cannot read the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as opened:
+                return question(opened)
+    except Exception:  # its plugins raise whatever their parsers stumble over; OpenCV has read the pixels
+        return None
+
+
+def convert_profile(image: np.ndarray, profile: bytes) -> np.ndarray:
+    """Return an image, uint8 ``h w 3``, in sRGB; ``profile`` says what its numbers mean."""
+    mode, transform = _transform(profile)
+    if transform is None:
+        return image
+    if mode == "RGB":
+        source = Image.fromarray(image)
+    elif np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2]):
+        source = Image.fromarray(image[..., 0])
+    else:  # a grey profile in a coloured file
+        return image
+    return np.array(ImageCms.applyTransform(source, transform))
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
+    """Return the mode of a profile's colours and what converts them; None where there is nothing to do."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L"}.get(source.profile.xcolor_space.strip(), "")
+        if not mode:
+            return mode, None
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        steps = np.arange(0, 256, 17, dtype=np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(16, -1, 3)
+        probe = Image.fromarray(grid if mode == "RGB" else steps[None])
+        changed = np.asarray(ImageCms.applyTransform(probe, transform)).astype(np.int16)
+        plain = grid if mode == "RGB" else np.stack([steps[None]] * 3, axis=-1)
+        return mode, transform if np.abs(changed - plain).max() > SAME else None
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return "", None

@@ -1,68 +1,39 @@
-"""Masks of training samples: the extended box, and arbitrary shapes bounded by Bezier curves.
+"""Masks of training samples: the extended box, arbitrary shapes by Bezier curves, and the object's own mask.
 
-Paint by Example, section 3.3 ("mask shape augmentation"). All coordinates are pixels of the image that
-the mask is drawn for, as continuous numbers: pixel i covers the interval from i to i + 1.
+Paint by Example, section 3.3 ("mask shape augmentation"). An object's mask lies in the JSON of its image as
+COCO's run-length code of the whole image, upright as the image is shown; ``pbe prepare`` puts it there for
+sources that have masks. It is cut like the image, and dilated.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
+from pbe.data.samples.crops import Box, Crop, resize_area, window
+from pbe.data.samples.decode import BAD_ANNOTATION, UnusableImageError, unusable
+
+if TYPE_CHECKING:  # packing needs no more of this module than run-length codes
+    from pbe.data.shards.archive import ShardImages
+
 CURVE_TIMES = 0.05 * np.arange(1, 19)
 SUBPIXEL_BITS = 4
+ObjectMask = Callable[[], np.ndarray | None]
 
-
-@dataclass(frozen=True)
-class Box:
-    """An upright rectangle in pixels; x2 and y2 are exclusive."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-    @property
-    def width(self) -> float:
-        """Pixels."""
-        return self.x2 - self.x1
-
-    @property
-    def height(self) -> float:
-        """Pixels."""
-        return self.y2 - self.y1
-
-    @property
-    def area(self) -> float:
-        """Square pixels; zero for an empty or inverted box."""
-        return max(self.width, 0.0) * max(self.height, 0.0)
-
-    def clipped(self, width: float, height: float) -> Box:
-        """Return the part inside an image of ``width`` x ``height``; it may be empty or inverted."""
-        return Box(max(self.x1, 0.0), max(self.y1, 0.0), min(self.x2, width), min(self.y2, height))
-
-    def rounded_out(self, width: int, height: int) -> Box:
-        """Return the smallest box of whole pixels around this one, clipped to ``width`` x ``height``."""
-        # A hair of tolerance keeps 12.000000001 from claiming a thirteenth pixel.
-        low_x, low_y = math.floor(self.x1 + 1e-6), math.floor(self.y1 + 1e-6)
-        high_x, high_y = math.ceil(self.x2 - 1e-6), math.ceil(self.y2 - 1e-6)
-        return Box(
-            float(max(low_x, 0)), float(max(low_y, 0)), float(min(high_x, width)), float(min(high_y, height))
-        )
+# Of a compressed run-length text: every run (from the fourth on, its difference to the run two before) is cut
+# into groups of five bits, the lowest first; bit 5 says that more follow; 48 makes it a printable character.
+CONTINUES, SIGN, GROUP_BITS, BASE = 0x20, 0x10, 5, 48
+MAX_SHIFT = 60  # bits of a run; no mask has more pixels
+MAX_PIXELS = 2**31
 
 
 def extend_box(box: Box, width: int, height: int, fraction: float, rng: np.random.Generator) -> Box:
     """Move each side outwards by whole pixels, uniform from 0 to ``fraction`` of the free space on that side.
 
-    Args:
-        box: inside the image.
-        width: of the image.
-        height: of the image.
-        fraction: 0 to 1.
-        rng: generator that is advanced by four draws.
+    The box lies inside an image of ``width`` x ``height``; ``rng`` is advanced by four draws.
     """
     free = np.array([box.x1, box.y1, width - box.x2, height - box.y2])
     choices = np.floor(fraction * free) + 1
@@ -72,9 +43,8 @@ def extend_box(box: Box, width: int, height: int, fraction: float, rng: np.rando
 
 def rectangle_mask(box: Box, width: int, height: int) -> np.ndarray:
     """Return a uint8 mask ``height width``: 255 on every pixel that the box touches, 0 elsewhere."""
-    whole = box.rounded_out(width, height)
     mask = np.zeros((height, width), np.uint8)
-    mask[int(whole.y1) : int(whole.y2), int(whole.x1) : int(whole.x2)] = 255
+    mask[box.rounded_out(width, height).pixels()] = 255
     return mask
 
 
@@ -120,23 +90,11 @@ def bezier_mask(
     min_box_cover: float = 0.9,
     tries: int = 8,
 ) -> np.ndarray:
-    """Draw an arbitrary shape around a box: jittered points on four Bezier curves, filled.
+    """Draw an arbitrary shape around a box, uint8 ``height width`` of 0 and 255: four jittered Bezier curves.
 
-    The shape stays within the extended box plus the jitter and covers at least ``min_box_cover`` of the
-    pixels of the box: the jitter is drawn again from the same generator until it does, at last left out.
-
-    Args:
-        box: around the object.
-        extended: contains the box.
-        width: of the mask, pixels.
-        height: of the mask, pixels.
-        jitter: largest shift of a point along x and along y, pixels.
-        rng: generator that is advanced.
-        min_box_cover: 0 to 1.
-        tries: draws of the jitter.
-
-    Returns:
-        uint8 mask ``height width``: 255 inside the shape, 0 elsewhere.
+    A point moves by at most ``jitter`` pixels along x and along y. The shape stays within the extended box
+    plus the jitter and covers at least the share ``min_box_cover`` of the box's pixels: the jitter is drawn
+    up to ``tries`` times from ``rng`` until it does, at last left out.
     """
     points = curve_points(box, extended)
     limit = Box(
@@ -144,14 +102,147 @@ def bezier_mask(
     )
     allowed = rectangle_mask(limit, width, height)
     inner = box.rounded_out(width, height)
-    window = (slice(int(inner.y1), int(inner.y2)), slice(int(inner.x1), int(inner.x2)))
     for _ in range(tries):
         moved = points + rng.uniform(-1.0, 1.0, points.shape) * jitter
         mask = cv2.bitwise_and(_fill(moved, width, height), allowed)
-        if cv2.countNonZero(mask[window]) >= min_box_cover * inner.area:
+        if cv2.countNonZero(mask[inner.pixels()]) >= min_box_cover * inner.area:
             return mask
     # Tiny boxes can lose a tenth of their pixels to the cut corners alone; then the corners are filled too.
     mask = cv2.bitwise_and(_fill(points, width, height), allowed)
-    if cv2.countNonZero(mask[window]) < min_box_cover * inner.area:
-        mask[window] = 255
+    if cv2.countNonZero(mask[inner.pixels()]) < min_box_cover * inner.area:
+        mask[inner.pixels()] = 255
     return mask
+
+
+def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dict[str, Any]:
+    """Return what the JSON says of a box that was clipped to the image; the first of several equal ones."""
+    for entry in annotation["boxes"]:
+        if Box(*(float(value) for value in entry["xyxy"])).clipped(width, height) == box:
+            return dict(entry)
+    raise ValueError("the annotation does not hold the box")
+
+
+def read_object_mask(
+    images: ShardImages, position: int, box: Box, frame: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray | None:
+    """Return the mask of the object in a box, uint8 ``h w`` of 0 and 1; None where the shard holds none.
+
+    The box is one of the image's, as the annotation has it but clipped to its frame (width and height). The
+    mask has ``size``, no larger: the image may have been decoded at a smaller size. A mask of which nothing
+    lies in the box counts as none.
+
+    Raises:
+        UnusableImageError: the annotation cannot be read, or its mask belongs to another image.
+    """
+    width, height = frame
+    with unusable():
+        code = _entry(images.annotation(position), box, width, height).get("mask")
+        mask = None if code is None else decode_rle(code)
+    if mask is None:
+        return None
+    if mask.shape != (height, width):
+        raise UnusableImageError(BAD_ANNOTATION)
+    if not mask[box.rounded_out(width, height).pixels()].any():
+        return None
+    return mask if size == frame else (_shrink(mask, size) > 0).astype(np.uint8)
+
+
+def _shrink(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return the share of each pixel that is not zero, float32, by area; ``size`` is width and height."""
+    return resize_area((mask != 0).astype(np.float32), *size)
+
+
+def cut_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """Return the share of each pixel that the object covers, float32 ``size size``, 0 to 1.
+
+    The mask of the whole image, uint8 ``h w``, is cropped, padded and resized as the image is, by area: where
+    the padding is the image's reflection, the object is reflected with it.
+    """
+    return _shrink(window(mask, crop, fill=0), (size, size))
+
+
+def dilated_mask(cover: np.ndarray, radius: tuple[float, float]) -> np.ndarray:
+    """Return the mask, uint8 ``s s``: 255 on every pixel that the object of :func:`cut_mask` touches.
+
+    It is dilated by an ellipse whose half axes along x and y are the radius, pixels.
+    """
+    mask = np.where(cover > 0, np.uint8(255), np.uint8(0))
+    across, down = (round(value) for value in radius)
+    if across or down:
+        shape = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * across + 1, 2 * down + 1))
+        mask = cv2.dilate(mask, shape)
+    return mask
+
+
+def object_cover(cover: np.ndarray, mask: np.ndarray) -> float:
+    """Return the share of the object, of :func:`cut_mask`, that a mask covers, 0 to 1."""
+    lost, total = float(cover[mask == 0].sum()), float(cover.sum())
+    return 1.0 - lost / total if total else 1.0
+
+
+def _text_to_runs(text: str) -> list[int]:
+    """Return the runs of a compressed text; ValueError where it is cut short or no such text."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        group = ord(character) - BASE
+        if not 0 <= group < 64:
+            raise ValueError(f"run-length text holds {character!r}")
+        if shift > MAX_SHIFT:
+            raise ValueError("a run-length text holds a run longer than any mask")
+        value |= (group & 0x1F) << shift
+        shift += GROUP_BITS
+        if group & CONTINUES:
+            continue
+        if group & SIGN:
+            value |= -1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("run-length text is cut short")
+    return runs
+
+
+def _runs_to_text(runs: Sequence[int]) -> str:
+    characters = []
+    for position, run in enumerate(runs):
+        value = run - runs[position - 2] if position > 2 else run
+        more = True
+        while more:
+            group = value & 0x1F
+            value >>= GROUP_BITS
+            more = value != (-1 if group & SIGN else 0)
+            characters.append(chr((group | (CONTINUES if more else 0)) + BASE))
+    return "".join(characters)
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Return ``{"size": [h, w], "counts": text}`` of a mask, ``h w``; what is not zero counts as one.
+
+    The runs are those of 0 and 1 in turn, down the columns, starting with 0.
+    """
+    flat = (mask != 0).T.ravel()
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    if flat.size and flat[0]:
+        runs = [0, *runs]
+    return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": _runs_to_text(runs)}
+
+
+def decode_rle(mask: dict[str, Any]) -> np.ndarray:
+    """Return the mask, uint8 ``h w`` of 0 and 1, of a run-length code, compressed (text) or not (list).
+
+    Raises:
+        ValueError: it is no such code, or its runs do not add up to its size.
+    """
+    try:
+        height, width = (int(side) for side in mask["size"])
+        counts = mask["counts"]
+        runs = _text_to_runs(counts) if isinstance(counts, str) else [int(run) for run in counts]
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"no run-length mask: {error}") from error
+    sensible = min(height, width, *runs) >= 0 and height * width <= MAX_PIXELS
+    if not sensible or sum(runs) != height * width:
+        raise ValueError(f"the runs of a mask do not add up to its size, {width} x {height}")
+    values = np.arange(len(runs), dtype=np.uint8) & 1
+    return np.ascontiguousarray(np.repeat(values, runs).reshape(width, height).T)

@@ -1,38 +1,139 @@
 """From an image and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
 
-The object inside the box becomes the exemplar; the region around it becomes the mask.
-Everything is a pure function of the arguments, the state of the generator among them.
+The object inside the box, strongly augmented (section 3.3), becomes the exemplar; the region around it
+becomes the mask. Everything is a pure function of the arguments, the state of the generator among them.
 """
 
 from __future__ import annotations
 
+import os
+
+# albumentations asks the network for its newest version when it is imported; this package never does.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
 import functools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import albumentations
 import cv2
 import numpy as np
+from albumentations.core.transforms_interface import BaseTransformInitSchema, ImageOnlyTransform
 
 from pbe.config import AugmentConfig, SampleConfig
-from pbe.data.samples.augment import ExemplarAugmentation
 from pbe.data.samples.crops import (
+    Box,
     CropPlan,
     cut,
     mirror_mask,
     padded_square,
     plan_original_crop,
     plan_square_crop,
+    resize,
     valid_mask,
 )
-from pbe.data.samples.masks import Box, bezier_mask, extend_box, rectangle_mask
-from pbe.data.samples.object_masks import ObjectMask, cut_mask, dilated_mask, object_cover
+from pbe.data.samples.masks import (
+    ObjectMask,
+    bezier_mask,
+    cut_mask,
+    dilated_mask,
+    extend_box,
+    object_cover,
+    rectangle_mask,
+)
 
-REFERENCE_SIDE = 512
+REFERENCE_SIDE = 512  # of an image, that lengths of the configuration belong to
+REFERENCE_SIZE = 224  # of an exemplar, the same
+# The original's centre +- a third of the image, (112 +- 74), without the bottom left corner.
+ANCHORS = np.array([[186.0, 186.0], [186.0, 38.0], [38.0, 38.0]])
 MAX_TRIES = 20
 # Of what becomes of the same image, box and draws: a cache of another version holds other samples.
 VERSION = 2
 NO_OBJECT_MASK = "no object mask"
+
+
+class ThreePointAffine(ImageOnlyTransform):
+    """Affine map fixed by three points, each coordinate of which moves by U(-jitter, jitter).
+
+    It is what the original's ElasticTransform amounted to: its displacement field was negligible, but three
+    points of the 224 px image moved by up to 50 px each. ``jitter`` is of an image of 224 px and scales with
+    the image. Targets: image, uint8 or float32.
+    """
+
+    class InitSchema(BaseTransformInitSchema):
+        """What albumentations validates."""
+
+        jitter: float
+
+    def __init__(self, jitter: float = 50.0, p: float = 0.5) -> None:
+        super().__init__(p=p)
+        self.jitter = jitter
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the moved points; return the 2x3 ``matrix`` from old to new pixels."""
+        height, width = params["shape"][:2]
+        scale = np.array([width, height]) / REFERENCE_SIZE
+        moved = ANCHORS + self.random_generator.uniform(-self.jitter, self.jitter, ANCHORS.shape)
+        old, new = (ANCHORS * scale).astype(np.float32), (moved * scale).astype(np.float32)
+        return {"matrix": cv2.getAffineTransform(old, new)}
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, **params: Any) -> np.ndarray:
+        """Warp ``img`` (``h w c``) with reflected borders."""
+        size = (img.shape[1], img.shape[0])
+        return cv2.warpAffine(img, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def blur_range(size: int) -> tuple[int, int]:
+    """Return the smallest and largest odd kernel: 3 to 7 at 224 px, scaled with the image, at least 3."""
+    smallest, largest = (2 * round((k * size / REFERENCE_SIZE - 1) / 2) + 1 for k in (3, 7))
+    return max(3, smallest), max(3, largest)
+
+
+class ExemplarAugmentation:
+    """Turns the crop of an object into a square exemplar of ``size`` px: flip, rotation, blur, affine map.
+
+    With ``config.enabled`` off only the size changes; ``antialias_above`` as of
+    :func:`pbe.data.samples.crops.resize`.
+    """
+
+    def __init__(self, config: AugmentConfig, size: int, antialias_above: float = 1.0) -> None:
+        self.size, self.antialias_above = size, antialias_above
+        self._transform = None
+        if config.enabled:
+            rotation = albumentations.Rotate(
+                limit=(-config.rotate_limit, config.rotate_limit),
+                interpolation=cv2.INTER_LINEAR,
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=config.rotate,
+            )
+            self._transform = albumentations.Compose(
+                [
+                    albumentations.HorizontalFlip(p=config.flip),
+                    rotation,
+                    albumentations.Blur(blur_limit=blur_range(size), p=config.blur),
+                    ThreePointAffine(jitter=config.affine_jitter, p=config.affine),
+                ]
+            )
+
+    def __call__(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the exemplar, uint8 ``size size 3``, of a crop, uint8 ``h w 3``; advances ``rng``."""
+        exemplar = resize(crop, self.size, self.size, self.antialias_above)
+        if self._transform is None:
+            return exemplar
+        # One shared pair of generators. Compose's own seeding gives every transform the same stream, and
+        # then a flip and a rotation of equal probability always come together.
+        self._transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+        return self._transform(image=exemplar)["image"]
+
+
+@functools.lru_cache(maxsize=8)
+def _augmentation(
+    settings: tuple[tuple[str, float], ...], size: int, antialias_above: float
+) -> ExemplarAugmentation:
+    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size, antialias_above)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -70,21 +171,11 @@ def choose_box(boxes: Sequence[Box], rng: np.random.Generator) -> Box:
     return boxes[int(rng.integers(len(boxes)))]
 
 
-@functools.lru_cache(maxsize=8)
-def _augmentation(
-    settings: tuple[tuple[str, float], ...], size: int, antialias_above: float
-) -> ExemplarAugmentation:
-    return ExemplarAugmentation(AugmentConfig(**dict(settings)), size, antialias_above)  # type: ignore[arg-type]
-
-
 def cut_exemplar(image: np.ndarray, box: Box, padding: int) -> np.ndarray:
-    """Return the object with some of its surroundings, a view of ``image``.
+    """Return the object with some of its surroundings, a view of the image, uint8 ``h w 3``.
 
-    Args:
-        image: uint8 ``h w 3``.
-        box: inside the image.
-        padding: pixels on each side at a short side of 512, scaled with the image, at least one pixel
-            unless zero, and never beyond the image.
+    ``padding`` is pixels on each side at a short side of 512, scaled with the image, at least one pixel
+    unless zero, and never beyond the image.
     """
     height, width = image.shape[:2]
     pad = max(1, round(padding * min(width, height) / REFERENCE_SIDE)) if padding else 0
@@ -111,9 +202,6 @@ class _MaskedCrop:
     mask: np.ndarray
     jitter: tuple[float, float]
     object_cover: float | None = None
-
-    def keep_share(self) -> float:
-        return 1.0 - cv2.countNonZero(self.mask) / self.mask.size
 
 
 def _draw_mask(
@@ -168,7 +256,7 @@ def _find_crop(
         else:
             plan = plan_square_crop(box, extended, *frame, config.shrink_fraction, rng)
         drawn = _draw_mask(plan, box, frame, kind, rng, config, size)
-        if drawn.keep_share() >= config.min_keep_share:
+        if 1.0 - cv2.countNonZero(drawn.mask) / drawn.mask.size >= config.min_keep_share:
             return drawn, plan.events + (("redrawn",) if attempt else ())
     # The square is at least an eighth longer than the image, so that a fifth of it stays unmasked even
     # where the box is the whole image. A reflection in the border would be masked as the image is.

@@ -13,20 +13,29 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import braceexpand
 import numpy as np
 
-from pbe.data.shards.finding import find_indexed, remote_shards
-from pbe.data.shards.format import MANIFEST_NAME, DamagedIndexError, ShardWriter, new_shard
+from pbe.data.shards.format import (
+    MANIFEST_NAME,
+    PACK_AGAIN,
+    DamagedIndexError,
+    ShardWriter,
+    load_manifest,
+    manifest_errors,
+    new_shard,
+)
 from pbe.data.shards.index import (
     HeaderRows,
     ImageRow,
-    IndexedShard,
     IndexFile,
     LocalFiles,
 )
@@ -37,10 +46,15 @@ from pbe.data.shards.remote import (
     check_ranges,
     default_cache,
     is_url,
+    join,
+    read_manifest,
     spool,
 )
 from pbe.errors import UserError
 from pbe.files import make_folder
+
+MAX_COUNT = 2**40  # of a shard's images and boxes
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -75,27 +89,6 @@ class ShardRecord:
         return {"width": self.width, "height": self.height, "boxes": boxes}
 
 
-def _fill(
-    shard: ShardWriter,
-    record: ShardRecord,
-    rest: Iterator[ShardRecord],
-    max_count: int,
-    max_bytes: int,
-) -> ShardRecord | None:
-    """Write records until a shard is full; returns the first one of the next shard, None at the end."""
-    count = size = 0
-    upcoming: ShardRecord | None = record
-    while upcoming is not None and (count < 1 or (count < max_count and size < max_bytes)):
-        if "." in upcoming.key or "/" in upcoming.key:
-            raise UserError(f"shard key '{upcoming.key}' holds a dot or a slash; use a plain name")
-        annotation = json.dumps(upcoming.annotation(), separators=(",", ":")).encode()
-        for extension, data in sorted([(upcoming.extension, upcoming.image), ("json", annotation)]):
-            size += shard.add(f"{upcoming.key}.{extension}", data)[1]
-        count += 1
-        upcoming = next(rest, None)
-    return upcoming
-
-
 def write_shards(
     records: Iterable[ShardRecord],
     folder: str | Path,
@@ -104,33 +97,154 @@ def write_shards(
     max_bytes: int = 256 * 2**20,
     prefix: str = "shard",
 ) -> list[Path]:
-    """Write images into ``folder/prefix-000000.tar`` and so on; a shard appears only when it is complete.
+    """Write images in order into ``folder/prefix-000000.tar`` and so on, and return the paths.
 
-    Shards of the same prefix that an earlier, longer run left behind are removed at the end.
-
-    Args:
-        records: the images, in order.
-        folder: created where missing; shards of the same name are replaced.
-        max_count: images a shard.
-        max_bytes: bytes of members after which a shard is closed.
-        prefix: of the files' names.
-
-    Returns:
-        The shards written, in order.
+    A shard appears only when it is complete, with at most ``max_count`` images; it is closed after
+    ``max_bytes`` of members. Shards of the same prefix that a longer run left behind are removed at the end.
     """
     folder = make_folder(folder)
     if (folder / MANIFEST_NAME).exists():
         raise UserError(f"'{folder}' holds shards that pbe prepare has packed; name another folder")
     paths: list[Path] = []
-    rest = iter(records)
-    upcoming = next(rest, None)
-    while upcoming is not None:
-        paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
-        with new_shard(paths[-1], tarfile.PAX_FORMAT) as shard:
-            upcoming = _fill(shard, upcoming, rest, max_count, max_bytes)
+    shard: ShardWriter | None = None
+    count = size = 0
+    with ExitStack() as opened:
+        for record in records:
+            if shard is None or count >= max_count or size >= max_bytes:
+                opened.close()  # the shard that is full
+                paths.append(folder / f"{prefix}-{len(paths):06d}.tar")
+                shard, count, size = opened.enter_context(new_shard(paths[-1], tarfile.PAX_FORMAT)), 0, 0
+            if "." in record.key or "/" in record.key:
+                raise UserError(f"shard key '{record.key}' holds a dot or a slash; use a plain name")
+            annotation = json.dumps(record.annotation(), separators=(",", ":")).encode()
+            for extension, data in sorted([(record.extension, record.image), ("json", annotation)]):
+                size += shard.add(f"{record.key}.{extension}", data)[1]
+            count += 1
     for stale in set(folder.glob(f"{glob.escape(prefix)}-[0-9][0-9][0-9][0-9][0-9][0-9].tar")) - set(paths):
         stale.unlink()
     return paths
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """What ``shards.json`` says of a shard; the paths lie beside it."""
+
+    path: str
+    images: int
+    boxes: int
+    index: str
+    index_digest: str
+
+
+def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) -> list[IndexedShard]:
+    """Return the shards that the ``shards.json`` at ``source`` lists.
+
+    ``place`` makes the path of a file beside it from its name.
+    """
+    content = load_manifest(text, source)
+    with manifest_errors(source, PACK_AGAIN):
+        return [_parse_shard(shard, place) for shard in content["shards"]]
+
+
+def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:
+    names = [entry[key] for key in ("name", "index", "index_blake2b")]
+    counts = [entry[key] for key in ("pictures", "boxes")]
+    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
+        raise ValueError(f"a shard is called {names[0]!r}, its index {names[1]!r} with the hash {names[2]!r}")
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+        raise ValueError(f"'{names[0]}' has {counts[0]!r} images and {counts[1]!r} boxes")
+    return IndexedShard(place(names[0]), counts[0], counts[1], place(names[1]), names[2])
+
+
+def find_shards(pattern: str | Path) -> list[Path]:
+    """Return the tars that a folder, a file, a glob or a brace pattern (``train-{000..007}.tar``) names.
+
+    What exists under the very name that is given is taken as it is, brackets and braces included.
+    """
+    text = os.path.expanduser(str(pattern))
+    if not text:
+        raise UserError("no shards given; set data.train_shards and data.validation_shards")
+    try:
+        found = _named_shards(text)
+        hint = "" if found else _hint(Path(text))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"the shards '{text}' cannot be read ({reason})") from error
+    if not found:
+        raise UserError(f"no shards (.tar) found at '{text}'{hint}")
+    return found
+
+
+def _named_shards(text: str) -> list[Path]:
+    if os.path.isdir(text):  # hidden files are macOS's companions of the real ones
+        return sorted(path for path in Path(text).glob("*.tar") if not path.name.startswith("."))
+    if os.path.exists(text):
+        return [Path(text)]
+    # Only what lies behind the last folder that exists is a pattern.
+    folder = Path(text).parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    rest = str(Path(text).relative_to(folder))
+    names: list[str] = []
+    for part in braceexpand.braceexpand(rest):
+        name = folder / part
+        names += [str(name)] if name.exists() else sorted(glob.glob(f"{glob.escape(str(folder))}/{part}"))
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def _hint(place: Path) -> str:
+    """Say what lies in a folder instead of shards, or what may be given at all."""
+    if not place.is_dir():
+        return "; give a folder, a glob or a brace pattern"
+    names = sorted(path.name for path in place.iterdir() if not path.name.startswith("."))
+    packed = next((name for name in names if name.endswith(PACKED_TARS)), "")
+    if packed:
+        return f"; '{packed}' is compressed, unpack it to a plain .tar"
+    inner = next((name for name in names if any((place / name).glob("*.tar"))), "")
+    return f"; did you mean '{place / inner}'?" if inner else "; the folder holds none"
+
+
+def find_indexed(pattern: str) -> list[Path | IndexedShard]:
+    """Return the local shards that a pattern names, as ``shards.json`` tells of them where there is one.
+
+    For a folder that file decides, so that a shard that vanished is noticed.
+    """
+    folder = Path(os.path.expanduser(pattern))
+    if pattern and os.path.isfile(folder / MANIFEST_NAME):
+        return list(_local_manifest(folder))
+    paths = find_shards(pattern)
+    parents = {path.parent for path in paths}
+    indexed = {Path(shard.path): shard for parent in parents for shard in _local_manifest(parent)}
+    return [indexed.get(path, path) for path in paths]
+
+
+def _local_manifest(folder: Path) -> list[IndexedShard]:
+    path = folder / MANIFEST_NAME
+    if not os.path.isfile(path):
+        return []
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    return parse_manifest(text, str(path), lambda name: str(folder / name))
+
+
+def remote_shards(base: str) -> list[IndexedShard]:
+    """Return the shards that the ``shards.json`` behind a URL tells of."""
+    url, manifest = read_manifest(base)
+    found = parse_manifest(manifest, url, lambda name: join(base, name))
+    if not found:
+        raise UserError(f"'{url}' names no shards; pack them again")
+    return found
+
+
+def shard_state(pattern: str) -> list[tuple[str, int | str]]:
+    """Return what tells one set of shards from another: names and sizes; remote ones, hashes of the index."""
+    if pattern.startswith(PIPE):
+        return [(pattern, 0)]
+    if is_url(pattern):
+        return [(shard.path, shard.index_digest) for shard in remote_shards(pattern)]
+    return [(path.name, path.stat().st_size) for path in find_shards(pattern)]
 
 
 class ShardImages(Sequence[ImageRow]):
@@ -226,12 +340,7 @@ class ShardImages(Sequence[ImageRow]):
     def owner(self, box: int) -> tuple[int, int]:
         """Return the position of the image that a box belongs to, and the box's number in the image.
 
-        Args:
-            box: 0 to ``box_count`` - 1, in the order of the images.
-
-        Raises:
-            DamagedIndexError: the shard's index is not what it should be.
-            OSError: it can no longer be read.
+        Boxes count from 0 to ``box_count`` - 1, in the order of the images. Errors as of :meth:`row`.
         """
         shard = int(np.searchsorted(self._box_starts, box, side="right")) - 1
         inside = box - int(self._box_starts[shard])
@@ -247,20 +356,11 @@ class ShardImages(Sequence[ImageRow]):
         return self._files.read(self.paths[shard], *self._rows(shard).row(number).image)
 
     def read(self, position: int, place: tuple[int, int]) -> bytes:
-        """Return a piece (offset and size) of the shard that holds the image at ``position``.
-
-        Raises:
-            OSError: when the shard can no longer be read.
-        """
+        """Return a piece (offset and size) of the shard that holds an image; OSError where it is missing."""
         return self._files.read(self.paths[self._locate(position)[0]], *place)
 
     def annotation(self, position: int) -> dict[str, Any]:
-        """Return the parsed JSON at ``position``.
-
-        Raises:
-            ValueError: when it is no JSON object.
-            OSError: when the shard can no longer be read.
-        """
+        """Return the parsed JSON at ``position``; ValueError when it is no JSON object."""
         return parse_annotation(self.read(position, self.row(position).annotation))
 
 

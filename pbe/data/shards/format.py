@@ -51,11 +51,7 @@ def index_bytes(columns: Mapping[str, np.ndarray]) -> bytes:
 
 
 def read_index(source: Path | bytes, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read whole columns of an index, from its file or from the file's bytes.
-
-    Raises:
-        DamagedIndexError: it is missing or damaged.
-    """
+    """Read whole columns of an index, from its file or its bytes; DamagedIndexError where that fails."""
     name = "the bytes given" if isinstance(source, bytes) else f"'{source}'"
     try:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as file:
@@ -67,20 +63,15 @@ def read_index(source: Path | bytes, names: Iterable[str]) -> dict[str, np.ndarr
 
 def index_entry(tar: Path, index: bytes) -> dict[str, Any]:
     """Return what ``shards.json`` says of the index of a shard."""
-    return {
-        "index": index_path(tar).name,
-        "index_bytes": len(index),
-        "index_blake2b": digest(index).hex(),
-    }
+    name, hashed = index_path(tar).name, digest(index).hex()
+    return {"index": name, "index_bytes": len(index), "index_blake2b": hashed}
 
 
 class ShardWriter:
     """Writes the tar of a shard, with a fixed owner and time, and the index beside it.
 
-    Args:
-        path: that the tar will have.
-        file: that it is written to.
-        names: of the members, as :mod:`tarfile` knows formats. PAX takes names of any length.
+    The tar will have ``path`` and is written to ``file``. ``names`` is :mod:`tarfile`'s format; PAX takes
+    names of any length.
     """
 
     def __init__(self, path: Path, file: BinaryIO, names: int = tarfile.USTAR_FORMAT) -> None:
@@ -121,15 +112,7 @@ class _EmptyShard(Exception):  # noqa: N818
 
 @contextmanager
 def new_shard(path: Path, names: int = tarfile.USTAR_FORMAT) -> Iterator[ShardWriter]:
-    """Write a shard; its tar appears when the ``with`` block ends well, after the index, unless it is empty.
-
-    Args:
-        path: of the tar.
-        names: see :class:`ShardWriter`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a shard: its tar appears, unless empty, when the ``with`` block ends well, after the index."""
     with suppress(_EmptyShard), atomic_file(path, sync=True) as file:
         writer = ShardWriter(path, file, names)
         yield writer
@@ -154,14 +137,9 @@ def load_manifest(
     version: int = MANIFEST_VERSION,
     remedy: str = PACK_AGAIN,
 ) -> dict[str, Any]:
-    """Return the content of a ``shards.json``, checked for its format and version.
+    """Return the content of a ``shards.json``, checked for its format (``kind``) and version.
 
-    Args:
-        text: of the file.
-        source: its path or URL, for messages.
-        kind: format that it must have.
-        version: that it must have.
-        remedy: what users are told to do otherwise.
+    ``source`` is its path or URL, for messages, and ``remedy`` what users are told to do.
     """
     with manifest_errors(source, remedy):
         content = json.loads(text)

@@ -3,8 +3,12 @@
 A folder of packed shards holds ``shards.json``, which names every shard with its counts, and beside each tar
 an uncompressed ``.index.npz``. Opening a data set reads ``shards.json`` alone. A row is then read from the
 index file with a few small reads, so that nothing of it is kept in memory: a thousand shards cost every
-worker a few megabytes, and the kernel's page cache is what the workers share. Shards without an index are
-indexed by the headers of their tars.
+worker a few megabytes, and the kernel's page cache is what the workers share.
+
+Shards without an index are indexed by the headers of their tars, whoever wrote them. Members pair by their
+name without its ending, ``a.v1.jpg`` with ``a.v1.json``, wherever they stand. ``./`` in front is left out,
+and so are folders, macOS's ``._`` companions and members of other kinds. What belongs to nothing, or cannot
+be told apart, is an error that names it: no image is left out in silence.
 """
 
 from __future__ import annotations
@@ -13,29 +17,28 @@ import io
 import json
 import math
 import os
+import posixpath
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pbe.data.shards.format import (
+    BLOCK,
     HASH_BYTES,
     MANIFEST_NAME,
-    PACK_AGAIN,
     DamagedIndexError,
     digest as digest_of,
-    load_manifest,
-    manifest_errors,
 )
-from pbe.data.shards.tar_members import read_members
+from pbe.errors import UserError
 
 OPEN_FILES = 128  # a process may often open 1024
-MAX_COUNT = 2**40  # of a shard's images, boxes and bytes
 LOCAL_HEADER, NAME_LENGTHS = 30, struct.Struct("<26x2H")
 # Of the arrays that are read: the type, and what a row of it holds.
 COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -52,6 +55,15 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "picture_hash": (np.uint8, (HASH_BYTES,)),
 }
 ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
+PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+FOREIGN_EXTENSIONS = (".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jp2", ".ppm", ".tga")
+COMPANION = "._"
+MAGIC = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip", b"Rar!": "rar", b"7z\xbc\xaf": "7z",
+}  # fmt: skip
+Place = tuple[int, int]  # offset and size in bytes
+Array = tuple[int, np.dtype[Any], tuple[int, ...]]  # of an index: offset of the values, dtype and shape
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,8 @@ class ImageRow:
     """
 
     key: str
-    image: tuple[int, int]
-    annotation: tuple[int, int]
+    image: Place
+    annotation: Place
     frame: tuple[int, int] | None = None
     boxes: np.ndarray | None = None
     digest: bytes = b""
@@ -98,11 +110,7 @@ class LocalFiles:
         return self._open[path]
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes from ``offset`` on.
-
-        Raises:
-            OSError: the file is missing, or shorter than that.
-        """
+        """Return exactly ``size`` bytes from ``offset`` on; OSError where they are not there."""
         file = self._descriptor(path)
         # A size that a damaged index made up would be allocated first.
         fits = offset >= 0 and 0 <= size <= os.fstat(file).st_size - offset
@@ -112,16 +120,133 @@ class LocalFiles:
         return data
 
 
+class Member(NamedTuple):
+    """A file in a tar: its name, what pairs it, the ending in small letters, its offset and size in bytes."""
+
+    name: str
+    key: str
+    extension: str
+    place: Place
+
+
+def read_members(path: Path) -> dict[str, tuple[Place, Place]]:
+    """Read a tar's headers and return, by key, the places of each image and of its JSON."""
+    try:
+        members = list(_files(path))
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise UserError(f"'{path}' {_why(path, error)}") from error
+    images = _by_key(path, (member for member in members if member.extension in PICTURE_EXTENSIONS))
+    annotations = _by_key(path, (member for member in members if member.extension == ".json"))
+    whole = images.keys() & annotations.keys()
+    lonely = [
+        member
+        for key, member in sorted({**images, **annotations}.items())
+        if key not in whole and not _is_extra(key, whole)
+    ]
+    if lonely:
+        raise UserError(f"'{path}': {_complaint(lonely, members)}; write the shard again")
+    return {key: (member.place, annotations[key].place) for key, member in images.items() if key in whole}
+
+
+def _files(path: Path) -> Iterator[Member]:
+    """Yield what may be an image or a JSON, in the tar's order."""
+    end = 0
+    with tarfile.open(path, "r:") as tar:
+        links: dict[str, tarfile.TarInfo] = {}
+        for member in tar:
+            end = max(end, tar.offset)
+            name = _plain(member.name)
+            if member.islnk():  # the same file once more: its bytes lie where the first one's do
+                member = links.get(_plain(member.linkname), member)
+            if not member.isreg() or posixpath.basename(name).startswith(COMPANION):
+                continue
+            links[name] = member
+            key, extension = posixpath.splitext(name)
+            if member.issparse() and extension.lower() in (*PICTURE_EXTENSIONS, ".json"):
+                raise UserError(f"'{path}' holds '{name}' as a sparse file; write it again without --sparse")
+            yield Member(name, key, extension.lower(), (member.offset_data, member.size))
+    _check_end(path, end)
+
+
+def _plain(name: str) -> str:
+    # Bytes that are no UTF-8 cannot be printed, and print is what keys are for.
+    return name.removeprefix("./").encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Check that nothing but zeros, and at least a block of them, lies behind the last member."""
+    with path.open("rb") as file:
+        file.seek(end)
+        first = file.read(BLOCK)
+        if len(first) < BLOCK:
+            raise UserError(f"'{path}' is truncated (its end is missing); write the shard again")
+        if any(first):
+            raise UserError(
+                f"'{path}' is damaged at byte {end}: no member starts there; write the shard again"
+            )
+        while piece := file.read(1 << 20):
+            if any(piece):
+                raise UserError(
+                    f"'{path}' goes on behind its end (tars joined by cat?), and only the first would be "
+                    "read; unpack it and write one tar"
+                )
+
+
+def _why(path: Path, error: BaseException) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as unreadable:
+        return f"cannot be read ({unreadable.strerror})"
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    if kind:
+        return f"is compressed ({kind}); images are read where they lie, so unpack it to a plain .tar"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"is not a tar or is truncated ({text}); write the shard again"
+
+
+def _by_key(path: Path, members: Iterator[Member]) -> dict[str, Member]:
+    found: dict[str, Member] = {}
+    for member in members:
+        if member.key in found:
+            both = " and ".join(dict.fromkeys(f"'{name}'" for name in (found[member.key].name, member.name)))
+            raise UserError(
+                f"'{path}' holds '{member.key}' twice ({both}); write the shard again with unique keys"
+            )
+        found[member.key] = member
+    return found
+
+
+def _is_extra(key: str, whole: set[str]) -> bool:
+    """Say whether a member belongs to an image as something more of it: ``a.mask.png`` beside ``a.jpg``."""
+    while "." in posixpath.basename(key):
+        key = posixpath.splitext(key)[0]
+        if key in whole:
+            return True
+    return False
+
+
+def _complaint(lonely: list[Member], members: list[Member]) -> str:
+    """Say what the first of the members without a partner lacks, and how many more there are."""
+    first = lonely[0]
+    more = f" (and {len(lonely) - 1} more members lack theirs)" if len(lonely) > 1 else ""
+    if first.extension != ".json":
+        return f"'{first.name}' has no '{first.key}.json' with its boxes{more}"
+    other = [
+        member.name
+        for member in members
+        if member.key == first.key and member.extension in FOREIGN_EXTENSIONS
+    ]
+    if other:
+        return f"'{other[0]}' is of a format that shards do not hold: JPEG, PNG or WebP{more}"
+    return f"'{first.name}' has no image '{first.key}.jpg' (.jpeg, .png, .webp){more}"
+
+
 class HeaderRows:
     """Rows made by reading a tar's headers, packed into arrays that forked workers share.
 
-    Args:
-        path: of the tar.
-        count_boxes: read every JSON too, so that :meth:`box_ends` can be asked for.
-
-    Attributes:
-        images: number of them.
-        boxes: number of them; 0 unless they were counted.
+    ``images`` and ``boxes`` are their numbers; boxes are 0, and :meth:`box_ends` empty, unless
+    ``count_boxes`` has every JSON read too.
     """
 
     def __init__(self, path: Path, *, count_boxes: bool = False) -> None:
@@ -156,12 +281,9 @@ def _count_boxes(path: Path, places: np.ndarray) -> np.ndarray:
     return np.cumsum(np.array(counts, np.int64))
 
 
-Place = tuple[int, np.dtype[Any], tuple[int, ...]]
-
-
-def _layout(data: bytes) -> dict[str, Place]:
+def _layout(data: bytes) -> dict[str, Array]:
     """Find the arrays of an uncompressed npz file: offset of the values, dtype and shape."""
-    places: dict[str, Place] = {}
+    places: dict[str, Array] = {}
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
@@ -177,7 +299,7 @@ def _layout(data: bytes) -> dict[str, Place]:
     return places
 
 
-def _check_columns(data: bytes, places: dict[str, Place], images: int) -> None:
+def _check_columns(data: bytes, places: dict[str, Array], images: int) -> None:
     """Raise a ValueError where an array is missing, of another type or shape, or contradicts another."""
     for name, (kind, row) in COLUMNS.items():
         offset, dtype, shape = places[name]
@@ -193,19 +315,15 @@ def _check_columns(data: bytes, places: dict[str, Place], images: int) -> None:
         raise ValueError("a place or size is negative")
 
 
-def _values(data: bytes, place: Place) -> np.ndarray:
+def _values(data: bytes, place: Array) -> np.ndarray:
     offset, dtype, shape = place
     return np.frombuffer(data, dtype, math.prod(shape), offset)
 
 
 class IndexFile:
-    """Rows read from an index file, a few bytes at a time.
+    """Rows read from a local ``.index.npz`` of so many images, a few bytes at a time.
 
-    Args:
-        path: of a local ``.index.npz``.
-        images: number of rows that it must have.
-        files: read from.
-        digest: hexadecimal BLAKE2b that the file must have; None does not check.
+    ``digest`` is the hexadecimal BLAKE2b that the file must have; None does not check.
 
     Raises:
         DamagedIndexError: it is no index file, or another than ``shards.json`` tells of.
@@ -240,12 +358,7 @@ class IndexFile:
         return (0, ends[0]) if number == 0 else (ends[0], ends[1])
 
     def row(self, number: int) -> ImageRow:
-        """Return an image's row.
-
-        Raises:
-            DamagedIndexError: where its numbers contradict each other.
-            OSError: the index can no longer be read.
-        """
+        """Return an image's row; DamagedIndexError where its numbers contradict each other."""
         try:
             key = self._read("key_bytes", *self._span("key_end", number)).tobytes().decode()
         except UnicodeDecodeError as error:
@@ -266,37 +379,3 @@ class IndexFile:
 
 def _bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
-
-
-@dataclass(frozen=True)
-class IndexedShard:
-    """What ``shards.json`` says of a shard; the paths lie beside it."""
-
-    path: str
-    images: int
-    boxes: int
-    index: str
-    index_digest: str
-
-
-def parse_manifest(text: bytes | str, source: str, place: Callable[[str], str]) -> list[IndexedShard]:
-    """Return the shards that a ``shards.json`` lists.
-
-    Args:
-        text: its content.
-        source: its path, for messages.
-        place: makes the path of a file beside it from the name.
-    """
-    content = load_manifest(text, source)
-    with manifest_errors(source, PACK_AGAIN):
-        return [_parse_shard(shard, place) for shard in content["shards"]]
-
-
-def _parse_shard(entry: dict[str, Any], place: Callable[[str], str]) -> IndexedShard:
-    names = [entry[key] for key in ("name", "index", "index_blake2b")]
-    counts = [entry[key] for key in ("pictures", "boxes")]
-    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise ValueError(f"a shard is called {names[0]!r}, its index {names[1]!r} with the hash {names[2]!r}")
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
-        raise ValueError(f"'{names[0]}' has {counts[0]!r} images and {counts[1]!r} boxes")
-    return IndexedShard(place(names[0]), counts[0], counts[1], place(names[1]), names[2])

@@ -70,11 +70,7 @@ class RemoteFiles:
     """Reads pieces of remote files, one request a piece."""
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly ``size`` bytes from ``offset`` on.
-
-        Raises:
-            OSError: missing, too short, or still out of reach at the third try.
-        """
+        """Return exactly ``size`` bytes from ``offset`` on; OSError where three tries do not give them."""
         data = _retry(lambda: _filesystem(path).cat_file(path, start=offset, end=offset + size), path)
         if len(data) != size:
             raise OSError(f"'{path}' gave {len(data)} bytes where {size} were asked for")
@@ -117,9 +113,7 @@ def default_cache() -> Path:
 def cached_copy(url: str, digest: str, folder: Path) -> str:
     """Return the path of a local copy of an index file, fetched unless a copy of the same hash is there.
 
-    Raises:
-        DamagedIndexError: the remote file has another hash.
-        OSError: it cannot be read.
+    Raises DamagedIndexError where the remote file has another hash.
     """
     path = folder / f"{digest}.npz"
     if not path.exists():
@@ -132,11 +126,9 @@ def cached_copy(url: str, digest: str, folder: Path) -> str:
 
 
 def spool(pattern: str, folder: Path) -> list[Path]:
-    """Return local copies of the tars that a pipe writes; those that are there already are not made again.
+    """Return local copies of the tars that ``pipe:COMMAND`` writes, a shell command; braces make several.
 
-    Args:
-        pattern: ``pipe:COMMAND``, a shell command that writes a tar; braces (``{000..007}``) make several.
-        folder: of the copies. They are known by the command's text alone.
+    Those that are there already, known by the command's text alone, are not made again.
     """
     paths = []
     for url in braceexpand.braceexpand(pattern):

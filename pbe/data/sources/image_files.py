@@ -15,9 +15,15 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pbe.data.samples.colour import convert_profile
 from pbe.data.samples.crops import resize_area
-from pbe.data.samples.decode import JPEG_END, JPEG_START, UnusableImageError, decode, decode_image
+from pbe.data.samples.decode import (
+    JPEG_END,
+    JPEG_START,
+    UnusableImageError,
+    convert_profile,
+    decode,
+    decode_image,
+)
 from pbe.errors import UserError
 
 # What is no JPEG, PNG or WebP is encoded again when it is packed, or counted as what Pillow cannot read.
@@ -161,7 +167,7 @@ def _by_pixels(encoded: bytes, error: Exception) -> ImageHeader:
 def first_frame(encoded: bytes) -> np.ndarray:
     """Decode the first frame of any format that Pillow knows to uint8 ``h w 3``, RGB, as stored.
 
-    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.colour`. Where
+    Colours become sRGB, and transparent parts are laid on white, as in :mod:`pbe.data.samples.decode`. Where
     its numbers have no meaning as colours, it is unreadable.
     """
     try:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from pbe.data.samples.rle import decode_rle
+from pbe.data.samples.masks import decode_rle
 from pbe.data.sources import parsing
 from pbe.data.sources.annotations import Annotations, DroppedError, Reason, box_table, find_images
 from pbe.data.sources.image_files import find_files, is_image, need_folder

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pbe.config import Config, ScheduleConfig, from_dict, load_config
+from pbe.config.fields import described, flatten, number
 from pbe.config.loading import one_line, read_yaml
 from pbe.diffusion.solvers import get_solver
 from pbe.errors import UserError
@@ -29,11 +30,14 @@ SET_HERE = ("output_dir", "seed", "init_from", "cache.folder", "trainer.threads"
 
 @dataclass
 class SamplingConfig:
-    """How the benchmark is edited; guidance scale 1 is no guidance."""
+    """How the benchmark is edited."""
 
     guidance_scale: float = 1.0
+    """1 is no guidance"""
     solver: str = "plms"
+    """name of a solver"""
     steps: int = 50
+    """of the solver"""
 
 
 @dataclass
@@ -47,69 +51,69 @@ class SamplingChange:
 
 @dataclass
 class RowConfig:
-    """A row: a name, overrides of the base configuration by dotted keys, and how it is sampled.
-
-    ``start`` is empty (from scratch), ``prior``, or the path of a model; None keeps what came before. Rows
-    whose training is the same, such as those that differ in ``sampling`` only, share one training.
-    """
+    """A row. Those whose training is the same, such as ones that differ in ``sampling`` only, share one."""
 
     name: str = ""
+    """letters, digits and ``-_.+``"""
     title: str = ""
+    """shown instead of the name"""
     start: str | None = None
+    """empty: from scratch; ``prior``; or the path of a model; None keeps what came before"""
     overrides: dict[str, Any] = field(default_factory=dict)
+    """of the base configuration, by dotted keys"""
     sampling: SamplingChange = field(default_factory=SamplingChange)
 
 
 @dataclass
 class ScenesConfig:
-    """Toy scenes to render for the training; with ``train`` 0 the base's shards are taken as they are."""
+    """Toy scenes to render for the training."""
 
-    train: int = 0
-    validation: int = 256
-    seed: int = 0
+    train: int = number(0)
+    """how many; 0 takes the base's shards as they are"""
+    validation: int = number(256, low=1)
+    seed: int = number(0, high=MAX_SEED)
     recolour: float = 0.3
 
 
 @dataclass
 class PriorConfig:
-    """The model that rows with ``start: prior`` begin with, trained once: overrides of the base.
-
-    None where there is none to be trained. It is trained with the first seed.
-    """
+    """The model that rows with ``start: prior`` begin with, trained once and with the first seed."""
 
     overrides: dict[str, Any] | None = None
+    """of the base; None where there is none to be trained"""
 
 
 @dataclass
 class EvaluationConfig:
-    """The fixed benchmark, its fixed noise, and what is measured.
-
-    ``benchmark`` is ``toy`` or a folder in COCOEE's layout; ``objects`` 0 takes all cases of the toy one.
-    ``metrics`` are names of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all.
-    ``tower_weights`` (by tower: a file, for ``clip`` also a tag of open_clip), ``mixture`` (a file) and
-    ``reference`` (a folder of real images) are what some of them need, as ``pbe evaluate`` takes it.
-    ``exemplar_auc`` adds the area under the curve of own against other exemplars, on the toy world's tower.
-    ``own_exemplars`` edits the cases once more, with the hidden objects themselves as exemplars, and adds
-    what an exemplar in another pose costs; see :mod:`pbe.evaluation.ablation.pose`.
-    The plot shows score ``plot_y`` against score ``plot_x``, or against the rows where that is ``row``.
-    """
+    """The fixed benchmark, its fixed noise, and what is measured."""
 
     benchmark: str = TOY
+    """``toy``, or a folder in COCOEE's layout"""
     objects: int = 0
-    benchmark_seed: int = 0
-    noise_seed: int = 0
-    batch_size: int = 32
+    """cases of the toy benchmark; 0 takes all"""
+    benchmark_seed: int = number(0, high=MAX_SEED)
+    noise_seed: int = number(0, high=MAX_SEED)
+    batch_size: int = number(32, low=1)
     metrics: list[str] = field(default_factory=list)
+    """of :data:`pbe.evaluation.metrics.scoring.METRICS`; empty means all"""
     tower_weights: dict[str, str] = field(default_factory=dict)
+    """by tower: a file, for ``clip`` also a tag of open_clip"""
     mixture: str = ""
+    """file of QS"""
     reference: str = ""
+    """folder of real images"""
     exemplar_auc: bool = False
+    """add the area under the curve of own against other exemplars, on the toy world's tower"""
     own_exemplars: bool = False
-    plot_x: str = "row"
+    """edit the cases once more, with the hidden objects as exemplars, and add what another pose costs"""
+    plot_x: str = BY_ROW
+    """score along the plot's x axis, or ``row``"""
     plot_y: str = ""
-    strip_cases: int = 10
-    resamples: int = 2000
+    """score along its y axis; empty: no plot"""
+    strip_cases: int = number(10, low=1)
+    resamples: int = number(2000, low=1)
     level: float = 0.95
+    """of the intervals"""
 
 
 @dataclass
@@ -126,25 +130,26 @@ class RatesConfig:
 
 @dataclass
 class AblationConfig:
-    """A whole ablation; see ``configs/ablations/``.
-
-    ``base`` is a configuration file, relative to this one; ``shared`` overrides hold for every row and the
-    prior. With ``cumulative`` a row adds to the row before it, else to the base. ``comparisons`` are pairs
-    of row names. Whatever is made lies in ``workspace``, which several ablations may share.
-    """
+    """A whole ablation; see ``configs/ablations/``."""
 
     name: str = ""
+    """of the results' folder (default: the file's)"""
     title: str = ""
     base: str = ""
+    """configuration file, relative to this one"""
     workspace: str = "outputs/ablations"
+    """folder of all that is made, which several ablations may share"""
     seeds: list[int] = field(default_factory=lambda: [23])
     cumulative: bool = False
+    """a row adds to the row before it, else to the base"""
     shared: dict[str, Any] = field(default_factory=dict)
+    """overrides of every row and the prior"""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     comparisons: list[list[str]] = field(default_factory=list)
+    """pairs of names of rows"""
     rates: RatesConfig = field(default_factory=RatesConfig)
 
 
@@ -179,12 +184,10 @@ class Ablation:
 
 
 def load_ablation(path: str | Path) -> Ablation:
-    """Read and check an ablation.
+    """Read and check an ablation, a YAML file of :class:`AblationConfig` and of ``rows``, :class:`RowConfig`.
 
-    Args:
-        path: YAML file: the keys of :class:`AblationConfig`, and ``rows``, a list of :class:`RowConfig`. With
-            ``extends: {file: OTHER, row: NAME}`` what is not given is that ablation's, and its row is what
-            these rows change.
+    With ``extends: {file: OTHER, row: NAME}`` what is not given is that ablation's, and its row is what these
+    rows change.
     """
     return _load(Path(path), ())
 
@@ -203,7 +206,7 @@ def _load(path: Path, before: tuple[Path, ...]) -> Ablation:
     merged: Any = OmegaConf.to_container(OmegaConf.merge(inherited, content))
     config = from_dict(AblationConfig, merged, str(path))
     config = replace(config, name=config.name or path.stem)
-    rows = [_row(row, f"{path}: rows[{number}]") for number, row in enumerate(listed)]
+    rows = [_row(row, f"{path}: rows[{place}]") for place, row in enumerate(listed)]
     _check(config, rows, path)
     beginning = first or Row("", "", SCRATCH, {}, config.sampling)
     ablation = Ablation(config, path.parent / config.base, _resolve(config.cumulative, beginning, rows))
@@ -258,25 +261,24 @@ def _row(values: Any, source: str) -> RowConfig:
 
 def _check(config: AblationConfig, rows: list[RowConfig], path: Path) -> None:
     _check_names(config, [row.name for row in rows], path)
-    evaluation, scenes = config.evaluation, config.scenes
+    values, evaluation = flatten(asdict(config)), config.evaluation
+    for key, item in described(AblationConfig):
+        if "range" not in item.metadata:
+            continue
+        low, high = item.metadata["range"]
+        if not low <= values[key] <= high:
+            raise UserError(f"{path}: '{key}' has {values[key]}; it must be from {low} to {high}")
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise UserError(f"{path}: 'seeds' must be given, each once")
-    seeds = [("seeds", seed) for seed in config.seeds] + [
-        ("scenes.seed", scenes.seed),
-        ("evaluation.benchmark_seed", evaluation.benchmark_seed),
-        ("evaluation.noise_seed", evaluation.noise_seed),
-    ]
-    for key, seed in seeds:
+    for seed in config.seeds:
         if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"{path}: '{key}' has {seed}; seeds go from 0 to {MAX_SEED}")
+            raise UserError(f"{path}: 'seeds' has {seed}; seeds go from 0 to {MAX_SEED}")
     if not config.base:
         raise UserError(f"{path}: 'base' must name a configuration file")
     if any(row.start == PRIOR for row in rows) and config.prior.overrides is None:
         raise UserError(f"{path}: a row starts from the prior, but 'prior.overrides' is not given")
-    if evaluation.batch_size < 1 or evaluation.resamples < 1 or not 0.0 < evaluation.level < 1.0:
-        raise UserError(f"{path}: 'evaluation': batch_size and resamples from 1 up, level between 0 and 1")
-    if scenes.train < 0 or scenes.validation < 1 or evaluation.strip_cases < 1:
-        raise UserError(f"{path}: scenes.train from 0, scenes.validation and strip_cases from 1 up")
+    if not 0.0 < evaluation.level < 1.0:
+        raise UserError(f"{path}: 'evaluation.level' is {evaluation.level}; it is a level between 0 and 1")
     if evaluation.benchmark == TOY and not 0 <= evaluation.objects <= TOY_CASES:
         raise UserError(
             f"{path}: 'evaluation.objects' is {evaluation.objects}; there are {TOY_CASES}, 0 takes all"

@@ -29,12 +29,11 @@ from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import export_toy_benchmark
 from pbe.evaluation.metrics.base import Case, Score, ScoreCard, case_score
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.features import TOWER, region
-from pbe.evaluation.metrics.layout import TRUE_CARD, layout_true
-from pbe.evaluation.metrics.quality import load_mixture
+from pbe.evaluation.metrics.copy_paste import LAYOUT_TRUE_CARD, layout_true
+from pbe.evaluation.metrics.feature_scores import load_mixture
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.evaluation.metrics.sets import ImageFolder
-from pbe.evaluation.metrics.towers import TOWERS, load_tower
+from pbe.evaluation.metrics.towers import LITE_TOWER, TOWERS, load_tower, region
 from pbe.files import sha256_of
 
 BENCHMARK, OWN_BENCHMARK, SCORES = "benchmark", "own benchmark", "scores"  # kinds of stages
@@ -49,12 +48,8 @@ def exemplar_auc(cases: Sequence[Case], edits: Sequence[np.ndarray], bootstrap: 
     """Score each case by the chance that its own exemplar is nearer to its region than another one's.
 
     The mean over cases is the area under the curve of own against shuffled exemplars, 0.5 being chance. It
-    asks whether the exemplar decided what was painted, whatever the pose, and needs no further edits.
-
-    Args:
-        cases: at least two, each read once.
-        edits: uint8 ``h w 3``, one a case.
-        bootstrap: how the interval is made.
+    asks whether the exemplar decided what was painted, whatever the pose, and needs no further edits. There
+    must be two cases or more.
     """
     tower = load_tower("lite2", None, None)
     regions, exemplars = [], []
@@ -66,7 +61,7 @@ def exemplar_auc(cases: Sequence[Case], edits: Sequence[np.ndarray], bootstrap: 
         exemplars.append(tower.squashed([case.exemplar for case in batch]))
     values = own_share(np.concatenate(regions), np.concatenate(exemplars))
     card = ScoreCard(
-        feature_model=TOWER,
+        feature_model=LITE_TOWER,
         weights_sha256=tower.sha256,
         resize_filter="bilinear to 128 x 128",
         crop_rule="bounding box of the mask's pixels above 127, whole; exemplars whole",
@@ -78,9 +73,7 @@ def exemplar_auc(cases: Sequence[Case], edits: Sequence[np.ndarray], bootstrap: 
 def own_share(regions: np.ndarray, exemplars: np.ndarray) -> np.ndarray:
     """Return the share of other exemplars that each region resembles less than its own, ``(n,)`` in [0, 1].
 
-    Args:
-        regions: ``(n, d)`` features of the painted regions.
-        exemplars: ``(n, d)`` features of their exemplars, in the same order.
+    Of the features ``(n, d)`` of the painted regions and of their exemplars.
     """
     a, b = (values / np.linalg.norm(values, axis=1, keepdims=True) for values in (regions, exemplars))
     similarity = a.astype(np.float64) @ b.T.astype(np.float64)
@@ -93,28 +86,22 @@ def own_share(regions: np.ndarray, exemplars: np.ndarray) -> np.ndarray:
 def pose_scores(
     cases: Sequence[Case], edits: Sequence[np.ndarray], own: Sequence[np.ndarray], bootstrap: Bootstrap
 ) -> list[Score]:
-    """Score the edits made from own exemplars, and what the benchmark's exemplars lose against them.
+    """Score the edits ``own``, made from own exemplars, and what the benchmark's exemplars lose against them.
 
     Both edits of a case have the same image, mask and noise; only the exemplar differs. How near they
     come to the real image is measured by the layout of colours (``layout-true``). A model that copies
     does well with the object itself and loses where it stands in another pose; one that knows what the
-    object is, and no more, does equally well with both.
-
-    Args:
-        cases: each read once.
-        edits: with the benchmark's exemplars, uint8 ``h w 3``, one a case.
-        own: with the hidden objects as exemplars, likewise.
-        bootstrap: how intervals are made.
-
-    Returns:
-        ``layout-true-own`` and ``pose-gap``, the paired difference.
+    object is, and no more, does equally well with both. Returns ``layout-true-own`` and ``pose-gap``, the
+    paired difference.
     """
     values = np.empty((len(cases), 2))
     for place in range(len(cases)):
         case = cases[place]
         values[place] = [layout_true(case.image, edit[place], case.mask) for edit in (edits, own)]
-    own_card = replace(TRUE_CARD, notes=f"{TRUE_CARD.notes}; exemplars cut from it")
-    gap_card = replace(TRUE_CARD, notes="layout-true from own exemplars, less that from the benchmark's")
+    own_card = replace(LAYOUT_TRUE_CARD, notes=f"{LAYOUT_TRUE_CARD.notes}; exemplars cut from it")
+    gap_card = replace(
+        LAYOUT_TRUE_CARD, notes="layout-true from own exemplars, less that from the benchmark's"
+    )
     return [
         case_score(POSE[0], "clean", "higher", values[:, 1], own_card, bootstrap),
         case_score(POSE[1], "clean", "lower", values[:, 1] - values[:, 0], gap_card, bootstrap),
@@ -125,8 +112,12 @@ def identities(options: EvaluationConfig) -> dict[str, Any]:
     """Return hashes of the files that scores need, or the tag of a tower; nothing where none is given."""
     ScoreSettings(weights=options.tower_weights)
     found: dict[str, Any] = {}
-    if options.tower_weights:
-        found["tower_weights"] = {role: _weights(role, text) for role, text in options.tower_weights.items()}
+    for role, text in options.tower_weights.items():
+        tag = role == "clip" and text in open_clip.list_pretrained_tags_by_model(TOWERS[role].architecture)
+        if not (tag or Path(text).is_file()):
+            raise UserError(f"'evaluation.tower_weights' gives '{text}' for {role}; there is no such file")
+        weights = found.setdefault("tower_weights", {})
+        weights[role] = sha256_of(text) if Path(text).is_file() else text
     if options.mixture:
         load_mixture(Path(options.mixture))
         found["mixture"] = sha256_of(options.mixture)
@@ -134,14 +125,6 @@ def identities(options: EvaluationConfig) -> dict[str, Any]:
         paths = ImageFolder(Path(options.reference)).paths
         found["reference"] = fingerprint_of([(path.name, sha256_of(path)) for path in paths])
     return found
-
-
-def _weights(role: str, text: str) -> str:
-    if Path(text).is_file():
-        return sha256_of(text)
-    if role == "clip" and text in open_clip.list_pretrained_tags_by_model(TOWERS[role].architecture):
-        return text
-    raise UserError(f"'evaluation.tower_weights' gives '{text}' for {role}; there is no such file")
 
 
 def read_edits(folder: Path, cases: BenchmarkFolder) -> EditFolder:

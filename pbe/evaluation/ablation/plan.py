@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pbe.config import Config, to_dict
-from pbe.data.shards.finding import shard_state
+from pbe.data.shards.archive import shard_state
 from pbe.data.toy.scenes import DEFAULT_WORLD
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import BY_ROW, PRIOR, TOY, TOY_CASES, Ablation, Row
@@ -68,14 +68,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages, each once and after those it needs, and the cells that they are for.
+    """All stages, each once and after those it needs, and the cells that they are for, seeds within rows.
 
-    Attributes:
-        stages: what is to be made.
-        cells: every row with every seed, seeds within rows.
-        benchmark: folder of the cases.
-        results: folder of the tables, figures and the page.
-        own_benchmark: folder of the cases with own exemplars, if they are edited.
+    ``benchmark`` is the folder of the cases, ``own_benchmark`` that of those with own exemplars, if they are
+    edited, and ``results`` the folder of the tables, figures and the page.
     """
 
     stages: tuple[Stage, ...]
@@ -91,19 +87,12 @@ class Plan:
 
 def make_plan(ablation: Ablation) -> Plan:
     """Plan an ablation; nothing is made."""
-    workspace = Path(ablation.config.workspace)
+    workspace, options = Path(ablation.config.workspace), ablation.config.evaluation
     for folder in (workspace, *workspace.parents):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"the workspace '{workspace}' cannot be made: '{folder}' is a file")
-    _check_scores(ablation)
-    return _Planner(ablation).plan()
-
-
-def _check_scores(ablation: Ablation) -> None:
-    """Refuse scores that there are not before any time is spent on what is to be scored."""
-    options = ablation.config.evaluation
     chosen = ScoreSettings(metrics=tuple(options.metrics)).chosen
-    made = [name for metric in chosen for name in METRICS[metric].scores or (metric,)]
+    made = [name for metric in chosen for name in METRICS[metric].scores]
     made += [EXEMPLAR_AUC] if options.exemplar_auc else []
     made += POSE if options.own_exemplars else ()
     if options.plot_y not in ("", *made):
@@ -112,6 +101,7 @@ def _check_scores(ablation: Ablation) -> None:
         raise UserError(
             f"'plot_x' is '{options.plot_x}'; it must be {BY_ROW}, or what is scored: {', '.join(made)}"
         )
+    return _Planner(ablation).plan()
 
 
 class _Planner:
@@ -133,11 +123,11 @@ class _Planner:
         trainings = [self._training_of(row, seed) for row, seed in pairs]
         cells = []
         for (row, seed), (config, training) in zip(pairs, trainings, strict=True):
-            edits, own_edits = self._edits(row, seed, training, cases, benchmark), None
+            edits = [self._edits(row, seed, training, cases, benchmark)]
             if own is not None:
-                own_edits = self._edits(row, seed, training, cases, own, " from own exemplars")
-            scores = self._scores(row, seed, [one for one in (edits, own_edits) if one], cases, benchmark)
-            cells.append(Cell(row, seed, config, training, edits, scores, own_edits))
+                edits.append(self._edits(row, seed, training, cases, own, " from own exemplars"))
+            scores = self._scores(row, seed, edits, cases, benchmark)
+            cells.append(Cell(row, seed, config, training, edits[0], scores, *edits[1:]))
         results = self.workspace / self.config.name
         return Plan(tuple(self.stages.values()), tuple(cells), benchmark, results, own)
 
@@ -152,8 +142,6 @@ class _Planner:
         """Add a stage that :mod:`pbe.evaluation.ablation.measuring` does."""
         folder = str(self._folder(kind, mark))
         return self._add(kind, name, mark, ("-m", make.__module__, kind, folder), **rest)
-
-    # --- what trainings start from -----------------------------------------------------------------
 
     def _scenes(self, split: str) -> Stage:
         """Add the rendering of a split; scenes are a function of their number and the seed."""
@@ -184,18 +172,14 @@ class _Planner:
     def _training_of(self, row: Row, seed: int) -> tuple[Config, Stage]:
         config = self.ablation.training_config(row.overrides, f"row '{row.name}'")
         name = f"train {row.name}, seed {seed}"
-        if row.start == PRIOR:
-            prior = self._prior()
+        if row.start == PRIOR:  # trained with the first seed
+            first, overrides = self.config.seeds[0], self.config.prior.overrides or {}
+            own = self.ablation.training_config(overrides, "prior")
+            _, prior = self._training(own, f"train the prior, seed {first}", first, "", [], [])
             start, needs = str(prior.folder / "model"), [prior.fingerprint]
             return self._training(config, name, seed, start, needs, needs)
         marks = [model_hash(Path(row.start), self.sha256)] if row.start else []
         return self._training(config, name, seed, row.start, [], marks)
-
-    def _prior(self) -> Stage:
-        """Add the training of the model that rows start from, with the first seed."""
-        overrides, seed = self.config.prior.overrides or {}, self.config.seeds[0]
-        config = self.ablation.training_config(overrides, "prior")
-        return self._training(config, f"train the prior, seed {seed}", seed, "", [], [])[1]
 
     def _training(
         self, config: Config, name: str, seed: int, start: str, needs: list[str], marks: list[str]
@@ -238,23 +222,15 @@ class _Planner:
         folder, encoder = str(self.latents), config.model.exemplar_encoder
         kind = "augmented" if config.data.sample.augment.enabled else "plain"
         name = f"encode samples, {kind}, tokens {encoder.tokens}, seed {config.seed}"
-        needs = tuple(made)
-        if (larger := self._larger(config, data)) is not None:  # holds these samples too
+        needs, mark = tuple(made), self._cache_mark(config, data)
+        every = replace(config.model, exemplar_encoder=replace(encoder, tokens="all"))
+        larger = self._cache_mark(replace(config, model=every), data)  # holds these samples too
+        if encoder.tokens != "all" and larger in self.stages:
             needs, count = (*made, larger), 1
-        mark = self._cache_mark(config, data)
         config = replace(config, init_from="", cache=replace(config.cache, folder=folder), output_dir=folder)
         return self._with_config(
             "cache", "cache", name, mark, config, units=count, rate="sample", needs=needs
         )
-
-    def _larger(self, config: Config, data: Any) -> str | None:
-        """Return the stage that encodes the same samples with all tokens, if there is one already."""
-        encoder = config.model.exemplar_encoder
-        if encoder.tokens == "all":
-            return None
-        every = replace(config.model, exemplar_encoder=replace(encoder, tokens="all"))
-        mark = self._cache_mark(replace(config, model=every), data)
-        return mark if mark in self.stages else None
 
     def _cache_mark(self, config: Config, data: Any) -> str:
         if not config.autoencoder_from:
@@ -263,8 +239,6 @@ class _Planner:
 
     def _autoencoder(self, config: Config) -> str:
         return model_hash(Path(config.autoencoder_from), self.sha256, "autoencoder.safetensors")
-
-    # --- what is measured -----------------------------------------------------------------------------
 
     def _benchmark(self) -> tuple[int, Path]:
         """Return the number of cases and the folder of the benchmark; the toy one is made first."""

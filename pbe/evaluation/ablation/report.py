@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+from pbe.editing.images import grey_out
 from pbe.errors import UserError
-from pbe.evaluation.ablation.config import Ablation
-from pbe.evaluation.ablation.figures import plot, png, strip
-from pbe.evaluation.ablation.plan import Plan
-from pbe.evaluation.ablation.results import Results, changes, gather
-from pbe.evaluation.ablation.stages import write_json
-from pbe.evaluation.ablation.statistics import UNDECIDED, Difference
+from pbe.evaluation.ablation.config import BY_ROW, Ablation
+from pbe.evaluation.ablation.measuring import read_edits
+from pbe.evaluation.ablation.plan import PICTURES, Plan
+from pbe.evaluation.ablation.results import UNDECIDED, Difference, Results, changes, gather
+from pbe.evaluation.ablation.stages import Stage, write_json
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.metrics.base import FAMILIES
 from pbe.evaluation.metrics.bootstrap import Estimate
-from pbe.evaluation.report.tables import Table, markdown
+from pbe.evaluation.report import Table, markdown, sheet
 from pbe.files import make_folder, write_output
 from pbe.html import render_page
 
@@ -53,7 +58,11 @@ class Section:
 def write_report(ablation: Ablation, plan: Plan) -> Path:
     """Write everything into the plan's folder of results; returns the page."""
     results, folder = gather(ablation, plan), make_folder(plan.results)
-    sections, changed = sections_of(results), changes_of(results)
+    sections = sections_of(results)
+    changed = [
+        Changed(cell.row.title, before.row.title if before else "", changes(before, cell))
+        for before, cell in results.compared()
+    ]
     write_json(folder / "results.json", results.to_dict())
     write_output(folder / "tables.md", markdown_page(results, sections, changed))
     write_output(folder / "tables.tex", "\n".join(_latex_parts(sections)))
@@ -65,7 +74,15 @@ def write_report(ablation: Ablation, plan: Plan) -> Path:
             print(f"no plot: {error}")
     for name, content in pictures.items():
         write_output(folder / f"{name}.png", content)
-    write_output(folder / "index.html", page(results, sections, changed, pictures))
+    config = ablation.config
+    shown = {
+        name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()
+    }
+    page = render_page(  # which holds its images
+        TEMPLATE, title=config.title or f"Ablation {config.name}", sections=sections, changed=changed,
+        pictures=shown, not_run=results.not_run, seeds=config.seeds,
+    )  # fmt: skip
+    write_output(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -112,14 +129,6 @@ def score_note(results: Results) -> str:
     )
 
 
-def changes_of(results: Results) -> list[Changed]:
-    """Return the config difference of each row: to the row before it, or to the first one."""
-    return [
-        Changed(cell.row.title, before.row.title if before else "", changes(before, cell))
-        for before, cell in results.compared()
-    ]
-
-
 def markdown_page(results: Results, sections: list[Section], changed: list[Changed]) -> str:
     """Return tables and config differences as Markdown."""
     parts = []
@@ -146,20 +155,6 @@ def _latex_parts(sections: list[Section]) -> list[str]:
     return parts
 
 
-def page(
-    results: Results, sections: list[Section], changed: list[Changed], pictures: dict[str, bytes]
-) -> str:
-    """Return the page's HTML, which holds its images and needs no network; all texts are escaped."""
-    shown = {
-        name: "data:image/png;base64," + base64.b64encode(data).decode() for name, data in pictures.items()
-    }
-    config = results.ablation.config
-    return render_page(
-        TEMPLATE, title=config.title or f"Ablation {config.name}", sections=sections, changed=changed,
-        pictures=shown, not_run=results.not_run, seeds=config.seeds,
-    )  # fmt: skip
-
-
 def number(value: float) -> str:
     """Return a score as tables show it; ``exact`` for the infinite PSNR of equal images."""
     if math.isnan(value):
@@ -182,13 +177,9 @@ def score_table(
     values: dict[tuple[str, str], Estimate],
     note: str,
 ) -> Table:
-    """Return the table of scores.
+    """Return the table of scores: a line for each row (name, title), a column for each metric (name, better).
 
-    Args:
-        rows: names and titles.
-        metrics: name and better direction (``higher``, ``lower``) of the columns.
-        values: by name of the row and metric.
-        note: below the table.
+    ``values`` are by name of the row and metric.
     """
     head = ["", *(f"{name} {ARROWS[better]}".strip() for name, better in metrics)]
     body = [[title, *(interval(values[row, name]) for name, _ in metrics)] for row, title in rows]
@@ -232,3 +223,91 @@ def latex(table: Table, *, turned: bool = False) -> str:
 def escape(text: str) -> str:
     """Return text with everything escaped that LaTeX would read as a command."""
     return "".join(LATEX.get(letter, letter) for letter in text)
+
+
+def plot(results: Results) -> bytes:
+    """Draw score ``plot_y`` against ``plot_x``, with intervals, every seed faintly; returns a PNG."""
+    from matplotlib.figure import Figure  # slow to import
+
+    options, rows = results.ablation.config.evaluation, results.ablation.rows
+    made = [name for name, _, _ in results.metrics]
+    wanted = [name for name in (options.plot_x, options.plot_y) if name != BY_ROW]
+    for name in wanted:
+        if name not in made:
+            raise UserError(f"the plot shows '{name}', which was not scored; there are: {', '.join(made)}")
+    by_row = options.plot_x == BY_ROW
+    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    points = []
+    for place, row in enumerate(rows):
+        up = results.estimates[row.name, options.plot_y]
+        across = Estimate(place, place, place) if by_row else results.estimates[row.name, options.plot_x]
+        points.append((across.value, up.value))
+        axes.errorbar(
+            across.value, up.value, xerr=None if by_row else _bars(across), yerr=_bars(up), fmt="o",
+            color=f"C{place % 10}", capsize=3, zorder=3,
+        )  # fmt: skip
+        seeds = results.scores[row.name, options.plot_y]
+        beside = seeds if by_row else results.scores[row.name, options.plot_x]
+        x, y = ([place if by_row else one.value for one in beside], [one.value for one in seeds])
+        axes.scatter(x, y, s=12, color=f"C{place % 10}", alpha=0.4)
+        if not by_row:
+            beside_point = (7, -14 if place % 2 else 7)  # neighbours often lie close together
+            axes.annotate(row.title, points[-1], xytext=beside_point, textcoords="offset points", fontsize=8)
+    axes.plot(*zip(*points, strict=True), color="0.7", linewidth=1, zorder=1)
+    if by_row:
+        axes.set_xticks(range(len(rows)), [row.title for row in rows], rotation=20, ha="right", fontsize=8)
+    else:
+        axes.set_xlabel(options.plot_x)
+    axes.set_ylabel(options.plot_y)
+    axes.grid(alpha=0.25)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _bars(estimate: Estimate) -> list[list[float]]:
+    ends = (estimate.value - estimate.low, estimate.high - estimate.value)
+    return [[max(end, 0.0)] for end in ends]
+
+
+def strip(results: Results, cases: int) -> np.ndarray:
+    """Draw the first cases with the edits of every row's first seed; returns uint8 ``h w 3``.
+
+    Where the cases were also edited with the hidden objects as exemplars, a second band shows these edits.
+    """
+    plan, rows = results.plan, results.ablation.rows
+    cells = {row.name: plan.of(row.name)[0] for row in rows}
+    bands = [_band(results, plan.benchmark, cases, {name: cell.edits for name, cell in cells.items()})]
+    if plan.own_benchmark is not None:
+        own = {name: cell.own_edits for name, cell in cells.items() if cell.own_edits is not None}
+        bands.append(_band(results, plan.own_benchmark, cases, own))
+    return np.concatenate(bands)
+
+
+def _band(results: Results, folder: Path, cases: int, edits: dict[str, Stage]) -> np.ndarray:
+    benchmark = BenchmarkFolder(folder)
+    shown = [benchmark[number] for number in range(min(cases, len(benchmark)))]
+    lines: dict[str, list[np.ndarray]] = {
+        "masked": [grey_out(case.image, case.mask > 127) for case in shown],
+        "exemplar": [case.exemplar for case in shown],
+    }
+    for number, (name, stage) in enumerate(edits.items(), 1):
+        made = read_edits(stage.folder / PICTURES, benchmark)[: len(shown)]
+        label = _short(results.titles[name])
+        label = label if label not in lines else _short(f"{number}: {label}")
+        lines[label] = [edit for edit in made if edit is not None]
+    lines["true object"] = [case.image for case in shown]
+    return sheet(lines, columns=min(len(shown), 16))
+
+
+def _short(title: str) -> str:
+    """Cut a title to what fits beside the strip."""
+    return title if len(title) <= 22 else f"{title[:21]}…"
+
+
+def png(picture: np.ndarray) -> bytes:
+    """Return an image, uint8 ``h w 3``, as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

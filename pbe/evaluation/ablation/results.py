@@ -1,29 +1,152 @@
-"""What the rows of an ablation scored: values over cases and seeds, their intervals and their differences."""
+"""What the rows of an ablation scored: values over cases and seeds, their intervals and their differences.
+
+Differences are paired over cases and seeds; what their interval does not decide is called undecided.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
+from pbe.config.fields import flatten
 from pbe.errors import UserError
 from pbe.evaluation.ablation.config import Ablation
 from pbe.evaluation.ablation.measuring import read_scores
 from pbe.evaluation.ablation.plan import PICTURES, Cell, Plan
 from pbe.evaluation.ablation.stages import without_aside
-from pbe.evaluation.ablation.statistics import (
-    Difference,
-    case_interval,
-    difference_of,
-    paired_difference,
-    seed_margin,
-    set_difference,
-    widened,
-)
-from pbe.evaluation.metrics.base import Score
-from pbe.evaluation.metrics.bootstrap import Estimate
+from pbe.evaluation.metrics.base import Score, json_number
+from pbe.evaluation.metrics.bootstrap import LEVEL, RESAMPLES, Estimate, mean_interval
+
+UNDECIDED = "undecided"
+
+
+def case_interval(
+    values: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> Estimate:
+    """Return the mean of ``(seeds, cases)`` values with a percentile bootstrap interval over the cases.
+
+    The same cases are drawn for all seeds, without those that have a value that is not finite. The interval
+    says nothing of other trainings; that is what :func:`seed_margin` adds. Given differences of pairs it is
+    the paired bootstrap.
+    """
+    values = values[:, np.isfinite(values).all(axis=0)]
+    if not values.shape[1]:
+        raise UserError("no case has a finite value in every seed; nothing can be compared")
+    found = mean_interval(values.mean(axis=0), seed=seed, resamples=resamples, level=level)
+    return replace(found, value=float(values.mean()))
+
+
+def seed_margin(groups: Sequence[np.ndarray], *, level: float = LEVEL, most: int | None = None) -> float:
+    """Return half the width that chance between trainings adds to the interval of a mean over seeds.
+
+    Two or three seeds say little of how much a training varies, so that their own deviation would often
+    be far too small by luck. It is pooled over all rows (or all compared pairs), which are taken to
+    vary alike, and stands in Student's t with the degrees of freedom of the pool. One seed says nothing of
+    other trainings: 0.
+
+    Args:
+        groups: the values ``(s,)`` of each seed, for every row or pair; those not finite are left out.
+        level: share that the interval is to hold.
+        most: independent groups there can be; pairs of the same rows are not all independent.
+    """
+    kept = [group for group in groups if np.isfinite(group).all()]
+    seeds = len(kept[0]) if kept else 0
+    if seeds < 2:
+        return 0.0
+    variance = float(np.mean([group.var(ddof=1) for group in kept]))
+    freedom = min(len(kept), most or len(kept)) * (seeds - 1)
+    return float(student_t.ppf((1.0 + level) / 2, freedom)) * math.sqrt(variance / seeds)
+
+
+def widened(estimate: Estimate, margin: float) -> Estimate:
+    """Return an estimate whose ends are moved outwards by an independent margin."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    return Estimate(value, value - math.hypot(value - low, margin), value + math.hypot(high - value, margin))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the score of row ``second`` is above that of row ``first``.
+
+    Attributes:
+        metric: name of the score.
+        first: name of a row.
+        second: name of the row that is compared with it.
+        value: difference, of natural logarithms with ``log``.
+        low: lower end of the interval.
+        high: upper end; both NaN where a score is infinite.
+        verdict: ``higher`` or ``lower`` (of the second), or ``undecided``: the interval holds 0.
+        paired: whether it comes from pairs of cases.
+        log: whether the score is a geometric mean of its cases.
+    """
+
+    metric: str
+    first: str
+    second: str
+    value: float
+    low: float
+    high: float
+    verdict: str
+    paired: bool
+    log: bool = False
+
+
+def paired_difference(
+    metric: str,
+    names: tuple[str, str],
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    margin: float = 0.0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Difference:
+    """Compare two rows, each ``(seeds, cases)``, case by case and seed by seed.
+
+    ``margin`` is what chance between trainings adds; see :func:`seed_margin`.
+    """
+    estimate = case_interval(difference_of(first, second), resamples=resamples, level=level)
+    return _judged(metric, names, widened(estimate, margin), paired=True)
+
+
+def difference_of(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return ``second - first``; equal infinite values differ by nothing."""
+    with np.errstate(invalid="ignore"):
+        return np.where(first == second, 0.0, second - first)
+
+
+def _judged(metric: str, names: tuple[str, str], estimate: Estimate, *, paired: bool) -> Difference:
+    verdict = "higher" if estimate.low > 0.0 else "lower" if estimate.high < 0.0 else UNDECIDED
+    return Difference(metric, *names, estimate.value, estimate.low, estimate.high, verdict, paired)
+
+
+def set_difference(
+    metric: str,
+    names: tuple[str, str],
+    first: Sequence[Estimate | Score],
+    second: Sequence[Estimate | Score],
+    *,
+    margin: float = 0.0,
+) -> Difference:
+    """Compare two rows by a score of whole sets, given for each seed, which has no cases to pair.
+
+    The half-widths of both rows' own intervals (means over the seeds, which share their cases) and the
+    margin are taken as independent, which pairs are not: the interval is wider than a paired one.
+    """
+    ends = np.array([[[one.value, one.low, one.high] for one in row] for row in (first, second)])
+    means = ends[:, :, 0].mean(axis=1)
+    value = float(difference_of(means[0], means[1]))
+    if not np.isfinite(ends).all():
+        verdict = UNDECIDED if value == 0.0 or math.isnan(value) else "higher" if value > 0.0 else "lower"
+        return Difference(metric, *names, value, math.nan, math.nan, verdict, False)
+    half = float(np.linalg.norm((ends[:, :, 2] - ends[:, :, 1]).mean(axis=1) / 2))
+    found = widened(Estimate(value, value - half, value + half), margin)
+    return _judged(metric, names, found, paired=False)
 
 
 @dataclass(frozen=True)
@@ -102,18 +225,13 @@ class Results:
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Return values as JSON can hold them: NaN as null, infinite ones as text."""
-    return {
-        key: (None if math.isnan(value) else value if math.isfinite(value) else str(value))
-        if isinstance(value, float)
-        else value
-        for key, value in values.items()
-    }
+    return {key: json_number(each) if isinstance(each, float) else each for key, each in values.items()}
 
 
 def gather(ablation: Ablation, plan: Plan) -> Results:
     """Read the scores of all cells and compare the rows."""
-    names_of_rows = [row.name for row in ablation.rows]
-    read = {row: [read_scores(cell.scores.folder) for cell in plan.of(row)] for row in names_of_rows}
+    rows = [row.name for row in ablation.rows]
+    read = {row: [read_scores(cell.scores.folder) for cell in plan.of(row)] for row in rows}
     every = [scores for cells in read.values() for scores in cells]
     names = list(every[0])
     if any(list(scores) != names for scores in every):
@@ -121,31 +239,53 @@ def gather(ablation: Ablation, plan: Plan) -> Results:
     ran = [name for name in names if all(not math.isnan(scores[name].value) for scores in every)]
     scores = {(row, name): [one[name] for one in cells] for row, cells in read.items() for name in names}
     options = ablation.config.evaluation
+    resamples, level = options.resamples, options.level
     estimates: dict[tuple[str, str], Estimate] = {}
     for name in ran:
-        margin = seed_margin([seed_values(scores[row, name]) for row in names_of_rows], level=options.level)
-        for row in names_of_rows:
-            estimates[row, name] = estimate_of(scores[row, name], options.resamples, options.level, margin)
+        margin = seed_margin([seed_values(scores[row, name]) for row in rows], level=level)
+        for row in rows:
+            estimates[row, name] = estimate_of(scores[row, name], resamples, level, margin)
     pairs = [(first, second) for first, second in ablation.config.comparisons]
-    margins = {name: pair_margin(name, pairs, scores, options.level) for name in ran}
+    margins = {name: pair_margin(name, pairs, scores, level) for name in ran}
     differences = [
-        compare(name, pair, scores, options.resamples, options.level, margins[name])
-        for pair in pairs
-        for name in ran
+        compare(name, pair, scores, resamples, level, margins[name]) for pair in pairs for name in ran
     ]
-    absent = tuple((name, _why(name, every)) for name in names if name not in ran)
+    whys = {name: [one[name].why_not for one in every if one[name].why_not] for name in names}
+    absent = tuple((name, [*whys[name], "not a number"][0]) for name in names if name not in ran)
     metrics = tuple((name, every[0][name].family, every[0][name].better) for name in ran)
     return Results(ablation, plan, scores, metrics, estimates, tuple(differences), absent)
 
 
-def _why(name: str, every: list[dict[str, Score]]) -> str:
-    return next((scores[name].why_not for scores in every if scores[name].why_not), "not a number")
+def case_values(seeds: Sequence[Score]) -> tuple[np.ndarray | None, bool]:
+    """Return the ``(seeds, cases)`` values whose mean a score is, so that cases can be drawn and paired.
+
+    The second value says whether they are logarithms, of a geometric mean. None: it is no mean of cases.
+    """
+    values, means = [one.per_case for one in seeds if one.per_case is not None], [one.value for one in seeds]
+    if len(values) == len(seeds) and _are_means(values, means):
+        return np.stack(values), False
+    if len(values) == len(seeds) and all(mean > 0.0 for mean in means):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = [np.log(each) for each in values]
+        if _are_means(logs, [math.log(mean) for mean in means]):
+            return np.stack(logs), True
+    return None, False
 
 
-def seed_values(seeds: list[Score]) -> np.ndarray:
+def _are_means(values: Sequence[np.ndarray], means: Sequence[float]) -> bool:
+    for each, mean in zip(values, means, strict=True):
+        kept = each[np.isfinite(each)]
+        if not (math.isfinite(mean) and len(kept)):
+            return False
+        if not math.isclose(float(kept.mean()), mean, rel_tol=1e-6, abs_tol=1e-9):
+            return False
+    return len({len(each) for each in values}) == 1
+
+
+def seed_values(seeds: Sequence[Score]) -> np.ndarray:
     """Return a row's value of each seed, ``(s,)``; logarithms of geometric means."""
     values = np.array([one.value for one in seeds])
-    return np.log(values) if is_geometric(seeds) else values
+    return np.log(values) if case_values(seeds)[1] else values
 
 
 def pair_margin(
@@ -159,56 +299,20 @@ def pair_margin(
     return seed_margin(groups, level=level, most=max(len({row for pair in pairs for row in pair}) - 1, 1))
 
 
-def estimate_of(seeds: list[Score], resamples: int, level: float, margin: float = 0.0) -> Estimate:
+def estimate_of(seeds: Sequence[Score], resamples: int, level: float, margin: float = 0.0) -> Estimate:
     """Return a row's score over its seeds: their mean, with an interval over cases and trainings.
 
     Scores of whole sets, and those whose value is not the mean of its cases, have no cases to draw: theirs
-    has the mean width of the seeds' own intervals.
-
-    Args:
-        seeds: the score of each.
-        resamples: of the bootstrap over cases.
-        level: of the interval.
-        margin: what chance between trainings adds, in logarithms for geometric means.
+    has the mean width of the seeds' own intervals. ``margin`` is what chance between trainings adds, in
+    logarithms for geometric means.
     """
-    if is_geometric(seeds):
-        logs = case_interval(np.log(_stacked(seeds)), resamples=resamples, level=level)
-        wide = widened(logs, margin)
-        return Estimate(*(math.exp(number) for number in (wide.value, wide.low, wide.high)))
-    if is_mean(seeds):
-        return widened(case_interval(_stacked(seeds), resamples=resamples, level=level), margin)
-    value, low, high = (
-        float(np.mean([getattr(one, end) for one in seeds])) for end in ("value", "low", "high")
-    )
-    if not math.isfinite(value):
-        return Estimate(value, low, high)
-    return widened(Estimate(value, low, high), margin)
-
-
-def _stacked(seeds: list[Score]) -> np.ndarray:
-    return np.stack([one.per_case for one in seeds if one.per_case is not None])
-
-
-def is_mean(seeds: list[Score]) -> bool:
-    """Say whether a score is the mean of its cases' values, so that cases can be drawn and paired."""
-    for one in seeds:
-        if one.per_case is None or not math.isfinite(one.value):
-            return False
-        kept = one.per_case[np.isfinite(one.per_case)]
-        if not len(kept) or not math.isclose(float(kept.mean()), one.value, rel_tol=1e-6, abs_tol=1e-9):
-            return False
-    return len({len(one.per_case) for one in seeds if one.per_case is not None}) == 1
-
-
-def is_geometric(seeds: list[Score]) -> bool:
-    """Say whether a score is the geometric mean of its cases' values."""
-    if is_mean(seeds) or any(one.per_case is None or not one.value > 0.0 for one in seeds):
-        return False
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = [np.log(one.per_case) for one in seeds if one.per_case is not None]
-    return is_mean(
-        [replace(one, value=math.log(one.value), per_case=of) for one, of in zip(seeds, logs, strict=True)]
-    )
+    cases, log = case_values(seeds)
+    if cases is not None:
+        found = widened(case_interval(cases, resamples=resamples, level=level), margin)
+        return Estimate(*(math.exp(end) for end in (found.value, found.low, found.high))) if log else found
+    ends = ([getattr(one, end) for one in seeds] for end in ("value", "low", "high"))
+    means = Estimate(*(float(np.mean(each)) for each in ends))
+    return widened(means, margin) if math.isfinite(means.value) else means
 
 
 def compare(
@@ -220,16 +324,12 @@ def compare(
     margin: float = 0.0,
 ) -> Difference:
     """Compare two rows by a score: in pairs of cases where it has them."""
-    how: dict[str, Any] = {"margin": margin, "resamples": resamples, "level": level}
     first, second = (scores[row, name] for row in rows)
-    if is_mean([*first, *second]):
-        stacked = (_stacked(first), _stacked(second))
-        return paired_difference(name, rows, *stacked, **how)
-    if is_geometric(first) and is_geometric(second):
-        logs = (np.log(_stacked(first)), np.log(_stacked(second)))
-        return replace(paired_difference(name, rows, *logs, **how), log=True)
-    ends = [[Estimate(one.value, one.low, one.high) for one in row] for row in (first, second)]
-    return set_difference(name, rows, *ends, margin=margin)
+    (a, log), (b, other_log) = case_values(first), case_values(second)
+    if a is None or b is None or log != other_log or a.shape != b.shape:
+        return set_difference(name, rows, first, second, margin=margin)
+    found = paired_difference(name, rows, a, b, margin=margin, resamples=resamples, level=level)
+    return replace(found, log=log)
 
 
 def changes(before: Cell | None, cell: Cell) -> list[tuple[str, str, str]]:
@@ -242,17 +342,9 @@ def changes(before: Cell | None, cell: Cell) -> list[tuple[str, str, str]]:
 
 def settings_of(cell: Cell) -> dict[str, Any]:
     """Return all settings of a row that shape its results, by dotted key."""
-    values = without_aside(cell.config)
-    values["cache"] = {"variants": cell.config.cache.variants}
+    values = without_aside(cell.config) | {"cache": {"variants": cell.config.cache.variants}}
     start = cell.row.start or "random weights"
-    return {"start": start, **_flat(values), **_flat({"sampling": vars(cell.row.sampling)})}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return {"start": start, **flatten(values), **flatten({"sampling": vars(cell.row.sampling)})}
 
 
 def _text(value: Any) -> str:

@@ -14,10 +14,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
 
 import torch
 
+from pbe.cluster import RayCluster, result_of
 from pbe.errors import UserError
 from pbe.evaluation.ablation.stages import Stage
 from pbe.files import FileLock, lock
@@ -34,9 +34,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 class Schedule:
     """Estimates of stages, corrected by what the finished ones took, and the order to take them up in.
 
-    Args:
-        stages: all of them, each behind those that it needs.
-        rates: seconds that a unit takes on one core, by key.
+    Each stage stands behind those that it needs; ``rates`` are the seconds that a unit takes on one core.
     """
 
     def __init__(self, stages: Sequence[Stage], rates: Mapping[str, float]) -> None:
@@ -67,11 +65,9 @@ class Schedule:
         return max(ready, key=lambda stage: after[stage.fingerprint], default=None)
 
     def remaining(self, running: Mapping[str, float], jobs: int) -> float:
-        """Return the seconds until everything is done, by playing the schedule through.
+        """Return the seconds until everything is done with so many jobs, by playing the schedule through.
 
-        Args:
-            running: seconds since the start of the running stages, by fingerprint.
-            jobs: stages side by side.
+        ``running`` has the seconds since the start of the running stages, by fingerprint.
         """
         done = {stage.fingerprint for stage in self.stages if stage.mark() is not None}
         waiting = [s for s in self.stages if s.fingerprint not in done and s.fingerprint not in running]
@@ -118,15 +114,7 @@ def run_stage(
     """Run the command of a stage to its end in a process of its own, and mark the stage as done.
 
     A process that an earlier runner has left is waited for: it holds the stage's lock as long as it lives.
-
-    Args:
-        stage: which needs nothing any more.
-        variables: added to the process' environment.
-        stopping: asked whether to end early.
-
-    Raises:
-        UserError: the command failed; the message has the last line of its log.
-        TrainingStopped: it was ended early.
+    ``variables`` are added to the environment. When ``stopping`` says so, it ends with TrainingStopped.
     """
 
     def check() -> None:
@@ -195,23 +183,10 @@ def _failure(stage: Stage, status: int) -> str:
     return f"stage '{stage.name}' {how}: {last} (all of it in {stage.log})"
 
 
-class Engine(Protocol):
-    """Where stages run."""
-
-    def submit(self, stage: Stage) -> Future[None]:
-        """Start a stage, at once or as soon as there is room."""
-
-    def stop(self) -> None:
-        """End all stages, and wait for them."""
-
-
 class LocalPool:
     """Processes of this machine; those side by side get one GPU each, in turn, and a single one has all.
 
-    Args:
-        jobs: stages side by side.
-        threads: CPU threads of each.
-        devices: GPUs; None counts those there are.
+    ``devices`` is the number of GPUs; None counts those there are.
     """
 
     def __init__(self, jobs: int, threads: int, devices: int | None = None) -> None:
@@ -220,7 +195,7 @@ class LocalPool:
         self.slots: SimpleQueue[dict[str, str]] = SimpleQueue()
         for place in range(jobs):
             gpu = device_variables(place, devices, os.environ) if jobs > 1 else {}
-            self.slots.put(dict.fromkeys(THREAD_VARIABLES, str(threads)) | gpu)
+            self.slots.put(_thread_variables(threads) | gpu)
 
     def submit(self, stage: Stage) -> Future[None]:
         """Start a stage in a free slot."""
@@ -240,12 +215,9 @@ class LocalPool:
 
 
 def device_variables(place: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that give a process one of several GPUs; none where there are fewer than two.
+    """Return the variables that give the process at a place one of several GPUs; none where fewer than two.
 
-    Args:
-        place: of the process among those side by side, from 0 up.
-        devices: how many GPUs this process sees.
-        environment: its own; where CUDA_VISIBLE_DEVICES is set, its entries are shared out.
+    Where CUDA_VISIBLE_DEVICES is set in the environment, its entries are shared out.
     """
     if devices < 2:
         return {}
@@ -254,54 +226,33 @@ def device_variables(place: int, devices: int, environment: Mapping[str, str]) -
     return {"CUDA_VISIBLE_DEVICES": names[:devices][place % devices].strip()}
 
 
-class RayCluster:
-    """A Ray cluster: the one that ``RAY_ADDRESS`` names, or one of this machine; a task is a stage.
-
-    Every node has to see the project, its Python and all files of the ablation under the same paths. What a
-    lost node was at is done again on another one.
-
-    Args:
-        threads: CPU threads of each stage.
-    """
+class RayTasks:
+    """Tasks of a Ray cluster, each a stage that takes ``threads`` cores and its GPUs."""
 
     def __init__(self, threads: int) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError("--engine ray needs Ray: pip install ray") from error
-        self.ray: Any = ray
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
-        self.has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        self.variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
-        self.remote = ray.remote(max_retries=3, num_cpus=threads)(_run_there)
-        self.tasks: list[Any] = []
+        self.cluster, self.variables = RayCluster(threads), _thread_variables(threads)
 
     def submit(self, stage: Stage) -> Future[None]:
         """Hand a stage to the cluster."""
-        remote = self.remote.options(num_gpus=stage.gpus if self.has_gpus else 0)
-        self.tasks.append(remote.remote(stage, self.variables, os.getcwd()))
-        future: Future[None] = self.tasks[-1].future()
-        return future
+        return self.cluster.submit(run_stage, stage, self.variables, gpus=stage.gpus)
 
     def stop(self) -> None:
         """End all stages, and wait for them."""
-        for task in self.tasks:
-            self.ray.cancel(task)
-        if self.tasks:
-            self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=GRACE_SECONDS + 10)
+        self.cluster.stop()
 
 
-def _run_there(stage: Stage, variables: Mapping[str, str], folder: str) -> None:
-    os.chdir(folder)
-    run_stage(stage, variables)
+def _thread_variables(threads: int) -> dict[str, str]:
+    return dict.fromkeys(THREAD_VARIABLES, str(threads))
+
+
+Engine = LocalPool | RayTasks
 
 
 def make_engine(name: str, jobs: int, threads: int) -> Engine:
     """Return the engine ``local`` or ``ray``."""
     if jobs < 1 or threads < 1:
         raise UserError("jobs and threads must be at least 1")
-    return RayCluster(threads) if name == "ray" else LocalPool(jobs, threads)
+    return RayTasks(threads) if name == "ray" else LocalPool(jobs, threads)
 
 
 def only_one(workspace: Path) -> AbstractContextManager[FileLock]:
@@ -311,14 +262,7 @@ def only_one(workspace: Path) -> AbstractContextManager[FileLock]:
 
 
 class Runner:
-    """Does the stages that are not done.
-
-    Args:
-        schedule: the stages with estimates and order.
-        engine: where they run.
-        jobs: most stages at a time.
-        say: takes lines about the progress.
-    """
+    """Does the stages that are not done, ``jobs`` at a time; ``say`` takes lines about the progress."""
 
     def __init__(
         self, schedule: Schedule, engine: Engine, jobs: int, say: Callable[[str], None] = print
@@ -365,13 +309,7 @@ class Runner:
         marks = set()
         for future in [future for future in self.running if future.done()]:
             stage, started = self.running.pop(future)
-            if error := future.exception():
-                cause = getattr(error, "cause", error)  # of the error that Ray makes of a task's
-                if isinstance(cause, UserError):
-                    raise cause
-                if type(cause).__module__.startswith("ray."):
-                    raise UserError(f"stage '{stage.name}' was lost: {str(cause).splitlines()[0]}") from error
-                raise error
+            result_of(future, f"stage '{stage.name}'")
             self.say(f"{self._label[stage.fingerprint]}: done in {span(time.monotonic() - started)}")
             self.schedule.learn()
             marks.add(stage.fingerprint)

@@ -25,7 +25,7 @@ from pbe.evaluation.benchmark.coco_ee import (
     write_case,
     write_ids,
 )
-from pbe.evaluation.metrics.features import region
+from pbe.evaluation.metrics.towers import region
 
 MAX_SHARE = 0.5
 DRAWS = 10
@@ -54,8 +54,8 @@ class BuildSettings:
     max_share: float = MAX_SHARE
     min_exemplar_side: float = 64.0
 
-    def check(self) -> None:
-        """Raise a UserError for a value that makes no sense."""
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
         if self.size < MIN_SIZE:
             raise UserError(
                 f"images of a benchmark need sides of at least {MIN_SIZE} pixels, not {self.size}"
@@ -133,22 +133,17 @@ def _exemplars(records: Iterable[ImageRecord], settings: BuildSettings) -> dict[
 def _cut_exemplar(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> np.ndarray | None:
     """Return the crop of one of the exemplars of other images; None where all draws hit damaged ones."""
     for _ in range(DRAWS):
-        path, width, height, box = _draw_other(choices, own, rng)
+        drawn = (choices[int(rng.integers(len(choices)))] for _ in range(DRAWS))
+        other = next((choice for choice in drawn if choice[0] != own), None)
+        if other is None:  # the image itself is seldom drawn so often
+            others = [choice for choice in choices if choice[0] != own]
+            other = others[int(rng.integers(len(others)))]
+        path, width, height, box = other
         image = _read(path, width, height)
         if image is not None:
             x1, y1 = max(round(box.x1), 0), max(round(box.y1), 0)
             return image[y1 : round(min(box.y2, height)), x1 : round(min(box.x2, width))]
     return None
-
-
-def _draw_other(choices: Sequence[Exemplar], own: Path, rng: np.random.Generator) -> Exemplar:
-    """Return one of the objects that is not of the image itself; there is one."""
-    for _ in range(DRAWS):  # the image itself is seldom drawn: no need to go through all of them
-        choice = choices[int(rng.integers(len(choices)))]
-        if choice[0] != own:
-            return choice
-    others = [choice for choice in choices if choice[0] != own]
-    return others[int(rng.integers(len(others)))]
 
 
 def _render(image: np.ndarray, place: _Place, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +191,6 @@ def build_benchmark(
         settings: how many, and of what sizes.
         validation_share: take only those of the sources that packing holds out with this share; 0: all.
     """
-    settings.check()
     damaged: list[Path] = []
     records = _sorted_records(sources, validation_share, damaged)
     objects = _exemplars(_others(sources, exemplars, records), settings)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 from zipfile import BadZipFile
 
 import cv2
@@ -31,12 +32,12 @@ from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.sets import UNREADABLE, read_image
 from pbe.files import atomic_write, make_folder
 
-GT, MASK, REF = ("GT_3500", "GT"), ("Mask_bbox_3500", "mask"), ("Ref_3500", "ref")
-PARTS = (GT, MASK, REF)
+PARTS = (("GT_3500", "GT"), ("Mask_bbox_3500", "mask"), ("Ref_3500", "ref"))  # folders, ends of names
 ID_LIST = "id_list.npy"
 SIZE = 512
 MIN_SIZE = 16
 PROBLEMS_SHOWN = 20
+T = TypeVar("T")
 
 
 def case_id(number: int) -> str:
@@ -44,14 +45,9 @@ def case_id(number: int) -> str:
     return f"{number:012d}"
 
 
-def case_path(folder: Path, part: tuple[str, str], number: int) -> Path:
-    """Return the path of one file of a case; ``part`` is :data:`GT`, :data:`MASK` or :data:`REF`."""
-    return folder / part[0] / f"{case_id(number)}_{part[1]}.png"
-
-
-def case_paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
+def case_paths(folder: Path, number: int) -> list[Path]:
     """Return the paths of a case's image, mask and exemplar."""
-    return case_path(folder, GT, number), case_path(folder, MASK, number), case_path(folder, REF, number)
+    return [folder / part / f"{case_id(number)}_{end}.png" for part, end in PARTS]
 
 
 @contextmanager
@@ -144,13 +140,11 @@ def find_problems(folder: Path, *, pixels: bool = True, size: int = SIZE) -> lis
         problems += [f"{path.parent.name}/{path.name} is missing" for path in gone]
         if pixels and all(path.is_file() for path in paths):
             problems += _check_case(paths, size)
-    for part in PARTS:
-        wanted = {case_path(folder, part, number) for number in ids}
-        extra = sorted(set((folder / part[0]).glob("*.png")) - wanted) if ids else []
-        if extra:
-            problems.append(
-                f"{part[0]} holds {len(extra)} files that {ID_LIST} does not name: {extra[0].name} ..."
-            )
+    wanted = {path for number in ids for path in case_paths(folder, number)}
+    for part, _ in PARTS if ids else ():
+        if extra := sorted(set((folder / part).glob("*.png")) - wanted):
+            named = f"{extra[0].name} ..."
+            problems.append(f"{part} holds {len(extra)} files that {ID_LIST} does not name: {named}")
     return problems
 
 
@@ -170,7 +164,25 @@ def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE
     return _read_ids(folder, [])
 
 
-class BenchmarkFolder(Sequence[Case]):
+class ReadOnDemand(Sequence[T]):
+    """A sequence whose items are read when they are asked for, one or a slice."""
+
+    @abstractmethod
+    def read(self, index: int) -> T:
+        """Read an item; a negative index counts from the end."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        """Read an item, or several."""
+        if isinstance(index, slice):
+            return [self.read(each) for each in range(*index.indices(len(self)))]
+        return self.read(index)
+
+
+class BenchmarkFolder(ReadOnDemand[Case]):
     """The cases of a folder in COCOEE's layout, of any image size, read when they are asked for.
 
     Args:
@@ -193,14 +205,8 @@ class BenchmarkFolder(Sequence[Case]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Case: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Case]: ...
-    def __getitem__(self, index: int | slice) -> Case | list[Case]:
-        """Read a case, or several; damaged files and masks that do not fit or are empty are UserErrors."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def read(self, index: int) -> Case:
+        """Read a case; damaged files and masks that do not fit or are empty are UserErrors."""
         paths = case_paths(self.folder, self._first[index])
         image, mask = read_image(paths[0]), read_image(paths[1], "L")
         if mask.shape != image.shape[:2]:
@@ -216,7 +222,7 @@ class BenchmarkFolder(Sequence[Case]):
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every image, from the files' headers."""
-        return [_header_size(case_path(self.folder, GT, number)) for number in self._first]
+        return [_header_size(case_paths(self.folder, number)[0]) for number in self._first]
 
     @cached_property
     def sha256(self) -> str:

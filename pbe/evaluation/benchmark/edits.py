@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from pbe.editing.batch.records import model_digests, write_json
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
-from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
+from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder, ReadOnDemand
 from pbe.evaluation.metrics.sets import SUFFIXES, UNREADABLE, read_image
 from pbe.files import make_folder
 
@@ -127,7 +127,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]
             yield f"{name} was {before.get(name)}, not {value}"
 
 
-class EditFolder(Sequence[np.ndarray | None]):
+class EditFolder(ReadOnDemand[np.ndarray | None]):
     """The edits of a folder, one for each case of a benchmark and read when asked for.
 
     Args:
@@ -179,14 +179,8 @@ class EditFolder(Sequence[np.ndarray | None]):
     def __len__(self) -> int:
         return len(self.benchmark)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray | None]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray | None] | None:
-        """Read an edit, uint8 RGB ``h w 3``: None where it is missing or of no use; or several."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def read(self, index: int) -> np.ndarray | None:
+        """Read an edit, uint8 RGB ``h w 3``: None where it is missing or of no use."""
         case = self.benchmark.ids[index]
         path = self._files.get(index % len(self))
         if path is None:

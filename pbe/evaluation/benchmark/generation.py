@@ -2,7 +2,7 @@
 
 The same settings give the same files, to the byte on one kind of machine: a case's noise belongs to
 (seed, id), cases are edited in groups that depend on their position only (rounding follows the batch), and
-each process uses a fixed number of CPU threads. Processes, interruptions and restarts change nothing.
+each process has a fixed number of CPU threads. Processes, machines and restarts change nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 )
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from pbe.checkpoints.tensors import DTYPES
+from pbe.cluster import RayCluster
 from pbe.config import ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
@@ -75,6 +77,7 @@ class GenerateSettings:
         devices: how many; ``auto`` is all GPUs, or as many processes as torch would use CPU threads.
         strategy: Lightning's; ``auto`` starts processes where there are several devices.
         num_nodes: machines, started by torchrun or SLURM.
+        engine: ``local``, or ``ray``: tasks on a cluster, each on one of ``devices``; ``auto`` is all it has.
         progress: show a bar.
     """
 
@@ -92,6 +95,7 @@ class GenerateSettings:
     devices: int | str = "auto"
     strategy: str = "auto"
     num_nodes: int = 1
+    engine: str = "local"
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -109,6 +113,8 @@ class GenerateSettings:
         known = ("auto", *StrategyRegistry.available_strategies())
         if self.strategy not in known:
             raise UserError(f"there is no strategy '{self.strategy}'; there are: {', '.join(known)}")
+        if self.engine == "ray" and (self.num_nodes > 1 or self.strategy != "auto"):
+            raise UserError("the engine ray takes no strategy and no num_nodes: the cluster has its machines")
         if self.num_nodes > 1 and not os.environ.keys() & (LAUNCHED | {"MASTER_ADDR"}):
             raise UserError(
                 f"num_nodes is {self.num_nodes}, but neither torchrun nor SLURM started this process"
@@ -119,7 +125,7 @@ class GenerateSettings:
     def identity(self) -> dict[str, Any]:
         """Return the settings that images depend on."""
         fields = asdict(self)
-        where = ("accelerator", "devices", "strategy", "num_nodes", "progress")
+        where = ("accelerator", "devices", "strategy", "num_nodes", "engine", "progress")
         identity = {name: value for name, value in fields.items() if name not in where}
         return identity | {"conventions": self.conventions or MODELS_OWN}
 
@@ -175,7 +181,10 @@ def edit_batch(
 
 
 class _EditTask(pl.LightningModule):
-    """Edits the groups of a benchmark that belong to this process, and writes their files."""
+    """Edits the groups of a benchmark that belong to this process, and writes their files.
+
+    Of the ``part`` (i, n) these are every n-th group, from the i-th on.
+    """
 
     def __init__(
         self,
@@ -183,10 +192,17 @@ class _EditTask(pl.LightningModule):
         benchmark: BenchmarkFolder,
         folder: Path,
         settings: GenerateSettings,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
         self.source, self.benchmark, self.folder, self.settings = model, benchmark, folder, settings
-        self.groups = groups_of(benchmark.sizes, settings.batch_size)
+        self.part = part
+        self.groups = groups_of(benchmark.sizes, settings.batch_size)[part[0] :: part[1]]
+
+    @property
+    def left(self) -> int:
+        """Number of groups that have a file to come."""
+        return sum(1 for group in self.groups if self._missing(group))
 
     def setup(self, stage: str) -> None:
         """Be quiet in processes that Lightning started, too."""
@@ -258,11 +274,36 @@ def generate(
     source = model if isinstance(model, PaintByExample) else Hub().find(str(model))
     claim_folder(folder, model_identity(source), benchmark, settings.identity())
     task = _EditTask(source, benchmark, folder, settings)
-    left = sum(1 for group in task.groups if task._missing(group))
-    if not left:
-        return folder  # all processes see the same: none writes before all have come past here
-    _predict(task, _trainer(settings, left))
+    if settings.engine == "ray" and task.left:
+        _edit_on_ray(task)
+    else:
+        _edit(task)  # all processes find the same to do: none writes before all have looked
     return folder
+
+
+def _edit_on_ray(task: _EditTask) -> None:
+    """Share the groups out among tasks of a cluster, one for each of its devices; files are the results.
+
+    A task that a lost node had starts again on another one, with what is left of its part.
+    """
+    settings, left = task.settings, task.left
+    cluster = RayCluster(settings.threads)
+    gpus = cluster.count("GPU") if settings.accelerator in ("auto", "gpu") else 0
+    every = gpus or cluster.count("CPU") // settings.threads
+    wanted = every if settings.devices == "auto" else int(settings.devices)
+    parts = max(1, min(wanted, left if gpus else left // GROUPS_A_PROCESS))
+    alone = replace(settings, engine="local", devices=1, progress=False)
+    given = (task.source, task.benchmark, task.folder, alone)
+    calls = [(_EditTask(*given, (number, parts)),) for number in range(parts)]
+    ended = cluster.completed(_edit, calls, most=wanted, gpus=1 if gpus else 0)
+    for _ in tqdm(ended, total=parts, desc="edit", unit="part", disable=not settings.progress):
+        pass
+
+
+def _edit(task: _EditTask) -> None:
+    """Edit what is left of a task, in this process and those that its settings ask for."""
+    if left := task.left:
+        _predict(task, _trainer(task.settings, left))
 
 
 def _quieten() -> None:

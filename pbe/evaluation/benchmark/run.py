@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from pbe.editing.batch.records import versions, write_json
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import page, tables
+from pbe.evaluation.benchmark import page
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import SETTINGS, EditFolder, read_settings, read_times, timed
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, generate, is_first_process
-from pbe.evaluation.benchmark.page import PageSettings
-from pbe.evaluation.benchmark.tables import ScoredEdits
+from pbe.evaluation.benchmark.page import PageSettings, ScoredEdits
 from pbe.evaluation.metrics.scoring import ScoreSettings, check_tools, score
 from pbe.files import make_folder, write_output
 from pbe.html import render_page, write_html
@@ -27,22 +26,11 @@ TITLE = "Evaluation of edits"
 
 
 @dataclass
-class Seconds:
-    """Wall time by stage; of generating over all runs that made the images."""
-
-    generate: float = 0.0
-    score: float = 0.0
-
-    def to_dict(self) -> dict[str, float]:
-        """Return a JSON-ready dictionary, to a hundredth."""
-        return {name: round(value, 2) for name, value in vars(self).items()}
-
-
-@dataclass
 class BenchmarkRun:
     """One evaluation: sets of edits of one benchmark with their scores, in the folder ``out``.
 
-    Sets are compared with the true images, or with the real ones of the folder ``reference``.
+    Sets are compared with the true images, or with the real ones of the folder ``reference``. ``seconds`` is
+    the wall time by stage, of generating over all runs that made the images.
     """
 
     benchmark: BenchmarkFolder
@@ -52,7 +40,7 @@ class BenchmarkRun:
     page: PageSettings = field(default_factory=PageSettings)
     edits: list[tuple[str, EditFolder]] = field(default_factory=list)
     scored: list[ScoredEdits] = field(default_factory=list)
-    seconds: Seconds = field(default_factory=Seconds)
+    seconds: dict[str, float] = field(default_factory=lambda: {"generate": 0.0, "score": 0.0})
 
     def check(self) -> None:
         """Try everything that is needed after the edits are made, before any time is spent on making them."""
@@ -78,7 +66,7 @@ class BenchmarkRun:
         if not is_first_process():
             return False
         times = read_times(self.out / "edits")
-        self.seconds.generate = sum(times.get(folder.name, 0.0) for folder in folders)
+        self.seconds["generate"] = sum(times.get(folder.name, 0.0) for folder in folders)
         others, self.edits = self.edits, []
         for label, folder in zip(labels, folders, strict=True):
             self.take(folder, label)
@@ -114,14 +102,14 @@ class BenchmarkRun:
             self.scored.append(ScoredEdits(label, made))
             if line := page.exclusions(edits):
                 print(f"left out: {line}", file=sys.stderr)
-        self.seconds.score = time.perf_counter() - started
+        self.seconds["score"] = time.perf_counter() - started
 
     def write(self) -> str:
         """Write ``scores.json``, ``scores.md`` and ``index.html``; return the tables as Markdown."""
-        made = tables.score_tables(self.scored, coco_ee=self._coco_ee())
-        made += tables.paired_tables(self.scored, self.settings.bootstrap)
+        made = page.score_tables(self.scored, coco_ee=self._coco_ee())
+        made += page.paired_tables(self.scored, self.settings.bootstrap)
         write_json(self.out / "scores.json", self.to_dict())
-        write_output(self.out / "scores.md", tables.markdown_page(TITLE, made, self.scored))
+        write_output(self.out / "scores.md", page.markdown_page(TITLE, made, self.scored))
         sets = list(zip(self.scored, (edits for _, edits in self.edits), strict=True))
         html = render_page(
             page.TEMPLATE,
@@ -134,7 +122,7 @@ class BenchmarkRun:
             warnings=[line for _, edits in sets if (line := page.exclusions(edits))],
         )
         write_html(html, self.out / "index.html")
-        return tables.markdown_page(TITLE, made)
+        return page.markdown_page(TITLE, made)
 
     def _facts(self) -> list[tuple[str, str]]:
         facts = [("benchmark, SHA-256", self.benchmark.sha256)]
@@ -167,17 +155,17 @@ class BenchmarkRun:
             },
             "edits": sets,
             "published": self._published(),
-            "seconds": self.seconds.to_dict(),
+            "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             "versions": versions(),
         }
 
     def _coco_ee(self) -> bool:
-        return tables.is_coco_ee([int(each) for each in self.benchmark.ids])
+        return page.is_coco_ee([int(each) for each in self.benchmark.ids])
 
     def _published(self) -> dict[str, Any] | None:
         """Return the paper's numbers for scores of COCOEE; None of any other benchmark."""
         if not self._coco_ee():
             return None
         by_score = zip(*(run.scores for run in self.scored), strict=True)
-        numbers = {each[0].name: number for each in by_score if (number := tables.published_number(each))}
-        return {"method": tables.OURS, "numbers": numbers, "note": tables.PUBLISHED_NOTE}
+        numbers = {each[0].name: number for each in by_score if (number := page.published_number(each))}
+        return {"method": page.OURS, "numbers": numbers, "note": page.PUBLISHED_NOTE}

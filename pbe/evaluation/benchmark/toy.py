@@ -2,27 +2,34 @@
 
 Its cases are made in memory, or written to a folder in COCOEE's layout and edited and scored as the paper's
 are. A case is a pure function of the seed and the object's place in the archive, so that a part of the
-benchmark is made of the same cases as the whole.
+benchmark is made of the same cases as the whole. In memory a case is edited twice, with the right and with a
+shuffled exemplar, from the same noise, so only the exemplar can tell the two edits apart.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator, permutation
-from pbe.data.samples.crops import cut, mirror_mask, plan_square_crop, resize
-from pbe.data.samples.masks import Box, rectangle_mask
+from pbe.data.samples.crops import Box, cut, mirror_mask, plan_square_crop, resize
+from pbe.data.samples.masks import rectangle_mask
 from pbe.data.samples.sample import cut_exemplar
 from pbe.data.toy.scenes import Scene, SceneConfig, ToyWorld, aim_view, draw_centre, draw_light, paste_sprite
 from pbe.data.toy.sprites import ObjectPose, draw_pose, render_sprite
+from pbe.editing.images import to_bytes, to_unit
+from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import MIN_SIZE, case_id, new_benchmark, write_case, write_ids
+from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, edit_batch
 from pbe.evaluation.metrics.base import Case
+from pbe.evaluation.metrics.bootstrap import derangement
+from pbe.models.codec import known_pixels
 
 IMAGE_SIZE, EXEMPLAR_SIZE = 64, 128  # what the toy model that ships was trained at
 SPLIT = "test"
@@ -31,6 +38,8 @@ ENLARGE = 0.15  # most that a side of the box moves outwards, a share of the box
 MIN_TURN = 10.0  # degrees between the hidden object and its exemplar
 MIN_KEEP = 0.15  # share of the image outside the mask
 MAX_TRIES = 50
+GUIDANCE = (1.0, 2.0, 3.0, 5.0)
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def _other_pose(pose: ObjectPose, rng: np.random.Generator) -> ObjectPose:
     other = draw_pose(rng, SIZES)
     while abs(other.rotation - pose.rotation) < MIN_TURN:
         other = draw_pose(rng, SIZES)
-    return dataclasses.replace(other, flip=not pose.flip)
+    return replace(other, flip=not pose.flip)
 
 
 def _scene(
@@ -177,3 +186,96 @@ def _square(scene: Scene, rng: np.random.Generator, size: int) -> tuple[np.ndarr
     mask = rectangle_mask(plan.crop.to_output(plan.extended, size), size, size)
     mask = mirror_mask(mask, plan.crop, width, height)
     return cut(scene.image, plan.crop, size), mask, plan.crop.to_output(box, size)
+
+
+@dataclass(frozen=True)
+class ToyEdits:
+    """Edited images, uint8 ``n s s 3``, keyed by guidance scale.
+
+    Attributes:
+        own: scene i with exemplar i.
+        shuffled: scene i with exemplar ``partner[i]``, from the same noise.
+        partner: ``(n,)`` a permutation without fixed points.
+        decoded: the true images, encoded and decoded: the best that the autoencoder lets through.
+    """
+
+    own: dict[float, np.ndarray]
+    shuffled: dict[float, np.ndarray]
+    partner: np.ndarray
+    decoded: np.ndarray
+
+    def rows(self, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]:
+        """Return labelled rows of images: masked, exemplar, edits by guidance, shuffled pair, true object."""
+        last = list(self.own)[-1]
+        rows = {"masked": [case.masked for case in cases], "exemplar": [case.exemplar for case in cases]}
+        rows |= {f"guidance {scale:g}": list(edited) for scale, edited in self.own.items()}
+        rows["shuffled exemplar"] = [cases[i].exemplar for i in self.partner]
+        rows[f"its edit, guidance {last:g}"] = list(self.shuffled[last])
+        rows["source: true object"] = [case.image for case in cases]
+        return rows
+
+
+def make_edits(
+    pipe: PaintByExample,
+    cases: Sequence[Case],
+    scales: Sequence[float],
+    settings: GenerateSettings,
+    progress: Progress | None = None,
+) -> ToyEdits:
+    """Edit every case, at least two, twice at every guidance scale; the others are compared with the first.
+
+    ``progress`` is called with (edits made, edits in all) after each batch.
+    """
+    partner = derangement(len(cases), settings.seed, "partner")
+    total, made = 2 * len(scales) * len(cases), 0
+
+    def count(edits: int) -> None:
+        nonlocal made
+        made += edits
+        if progress is not None:
+            progress(made, total)
+
+    own: dict[float, np.ndarray] = {}
+    shuffled: dict[float, np.ndarray] = {}
+    others = [cases[i].exemplar for i in partner]
+    for each in at_scales(settings, scales):
+        own[each.guidance_scale] = edit_cases(pipe, cases, each, progress=count)
+        shuffled[each.guidance_scale] = edit_cases(pipe, cases, each, others, progress=count)
+    return ToyEdits(own, shuffled, partner, decode_images(pipe, cases, settings.batch_size))
+
+
+def edit_cases(
+    pipe: PaintByExample,
+    cases: Sequence[Case],
+    settings: GenerateSettings,
+    exemplars: Sequence[np.ndarray] | None = None,
+    progress: Callable[[int], object] = lambda edits: None,
+) -> np.ndarray:
+    """Edit cases of one size batch by batch, with their own or other exemplars; return uint8 ``n s s 3``.
+
+    ``progress`` is told the number of edits of each batch.
+    """
+    batches, size = [], settings.batch_size
+    for start in range(0, len(cases), size):
+        part = slice(start, start + size)
+        shown = None if exemplars is None else exemplars[part]
+        batches.append(edit_batch(pipe, cases[part], settings, shown))
+        progress(len(batches[-1]))
+    return np.concatenate(batches)
+
+
+@torch.no_grad()
+def decode_images(pipe: PaintByExample, cases: Sequence[Case], batch_size: int = 32) -> np.ndarray:
+    """Return the true images encoded (posterior means) and decoded, uint8 ``n s s 3``."""
+    model, decoded = pipe.model, []
+    for start in range(0, len(cases), batch_size):
+        part = cases[start : start + batch_size]
+        images = torch.stack([torch.from_numpy(case.image) for case in part]).permute(0, 3, 1, 2)
+        keep = torch.stack([torch.from_numpy(case.mask) for case in part])[:, None] <= 127
+        pixels = (images.float() / 127.5 - 1.0).to(model.device, model.dtype)
+        known = None
+        if model.config.autoencoder.mask_aware_decoder:
+            known = known_pixels(pixels, keep.to(pixels))
+        painted = model.decode_latents(model.encode_images(pixels), known).float().clamp(-1.0, 1.0)
+        decoded.append(to_bytes(to_unit(painted.permute(0, 2, 3, 1).cpu().numpy())))
+    return np.concatenate(decoded)

@@ -1,22 +1,27 @@
-"""The toy benchmark in memory: edits with the right and with a shuffled exemplar, and their scores.
+"""Scores of the toy benchmark's edits, made with the right and with a shuffled exemplar.
 
-Two edits of a case have the same scene, mask and noise, so only the exemplar can tell them apart.
+Models in training are scored quickly, in about a minute: few objects, few steps, one guidance scale.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
+import pytorch_lightning as pl
 
+from pbe.checkpoints.tensors import DTYPES
 from pbe.checkpoints.tower_weights import lite_weights
-from pbe.editing.images import to_bytes, to_unit
+from pbe.config import ModelConfig
+from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
-from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, edit_batch
+from pbe.errors import UserError
+from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.evaluation.benchmark.toy import ToyEdits, edit_cases, make_benchmark
 from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import (
     CHOICE,
@@ -30,109 +35,15 @@ from pbe.evaluation.metrics.bootstrap import (
     mean_interval,
     win_rate,
 )
-from pbe.evaluation.metrics.features import RESIZE_FILTER, TOWER, region, to_grey
-from pbe.evaluation.metrics.towers import Tower
-from pbe.evaluation.report.tables import Table
-from pbe.models.codec import known_pixels
+from pbe.evaluation.metrics.towers import LITE_FILTER, LITE_TOWER, Tower, load_tower, region, to_grey
+from pbe.evaluation.report import Table
+from pbe.models import LatentDiffusion
+from pbe.training.resume.callback import ends_step
+from pbe.training.tasks.diffusion import DiffusionTask
 
-GUIDANCE = (1.0, 2.0, 3.0, 5.0)
 FEATURE_BATCH = 64
-Progress = Callable[[int, int], None]
+LOGGED = ("auc", "grey_auc", "first_of_20", "grey_first_of_20", "similarity")  # of a training run
 Features = list[np.ndarray]  # two: of images in colour, and of the same turned grey
-
-
-@dataclass(frozen=True)
-class ToyEdits:
-    """Edited images, uint8 ``n s s 3``, keyed by guidance scale.
-
-    Attributes:
-        own: scene i with exemplar i.
-        shuffled: scene i with exemplar ``partner[i]``, from the same noise.
-        partner: ``(n,)`` a permutation without fixed points.
-        decoded: the true images, encoded and decoded: the best that the autoencoder lets through.
-    """
-
-    own: dict[float, np.ndarray]
-    shuffled: dict[float, np.ndarray]
-    partner: np.ndarray
-    decoded: np.ndarray
-
-    def rows(self, cases: Sequence[Case]) -> dict[str, list[np.ndarray]]:
-        """Return labelled rows of images: masked, exemplar, edits by guidance, shuffled pair, true object."""
-        last = list(self.own)[-1]
-        rows = {"masked": [case.masked for case in cases], "exemplar": [case.exemplar for case in cases]}
-        rows |= {f"guidance {scale:g}": list(edited) for scale, edited in self.own.items()}
-        rows["shuffled exemplar"] = [cases[i].exemplar for i in self.partner]
-        rows[f"its edit, guidance {last:g}"] = list(self.shuffled[last])
-        rows["source: true object"] = [case.image for case in cases]
-        return rows
-
-
-def make_edits(
-    pipe: PaintByExample,
-    cases: Sequence[Case],
-    scales: Sequence[float],
-    settings: GenerateSettings,
-    progress: Progress | None = None,
-) -> ToyEdits:
-    """Edit every case, at least two, twice at every guidance scale; the others are compared with the first.
-
-    ``progress`` is called with (edits made, edits in all) after each batch.
-    """
-    partner = derangement(len(cases), settings.seed, "partner")
-    total, made = 2 * len(scales) * len(cases), 0
-
-    def count(edits: int) -> None:
-        nonlocal made
-        made += edits
-        if progress is not None:
-            progress(made, total)
-
-    own: dict[float, np.ndarray] = {}
-    shuffled: dict[float, np.ndarray] = {}
-    others = [cases[i].exemplar for i in partner]
-    for each in at_scales(settings, scales):
-        own[each.guidance_scale] = edit_cases(pipe, cases, each, progress=count)
-        shuffled[each.guidance_scale] = edit_cases(pipe, cases, each, others, progress=count)
-    return ToyEdits(own, shuffled, partner, decode_images(pipe, cases, settings.batch_size))
-
-
-def edit_cases(
-    pipe: PaintByExample,
-    cases: Sequence[Case],
-    settings: GenerateSettings,
-    exemplars: Sequence[np.ndarray] | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> np.ndarray:
-    """Edit cases of one size batch by batch, with their own or other exemplars; return uint8 ``n s s 3``.
-
-    ``progress`` is told the number of edits of each batch.
-    """
-    batches, size = [], settings.batch_size
-    for start in range(0, len(cases), size):
-        part = slice(start, start + size)
-        shown = None if exemplars is None else exemplars[part]
-        batches.append(edit_batch(pipe, cases[part], settings, shown))
-        if progress is not None:
-            progress(len(batches[-1]))
-    return np.concatenate(batches)
-
-
-@torch.no_grad()
-def decode_images(pipe: PaintByExample, cases: Sequence[Case], batch_size: int = 32) -> np.ndarray:
-    """Return the true images encoded (posterior means) and decoded, uint8 ``n s s 3``."""
-    model, decoded = pipe.model, []
-    for start in range(0, len(cases), batch_size):
-        part = cases[start : start + batch_size]
-        images = torch.stack([torch.from_numpy(case.image) for case in part]).permute(0, 3, 1, 2)
-        keep = torch.stack([torch.from_numpy(case.mask) for case in part])[:, None] <= 127
-        pixels = (images.float() / 127.5 - 1.0).to(model.device, model.dtype)
-        known = None
-        if model.config.autoencoder.mask_aware_decoder:
-            known = known_pixels(pixels, keep.to(pixels))
-        painted = model.decode_latents(model.encode_images(pixels), known).float().clamp(-1.0, 1.0)
-        decoded.append(to_bytes(to_unit(painted.permute(0, 2, 3, 1).cpu().numpy())))
-    return np.concatenate(decoded)
 
 
 @dataclass(frozen=True)
@@ -247,15 +158,12 @@ class ToyScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
+        how = {"method": "percentile bootstrap over objects", "level": LEVEL, "resamples": RESAMPLES}
         return {
             "objects": self.objects,
             "cases_sha256": self.cases_sha256,
             "features": self.card,
-            "intervals": {
-                "method": "percentile bootstrap over objects",
-                "level": LEVEL,
-                "resamples": RESAMPLES,
-            },
+            "intervals": how,
             "guidance": [{"guidance_scale": scale, **asdict(row)} for scale, row in self.guidance.items()],
             "ceiling": asdict(self.ceiling),
             "autoencoder_ceiling": asdict(self.decoded) | {"psnr": self.decoded_psnr},
@@ -287,26 +195,22 @@ def score_edits(cases: Sequence[Case], edits: ToyEdits, tower: Tower, *, seed: i
         painted = scorer.regions(edited)
         rows[scale] = scorer.row(painted, scorer.similarity(scorer.regions(edits.shuffled[scale])), base)
         base = scorer.similarity(painted)[0] if base is None else base
-    ceiling, decoded = (_true_row(scorer, each, edits.partner) for each in (images, edits.decoded))
+    # The true objects; their negatives are the same against their partners' exemplars.
+    true = [scorer.regions(each) for each in (images, edits.decoded)]
+    ceiling, decoded = (scorer.row(each, scorer.similarity(each, edits.partner)) for each in true)
     every = (*edits.own.values(), *edits.shuffled.values())
     outside = max(changed_outside(images, scorer.masks, edited) for edited in every)
     card = {
-        "tower": TOWER,
-        "weights": lite_weights(TOWER).name,
+        "tower": LITE_TOWER,
+        "weights": lite_weights(LITE_TOWER).name,
         "sha256": tower.sha256,
         "width": scorer.exemplars[0].shape[1],
         "input_size": tower.spec.size,
-        "resize_filter": RESIZE_FILTER,
+        "resize_filter": LITE_FILTER,
         "crop_rule": "bounding box of the mask, both axes stretched to the square; exemplars whole",
     }
     loss = mean_psnr(images, edits.decoded)
     return ToyScores(rows, ceiling, decoded, loss, card, len(cases), cases_hash(cases), outside)
-
-
-def _true_row(scorer: Scorer, images: np.ndarray, partner: np.ndarray) -> Row:
-    """Score images of the true objects; the negatives are the same against their partners' exemplars."""
-    regions = scorer.regions(images)
-    return scorer.row(regions, scorer.similarity(regions, partner))
 
 
 def mean_psnr(images: np.ndarray, decoded: np.ndarray) -> float:
@@ -328,3 +232,98 @@ def cases_hash(cases: Sequence[Case]) -> str:
         for array in (case.image, case.mask, case.exemplar):
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class QuickSettings(GenerateSettings):
+    """How a model is scored quickly, on the first so many ``objects`` of the toy benchmark.
+
+    On a CPU batches of more than 32 gain nothing, and bfloat16 halves the time where the CPU knows it.
+    """
+
+    solver: str = "ddim"
+    steps: int = 20
+    batch_size: int = 32
+    dtype: str = "bf16"
+    objects: int = 90
+
+
+class QuickScorer:
+    """Scores one model after another on the same cases, which are made once, as their features are.
+
+    Nothing is drawn from PyTorch's global generators: a run that is scored on its way draws what it would
+    have drawn without. The models share the config's sizes of images and exemplars.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: QuickSettings | None = None, world: ToyWorld | None = None
+    ) -> None:
+        self.settings = settings = settings or QuickSettings()
+        self.sizes = image_size, exemplar_size = _sizes(config)
+        self.partner = derangement(settings.objects, settings.seed, "partner")
+        self.cases = make_benchmark(
+            world or ToyWorld(),
+            seed=settings.seed,
+            image_size=image_size,
+            exemplar_size=exemplar_size,
+            objects=settings.objects,
+        )
+        self.scorer = Scorer(self.cases, load_tower("lite2", None, None), settings.seed)
+
+    def score(self, model: LatentDiffusion) -> Row:
+        """Edit the cases with a model and score the edits.
+
+        The model may be on any device, in any type and mode, and is left as it is.
+        """
+        if _sizes(model.config) != self.sizes:
+            raise UserError(
+                f"images and exemplars of {_sizes(model.config)} px, not {self.sizes} as the cases have: "
+                "score models of different sizes by calls of their own"
+            )
+        pipe = PaintByExample(copy.deepcopy(model).to(dtype=DTYPES[self.settings.dtype]).eval())
+        pipe.set_progress_bar_config(disable=True)
+        others = [self.cases[place].exemplar for place in self.partner]
+        own, shuffled = (
+            self.scorer.regions(edit_cases(pipe, self.cases, self.settings, shown))
+            for shown in (None, others)
+        )
+        return self.scorer.row(own, self.scorer.similarity(shuffled))
+
+
+def _sizes(config: ModelConfig) -> tuple[int, int]:
+    return config.image_size, config.exemplar_encoder.image_size
+
+
+def quick_values(row: Row) -> dict[str, float]:
+    """Return what a training run logs of a row: AUC and first-of-20, each also in grey, and similarity."""
+    found = {name: getattr(row, name) for name in LOGGED}
+    return {name: estimate.value for name, estimate in found.items() if estimate is not None}
+
+
+class ScoreCallback(pl.Callback):
+    """Scores the averaged weights of a training of the toy model on its way; rows ``toy/...`` of its log.
+
+    ``every`` is the number of optimizer steps between scores.
+    """
+
+    def __init__(self, every: int, settings: QuickSettings | None = None) -> None:
+        self.every, self.settings = every, settings
+        self.scorer: QuickScorer | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Score after every so many optimizer steps, on the first process."""
+        if (
+            not ends_step(trainer, batch_idx)
+            or trainer.global_step % self.every
+            or not trainer.is_global_zero
+        ):
+            return
+        assert isinstance(pl_module, DiffusionTask)
+        self.scorer = self.scorer or QuickScorer(pl_module.config.model, self.settings)
+        with pl_module.averaged_weights():
+            row = self.scorer.score(pl_module.model)
+        values = {f"toy/{name}": value for name, value in quick_values(row).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)

@@ -1,1 +1,38 @@
-"""The demo: stages and page."""
+"""The demo: its settings here, its stages, and its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pbe.resources import packaged
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Options of ``pbe demo``."""
+
+    out: Path = Path("outputs/demo")
+    """folder"""
+    model: Path = field(default_factory=lambda: packaged("data/toy/model"))
+    """the model that edits"""
+    config: Path = field(default_factory=lambda: packaged("configs/toy.yaml"))
+    """of the training run"""
+    set: list[str] = field(default_factory=list)
+    """KEY=VALUE, changes to that configuration"""
+    scenes: int = 1500
+    """training scenes to render"""
+    seconds: float = 90.0
+    """about how long to train"""
+    steps: int = 0
+    """optimizer steps; 0 means as many as --seconds allow"""
+    objects: int = 60
+    """test objects to edit"""
+    guidance: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
+    """guidance scales"""
+    sampling_steps: int = 50
+    """of the solver"""
+    shown: int = 16
+    """edits on the page"""
+    seed: int = 0
+    """of scenes, noise and training"""

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,11 +23,10 @@ from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
-from pbe.evaluation.benchmark.toy import ToyCase
-from pbe.evaluation.benchmark.toy_run import ToyEdits, ToyScores
+from pbe.evaluation.benchmark.toy import ToyCase, ToyEdits
+from pbe.evaluation.benchmark.toy_run import ToyScores
 from pbe.evaluation.metrics.bootstrap import CHOICE
-from pbe.evaluation.report.sheets import at_side
-from pbe.evaluation.report.tables import Table
+from pbe.evaluation.report import Table, at_side
 from pbe.evaluation.study.naming import readable
 from pbe.html import Tile
 from pbe.training.monitoring.loggers import read_curve
@@ -36,22 +36,6 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "opencv-python-headless", "ti
 SOFT, ACCENT, SECOND = "#7d858e", "#d0633a", "#3f87c9"  # each reads on a light and on a dark page
 Points = Sequence[tuple[float, float]]
 TITLE = "Paint by Example on the toy world"
-LEAD = (
-    "An image, a mask and an exemplar go in; out comes the image with the exemplar's object painted into the "
-    "masked region, fitted to its new place. This page was made by one run on this machine: scenes were "
-    "rendered and packed, a fresh model was trained on them for a short while, and the model that ships "
-    "with the project edited scenes whose objects and backgrounds no training has seen."
-)
-EDITS_NOTE = (
-    "Test objects in test panoramas: the first ones in the benchmark's order, not chosen. The exemplar shows "
-    "the hidden object in another pose, light and place. Each strip: the masked scene, the exemplar, edits "
-    "at rising guidance, and what was hidden. Small images are enlarged by Lanczos' filter."
-)
-OUTSIDE_NOTE = (
-    "Photographs as scene and as exemplar, of which this model has seen none: it was trained on rendered "
-    "objects before photographed panoramas. The photographs are free (data/examples/outside/LICENCES.md), "
-    "the edits those of the first seed, not chosen."
-)
 TILE = 256  # side of a tile, pixels: four times a toy image
 
 
@@ -70,14 +54,9 @@ class TrainingCurve:
     by_timestep: dict[int, tuple[float, float]]
 
     @property
-    def before(self) -> float:
-        """Validation loss of the untrained model."""
-        return self.validation[0][1]
-
-    @property
-    def after(self) -> float:
-        """Validation loss of the trained model."""
-        return self.validation[-1][1]
+    def ends(self) -> tuple[float, float]:
+        """Validation loss of the untrained and of the trained model."""
+        return self.validation[0][1], self.validation[-1][1]
 
 
 def read_training(path: Path, timesteps: Sequence[int]) -> TrainingCurve:
@@ -87,10 +66,8 @@ def read_training(path: Path, timesteps: Sequence[int]) -> TrainingCurve:
         raise UserError(
             f"{path}: no validation loss from before and after training; set data.validation_shards"
         )
-    by_timestep = {}
-    for timestep in timesteps:
-        values = read_curve(path, f"val/loss_t{timestep}")
-        by_timestep[timestep] = (values[0][1], values[-1][1])
+    curves = {timestep: read_curve(path, f"val/loss_t{timestep}") for timestep in timesteps}
+    by_timestep = {timestep: (points[0][1], points[-1][1]) for timestep, points in curves.items()}
     return TrainingCurve(read_curve(path, "train/loss_simple"), validation, by_timestep)
 
 
@@ -132,14 +109,13 @@ def training_chart(train: Points, validation: Points) -> str:
 
 def loss_table(curve: TrainingCurve) -> Table:
     """Compare the untrained with the trained model on the validation grid."""
-    rows = [[f"timestep {t}", *_fall(*pair)] for t, pair in curve.by_timestep.items()]
-    rows.append(["mean", *_fall(curve.before, curve.after)])
+    losses = {f"timestep {timestep}": pair for timestep, pair in curve.by_timestep.items()}
+    rows = [
+        [name, f"{before:.4f}", f"{after:.4f}", f"{100.0 * (after / before - 1.0):+.1f} %"]
+        for name, (before, after) in (losses | {"mean": curve.ends}).items()
+    ]
     note = "Squared error on the same held-out samples, timesteps and noise, before and after."
     return Table(["validation loss", "untrained", "trained", "change"], rows, note)
-
-
-def _fall(before: float, after: float) -> list[str]:
-    return [f"{before:.4f}", f"{after:.4f}", f"{100.0 * (after / before - 1.0):+.1f} %"]
 
 
 def edit_strips(cases: Sequence[ToyCase], edits: ToyEdits, count: int) -> list[list[Tile]]:
@@ -204,20 +180,15 @@ def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
                 f"{100 * ceiling.first_of_20.value:.0f} %",
             )
         )
-    change = f"{curve.before:.2f} → {curve.after:.2f}"
-    return [
-        *figures,
-        (change, f"validation loss of a new model in {curve.validation[-1][0]} optimizer steps"),
-    ]
+    before, after = curve.ends
+    steps = f"validation loss of a new model in {curve.validation[-1][0]} optimizer steps"
+    return [*figures, (f"{before:.2f} → {after:.2f}", steps)]
 
 
 def page_values(
     cases: Sequence[ToyCase], edits: ToyEdits, scores: ToyScores, curve: TrainingCurve, shown: int
 ) -> dict[str, Any]:
-    """Return what the page shows of edits (the first ``shown``), scores and training.
-
-    The caller adds the run's other facts.
-    """
+    """Return what the page shows of edits (the first ``shown``), scores and training, for the template."""
     table = scores.table()
     explained = (
         f"{table.note} AUC: how often a region painted with its exemplar resembles that exemplar more than a "
@@ -228,11 +199,8 @@ def page_values(
     )
     return {
         "title": TITLE,
-        "lead": LEAD,
         "figures": headline(scores, curve),
         "edits": edit_strips(cases, edits, shown),
-        "edits_note": EDITS_NOTE,
-        "outside_note": OUTSIDE_NOTE,
         "curve": training_chart(curve.train, curve.validation),
         "losses": loss_table(curve),
         "scores": Table(table.head, table.rows, explained),
@@ -241,18 +209,11 @@ def page_values(
 
 def machine_facts() -> list[tuple[str, str]]:
     """Return what the run ran on: processor, cores, Python and the packages that matter."""
+    table = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:(.*)", table.read_text()) if table.is_file() else []
     facts = [
-        ("Processor", _processor()),
+        ("Processor", names[0].strip() if names else platform.processor() or platform.machine()),
         ("Cores", f"{os.cpu_count()}, torch uses {torch.get_num_threads()} threads"),
         ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
     ]
     return facts + [(name, metadata.version(name)) for name in PACKAGES]
-
-
-def _processor() -> str:
-    table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

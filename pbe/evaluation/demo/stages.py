@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -25,8 +26,9 @@ from pbe.diffusion.solvers import uniform_timesteps
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
-from pbe.evaluation.benchmark.toy import ToyCase, check_count, make_benchmark
-from pbe.evaluation.benchmark.toy_run import ToyEdits, ToyScores, make_edits, score_edits
+from pbe.evaluation.benchmark.toy import ToyCase, ToyEdits, check_count, make_benchmark, make_edits
+from pbe.evaluation.benchmark.toy_run import ToyScores, score_edits
+from pbe.evaluation.demo import DemoSettings
 from pbe.evaluation.demo.page import (
     TEMPLATE,
     TrainingCurve,
@@ -35,15 +37,16 @@ from pbe.evaluation.demo.page import (
     page_values,
     read_training,
 )
-from pbe.evaluation.demo.settings import DemoSettings
 from pbe.evaluation.metrics.towers import load_tower
-from pbe.evaluation.report.sheets import sheet
-from pbe.evaluation.report.tables import markdown
+from pbe.evaluation.report import markdown, sheet
 from pbe.files import make_folder
 from pbe.html import Tile, render_page, write_html
 from pbe.resources import packaged
 from pbe.training.monitoring.loggers import read_rows
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS
+
+if TYPE_CHECKING:
+    from pbe.training.run import TrainResult
 
 RENDER = ("-m", "pbe.cli", "toy", "render")
 EDITS, SHOWN = "edits.png", 16  # the first cases, which the README shows
@@ -59,11 +62,9 @@ class StageError(Exception):
 
 
 class Clock:
-    """Prints a heading for each stage and keeps how long it took.
+    """Prints a heading for each stage, and keeps name, seconds and ``note`` of those that are done.
 
-    Attributes:
-        stages: those that are done: name, seconds, and a sentence on what came out.
-        note: that sentence, set by the running stage.
+    The note is a sentence on what came out, set by the running stage.
     """
 
     def __init__(self) -> None:
@@ -160,12 +161,18 @@ def render(options: DemoSettings, clock: Clock) -> None:
     )
 
 
-def pilot(options: DemoSettings, clock: Clock) -> int:
-    """Stage two: encode the samples once and time a few steps; return the number of steps to train."""
+def _train(config: Config) -> TrainResult:
     from pbe.training.run import train
 
-    result = train(training_config(options, PILOT_STEPS, "pilot"))
-    _finished(result.stopped_by)
+    result = train(config)
+    if result.stopped_by:
+        raise KeyboardInterrupt
+    return result
+
+
+def pilot(options: DemoSettings, clock: Clock) -> int:
+    """Stage two: encode the samples once and time a few steps; return the number of steps to train."""
+    result = _train(training_config(options, PILOT_STEPS, "pilot"))
     times = [float(row[1]) for row in read_rows(result.output_dir / "metrics.csv") if row[2] == "train/loss"]
     per_step = (times[-1] - times[PILOT_SKIP]) / (len(times) - 1 - PILOT_SKIP)
     shutil.rmtree(result.output_dir)
@@ -178,21 +185,14 @@ def pilot(options: DemoSettings, clock: Clock) -> int:
 
 def train_model(options: DemoSettings, clock: Clock, steps: int) -> TrainingCurve:
     """Stage three: train a fresh UNet, mapper, projection and null condition."""
-    from pbe.training.run import train
-
-    result = train(training_config(options, steps, "run"))
-    _finished(result.stopped_by)
+    result = _train(training_config(options, steps, "run"))
     curve = read_training(result.output_dir / "metrics.csv", VALIDATION_TIMESTEPS)
-    change = f"{curve.before:.4f} untrained, {curve.after:.4f} trained"
+    before, after = curve.ends
+    change = f"{before:.4f} untrained, {after:.4f} trained"
     clock.note = f"{result.steps} steps; validation loss {change}"
-    if not curve.after < curve.before:
+    if not after < before:
         raise UserError(f"the validation loss did not fall ({change}); train longer")
     return curve
-
-
-def _finished(stopped_by: int) -> None:
-    if stopped_by:
-        raise KeyboardInterrupt
 
 
 def edit(options: DemoSettings, clock: Clock) -> tuple[list[ToyCase], ToyEdits, list[list[Tile]]]:
@@ -219,25 +219,6 @@ def score(options: DemoSettings, clock: Clock, cases: list[ToyCase], edits: ToyE
     print(markdown(scores.table()))
     clock.note = f"AUC {row.auc} at guidance {scale:g}"
     return scores
-
-
-def write_examples(case: ToyCase, folder: Path) -> None:
-    """Write one case as files for ``sample.py``: image.png, mask.png, exemplar.png."""
-    folder.mkdir(exist_ok=True)
-    for name in ("image", "mask", "exemplar"):
-        Image.fromarray(getattr(case, name)).save(folder / f"{name}.png")
-
-
-def write_sheet(cases: Sequence[ToyCase], edits: ToyEdits, path: Path) -> None:
-    """Write four rows: masked scene, exemplar, edit at the last guidance scale, true object."""
-    count, last = len(cases), list(edits.own.values())[-1]
-    rows = {
-        "masked": [case.masked for case in cases],
-        "exemplar": [case.exemplar for case in cases],
-        "edit": list(last[:count]),
-        "hidden": [case.image for case in cases],
-    }
-    Image.fromarray(sheet(rows, tile=128, columns=8)).save(path)
 
 
 def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
@@ -295,8 +276,17 @@ def run(options: DemoSettings) -> Path:
             machine=[*machine_facts(), ("Peak memory", f"{peak_memory():.2f} GB")],
             steps=next_steps(options),
         )
-        write_examples(cases[0], options.out / "example")
-        write_sheet(cases[:SHOWN], edits, options.out / EDITS)
+        example = make_folder(options.out / "example")
+        for name in ("image", "mask", "exemplar"):  # the first case, as files for `pbe edit`
+            Image.fromarray(getattr(cases[0], name)).save(example / f"{name}.png")
+        shown, last = cases[:SHOWN], list(edits.own.values())[-1]
+        rows = {
+            "masked": [case.masked for case in shown],
+            "exemplar": [case.exemplar for case in shown],
+            "edit": list(last[: len(shown)]),
+            "hidden": [case.image for case in shown],
+        }
+        Image.fromarray(sheet(rows, tile=128, columns=8)).save(options.out / EDITS)
         write_html(page, options.out / "index.html")
         clock.note = f"{options.out / 'index.html'}"
     total = time.perf_counter() - started

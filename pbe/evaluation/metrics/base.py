@@ -116,29 +116,20 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary: NaN becomes None, an infinite number a text, ``inf``."""
-        numbers = {name: _json_number(getattr(self, name)) for name in ("value", "low", "high")}
-        per_case = None if self.per_case is None else [_json_number(value) for value in self.per_case]
+        numbers = {name: json_number(getattr(self, name)) for name in ("value", "low", "high")}
+        per_case = None if self.per_case is None else [json_number(value) for value in self.per_case]
         texts = {"better": self.better, "run": self.run, "why_not": self.why_not, "card": asdict(self.card)}
         return {"name": self.name, "family": self.family, **numbers, **texts, "per_case": per_case}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Score:
         """Read what :meth:`to_dict` returned; a KeyError, TypeError or ValueError where it is damaged."""
+        texts = {name: content[name] for name in ("name", "family", "better", "run", "why_not")}
+        numbers: dict[str, Any] = {name: _from_json(content[name]) for name in ("value", "low", "high")}
         per_case = content["per_case"]
-        return cls(
-            name=content["name"],
-            family=content["family"],
-            value=_from_json(content["value"]),
-            low=_from_json(content["low"]),
-            high=_from_json(content["high"]),
-            card=ScoreCard(**content["card"]),
-            per_case=None
-            if per_case is None
-            else np.array([_from_json(one) for one in per_case], np.float64),
-            better=content["better"],
-            run=content["run"],
-            why_not=content["why_not"],
-        )
+        if per_case is not None:
+            per_case = np.array([_from_json(one) for one in per_case], np.float64)
+        return cls(**texts, **numbers, card=ScoreCard(**content["card"]), per_case=per_case)
 
     @property
     def exact(self) -> bool:
@@ -158,7 +149,8 @@ class Score:
         return f"{short_number(self.value)} ({short_number(self.low)} to {short_number(self.high)})"
 
 
-def _json_number(value: float) -> float | str | None:
+def json_number(value: float) -> float | str | None:
+    """Return a number as JSON holds it: NaN as None, an infinite one as a text."""
     value = float(value)
     if math.isnan(value):
         return None
@@ -181,10 +173,17 @@ def reasons(excluded: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in excluded.items())
 
 
-def not_run(name: str, family: Family, better: Better, why: str, card: ScoreCard | None = None) -> Score:
+def not_run(
+    name: str,
+    family: Family,
+    better: Better,
+    why: str,
+    card: ScoreCard | None = None,
+    per_case: np.ndarray | None = None,
+) -> Score:
     """Return the score that could not be made for want of something; ``why`` says what it needs."""
-    why_not = f"not run: {why}"
-    return Score(name, family, NAN, NAN, NAN, card or ScoreCard(), None, better, False, why_not)
+    card = card or ScoreCard()
+    return Score(name, family, NAN, NAN, NAN, card, per_case, better, False, f"not run: {why}")
 
 
 def case_score(
@@ -202,9 +201,9 @@ def case_score(
     """Make the score that is a mean over cases.
 
     Args:
-        name: of the score.
-        family: of the score.
-        better: which direction.
+        name: of the score, as ``family`` and ``better``.
+        family: see :class:`Score`.
+        better: see :class:`Score`.
         values: ``(n,)`` in the order of the cases; what is not finite is left out.
         card: what is known; images, exclusions and interval are filled in.
         bootstrap: how the interval is made.
@@ -217,11 +216,11 @@ def case_score(
     surprising = len(values) - count - sum(excluded.values())
     if surprising > 0:
         excluded["not a finite number"] = surprising
-    interval = bootstrap.mean_text() if count > 1 else "none: one image has none"
+    how = f"{bootstrap.level:.0%} percentile bootstrap over images, {bootstrap.resamples} resamples"
+    interval = how if count > 1 else "none: one image has none"
     card = replace(card, pictures=count, excluded=excluded, interval=interval)
     if not count:
-        why = f"not run: no case is left to score ({reasons(excluded)})"
-        return Score(name, family, NAN, NAN, NAN, card, values, better, False, why)
+        return not_run(name, family, better, f"no case is left to score ({reasons(excluded)})", card, values)
     estimate = bootstrap.of_mean(values[kept])
     low, high = sorted((finish(estimate.low), finish(estimate.high))) if count > 1 else (NAN, NAN)
     return Score(name, family, finish(estimate.value), low, high, card, show(values), better)
@@ -292,6 +291,16 @@ class Metric:
         """Return its scores where they cannot be made; ``why`` says what they need."""
         return [not_run(name, self.family, self.better, why, card) for name in self.scores]
 
+    def case_scores(
+        self, values: Sequence[np.ndarray] | np.ndarray, card: ScoreCard, outcome: Outcome, **maps: Any
+    ) -> list[Score]:
+        """Return its scores as means over cases, of ``values`` each; for ``maps`` see :func:`case_score`."""
+        how: dict[str, Any] = {"excluded": outcome.excluded, **maps}
+        return [
+            case_score(name, self.family, self.better, column, card, outcome.bootstrap, **how)
+            for name, column in zip(self.scores, values, strict=True)
+        ]
+
 
 class Measure(ABC):
     """Sees every batch once and then makes the scores of a metric."""
@@ -310,10 +319,8 @@ class CaseMeasure(Measure):
 
     Args:
         measure: the numbers ``(b,)`` of a batch, or ``(b, k)`` for ``k`` scores; NaN leaves a case out.
-        card: what is known beforehand.
+        card: what is known beforehand; where it names no other reference, it gets the hash of the cases.
         finish: see :func:`case_score`, as for ``show``.
-        against_images: the edits are compared with their cases, whose hash the card then bears; if not, the
-            card says itself what they are compared with.
     """
 
     def __init__(
@@ -323,10 +330,9 @@ class CaseMeasure(Measure):
         *,
         finish: Callable[[float], float] = lambda mean: mean,
         show: Callable[[np.ndarray], np.ndarray] = lambda values: values,
-        against_images: bool = True,
     ) -> None:
         self.measure, self.card = measure, card
-        self.map, self.show, self.against_images = finish, show, against_images
+        self.maps: dict[str, Any] = {"finish": finish, "show": show}
         self.values: dict[int, np.ndarray] = {}
 
     def update(self, batch: Batch) -> None:
@@ -339,13 +345,8 @@ class CaseMeasure(Measure):
         values = np.full((len(metric.scores), outcome.count), np.nan)
         for position, row in self.values.items():
             values[:, position] = row
-        sha256 = outcome.cases_sha256 if self.against_images else self.card.reference_sha256
-        card, excluded = replace(self.card, reference_sha256=sha256), outcome.excluded
-        options: dict[str, Any] = {"excluded": excluded, "finish": self.map, "show": self.show}
-        return [
-            case_score(name, metric.family, metric.better, column, card, outcome.bootstrap, **options)
-            for name, column in zip(metric.scores, values, strict=True)
-        ]
+        sha256 = self.card.reference_sha256 or outcome.cases_sha256
+        return metric.case_scores(values, replace(self.card, reference_sha256=sha256), outcome, **self.maps)
 
 
 def by_case(number: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> Callable[[Batch], list[float]]:

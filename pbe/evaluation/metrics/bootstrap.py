@@ -57,10 +57,6 @@ class Bootstrap:
         """Return the mean of ``(n,)`` finite values with its percentile interval."""
         return mean_interval(values, seed=self.seed, resamples=self.resamples, level=self.level)
 
-    def mean_text(self) -> str:
-        """Say how :meth:`of_mean` makes its interval."""
-        return f"{self.level:.0%} percentile bootstrap over images, {self.resamples} resamples"
-
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the cosines of matching rows, ``(n,)`` float64; NaN where a row is zero or not finite."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pbe.checkpoints.tower_weights import read_state
 from pbe.errors import UserError
@@ -110,13 +110,9 @@ def decibels(squared_error: float) -> float:
 
 def psnr_measure() -> CaseMeasure:
     """Make ``psnr-outside``: the PSNR of the mean squared error over all cases, infinite for none."""
-
-    def show(values: np.ndarray) -> np.ndarray:
-        return np.array([decibels(value) for value in values])
-
     notes = "dB of the mean squared error over all cases; exact = no pixel differs"
-    card = ScoreCard(crop_rule=OUTSIDE, notes=notes)
-    return CaseMeasure(by_case(squared_error_outside), card, finish=decibels, show=show)
+    card, measure = ScoreCard(crop_rule=OUTSIDE, notes=notes), by_case(squared_error_outside)
+    return CaseMeasure(measure, card, finish=decibels, show=lambda values: np.array([*map(decibels, values)]))
 
 
 def fill_masked(image: np.ndarray, edit: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -196,14 +192,9 @@ def lpips_outside(network: nn.Module, image: np.ndarray, edit: np.ndarray, mask:
     if np.array_equal(filled, image):
         return 0.0
     device = next(network.parameters()).device
+    pixels = torch.from_numpy(np.stack([image, filled])).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1.0
     with torch.inference_mode():
-        return float(network(_signed(image, device), _signed(filled, device)).squeeze())
-
-
-def _signed(image: np.ndarray, device: torch.device) -> Tensor:
-    """Return an image, uint8 ``h w 3``, in [-1, 1], float32 ``(1, 3, h, w)``."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-    return pixels.to(device).float() / 127.5 - 1.0
+        return float(network(pixels[:1], pixels[1:]).squeeze())
 
 
 class LpipsMeasure(CaseMeasure):

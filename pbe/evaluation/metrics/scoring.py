@@ -11,20 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics import copy_paste, layout, pixels
+from pbe.evaluation.metrics import copy_paste, pixels
 from pbe.evaluation.metrics.base import Batch, Case, Measure, Metric, NotRunError, Outcome, Score, reasons
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.frechet import frechet, kernel
-from pbe.evaluation.metrics.quality import QualityMeasure, load_mixture
-from pbe.evaluation.metrics.regions import (
+from pbe.evaluation.metrics.copy_paste import LAYOUT_NAMES, layout_copy_measure, layout_true_measure
+from pbe.evaluation.metrics.feature_scores import (
     FIRST_OF,
     FIRST_OF_SCORES,
     FirstOfMeasure,
-    corrected_region_measure,
+    QualityMeasure,
+    load_mixture,
     paper_region_measure,
     region_measure,
 )
-from pbe.evaluation.metrics.sets import Compare, ImageFolder, SetMeasure
+from pbe.evaluation.metrics.pixels import LpipsMeasure
+from pbe.evaluation.metrics.sets import Compare, ImageFolder, SetMeasure, frechet, kernel
 from pbe.evaluation.metrics.towers import OTHERS_ALLOWED, TOWERS, Tower, load_tower
 
 Progress = Callable[[int, int], None]
@@ -85,25 +86,19 @@ class Tools:
     """
 
     def __init__(self, settings: ScoreSettings, own_reference: bool) -> None:
-        self.settings, self.own_reference = settings, own_reference
+        self.settings, self.own_reference, self.device = settings, own_reference, settings.device
         self._towers: dict[str, Tower] = {}
 
     def tower(self, role: str) -> Tower:
         """Return a tower; raise NotRunError where its weights are not given."""
         if role not in self._towers:
-            settings = self.settings
-            self._towers[role] = load_tower(
-                role, settings.architectures.get(role), settings.weights.get(role), settings.device
-            )
+            other = self.settings.architectures.get(role)
+            self._towers[role] = load_tower(role, other, self.settings.weights.get(role), self.device)
         return self._towers[role]
 
     def distance(self, compare: Compare, role: str, notes: str = "") -> Measure:
         """Make a distance of sets on a tower's features."""
         return SetMeasure(self.tower(role), compare, self.own_reference, notes)
-
-    def lpips(self) -> Measure:
-        """Make LPIPS outside the mask; raise NotRunError where its weights are not given."""
-        return pixels.LpipsMeasure(self.settings.weights.get("lpips"), self.settings.device)
 
     def quality(self) -> Measure:
         """Make QS; raise NotRunError where no mixture is given."""
@@ -121,22 +116,24 @@ ROWS = (
     Metric("qs", "paper", "higher", lambda tools: tools.quality()),
     Metric("region-clip", "paper", "higher", lambda tools: paper_region_measure(tools.tower("clip"))),
     Metric(
-        "region-clip-corrected",
-        "paper",
-        "higher",
-        lambda tools: corrected_region_measure(tools.tower("clip")),
+        "region-clip-corrected", "paper", "higher", lambda tools: region_measure(tools.tower("clip"), 100.0)
     ),
     Metric("fid", "clean", "lower", lambda tools: tools.distance(frechet, "inception")),
     Metric("kid", "clean", "lower", lambda tools: tools.distance(kernel, "inception", KID)),
     Metric("clip-similarity", "clean", "higher", lambda tools: region_measure(tools.tower("clip"))),
     Metric("dino-similarity", "clean", "higher", lambda tools: region_measure(tools.tower("dino"))),
-    Metric("lpips-outside", "clean", "lower", lambda tools: tools.lpips()),
+    Metric(
+        "lpips-outside",
+        "clean",
+        "lower",
+        lambda tools: LpipsMeasure(tools.settings.weights.get("lpips"), tools.device),
+    ),
     Metric("psnr-outside", "clean", "higher", lambda tools: pixels.psnr_measure()),
     Metric("ssim-outside", "clean", "higher", lambda tools: pixels.ssim_measure()),
     Metric("seam", "clean", "lower", lambda tools: pixels.seam_measure()),
     Metric("copy-paste", "clean", "lower", lambda tools: copy_paste.copy_paste_measure(), copy_paste.NAMES),
-    Metric("layout-copy", "clean", "lower", lambda tools: layout.layout_copy_measure(), layout.NAMES),
-    Metric("layout-true", "clean", "higher", lambda tools: layout.layout_true_measure()),
+    Metric("layout-copy", "clean", "lower", lambda tools: layout_copy_measure(), LAYOUT_NAMES),
+    Metric("layout-true", "clean", "higher", lambda tools: layout_true_measure()),
     Metric("colour-inside", "clean", "lower", lambda tools: pixels.colour_measure("inside")),
     Metric("colour-outside", "clean", "lower", lambda tools: pixels.colour_measure("outside")),
     Metric("toy-fd", "toy", "lower", lambda tools: tools.distance(frechet, "lite2", TOY_FD)),

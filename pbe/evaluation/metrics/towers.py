@@ -1,7 +1,8 @@
-"""Feature towers of the scores: CLIP, DINO, Inception, EfficientNet-Lite2; weights come from files.
+"""Regions of images, and the feature towers that scores look at them with; weights come from files.
 
-Nothing is downloaded unless an open_clip tag is named; a tower whose weights are not given is no error:
-the scores that need it are returned as not run.
+The towers are CLIP, DINO, Inception, and EfficientNet-Lite2, which is kept for scoring: no model of the toy
+world has seen it. Nothing is downloaded unless an open_clip tag is named; a tower whose weights are not given
+is no error: the scores that need it are returned as not run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import open_clip
 import timm
@@ -21,9 +24,11 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN
 from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pbe.checkpoints.tower_weights import (
     image_tower,
+    lite_state,
     lite_weights,
     load_strictly,
     read_state,
@@ -32,17 +37,14 @@ from pbe.checkpoints.tower_weights import (
 from pbe.checkpoints.weight_files import is_program
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
-from pbe.evaluation.metrics.base import NotRunError
-from pbe.evaluation.metrics.features import (
-    RESIZE_FILTER,
-    SIZE as LITE_SIZE,
-    TOWER as LITE_TOWER,
-    build_lite,
-    to_input,
-)
+from pbe.evaluation.metrics.base import NotRunError, ScoreCard
 from pbe.files import sha256_of
 from pbe.models.image_tower import build_tower
 
+LITE_TOWER = "tf_efficientnet_lite2"
+LITE_SIZE = 128
+CENTRE, SPREAD = 127.0, 128.0  # the packages' normalisation: (x - 127) / 128
+LITE_FILTER = "bilinear, align_corners=False, no antialias, float32"
 WHOLE = "shorter side by antialiased bicubic (Pillow), centre crop"
 SQUASHED = "both axes stretched to the square by antialiased bicubic (Pillow)"
 # What PyTorch raises of files that are no state dict, and building raises of those of another network.
@@ -59,6 +61,43 @@ UNREADABLE = (
     UserError,
 )
 INCEPTION = "both axes to 299 px by TensorFlow 1's bilinear (torch-fidelity)"
+OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
+
+
+def build_lite(path: Path) -> nn.Module:
+    """Return EfficientNet-Lite2 without its classifier, with the weights of ``path``, in evaluation mode."""
+    tower = timm.create_model(LITE_TOWER, pretrained=False, num_classes=0)
+    tower.load_state_dict(lite_state(path, drop_head=True))
+    tower = tower.to(memory_format=torch.channels_last)  # up to twice as fast on a CPU, same to 2e-6
+    return tower.eval().requires_grad_(False)
+
+
+def to_input(image: np.ndarray) -> Tensor:
+    """Return an image, uint8 ``h w 3``, as the tower's input, float32 ``(1, 3, 128, 128)``."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size=(LITE_SIZE, LITE_SIZE), mode="bilinear", align_corners=False)
+    return (resized - CENTRE) / SPREAD
+
+
+def mask_bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the bounding box ``(x1, y1, x2, y2)``, the last two exclusive, of a mask's pixels above 127."""
+    x, y, width, height = cv2.boundingRect((mask > 127).astype(np.uint8))
+    if width == 0 or height == 0:
+        raise UserError("an empty mask has no region to score")
+    return x, y, x + width, y + height
+
+
+def region(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Cut the bounding box of a mask (uint8 ``h w``) out of an image (uint8 ``h w 3``)."""
+    if image.shape[:2] != mask.shape[:2]:
+        raise UserError(f"the image is {image.shape[:2]} but its mask {mask.shape[:2]} (height, width)")
+    x1, y1, x2, y2 = mask_bounds(mask)
+    return image[y1:y2, x1:x2]
+
+
+def to_grey(image: np.ndarray) -> np.ndarray:
+    """Return an image (uint8 ``h w 3``) with its luma (ITU-R BT.601, rounded) in all three channels."""
+    return cv2.cvtColor(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 @dataclass(frozen=True)
@@ -85,7 +124,6 @@ TOWERS = {
     "inception": TowerSpec("inception-v3-compat", 299),
     "lite2": TowerSpec(f"timm/{LITE_TOWER}", LITE_SIZE),
 }
-OTHERS_ALLOWED = ("clip", "dino")  # roles whose architecture may be another one
 
 
 class Tower:
@@ -97,6 +135,11 @@ class Tower:
         self.spec, self.sha256, self.device = spec, sha256, device
         self.key = f"{spec} {sha256}"  # under which features are shared
         self.network = network.eval().requires_grad_(False).to(device)
+
+    def card(self, crop_rule: str, *, resize_filter: str = "", **more: Any) -> ScoreCard:
+        """Return the card of a score of its features, of stretched images unless a filter is named."""
+        resize_filter = resize_filter or self.squashed_filter
+        return ScoreCard(self.spec.architecture, self.sha256, resize_filter, crop_rule, **more)
 
     def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the features of images, uint8 ``h w 3``, shown as :attr:`whole_filter` says."""
@@ -121,7 +164,7 @@ class Tower:
 class LiteTower(Tower):
     """EfficientNet-Lite2 as the toy world's scores have always used it: images stretched to the square."""
 
-    whole_filter = squashed_filter = RESIZE_FILTER
+    whole_filter = squashed_filter = LITE_FILTER
 
     def whole(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the 1280 pooled features of images."""
@@ -172,17 +215,14 @@ def load_tower(role: str, architecture: str | None, weights: str | None, device:
 
     Args:
         role: key of :data:`TOWERS`.
-        architecture: another one than the role's own; its input stays the role's.
+        architecture: another one than the role's own, which :data:`OTHERS_ALLOWED` may have; its input stays
+            the role's.
         weights: a file (safetensors, a plain state dict or OpenAI's TorchScript archive; of all of CLIP or of
             its image tower), for ``clip`` also a tag of open_clip, which may download. None: not
             given, a NotRunError; Lite2 has its package.
         device: where it runs.
     """
     spec = TOWERS[role]
-    if architecture is not None and role not in OTHERS_ALLOWED:
-        raise UserError(
-            f"the tower '{role}' has one architecture; {' and '.join(OTHERS_ALLOWED)} may have others"
-        )
     if architecture is not None:
         spec = TowerSpec(architecture, spec.size, spec.mean, spec.std)
     if role == "lite2":

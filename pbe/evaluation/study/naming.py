@@ -21,7 +21,7 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.toy import SPLIT, ToyCase
 from pbe.evaluation.metrics.bootstrap import LEVEL, Estimate
-from pbe.evaluation.report.sheets import at_side
+from pbe.evaluation.report import at_side
 from pbe.files import write_output
 
 LETTERS = "abcd"

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,37 @@ from pbe.data.shards.remote import is_url
 from pbe.errors import UserError
 from pbe.files import POLL_SECONDS, FileLock, lock, make_folder, try_lock
 from pbe.models import LatentDiffusion
-from pbe.training.latent_cache.record import Layout, record_of, to_records, write_shard
-from pbe.training.latent_cache.settings import Settings, fingerprint, halved, settings_of, with_all_tokens
+from pbe.training.latent_cache.settings import (
+    Settings,
+    differences,
+    fingerprint,
+    halved,
+    serving_settings,
+    settings_of,
+)
 from pbe.training.latent_cache.store import (
+    LATENTS,
+    MASKS,
+    NAME_DIGITS,
     LatentShard,
     LatentStore,
+    Layout,
     read_store,
-    refuse_older,
+    record_of,
     rows_of_shard,
     store_folder,
+    to_records,
     variants_of,
+    write_shard,
 )
 from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 
 LOG = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
+OLD_NAMES = ("train", "validation", ".train.partial", ".validation.partial")  # of the layout before shards
 # without locks a shard may be made twice, with the same bytes
 WITHOUT_LOCKS = "give every builder its own part by --shard"
+NO_STORE = "not a store of latents; it may be deleted"
 
 
 def find_cache(config: Config, model: LatentDiffusion) -> LatentStore | None:
@@ -54,18 +69,23 @@ def find_cache(config: Config, model: LatentDiffusion) -> LatentStore | None:
 
 
 def _find(config: Config, settings: Settings) -> LatentStore | None:
-    if is_url(config.cache.folder):
+    folder = config.cache.folder
+    if is_url(folder):
+        raise UserError(f"a latent cache lies on a local or shared disk; cache.folder '{folder}' is a URL")
+    for path in _older(folder):
         raise UserError(
-            f"a latent cache lies on a local or shared disk; cache.folder '{config.cache.folder}' is a URL"
+            f"the latent cache '{folder}' was made by an older version; delete '{path}'"
+            " or name another cache.folder"
         )
-    refuse_older(Path(config.cache.folder))
-    # one with all tokens serves those who want the class token alone, which is its first
-    grid = config.model.exemplar_encoder.token_grid
-    for candidate in (settings, with_all_tokens(settings, grid)):
-        store = _read(config, candidate) if candidate is not None else None
+    for candidate in serving_settings(settings, config):
+        store = _read(config, candidate)
         if store is not None and store.is_ready(variants_of(config)):
             return store
     return None
+
+
+def _older(folder: str | Path) -> list[Path]:
+    return [path for name in OLD_NAMES if (path := Path(folder) / name).is_dir()]
 
 
 def _read(config: Config, settings: Settings) -> LatentStore | None:
@@ -89,11 +109,8 @@ def ensure_cache(
         config: ``cache.folder`` says where, ``cache.variants`` how many samples of each training image.
         model: with its frozen parts loaded.
         check: called between batches; what it raises ends the build, which resumes there next time.
-        share: build part ``i`` of ``n`` (from 0) only, and do not wait for the others.
+        share: build part ``i`` of ``n`` (from 0) only; the store is not complete then.
         quiet: show no progress.
-
-    Returns:
-        The store; it is complete unless it was to be a share only.
     """
     settings = settings_of(config, model)
     if (found := _find(config, settings)) is not None:
@@ -119,15 +136,8 @@ def _lock_shard(folder: Path, stem: str) -> FileLock | None:
 class ShardFeed:
     """The counters of batches, shard by shard, in a shape that a DataLoader takes as its batch sampler.
 
-    A shard is locked when its first batch is asked for; those of other builders are passed over.
-
-    Args:
-        store: the shards belong to.
-        shards: to be made.
-        batch_size: samples encoded together; a shard's last batch has what is left.
-
-    Attributes:
-        locked: what has been locked and is not finished, in order.
+    A shard is locked when its first batch is asked for; those of other builders are passed over. A shard's
+    last batch has what is left. ``locked`` has been locked and is not finished, in order.
     """
 
     def __init__(self, store: LatentStore, shards: Sequence[LatentShard], batch_size: int) -> None:
@@ -245,15 +255,16 @@ class _Builder:
             worker_init_fn=start_worker, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         batches = iter(loader)
-        rows, counts = list[np.ndarray](), Counter[str]()
-        seen, done = Counter[str](), 0
+        rows, counts = list[np.ndarray](), Counter[str]()  # of a shard
+        seen, done = Counter[str](), 0  # of all
         try:
             for batch in batches:
                 self.check()
                 counts.update(batch["counts"])
                 seen.update(batch["counts"])
                 done += len(batch.get("image", ()))
-                self._check_counts(stream, seen, max(done, self.store.samples[stream]), batch["missing"])
+                samples = max(done, self.store.samples[stream])
+                check_counts(stream, seen, self.config.data.max_bad_share * samples, batch["missing"])
                 rows.append(to_records(encode(self.config, self.model, batch), self.store.record))
                 progress.update(len(rows[-1]))
                 shard = feed.locked[0][0]
@@ -268,17 +279,14 @@ class _Builder:
             if workers:
                 batches._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _check_counts(self, stream: str, counts: Counter[str], samples: int, missing: int = 0) -> None:
-        check_counts(stream, counts, self.config.data.max_bad_share * samples, missing)
-
     def list_shards(self) -> LatentStore:
         """List the shards that are there, unless too many images were of no use."""
         folder = self.store.folder
         with lock(folder / LOCK_NAME, check=self.check, without_locks=WITHOUT_LOCKS):
             store = (read_store(folder) or self.store).with_finished(self.variants)
             for stream in self.variants:
-                counts, samples = store.counts(stream), store.rows_listed(stream)
-                self._check_counts(stream, counts, samples)
+                counts, samples = store.counts(stream)
+                check_counts(stream, counts, self.config.data.max_bad_share * samples)
                 if counts and not self.quiet:
                     LOG.info("%s cache: %d samples; %s", stream, samples, describe(counts))
             return store.write()
@@ -301,3 +309,89 @@ def encode(config: Config, model: LatentDiffusion, batch: dict[str, Any]) -> Enc
     moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=halved(config)):
         return encode_batch(model, moved)
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache takes.
+
+    Attributes:
+        sample: bytes of one variant of one sample in its shard.
+        parts: the same by what they hold.
+        samples: variants and samples of an epoch, by stream; without the streams that have no shards yet.
+        total: bytes of all shards without their indexes, which add less than a hundredth.
+    """
+
+    sample: int
+    parts: dict[str, int]
+    samples: dict[str, tuple[int, int]]
+    total: int
+
+
+def size_on_disk(config: Config, model: LatentDiffusion) -> CacheSize:
+    """Return what the cache of a configuration takes when it is built; the model may be on the meta device.
+
+    Streams whose shards cannot be found count as nothing.
+    """
+    layout = Layout(record_of(config, model))
+    data, samples, total = TrainingData(config), {}, 0
+    rows = rows_of_shard(config, layout)
+    for stream, variants in variants_of(config).items():
+        try:
+            count = len(data.dataset(stream))
+        except UserError:
+            continue
+        samples[stream] = (variants, count)
+        whole, rest = divmod(count, rows)
+        total += variants * (whole * layout.tar_size(rows) + (layout.tar_size(rest) if rest else 0))
+    fields = {name: layout.record[name].itemsize for name in layout.record.names or ()}
+    parts = {
+        "latents": sum(fields[name] for name in LATENTS),
+        "masks": sum(fields[name] for name in MASKS),
+        "features": fields["features"],
+    }
+    parts["headers and filling"] = layout.stride - sum(parts.values())
+    return CacheSize(layout.stride, parts, samples, total)
+
+
+def describe_folder(config: Config, model: LatentDiffusion) -> list[str]:
+    """Return a line for each store of a cache's folder, and for what older versions made there.
+
+    A line holds name, size, variants of each stream, and what a training with this configuration would do
+    with it, or in which settings it differs.
+    """
+    folder, settings = Path(config.cache.folder), settings_of(config, model)
+    found = [path for path in folder.glob("*") if path.is_dir() and len(path.name) == NAME_DIGITS]
+    lines = []
+    for path in sorted(found):
+        try:
+            store = read_store(path)
+            text = _describe(store, config, settings) if store else NO_STORE
+        except UserError as error:
+            text = str(error)
+        lines.append(f"{path.name}  {_size(path)}  {text}")
+    older = _older(folder)
+    return [*lines, *(f"{path.name}  {_size(path)}  made by an older version; delete it" for path in older)]
+
+
+def _size(folder: Path) -> str:
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{total / 2**30:.2f} GiB"
+
+
+def _describe(store: LatentStore, config: Config, settings: Settings) -> str:
+    whole = store.variants()
+    holds = ", ".join(
+        f"{stream} {count:,} x {whole[stream]}" for stream, count in sorted(store.samples.items())
+    )
+    return f"{holds}  {_verdict(store, config, settings)}"
+
+
+def _verdict(store: LatentStore, config: Config, settings: Settings) -> str:
+    if all(differences(store.settings, candidate) for candidate in serving_settings(settings, config)):
+        return f"does not fit: {'; '.join(differences(store.settings, settings))}"
+    wanted = variants_of(config)
+    if store.is_ready(wanted):
+        return "serves this configuration"
+    missing, planned = len(store.missing(wanted)), len(list(store.plan(wanted)))
+    return f"fits, unfinished: {missing} of {planned} shards are missing"

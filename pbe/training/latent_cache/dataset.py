@@ -18,21 +18,16 @@ from pbe.data.randomness import permutation
 from pbe.data.shards.format import DamagedIndexError, digest, index_path, read_index
 from pbe.data.shards.index import LocalFiles
 from pbe.errors import UserError
-from pbe.training.latent_cache.record import from_records
-from pbe.training.latent_cache.store import LatentShard, LatentStore, variants_of
+from pbe.training.latent_cache.store import LatentStore, from_records, shard_name, variants_of
 from pbe.training.tasks.encoding import EncodedBatch
 
 
 class CachedSamples(Dataset[tuple[int, int]]):
     """Cached samples by global counter; epoch and position follow from the index.
 
-    Args:
-        store: of the cache.
-        stream: ``train``, shuffled anew every epoch, or ``validation``, which keeps the order of the cache.
-        variants: to use; the store has as many or more.
-        seed: of the run; keys the order of each epoch.
-        class_only: hand out the first token of the exemplar only.
-        verify: compare every row with its hash.
+    Training's are shuffled anew every epoch, keyed by ``seed``; validation keeps the order of the cache. Of
+    the store's variants the first ``variants`` are used. ``class_only`` hands out the first token of the
+    exemplar only, ``verify`` compares every row with its hash.
     """
 
     def __init__(
@@ -81,8 +76,8 @@ class CachedSamples(Dataset[tuple[int, int]]):
     def _path(self, variant: int, number: int) -> str:
         path = self._paths.get((variant, number))
         if path is None:  # kept: making one costs as much as reading a row
-            shard = LatentShard(self.stream, variant, number, 0, 0)
-            path = self._paths[variant, number] = str(self.store.folder / shard.name)
+            path = str(self.store.folder / shard_name(self.stream, variant, number))
+            self._paths[variant, number] = path
         return path
 
     def _hashes_of(self, path: str) -> np.ndarray:
@@ -107,12 +102,7 @@ class CachedSamples(Dataset[tuple[int, int]]):
 
 
 class CachedDataModule(TrainingData):
-    """Training and validation batches out of a latent cache, as :class:`EncodedBatch`.
-
-    Args:
-        config: the experiment.
-        store: a finished one that serves it.
-    """
+    """Training and validation batches out of a finished store of a latent cache, as :class:`EncodedBatch`."""
 
     def __init__(self, config: Config, store: LatentStore) -> None:
         super().__init__(config)

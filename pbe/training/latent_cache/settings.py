@@ -10,7 +10,7 @@ from torch import nn
 
 from pbe.config import Config, fingerprint as fingerprint, flatten, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
-from pbe.data.shards.finding import shard_state
+from pbe.data.shards.archive import shard_state
 from pbe.models import LatentDiffusion
 
 # How samples are loaded, not which ones.
@@ -105,16 +105,12 @@ def halved(config: Config) -> bool:
     return "bf16" in config.trainer.precision
 
 
-def with_all_tokens(settings: Settings, grid: int) -> Settings | None:
-    """Return the settings of a cache that holds more tokens and so serves too; None where there is none.
-
-    Args:
-        settings: of what is wanted.
-        grid: positions along a side that all tokens would be averaged to; 0: the tower's own.
-    """
+def serving_settings(settings: Settings, config: Config) -> list[Settings]:
+    """Return the settings of the caches that serve: for the class token one with all tokens does too."""
     if settings[TOKENS] != "class":
-        return None
-    return settings | {TOKENS: "all"} | ({GRID: grid} if grid else {})
+        return [settings]
+    grid = config.model.exemplar_encoder.token_grid
+    return [settings, settings | {TOKENS: "all"} | ({GRID: grid} if grid else {})]
 
 
 def differences(theirs: Settings, ours: Settings) -> list[str]:

@@ -60,15 +60,8 @@ class CsvLog(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row for each metric."""
-        rows = [
-            (step, f"{time.time():.2f}", name, repr(float(value)))
-            for name, value in metrics.items()
-            if name != "epoch"
-        ]
-        self._waiting += _lines(rows)
-        self._write()
-
-    def _write(self) -> None:
+        values = {name: repr(float(value)) for name, value in metrics.items() if name != "epoch"}
+        self._waiting += _lines((step, f"{time.time():.2f}", *row) for row in values.items())
         try:
             head = "" if self.path.exists() else _lines([HEADER])
             append_whole(self.path, head + self._waiting)
@@ -110,11 +103,7 @@ def _lines(rows: Iterable[Sequence[object]]) -> str:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Append text to a file, all of it or nothing: half a number would read as another one.
-
-    Raises:
-        OSError: it could not be written; the file is as it was before.
-    """
+    """Append text to a file, all of it or (an OSError) nothing: half a number would read as another one."""
     content = text.encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -144,16 +133,23 @@ def read_curve(path: Path, name: str) -> list[tuple[int, float]]:
 def make_loggers(config: Config, folder: Path, step: int = -1) -> list[Logger]:
     """Build the loggers that the configuration names, all of them writing into ``folder``.
 
-    ``step`` is that of the checkpoint that the run resumes from, -1 for a start.
+    ``step`` is that of the checkpoint that the run resumes from, -1 for a start: TensorBoard drops what was
+    logged after it, which a restarted run logs again.
     """
     makers: dict[str, Callable[[], Logger]] = {
         "csv": lambda: CsvLog(folder),
         "wandb": lambda: _wandb(config, folder),
-        "tensorboard": lambda: _tensorboard(folder, step),
+        "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step + 1),
     }
     if unknown := [name for name in config.logging.loggers if name not in makers]:
         raise UserError(f"logging.loggers has '{unknown[0]}'; there are: {', '.join(makers)}")
-    return [makers[name]() for name in dict.fromkeys(config.logging.loggers)]
+    made = []
+    for name in dict.fromkeys(config.logging.loggers):
+        try:
+            made.append(makers[name]())
+        except ModuleNotFoundError as error:
+            raise UserError(f"logging.loggers has '{name}', which needs: pip install {name}") from error
+    return made
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:
@@ -178,30 +174,19 @@ def keep_run_id(folder: Path, loggers: Iterable[Logger]) -> None:
             (folder / ID_NAME).write_text(f"{logger.version}\n")
 
 
-def _tensorboard(folder: Path, step: int) -> TensorBoardLogger:
-    """Return a logger that drops what was logged after ``step``, which a restarted run logs again."""
-    try:
-        return TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step + 1)
-    except ModuleNotFoundError as error:
-        raise UserError("logging.loggers has 'tensorboard', which needs: pip install tensorboard") from error
-
-
 def _wandb(config: Config, folder: Path) -> WandbLogger:
     """Return a logger that is silent where nothing is sent; only ``online`` asks for an account."""
     options = config.logging
     if options.wandb_mode != "online":
         os.environ.setdefault("WANDB_SILENT", "true")  # its settings come too late for its first lines
-    try:
-        logger = WandbLogger(
-            project=options.wandb_project,
-            name=options.run_name or folder.name,
-            id=_run_id(folder) or None,
-            resume="allow",
-            save_dir=folder,
-            mode=options.wandb_mode,
-            config=to_dict(config),
-        )
-    except ModuleNotFoundError as error:
-        raise UserError("logging.loggers has 'wandb', which needs: pip install wandb") from error
+    logger = WandbLogger(
+        project=options.wandb_project,
+        name=options.run_name or folder.name,
+        id=_run_id(folder) or None,
+        resume="allow",
+        save_dir=folder,
+        mode=options.wandb_mode,
+        config=to_dict(config),
+    )
     logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns whatever it is
     return logger

@@ -72,14 +72,11 @@ class Guard:
 
     All ranks see the same gradients, but each only its own losses: they exchange their findings, so that all
     of them decide the same.
-
-    Attributes:
-        skipped: steps in a row that were skipped.
     """
 
     def __init__(self, options: TrainerConfig) -> None:
         self.options = options
-        self.skipped = 0
+        self.skipped = 0  # steps in a row
         self._micro_batches: list[tuple[Any, Tensor]] = []
 
     def observe(self, batch: Any, loss: Tensor) -> None:
@@ -91,12 +88,9 @@ class Guard:
     ) -> bool:
         """Return whether the step may be made, the same on all ranks; the micro-batches are forgotten.
 
-        Args:
-            norm: of all gradients.
-            step: optimizer steps made before.
-            module: whose layers and parameters are named.
-            recompute: computes the loss of a batch once more, to find the layer; None where it cannot be.
-            scaled: a gradient scaler skips by itself the steps for which its scale was too large.
+        ``norm`` is of all gradients, ``step`` the optimizer steps made before, ``module`` has the layers and
+        parameters that are named. ``recompute`` computes the loss of a batch once more, to find the layer.
+        ``scaled``: a gradient scaler skips by itself the steps for which its scale was too large.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
         if torch.isfinite(norm):
@@ -106,15 +100,12 @@ class Guard:
         found = from_all_ranks(bool(bad))
         if scaled and not any(found):
             return True
-        text = (
-            _bad_loss(*bad[0], step, module, recompute)
-            if bad
-            else _bad_gradients(micro_batches, step, module)
-        )
+        if bad:
+            text = _bad_loss(*bad[0], step, module, recompute)
+        else:
+            text = _bad_gradients(micro_batches, step, module)
         messages = from_all_ranks(text)
-        message = next(
-            (text for text, bad_loss in zip(messages, found, strict=True) if bad_loss), messages[0]
-        )
+        message = messages[found.index(True)] if any(found) else messages[0]
         self.skipped += 1
         if self.options.on_nan == "stop" or self.skipped > self.options.max_skipped:
             raise UserError(f"{message}; lower optimizer.learning_rate, or use trainer.precision=32-true")
@@ -123,12 +114,12 @@ class Guard:
 
 
 def _bad_loss(batch: Any, loss: float, step: int, module: nn.Module, recompute: Recompute) -> str:
-    if recompute is None:
-        return f"the loss is {loss} at step {step} (samples {sample_names(batch)})"
-    with non_finite_layers(module) as layers:
-        recompute(batch)
-    where = f"first in layer {layers[0]}" if layers else "every layer's output is finite"
-    return f"the loss is {loss} at step {step} (samples {sample_names(batch)}; {where})"
+    where = ""
+    if recompute is not None:
+        with non_finite_layers(module) as layers:
+            recompute(batch)
+        where = f"; first in layer {layers[0]}" if layers else "; every layer's output is finite"
+    return f"the loss is {loss} at step {step} (samples {sample_names(batch)}{where})"
 
 
 def _bad_gradients(micro_batches: list[tuple[Any, Tensor]], step: int, module: nn.Module) -> str:

@@ -7,7 +7,7 @@ run can resume with another strategy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -87,13 +87,11 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, whole_parts: list[nn.Module], entry: str) -> None:
-    """Cut a module's weights into shards, block by block and then the rest together.
+    """Cut a module's weights into shards, block by block and then the rest together, in place.
 
-    Args:
-        module: changed in place; its parameters are other objects afterwards, of the same names.
-        mesh: of the processes that share the weights, one-dimensional.
-        whole_parts: whose weights every process keeps, the frozen networks.
-        entry: name of the method through which all weights are used.
+    Its parameters are other objects afterwards, of the same names. The mesh, of the processes that share the
+    weights, is one-dimensional; every process keeps the weights of the ``whole_parts``, the frozen networks;
+    ``entry`` names the method through which all weights are used.
     """
     kept = {parameter for part in whole_parts for parameter in part.parameters()}
     # Freed after the forward pass too: the moving average is put into the shards between two of them.
@@ -133,14 +131,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state with whole moments on the CPU; all ranks have to call it."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        moments = {
-            number: {
-                name: whole(value).cpu() if isinstance(value, Tensor) else value
-                for name, value in entries.items()
-            }
-            for number, entries in state["state"].items()
-        }
-        return {**state, "state": moments}
+        return _with_moments(state, lambda _, value: whole(value).cpu())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint, the same file on every rank, by memory map."""
@@ -160,21 +151,21 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Cut the whole moments and put them into the optimizers."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = list(_parameters(optimizer))
-            moments = {
-                number: {
-                    name: cut_like(value, parameters[number]) if _is_moment(value) else value
-                    for name, value in entries.items()
-                }
-                for number, entries in state["state"].items()
-            }
-            optimizer.load_state_dict({**state, "state": moments})
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+            def cut(number: int, value: Tensor, parameters: list[Tensor] = parameters) -> Tensor:
+                return cut_like(value, parameters[number]) if value.ndim else value  # the count of steps
+
+            optimizer.load_state_dict(_with_moments(state, cut))
 
 
-def _is_moment(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0  # the count of steps is a scalar
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def _with_moments(state: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """Return an optimizer's state whose tensors, given with the number of their parameter, are changed."""
+    moments = {
+        number: {
+            name: change(number, value) if isinstance(value, Tensor) else value
+            for name, value in entries.items()
+        }
+        for number, entries in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -30,10 +30,8 @@ class Checkpoints(pl.callbacks.Checkpoint):
     """Writes ``last.ckpt`` and keeps others, always between two whole optimizer steps.
 
     A signal ends training as soon as the step it came in is made, its checkpoint written and whatever
-    is due at that step logged; a signal to one rank ends all.
-
-    Attributes:
-        tried: optimizer step of the last checkpoint, written or not for want of room; -1 before any.
+    is due at that step logged; a signal to one rank ends all. ``tried`` is the optimizer step of the last
+    checkpoint, written or not for want of room; -1 before any.
     """
 
     def __init__(
@@ -112,16 +110,16 @@ class Checkpoints(pl.callbacks.Checkpoint):
         kept, every = self.options.keep_checkpoints, self.options.keep_every
         if kept < 0:
             return
-        temporary = [path for path in candidates(self.folder)[1:] if not _is_permanent(path, every)]
+        steps = {path: int(path.stem.removeprefix("step=")) for path in candidates(self.folder)[1:]}
+        temporary = [path for path, made in steps.items() if not every or made % every]
         for path in temporary[kept:]:
             remove(path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Call the checkpoint of this step the best one when its validation loss is the lowest so far."""
-        value = trainer.callback_metrics.get("val/loss")
+        value, note = trainer.callback_metrics.get("val/loss"), self.folder / BEST_NOTE
         if not self.options.keep_best or not trainer.is_global_zero or value is None:
             return
-        note = self.folder / BEST_NOTE
         if self._saved != trainer.global_step:
             return
         if note.is_file() and json.loads(note.read_text())["val/loss"] <= float(value):
@@ -131,8 +129,3 @@ class Checkpoints(pl.callbacks.Checkpoint):
             atomic_write(note, json.dumps({"step": self._saved, "val/loss": float(value)}))
         except OSError as error:
             self._report_failure(self._saved, error)
-
-
-def _is_permanent(path: Path, every: int) -> bool:
-    """Return whether a periodic checkpoint is one of those that are never deleted."""
-    return bool(every) and int(path.stem.removeprefix("step=")) % every == 0

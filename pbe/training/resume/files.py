@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from safetensors import SafetensorError
 
 from pbe.config import Config, differences, flatten, to_dict
 from pbe.errors import UserError
@@ -24,10 +25,10 @@ LOG = logging.getLogger(__name__)
 
 LAST_NAME = "last.ckpt"
 FOLDER_NAME = "checkpoints"
-# What torch raises on files that were cut short, flipped or never were checkpoints.
+# What torch raises on files that were cut short, flipped or never were checkpoints or weights.
 UNREADABLE = (
     *(RuntimeError, EOFError, OSError, KeyError, AttributeError, TypeError, ValueError),
-    pickle.UnpicklingError,
+    *(pickle.UnpicklingError, SafetensorError),
 )
 CHUNK = 1 << 24  # bytes copied at a time
 # What a kernel or file system says that cannot copy between two files by itself.
@@ -40,23 +41,20 @@ report = rank_zero_only(LOG.info)  # one line for the user, once for all ranks
 
 
 class QuietFile(HashingFile):
-    """Remembers the first error instead of raising it.
+    """Remembers the first error instead of raising it, and writes nothing after it.
 
     torch's writer does not take an exception from below well: it warns, and may end the process.
-
-    Attributes:
-        error: what went wrong, or None.
     """
 
     error: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        """Write, unless something went wrong before."""
+        """Write."""
         self._try(super().write, data)
         return len(data)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system, unless something went wrong before."""
+        """Hand what is buffered to the system."""
         self._try(super().flush)
 
     def _try(self, call: Callable[..., object], *arguments: object) -> None:
@@ -70,9 +68,8 @@ class QuietFile(HashingFile):
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the older one, which it replaces only when it is whole and on the disk.
 
-    Attributes:
-        error: why the last checkpoint could not be written, or None. It is not raised: the other ranks
-            of the run would wait for this one for ever.
+    ``error`` says why the last one could not be written. It is not raised: the other ranks of the run would
+    wait for this one for ever.
     """
 
     def __init__(self) -> None:
@@ -247,17 +244,12 @@ def changed_settings(stored: dict[str, Any], config: Config) -> list[str]:
 
 
 def recount_batches(checkpoint: dict[str, Any], samples: int, global_batch: int, accumulate: int) -> None:
-    """Count a checkpoint's batches in those of the run that resumes from it.
+    """Count the batches of Lightning's checkpoint in those of the run that resumes from it, in place.
 
     Lightning counts micro-batches, in an epoch for the end of steps, in all for validations. With another
     ``trainer.accumulate`` or batch those counts would make short steps, and validations in between.
-    Nothing changes where the batches are the same.
-
-    Args:
-        checkpoint: Lightning's; changed in place.
-        samples: of the current epoch that are done, 0 between two epochs.
-        global_batch: samples of a micro-batch of all ranks, now.
-        accumulate: micro-batches of a step, now.
+    ``samples`` of the current epoch are done, 0 between two epochs; the global batch of a micro-batch and the
+    micro-batches of a step are those of now.
     """
     before = checkpoint.get("config", {}).get("trainer", {}).get("accumulate", accumulate)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,10 +21,9 @@ from pbe.models.codec import Posterior
 from pbe.models.discriminator import PatchDiscriminator, adaptive_weight, hinge_loss
 from pbe.models.latent_diffusion import masked_image
 from pbe.models.perceptual import PerceptualDistance, TowerDistance
+from pbe.training.resume.files import UNREADABLE
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.encoding import decoder_known_pixels, to_keep_mask, to_pixels
-
-UNREADABLE = (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError)
 
 
 class AutoencoderTask(BaseTask):
@@ -48,15 +45,13 @@ class AutoencoderTask(BaseTask):
         for part in decoder_parts(model.autoencoder) if self.decoder_only else [model.autoencoder]:
             part.requires_grad_(True)
         self.start_average()
-        self.perceptual = self._perceptual() if weights.perceptual_weight else None
+        self.perceptual: Perceptual | TowerDistance | None = None
+        if weights.perceptual_weight:
+            on_tower = weights.perceptual_on == "tower"
+            self.perceptual = TowerDistance(model.exemplar_encoder) if on_tower else Perceptual(weights)
         self.discriminator = None
         if weights.adversarial_weight:  # after the average, which it is no part of
             self.discriminator = seeded_discriminator(weights, config.seed)
-
-    def _perceptual(self) -> Perceptual | TowerDistance:
-        weights = self.config.autoencoder_loss
-        on_tower = weights.perceptual_on == "tower"
-        return TowerDistance(self.model.exemplar_encoder) if on_tower else Perceptual(weights)
 
     def images(self, batch: dict[str, Any]) -> Tensor:
         """Return the images ``(b, 3, h, w)`` in [-1, 1] of a batch, a share of them greyed in the mask."""
@@ -190,11 +185,9 @@ class Perceptual:
 
 
 def load_perceptual(vgg: str, linear: str) -> PerceptualDistance:
-    """Build the distance from the user's files.
+    """Build the distance from the user's files: torchvision's ``vgg16``, as torch or safetensors file.
 
-    Args:
-        vgg: state dict of torchvision's ``vgg16``, as torch or safetensors file.
-        linear: weights of LPIPS (``lpips/weights/v0.1/vgg.pth``); empty weighs all channels alike.
+    The linear weights are those of LPIPS (``lpips/weights/v0.1/vgg.pth``); without, all channels weigh alike.
     """
     if not vgg:
         raise UserError(
@@ -262,26 +255,16 @@ def reconstruction_terms(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
 def weighted_terms(decoded: Tensor, images: Tensor, mask: Tensor, mask_weight: float) -> dict[str, Tensor]:
     """Return the terms of :func:`reconstruction_terms` with other weights inside the mask than outside.
 
-    Weights have mean one over each image, so that a batch and its micro-batches agree.
-
-    Args:
-        decoded: ``(b, 3, h, w)`` in [-1, 1].
-        images: the same shape and range.
-        mask: ``(b, 1, h, w)`` in [0, 1], 1 = repaint.
-        mask_weight: of a pixel inside the mask, where one outside counts 1.
+    A pixel inside the mask, ``(b, 1, h, w)`` in [0, 1] with 1 = repaint, weighs ``mask_weight`` where one
+    outside weighs 1. Weights have mean one over each image, so that a batch and its micro-batches agree.
     """
     weight, error = 1.0 + (mask_weight - 1.0) * mask, decoded - images
-    horizontal = _weighted_mean(
-        (error[..., :, 1:] - error[..., :, :-1]).abs(), torch.maximum(weight[..., 1:], weight[..., :-1])
-    )
-    vertical = _weighted_mean(
-        (error[..., 1:, :] - error[..., :-1, :]).abs(), torch.maximum(weight[..., 1:, :], weight[..., :-1, :])
-    )
-    return {
-        "l1": _weighted_mean(error.abs(), weight),
-        "l2": _weighted_mean(error**2, weight),
-        "gradient": horizontal + vertical,
-    }
+    across = (error[..., :, 1:] - error[..., :, :-1]).abs()
+    down = (error[..., 1:, :] - error[..., :-1, :]).abs()
+    horizontal = _weighted_mean(across, torch.maximum(weight[..., 1:], weight[..., :-1]))
+    vertical = _weighted_mean(down, torch.maximum(weight[..., 1:, :], weight[..., :-1, :]))
+    l1, l2 = _weighted_mean(error.abs(), weight), _weighted_mean(error**2, weight)
+    return {"l1": l1, "l2": l2, "gradient": horizontal + vertical}
 
 
 def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:

@@ -15,16 +15,9 @@ from torch import Tensor, nn
 
 from pbe.config import Config, to_dict
 from pbe.errors import UserError
-from pbe.training.optimization.ema import Ema
 from pbe.training.optimization.non_finite import Guard, gradient_norm
-from pbe.training.optimization.optimizer import make_optimizer
-from pbe.training.optimization.sharding import (
-    from_all_ranks,
-    gathered,
-    is_distributed,
-    is_sharded,
-    shard,
-)
+from pbe.training.optimization.optimizer import Ema, make_optimizer
+from pbe.training.optimization.sharding import from_all_ranks, gathered, is_distributed, is_sharded, shard
 from pbe.training.resume.files import recount_batches
 
 NORMAL_95 = 1.96  # half-width of a 95 % interval, in standard errors
@@ -35,36 +28,24 @@ class BaseTask(pl.LightningModule):
 
     Subclasses build their networks in ``__init__``, freeze what is not trained, and call
     :meth:`start_average` last.
-
-    Attributes:
-        ema: the moving average, or None when it is off.
-        sums: of what training has measured since the last row of the log.
-        validation_sums: of what the current validation has measured.
-        guard: checks every step before it is made.
-        step_made: whether the last step was made, not skipped.
-        rate: learning rate of the last optimizer step.
-        loaded_step: optimizer step of the checkpoint that was loaded, else 0.
-        validated_step: optimizer step of the last validation, -1 before any.
-        adapted: whether adapters are trained beside frozen weights.
     """
 
-    ema: Ema | None
     model: nn.Module
     shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
-    adapted: bool = False
+    adapted: bool = False  # adapters are trained, beside frozen weights
     entry: str = ""  # the method through which a step uses all weights; empty: they cannot be sharded
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.ema = None
-        self.sums = Sums()
-        self.validation_sums = Sums()
-        self.guard = Guard(config.trainer)
-        self.rate = 0.0
-        self.step_made = True
-        self.loaded_step = 0
-        self.validated_step = -1
+        self.ema: Ema | None = None  # the moving average, unless it is off
+        self.sums = Sums()  # of what training has measured since the last row of the log
+        self.validation_sums = Sums()  # of what the current validation has measured
+        self.guard = Guard(config.trainer)  # checks every step before it is made
+        self.step_made = True  # the last step was not skipped
+        self.rate = 0.0  # of learning, in the last optimizer step
+        self.loaded_step = 0  # optimizer step of the checkpoint that was loaded
+        self.validated_step = -1  # optimizer step of the last validation, -1 before any
 
     def start_average(self) -> None:
         """Begin the moving average of the trainable parameters, unless the decay is 0 (off)."""
@@ -205,10 +186,8 @@ class BaseTask(pl.LightningModule):
 class Sums:
     """Adds up named values sample by sample, whatever batches, micro-batches and ranks they come in.
 
-    It does so in double precision and without waiting for the device.
-
-    Attributes:
-        totals: sum of the values, of their squares, and number of them, by name.
+    It does so in double precision and without waiting for the device. ``totals`` holds the sum of the values,
+    of their squares, and the number of them, by name.
     """
 
     def __init__(self) -> None:

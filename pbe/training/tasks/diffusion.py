@@ -14,8 +14,7 @@ from pbe.diffusion.objective import drop_condition, loss_weights, per_sample_los
 from pbe.diffusion.schedule import make_schedule
 from pbe.models import LatentDiffusion
 from pbe.training.tasks.base import BaseTask
-from pbe.training.tasks.draws import Draws, batch_drop, draw
-from pbe.training.tasks.encoding import EncodedBatch, encode_batch
+from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw, encode_batch
 from pbe.training.tasks.finetuning import fingerprint_of_frozen, train_adapters, train_parts
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)

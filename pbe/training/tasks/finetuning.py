@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from pbe.config import Config
+from pbe.config import Config, ModelConfig
+from pbe.config.checks import check_values
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import add_adapter, layers_of
+from pbe.models.image_tower import follow_tower
 from pbe.training.optimization.sharding import local
 
 SAMPLED = 4096  # numbers of a weight that its fingerprint is made of
@@ -49,6 +52,17 @@ def train_adapters(model: LatentDiffusion, config: Config) -> None:
     encoder.null_condition.data = encoder.null_condition.data.to(TYPES[options.base])
     generator = torch.Generator().manual_seed(config.seed)
     add_adapter(model, options.targets, options.rank, options.alpha, generator=generator)
+
+
+def follow_model(config: Config, stored: ModelConfig) -> Config:
+    """Return a configuration with the model section of ``init_from``, at the data's resolution."""
+    size = config.data.image_size or stored.image_size
+    model = replace(stored, image_size=size, exemplar_encoder=replace(stored.exemplar_encoder))
+    follow_tower(model.exemplar_encoder)
+    data = replace(config.data, image_size=size, exemplar_size=model.exemplar_encoder.image_size)
+    found = replace(config, model=model, data=data)
+    check_values(replace(found, model_from_init=False))
+    return found
 
 
 def fingerprint_of_frozen(model: nn.Module) -> str:

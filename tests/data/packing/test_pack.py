@@ -16,7 +16,7 @@ from pbe.data.packing.pack import PackRequest, read_summary
 from pbe.data.packing.plan import PackSettings, make_plan
 from pbe.data.packing.worker import index_keys, load_index
 from pbe.data.samples.decode import decode_image
-from pbe.data.samples.rle import decode_rle
+from pbe.data.samples.masks import decode_rle
 from pbe.data.shards.archive import ShardImages
 from pbe.data.shards.format import digest
 from pbe.data.sources.coco import read_coco

@@ -12,8 +12,8 @@ import pytest
 
 from pbe.config import AugmentConfig
 from pbe.data.randomness import generator
-from pbe.data.samples.augment import ExemplarAugmentation, ThreePointAffine, blur_range
 from pbe.data.samples.crops import resize
+from pbe.data.samples.sample import ExemplarAugmentation, ThreePointAffine, blur_range
 
 SIZE = 224
 
@@ -131,7 +131,7 @@ def test_albumentations_is_kept_from_the_network(project_root):
         "import urllib.request\n"
         "def refuse(*a, **k): raise SystemExit('the network was asked')\n"
         "urllib.request.urlopen = urllib.request.OpenerDirector.open = refuse\n"
-        "import pbe.data.samples.augment\n"
+        "import pbe.data.samples.sample\n"
     )
     bare = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
     command = [sys.executable, "-c", script]

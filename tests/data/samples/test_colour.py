@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pbe.data.samples.colour import convert_profile, on_white, to_srgb
-from pbe.data.samples.decode import decode_image
+from pbe.data.samples.decode import convert_profile, decode_image, on_white, to_srgb
 from pbe.data.sources.image_files import UnreadableImageError, encode_again, first_frame, inspect_image
 
 GAMMA = 563 / 256

@@ -9,6 +9,7 @@ import pytest
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import (
     GREY,
+    Box,
     Crop,
     cut,
     mirror_mask,
@@ -18,7 +19,7 @@ from pbe.data.samples.crops import (
     resize_area,
     valid_mask,
 )
-from pbe.data.samples.masks import Box, extend_box, rectangle_mask
+from pbe.data.samples.masks import extend_box, rectangle_mask
 
 
 def draw_case(index: int) -> tuple[Box, Box, int, int, np.random.Generator]:

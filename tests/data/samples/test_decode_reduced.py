@@ -14,7 +14,7 @@ from pbe.config import DataConfig, SampleConfig
 from pbe.data.dataset import ExemplarDataset, read_image
 from pbe.data.randomness import generator
 from pbe.data.samples import decode as decode_module
-from pbe.data.samples.crops import plan_original_crop, plan_square_crop
+from pbe.data.samples.crops import Box, plan_original_crop, plan_square_crop
 from pbe.data.samples.decode import (
     UNREADABLE,
     UnusableImageError,
@@ -23,7 +23,7 @@ from pbe.data.samples.decode import (
     reduced_box,
     smallest_crop,
 )
-from pbe.data.samples.masks import Box, extend_box
+from pbe.data.samples.masks import extend_box
 from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 
 JPEG = b"\xff\xd8"

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from pbe.data.randomness import generator
-from pbe.data.samples.masks import Box, bezier_mask, curve_points, extend_box, rectangle_mask
+from pbe.data.samples.crops import Box
+from pbe.data.samples.masks import (
+    bezier_mask,
+    curve_points,
+    extend_box,
+    rectangle_mask,
+)
 
 SIZE = 64
 

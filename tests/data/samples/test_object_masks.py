@@ -18,11 +18,16 @@ from pbe.data.packing.pack import PackRequest
 from pbe.data.packing.plan import PackSettings
 from pbe.data.preview import OBJECT_COLUMNS, make_row, sheet_html
 from pbe.data.randomness import generator
-from pbe.data.samples.crops import Crop
+from pbe.data.samples.crops import Box, Crop
 from pbe.data.samples.decode import BAD_ANNOTATION
-from pbe.data.samples.masks import Box, rectangle_mask
-from pbe.data.samples.object_masks import cut_mask, dilated_mask, object_cover, read_object_mask
-from pbe.data.samples.rle import encode_rle
+from pbe.data.samples.masks import (
+    cut_mask,
+    dilated_mask,
+    encode_rle,
+    object_cover,
+    read_object_mask,
+    rectangle_mask,
+)
 from pbe.data.samples.sample import NO_OBJECT_MASK, make_sample
 from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
 from pbe.data.shards.index import read_members

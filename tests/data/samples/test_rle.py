@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pbe.data.samples.rle import decode_rle, encode_rle
+from pbe.data.samples.masks import decode_rle, encode_rle
 
 
 def test_known_code() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from pbe.config import AugmentConfig, SampleConfig
 from pbe.data.randomness import generator
-from pbe.data.samples.crops import GREY
-from pbe.data.samples.masks import Box, rectangle_mask
+from pbe.data.samples.crops import GREY, Box
+from pbe.data.samples.masks import rectangle_mask
 from pbe.data.samples.sample import TrainingSample, choose_box, cut_exemplar, make_sample
 
 SIZE, EXEMPLAR = 64, 32

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pbe.data.shards.archive import ShardImages, ShardRecord, write_shards
-from pbe.data.shards.finding import find_shards
+from pbe.data.shards.archive import ShardImages, ShardRecord, find_shards, write_shards
 from pbe.errors import UserError
 
 

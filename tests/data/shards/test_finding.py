@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pbe.data.shards.finding import find_shards
+from pbe.data.shards.archive import find_shards
 from pbe.errors import UserError
 
 

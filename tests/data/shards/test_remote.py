@@ -17,8 +17,7 @@ from pbe.config import Config, DataConfig
 from pbe.data.datamodule import TrainingData
 from pbe.data.samples import decode as reasons
 from pbe.data.shards import remote
-from pbe.data.shards.archive import ShardImages
-from pbe.data.shards.finding import shard_state
+from pbe.data.shards.archive import ShardImages, shard_state
 from pbe.errors import UserError
 from tests.data.indexed import index_folder
 

@@ -18,7 +18,7 @@ from pbe.config import DataConfig
 from pbe.data.dataset import read_image
 from pbe.data.samples.decode import UnusableImageError
 from pbe.data.shards.archive import ShardImages
-from pbe.data.shards.tar_members import read_members
+from pbe.data.shards.index import read_members
 from pbe.errors import UserError
 from tests.data.packing.support import noise
 

@@ -26,7 +26,7 @@ from pbe.evaluation.ablation.stages import write_json
 from pbe.evaluation.benchmark.toy import export_toy_benchmark
 from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
 from pbe.evaluation.metrics.bootstrap import Estimate
-from pbe.evaluation.report.tables import Table
+from pbe.evaluation.report import Table
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 CASES = 6

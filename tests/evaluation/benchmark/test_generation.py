@@ -23,6 +23,7 @@ from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
+from tests.ray_stand_in import StandIn
 
 SETTINGS = GenerateSettings(
     guidance_scale=2.0, solver="ddim", steps=2, batch_size=2, accelerator="cpu", devices=1, progress=False
@@ -65,6 +66,47 @@ def test_every_case_is_painted_in_its_hole_alone(benchmark, edited):
 def test_two_processes_write_the_same_files(model, benchmark, edited, tmp_path):
     two = generate(model, benchmark, tmp_path / "two", dataclasses.replace(SETTINGS, devices=2))
     assert contents(two) == contents(edited)
+
+
+def test_parts_on_ray_write_the_same_files(model, benchmark, edited, tmp_path, monkeypatch):
+    stand_in = StandIn(CPU=2.0)
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    settings = dataclasses.replace(SETTINGS, engine="ray", devices="auto")
+    out = generate(model, benchmark, tmp_path / "out", settings)
+    assert contents(out) == contents(edited)
+    assert stand_in.asked == [{"max_retries": 3, "num_cpus": 1}, {"num_gpus": 0}, {"num_gpus": 0}]
+    for name in benchmark.ids[2:4]:  # one group of four
+        (out / f"{name}.png").unlink()
+    generate(model, benchmark, out, settings)
+    assert contents(out) == contents(edited)
+    assert stand_in.handed == 3
+
+
+def test_ray_has_its_gpus_and_no_strategy(model, benchmark, tmp_path, monkeypatch):
+    stand_in = StandIn(CPU=8.0, GPU=3.0)
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    parts = []
+    monkeypatch.setattr(generation, "_edit", lambda task: parts.append(task.part))
+    settings = dataclasses.replace(SETTINGS, engine="ray", devices="auto", accelerator="auto")
+    generate(model, benchmark, tmp_path / "out", settings)
+    assert parts == [(0, 3), (1, 3), (2, 3)]
+    assert stand_in.asked[1:] == [{"num_gpus": 1}] * 3
+    with pytest.raises(UserError, match="the cluster has its machines"):
+        dataclasses.replace(settings, strategy="ddp")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="pip install ray"):
+        generate(model, benchmark, tmp_path / "out", settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_nodes_of_ray_write_the_same_files(ray_nodes, model, benchmark, edited, tmp_path):
+    settings = dataclasses.replace(SETTINGS, engine="ray", devices=2)
+    assert contents(generate(model, benchmark, tmp_path / "out", settings)) == contents(edited)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="gone"):
+        generate(tmp_path / "gone", benchmark, tmp_path / "other", settings)
 
 
 def test_killed_and_started_again_writes_the_same_files(model, benchmark, edited, tmp_path, project_root):

@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 from pbe.errors import UserError
-from pbe.evaluation.benchmark import run as benchmark_run, tables as published
+from pbe.evaluation.benchmark import page as published, run as benchmark_run
 from pbe.evaluation.benchmark.edits import TIMES, read_times, timed
-from pbe.evaluation.benchmark.page import fit, picks, ranking_score
-from pbe.evaluation.benchmark.tables import ScoredEdits, markdown_page, score_tables
+from pbe.evaluation.benchmark.page import ScoredEdits, fit, markdown_page, picks, ranking_score, score_tables
 from pbe.evaluation.metrics.base import Score, ScoreCard, not_run
 from tests.commands import evaluate as command
 

@@ -13,18 +13,12 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales, edit_batch, noise_of
-from pbe.evaluation.benchmark.toy_run import (
-    Scorer,
-    cases_hash,
-    changed_outside,
-    make_edits,
-    mean_psnr,
-    score_edits,
-)
+from pbe.evaluation.benchmark.toy import make_edits
+from pbe.evaluation.benchmark.toy_run import Scorer, cases_hash, changed_outside, mean_psnr, score_edits
 from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import derangement, others
-from pbe.evaluation.metrics.features import to_grey
-from pbe.evaluation.report.tables import markdown
+from pbe.evaluation.metrics.towers import to_grey
+from pbe.evaluation.report import markdown
 
 COUNT = 30
 SCALES = (1.0, 4.0)

@@ -14,7 +14,7 @@ from skimage import data
 
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings
-from pbe.evaluation.benchmark.toy_run import ToyEdits
+from pbe.evaluation.benchmark.toy import ToyEdits
 from pbe.evaluation.demo.page import (
     TILE,
     edit_outside,
@@ -23,7 +23,7 @@ from pbe.evaluation.demo.page import (
     smooth,
     training_chart,
 )
-from pbe.evaluation.report.sheets import at_side
+from pbe.evaluation.report import at_side
 from pbe.evaluation.study.naming import readable
 
 FOLDER = Path("data/examples/outside")

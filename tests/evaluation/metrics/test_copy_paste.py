@@ -11,9 +11,17 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_case
 from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import auc
-from pbe.evaluation.metrics.copy_paste import NAMES, explained_shares
+from pbe.evaluation.metrics.copy_paste import (
+    MAX_STRETCH,
+    NAMES,
+    allowed,
+    explained,
+    explained_shares,
+    refine,
+    sample,
+    warp_grid,
+)
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
-from pbe.evaluation.metrics.warps import MAX_STRETCH, allowed, explained, refine, sample, warp_grid
 from scripts.check_copy_paste import main, paste, shares_by_kind
 
 COUNT = 24

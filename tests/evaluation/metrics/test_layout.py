@@ -12,7 +12,7 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_case
 from pbe.evaluation.metrics.base import Case
 from pbe.evaluation.metrics.bootstrap import Bootstrap
-from pbe.evaluation.metrics.layout import GRID, NAMES, agreement, layout, layout_copy, layout_true
+from pbe.evaluation.metrics.copy_paste import GRID, LAYOUT_NAMES, agreement, layout, layout_copy, layout_true
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 
 COUNT = 16
@@ -73,7 +73,7 @@ def test_copies_are_high_mirrored_copies_low_and_true_objects_below_zero(toy):
     assert copied["layout-copy"] > 0.3
     assert mirrored["layout-copy"] == pytest.approx(-copied["layout-copy"], abs=0.02)
     assert true["layout-copy"] < -0.1
-    assert set(true) == {*NAMES, "layout-true"}
+    assert set(true) == {*LAYOUT_NAMES, "layout-true"}
     for one in (copied, mirrored, true):
         assert one["layout-copy-true"] == pytest.approx(true["layout-copy"])
     assert true["layout-true"] == pytest.approx(1.0)

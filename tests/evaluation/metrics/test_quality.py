@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from sklearn.mixture import GaussianMixture
 
 from pbe.errors import UserError
-from pbe.evaluation.metrics.quality import Mixture, fit_mixture, load_mixture, quality
+from pbe.evaluation.metrics.feature_scores import Mixture, fit_mixture, load_mixture, quality
 
 
 def clusters(n: int = 300, width: int = 4) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 
 from pbe.evaluation.benchmark.toy_run import Scorer
 from pbe.evaluation.metrics.base import Case
-from pbe.evaluation.metrics.regions import FIRST_OF_SCORES as NAMES
+from pbe.evaluation.metrics.feature_scores import FIRST_OF_SCORES as NAMES
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from tests.evaluation.metrics.test_scoring import by_name, make
 

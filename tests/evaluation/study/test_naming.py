@@ -15,7 +15,7 @@ from pbe.checkpoints.native import save_model
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, edit_batch
 from pbe.evaluation.benchmark.toy import make_benchmark
-from pbe.evaluation.report.sheets import at_side
+from pbe.evaluation.report import at_side
 from pbe.evaluation.study.naming import (
     LETTERS,
     TILE,

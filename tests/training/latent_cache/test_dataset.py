@@ -23,12 +23,16 @@ from pbe.models import LatentDiffusion
 from pbe.models.codec import Posterior
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule, CachedSamples
-from pbe.training.latent_cache.record import Layout, from_records, to_records, write_shard
-from pbe.training.latent_cache.store import LatentStore
+from pbe.training.latent_cache.store import (
+    LatentStore,
+    Layout,
+    from_records,
+    to_records,
+    write_shard,
+)
 from pbe.training.optimization.optimizer import make_optimizer
 from pbe.training.tasks.diffusion import DiffusionTask
-from pbe.training.tasks.draws import draw
-from pbe.training.tasks.encoding import EncodedBatch, encode_batch
+from pbe.training.tasks.encoding import EncodedBatch, draw, encode_batch
 from tests.training.cached import BATCH, FIELDS, PICTURES, VARIANTS, online, prepare, settings, tensors
 from tests.training.tiny import logged, run, tiny_config
 

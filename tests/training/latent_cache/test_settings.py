@@ -13,9 +13,8 @@ import pbe.training.latent_cache.builder as builder_module
 import pbe.training.latent_cache.settings as settings_module
 from pbe.config import Config
 from pbe.models import LatentDiffusion
-from pbe.training.latent_cache.builder import ensure_cache
+from pbe.training.latent_cache.builder import describe_folder, ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.latent_cache.listing import describe_folder
 from pbe.training.latent_cache.settings import differences, fingerprint, settings_of
 from tests.training.cached import Encoder, prepare, tensors
 from tests.training.tiny import tiny_config

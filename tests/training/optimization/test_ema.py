@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbe.training.optimization.ema import Ema
+from pbe.training.optimization.optimizer import Ema
 
 
 def scalar(value: float) -> nn.Module:

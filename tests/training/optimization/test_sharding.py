@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from pbe.training.optimization.ema import Ema
 from pbe.training.optimization.non_finite import gradient_norm
+from pbe.training.optimization.optimizer import Ema
 from pbe.training.optimization.sharding import cut_like, gathered, is_sharded, local, shard, whole
 
 

@@ -19,8 +19,7 @@ from pbe.models.attention import SpatialTransformer
 from pbe.models.codec import Posterior
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.diffusion import DiffusionTask, freeze
-from pbe.training.tasks.draws import Draws, batch_drop, draw
-from pbe.training.tasks.encoding import EncodedBatch
+from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw
 from tests.training.tiny import Watch, checkpoint, run, tiny_config
 
 NOWHERE = Path("nowhere")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.training.tasks.draws import Draws, batch_drop, draw
+from pbe.training.tasks.encoding import Draws, batch_drop, draw
 
 SHAPE = (3, 4, 5)
 FIELDS = ("timesteps", "drop", "noise", "image_noise", "masked_noise")

@@ -1,1 +1,0 @@
-"""What reports are made of: tables of texts, and sheets of images."""

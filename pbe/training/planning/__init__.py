@@ -1,1 +1,0 @@
-"""The plan before a run: memory, time and batch size."""
