@@ -58,6 +58,8 @@ def test_the_folder_of_a_run_stands_for_its_adapter(file: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     file.rename(tmp_path / "run" / "adapter.safetensors")
     assert open_adapter(tmp_path / "run").base == "the base"
+    with pytest.raises(UserError, match="is a run that trained adapters: load the model"):
+        load_checkpoint(tmp_path / "run")
     with pytest.raises(UserError, match=r"has no adapter\.safetensors; name a file"):
         open_adapter(tmp_path)
 
