@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 DEMO_READY := $(VENV)/.installed-demo
 DEV_READY := $(VENV)/.installed-dev
 DOCS_READY := $(VENV)/.installed-docs
-# One thread a worker: two workers share two cores.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+# One thread a worker: two workers share two cores. Each begins with its half of the tests in their order and takes from
+# the other's when it is done, so that what a file's tests share is nearly always made once.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # Keeps albumentations from asking the network for a newer release whenever it is imported.
 export NO_ALBUMENTATIONS_UPDATE := 1
@@ -43,6 +44,7 @@ test-slow: $(DEV_READY) ## the tests that take minutes
 	if [ $$status -eq 5 ]; then echo "no test is marked slow"; status=0; fi; exit $$status
 
 wheel: $(DEV_READY) ## build dist/pbe-*.whl, with configurations, toy world and toy model in it
+	rm -f dist/pbe-*.whl
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 test-wheel: wheel ## install that wheel in a fresh environment outside the clone and use it

@@ -25,8 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli.main import main as pbe
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import main as pbe, run_command
 from pbe.config import Config, DataConfig, SampleConfig, load_config
 from pbe.errors import UserError
 from scripts.benchmarks.loading import (
@@ -75,10 +74,10 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``data``."""
-    parser.add_argument("--shards", help="measure these shards instead of synthetic pictures")
-    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) pictures")
-    parser.add_argument("--width", type=int, default=1024, help="of the synthetic pictures")
-    parser.add_argument("--height", type=int, default=768, help="of the synthetic pictures")
+    parser.add_argument("--shards", help="measure these shards instead of synthetic images")
+    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) images")
+    parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")
+    parser.add_argument("--height", type=int, default=768, help="of the synthetic images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
     parser.add_argument("--size", type=int, default=512, help="sides of the training image")
     parser.add_argument("--exemplar-size", type=int, default=224, help="sides of the exemplar")
@@ -178,7 +177,7 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
     head = ["annotations of Open Images", "", ""]
     rows = [
         ["boxes in the CSV", f"{numbers['boxes_seen']:,}", ""],
-        ["boxes planned", f"{numbers['boxes']:,}", f"of {numbers['pictures']:,} pictures"],
+        ["boxes planned", f"{numbers['boxes']:,}", f"of {numbers['pictures']:,} images"],
         *([name, f"{numbers[name]:.1f}", "s"] for name in ("read annotations", "plan", "whole", "cpu")),
         ["peak memory", f"{numbers['peak_mib']:,.0f}", "MiB"],
     ]
@@ -188,12 +187,12 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``packing``."""
-    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic pictures")
-    parser.add_argument("--width", type=int, default=1024, help="of the pictures")
-    parser.add_argument("--height", type=int, default=768, help="of the pictures")
+    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic images")
+    parser.add_argument("--width", type=int, default=1024, help="of the images")
+    parser.add_argument("--height", type=int, default=768, help="of the images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
-    parser.add_argument("--shard-pictures", type=int, default=500, help="pictures a shard")
+    parser.add_argument("--shard-pictures", type=int, default=500, help="images a shard")
     parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
     parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
@@ -233,11 +232,11 @@ def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
 def _print_packing(times: PackingTimes) -> None:
     rows = [["copying and hashing alone", f"{times.copying:.0f}", "1.00"]]
     rows.append(["packing", f"{times.packing:.0f}", f"{times.packing / times.copying:.2f}"])
-    print_table([f"{times.pictures} pictures", "a second", "of copying"], rows)
+    print_table([f"{times.pictures} images", "a second", "of copying"], rows)
     print()
     stages = [[stage, f"{1e3 * spent / times.pictures:.3f}"] for stage, spent in times.stages.items()]
     stages.append(["CPU time of everything", f"{times.cpu:.3f}"])
-    print_table(["stages, wall time of all processes", "ms a picture"], stages)
+    print_table(["stages, wall time of all processes", "ms an image"], stages)
 
 
 def _print_kills(killed: KillResult) -> None:
@@ -245,10 +244,10 @@ def _print_kills(killed: KillResult) -> None:
     print(f"\n{len(killed.shards_left)} kills, which left {left} whole shards")
     if killed.faults:
         raise SystemExit(f"error: resumed is not what was packed at once: {'; '.join(killed.faults)}")
-    print("resumed: the same bytes as packed at once, every picture once")
+    print("resumed: the same bytes as packed at once, every image once")
 
 
-# Of the toy model and of the paper's, whose pictures and steps take seconds.
+# Of the toy model and of the paper's, whose images and steps take seconds.
 TRAIN_DEFAULTS = {
     "size": (64, 256),
     "batch_size": (64, 1),
@@ -313,7 +312,7 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
-    """Make pictures and return the configuration that is measured."""
+    """Make images and return the configuration that is measured."""
     size, shards = options.size, folder / "shards"
     rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
@@ -338,7 +337,7 @@ def _train_config(folder: Path, options: argparse.Namespace) -> Config:
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``scoring``."""
     parser.add_argument("--count", type=int, default=1000, help="edits (default %(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="of the pictures, pixels (default %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="of the images, pixels (default %(default)s)")
 
 
 def measure_scores(options: argparse.Namespace) -> dict[str, Any]:
@@ -370,7 +369,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     subjects = parser.add_subparsers(dest="subject", required=True)
     for name, subject in SUBJECTS.items():
         options = subjects.add_parser(name, help=subject.help)

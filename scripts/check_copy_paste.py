@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.data.randomness import generator
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
@@ -28,7 +28,7 @@ LAYOUT_KINDS = ("stretched", "mirrored", "true", "inpainted")
 
 
 def paste(case: ToyCase, turn: float, scale: float, flip: float, shift: float) -> np.ndarray:
-    """Return the case's scene with its exemplar warped over the hole and a tenth brighter.
+    """Return the case's scene with its exemplar warped over the masked region and a tenth brighter.
 
     Args:
         case: of the toy benchmark.
@@ -59,7 +59,7 @@ def paste_at_random(case: ToyCase, seed: int) -> np.ndarray:
 
 
 def inpaint(case: ToyCase) -> np.ndarray:
-    """Return the scene with its hole filled by OpenCV."""
+    """Return the scene with its masked region filled by OpenCV."""
     return cv2.inpaint(case.image, (case.mask > 127).astype(np.uint8), 3, cv2.INPAINT_TELEA)
 
 
@@ -78,7 +78,7 @@ def shares_by_kind(cases: Sequence[ToyCase], seed: int) -> dict[str, np.ndarray]
 def layouts_by_kind(cases: Sequence[ToyCase]) -> dict[str, np.ndarray]:
     """Return ``layout-copy`` and ``layout-true``, ``(n, 2)``, of each of :data:`LAYOUT_KINDS`.
 
-    ``stretched`` has the exemplar over the hole as it is, ``mirrored`` its mirror image.
+    ``stretched`` has the exemplar over the masked region as it is, ``mirrored`` its mirror image.
     """
     pictures = {
         "stretched": [paste(case, 0.0, 1.0, 1.0, 0.0) for case in cases],
@@ -120,7 +120,7 @@ def table(shares: dict[str, np.ndarray]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objects", type=int, default=0, help="test objects to use; 0 means all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the benchmark and of the warps")
     parser.add_argument("--image-size", type=int, default=64, help="of scenes and exemplars, pixels")

@@ -1,4 +1,4 @@
-"""Check many samples of random pictures and boxes: python scripts/check_samples.py --count 100000."""
+"""Check many samples of random images and boxes: python scripts/check_samples.py --count 100000."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import SampleConfig
 from pbe.data.randomness import generator
 from pbe.data.samples.crops import Box
@@ -25,18 +25,18 @@ from pbe.errors import UserError
 from scripts.sample_properties import box_cover, check_sample
 
 A_TASK = 250  # samples
-LONG_EVERY = 10  # one picture of so many is only a few pixels wide or high
+LONG_EVERY = 10  # one image of so many is only a few pixels wide or high
 
 
 def random_case(seed: int, number: int) -> tuple[np.ndarray, Box, np.random.Generator]:
-    """Return a picture, a box in it of at least 2 % of its area, and a generator.
+    """Return an image, a box in it of at least 2 % of its area, and a generator.
 
-    Most pictures are up to 5:1 and their boxes up to 80 %; some are up to 100:1, their boxes as wide.
+    Most images are up to 5:1 and their boxes up to 80 %; some are up to 100:1, their boxes as wide.
     """
     rng = generator(seed, "check", number)
     width, height = (int(side) for side in rng.integers(40, 201, 2))
     share = rng.uniform(0.02, 0.8)
-    box_width = rng.uniform(share, 1.0)  # so that the height is at most the picture's
+    box_width = rng.uniform(share, 1.0)  # so that the height is at most the image's
     box_height = share / box_width
     if number % LONG_EVERY == 0:
         height, box_width, box_height = int(rng.integers(2, 9)), max(share, 2 / width), 1.0
@@ -54,7 +54,7 @@ def check_some(
     """Check the samples from ``first`` on, up to ``count``, of one task.
 
     Returns:
-        How many were of which kind; the least share of its box that a hole covers; what is wrong with the
+        How many were of which kind; the least share of its box that a mask covers; what is wrong with the
         first bad sample, empty where all are good.
     """
     config, seen, least = SampleConfig(), Counter[str](), 1.0
@@ -70,11 +70,11 @@ def check_some(
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100_000, help="number of samples")
     parser.add_argument("--size", type=int, default=64, help="sides of the image, pixels")
     parser.add_argument("--exemplar-size", type=int, default=32, help="sides of the exemplar, pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of pictures, boxes and draws")
+    parser.add_argument("--seed", type=int, default=0, help="of images, boxes and draws")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes; the result is the same"
     )
@@ -109,7 +109,7 @@ def run(arguments: list[str] | None) -> None:
                 raise BadSampleError(fault)
             seen.update(some)
             least = min(least, lowest)
-    print(f"{options.count} samples are good; the hole covers at least {least:.1%} of its box")
+    print(f"{options.count} samples are good; the mask covers at least {least:.1%} of its box")
     for name, count in sorted(seen.items(), key=lambda item: (-item[1], item[0])):
         print(f"  {name}: {count} ({count / options.count:.1%})")
 

@@ -5,6 +5,7 @@ python scripts/check_wheel.py dist/pbe-*.whl
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,7 @@ def _run(words: list[str], folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 where something does not work."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("wheel", type=Path, help="file to install")
     parser.add_argument("--borrow", action="store_true", help="take all other packages from this Python")
     options = parser.parse_args(arguments)

@@ -1,12 +1,13 @@
 """Time and memory of the official size: ``python scripts/edit_full_size.py --dtype bf16 --steps 4``.
 
 The weights are random, made in the type that they are stored in, written as a model folder and loaded from
-there like any other; so this measures time and memory, not pictures. On a GPU ``--levers`` measures what each
+there like any other; so this measures time and memory, not images. On a GPU ``--levers`` measures what each
 way to save memory saves.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pbe.checkpoints.native import save_model
 from pbe.checkpoints.tensors import DTYPES
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
@@ -31,7 +32,7 @@ from pbe.models import LatentDiffusion
 
 Module = TypeVar("Module", bound=nn.Module)
 GIB = 2**30
-LARGE = 2048  # pixels of the pictures that the autoencoder is measured with
+LARGE = 2048  # pixels of the images that the autoencoder is measured with
 HALF_LARGE = 1024  # and of those that the UNet is measured with
 
 
@@ -67,7 +68,7 @@ def peak_memory(device: torch.device) -> str:
 
 
 def edit(pipe: PaintByExample, size: int, steps: int) -> None:
-    """Edit a noisy picture of ``size`` x ``size`` pixels whose middle is a hole."""
+    """Edit a noisy image of ``size`` x ``size`` pixels whose middle is masked."""
     rng = np.random.default_rng(0)
     hole = np.zeros((size, size), dtype=bool)
     hole[size // 4 : -size // 4, size // 4 : -size // 4] = True
@@ -156,9 +157,9 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description="Time and memory of the official size, with random weights.")
+    parser = argparse.ArgumentParser(description="Time and memory of the official size, with random weights.")
     parser.add_argument("--steps", type=int, default=4, help="steps of the solver")
-    parser.add_argument("--size", type=int, default=512, help="height and width of the picture, pixels")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the image, pixels")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="type of the weights")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1, ...")
     parser.add_argument("--levers", action="store_true", help="measure what each lever saves (needs a GPU)")

@@ -1,17 +1,18 @@
-"""Write example triples (picture, mask, exemplar of another object) and ``pairs.jsonl`` for sample.py.
+"""Write example triples (image, mask, exemplar of another object) and ``pairs.jsonl`` for sample.py.
 
 python scripts/make_examples.py --out data/examples
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.toy import make_benchmark
@@ -24,10 +25,10 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used, or the folder cannot be written to.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/examples"), help="folder to write")
     parser.add_argument("--count", type=int, default=6, help="number of triples")
-    parser.add_argument("--size", type=int, default=64, help="sides of the pictures, pixels")
+    parser.add_argument("--size", type=int, default=64, help="sides of the images, pixels")
     parser.add_argument("--seed", type=int, default=7, help="of objects, scenes and poses")
     options = parser.parse_args(arguments)
     if options.count < 2 or options.size < 8:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pbe.checkpoints.native import load_model
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from scripts.benchmarks.convergence import Candidate, distance
@@ -42,7 +42,7 @@ BEGIN, END = "<!-- made by scripts/plot_solvers.py -->", "<!-- end of what scrip
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("data/toy/model"), help="model folder")
     parser.add_argument("--page", type=Path, default=Path("docs/solvers.md"), help="page to put tables into")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/solvers.png"), help="plot to write")

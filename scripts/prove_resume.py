@@ -28,8 +28,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import torch
 
-from pbe.cli.main import main as pbe
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import main as pbe, run_command
 from pbe.errors import UserError
 from pbe.files import sha256_of
 from pbe.training.monitoring.loggers import read_rows
@@ -226,7 +225,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used, training fails, or the runs differ.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="keep both runs in this folder")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--kills", type=int, default=10)

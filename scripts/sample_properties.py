@@ -16,7 +16,7 @@ EVENTS = frozenset({"shrunk", "padded", "squashed", "redrawn", "fallback", NO_OB
 
 
 def box_cover(sample: TrainingSample) -> float:
-    """Return the share of the box's pixels that the hole covers, 0 to 1."""
+    """Return the share of the box's pixels that the mask covers, 0 to 1."""
     size = sample.mask.shape[0]
     inside = rectangle_mask(sample.box, size, size) > 0
     return float((sample.mask[inside] > 0).mean()) if inside.any() else 1.0
@@ -61,10 +61,10 @@ def check_sample(sample: TrainingSample, config: SampleConfig, size: int, exempl
     faults = [*_wrong_arrays(sample, size, exemplar_size), *_wrong_places(sample, size)]
     if faults:
         return faults
-    holes = cv2.countNonZero(sample.mask)
-    if holes == 0:
-        faults.append("the mask has no hole")
-    kept = 1.0 - holes / sample.mask.size
+    masked = cv2.countNonZero(sample.mask)
+    if masked == 0:
+        faults.append("the mask is empty")
+    kept = 1.0 - masked / sample.mask.size
     if kept <= 0.0 or kept < config.min_keep_share:
         faults.append(f"nothing is kept, or too little: {kept:.4f}")
     if not sample.valid.any():
@@ -73,5 +73,5 @@ def check_sample(sample: TrainingSample, config: SampleConfig, size: int, exempl
     if sample.mask_kind == "object":  # which may be much smaller than its box
         thing, cover = "object", sample.object_cover or 0.0
     if cover < config.min_box_cover:
-        faults.append(f"the hole covers {cover:.4f} of the {thing}, not {config.min_box_cover}")
+        faults.append(f"the mask covers {cover:.4f} of the {thing}, not {config.min_box_cover}")
     return faults

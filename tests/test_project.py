@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import pbe
 from pbe.cli.main import COMMANDS, GROUPS
 from scripts import house
 from tests.commands import options_of
@@ -291,6 +292,24 @@ def test_pages_name_files_that_exist(page: str) -> None:
     if page != "docs/coming_from.md":  # it names files of the original code
         missing |= set(re.findall(r"`(\w+\.py)`", text)) - names
     assert not missing
+
+
+def test_messages_name_scripts_that_exist() -> None:
+    texts = [ROOT / "CHANGELOG.md"]
+    texts += [path for folder in ("pbe", "configs") for path in (ROOT / folder).rglob("*.*")]
+    named = {
+        (path.relative_to(ROOT), script)
+        for path in texts
+        if path.suffix in (".md", ".py", ".yaml", ".j2")
+        for script in re.findall(r"(?<![\w/])scripts/[\w/]+\.(?:py|sh)", path.read_text())
+    }
+    assert [each for each in sorted(named) if not (ROOT / each[1]).is_file()] == []
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {pbe.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"pbe-{pbe.__version__}-py3" in (ROOT / "docs/install.md").read_text()
+    assert f"\n## [{pbe.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_make_help_lists_every_target() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import Literal
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.resources import find_config
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class AblateSettings:
     """Options of ``pbe ablate``."""
 
@@ -60,3 +59,10 @@ def ablate(ablation: Path, /, *, settings: AblateSettings = AblateSettings()) ->
 
 def _print_now(line: str) -> None:
     print(line, flush=True)
+
+
+if __name__ == "__main__":  # python -m pbe.cli.ablate KIND FOLDER: a stage that is no command by itself
+    from pbe.cli.main import run_command
+    from pbe.evaluation.ablation.measuring import make
+
+    sys.exit(run_command(lambda: make(sys.argv[1], Path(sys.argv[2]))))

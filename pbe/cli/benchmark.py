@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.cli.arguments import SETTINGS, Place
+from pbe.cli.arguments import Natural, Place, options
 from pbe.cli.prepare import read_noted
 from pbe.errors import UserError
 
@@ -22,8 +22,7 @@ OPTIONS = {
 }
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class BuildSettings:
     """Options of ``pbe benchmark build``."""
 
@@ -47,9 +46,8 @@ class BuildSettings:
     """how many, or all: as many as there are (default: 3500 with --exemplars, else all)"""
     seed: int | None = None
     """of every choice (0)"""
-    size: int | None = None
-    """sides of the images: those they get (default 512, with --toy 64), with --check those they must have
-    (default 512, 0: any)"""
+    size: Natural | None = None
+    """sides of the images (default 512, with --toy 64); with --check those they must have (0: any)"""
     world: Path | None = None
     """with --toy: the toy world's archive"""
 
@@ -71,8 +69,6 @@ def build(*, settings: BuildSettings = BuildSettings()) -> None:
     strange = sorted(given - OPTIONS[what] - {what})
     if strange:
         raise UserError(f"--{strange[0].replace('_', '-')} does not go with --{what}; leave it out")
-    if settings.size is not None and settings.size < 0:
-        raise UserError("--size must be 0 or more")
     cases = None if settings.cases is None else parse_cases(settings.cases)
     if settings.check:
         check(settings)

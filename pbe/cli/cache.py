@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pbe.cli.arguments import SETTINGS, Place, parse_part
+from pbe.cli.arguments import Place, options, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
     from pbe.training.latent_cache.builder import CacheSize
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class CacheSettings:
     """Options of ``pbe cache``."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS, Dtype, Place, Repeatable
+from pbe.cli.arguments import Dtype, Place, Repeatable, options
 from pbe.editing.settings import parse_adapter
 from pbe.errors import UserError
 from pbe.resources import find_model
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from pbe.checkpoints.key_map import OpenedModel
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class ConvertSettings:
     """Options of ``pbe convert``."""
 

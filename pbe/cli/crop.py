@@ -6,20 +6,19 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import Count, options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class CropSettings:
     """Options of ``pbe benchmark crop``."""
 
@@ -27,11 +26,11 @@ class CropSettings:
     """folder of real images"""
     out: Path
     """folder for the squares, PNG"""
-    size: int = 512
+    size: Count = 512
     """side, pixels"""
     filter: Literal["bilinear", "bicubic"] = "bilinear"
     """the paper's is bilinear"""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
     """processes; default: one a core"""
 
 
@@ -47,8 +46,6 @@ def crop(*, settings: CropSettings) -> None:
 
 def make_squares(settings: CropSettings) -> int:
     """Write the squares that are missing; return how many were made."""
-    if settings.size < 1 or settings.workers < 1:
-        raise UserError("--size and --workers must be at least 1")
     from concurrent.futures import ProcessPoolExecutor
 
     from tqdm import tqdm
@@ -59,10 +56,10 @@ def make_squares(settings: CropSettings) -> int:
     paths = ImageFolder(settings.pictures).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
-        raise UserError(f"'{settings.pictures}' holds {times} pictures with the name '{name}'")
+        raise UserError(f"'{settings.pictures}' holds {times} images with the name '{name}'")
     out = make_folder(settings.out)
     if out.resolve() == settings.pictures.resolve():
-        raise UserError("--out is the folder of the pictures itself; name another")
+        raise UserError("--out is the folder of the images itself; name another")
     make_square = partial(_square, size=settings.size, resampling=settings.filter)
     waiting = [path for path in paths if not _target(path, out).exists()]
     _check_earlier([path for path in paths if _target(path, out).exists()], out, make_square)
@@ -90,7 +87,7 @@ def _check_earlier(done: list[Path], out: Path, make_square: Callable[[Path], np
         except UserError:
             return  # scoring names it
         if not np.array_equal(found, make_square(source)):
-            raise UserError(f"'{out}' holds squares of another size, filter or picture; name another folder")
+            raise UserError(f"'{out}' holds squares of another size, filter or image; name another folder")
 
 
 def _square(source: Path, size: int, resampling: str) -> np.ndarray:

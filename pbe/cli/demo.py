@@ -6,16 +6,18 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.evaluation.demo import DemoSettings
 from pbe.resources import find_model
 
-DEFAULTS = DemoSettings()
+
+@options
+class DemoOptions(DemoSettings):
+    """Options of ``pbe demo``."""
 
 
-def demo(*, settings: Annotated[DemoSettings, SETTINGS] = DEFAULTS) -> int:
+def demo(*, settings: DemoOptions = DemoOptions()) -> int:
     """Render, train, edit and score on the toy world, and write a page that shows it all.
 
     pbe demo --out outputs/demo

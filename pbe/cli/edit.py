@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, field
 
-from pbe.cli.arguments import SETTINGS, Repeatable, Switch
+from pbe.cli.arguments import options
 from pbe.editing.settings import EditCommand
 
 NOISY = ("PIL", "torch", "timm", "open_clip")
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class EditOptions(EditCommand):
     """Options of ``pbe edit``."""
-
-    preserve_background: Switch = True
-    """keep every pixel outside the mask bit by bit"""
-    adapter: Repeatable = field(default_factory=list)
-    """adapter to put beside the weights, FILE or FILE:SCALE; once for each"""
 
 
 def edit(*, settings: EditOptions) -> None:

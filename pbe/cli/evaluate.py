@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import Group, Parameter
-
-from pbe.cli.arguments import SETTINGS, Dtype, Model, Several, Switch
+from pbe.cli.arguments import Count, Dtype, Model, Natural, Several, options
 from pbe.errors import UserError
 from pbe.files import expand_home
 from pbe.resources import packaged
@@ -24,16 +22,11 @@ if TYPE_CHECKING:
 TOY_BATCH = 32
 
 
-def _group(title: str) -> Parameter:
-    return Parameter(name="*", group=Group.create_ordered(title))
-
-
-@_group("What is scored")
-@dataclass(frozen=True, kw_only=True)
+@options
 class Source:
     """What is scored, and where the scores go."""
 
-    model: Model | None = None
+    model: Model | None = field(default=None, metadata={"group": "What is scored"})
     """model in any layout, whose edits are generated"""
     raw_weights: bool = False
     """the plain weights of a training, not the average"""
@@ -45,12 +38,11 @@ class Source:
     """folder for scores, tables and images"""
 
 
-@_group("How edits are made")
-@dataclass(frozen=True, kw_only=True)
+@options
 class Sampling:
     """How a model's edits are made."""
 
-    guidance: list[float] | None = None
+    guidance: list[float] | None = field(default=None, metadata={"group": "How edits are made"})
     """guidance scales (default 5; without --benchmark 1 2 3 5)"""
     solver: str = "plms"
     """see docs/solvers.md"""
@@ -64,16 +56,17 @@ class Sampling:
     """of the weights"""
     device: str = ""
     """auto, cpu, cuda, ... (default auto; without --benchmark cpu)"""
-    threads: int = 0
+    threads: Natural = 0
     """CPU threads (default 1 a process; without --benchmark all)"""
 
 
-@_group("With --benchmark: how its cases are edited")
-@dataclass(frozen=True, kw_only=True)
+@options
 class Generating:
     """How a model edits a benchmark's cases."""
 
-    preserve_background: Switch = True
+    preserve_background: bool = field(
+        default=True, metadata={"group": "With --benchmark: how its cases are edited"}
+    )
     """keep every pixel outside the mask; the paper's scores are without"""
     conventions: Literal["original", "diffusers"] | None = None
     """of preparing the inputs (default: the model's)"""
@@ -89,12 +82,11 @@ class Generating:
     """processes here, or tasks of a Ray cluster whose nodes see the same files"""
 
 
-@_group("With --benchmark: how they are scored")
-@dataclass(frozen=True, kw_only=True)
+@options
 class Scoring:
     """How a benchmark's edits are scored."""
 
-    cases: int = 0
+    cases: Natural = field(default=0, metadata={"group": "With --benchmark: how they are scored"})
     """the first so many only (0: all)"""
     metrics: list[str] = field(default_factory=list)
     """scores to make (default: all)"""
@@ -108,25 +100,23 @@ class Scoring:
     """of QS, from pbe fit"""
     rank_by: str = ""
     """score that best and worst edits are chosen by"""
-    show: int = 8
+    show: Count = 8
     """best, worst and random edits on the page, each"""
 
 
-@_group("Without --benchmark: the toy world")
-@dataclass(frozen=True, kw_only=True)
+@options
 class Toy:
     """How the toy world's objects are edited."""
 
-    objects: int = 0
+    objects: int = field(default=0, metadata={"group": "Without --benchmark: the toy world"})
     """test objects to use; 0 means all of them"""
-    sheet: int = 48
+    sheet: Count = 48
     """cases on the sheet of images, the first ones"""
     world: Path = field(default_factory=lambda: packaged("data/toy/toy_world.zip"))
     """archive of objects and panoramas"""
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class EvaluateSettings:
     """Options of ``pbe evaluate``."""
 
@@ -181,8 +171,6 @@ def run_benchmark(settings: EvaluateSettings) -> None:
     """Generate or take edits of a benchmark's folder, score them and write."""
     source, scoring, seed = settings.source, settings.scoring, settings.sampling.seed
     assert source.benchmark is not None
-    if min(settings.sampling.threads, scoring.cases) < 0 or scoring.show < 1:
-        raise UserError("--threads and --cases must be 0 or more, --show at least 1")
     generating = generate_settings(settings)
     if settings.generating.edits_only:
         edit_benchmark(settings, generating)
@@ -287,8 +275,6 @@ def generate_settings(settings: EvaluateSettings) -> GenerateSettings:
 def run_toy(settings: EvaluateSettings) -> None:
     """Edit, score and write on the toy world's objects."""
     source, sampling, toy = settings.source, settings.sampling, settings.toy
-    if sampling.threads < 0 or toy.sheet < 1:
-        raise UserError("--threads must be 0 or more, --sheet at least 1")
     import torch
     from tqdm import tqdm
 

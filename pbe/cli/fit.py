@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import Count, options
 from pbe.errors import UserError
 from pbe.files import check_file, expand_home
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class FitSettings:
     """Options of ``pbe fit``."""
 
@@ -24,11 +22,11 @@ class FitSettings:
     """clip=FILE, weights of CLIP's image tower"""
     tower: str | None = None
     """another architecture than ViT-B-32-quickgelu"""
-    components: int = 20
+    components: Count = 20
     """Gaussians of the mixture"""
     seed: int = 0
     """of the start of the fit"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """images at a time"""
     device: str = "cpu"
     """where the tower runs"""
@@ -44,8 +42,6 @@ def fit(*, settings: FitSettings) -> None:
         raise UserError(f"--tower-weights is clip=FILE, not '{settings.tower_weights}'")
     if settings.out.suffix != ".safetensors":
         raise UserError(f"--out is '{settings.out}'; its name must end in .safetensors")
-    if settings.components < 1 or settings.batch_size < 1:
-        raise UserError("--components and --batch-size must be at least 1")
     import numpy as np
     from tqdm import tqdm
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS, Place
-from pbe.errors import UserError
+from pbe.cli.arguments import Count, Natural, Place, options
 
 if TYPE_CHECKING:
     from pbe.config import Config
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class InspectSettings:
     """Options of ``pbe inspect``."""
 
@@ -22,11 +19,11 @@ class InspectSettings:
     """page to write"""
     stream: Literal["train", "validation"] = "train"
     """which shards"""
-    count: int = 24
+    count: Count = 24
     """number of samples"""
-    epoch: int = 0
+    epoch: Natural = 0
     """whose draws to show"""
-    start: int = 0
+    start: Natural = 0
     """position of the first sample in the epoch"""
 
 
@@ -39,8 +36,6 @@ def inspect(config: Place, /, *overrides: str, settings: InspectSettings = Inspe
         config: YAML file of the training, or the name of one that ships
         overrides: key=value, as for pbe train
     """
-    if settings.count < 1 or settings.epoch < 0 or settings.start < 0:
-        raise UserError("--count must be at least 1, --epoch and --start at least 0")
     from pbe.config import load_config
     from pbe.files import check_file, write_output
 

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbe.errors import UserError
+from pbe.resources import packaged
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -31,8 +33,8 @@ COMMANDS = {
     "study make": "pbe.cli.study:make",
     "study tabulate": "pbe.cli.study:tabulate",
     "toy render": "pbe.cli.toy:render",
-    "toy train": "pbe.cli.train_toy:train",
-    "toy score": "pbe.cli.score:score",
+    "toy train": "pbe.cli.toy:train",
+    "toy score": "pbe.cli.toy:score",
     "toy naming make": "pbe.cli.naming:make",
     "toy naming score": "pbe.cli.naming:score",
     "demo": "pbe.cli.demo:demo",
@@ -90,6 +92,8 @@ def find_app(app: App, command: str) -> App:
 
 def _show_default(value: object) -> str | None:
     """Return how help shows a default; None hides what says nothing, as a switch that is off."""
+    if isinstance(value, Path) and value.is_relative_to(packaged(".")):
+        return value.relative_to(packaged(".")).as_posix()  # not where it happens to be installed
     if value is None or value is False or value in ("", [], ()):
         return None
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pbe.cli.arguments import SETTINGS, Model
+from pbe.cli.arguments import Count, Model, Natural, options
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from pbe.editing.pipeline import PaintByExample
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class MakeSettings:
     """Options of ``pbe toy naming make``."""
 
@@ -29,7 +27,7 @@ class MakeSettings:
     """show the true images instead"""
     out: Path
     """new folder for sheets/ and the key"""
-    objects: int = 48
+    objects: Count = 48
     """the first so many"""
     guidance: float = 5.0
     """guidance scale"""
@@ -41,7 +39,7 @@ class MakeSettings:
     """of benchmark, noise and drawn names"""
     grey: bool = False
     """turn the images grey, so that colour cannot tell"""
-    threads: int = 0
+    threads: Natural = 0
     """CPU threads; 0 leaves them to PyTorch"""
 
 
@@ -55,8 +53,6 @@ def make(*, settings: MakeSettings) -> None:
     """
     if (settings.model is None) == (not settings.true):
         raise UserError("give --model or --true, and only one of them")
-    if settings.objects < 1 or settings.threads < 0:
-        raise UserError("--objects must be at least 1, --threads 0 or more")
     if settings.out.is_dir() and any(settings.out.iterdir()):
         raise UserError(f"'{settings.out}' is not empty; name a new folder")
     import numpy as np
@@ -113,8 +109,7 @@ def edit(pipe: PaintByExample, cases: list[Any], settings: MakeSettings) -> np.n
         return edit_cases(pipe, cases, chosen, progress=bar.update)
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class ScoreSettings:
     """Options of ``pbe toy naming score``."""
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.errors import UserError
 
 CURVES = {"train/loss": "training loss, each logged step", "val/loss": "loss on the fixed validation grid"}
 COLOURS = {"train/loss": "0.75", "val/loss": "tab:blue"}
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class PlotSettings:
     """Options of ``pbe plot``."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import SETTINGS, Place, Repeatable, parse_part
+from pbe.cli.arguments import Natural, Place, Repeatable, options, parse_part
 from pbe.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +27,11 @@ SOURCE_OPTIONS = {
 }
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class PrepareSettings:
     """Options of ``pbe prepare``."""
 
-    out: Path
-    """folder for the shards and the report"""
-    split: str = ""
+    split: str = field(default="", metadata={"group": "Reading the sources"})
     """of Open Images, or of a YOLO set of splits: train, validation, test (train)"""
     masks: bool = False
     """coco: take segmentations; they give the boxes"""
@@ -42,7 +39,9 @@ class PrepareSettings:
     """voc: the first pixel is 0, not 1"""
     relative: bool = False
     """csv: numbers are shares of width and height"""
-    min_area: float = 0.02
+    exif_frame: Literal["displayed", "stored"] = "displayed"
+    """of boxes where the sizes do not tell: with the EXIF orientation honoured, or as the file is stored"""
+    min_area: float = field(default=0.02, metadata={"group": "Boxes to keep"})
     """smallest share of the image that a box may cover"""
     max_area: float = 0.8
     """largest share of the image"""
@@ -51,14 +50,13 @@ class PrepareSettings:
     max_aspect: float = 0.0
     """longest side over shortest; 0: no limit"""
     drop_flag: Repeatable = field(default_factory=list)
-    """drop such boxes: is_group_of, is_depiction, is_occluded, is_truncated, is_inside or
-    is_difficult; repeatable"""
+    """drop boxes with this flag, such as is_group_of or is_difficult; repeatable (docs/data.md lists them)"""
     label: Repeatable = field(default_factory=list)
     """keep only boxes of this label; repeatable"""
     drop_label: Repeatable = field(default_factory=list)
     """drop boxes of this label; repeatable"""
-    exif_frame: str = "displayed"
-    """of boxes where the sizes do not tell: displayed (EXIF orientation honoured) or stored"""
+    out: Path = field(metadata={"group": "Shards"})
+    """folder for the shards and the report"""
     shard_pictures: int = 2000
     """most images a shard"""
     shard_mb: int = 512
@@ -71,14 +69,14 @@ class PrepareSettings:
     """hold this share of the images out, by a hash of the name; --out gets train/ and validation/"""
     shuffle: int | None = None
     """pack in a random order, of this seed"""
-    no_perceptual: bool = False
+    no_perceptual: bool = field(default=False, metadata={"group": "Copies"})
     """no hashes for near duplicates, no decoding"""
     check_against: Path | None = None
     """folder of benchmark images to look for in the set"""
-    workers: int | None = None
+    workers: Natural | None = field(default=None, metadata={"group": "Running"})
     """processes; default one a core, 0 packs in this one"""
-    engine: str = "local"
-    """local or ray"""
+    engine: Literal["local", "ray"] = "local"
+    """processes here, or a Ray cluster"""
     part: str = ""
     """I/N: pack every N-th shard from the I-th (from 0) on"""
     overwrite: bool = False
@@ -156,7 +154,6 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
 
 def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
     """Check what needs no source to be read."""
-    from pbe.data.packing.pack import ENGINES
     from pbe.data.sources import parse_source
     from pbe.data.sources.annotations import find_images
 
@@ -165,10 +162,6 @@ def check_settings(sources: Sequence[str], settings: PrepareSettings) -> None:
         if getattr(settings, name) and not kinds & set(fitting):
             one = " or ".join(fitting)
             raise UserError(f"--{name.replace('_', '-')} goes with a source of the kind {one} only")
-    if settings.engine not in ENGINES:
-        raise UserError(f"--engine is '{settings.engine}'; it must be one of {', '.join(ENGINES)}")
-    if settings.workers is not None and settings.workers < 0:
-        raise UserError("--workers must be 0 or more")
     if settings.validation_share is not None and not 0 < settings.validation_share < 1:
         raise UserError("--validation-share must lie between 0 and 1, as 0.05 does")
     if settings.check_against:
@@ -237,7 +230,7 @@ def outcome(request: PackRequest, result: PackResult | None, part: Sequence[int]
 
     if result is not None:
         summary = result.summary
-        kept = f"{summary['pictures']} of {result.plan['pictures_seen']} pictures, {summary['boxes']} boxes"
+        kept = f"{summary['pictures']} of {result.plan['pictures_seen']} images, {summary['boxes']} boxes"
         return f"{kept} in {len(summary['shards'])} shards; report: {request.out / HTML_NAME}"
     if part[1] > 1:
         return f"part {part[0]} of {part[1]} is packed; the same command without --part completes the set"

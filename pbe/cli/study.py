@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pbe.cli.arguments import SETTINGS
+from pbe.cli.arguments import options
 from pbe.errors import UserError
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class MakeSettings:
     """Options of ``pbe study make``."""
 
@@ -45,8 +43,7 @@ def make(*, settings: MakeSettings) -> None:
     print(f"{settings.groups} groups: give {handed} to raters and keep {settings.out / KEY} to yourself")
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class TabulateSettings:
     """Options of ``pbe study tabulate``."""
 

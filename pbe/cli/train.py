@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from pbe.cli.arguments import SETTINGS, Place
+from pbe.cli.arguments import Place, options
 from pbe.errors import UserError
 
 
-@SETTINGS
-@dataclass(frozen=True, kw_only=True)
+@options
 class TrainSettings:
     """Options of ``pbe train``."""
 
@@ -27,6 +24,8 @@ def train(config: Place, /, *overrides: str, settings: TrainSettings = TrainSett
     pbe train configs/toy.yaml trainer.max_steps=100 data.batch_size=8
 
     The same command continues a stopped run; Ctrl-C and SIGTERM save a checkpoint and the weights so far.
+    The toy configuration needs scenes of pbe toy render; autoencoder_from=toy takes the autoencoder that
+    ships. pbe toy train does all of that by itself.
 
     Args:
         config: YAML file, or the name of a configuration that ships, such as toy

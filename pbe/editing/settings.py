@@ -6,8 +6,8 @@ Annotations are evaluated (no ``from __future__``): a command line reads them in
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -49,9 +49,12 @@ def option_name(field: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EditSettings:
-    """How images are edited: the same for the pipeline's call, the command line and the records."""
+    """How images are edited: the same for the pipeline's call, the command line and the records.
 
-    solver: SolverName | None = None
+    A ``group`` in a field's metadata is the heading of help for the fields from there on.
+    """
+
+    solver: SolverName | None = field(default=None, metadata={"group": "Sampling"})
     """default: the model's, plms where it names none"""
     spacing: SpacingName | None = None
     """of the timesteps (default: the solver's)"""
@@ -69,7 +72,7 @@ class EditSettings:
     """edits of each image"""
     conventions: ConventionsName | None = None
     """of preparing the inputs (default: the model's)"""
-    region: Region = "full"
+    region: Region = field(default="full", metadata={"group": "Region and size"})
     """edit the whole image, or the mask's surroundings at the model's size"""
     margin: float = 0.5
     """around the mask, as a share of its longer side"""
@@ -108,14 +111,14 @@ class EditSettings:
 class EditCommand(EditSettings):
     """Everything that the command which edits takes; in paths a leading ``~`` is the home folder."""
 
-    model: str
+    model: str = field(metadata={"group": "Model"})
     """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
     config: str | None = None
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False
     """the plain weights of a training, not the average"""
-    adapter: Sequence[str] = ()
-    """adapter to put beside the weights, FILE or FILE:SCALE; once for each"""
+    adapter: tuple[str, ...] = ()
+    """adapters to put beside the weights, FILE or FILE:SCALE each"""
     revision: str | None = None
     """branch, tag or commit of a model on the Hub (default: main)"""
     cache_dir: str | None = None
@@ -124,7 +127,7 @@ class EditCommand(EditSettings):
     """take models from that cache only"""
     safety_checker: str = "auto"
     """folder or owner/name; auto takes the model's own, none turns it off"""
-    image: str | None = None
+    image: str | None = field(default=None, metadata={"group": "Input"})
     """image to edit"""
     mask: str | None = None
     """mask, white = repaint; resized to the image"""
@@ -134,13 +137,13 @@ class EditCommand(EditSettings):
     """stem of the output files (default: the image's)"""
     pairs: str | None = None
     """many edits instead: JSON lines, a JSON array or CSV"""
-    out: str | None = None
+    out: str | None = field(default=None, metadata={"group": "Output"})
     """folder where the edits go"""
     output: str | None = None
     """or the file of a single edit; its JSON lies beside it"""
     watermark: bool = False
     """put an invisible watermark into the edits"""
-    device: str = "auto"
+    device: str = field(default="auto", metadata={"group": "Running"})
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "fp32"
     """of the weights"""

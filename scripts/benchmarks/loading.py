@@ -73,7 +73,7 @@ class LoaderTimes:
 
 
 def synthetic_picture(number: int, width: int, height: int) -> np.ndarray:
-    """Return a picture with detail at every scale, as photographs have; uint8 ``h w 3``."""
+    """Return an image with detail at every scale, as photographs have; uint8 ``h w 3``."""
     rng = generator("benchmark picture", number)
     picture = rng.normal(128, 6, (height, width, 3)).astype(np.float32)
     for level in range(1, 9):
@@ -83,10 +83,10 @@ def synthetic_picture(number: int, width: int, height: int) -> np.ndarray:
 
 
 def synthetic_shards(folder: Path, count: int, width: int, height: int, quality: int) -> list[Path]:
-    """Write JPEGs with a box each, of 5 to 50 % of the picture, as one shard without an index."""
+    """Write JPEGs with a box each, of 5 to 50 % of the image, as one shard without an index."""
 
     def records() -> Iterator[ShardRecord]:
-        """Yield the pictures as they are encoded."""
+        """Yield the images as they are encoded."""
         for number in range(count):
             encoded = cv2.imencode(
                 ".jpg", synthetic_picture(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality]
@@ -155,7 +155,7 @@ def measure_stages(data: DataConfig, *, seconds: float, pictures: int = 64) -> S
     Args:
         data: shards, sizes and settings.
         seconds: how long to go on, at least three rounds.
-        pictures: how many of the first pictures make a round.
+        pictures: how many of the first images make a round.
     """
     shards = ShardImages(data.train_shards)
     dataset = ExemplarDataset(shards, data, 1)
@@ -222,10 +222,10 @@ def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard:
 
     Args:
         folder: to write, on the tar's file system.
-        tar: its pictures are named again and again.
+        tar: its images are named again and again.
         pictures: of the data set.
         boxes: of the data set, spread evenly.
-        a_shard: pictures a shard. The shards' index files are hard links to two.
+        a_shard: images a shard. The shards' index files are hard links to two.
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.link(tar, folder / "shard.tar")
@@ -250,7 +250,7 @@ def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard:
 
 
 def _tiled_index(tar: Path, count: int, boxes: int) -> bytes:
-    """Return the index of a shard that holds a tar's pictures over and over."""
+    """Return the index of a shard that holds a tar's images over and over."""
     data, members = tar.read_bytes(), read_members(tar)
     places = np.array(list(members.values()), np.int64).reshape(-1, 4)
     notes = [json.loads(data[start : start + size]) for start, size in places[:, 2:].tolist()]

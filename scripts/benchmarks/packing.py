@@ -1,4 +1,4 @@
-"""Measures packing: annotations of the size of Open Images, pictures a second, and runs that are killed."""
+"""Measures packing: annotations of the size of Open Images, images a second, and runs that are killed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _write_csv(path: Path, tables: Sequence[Callable[[], pl.DataFrame]]) -> None
 
 
 def _link_pictures(folder: Path, names: Sequence[str]) -> None:
-    """Give every picture a name in its folder, and the bytes of a picture that take no room on the disk."""
+    """Give every image a name in its folder, and the bytes of an image that take no room on the disk."""
     for letter in string.hexdigits[:16]:
         (folder / f"train_{letter}").mkdir(parents=True)
     for number, name in enumerate(names):
@@ -83,15 +83,15 @@ def _link_pictures(folder: Path, names: Sequence[str]) -> None:
 
 
 def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
-    """Write the annotations and the folders of an Open Images of any size; the pictures hold nothing.
+    """Write the annotations and the folders of an Open Images of any size; the images hold nothing.
 
-    Rows are sorted by picture within each half million. The twentieth part of them belongs to pictures that
+    Rows are sorted by image within each half million. The twentieth part of them belongs to images that
     are not there.
 
     Args:
         folder: made.
-        pictures: files, names of one file that is as long as a picture and takes no room.
-        rows: of the CSV of boxes, 21 columns; a second CSV has licence and author of every picture.
+        pictures: files, names of one file that is as long as an image and takes no room.
+        rows: of the CSV of boxes, 21 columns; a second CSV has licence and author of every image.
     """
     make_folder(folder)
     numbers = generator("open images", "names").integers(0, 2**63, pictures + max(pictures // 19, 1))
@@ -105,7 +105,7 @@ def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
     )
 
     def facts() -> pl.DataFrame:
-        """Return the table of picture facts: made here, so that it is gone once it is written."""
+        """Return the table of image facts: made here, so that it is gone once it is written."""
         columns = {"ImageID": names, "Subset": pl.Series(["train"]).gather(np.zeros(len(names), np.int64))}
         text = {
             name: pl.lit(f"https://example.org/{name}/") + pl.col("ImageID").str.slice(0, size)
@@ -159,7 +159,7 @@ def measure_annotations(folder: Path, out: Path) -> dict[str, float]:
 def synthetic_source(folder: Path, count: int, width: int, height: int, quality: int) -> Path:
     """Write JPEGs and a CSV of two boxes each; return the CSV.
 
-    There are :data:`DISTINCT` pictures; every file has a comment of its own, so no two have the same bytes.
+    There are :data:`DISTINCT` images; every file has a comment of its own, so no two have the same bytes.
     """
     make_folder(folder / "pictures")
     encoded = [
@@ -197,10 +197,10 @@ class PackingTimes:
     """What packing took.
 
     Attributes:
-        copying: pictures a second of bare copying and hashing.
+        copying: images a second of bare copying and hashing.
         packing: of the whole command, the start of Python and the report included.
         pictures: that were packed.
-        cpu: milliseconds of CPU time a picture, of the whole command with all of its processes.
+        cpu: milliseconds of CPU time an image, of the whole command with all of its processes.
         work: seconds from the command's first file to its last.
         stages: seconds, of all processes together.
     """
@@ -214,7 +214,7 @@ class PackingTimes:
 
 
 def measure_copying(pictures: Path, folder: Path, workers: int, chunk: int) -> float:
-    """Return pictures a second of reading, hashing and writing alone, which run beside each other in threads.
+    """Return images a second of reading, hashing and writing alone, which run beside each other in threads.
 
     Args:
         pictures: folder of files.
@@ -232,7 +232,7 @@ def measure_copying(pictures: Path, folder: Path, workers: int, chunk: int) -> f
 
 
 def measure_packing(table: Path, command: Command, *, workers: int, chunk: int) -> PackingTimes:
-    """Pack a CSV and its pictures from the start of the command to its end, report and all.
+    """Pack a CSV and its images from the start of the command to its end, report and all.
 
     Args:
         table: of :func:`synthetic_source`.
@@ -282,7 +282,7 @@ def packed_files(out: Path) -> dict[str, str]:
 
 
 def differences(out: Path, straight: Path, pictures: int) -> list[str]:
-    """Return what tells a resumed packing from an uninterrupted one, and whether all pictures are there once.
+    """Return what tells a resumed packing from an uninterrupted one, and whether all images are there once.
 
     Args:
         out: folder of the resumed one.
@@ -300,7 +300,7 @@ def differences(out: Path, straight: Path, pictures: int) -> list[str]:
         return [*faults, f"there is no {MANIFEST_NAME}"]
     keys = [key for shard in summary["shards"] for key in index_keys(load_index(out / shard["index"]))]
     if len(keys) != pictures or len(set(keys)) != pictures:
-        faults.append(f"{len(keys)} pictures of {len(set(keys))} names instead of {pictures}")
+        faults.append(f"{len(keys)} images of {len(set(keys))} names instead of {pictures}")
     reports = [json.loads((folder / JSON_NAME).read_bytes()) for folder in (out, straight)]
     for report in reports:
         del report["seconds"]

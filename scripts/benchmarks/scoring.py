@@ -38,12 +38,12 @@ class ScoringTimes:
 
 
 def synthetic_edits(folder: Path, count: int, size: int) -> tuple[Path, Path]:
-    """Write a benchmark and edits of it: scenes of the toy world, the hole filled from its border.
+    """Write a benchmark and edits of it: scenes of the toy world, the mask filled from its border.
 
     Args:
         folder: made when missing.
         count: of cases.
-        size: sides of the pictures, pixels.
+        size: sides of the images, pixels.
 
     Returns:
         The folders of the benchmark and of the edits.

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from pbe.checkpoints.diffusers.format import write_unet
 from pbe.checkpoints.diffusers.names import unet_name
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import UNet, attention
@@ -197,7 +197,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
     parser.add_argument("--size", type=int, default=512, help="height and width of the image, pixels")
     parser.add_argument("--batch", type=int, default=1, help="edits at once")

@@ -59,7 +59,7 @@ def test_the_filter_is_the_originals_and_others_are_not_mixed_in(
     np.testing.assert_array_equal(np.asarray(Image.open(out / "one.png")), expected)
     (out / "two.png").unlink()
     assert crop(source, out, "--workers", "1", "--filter", "bicubic") == 2
-    assert "holds squares of another size, filter or picture" in capsys.readouterr().err
+    assert "holds squares of another size, filter or image" in capsys.readouterr().err
     assert not (out / "two.png").exists()
     assert crop(source, tmp_path / "other", "--workers", "1", "--filter", "bicubic") == 0
     assert np.any(np.asarray(Image.open(tmp_path / "other" / "one.png")) != expected)
@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_one_line(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert crop(pictures, tmp_path / "out", "--size", "0") == 2
-    assert "must be at least 1" in capsys.readouterr().err
+    assert "It must be at least 1" in capsys.readouterr().err
     assert crop(pictures, pictures) == 2
     assert "name another" in capsys.readouterr().err
     (pictures / "broken.png").write_bytes(b"no picture")
@@ -77,4 +77,4 @@ def test_what_cannot_be_used_is_one_line(
     assert "broken.png' cannot be read" in capsys.readouterr().err
     (pictures / "wide.jpg").write_bytes(b"")
     assert crop(pictures, tmp_path / "out") == 2
-    assert "2 pictures with the name 'wide'" in capsys.readouterr().err
+    assert "2 images with the name 'wide'" in capsys.readouterr().err

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import pbe
-from pbe.cli import arguments, naming, prepare, score, study
+from pbe.cli import arguments, naming, prepare, study, toy
 from pbe.cli.main import COMMANDS, GROUPS, main, make_app
 
 ROOT = Path(__file__).parent.parent.parent
@@ -177,16 +177,19 @@ def test_command_lines_are_read_in_one_room() -> None:
 def test_choices_and_defaults_are_those_of_the_rooms(tmp_path: Path) -> None:
     """Where a room states them too, for those who call it from Python."""
     from pbe.checkpoints.tensors import DTYPES
-    from pbe.data.packing.plan import PackSettings
+    from pbe.data.packing.pack import ENGINES
+    from pbe.data.packing.plan import FRAMES, PackSettings
     from pbe.evaluation.benchmark.toy_run import QuickSettings
     from pbe.evaluation.study.naming import OBJECTS
     from pbe.evaluation.study.ranking import StudySettings
 
     assert get_args(arguments.Dtype) == tuple(DTYPES)
+    hints = get_type_hints(prepare.PrepareSettings)
+    assert (get_args(hints["engine"]), get_args(hints["exif_frame"])) == (tuple(ENGINES), FRAMES)
     assert prepare.pack_settings(prepare.PrepareSettings(out=tmp_path)) == PackSettings()
     made = study.MakeSettings(systems=[], benchmark=tmp_path, out=tmp_path)
     assert {each.name: getattr(made, each.name) for each in fields(StudySettings)} == vars(StudySettings())
-    quick = score.ScoreSettings()
+    quick = toy.ScoreSettings()
     known = QuickSettings()
     assert (quick.objects, quick.steps, quick.solver) == (known.objects, known.steps, known.solver)
     assert quick.guidance == known.guidance_scale

@@ -81,3 +81,17 @@ def test_every_option_says_what_it_does() -> None:
         arguments = find_app(app, command).assemble_argument_collection(parse_docstring=True)
         silent = [each.name for each in arguments if not each.children and not each.parameter.help]
         assert not silent, f"pbe {command}: {silent} lack a docstring"
+        broken = [each.name for each in arguments if "\n " in (each.parameter.help or "")]
+        assert not broken, f"pbe {command}: the help of {broken} would be indented from its second line on"
+
+
+def test_many_options_stand_in_groups() -> None:
+    app = make_app()
+    groups = {}
+    for command in COMMANDS:
+        shown = find_app(app, command).assemble_argument_collection().filter_by(show=True)
+        groups[command] = list(dict.fromkeys(each.parameter.group[0].name for each in shown))
+        if len(shown) > 12:
+            assert not {"Parameters", "Arguments"} & set(groups[command]) - {"Arguments"}, command
+    assert groups["edit"] == ["Sampling", "Region and size", "Model", "Input", "Output", "Running"]
+    assert groups["cache"] == ["Arguments", "Parameters"]

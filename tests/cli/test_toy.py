@@ -54,9 +54,9 @@ def test_shards_hold_readable_scenes_with_boxes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "validation"], "--split is 'validation'"),
+        (["--split", "validation"], '"validation" for --split. Choose from: "train", "test"'),
         (["--scenes", "0"], "at least 1"),
-        (["--size", "5"], "--size must lie in"),
+        (["--size", "5"], "for --size. It must lie between 32 and 1024"),
         (["--max-long-side", "20"], "--max-long-side"),
         (["--max-long-side", "0"], "--max-long-side"),
         (["--max-objects", "9"], "--max-objects"),

@@ -305,7 +305,7 @@ def test_counts_are_reported_at_the_end_of_the_epoch(faulty, caplog):
         list(make_module(faulty, batch_size=43, max_bad_share=0.5).train_dataloader())
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1
-    assert lines[0].startswith("train epoch 0: 43 images; no valid box: 5, unreadable picture: 3")
+    assert lines[0].startswith("train epoch 0: 43 images; no valid box: 5, unreadable image: 3")
 
 
 def test_replacements_are_the_same_every_time_and_drawn_anew(faulty):

@@ -84,7 +84,7 @@ def test_skipped_pictures_are_named(tmp_path):
     dataset = ExemplarDataset(ShardImages(tmp_path), data, 1)
     rows = [make_row(dataset, index, 4) for index in range(4)]
     assert {row.key for row in rows} == {"good"}
-    assert sum("skipped: unreadable picture" in row.notes for row in rows) == 3
+    assert sum("skipped: unreadable image" in row.notes for row in rows) == 3
 
 
 def test_the_count_is_that_of_the_page(config, shards, tmp_path, capsys):

@@ -131,6 +131,6 @@ def test_a_scale_may_stand_behind_the_file(tmp_path: Path):
 
 
 def test_a_command_with_an_adapter_that_is_not_there_is_refused():
-    command = EditCommand(model="toy", adapter=["nowhere.safetensors:0.5"])
+    command = EditCommand(model="toy", adapter=("nowhere.safetensors:0.5",))
     with pytest.raises(EditValueError, match=r"--adapter 'nowhere\.safetensors' does not exist"):
         command.checked()

@@ -14,7 +14,7 @@ from PIL import Image
 def workplace(tmp_path: Path, project_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the images and the model that the page speaks of."""
     rng = np.random.default_rng(0)
-    for name, size in (("exemplar", (40, 50)), ("picture", (64, 80))):
+    for name, size in (("exemplar", (40, 50)), ("image", (64, 80))):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / f"{name}.png")
     mask = np.zeros((64, 80), np.uint8)
     mask[20:50, 20:60] = 255

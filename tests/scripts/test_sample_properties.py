@@ -67,7 +67,7 @@ def test_faults_are_found():
     picture, config = np.zeros((60, 80, 3), np.uint8), SampleConfig()
     sample = make_sample(picture, Box(20, 20, 50, 40), generator(1), config, SIZE, EXEMPLAR)
     for name, value, message in (
-        ("mask", np.zeros_like(sample.mask), "no hole"),
+        ("mask", np.zeros_like(sample.mask), "the mask is empty"),
         ("mask", np.full_like(sample.mask, 255), "nothing is kept"),
         ("mask", sample.mask // 2, "other values than 0 and 255"),
         ("mask", 255 - sample.mask, "covers"),
@@ -82,7 +82,7 @@ def test_faults_are_found():
 
 @pytest.mark.parametrize("kind", [0.0, 1.0])
 def test_exemplar_and_hole_share_the_box(kind):
-    """The only red thing is the object: the exemplar is red in the middle, and the hole covers the red."""
+    """The only red thing is the object: the exemplar is red in the middle, and the mask covers the red."""
     config = SampleConfig(arbitrary_mask_share=kind, exemplar_padding=0)
     for index in range(40):
         rng = generator("share", index)
@@ -105,7 +105,7 @@ def test_the_larger_run_at_a_small_size(capsys, monkeypatch):
     for workers in ("1", "2"):
         assert check_samples.main(["--count", "150", "--workers", workers]) == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0].startswith("150 samples are good; the hole covers at least 9")
+    assert printed[0].startswith("150 samples are good; the mask covers at least 9")
     kinds = dict(re.findall(r"^  ([a-z ]+): (\d+) ", printed[0], re.MULTILINE))
     assert int(kinds["arbitrary"]) + int(kinds["rectangle"]) == 150
     assert int(kinds["padded"]) >= 15

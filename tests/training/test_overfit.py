@@ -38,7 +38,7 @@ OVERFIT = (
     "optimizer.warmup_steps=20",
     "optimizer.decay=cosine",
     "optimizer.ema_decay=0.98",
-    "trainer.max_steps=700",
+    "trainer.max_steps=600",
     "logging.every=100",
 )
 

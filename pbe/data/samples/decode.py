@@ -22,14 +22,14 @@ from pbe.data.samples.crops import Box
 from pbe.data.shards.format import DamagedIndexError, digest as digest_of
 
 # The reasons, which stand in the indexes of latent caches too.
-UNREADABLE = "unreadable picture"
-DAMAGED = "picture of another hash"
+UNREADABLE = "unreadable image"
+DAMAGED = "image of another hash"
 MISSING_SHARD = "missing shard"
 BAD_INDEX = "unreadable index"
 BAD_ANNOTATION = "unreadable annotation"
 WITHOUT_BOXES = "annotation without 'boxes'"
-TINY = "picture under 2 px"
-SIZE_MISMATCH = "picture of another size than annotated"
+TINY = "image under 2 px"
+SIZE_MISMATCH = "image of another size than annotated"
 NO_BOX = "no valid box"
 AREA = "no box of the wanted area"
 FAULTS = frozenset((

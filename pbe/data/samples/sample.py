@@ -55,7 +55,7 @@ VERSION = 2
 NO_OBJECT_MASK = "no object mask"
 
 
-class ThreePointAffine(ImageOnlyTransform):
+class ThreePointAffine(ImageOnlyTransform):  # type: ignore[misc]
     """Affine map fixed by three points, each coordinate of which moves by U(-jitter, jitter).
 
     It is what the original's ElasticTransform amounted to: its displacement field was negligible, but three
@@ -63,7 +63,7 @@ class ThreePointAffine(ImageOnlyTransform):
     the image. Targets: image, uint8 or float32.
     """
 
-    class InitSchema(BaseTransformInitSchema):
+    class InitSchema(BaseTransformInitSchema):  # type: ignore[misc]
         """What albumentations validates."""
 
         jitter: float

@@ -195,7 +195,7 @@ def _named_shards(text: str) -> list[Path]:
 def _hint(place: Path) -> str:
     """Say what lies in a folder instead of shards, or what may be given at all."""
     if not place.is_dir():
-        return "; give a folder, a glob or a brace pattern"
+        return "; give a folder, a glob or a brace pattern (pbe prepare and pbe toy render make shards)"
     names = sorted(path.name for path in place.iterdir() if not path.name.startswith("."))
     packed = next((name for name in names if name.endswith(PACKED_TARS)), "")
     if packed:

@@ -115,19 +115,16 @@ def versions() -> dict[str, str]:
 def repeat_command(options: dict[str, Any]) -> str:
     """Return the shell command with these ``--option value`` pairs.
 
-    A value of True is a bare flag, and of a list every value has the option before it.
+    A value of True is a bare flag; those of a tuple stand behind one option.
     """
     words = ["python", "sample.py"]
-    pairs = ((name, each) for name, given in options.items() for each in _values(given))
-    for name, value in pairs:
+    for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
         elif str(value).startswith("-"):  # a file of such a name would be taken for an option
             words.append(f"--{name}={value}")
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
-
-
-def _values(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, list | tuple) else [given]

@@ -190,10 +190,8 @@ def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: Edit
         key: {"path": str(getattr(job, key)), "sha256": getattr(loaded, key).sha256} for key in FILE_KEYS
     }
     kept = {"out": command.out, "name": job.name} if command.output is None else {"output": command.output}
-    usual = {each.name: each.default for each in fields(EditCommand) if each.default is not MISSING}
-    given = {
-        name: getattr(command, name) for name in GIVEN if getattr(command, name) not in (usual[name], [])
-    }
+    usual = {each.name: each.default for each in fields(command) if each.default is not MISSING}
+    given = {name: getattr(command, name) for name in GIVEN if getattr(command, name) != usual[name]}
     repeat = {
         "model": command.model,
         **kept,

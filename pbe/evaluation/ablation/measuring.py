@@ -1,13 +1,12 @@
 """What the rows of an ablation are measured with: the benchmarks, and the scores of one row and seed.
 
-Those stages that no command of the project does: ``python -m pbe.evaluation.ablation.measuring KIND FOLDER``.
+Those stages that no command of the project does: ``python -m pbe.cli.ablate KIND FOLDER``.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 import open_clip
 from omegaconf import OmegaConf
 
-from pbe.cli.parser import run_command
 from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.batch.runner import pick_device
 from pbe.errors import UserError
@@ -178,7 +176,3 @@ def make(kind: str, folder: Path) -> None:
         export_toy_benchmark(ToyWorld(), folder / CASES, **settings)
     else:
         write_own_exemplars(Path(settings["benchmark"]), folder / CASES, settings["exemplar_size"])
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(lambda: make(sys.argv[1], Path(sys.argv[2]))))

@@ -21,7 +21,6 @@ from pbe.evaluation.ablation.measuring import (
     SCORES,
     SCORES_FILE,
     identities,
-    make,
 )
 from pbe.evaluation.ablation.stages import (
     SETTINGS_FILE,
@@ -139,9 +138,9 @@ class _Planner:
         return self.workspace / FOLDERS[kind] / mark[:12]
 
     def _measuring(self, kind: str, name: str, mark: str, **rest: Any) -> Stage:
-        """Add a stage that :mod:`pbe.evaluation.ablation.measuring` does."""
+        """Add a stage that :func:`pbe.evaluation.ablation.measuring.make` does."""
         folder = str(self._folder(kind, mark))
-        return self._add(kind, name, mark, ("-m", make.__module__, kind, folder), **rest)
+        return self._add(kind, name, mark, ("-m", "pbe.cli.ablate", kind, folder), **rest)
 
     def _scenes(self, split: str) -> Stage:
         """Add the rendering of a split; scenes are a function of their number and the seed."""

@@ -208,7 +208,7 @@ class _EditTask(pl.LightningModule):
         """Be quiet in processes that Lightning started, too."""
         _quieten()
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[int]:
         """Return the numbers of this process' groups that have a file to come.
 
         Which process has a group depends on its number alone, not on what another has written meanwhile.

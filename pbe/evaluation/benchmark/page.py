@@ -105,7 +105,7 @@ def score_tables(runs: Sequence[ScoredEdits], *, coco_ee: bool) -> list[Table]:
         every = _by_score(runs, family)
         if not every:
             continue
-        head = ["score", "better", "pictures", *(run.label for run in runs)]
+        head = ["score", "better", "images", *(run.label for run in runs)]
         rows = [
             [sets[0].name, sets[0].better, _counts(sets), *(one.text() for one in sets)] for sets in every
         ]
@@ -175,7 +175,7 @@ def paired_tables(runs: Sequence[ScoredEdits], bootstrap: Bootstrap) -> list[Tab
             texts = (_difference_text(each, bootstrap) for each in pairs)
             rows.append([sets[0].name, sets[0].better, number, *texts])
         if rows:
-            head = ["score", "better", "pictures", *(f"{run.label} − {runs[0].label}" for run in runs[1:])]
+            head = ["score", "better", "images", *(f"{run.label} − {runs[0].label}" for run in runs[1:])]
             tables.append(Table(head, rows, PAIRED_NOTE, f"Paired differences: {meaning}"))
     return tables
 

@@ -199,7 +199,7 @@ def load_mixture(path: Path) -> Mixture:
     """Read a mixture."""
     if not path.is_file():
         raise UserError(f"there is no mixture '{path}'; pbe fit makes one")
-    stranger = f"'{path}' is no mixture made by pbe fit"
+    stranger = f"'{path}' was not made by pbe fit"
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}

@@ -321,7 +321,7 @@ def test_shards_close_by_bytes(plain: Path) -> None:
         (["coco:x.json"], "not a file"),
         (["nonsense"], "is not KIND:PATH"),
         (["zip:a"], "is not KIND:PATH"),
-        (["csv:a", "--engine", "hadoop"], "--engine is 'hadoop'"),
+        (["csv:a", "--engine", "hadoop"], '"hadoop" for --engine'),
         (["csv:a", "--part", "3/3"], "it must be I/N"),
         (["csv:a", "--workers", "-1"], "--workers"),
         (["csv:a", "--check-against", "nowhere"], "is not a folder"),

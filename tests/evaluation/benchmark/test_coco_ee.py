@@ -54,7 +54,7 @@ def test_command_exports_and_checks_small_pictures(tmp_path, capsys):
         (["--toy", "--out", "OUT", "--cases", "999"], "999 benchmark objects"),
         (["--toy", "--out", "OUT", "--cases", "0"], "at least 1"),
         (["--toy", "--out", "OUT", "--size", "4"], "at least 16"),
-        (["--check", "OUT", "--size", "-1"], "--size must be 0 or more"),
+        (["--check", "OUT", "--size", "-1"], "for --size. It must be at least 0"),
     ],
 )
 def test_bad_options_of_the_export(tmp_path, capsys, arguments, message):

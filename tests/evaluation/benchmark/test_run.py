@@ -129,13 +129,13 @@ def test_edits_that_are_all_of_no_use_are_named_for_what_they_are(bench_files, t
         (["--edits", "E", "--steps", "7"], "--steps is for models"),
         (["--model", "M", "--objects", "3"], "--objects is for the toy world"),
         (["--model", "M", "--cases", "8"], "has 7 cases; it has no first 8"),
-        (["--model", "M", "--cases", "-1"], "--cases must be 0 or more"),
+        (["--model", "M", "--cases", "-1"], "for --cases. It must be at least 0"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
         (["--edits", "nowhere"], "no folder of edits"),
         (["--model", "M", "--metrics", "beauty"], "no metric 'beauty'"),
         (["--model", "M", "--guidance", "2", "2"], "each once"),
         (["--model", "M", "--device", "cuda:1"], "--device is auto, cpu or cuda"),
-        (["--model", "M", "--show", "0"], "--show at least 1"),
+        (["--model", "M", "--show", "0"], "for --show. It must be at least 1"),
         (["--model", "M", "--steps", "0"], "steps is 0"),
         (["--model", "M", "--tower-weights", "clip"], "--tower-weights takes tower=value"),
         (["--model", "M", "--tower-weights", "clip=a", "clip=b"], "names 'clip' twice"),
@@ -224,7 +224,7 @@ def test_models_and_finished_edits_stand_in_one_table_with_paired_differences(
     found = read(out)["edits"]
     assert [each["label"] for each in found] == ["guidance 3", "a", "guidance_3", "guidance_1"]
     table = (out / "scores.md").read_text()
-    assert "| score | better | pictures | guidance 3 | a | guidance_3 | guidance_1 |" in table
+    assert "| score | better | images | guidance 3 | a | guidance_3 | guidance_1 |" in table
     assert "## Paired differences: the field's usual scores" in table
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| seam | lower | 7 | ")]
     assert len(rows) == 2, "scores and differences"
@@ -311,11 +311,11 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     tables = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", scores)], coco_ee=True)
     assert [len(table.rows) for table in tables] == [2, 5, 1]
     paper, reported, clean = tables
-    assert paper.head == ["score", "better", "pictures", "mine", "theirs", published.OURS]
+    assert paper.head == ["score", "better", "images", "mine", "theirs", published.OURS]
     assert paper.rows[0][-1] == "77.80 (published)"
     assert paper.rows[1] == ["clip-fid", "lower", "–", "not run", "not run", "3.18 (published)"]
     assert "needs weights" in paper.note
-    assert clean.head == ["score", "better", "pictures", "mine", "theirs"]
+    assert clean.head == ["score", "better", "images", "mine", "theirs"]
     fewer = [*scores[:2], made("seam", "clean", [1.0, 2.0])]
     clean = score_tables([ScoredEdits("mine", scores), ScoredEdits("theirs", fewer)], coco_ee=True)[2]
     assert clean.rows[0][2] == "1 / 2"
@@ -332,7 +332,7 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
 def test_published_numbers_stand_beside_coco_ee_alone(evaluated, bench_files, tmp_path):
     scores = [made("qs", "paper", [60.0]), made("seam", "clean", [1.0])]
     tables = score_tables([ScoredEdits("mine", scores)], coco_ee=False)
-    assert [table.head for table in tables] == [["score", "better", "pictures", "mine"]] * 2
+    assert [table.head for table in tables] == [["score", "better", "images", "mine"]] * 2
     assert "published" not in markdown_page("T", tables)
     # A whole evaluation on other cases, with a score of the paper's family.
     out, theirs = tmp_path / "out", evaluated / "edits" / "guidance_3"

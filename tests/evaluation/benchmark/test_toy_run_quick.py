@@ -151,7 +151,7 @@ def test_a_training_is_scored_on_its_way_with_the_averaged_weights(pipe):
     ("arguments", "message"),
     [
         (["nowhere/model"], "nowhere/model"),
-        (["nowhere/model", "--objects", "1"], "--objects at least 2"),
+        (["nowhere/model", "--objects", "1"], "for --objects. It must be at least 2"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys: pytest.CaptureFixture[str]):

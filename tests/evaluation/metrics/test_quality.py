@@ -79,7 +79,9 @@ def test_mixtures_of_another_form_are_refused(tmp_path: Path, change: dict, card
     tensors = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()} | change
     about = {"format": "pbe-gaussian-mixture"} | ({} if card is None else {"card": card})
     save_file(tensors, tmp_path / "m.safetensors", metadata=about)
-    with pytest.raises(UserError, match=r"m\.safetensors' (is no mixture|cannot be read as a mixture)"):
+    with pytest.raises(
+        UserError, match=r"m\.safetensors' (was not made by pbe fit|cannot be read as a mixture)"
+    ):
         load_mixture(tmp_path / "m.safetensors")
 
 

@@ -189,7 +189,7 @@ def test_the_true_images_need_no_model(tmp_path: Path, capsys):
     ("arguments", "message"),
     [
         (["make", "--out", "x"], "give --model or --true, and only one of them"),
-        (["make", "--true", "--out", "x", "--objects", "0"], "--objects must be at least 1"),
+        (["make", "--true", "--out", "x", "--objects", "0"], "for --objects. It must be at least 1"),
         (["make", "--true", "--out", "x", "--objects", "182"], "there are 181"),
         (["score", "none.csv", "--key", "none.csv"], "cannot be read"),
     ],

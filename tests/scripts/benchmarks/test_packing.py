@@ -113,7 +113,7 @@ def test_differences_are_found(source: Path, tmp_path: Path) -> None:
         "shard-000002.tar is missing",
         "other.npz is too many",
         "shard-000001.tar has other bytes",
-        "70 pictures of 70 names instead of 71",
+        "70 images of 70 names instead of 71",
     ]
     fewer = differences(pack_to(source, tmp_path / "fewer", "--max-area", "0.4"), straight, 70)
     assert "the report counts otherwise" in fewer
