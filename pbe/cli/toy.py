@@ -149,6 +149,8 @@ class ScoreSettings:
 
     objects: Annotated[int, limits(2)] = 90
     """the first so many of the toy benchmark"""
+    split: Literal["train", "test"] = "test"
+    """whose objects: those of train show how much better the model knows what it has seen"""
     guidance: float = 5.0
     """guidance scale"""
     steps: int = 20
@@ -189,6 +191,7 @@ def score(*models: Model, settings: ScoreSettings = ScoreSettings()) -> None:
         settings.steps,
         dtype=settings.dtype,
         objects=settings.objects,
+        split=settings.split,
     )
     scorer: QuickScorer | None = None
     for path in models:

@@ -154,7 +154,7 @@ def test_the_scheduler_of_a_folder_is_the_default_and_is_kept(clip_model: Latent
     }
     save_checkpoint(tmp_path / "one", clip_model, "diffusers", usage=Usage(scheduler=scheduler))
     pipe = PaintByExample.from_pretrained(tmp_path / "one")
-    choice = pipe.components["noise_schedule"].solver
+    choice = pipe.components["noise_schedule"].usage.solver
     assert (choice.name, choice.spacing, choice.karras) == ("dpmpp_2m", "trailing", True)
     pipe.save_pretrained(tmp_path / "two", "diffusers")
     written = json.loads((tmp_path / "two/scheduler/scheduler_config.json").read_text())

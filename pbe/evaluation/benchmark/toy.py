@@ -73,7 +73,13 @@ class ToyCase(Case):
 
 
 def make_benchmark(
-    world: ToyWorld, *, seed: int, image_size: int, exemplar_size: int, objects: int = 0
+    world: ToyWorld,
+    *,
+    seed: int,
+    image_size: int,
+    exemplar_size: int,
+    objects: int = 0,
+    split: str = SPLIT,
 ) -> list[ToyCase]:
     """Make the cases of the toy benchmark.
 
@@ -83,10 +89,12 @@ def make_benchmark(
         image_size: sides of the scenes, pixels.
         exemplar_size: sides of the exemplars, pixels.
         objects: how many, in an order that the seed shuffles; 0 means all of them.
+        split: whose objects. The panoramas are always those of the test split, so that training objects
+            differ from test objects in nothing but having been seen.
     """
-    available = check_count(world, objects)
+    available = check_count(world, objects, split)
     order = permutation(available, seed, "benchmark-order")[: objects or available]
-    return [make_case(world, int(index), seed, image_size, exemplar_size) for index in order]
+    return [make_case(world, int(index), seed, image_size, exemplar_size, split) for index in order]
 
 
 def export_toy_benchmark(
@@ -115,17 +123,19 @@ def export_toy_benchmark(
     return objects or count
 
 
-def check_count(world: ToyWorld, objects: int) -> int:
-    """Return the number of test objects."""
-    available = len(world.objects(SPLIT))
+def check_count(world: ToyWorld, objects: int, split: str = SPLIT) -> int:
+    """Return the number of objects of a split, of which ``objects`` are wanted."""
+    available = len(world.objects(split))
     if not 0 <= objects <= available:
         raise UserError(f"{objects} benchmark objects asked for; there are {available}")
     return available
 
 
-def make_case(world: ToyWorld, index: int, seed: int, image_size: int, exemplar_size: int) -> ToyCase:
-    """Make the case of test object ``index``; see :class:`ToyCase`."""
-    toy = world.objects(SPLIT)[index]
+def make_case(
+    world: ToyWorld, index: int, seed: int, image_size: int, exemplar_size: int, split: str = SPLIT
+) -> ToyCase:
+    """Make the case of object ``index`` of a split, in test panoramas; see :class:`ToyCase`."""
+    toy = world.objects(split)[index]
     rng = generator(seed, "benchmark", index)
     names = world.panoramas(SPLIT)
     behind, other = (names[i] for i in rng.choice(len(names), 2, replace=False))

@@ -246,6 +246,7 @@ class QuickSettings(GenerateSettings):
     batch_size: int = 32
     dtype: str = "bf16"
     objects: int = 90
+    split: str = "test"
 
 
 class QuickScorer:
@@ -267,6 +268,7 @@ class QuickScorer:
             image_size=image_size,
             exemplar_size=exemplar_size,
             objects=settings.objects,
+            split=settings.split,
         )
         self.scorer = Scorer(self.cases, load_tower("lite2", None, None), settings.seed)
 

@@ -29,6 +29,12 @@ def test_nothing_of_it_is_in_training(world, whole):
     assert behind == set(world.panoramas("test"))
 
 
+def test_training_objects_stand_in_the_same_panoramas(world, whole):
+    seen = make_benchmark(world, seed=0, image_size=32, exemplar_size=32, objects=6, split="train")
+    assert {case.key for case in seen} <= {toy.key for toy in world.objects("train")}
+    assert {case.panorama for case in seen} <= {case.panorama for case in whole}
+
+
 def test_the_exemplar_shows_another_pose_elsewhere(whole):
     for case in whole:
         assert case.exemplar_pose.flip != case.pose.flip
