@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pbe.checkpoints.adapters import ADAPTER_NAME
 from pbe.checkpoints.compvis.format import (
     ConfigSource,
     is_original_yaml,
@@ -121,6 +122,11 @@ def of_run(folder: Path, *, raw_weights: bool) -> tuple[Path, list[str]]:
         if newest is not None and newest.stat().st_mtime > model.stat().st_mtime + MINUTE:
             notes.append(f"{newest} was written after it; name that file to take it")
         return folder / MODEL, notes
+    if (folder / ADAPTER_NAME).is_file():
+        raise UserError(
+            f"'{folder}' is a run that trained adapters: load the model that they belong to, and this folder "
+            "as its adapter (--adapter)"
+        )
     if newest is not None:
         return newest, [f"a run: its {newest.relative_to(folder)} is taken"]
     return folder, []

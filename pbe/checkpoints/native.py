@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
 from pbe.checkpoints.recognise import describe
 from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_from_json
@@ -30,7 +31,7 @@ def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     failure on the way leaves an older model as it was. ``dtype`` is that of the floating-point tensors in
     the files; None keeps each tensor's own.
     """
-    state = {key: cast(value, dtype) for key, value in lazies(model.state_dict()).items()}
+    state = {key: cast(value, dtype) for key, value in model_state(model).items()}
     with staged(Path(folder)) as staging:
         write_native(staging, model.config, state)
 

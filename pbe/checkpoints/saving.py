@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.clip import tower_sizes
 from pbe.checkpoints.compvis.format import write_original
 from pbe.checkpoints.diffusers.format import JSON_FILES, WEIGHT_FILES, write_diffusers
@@ -19,7 +20,7 @@ from pbe.checkpoints.key_map import PARTS, OpenedModel, checked, converted, empt
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, write_native
 from pbe.checkpoints.settings import UNSAID, Usage
-from pbe.checkpoints.tensors import Lazies, cast, lazies
+from pbe.checkpoints.tensors import Lazies, cast
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.files import staged
@@ -51,7 +52,7 @@ def save_checkpoint(
 
     Args:
         folder: made when missing; it must not hold another model's files.
-        model: the weights.
+        model: the weights; its adapters are merged into those in the files.
         layout: of the files.
         dtype: type of the floating-point weights in the files; None keeps each tensor's own.
         usage: how the model is to be run; what it leaves open is the layout's default.
@@ -65,7 +66,7 @@ def save_checkpoint(
     with staged(folder) as staging:
         beside(staging)
         checker = any((place / CHECKER / "config.json").is_file() for place in (staging, folder))
-        write_layout(staging, layout, model.config, lazies(model.state_dict()), dtype, usage, checker)
+        write_layout(staging, layout, model.config, model_state(model), dtype, usage, checker)
 
 
 def layout_files(layout: str) -> set[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pbe.cli.arguments import Dtype, Place, options
+from pbe.cli.arguments import Dtype, Place, Repeatable, options
+from pbe.editing.settings import parse_adapter
 from pbe.errors import UserError
 from pbe.resources import find_model
 
@@ -26,6 +27,8 @@ class ConvertSettings:
     """compare tensors and outputs; keep OUT only if equal"""
     raw_weights: bool = False
     """the plain weights of a training, not the average"""
+    merge: Repeatable = field(default_factory=list)
+    """adapter to add to the weights, FILE or FILE:SCALE; once for each"""
     config: Place | None = None
     """YAML with the sizes, for a checkpoint that does not give its own"""
     from_sd: Place | None = None
@@ -41,6 +44,7 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
 
     pbe convert IN OUT --to diffusers --dtype fp16 --verify
     pbe convert --from-sd SD OUT --tower openai
+    pbe convert IN OUT --merge outputs/mug/adapter.safetensors:0.8
 
     Args:
         paths: IN OUT: model to read (any layout), and what to write.
@@ -50,14 +54,17 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
     if settings.tower and not settings.from_sd:
         raise UserError("--tower goes with --from-sd only")
     from pbe.checkpoints import saving
+    from pbe.checkpoints.adapters import open_adapter, with_adapters
     from pbe.checkpoints.loading import open_checkpoint
     from pbe.checkpoints.tensors import DTYPES
 
     target = Path(paths[-1])
+    adapters = [parse_adapter(text, "--merge") for text in settings.merge]
     if settings.from_sd:
         opened = _start(settings.from_sd, settings)
     else:
         opened = open_checkpoint(find_model(paths[0]), settings.config, raw_weights=settings.raw_weights)
+    opened = with_adapters(opened, [(open_adapter(path), scale) for path, scale in adapters])
     print(saving.table(opened))
     if opened.safety_checker is not None and target.suffix in saving.FILE_SUFFIXES:
         print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")

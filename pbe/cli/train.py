@@ -51,7 +51,7 @@ def train(config: Place, /, *overrides: str, settings: TrainSettings = TrainSett
 
     result = run(loaded)
     if result.rank == 0:  # the first process speaks for all
-        there = (result.model_dir / "config.json").is_file()
+        there = result.model_dir.is_file() or (result.model_dir / "config.json").is_file()
         weights = f"; weights so far in {result.model_dir}" if there else ""
         stopped = f"the same command continues from {result.output_dir}/checkpoints{weights}"
         done = f"{result.steps} steps, {result.seconds:.0f} s; weights in {result.model_dir}"

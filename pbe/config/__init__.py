@@ -28,6 +28,7 @@ from pbe.config.training import (
     AutoencoderLossConfig as AutoencoderLossConfig,
     Config as Config,
     LoggingConfig as LoggingConfig,
+    LoraConfig as LoraConfig,
     ObjectiveConfig as ObjectiveConfig,
     OptimizerConfig as OptimizerConfig,
     TrainerConfig as TrainerConfig,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from pbe.config.fields import described, flatten, to_dict
-from pbe.config.training import NONE, Config
+from pbe.config.training import NONE, PARTS, Config
 from pbe.errors import UserError
 
 FIELDS = dict(described(Config))
@@ -47,12 +47,15 @@ def check_values(config: Config) -> None:
         raise UserError("'output_dir' is empty; name the folder of the run")
     for key, other in SAME:
         value, wanted = values[key], values[other]
+        if config.model_from_init:  # which is not read yet
+            continue
         if 0 not in (value, wanted) and value != wanted:  # 0 follows the other
             raise UserError(f"'{key}' is {value}, but '{other}' is {wanted}; they must be equal")
     _check_lists(values)
     _check_length(config)
     _check_optimizer(config)
     _check_multiple(config)
+    _check_finetuning(config)
     if config.task == "autoencoder":
         _check_autoencoder(config)
 
@@ -115,6 +118,44 @@ def _check_multiple(config: Config) -> None:
         raise UserError(
             f"'model.image_size' is {size}; {folding}autoencoder and UNet halve it {levels} times, "
             f"so it must be a multiple of {multiple}"
+        )
+
+
+def _check_finetuning(config: Config) -> None:
+    """Check what starts from a model: its sizes, named parts, adapters, and what is mixed in."""
+    lora, parts = config.lora, config.optimizer.parts
+    for key, names in (("optimizer.parts", parts), ("lora.targets", lora.targets)):
+        if unknown := [name for name in names if name not in PARTS]:
+            raise UserError(f"'{key}' names '{unknown[0]}'; there are: {', '.join(PARTS)}")
+    if config.model_from_init and not config.start:
+        raise UserError("'model_from_init' takes the sizes of a model; name it in 'init_from'")
+    if config.data.prior_shards and config.cache.folder:
+        raise UserError("'data.prior_shards' are mixed in online; set cache.folder= for no latent cache")
+    if not lora.rank and not parts:
+        return
+    what = "lora.rank" if lora.rank else "optimizer.parts"
+    if config.task != "diffusion":
+        raise UserError(f"'{what}' is for task=diffusion, not task={config.task}")
+    if lora.rank:
+        _check_lora(config)
+
+
+def _check_lora(config: Config) -> None:
+    if not config.lora.targets:
+        raise UserError("'lora.targets' is empty; name the parts that get adapters, or set lora.rank=0")
+    if config.optimizer.parts:
+        raise UserError("'optimizer.parts' trains weights and 'lora.rank' adapters; set one of them")
+    if not config.start:
+        raise UserError("'lora.rank' adapts a trained model; name it in 'init_from', or set lora.rank=0")
+    if config.trainer.precision == "bf16-true":
+        raise UserError(
+            "'trainer.precision' is bf16-true, in which the small steps of adapters round away; use 32-true, "
+            "with lora.base=bf16 for a base in bfloat16"
+        )
+    if config.trainer.strategy in ("fsdp2", "model_parallel"):
+        raise UserError(
+            f"'trainer.strategy' is {config.trainer.strategy}, which cuts weights that adapters leave "
+            "frozen; use ddp"
         )
 
 

@@ -64,6 +64,10 @@ class DataConfig:
     """Training shards: a folder, a brace pattern, URLs or a ``pipe:`` command."""
     validation_shards: str = path()
     """Validation shards; empty: no validation."""
+    prior_shards: str = path()
+    """Ordinary training shards that are mixed in, so that training on few images forgets little."""
+    prior_share: float = number(0.5, high=0.99)
+    """Share of the samples that come from ``prior_shards``."""
     image_size: int = 512
     """Side of the training images in pixels; equal to ``model.image_size``."""
     exemplar_size: int = 224

@@ -9,6 +9,11 @@ from pbe.config.fields import choice, number, path
 from pbe.config.model import ModelConfig
 
 NONE = "none"  # value of init_from: random weights, on purpose
+# Of UNet and bottleneck: values of optimizer.parts and lora.targets.
+PARTS = (
+    *("self_attention", "cross_attention", "cross_attention_keys", "feed_forward", "projections"),
+    *("residual", "mapper"),
+)
 
 
 @dataclass
@@ -92,6 +97,27 @@ class OptimizerConfig:
     """Largest norm of the gradients; 0: not clipped."""
     fused: bool = False
     """Update all weights in one kernel (``adamw`` only)."""
+    parts: list[str] = field(default_factory=list)
+    """Parts of the model that are trained while the rest is frozen, any of ``self_attention``,
+    ``cross_attention`` (values and outputs), ``cross_attention_keys`` (queries and keys), ``feed_forward``,
+    ``projections`` (around the transformers), ``residual`` (blocks and changes of size), and ``mapper``;
+    empty: all."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), trained in place of the model's own weights."""
+
+    rank: int = number(0, high=1024)
+    """Rank of every adapter; 0: no adapters, the weights themselves are trained."""
+    alpha: float = number(16.0)
+    """Strength: what a layer's adapter adds is scaled by alpha over rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["self_attention", "cross_attention", "feed_forward", "mapper"]
+    )
+    """Parts that get adapters; the names are those of ``optimizer.parts``."""
+    base: str = choice("bf16", "fp32")
+    """Type of the frozen weights of UNet and bottleneck; adapters are float32."""
 
 
 @dataclass
@@ -189,12 +215,16 @@ class Config:
     """Model folder with the trained autoencoder (diffusion only)."""
     init_from: str = path()
     """Model whose weights start the training; ``none``: random weights, on purpose."""
+    model_from_init: bool = False
+    """Take the ``model`` section from ``init_from`` too, but for the resolution where ``data.image_size`` is
+    not 0."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pbe.config import Config
 from pbe.data.dataset import ExemplarDataset, check_counts, collate as collate_samples, describe
+from pbe.data.mixture import Mixture
 from pbe.data.shards.archive import ShardImages
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
@@ -249,17 +250,20 @@ class TrainingData(lightning.LightningDataModule):
         self._loaders: dict[str, CountingLoader] = {}
 
     def dataset(self, stream: str) -> ExemplarDataset:
-        """Return the data set ``train`` or ``validation``; its shards are indexed when first asked for."""
+        """Return the data set ``train``, ``prior`` or ``validation``; shards are indexed when asked for."""
         if stream not in self._datasets:
             config = self.config
-            shards = {"train": config.train_shards, "validation": config.validation_shards}[stream]
+            shards = {"train": config.train_shards, "validation": config.validation_shards}
+            shards["prior"] = config.prior_shards
             every, cache = config.boxes == "every", config.remote_cache
-            images = ShardImages(shards, count_boxes=every, verify=config.verify, cache=cache)
+            images = ShardImages(shards[stream], count_boxes=every, verify=config.verify, cache=cache)
             self._datasets[stream] = ExemplarDataset(images, config, self.seed, stream)
         return self._datasets[stream]
 
     def samples(self, stream: str) -> Dataset[Any]:
         """Return the samples of a stream by global counter."""
+        if stream == "train" and self.config.prior_shards:
+            return Mixture(self.dataset("train"), self.dataset("prior"), self.config.prior_share)
         return self.dataset(stream)
 
     def open(self) -> None:

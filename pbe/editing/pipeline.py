@@ -20,6 +20,7 @@ from pbe.config import Config, ModelConfig
 from pbe.diffusion.noise import Generators
 from pbe.diffusion.schedule import NoiseSchedule
 from pbe.diffusion.solvers import Callback, SolverChoice
+from pbe.editing.adapters import AdapterSettings
 from pbe.editing.compatibility import DiffusersNames
 from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_arguments
 from pbe.editing.engine import Engine, check_callback, choose_solver, count_steps, merge_choice, progress_bar
@@ -48,7 +49,7 @@ from pbe.models import LatentDiffusion
 logger = logging.getLogger(__name__)
 
 
-class PaintByExample(MemorySettings, DiffusersNames):
+class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
     """Paints an exemplar into the masked region of an image (Yang et al., CVPR 2023).
 
     Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
@@ -167,7 +168,7 @@ class PaintByExample(MemorySettings, DiffusersNames):
         variant: str | None = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Write the model to a folder, with how it is run and its safety checker.
+        """Write the model to a folder, adapters merged in, with how it is run and its safety checker.
 
         Args:
             folder: made when missing.

@@ -154,6 +154,8 @@ class EditCommand(EditSettings):
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False
     """the plain weights of a training, not the average"""
+    adapter: tuple[str, ...] = ()
+    """adapters to put beside the weights, FILE or FILE:SCALE each"""
     revision: str | None = None
     """branch, tag or commit of a model on the Hub (default: main)"""
     cache_dir: str | None = None
@@ -203,6 +205,10 @@ class EditCommand(EditSettings):
         """Return the command with every value checked, and that its models may exist."""
         found = super().checked(named)
         existing_path(self.model, named("model"))
+        for text in self.adapter:
+            place, _ = parse_adapter(text, named("adapter"))
+            if not os.path.exists(place):
+                raise EditValueError(f"{named('adapter')} '{place}' does not exist; give an adapter's file")
         if self.safety_checker not in ("auto", "none"):
             existing_path(self.safety_checker, named("safety_checker"))
         return found
@@ -220,6 +226,24 @@ def existing_path(path_or_hub_id: str | Path, option: str = "") -> Path | None:
         kinds = "a model's folder, a checkpoint file or a Hub id (owner/name)"
         raise EditValueError(f"{option and option + ' '}'{name}' does not exist; give {kinds}")
     return None
+
+
+def parse_adapter(text: str, option: str = "adapter") -> tuple[Path, float]:
+    """Read ``FILE`` or ``FILE:SCALE``, an adapter and the factor on it (1 where none is given).
+
+    A file that is called so as a whole comes first; the scale may be any finite number.
+    """
+    place, colon, number = text.rpartition(":")
+    whole = Path(expand_home(text))
+    if not colon or os.path.exists(whole):
+        return whole, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        return whole, 1.0
+    if not math.isfinite(scale):
+        raise EditValueError(f"{option} is '{text}'; its scale must be a finite number")
+    return Path(expand_home(place)), scale
 
 
 def check_count(

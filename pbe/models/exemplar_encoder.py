@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.adapters import Adapted
 from pbe.models.image_tower import build_tower, stage_widths, tower_stages
 
 PYRAMID = 5
@@ -33,9 +34,17 @@ class MapperAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(b, n, width)`` to the same shape. With one token only the value rows matter."""
         if x.shape[1] == 1:
-            return self.proj(F.linear(x, *self._value_rows()))
+            return self.proj(self._values(x))
         q, k, v = rearrange(self.qkv(x), "b n (h three d) -> three b h n d", h=self.heads, three=3)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+    def _values(self, x: Tensor) -> Tensor:
+        values = F.linear(x, *self._value_rows())
+        if isinstance(self.qkv, Adapted):
+            for adapter in self.qkv.adapters:
+                parts = rearrange(adapter(x), "b n (h three d) -> three b n (h d)", h=self.heads, three=3)
+                values = values + parts[2]
+        return values
 
     def _value_rows(self) -> tuple[Tensor, Tensor]:
         weight = rearrange(self.qkv.weight, "(h three d) c -> three (h d) c", h=self.heads, three=3)

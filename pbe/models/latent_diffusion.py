@@ -58,6 +58,11 @@ class LatentDiffusion(nn.Module):
         return self.unet.conv_in.weight.dtype
 
     @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Type of the weights of autoencoder and tower, another one where adapters of a UNet are trained."""
+        return next(self.autoencoder.parameters()).dtype
+
+    @property
     def size_multiple(self) -> int:
         """Height and width of images must be multiples of this many pixels."""
         return self.autoencoder.downsampling
@@ -106,7 +111,7 @@ class LatentDiffusion(nn.Module):
             torch.tensor(values, device=pixels.device).view(1, 3, 1, 1)
             for values in (self.config.exemplar_encoder.mean, self.config.exemplar_encoder.std)
         )
-        return ((pixels - mean) / std).to(self.dtype)
+        return ((pixels - mean) / std).to(self.frozen_dtype)
 
     def encode_exemplar(self, pixels: Tensor) -> Tensor:
         """Map normalised exemplars ``(b, 3, s, s)`` to the condition ``(b, tokens, context_dim)``."""

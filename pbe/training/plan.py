@@ -17,11 +17,12 @@ import torch
 from pytorch_lightning.utilities.memory import is_oom_error
 from torch import nn
 
-from pbe.config import Config
+from pbe.config import Config, TrainerConfig
 from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
+from pbe.training.activations import activation_bytes
 from pbe.training.latent_cache.builder import find_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.callbacks import peak_memory
@@ -34,7 +35,8 @@ from pbe.training.setup import (
     prepare_process,
 )
 from pbe.training.tasks.base import BaseTask
-from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN
+from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN, DiffusionTask
+from pbe.training.tasks.finetuning import follow_model
 from pbe.training.trials import (
     GB,
     MemoryExceededError,
@@ -79,7 +81,8 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     names = DEAD_WITH_ONE_TOKEN if single else ()
     dead = {id(p) for name, p in model.unet.named_parameters() if any(part in name for part in names)}
     fused = [module.qkv for module in encoder.modules() if isinstance(module, MapperAttention) and single]
-    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in layer.parameters())
+    idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in (layer.weight, layer.bias))
+    learning = any(layer.weight.requires_grad for layer in fused)  # beside adapters they do not
 
     def count(parameters: Iterable[nn.Parameter], idle: int = 0) -> Count:
         trained = frozen = lost = 0
@@ -90,7 +93,7 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
                 trained += p.numel()
             else:
                 frozen += p.numel()
-        return Count(trained - idle, frozen, lost + idle) if trained else Count(0, frozen - idle, lost + idle)
+        return Count(trained - idle * learning, frozen - idle * (not learning), lost + idle)
 
     return {
         "UNet": count(model.unet.parameters()),
@@ -133,9 +136,9 @@ class Stopwatch(pl.Callback):
 def make_plan(config: Config) -> Iterator[str]:
     """Yield the lines of a run's plan, the measured ones last; nothing is written into its folder.
 
-    Nothing is measured where gradients, moments and average alone would not fit into the CPU's memory. What
-    activations take on top is not known beforehand: such a plan may be cut short after what is counted. Data
-    and an autoencoder that are not there yet are no error here.
+    Nothing is measured where gradients, moments, average and activations would not fit into the CPU's memory.
+    What kernels take for a moment is not known: such a plan may be cut short after what is counted. Data and
+    an autoencoder that are not there yet are no error here.
     """
     prepare_process(config)
     notes: list[str] = []
@@ -143,16 +146,23 @@ def make_plan(config: Config) -> Iterator[str]:
         model, config = build_model(config)
     except UserError as error:
         notes.append(f"random weights: {error}")
+        if config.model_from_init:
+            config = follow_model(config, config.model)
         model = LatentDiffusion(config.model)
+    options = config.trainer
+    apply_performance_options(model, replace(options, compile=False))
     task = make_task(config, model)
-    yield from _tables(task)
+    kept = _activations(task)
+    yield from _tables(task, kept)
+    if options.compile:  # which what has no numbers cannot pass through
+        apply_performance_options(model, TrainerConfig(compile=True))
     data = find_data(config, task, notes)
     yield from (f"note: {note}" for note in notes)
     if data is None:
         yield "no data, so nothing is measured"
         return
     yield from _length(config, data)
-    if lacking := _memory_lacking(config, task):
+    if lacking := _memory_lacking(config, task, kept):
         yield f"not measured: {lacking}"
     else:
         yield from _duration(config, task, data)
@@ -163,26 +173,32 @@ def on_gpu(config: Config) -> bool:
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _memory_lacking(config: Config, task: BaseTask) -> str:
+def _activations(task: BaseTask) -> int:
+    """Return the bytes that a micro-batch keeps for its backward pass; 0 where they are not counted."""
+    if not isinstance(task, DiffusionTask):
+        return 0
+    return activation_bytes(task, "cuda" if on_gpu(task.config) else "cpu")
+
+
+def _memory_lacking(config: Config, task: BaseTask, kept: int) -> str:
     """Return what does not fit into the memory that a CPU has left beside the weights; empty if all does."""
     sizes = state_bytes(task)
-    needed, free = sum(sizes.values()) - sizes["weights"], available_memory()
+    needed, free = sum(sizes.values()) - sizes["weights"] + kept, available_memory()
     if on_gpu(config) or needed <= free:
         return ""
-    return (
-        f"beside the weights training holds {needed / GIB:.2f} GiB before any activation, and "
-        f"{free / GIB:.2f} GiB are free"
-    )
+    return f"beside the weights training holds {needed / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
 
 
-def _tables(task: BaseTask) -> Iterator[str]:
+def _tables(task: BaseTask, kept: int) -> Iterator[str]:
     yield f"{'parameters':<14}{'trained':>16}{'frozen':>16}{'dead':>16}"
     for name, count in count_parameters(task).items():
         yield f"{name:<14}{count.trained:>16,}{count.frozen:>16,}{count.dead:>16,}"
     sizes = state_bytes(task)
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
-    total = sum(sizes.values()) / GIB
-    yield from ["", f"memory on each device: {total:.2f} GiB ({parts}), activations on top", ""]
+    total, batch = sum(sizes.values()) / GIB, task.config.data.batch_size
+    yield from ["", f"memory on each device: {total:.2f} GiB ({parts})"]
+    yield f"{kept / GIB:.2f} GiB of activations of {batch} samples on top" if kept else "activations on top"
+    yield ""
 
 
 def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData | None:

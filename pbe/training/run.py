@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from pbe.checkpoints.adapters import ADAPTER_NAME, save_adapter
 from pbe.checkpoints.key_map import empty_model
 from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
@@ -22,6 +23,7 @@ from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.files import new_folder
 from pbe.models import LatentDiffusion
+from pbe.models.adapters import adapter_state
 from pbe.training.latent_cache.builder import CacheSize, describe_folder, ensure_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
@@ -52,7 +54,8 @@ class TrainResult:
 
     Attributes:
         output_dir: of the run: ``config.yaml``, ``metrics.csv``, ``checkpoints/``, ``grids/``, ``model/``.
-        model_dir: averaged weights in the native layout, of the last step or of a stop by a signal.
+        model_dir: averaged weights in the native layout, of the last step or of a stop by a signal; of a run
+            that trains adapters their file.
         steps: optimizer steps made since the very start.
         seconds: wall time of this call.
         stopped_by: number of the signal that ended it early, or 0.
@@ -89,7 +92,8 @@ def train(config: Config, extra: Sequence[Callback] = ()) -> TrainResult:
         finished = _run(trainer, task, checkpoint, stop)
     seconds, steps = time.monotonic() - started, max(trainer.global_step, begun, 0)
     stopped_by = 0 if finished else stop.received
-    return TrainResult(folder, folder / "model", steps, seconds, stopped_by, trainer.global_rank)
+    made = folder / (ADAPTER_NAME if task.adapted else "model")
+    return TrainResult(folder, made, steps, seconds, stopped_by, trainer.global_rank)
 
 
 def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: StopSignals) -> bool:
@@ -156,6 +160,11 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     """Check that a checkpoint continues this very task, and report which settings have changed."""
     content = read_checkpoint(path)
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
+    if task.adapted and content["base"] != task.base_fingerprint():
+        raise UserError(
+            f"the adapters of '{path}' were trained beside other weights than those of "
+            f"'{task.config.init_from}'; name the model that they started from, or another output_dir"
+        )
     if task.ema is not None and not content["ema"]:
         raise UserError(
             f"'{path}' was trained without a moving average; set optimizer.ema_decay=0 or another output_dir"
@@ -169,6 +178,7 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
 def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
     """Write the averaged weights, once; an autoencoder whose latents are new gets its measured scale factor.
 
+    Of a run that trains adapters these are written, beside the folder.
     The files of an older model there are replaced when all new ones are whole. All ranks have to come here
     where the weights are sharded; one ``writes``.
     """
@@ -178,6 +188,11 @@ def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
         shutil.rmtree(left, ignore_errors=True)
     model = task.model
     assert isinstance(model, LatentDiffusion)
+    if task.adapted:
+        with task.averaged_weights():
+            lora, base = task.config.lora, task.config.init_from
+            save_adapter(folder.parent / ADAPTER_NAME, adapter_state(model), lora.alpha, base)
+        return
     with task.averaged_weights():
         if isinstance(task, AutoencoderTask) and not task.decoder_only:
             # a stream of its own, so that a run that was stopped on the way measures the same samples

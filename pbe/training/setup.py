@@ -46,6 +46,7 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.finetuning import follow_model
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
 # a place in the data that the data module restores, and a library's own housekeeping.
@@ -138,8 +139,10 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
             "init_from=none trains from random weights"
         )
     # a folder tells its sizes, a bare checkpoint is taken for this run's
-    sizes = None if Path(config.start).is_dir() else config.model
+    sizes = None if Path(config.start).is_dir() or config.model_from_init else config.model
     opened = open_checkpoint(config.start, sizes)
+    if config.model_from_init:
+        config = follow_model(config, opened.config)
     merged = _merged(config, opened.config)
     model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
     if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:

@@ -68,3 +68,34 @@ def test_the_picture_must_halve_evenly() -> None:
 
 def test_the_defaults_pass() -> None:
     assert load_config(CONFIGS / "paper.yaml").model.image_size == 512
+
+
+LORA = ("lora.rank=4", "init_from=toy")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (
+            ("optimizer.parts=[attention]",),
+            "'optimizer.parts' names 'attention'; there are: self_attention, ",
+        ),
+        ((*LORA, "lora.targets=[mappers]"), "'lora.targets' names 'mappers'"),
+        ((*LORA, "lora.targets=[]"), "'lora.targets' is empty"),
+        ((*LORA, "optimizer.parts=[mapper]"), "set one of them"),
+        (("lora.rank=4",), "'lora.rank' adapts a trained model; name it in 'init_from'"),
+        ((*LORA, "trainer.precision=bf16-true"), "with lora.base=bf16 for a base in bfloat16"),
+        ((*LORA, "trainer.strategy=fsdp2"), "use ddp"),
+        ((*LORA, "task=autoencoder"), "'lora.rank' is for task=diffusion"),
+        (("optimizer.parts=[mapper]", "task=autoencoder"), "'optimizer.parts' is for task=diffusion"),
+        (("model_from_init=true",), "'model_from_init' takes the sizes of a model"),
+        (("data.prior_shards=a",), "set cache.folder= for no latent cache"),
+    ],
+)
+def test_fine_tuning_that_cannot_be_is_refused(overrides: tuple[str, ...], text: str) -> None:
+    assert text in message(*overrides)
+
+
+def test_sizes_that_follow_the_start_need_not_fit_yet() -> None:
+    config = load_config(CONFIGS / "toy.yaml", ["model_from_init=true", "init_from=toy", "data.image_size=0"])
+    assert (config.data.image_size, config.model.image_size) == (0, 64)

@@ -43,15 +43,25 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_there_are_configurations():
-    assert {"autoencoder.yaml", "paper.yaml", "toy.yaml", "toy_autoencoder.yaml"} <= set(FILES)
+    assert {
+        "autoencoder.yaml",
+        "finetune.yaml",
+        "object.yaml",
+        "paper.yaml",
+        "toy.yaml",
+        "toy_autoencoder.yaml",
+    } <= set(FILES)
     assert {"debug/fast_dev.yaml", "debug/overfit_one_batch.yaml", "debug/profiler.yaml"} <= set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, vgg: Path, tmp_path: Path):
-    cached = bool(load_config(CONFIGS / name).cache.folder)
+    plain = load_config(CONFIGS / name)
+    cached, whole = bool(plain.cache.folder), autoencoder.partition("=")[2]
     places = [
-        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2", "init_from=none",
+        f"output_dir={tmp_path / 'run'}", autoencoder, "trainer.max_steps=2",
+        f"init_from={whole if plain.lora.rank else 'none'}",
+        f"data.prior_shards={shards / 'validation' if plain.data.prior_shards else ''}",
         f"data.train_shards={shards / 'train'}", f"data.validation_shards={shards / 'validation'}",
         "cache.folder=" + (str(tmp_path / "cache") if cached else "''"), "cache.variants=1",
         f"autoencoder_loss.perceptual_vgg={vgg}", "autoencoder_loss.perceptual_linear=''",
@@ -62,7 +72,8 @@ def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, vgg
     losses = read_curve(tmp_path / "run" / "metrics.csv", "train/loss")
     assert [step for step, _ in losses] == [1, 2]
     assert all(0 < value < 100 for _, value in losses)
-    assert (tmp_path / "run" / "model" / "unet.safetensors").is_file()
+    made = result.model_dir if plain.lora.rank else result.model_dir / "unet.safetensors"
+    assert made.is_file()
 
 
 def test_overfitting_one_batch_makes_its_loss_fall(shards: Path, autoencoder: str, tmp_path: Path):

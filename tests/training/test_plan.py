@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pbe.models import LatentDiffusion
+from pbe.models.adapters import adapters_of
 from pbe.training import plan
+from pbe.training.activations import TrainingStep, activation_bytes
 from pbe.training.plan import count_parameters, make_plan, state_bytes
-from pbe.training.setup import make_task
+from pbe.training.setup import apply_performance_options, make_task
+from pbe.training.tasks.diffusion import DiffusionTask
 from tests.training.tiny import run, tiny_config
 
 NOWHERE = Path("nowhere")
@@ -95,3 +99,59 @@ def test_what_is_counted_comes_before_anything_is_measured(shards, autoencoder, 
     monkeypatch.setattr(plan, "_duration", lambda *_: pytest.fail("measured first"))
     first = next(make_plan(tiny_config(shards, tmp_path / "run", autoencoder)))
     assert first.startswith("parameters")
+
+
+SETTINGS = {
+    "all": [],
+    "mixed": ["trainer.precision=bf16-mixed"],
+    "recomputed": ["trainer.gradient_checkpointing=true"],
+    "adapters": ["lora.rank=2", "init_from=toy"],
+    "parts": ["optimizer.parts=[mapper,feed_forward]"],
+}
+
+
+def plan_task(tmp_path: Path, *settings: str) -> DiffusionTask:
+    config = tiny_config(tmp_path, tmp_path / "run", *settings)
+    model = LatentDiffusion(config.model)
+    apply_performance_options(model, config.trainer)
+    task = make_task(config, model)
+    assert isinstance(task, DiffusionTask)
+    return task
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_activations_are_those_that_autograd_keeps(tmp_path, kind: str):
+    """The same hooks on a real forward pass, whose weights are told by their memory."""
+    task = plan_task(tmp_path, *SETTINGS[kind])
+    weights = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=kind == "mixed"),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        loss = TrainingStep(task.model)(task.config.data.batch_size, "cpu")
+    assert activation_bytes(task, "cpu") == pytest.approx(sum(kept.values()), rel=0.01)
+    assert loss.requires_grad
+
+
+def test_adapters_are_what_is_trained_and_counted(tmp_path):
+    task = plan_task(tmp_path, *SETTINGS["adapters"])
+    counts, plain = count_parameters(task), count_parameters(plan_task(tmp_path))
+    ranks = [p.numel() for _, adapter in adapters_of(task.model) for p in adapter.parameters()]
+    assert counts["UNet"].trained + counts["bottleneck"].trained == sum(ranks)
+    for name, count in counts.items():
+        assert count.dead == plain[name].dead
+        assert count.frozen == plain[name].trained + plain[name].frozen
+    sizes = state_bytes(task)
+    assert sizes["gradients"] == 4 * sum(ranks) == sizes["moments"] / 2 == sizes["moving average"]
+    of_base = [p for _, p in task.model.unet.named_parameters() if not p.requires_grad]
+    assert {p.element_size() for p in of_base} == {2}
+    less = activation_bytes(task, "cpu"), activation_bytes(plan_task(tmp_path), "cpu")
+    assert less[0] < 0.7 * less[1]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pbe.checkpoints.adapters import find_adapter
 from pbe.checkpoints.loading import of_run
 from pbe.checkpoints.tensors import DTYPES
 from pbe.editing.batch.jobs import FILE_KEYS, CheckedJob, LoadedJob, output_stem
@@ -30,8 +31,9 @@ from pbe.editing.loading import Hub
 from pbe.editing.offload import usable_device
 from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.settings import EditCommand
+from pbe.editing.settings import EditCommand, parse_adapter
 from pbe.errors import UserError
+from pbe.files import sha256_of
 
 LESS_MEMORY = "a smaller --batch-size or a smaller image needs less; --region mask, --attention-slicing too"
 # What a record holds of the settings, and what the command that repeats an edit holds where it was given.
@@ -40,7 +42,17 @@ RECORDED = (
     *("preserve_background", "region", "margin", "feather"),
 )
 GIVEN = (
-    *("config", "raw_weights", "int8", "revision", "cache_dir", "offline", "safety_checker", "watermark"),
+    *(
+        "config",
+        "raw_weights",
+        "int8",
+        "adapter",
+        "revision",
+        "cache_dir",
+        "offline",
+        "safety_checker",
+        "watermark",
+    ),
     *("solver", "spacing", "karras", "guidance_interval", "reuse_features"),
     *("margin", "feather", "height", "width"),
 )
@@ -85,6 +97,9 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
         raw_weights=command.raw_weights,
         int8=command.int8,
     )
+    for text in command.adapter:
+        path, scale = parse_adapter(text)
+        pipe.load_adapter(path, scale, str(path))
     if command.attention_slicing:
         pipe.enable_attention_slicing(queries=command.attention_slicing)
     if command.cpu_offload:
@@ -165,6 +180,7 @@ def _shared_record(
         place, _ = of_run(place, raw_weights=command.raw_weights)
     return {
         "model": {"folder": command.model, "sha256": model_digests(place)},
+        "adapters": [_adapter_record(text) for text in command.adapter],
         "solver": pipe.solver,
         "conventions": pipe.conventions,
         "steps": command.count,
@@ -178,6 +194,11 @@ def _shared_record(
         "batch_size": command.batch_size,
         "versions": versions(),
     }
+
+
+def _adapter_record(text: str) -> dict[str, Any]:
+    path, scale = parse_adapter(text)
+    return {"file": str(path), "scale": scale, "sha256": sha256_of(find_adapter(path))}
 
 
 def _record(loaded: LoadedJob, index: int, shared: dict[str, Any], command: EditCommand) -> dict[str, Any]:

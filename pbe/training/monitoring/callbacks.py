@@ -203,7 +203,8 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     for scale in config.logging.grid_guidance:
         predict = noise_predictor(model, task.schedule, conditioning, scale)
         latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
-        edits.append(model.decode_latents(latents.to(model.dtype), decoder_known_pixels(model, batch)))
+        known = decoder_known_pixels(model, batch)
+        edits.append(model.decode_latents(latents.to(model.frozen_dtype), known))
     return edits
 
 

@@ -169,7 +169,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
         kept = {key: content[key] for key in ("global_step", "state_dict")}
-        return kept | {"ema": content.get("ema"), "config": content.get("config")}
+        return kept | {key: content.get(key) for key in ("ema", "config", "base")}
     except UNREADABLE as error:
         raise UserError(
             f"'{path}' is damaged or no checkpoint of this project; delete it or name another"

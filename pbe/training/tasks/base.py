@@ -28,11 +28,11 @@ class BaseTask(pl.LightningModule):
 
     Subclasses build their networks in ``__init__``, freeze what is not trained, and call
     :meth:`start_average` last.
-
     """
 
     model: nn.Module
     shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
+    adapted: bool = False  # adapters are trained, beside frozen weights
     entry: str = ""  # the method through which a step uses all weights; empty: they cannot be sharded
 
     def __init__(self, config: Config) -> None:
@@ -56,6 +56,10 @@ class BaseTask(pl.LightningModule):
     def sharded(self) -> bool:
         """Whether each process holds a share of the weights only."""
         return is_sharded(self.parameters())
+
+    def base_fingerprint(self) -> str:
+        """Return a fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        return ""
 
     def whole_parts(self) -> list[nn.Module]:
         """Return the networks that are kept whole where the weights are sharded."""
@@ -160,7 +164,7 @@ class BaseTask(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the average, what is not logged yet and the configuration into the checkpoint."""
         checkpoint["sums"] = self.sums.reduced()
-        checkpoint["config"] = to_dict(self.config)
+        checkpoint["config"], checkpoint["base"] = to_dict(self.config), self.base_fingerprint()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 

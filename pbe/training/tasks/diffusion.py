@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pbe.checkpoints.native import check_keys
 from pbe.config import Config
 from pbe.diffusion.objective import drop_condition, loss_weights, per_sample_loss, training_target
 from pbe.diffusion.schedule import make_schedule
 from pbe.models import LatentDiffusion
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw, encode_batch
+from pbe.training.tasks.finetuning import fingerprint_of_frozen, train_adapters, train_parts
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 # Cross-attention parameters without any influence where there is one condition token.
@@ -33,7 +36,32 @@ class DiffusionTask(BaseTask):
         self.model: LatentDiffusion = model
         self.schedule = make_schedule(config.model.schedule)
         freeze(model)
+        self.adapted = config.lora.rank > 0
+        if self.adapted:
+            train_adapters(model, config)
+        elif config.optimizer.parts:
+            train_parts(model, config.optimizer.parts)
         self.start_average()
+
+    def base_fingerprint(self) -> str:
+        """Return the fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        return fingerprint_of_frozen(self.model) if self.adapted else ""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return all weights, or the adapters alone: what they adapt is read from ``init_from`` again."""
+        state = super().state_dict(*args, **kwargs)
+        if not self.adapted:
+            return state
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take what :meth:`state_dict` gives."""
+        if strict:
+            check_keys(dict(state_dict), self, "the checkpoint")
+        return super().load_state_dict(state_dict, strict=strict and not self.adapted, assign=assign)
 
     def whole_parts(self) -> list[nn.Module]:
         """Return the frozen networks, which are used outside of a step too."""

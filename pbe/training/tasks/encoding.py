@@ -64,14 +64,15 @@ def decoder_known_pixels(model: LatentDiffusion, batch: dict[str, Any]) -> Tenso
     """Return what a mask-aware decoder sees of a batch, ``(b, 4, h, w)``; None for a plain decoder."""
     if not model.config.autoencoder.mask_aware_decoder:
         return None
-    return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"])).to(model.dtype)
+    return known_pixels(to_pixels(batch["image"]), to_keep_mask(batch["mask"])).to(model.frozen_dtype)
 
 
 @torch.no_grad()
 def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
     """Run the frozen autoencoder and tower on a batch of the data module, on the model's device."""
     images, keep = to_pixels(batch["image"]), to_keep_mask(batch["mask"])
-    both = model.autoencoder.encode(torch.cat([images, masked_image(images, keep)]).to(model.dtype))
+    pixels = torch.cat([images, masked_image(images, keep)]).to(model.frozen_dtype)
+    both = model.autoencoder.encode(pixels)
     means, stds = both.mean.float().chunk(2), both.std.float().chunk(2)
     size = (means[0].shape[2], means[0].shape[3])
     return EncodedBatch(

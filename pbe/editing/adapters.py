@@ -1,0 +1,75 @@
+"""The adapters of a pipeline: loaded, weighed, combined, merged and taken away."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from pathlib import Path
+
+from pbe.checkpoints.adapters import ADAPTER_NAME, find_adapter, open_adapter
+from pbe.errors import EditTypeError, EditValueError
+from pbe.files import expand_home
+from pbe.models import LatentDiffusion
+from pbe.models.adapters import adapters_of, load_adapter, merge_adapters, remove_adapter
+
+
+class AdapterSettings:
+    """The part of a pipeline that puts adapters beside the weights of its networks."""
+
+    model: LatentDiffusion
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Names of the adapters that are loaded, with their scales."""
+        return {adapter.name: adapter.factor for _, adapter in adapters_of(self.model)}
+
+    def load_adapter(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
+        """Put an adapter beside the weights, and beside those that are loaded already.
+
+        Args:
+            path: its file, or the folder of the run that trained it.
+            scale: how much of it; 1 is what was trained, 0 nothing.
+            name: by which it is known from now on; None is that of the file, or of the folder of a run.
+
+        Returns:
+            The name.
+        """
+        _check_scale(scale)
+        file = find_adapter(Path(expand_home(str(path))))
+        name = name or (file.resolve().parent.name if file.name == ADAPTER_NAME else file.stem)
+        if name in self.adapters:
+            raise EditValueError(f"an adapter '{name}' is loaded already; give this one another name")
+        adapter = open_adapter(file)
+        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
+        adapter.check_fit(shapes, "this model")
+        load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
+        return name
+
+    def set_adapter_scale(self, name: str, scale: float) -> None:
+        """Weigh an adapter anew; 0 turns it off and keeps it loaded."""
+        _check_scale(scale)
+        self._check_name(name)
+        for _, adapter in adapters_of(self.model, name):
+            adapter.factor = float(scale)
+
+    def unload_adapter(self, name: str | None = None) -> None:
+        """Take an adapter away, or all of them; without any the weights are to the bit what they were."""
+        if name is not None:
+            self._check_name(name)
+        remove_adapter(self.model, name)
+
+    def merge_adapters(self) -> None:
+        """Add all adapters to the weights for good: edits cost no more than without any."""
+        merge_adapters(self.model)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            raise EditValueError(f"no adapter '{name}' is loaded; there are: {loaded}")
+
+
+def _check_scale(scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise EditTypeError(f"scale: {type(scale).__name__}; it must be a number")
+    if not math.isfinite(scale):
+        raise EditValueError(f"scale is {scale}; it must be a finite number")
