@@ -11,6 +11,7 @@ from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapters_of, load_adapter, merge_adapters, remove_adapter
+from pbe.models.int8 import is_quantised
 
 
 class AdapterSettings:
@@ -35,6 +36,8 @@ class AdapterSettings:
             The name.
         """
         _check_scale(scale)
+        if is_quantised(self.model):
+            raise EditValueError("an adapter needs whole weights beside it; load the model without int8")
         file = find_adapter(Path(expand_home(str(path))))
         name = name or (file.resolve().parent.name if file.name == ADAPTER_NAME else file.stem)
         if name in self.adapters:

@@ -13,6 +13,7 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditCommand, parse_adapter
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models.adapters import adapter_state, add_adapter, remove_adapter
+from pbe.models.int8 import is_quantised, quantise
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
 
 
@@ -117,6 +118,13 @@ def test_mistakes_are_told(pipe: PaintByExample, files: list[Path], tmp_path: Pa
     ):
         pipe.load_adapter(tmp_path / "other.safetensors")
     assert pipe.adapters == {"number0": 1.0}
+
+
+def test_weights_in_8_bits_take_none(pipe: PaintByExample, files: list[Path]):
+    quantise(pipe.model.unet)
+    assert is_quantised(pipe.model)
+    with pytest.raises(EditValueError, match="without int8"):
+        pipe.load_adapter(files[0])
 
 
 def test_a_scale_may_stand_behind_the_file(tmp_path: Path):
