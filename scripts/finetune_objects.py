@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pbe.cli.parser import Parser, run_command
+from pbe.cli.main import run_command
 from pbe.config import load_config
 from pbe.data.randomness import permutation
 from pbe.data.shards.archive import ShardRecord, write_shards
@@ -145,7 +145,9 @@ def table(found: dict[str, list[tuple[Similarity, Similarity]]]) -> Iterator[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, changes to configs/object.yaml")
     parser.add_argument("--out", type=Path, default=Path("outputs/finetune-objects"))
     parser.add_argument("--model", default="toy")

@@ -95,8 +95,9 @@ class TimmTower(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.trunk: Any = timm.create_model(name, pretrained=False)
-        self.trunk.reset_classifier(0)
+        trunk: Any = timm.create_model(name, pretrained=False)
+        trunk.reset_classifier(0)
+        self.trunk: nn.Module = trunk
         self.head: nn.Module = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:

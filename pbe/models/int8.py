@@ -51,7 +51,8 @@ def quantise(module: nn.Module) -> None:
         del layer.weight
         layer.register_buffer("weight_int8", whole)
         layer.register_buffer("weight_scale", scale.to(weight.dtype))
-        layer.__class__ = _with_int8_weight(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _with_int8_weight(kind)
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -145,7 +145,9 @@ class Editor:
     def finish(self, edit: Edit, inputs: Inputs) -> Result:
         """Return the result of an edit that is done."""
         made = edit.done.result()
-        carried = {key: inputs.carried[key] for key in ("icc_profile", "dpi") if key in inputs.carried}
+        carried: dict[str, Any] = {
+            key: inputs.carried[key] for key in ("icc_profile", "dpi") if key in inputs.carried
+        }
         told = record(edit, made, self.pipe, self.settings)
         return Result(edit, to_png(made.image, **carried), carried, told)
 

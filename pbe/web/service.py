@@ -194,7 +194,7 @@ class EditService:
 
     def _run(self, batch: list[Edit]) -> None:
         settings, start = batch[0].settings, time.monotonic()
-        steps = self.pipe.solver_steps(settings.steps, settings.eta, settings.solver, settings.conventions)
+        steps = self.pipe.solver_steps(settings.count, settings.eta, settings.solver, settings.conventions)
         for edit in batch:
             edit.steps = steps
         with memory_errors():

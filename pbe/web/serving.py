@@ -11,7 +11,7 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -106,7 +106,7 @@ def make_app(editor: Editor) -> ASGIApp:
     return Guard(mount_page(api, editor), editor.settings)
 
 
-def _sweeping(editor: Editor) -> contextlib.AbstractAsyncContextManager[None]:
+def _sweeping(editor: Editor) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     async def sweep() -> None:
         while True:
             await asyncio.sleep(30.0)
@@ -118,7 +118,7 @@ def _sweeping(editor: Editor) -> contextlib.AbstractAsyncContextManager[None]:
         yield
         task.cancel()
 
-    return lifespan  # type: ignore[return-value]
+    return lifespan
 
 
 class Server(uvicorn.Server):

@@ -44,7 +44,7 @@ SETTINGS: dict[str, EditSettings] = {
     "best, inner levels kept for 2": EditSettings(preset="best", reuse_features=2),
     "best, inner levels kept for 3": EditSettings(preset="best", reuse_features=3),
     **{
-        f"{solver}, Karras, {steps} steps": EditSettings(solver=solver, karras=True, steps=steps)  # type: ignore[arg-type]
+        f"{solver}, Karras, {steps} steps": EditSettings(solver=solver, karras=True, steps=steps)
         for solver in ("dpmpp_2m", "unipc", "lms")
         for steps in (10, 12, 15, 25)
     },
@@ -144,7 +144,7 @@ def measure_settings(
             "speed": ends[base].seconds / end.seconds,
             "latents %": 100.0 * distance(end.latents, reference),
             "pixels": float(difference),
-            "similarity": row.similarity.value if row.similarity is not None else float("nan"),
+            "similarity": row.similarity.value,
             "first of 20 %": 100.0 * row.first_of_20.value if row.first_of_20 is not None else float("nan"),
         }
     return rows

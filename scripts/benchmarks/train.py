@@ -41,11 +41,9 @@ from pbe.diffusion.schedule import make_schedule
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.codec import Posterior
-from pbe.training.optimization.performance import apply_performance_options
 from pbe.training.resume.signals import StopSignals
-from pbe.training.setup import make_task, make_trainer
-from pbe.training.tasks.draws import Draws, draw
-from pbe.training.tasks.encoding import EncodedBatch
+from pbe.training.setup import apply_performance_options, make_task, make_trainer
+from pbe.training.tasks.encoding import Draws, EncodedBatch, draw
 from scripts.benchmarks.common import (
     ROOT,
     add_options,
@@ -101,6 +99,7 @@ class Plain(pl.LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Move the average."""
+        assert self.unet is not None
         self.average.update_parameters(self.unet)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -177,7 +176,8 @@ def check_losses(config: Config, model: LatentDiffusion, plain: Plain, batch: En
         UserError: they are not the same.
     """
     task: Any = make_task(config, model)
-    shape = tuple(batch.image.mean.shape[1:])
+    channels, height, width = batch.image.mean.shape[1:]
+    shape = channels, height, width
     draws = draw(0, batch.sample_index, shape, task.schedule.timesteps, "train")
     with torch.no_grad():
         dropped = draws.drop < config.objective.drop_probability

@@ -153,11 +153,12 @@ def _with_layout(network: nn.Module, form: Form) -> Tensor:
 @contextmanager
 def laid_out(network: nn.Module) -> Iterator[None]:
     """Give a network's kernels a channels-last copy for a while; the tensors of others stay as they are."""
-    if not hasattr(network, "kept_layouts"):
+    keeper: Any = network
+    if not hasattr(keeper, "kept_layouts"):
         kernels = [each for each in network.parameters() if each.ndim == 4]
         copies = [each.data.contiguous(memory_format=torch.channels_last) for each in kernels]
-        network.kept_layouts = (kernels, [each.data for each in kernels], copies)
-    kernels, plain, copies = network.kept_layouts
+        keeper.kept_layouts = (kernels, [each.data for each in kernels], copies)
+    kernels, plain, copies = keeper.kept_layouts
     for kernel, copy in zip(kernels, copies, strict=True):
         kernel.data = copy
     try:
