@@ -36,7 +36,7 @@ MAX_FILE_BYTES = 16 * 1024**2
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_MODEL_FILE_BYTES = 15_000_000
-MAX_MODEL_BYTES = 20_000_000
+MAX_MODEL_BYTES = 40_000_000
 CODE = ("pbe", "scripts", "train.py", "sample.py")
 # What is declared without an import of ours to show for it.
 NOT_IMPORTED = {

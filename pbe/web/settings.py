@@ -18,13 +18,13 @@ COUNTS = ("port", "max_megabytes", "max_megapixels", "max_steps", "max_images", 
 class ServeSettings:
     """How a model is served."""
 
-    model: str = "toy"
+    model: str = field(default="toy", metadata={"group": "Model"})
     """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "fp32"
     """of the weights"""
-    host: str = "127.0.0.1"
+    host: str = field(default="127.0.0.1", metadata={"group": "Address"})
     """address to listen on; 0.0.0.0 lets other machines in"""
     port: int = 7860
     """port to listen on"""
@@ -32,7 +32,7 @@ class ServeSettings:
     """ask for this name and a password"""
     password: str | None = field(default=None, repr=False)
     """that password (better in the environment variable PBE_PASSWORD, which other users cannot list)"""
-    max_megabytes: int = 20
+    max_megabytes: int = field(default=20, metadata={"group": "Limits"})
     """largest file that is taken"""
     max_megapixels: int = 40
     """largest image, in millions of pixels"""
@@ -46,7 +46,7 @@ class ServeSettings:
     """edits that may wait; more are refused"""
     keep_minutes: float = 30.0
     """uploads and results are forgotten after this time"""
-    export: str | None = None
+    export: str | None = field(default=None, metadata={"group": "Publishing"})
     """write a folder for a Hugging Face Space instead of serving"""
 
     def checked(self) -> Self:

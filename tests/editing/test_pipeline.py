@@ -186,7 +186,7 @@ def test_v_prediction_is_turned_into_noise(scene: Scene):
     pipe = PaintByExample(model)
     target = torch.randn(1, 4, 8, 10, generator=seeded(1))
 
-    def exact(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def exact(x: Tensor, timesteps: Tensor, *_: object) -> Tensor:
         signal, sigma = pipe.schedule.signal_noise(timesteps, x)
         noise = (x[:, :4] - signal * target) / sigma
         return signal * noise - sigma * target

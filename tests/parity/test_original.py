@@ -108,7 +108,7 @@ def original(golden: Path) -> Original:
     state = torch.load(folder / "model.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     with pytest.MonkeyPatch.context() as patch:
         architecture = clip_architecture(settings["config"]["clip"])
-        patch.setattr("pbe.models.image_tower.open_clip.get_model_config", lambda name: architecture)
+        patch.setattr("open_clip.get_model_config", lambda name: architecture)
         model = LatentDiffusion(model_config(settings["config"])).eval()
     load_weights(model, state)
     return Original(

@@ -68,7 +68,7 @@ def test_clip_tower_gives_what_transformers_pools(
     clip: tuple[dict, CLIPVisionModel], monkeypatch: pytest.MonkeyPatch, tokens: str
 ) -> None:
     architecture, reference = clip
-    monkeypatch.setattr("pbe.models.image_tower.open_clip.get_model_config", lambda name: architecture)
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: architecture)
     encoder = ExemplarEncoder(ExemplarEncoderConfig(tower="tiny", image_size=48, tokens=tokens), 24).eval()
     source = {key.removeprefix("vision_model."): value for key, value in reference.state_dict().items()}
     encoder.tower.load_state_dict(clip_tower_state(source, layers=3))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,8 +52,14 @@ async def shown(page: _Page, boards: str, chosen: list[Any], at_second: Any = la
     return texts
 
 
+def finished(texts: Coroutine[Any, Any, list[str]]) -> list[str]:
+    """Run it in a thread of its own: Playwright, in other tests of this process, leaves its loop running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, texts).result()
+
+
 def test_every_exemplar_gives_an_edit(page: _Page) -> None:
-    last = asyncio.run(shown(page, collected(page), values(page, steps=2)))[-1]
+    last = finished(shown(page, collected(page), values(page, steps=2)))[-1]
     assert last.count("<figure") == 2
     assert last.count("data-show=") == 2
     assert "pbe edit --model toy" in last
@@ -59,8 +67,11 @@ def test_every_exemplar_gives_an_edit(page: _Page) -> None:
 
 
 def test_an_edit_is_cancelled_while_it_waits(page: _Page) -> None:
-    with page.editor.service._wake:  # nothing is taken from the queue meanwhile
-        texts = asyncio.run(shown(page, collected(page), values(page, steps=60), lambda: page.cancel("r")))
+    async def in_a_queue_that_stands() -> list[str]:
+        with page.editor.service._wake:
+            return await shown(page, collected(page), values(page, steps=60), lambda: page.cancel("r"))
+
+    texts = finished(in_a_queue_that_stands())
     assert "Cancelled." in texts[-1]
     assert not page.running
 
@@ -81,6 +92,6 @@ def test_an_edit_is_cancelled_while_it_waits(page: _Page) -> None:
 )
 def test_what_is_wrong_is_said(page: _Page, change: Any, chosen: Any, said: str) -> None:
     boards = json.dumps(json.loads(collected(page)) | change)
-    last = asyncio.run(shown(page, boards, values(page, **chosen)))[-1]
+    last = finished(shown(page, boards, values(page, **chosen)))[-1]
     assert said in last
     assert 'role="alert"' in last

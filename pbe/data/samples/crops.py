@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 GREY = 127  # of padding that is no reflection: what the network reads as 0
+ROUNDING = 1e-6  # pixels
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ def padded_square(width: int, height: int, side: int, *, mirrored: bool = True) 
 
 
 def _offset_range(low: float, high: float, length: int, side: int) -> tuple[int, int]:
-    """Return the first and last start of a window of ``side`` that holds low..high inside 0..length."""
-    return max(0, int(high) - side), min(length - side, int(low))
+    """Return the first and last start of a window of ``side`` that holds low..high inside 0..length.
+
+    Ends that are no whole pixels may lie a rounding error below one.
+    """
+    return max(0, int(high) - side), min(length - side, int(low + ROUNDING))
 
 
 def plan_square_crop(

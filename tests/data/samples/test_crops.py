@@ -69,6 +69,12 @@ def test_a_long_extended_box_is_shrunk_towards_the_box():
     assert plan.extended == Box(40 - 8, 5, 100 + 12, 60)
 
 
+def test_an_end_that_rounding_left_below_a_whole_pixel_has_its_crop():
+    extended = Box(15.901465451314419, 7.334210173442054, 112, 96)  # fitted, it begins at 15.999999999999996
+    plan = plan_square_crop(Box(21, 10, 112, 96), extended, 112, 96, 0.6, generator(0))
+    assert (plan.crop.x, plan.crop.width) == (16, 96)
+
+
 def test_shrinking_is_symmetric_and_bounded():
     box = Box(45, 45, 55, 55)
     plans = [plan_square_crop(box, box, 100, 100, 0.6, generator("s", index)) for index in range(400)]
