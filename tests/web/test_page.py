@@ -39,6 +39,7 @@ def fill(tab: Tab, steps: int = 2) -> None:
     tab.set("Steps", steps)
 
 
+@pytest.mark.slow  # Playwright's loop stays in the process, where other tests send themselves signals
 def test_a_stroke_and_an_exemplar_become_an_edit(tab: Tab, served: Served) -> None:
     tab.open(served.url)
     fill(tab)
