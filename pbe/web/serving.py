@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import logging
 import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from urllib.parse import urlsplit
@@ -126,6 +126,16 @@ class Server(uvicorn.Server):
 
     editor: Editor
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say where the page is, once it is there."""
+        await super().startup(sockets)
+        if self.started:
+            settings = self.editor.settings
+            shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+            print(
+                f"serving {settings.model_name} at http://{shown}:{settings.port} (Ctrl-C stops)", flush=True
+            )
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGINT and SIGTERM, without the signal's own death afterwards."""
@@ -144,28 +154,23 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: ServeSettings) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal comes; a port that cannot be had is told before the model is loaded."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        door = socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise UserError(f"{error.strerror or error}; give another --port or --host") from error
     folder = tempfile.mkdtemp(prefix="pbe-")
     os.environ["GRADIO_TEMP_DIR"] = folder  # what Gradio itself stores, removed at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         editor = load_editor(settings)
-        config = uvicorn.Config(
-            make_app(editor),
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=3,
-            server_header=False,
+        app = make_app(editor)
+        server = Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
         )
-        server = Server(config)
         server.editor = editor
-        logging.getLogger("pbe").info("serving")
-        shown = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-        print(f"serving {settings.model_name} at http://{shown}:{settings.port} (Ctrl-C stops)", flush=True)
-        server.run()
-        if not server.started:
-            raise UserError(f"port {settings.port} of {settings.host} cannot be used; give another --port")
+        server.run(sockets=[door])
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from pbe.config import ModelConfig
+from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -40,8 +41,9 @@ GIB = 2**30
 PEAK_SIDE = 2048  # of the matrices whose product gives the peak
 
 
-def add_options(parser: argparse.ArgumentParser, name: str, *, repeats: int) -> None:
-    """Add the options of every benchmark; ``name`` is that of its JSON."""
+def make_parser(doc: str | None, name: str, *, repeats: int) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark; ``name`` is that of its JSON."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=repeats, help="turns that are timed (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -49,6 +51,32 @@ def add_options(parser: argparse.ArgumentParser, name: str, *, repeats: int) -> 
     parser.add_argument(
         "--json", type=Path, default=RESULTS / f"{name}.json", help="where the numbers go (%(default)s)"
     )
+    return parser
+
+
+def add_channels(parser: argparse.ArgumentParser) -> None:
+    """Add the width of the UNet, from which small models for a trial follow."""
+    parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
+
+
+def read_options(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    into: argparse.Namespace | None = None,
+) -> argparse.Namespace:
+    """Read the options, and take as many threads as they say.
+
+    Raises:
+        UserError: a number that no benchmark can use.
+    """
+    options = parser.parse_args(arguments, into)
+    if options.repeats < 1 or options.threads < 0:
+        raise UserError("--repeats must be 1 or more, --threads 0 or more")
+    if getattr(options, "channels", 32) % 32 or getattr(options, "size", 64) < 64:
+        raise UserError("--channels must be a multiple of 32, --size 64 or more")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -39,11 +39,13 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from scripts.benchmarks.common import (
     DTYPES,
-    add_options,
+    add_channels,
     machine,
+    make_parser,
     print_rows,
     random_model,
     ratio,
+    read_options,
     wait_for,
     write,
 )
@@ -181,17 +183,14 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "edit", repeats=3)
-    parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
+    parser = make_parser(__doc__, "edit", repeats=3)
+    add_channels(parser)
     parser.add_argument("--size", type=int, default=512, help="height and width of the image, pixels")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--measured", type=int, default=6, help="steps that are measured (%(default)s)")
-    options = parser.parse_args(arguments)
-    if options.measured < 3 or options.repeats < 1 or options.channels % 32 or options.size < 64:
-        raise UserError("--measured must be 3 or more, --channels a multiple of 32, --size 64 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = read_options(parser, arguments)
+    if options.measured < 3:
+        raise UserError("--measured must be 3 or more")
     print(machine(options.device))
     write(options, measure(options))
 

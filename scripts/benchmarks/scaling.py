@@ -27,13 +27,15 @@ from pbe.models import UNet
 from scripts.benchmarks.common import (
     DTYPES,
     ROOT,
-    add_options,
+    add_channels,
     alone,
     drawn,
     machine,
+    make_parser,
     peak_memory,
     plot,
     print_rows,
+    read_options,
     take_turns,
     write,
 )
@@ -132,9 +134,8 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "scaling", repeats=2)
-    parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
+    parser = make_parser(__doc__, "scaling", repeats=2)
+    add_channels(parser)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384, 512, 768, 1024])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4])
@@ -143,11 +144,9 @@ def run(arguments: list[str] | None) -> None:
     )
     parser.add_argument("--steps", type=int, default=6, help="of training, measured (%(default)s)")
     parser.add_argument("--alone", action="store_true", help="one guided call in this process")
-    options = parser.parse_args(arguments)
-    if min(*options.sides, 64) < 64 or min(options.batches) < 1 or options.channels % 32:
-        raise UserError("--sides must be 64 or more, --batches 1 or more, --channels a multiple of 32")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = read_options(parser, arguments)
+    if min(options.sides) < 64 or min(options.batches) < 1:
+        raise UserError("--sides must be 64 or more, --batches 1 or more")
     if options.alone:
         measure_call(options)
         return

@@ -24,7 +24,7 @@ from pbe.checkpoints.native import load_model
 from pbe.cli.main import run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from scripts.benchmarks.common import add_options, print_rows, write
+from scripts.benchmarks.common import make_parser, print_rows, read_options, write
 from scripts.benchmarks.convergence import Candidate, distance
 from scripts.benchmarks.presets import HEADS, SETTINGS, Cases, measure_settings
 from scripts.benchmarks.solver_runs import (
@@ -48,8 +48,7 @@ BEGIN, END = (
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; see ``--help``."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "solvers", repeats=1)
+    parser = make_parser(__doc__, "solvers", repeats=1)
     parser.add_argument("--only", choices=["presets", "all"], default="all", help="what is measured")
     parser.add_argument(
         "--scored", type=int, default=90, help="cases that presets are scored on (%(default)s)"
@@ -65,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of cases and noise")
     parser.add_argument("--world", type=Path, default=DEFAULT_WORLD, help="archive of objects and panoramas")
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments, argparse.Namespace(arguments=arguments))
+    options = read_options(parser, arguments, argparse.Namespace(arguments=arguments))
     if min(options.cases, options.scored) < 1 or min(options.calls) < 2:
         raise UserError("--cases and --scored must be at least 1, --calls at least 2")
     return options
@@ -78,8 +77,6 @@ def run(options: argparse.Namespace) -> None:
         UserError: the model or the page cannot be used.
     """
     read_page(options.page)  # before minutes are spent
-    if options.threads:
-        torch.set_num_threads(options.threads)
     model = load_model(options.model)
     world = ToyWorld(options.world)
     cases = Cases.make(model, world, options.scored, options.guidance, options.seed)

@@ -7,7 +7,6 @@ Every run is a process of its own; runs take turns.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -19,7 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pbe.cli.main import run_command
-from scripts.benchmarks.common import ROOT, add_options, machine, print_rows, summary, take_turns, write
+from scripts.benchmarks.common import (
+    ROOT,
+    machine,
+    make_parser,
+    print_rows,
+    read_options,
+    summary,
+    take_turns,
+    write,
+)
 
 IMPORTS = ("pbe", "torch", "pbe.editing.pipeline", "pbe.training.run")
 EXAMPLE = ROOT / "data" / "examples"
@@ -55,9 +63,8 @@ def first_step(out: str) -> None:
 
 def run(arguments: list[str] | None) -> None:
     """Measure everything and write the numbers."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "startup", repeats=5)
-    options = parser.parse_args(arguments)
+    parser = make_parser(__doc__, "startup", repeats=5)
+    options = read_options(parser, arguments)
     options.clock = "wall"  # of other processes
     print(machine())
     forms = {f"import {name}": run_python("-c", f"import {name}") for name in IMPORTS}

@@ -46,11 +46,12 @@ from pbe.training.setup import apply_performance_options, make_task, make_traine
 from pbe.training.tasks.encoding import Draws, EncodedBatch, draw
 from scripts.benchmarks.common import (
     ROOT,
-    add_options,
     machine,
+    make_parser,
     peak_memory,
     print_rows,
     ratio,
+    read_options,
     wait_for,
     write,
 )
@@ -269,8 +270,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used, diffusers is missing, or the losses differ.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "train", repeats=3)
+    parser = make_parser(__doc__, "train", repeats=3)
     parser.add_argument("--full", action="store_true", help="the official sizes at 256 px")
     parser.add_argument("--compile", action="store_true", help="ours with trainer.compile")
     parser.add_argument("--precision", default="bf16-mixed", help="of the toy sizes (%(default)s)")
@@ -278,13 +278,11 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured in each turn (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the configuration")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.repeats) < 1 or options.warm_up < 1 or options.batch_size < 0:
-        raise UserError("--steps, --warm-up and --repeats must be at least 1, --batch-size not below 0")
+    options = read_options(parser, arguments)
+    if min(options.steps, options.warm_up) < 1 or options.batch_size < 0:
+        raise UserError("--steps and --warm-up must be at least 1, --batch-size not below 0")
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("there is nothing to compare with: pip install diffusers")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     print(machine(options.device))

@@ -38,13 +38,15 @@ from pbe.models import UNet, attention, convolution
 from pbe.models.unet import DeepFeatures
 from scripts.benchmarks.common import (
     DTYPES,
-    add_options,
+    add_channels,
     alone,
     drawn,
     machine,
+    make_parser,
     matmul_peak,
     peak_memory,
     print_rows,
+    read_options,
     summary,
     take_turns,
     write,
@@ -253,9 +255,8 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option cannot be used.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser, "unet", repeats=7)
-    parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
+    parser = make_parser(__doc__, "unet", repeats=7)
+    add_channels(parser)
     parser.add_argument("--size", type=int, default=512, help="height and width of the image, pixels")
     parser.add_argument("--batch", type=int, default=1, help="edits at once")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -263,13 +264,9 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes for peak memory")
     parser.add_argument("--forms", nargs="+", help="only these of the table's")
     parser.add_argument("--alone", action="store_true", help="one form, and only its process's peak memory")
-    options = parser.parse_args(arguments)
-    if min(options.batch, options.repeats) < 1 or options.channels % 32 or options.size < 64:
-        raise UserError(
-            "--channels must be a multiple of 32, --size 64 or more, --batch and --repeats 1 or more"
-        )
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = read_options(parser, arguments)
+    if options.batch < 1:
+        raise UserError("--batch must be 1 or more")
     if options.alone:
         measure_alone(options)
         return

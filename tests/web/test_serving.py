@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +57,14 @@ def again(editor: Any, number: int, record: dict[str, Any]) -> np.ndarray:
         generator=[torch.Generator().manual_seed(seed + index) for index in range(rows)],
     )
     return np.asarray(output.images[0])
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--model", "toy", "--port", str(taken.getsockname()[1])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Address already in use")
+    assert "--port" in line
 
 
 @pytest.mark.slow
