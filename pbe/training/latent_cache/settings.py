@@ -15,6 +15,8 @@ from pbe.models import LatentDiffusion
 
 # How samples are loaded, not which ones.
 LOADING = ("batch_size", "num_workers", "max_bad_share", "verify", "remote_cache")
+# What is mixed in online and never cached.
+MIXED_IN = ("prior_shards", "prior_share")
 # Of the exemplar encoder; its grids count only where they are set.
 ENCODER = ("tower", "tokens", "pooled_stages", "image_size", "mean", "std")
 # Settings that change nothing at these values: they count elsewhere only, so that older caches stay good.
@@ -41,7 +43,7 @@ def shaping_settings(config: Config) -> dict[str, Any]:
     encoder = config.model.exemplar_encoder
     sizes = {"token_grid": encoder.token_grid if encoder.tokens == "all" else 0}
     return {
-        "data": {key: value for key, value in to_dict(config.data).items() if key not in LOADING},
+        "data": {key: value for key, value in to_dict(config.data).items() if key not in LOADING + MIXED_IN},
         "seed": config.seed,
         "halved": halved(config),
         "samples": SAMPLES,

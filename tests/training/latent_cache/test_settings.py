@@ -56,6 +56,7 @@ def test_all_that_shapes_the_content_counts(tiny, shards):
 def test_what_only_loads_or_trains_does_not_count(tiny):
     model, config = tiny
     data = replace(config.data, batch_size=7, num_workers=3, max_bad_share=0.3, verify=True, remote_cache="x")
+    data = replace(data, prior_shards=data.train_shards, prior_share=0.7)
     encoder = replace(config.model.exemplar_encoder, mapper_layers=9)
     same = [
         replace(config, data=data),
@@ -64,6 +65,25 @@ def test_what_only_loads_or_trains_does_not_count(tiny):
         replace(config, trainer=replace(config.trainer, precision="16-mixed", max_steps=7)),
     ]
     assert {mark(other, model) for other in [config, *same]} == {mark(config, model)}
+
+
+def test_a_new_setting_of_the_data_does_not_make_older_caches_useless():
+    """Whoever adds one says in LOADING, MIXED_IN, NEUTRAL or here what it does to a cache."""
+    counted = settings_module._counting(settings_module.shaping_settings(Config())["data"])
+    sample = "arbitrary_mask_share bezier_jitter exemplar_padding extend_fraction min_box_cover"
+    sample += " min_keep_share shrink_fraction squash"
+    augment = "affine affine_jitter blur enabled flip rotate rotate_limit"
+    names = {
+        "exemplar_size",
+        "image_size",
+        "max_box_area",
+        "min_box_area",
+        "train_shards",
+        "validation_shards",
+    }
+    names |= {f"sample.{name}" for name in sample.split()}
+    names |= {f"sample.augment.{name}" for name in augment.split()}
+    assert {name.removeprefix("data.") for name, _ in counted} == names
 
 
 def test_the_weights_count_that_encode_and_no_others(tiny):
