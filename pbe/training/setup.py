@@ -46,6 +46,7 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.distillation import DistillationTask
 from pbe.training.tasks.finetuning import follow_model
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
@@ -242,7 +243,16 @@ def precision_plugin(options: TrainerConfig, *, cpu: bool) -> Precision | None:
 
 def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
     """Return the task that a configuration names, over a model."""
-    return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
+    if config.task == "distillation":
+        return DistillationTask(config, model)
+    if config.task == "autoencoder":
+        return AutoencoderTask(config, model)
+    if steps := model.config.unet.few_steps:
+        raise UserError(
+            f"init_from '{config.init_from}' was distilled for {steps} steps, which training would undo; train "
+            "the model that it came from, and distil that again"
+        )
+    return DiffusionTask(config, model)
 
 
 def make_trainer(
@@ -304,7 +314,7 @@ def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeChec
     if options.progress:
         made.append(TQDMProgressBar(refresh_rate=10))
     if config.logging.grid_every:
-        source = diffusion_grid(config) if config.task == "diffusion" else autoencoder_grid(config)
+        source = autoencoder_grid(config) if config.task == "autoencoder" else diffusion_grid(config)
         made.append(GridCallback(source, folder, config.logging.grid_every))
     return made
 

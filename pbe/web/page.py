@@ -15,10 +15,11 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from pbe.editing import settings as editing
-from pbe.editing.settings import EditSettings
+from pbe.editing.engine import complete
+from pbe.editing.settings import DEFAULT_STEPS, EditSettings
 from pbe.errors import UserError
 from pbe.web.app import EXAMPLES, STATIC, Editor
-from pbe.web.records import CHOICES, DEFAULT_STEPS, read_inputs, read_record, read_settings, split
+from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
 from pbe.web.service import Edit
 from pbe.web.views import part, results, running
 
@@ -123,18 +124,21 @@ class _Page:
         self._api()
 
     def _settings(self) -> None:
-        limits, usual = self.editor.settings, EditSettings()
+        limits, usual, low, high = self.editor.settings, EditSettings(), 0.0, 20.0
+        unet = self.editor.pipe.model.config.unet
+        if unet.guidance_range:
+            low, high = unet.guidance_range
         preset = gr.Radio(
             [each.capitalize() for each in PRESETS], visible=bool(PRESETS),
             label="Preset", info="Solver, spacing and steps in one word.",
         )  # fmt: skip
         with gr.Row():
             self.fields["steps"] = gr.Slider(
-                1, limits.max_steps, min(usual.steps or DEFAULT_STEPS, limits.max_steps), step=1,
+                1, limits.max_steps, min(unet.few_steps or DEFAULT_STEPS, limits.max_steps), step=1,
                 label="Steps", info="More are slower and, up to about 50, better.",
             )  # fmt: skip
             self.fields["guidance_scale"] = gr.Slider(
-                0, 20, usual.guidance_scale, step=0.5,
+                low, high, min(max(usual.guidance_scale, low), high), step=0.5, interactive=low < high,
                 label="Guidance scale", info="How strongly the exemplar is followed; 1 turns guidance off.",
             )  # fmt: skip
             self.fields["num_images"] = gr.Slider(
@@ -225,6 +229,7 @@ class _Page:
         text = given.decode(errors="replace") if isinstance(given, bytes) else given
         try:
             settings = read_record(text or "", self.editor.settings)
+            settings = complete(settings, self.editor.pipe.model)
         except UserError as error:
             return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
         values = {name: getattr(settings, name) for name in self.fields}

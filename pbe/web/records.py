@@ -29,7 +29,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 NAMES = tuple(each.name for each in fields(EditSettings))
 ALMOST_ALL = 0.9  # share of what the model sees, from which a mask leaves it nothing to fit the exemplar to
 LEAST_CROP = 8  # pixels a side
-DEFAULT_STEPS = 50
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -133,9 +132,8 @@ def read_settings(values: dict[str, Any], limits: ServeSettings) -> EditSettings
             raise EditValueError(f"{name} is {given[name]!r}; it must be {wanted}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = EditSettings(**given).checked(lambda name: name)
-    settings = replace(settings, steps=settings.steps or DEFAULT_STEPS)
     for name, most in (("steps", limits.max_steps), ("num_images", limits.max_images)):
-        if getattr(settings, name) > most:
+        if (getattr(settings, name) or 0) > most:
             raise EditValueError(f"{name} is {getattr(settings, name)}; this server takes at most {most}")
     if (settings.height or 1) * (settings.width or 1) > limits.max_megapixels * 10**6:
         raise EditValueError(f"height and width: at most {limits.max_megapixels} million pixels are made")
