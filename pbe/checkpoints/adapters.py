@@ -57,7 +57,7 @@ class AdapterFile:
         return {key: checked(key, each, torch.float32, self.source) for key, each in self.tensors.items()}
 
     def adapted_unet(self, unet: UNetConfig) -> UNetConfig:
-        """Return the sizes of a UNet beside which the adapter stands: of one that was distilled its steps too."""
+        """Return the sizes of a UNet with what the adapter makes of it: one of few steps, perhaps."""
         said = dict(self.settings or {})
         if not said.get("few_steps"):
             return unet

@@ -109,9 +109,7 @@ def open_checkpoint(
         checker = place / CHECKER
     usage = usage_for(opened.config, opened.usage)
     notes = [*notes, *opened.notes]
-    return replace(
-        opened, tensors=opened.numbers(), notes=tuple(notes), safety_checker=checker, usage=usage
-    )
+    return replace(opened, tensors=opened.numbers(), notes=tuple(notes), safety_checker=checker, usage=usage)
 
 
 def of_run(folder: Path, *, raw_weights: bool) -> tuple[Path, list[str]]:

@@ -164,7 +164,7 @@ FEW_STEPS_SOLVER = SolverChoice("lcm")
 
 
 def usage_for(config: ModelConfig, said: Usage = UNSAID) -> Usage:
-    """Return how a model of these sizes is run: one of few steps by the solver for those, unless files say."""
+    """Return how a model of these sizes is run: one of few steps by their solver, unless files say."""
     return replace(said, solver=FEW_STEPS_SOLVER) if config.unet.few_steps and said.solver is None else said
 
 

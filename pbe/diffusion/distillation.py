@@ -1,8 +1,8 @@
 """The maths of distillation: steps of the flow as rotations, where they have to lead, and how far off one is.
 
-With the velocity ``v = sqrt(abar) e - sqrt(1 - abar) x_0`` a step of DDIM turns ``x`` by the angle between two
-noise levels, ``z = cos x - sin v`` (Salimans and Ho 2022, appendix D). So an error of ``v`` is the error of
-where a step ends over the sine of its angle, whatever the network predicts and however long the step is.
+With the velocity ``v = sqrt(abar) e - sqrt(1 - abar) x_0`` a step of DDIM turns ``x`` by the angle between
+two noise levels, ``z = cos x - sin v`` (Salimans and Ho 2022, appendix D). So an error of ``v`` is the error
+of where a step ends over the sine of its angle, whatever the network predicts and however long the step is.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pseudo_huber(error: Tensor, width: float, valid: Tensor) -> Tensor:
 
 
 def grids(schedule: NoiseSchedule, steps: int, teacher_steps: int) -> tuple[Grid, Grid]:
-    """Return the levels of student and teacher; where a step of the student ends, one of the teacher's does."""
+    """Return the levels of student and teacher, which passes where the student's steps end."""
     student = get_solver(STUDENT.name).grid(schedule, steps, STUDENT)
     teacher = get_solver(TEACHER.name).grid(schedule, teacher_steps, TEACHER)
     if teacher.alphas_next[teacher_steps // steps - 1 :: teacher_steps // steps] != student.alphas_next:

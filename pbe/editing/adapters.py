@@ -26,6 +26,11 @@ class AdapterSettings:
     _distilled: tuple[str, UNetConfig, SolverChoice] | None = None  # by which adapter, and what was before
 
     @property
+    def _few_steps(self) -> int:
+        """The number of steps that the model is meant for, by its weights or an adapter; 0: any."""
+        return self.model.config.unet.few_steps
+
+    @property
     def adapters(self) -> dict[str, float]:
         """Names of the adapters that are loaded, with their scales."""
         return {adapter.name: adapter.factor for _, adapter in adapters_of(self.model)}

@@ -78,7 +78,7 @@ def complete(settings: S, model: LatentDiffusion) -> S:
             )
         if settings.guidance_interval != EVERYWHERE:
             raise EditValueError(
-                "guidance_interval: this model was distilled with guidance at every noise level; leave it 0 to 1"
+                "guidance_interval: this model was distilled with guidance everywhere; leave it at 0 to 1"
             )
     return replace(settings, steps=settings.steps or unet.few_steps or DEFAULT_STEPS)
 
@@ -261,6 +261,10 @@ class Engine:
     schedule: NoiseSchedule
     crop: CropSettings
     conventions: Conventions
+
+    def complete(self, settings: S) -> S:
+        """Return settings as :func:`complete` does for the model."""
+        return complete(settings, self.model)
 
     def encode(self, exemplars: Sequence[Exemplar]) -> Tensor:
         """Return the condition of exemplars, ``(b, tokens, context_dim)``."""

@@ -23,15 +23,7 @@ from pbe.diffusion.solvers import Callback, SolverChoice
 from pbe.editing.adapters import AdapterSettings
 from pbe.editing.compatibility import DiffusersNames
 from pbe.editing.diffusers_inputs import check_saving, preprocessor_of, read_arguments
-from pbe.editing.engine import (
-    Engine,
-    check_callback,
-    choose_solver,
-    complete,
-    count_steps,
-    merge_choice,
-    progress_bar,
-)
+from pbe.editing.engine import Engine, check_callback, choose_solver, count_steps, merge_choice, progress_bar
 from pbe.editing.images import to_bytes, to_unit
 from pbe.editing.inputs import Batch, check_generator, match_inputs, read_exemplars
 from pbe.editing.loading import (
@@ -311,14 +303,13 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         if preset is not None and solver is not None:
             raise EditValueError("preset and solver both name a solver; give one of them")
-        meant = preset is not None or self.model.config.unet.few_steps > 0
-        usual = meant and num_inference_steps == DEFAULT_STEPS
+        usual = (self._few_steps or preset is not None) and num_inference_steps == DEFAULT_STEPS
         more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
         more |= {"height": height, "width": width, "preserve_background": preserve_background}
         more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
         more |= {"reuse_features": reuse_features, "conventions": conventions}
-        steps = None if usual else num_inference_steps
-        settings = EditSettings(steps=steps, num_images=num_images_per_prompt, **more).checked()
+        more["steps"] = None if usual else num_inference_steps
+        settings = EditSettings(num_images=num_images_per_prompt, **more).checked()
         output = self.edit(
             example_image,
             image,
@@ -356,7 +347,8 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         ``choice`` is the solver of settings that name none (None: the pipeline's own), and ``given`` takes
         ``latents`` and ``masked_image_latents``.
         """
-        engine, settings = self._engine(settings.conventions), complete(settings, self.model)
+        engine = self._engine(settings.conventions)
+        settings = engine.complete(settings)
         choice = engine.with_spacing(merge_choice(choice or self._choice, settings))
         check_callback(callback)
         every = check_count("callback_steps", callback_steps, kind=EditValueError)

@@ -161,8 +161,8 @@ class UNet(nn.Module):
         base, time_dim = config.model_channels, config.model_channels * config.time_embed_mult
         self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.context_embed = nn.Linear(config.context_dim, time_dim) if config.modulation else None
-        self.guidance_embed = self._guidance_layer(config.guidance_range)
         self.conv_in = nn.Conv2d(2 * latent_channels + 1, base, 3, padding=1)
+        self.guidance_embed = self._guidance_layer(config.guidance_range)
         self.down, skips = self._build_down(time_dim)
         deepest = base * config.channel_mult[-1]
         self.mid1 = _block(config, deepest, deepest, time_dim)
@@ -186,9 +186,9 @@ class UNet(nn.Module):
     def _guidance_layer(self, scales: list[float]) -> nn.Linear | None:
         if len(set(scales)) < 2:
             return None
-        weight = self.time_embed[0].weight
-        time_dim, base = weight.shape
-        return zero_init(nn.Linear(base, time_dim, device=weight.device, dtype=weight.dtype))
+        base, like = self.config.model_channels, self.conv_in.weight
+        layer = nn.Linear(base, base * self.config.time_embed_mult, device=like.device, dtype=like.dtype)
+        return zero_init(layer)
 
     def _build_down(self, time_dim: int) -> tuple[nn.ModuleList, list[int]]:
         config, levels = self.config, nn.ModuleList()

@@ -70,6 +70,8 @@ def activation_bytes(task: DiffusionTask, device: str) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = functional_call(TrainingStep(task.model, task.calls), state, (task.config.data.batch_size, device))
+            loss = functional_call(
+                TrainingStep(task.model, task.calls), state, (task.config.data.batch_size, device)
+            )
     del loss  # it held all that is kept, so that no storage took the place of another
     return sum(kept.values())

@@ -105,16 +105,17 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
-    """Return the bytes on a device of weights, a teacher, gradients, the optimizer's moments and the average."""
+    """Return the bytes on a device of weights, teacher, gradients, moments and moving average."""
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in task.model.parameters()]
     trained = sum(count for count, _, learns in sizes if learns)
     gradients = sum(count * size for count, size, learns in sizes if learns)
-    copied = isinstance(task, DistillationTask) and not task.adapted
-    teacher = [(p.numel(), p.element_size()) for p in task.teacher.unet.parameters()] if copied else []
+    copied: Iterable[nn.Parameter] = ()
+    if isinstance(task, DistillationTask) and not task.adapted:
+        copied = task.teacher.unet.parameters()
     return {
         "weights": sum(count * size for count, size, _ in sizes),
         "gradients": gradients,
-        "teacher": sum(count * size for count, size in teacher),
+        "teacher": sum(p.numel() * p.element_size() for p in copied),
         "moments": (1 if task.config.optimizer.name == "muon" else 2) * gradients,
         "moving average": 4 * trained if task.ema is not None else 0,
     }

@@ -47,7 +47,7 @@ from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.distillation import DistillationTask
-from pbe.training.tasks.finetuning import follow_model
+from pbe.training.tasks.finetuning import check_undistilled, follow_model
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
 # a place in the data that the data module restores, and a library's own housekeeping.
@@ -65,6 +65,7 @@ NEEDLESS_ADVICE = (
 OWN = ("image_size", "prediction", "schedule")
 OWN_OF_ENCODER = ("tokens", "token_grid", "mean", "std")
 
+TASKS = {"diffusion": DiffusionTask, "distillation": DistillationTask, "autoencoder": AutoencoderTask}
 OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write checkpoints of their own
 # What starts processes by itself hands the trained model back to none of them, or takes other devices.
 LEFT_OUT = ("spawn", "fork", "notebook", "xla", "tpu", "single_device")
@@ -243,16 +244,9 @@ def precision_plugin(options: TrainerConfig, *, cpu: bool) -> Precision | None:
 
 def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
     """Return the task that a configuration names, over a model."""
-    if config.task == "distillation":
-        return DistillationTask(config, model)
-    if config.task == "autoencoder":
-        return AutoencoderTask(config, model)
-    if steps := model.config.unet.few_steps:
-        raise UserError(
-            f"init_from '{config.init_from}' was distilled for {steps} steps, which training would undo; train "
-            "the model that it came from, and distil that again"
-        )
-    return DiffusionTask(config, model)
+    if config.task != "autoencoder":
+        check_undistilled(model, config)
+    return TASKS[config.task](config, model)
 
 
 def make_trainer(

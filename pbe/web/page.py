@@ -190,10 +190,10 @@ class _Page:
                 choices = [(OWN, ""), *((each, each) for each in CHOICES[name])]
                 self.fields[name] = gr.Dropdown(choices, value="", label=label, info=info)
             self.fields["karras"] = gr.Checkbox(
-                False, label="Karras noise levels", info="Not with plms, pndm and ddim."
+                False, label="Karras noise levels", info="Not with plms, pndm, ddim and lcm."
             )
             self.fields["eta"] = gr.Slider(
-                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solver ddim only."
+                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solvers ddim and lcm."
             )
             for name in ("height", "width"):
                 self.fields[name] = gr.Textbox(

@@ -107,7 +107,7 @@ class EditService:
         self._thread.start()
 
     def submit(self, edits: Sequence[Edit]) -> None:
-        """Put edits into the queue, all or none, with the steps that the model is meant for if they name none.
+        """Put edits into the queue, all or none; where they name no steps with those the model is meant for.
 
         Raises:
             EditValueError: guidance that the model has not learned.

@@ -1,4 +1,4 @@
-"""DDIM, its form for models of few steps, and the linear multistep solvers built on its step: PLMS and PNDM."""
+"""DDIM, its form for models of few steps, and the multistep solvers built on its step: PLMS and PNDM."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ddim(run: Run, x: Tensor) -> Tensor:
     return x
 
 
-@solver(log_snr_grid, "trailing", noise="eta")
+@solver(log_snr_grid, "trailing", noise="eta", karras=False)
 def lcm(run: Run, x: Tensor) -> Tensor:
     """The steps of a distilled model: to the clean latents that it predicts, and back to the next level.
 

@@ -15,7 +15,11 @@ from pbe.diffusion.schedule import make_schedule
 from pbe.models import LatentDiffusion
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw, encode_batch
-from pbe.training.tasks.finetuning import fingerprint_of_frozen, train_adapters, train_parts
+from pbe.training.tasks.finetuning import (
+    fingerprint_of_frozen,
+    train_adapters,
+    train_parts,
+)
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 # Cross-attention parameters without any influence where there is one condition token.
@@ -41,7 +45,7 @@ class DiffusionTask(BaseTask):
         self.start_average()
 
     def choose_trained(self) -> None:
-        """Freeze what is not trained: all but the configuration's adapters or parts, or what the paper freezes."""
+        """Freeze what is not trained: all but adapters or named parts, else what the paper freezes."""
         freeze(self.model)
         if self.adapted:
             train_adapters(self.model, self.config)

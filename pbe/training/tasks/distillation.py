@@ -23,7 +23,6 @@ from pbe.diffusion.distillation import (
 from pbe.diffusion.guidance import PredictNoise
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
-from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapters_off
 from pbe.training.tasks.diffusion import DiffusionTask
@@ -32,7 +31,7 @@ from pbe.training.tasks.finetuning import fingerprint_of_frozen
 
 
 class DistillationTask(DiffusionTask):
-    """Trains a UNet, or adapters beside it, to do in few calls what the model that it starts from does in many.
+    """Trains a UNet, or adapters beside it, to do in few calls what its start does in many.
 
     Both methods work on the flow that the teacher follows with guidance, and compare velocities. Autoencoder
     and exemplar encoder stay the teacher's. A sample's guidance scale is uniform over the range.
@@ -50,15 +49,10 @@ class DistillationTask(DiffusionTask):
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         options, sizes = config.distillation, model.config
-        if sizes.unet.few_steps:
-            raise UserError(
-                f"init_from '{config.init_from}' was distilled itself, for {sizes.unet.few_steps} steps; name "
-                "the model that it came from"
-            )
         # the base of adapters is the teacher too; any other is a copy, which is no part of a checkpoint
         unet = model.unet if config.lora.rank else copy.deepcopy(model.unet)
-        parts = {"autoencoder": model.autoencoder, "exemplar_encoder": model.exemplar_encoder}
-        teacher = LatentDiffusion(sizes, unet=unet, **parts)
+        others = model.autoencoder, model.exemplar_encoder
+        teacher = LatentDiffusion(sizes, unet=unet, autoencoder=others[0], exemplar_encoder=others[1])
         model.unet.take_guidance(options.guidance, options.steps)
         model.config = replace(sizes, unet=model.unet.config)
         super().__init__(replace(config, model=model.config), model)
@@ -193,7 +187,9 @@ class DistillationTask(DiffusionTask):
         now, after = timesteps[place], torch.cat([timesteps, timesteps[-1:]])[place + 1]
         alphas = torch.tensor(self.teacher_grid.alphas_next, dtype=torch.float64)[place]
         ends = torch.tensor(self.grid.alphas_next, dtype=torch.float64)[place // every]
-        latents = batch.image.sample(draws.image_noise.to(device)) * self.config.model.autoencoder.scale_factor
+        latents = (
+            batch.image.sample(draws.image_noise.to(device)) * self.config.model.autoencoder.scale_factor
+        )
         x = self.schedule.add_noise(latents, draws.noise.to(device), now)
         start = self.schedule.alphas_cumprod[now]
         with self._teaching(given) as known:
@@ -205,4 +201,3 @@ class DistillationTask(DiffusionTask):
         end = torch.where((alphas == ends).view(-1, 1, 1, 1).to(device), closer, going_on)
         error = self._velocity(x, now, given, scales) - velocity_to(x, end, start, ends)
         return pseudo_huber(error, options.huber, batch.valid)[None]
-
