@@ -15,8 +15,7 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from pbe.editing import settings as editing
-from pbe.editing.engine import complete
-from pbe.editing.settings import DEFAULT_STEPS, EditSettings
+from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
 from pbe.web.app import EXAMPLES, STATIC, Editor
 from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
@@ -134,7 +133,7 @@ class _Page:
         )  # fmt: skip
         with gr.Row():
             self.fields["steps"] = gr.Slider(
-                1, limits.max_steps, min(unet.few_steps or DEFAULT_STEPS, limits.max_steps), step=1,
+                1, limits.max_steps, min(self.editor.usual_steps, limits.max_steps), step=1,
                 label="Steps", info="More are slower and, up to about 50, better.",
             )  # fmt: skip
             self.fields["guidance_scale"] = gr.Slider(
@@ -228,8 +227,7 @@ class _Page:
         """Set the controls as a JSON says."""
         text = given.decode(errors="replace") if isinstance(given, bytes) else given
         try:
-            settings = read_record(text or "", self.editor.settings)
-            settings = complete(settings, self.editor.pipe.model)
+            settings = read_record(text or "", self.editor.settings, self.editor.usual_steps)
         except UserError as error:
             return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
         values = {name: getattr(settings, name) for name in self.fields}
@@ -245,7 +243,8 @@ class _Page:
         try:
             run, given = _parse(collected)
             chosen = dict(zip(self.fields, values, strict=True))
-            settings = read_settings({name: _plain(name, chosen[name]) for name in chosen}, editor.settings)
+            given_settings = {name: _plain(name, chosen[name]) for name in chosen}
+            settings = read_settings(given_settings, editor.settings, editor.usual_steps)
             inputs = await run_in_threadpool(self._inputs, given)
             edits = split(inputs, settings, editor.settings, watched=True)
             editor.service.submit(edits)
@@ -298,7 +297,7 @@ class _Page:
         Settings are those of pbe edit by their names; each edit comes as a PNG in a data URL with its record.
         """
         try:
-            chosen = read_settings(settings or {}, self.editor.settings)
+            chosen = read_settings(settings or {}, self.editor.settings, self.editor.usual_steps)
             if not image or not mask:
                 raise UserError("image and mask are needed")
             inputs = await run_in_threadpool(read_inputs, image, mask, exemplars or [], self.editor.settings)

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.editing.batch.runner import memory_errors
-from pbe.editing.engine import complete
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
@@ -107,14 +106,11 @@ class EditService:
         self._thread.start()
 
     def submit(self, edits: Sequence[Edit]) -> None:
-        """Put edits into the queue, all or none; where they name no steps with those the model is meant for.
+        """Put edits into the queue, all or none.
 
         Raises:
-            EditValueError: guidance that the model has not learned.
             BusyError: too many wait already, or the server is stopping.
         """
-        for edit in edits:
-            edit.settings = complete(edit.settings, self.pipe.model)
         with self._wake:
             if self._stopping:
                 raise BusyError(STOPPING)
