@@ -110,13 +110,14 @@ def state_bytes(task: BaseTask) -> dict[str, int]:
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for _, p in named_weights(task.model)]
     trained = sum(count for count, _, learns in sizes if learns)
     gradients = sum(count * size for count, size, learns in sizes if learns)
-    copied: Iterable[nn.Parameter] = ()
+    beside: dict[str, int] = {}
     if isinstance(task, DistillationTask) and not task.adapted:
         copied = task.teacher.unet.parameters()
+        beside["teacher"] = sum(p.numel() * p.element_size() for p in copied)
     return {
         "weights": sum(count * size for count, size, _ in sizes),
         "gradients": gradients,
-        "teacher": sum(p.numel() * p.element_size() for p in copied),
+        **beside,
         "moments": (1 if task.config.optimizer.name == "muon" else 2) * gradients,
         "moving average": 4 * trained if task.ema is not None else 0,
     }
