@@ -90,7 +90,7 @@ class _Page:
         """Lay out the page."""
         gr.HTML(part("header", self.editor.settings.model_name))
         with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="pbe-boards"):
                 with gr.Row(equal_height=False):
                     with gr.Column(min_width=300):
                         gr.HTML(part("board", "image"), js_on_load=MOUNT)

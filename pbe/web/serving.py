@@ -172,6 +172,7 @@ def serve(settings: ServeSettings) -> None:
     folder = tempfile.mkdtemp(prefix="pbe-")
     os.environ["GRADIO_TEMP_DIR"] = folder  # what Gradio itself stores, removed at the end
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else each event sums up all before it
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     _share_memory()
     try:

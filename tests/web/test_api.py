@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +167,16 @@ def test_no_request_of_the_api_page_is_a_defect(app: Any) -> None:
         )
 
     every()
+
+
+def test_the_server_does_not_tell_where_anything_lies(client: TestClient) -> None:
+    secret = (str(EXAMPLES.parents[1]), os.environ["GRADIO_TEMP_DIR"], sys.prefix, str(Path.home()) + "/")
+    for page in ("", "config", "openapi.json", "docs", "gradio_api/info", "gradio_api/app_id"):
+        answer = client.get(f"/{page}")
+        assert answer.status_code == 200, page
+        assert not [each for each in secret if each in answer.text], page
+    for file in ("/etc/passwd", str(EXAMPLES / "0_image.png"), "pyproject.toml", "../pyproject.toml"):
+        assert client.get(f"/gradio_api/file={file}").status_code in (403, 404), file
 
 
 def test_the_api_page_needs_no_internet(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -83,24 +84,38 @@ class Command:
         return np.array([time.perf_counter(), used.user + used.system])
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "pbe.cli", "serve", "--device", "cpu", "--port", str(port)]
-    log, start = tmp_path_factory.mktemp("server") / "log", time.perf_counter()
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(words: list[str], port: int, log: Path, **more: Any) -> Iterator[Command]:
+    """Run a command that serves, from when it is ready on; its log must hold no traceback at the end."""
+    start = time.perf_counter()
     with log.open("w") as errors:
-        server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
-    assert server.stdout is not None
-    assert server.stdout.readline().startswith(f"serving toy at http://127.0.0.1:{port}"), log.read_text()
-    found = Command(server, f"http://127.0.0.1:{port}/", start, 0.0)
-    clock, found.work = found.spent()
-    found.clock = clock - start
-    yield found
-    server.kill()
-    server.wait()
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, **more)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said.startswith(f"serving toy at http://127.0.0.1:{port}"), said + log.read_text()
+        found = Command(process, f"http://127.0.0.1:{port}/", 0.0, 0.0)
+        clock, found.work = found.spent()
+        found.clock = clock - start
+        yield found
+    finally:
+        process.kill()
+        process.wait()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    port = free_port()
+    words = [sys.executable, "-m", "pbe.cli", "serve", "--device", "cpu", "--port", str(port)]
+    with server(words, port, tmp_path_factory.mktemp("server") / "log") as found:
+        yield found
 
 
 @pytest.mark.slow
@@ -208,3 +223,21 @@ def test_the_exported_folder_is_a_space(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(model).is_relative_to(target)
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert main(["serve", "--export", str(target)]) == 2
+
+
+@pytest.mark.slow
+def test_the_exported_app_serves_from_its_folder(tmp_path: Path) -> None:
+    target, port = tmp_path / "space", free_port()
+    assert main(["serve", "--export", str(target)]) == 0
+    app = target / "app.py"
+    assert '"7860"' in app.read_text()
+    app.write_text(app.read_text().replace('"7860"', f'"{port}"'))
+    names = {line.partition("==")[0].partition("[")[0] for line in (target / "requirements.txt").open()}
+    assert {"torch", "timm", "fastapi-offline"} <= names
+    assert "pbe" not in names
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with server([sys.executable, "app.py"], port, tmp_path / "log", cwd=target, env=surroundings) as found:
+        assert httpx.get(found.url).status_code == 200
+        status, content, record = ask(found.url, 0, 0)
+    assert status == 200, content
+    assert json.loads(record)["model"] == "toy"
