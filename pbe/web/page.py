@@ -105,7 +105,7 @@ class _Page:
                         "Cancel", variant="stop", interactive=False, elem_id="pbe-cancel", min_width=120
                     )
                 panel = gr.HTML(part("message", "The edit appears here.", False), js_on_load=MOUNT)
-        with gr.Accordion("Settings", open=True):
+        with gr.Accordion("Settings", open=True, elem_id="pbe-settings"):
             self._settings()
         collected = gr.Textbox(visible=False)
         wider = gr.Button(elem_id="pbe-wider", visible="hidden")

@@ -17,7 +17,7 @@ from PIL import Image
 from pbe.editing.settings import PRESETS
 from tests.web.conftest import EXAMPLES, Served, Tab
 
-PLACES = "[...document.querySelectorAll('.pbe-stage, #pbe-run, .pbe-examples, #pbe-seed')]"
+PLACES = "[...document.querySelectorAll('.pbe-stage, #pbe-run, .pbe-examples, #pbe-settings')]"
 WIDTHS = pytest.mark.parametrize("tab", [(1280, 900), (390, 844)], indirect=True, ids=["1280", "390"])
 
 
