@@ -157,7 +157,7 @@ def test_many_clients_get_their_own_edits(
         pixels = np.asarray(Image.open(io.BytesIO(content)))
         assert np.array_equal(pixels, again(editor, number, json.loads(record)))
     assert max(used[1:]) <= 1.1 * used[0]
-    assert work > 1.4  # 1.8 by both where it was measured; other work on the machine disturbs it
+    assert work > 1.4  # 1.6 to 1.8 by both where it was measured; other work on the machine disturbs it
 
 
 @pytest.mark.slow
