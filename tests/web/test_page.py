@@ -233,7 +233,7 @@ def test_the_keyboard_paints_undoes_and_compares(tab: Tab, served: Served) -> No
 
 
 @pytest.mark.slow
-def test_what_people_of_this_trade_are_used_to(tab: Tab, served: Served, tmp_path: Path) -> None:
+def test_the_board_takes_what_is_pasted_and_undoes(tab: Tab, served: Served, tmp_path: Path) -> None:
     page = tab.page
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.open(served.url)
@@ -264,7 +264,17 @@ def test_what_people_of_this_trade_are_used_to(tab: Tab, served: Served, tmp_pat
     assert share(said) < painted
     page.click("[data-act=clear]")
     assert said.inner_text() == "No mask."
+    everything = np.full((64, 64), 255, np.uint8)
+    Image.fromarray(everything).save(tmp_path / "all.png")
+    tab.choose("mask", tmp_path / "all.png")
+    assert "nearly all" in said.inner_text()
 
+
+@pytest.mark.slow
+def test_a_margin_is_offered_and_a_result_is_taken_along(tab: Tab, served: Served, tmp_path: Path) -> None:
+    page = tab.page
+    tab.open(served.url)
+    tab.choose("image", EXAMPLES / "0_image.png")
     page.click("[data-tool=box]")
     tab.drag("image", (0.3, 0.3), (0.7, 0.7))
     tab.choose("exemplar", EXAMPLES / "1_exemplar.png")
@@ -293,11 +303,6 @@ def test_what_people_of_this_trade_are_used_to(tab: Tab, served: Served, tmp_pat
         page.get_by_role("link", name="Download").click()
     waiting.value.save_as(tmp_path / "edit.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "edit.png")), edit_shown(tab))
-
-    everything = np.full((64, 64), 255, np.uint8)
-    Image.fromarray(everything).save(tmp_path / "all.png")
-    tab.choose("mask", tmp_path / "all.png")
-    assert "nearly all" in said.inner_text()
 
 
 def share(said: Any) -> float:
