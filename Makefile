@@ -64,7 +64,7 @@ docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken
 	$(BIN)/python scripts/write_reference.py
 	$(BIN)/zensical build --strict
 
-toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (an hour or more; resumes)
+toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (hours on one core; resumes)
 	$(BIN)/pbe toy train
 
 performance: $(DEV_READY) ## run every benchmark (an hour on two idle cores) and write docs/performance.md

@@ -14,8 +14,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from pbe.editing import settings as editing
-from pbe.editing.settings import EditSettings
+from pbe.editing.settings import PRESETS, EditSettings, PresetName
 from pbe.errors import UserError
 from pbe.web.app import EXAMPLES, STATIC, Editor
 from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
@@ -27,8 +26,8 @@ HEAD = '<script src="pbe/page.js"></script><meta name="color-scheme" content="li
 MOUNT = "(function go() { window.pbe ? window.pbe.mount(element) : setTimeout(go, 30); })();"
 COLLECT = "(_, ...others) => [window.pbe.collect(), ...others]"
 DICE = 2**31 - 1
+BROWSERS_SEED = 2**53 - 1  # beyond it their numbers skip some
 OWN = "the model's own"
-PRESETS: dict[str, dict[str, Any]] = getattr(editing, "PRESETS", {})
 OWN_SOLVER = {"solver": "", "spacing": "", "karras": False}
 BUSY = ({"interactive": False, "__type__": "update"}, {"interactive": True, "__type__": "update"})
 WORKING, READY = (BUSY[0], BUSY[0]), BUSY[::-1]  # of the buttons Paint and Cancel
@@ -65,12 +64,16 @@ def _theme() -> gr.themes.Base:
         "button_primary_background_fill": "*primary_600",
         "button_primary_background_fill_hover": "*primary_700",
         "checkbox_label_background_fill_selected": "*primary_600",
+        "input_border_width": "1px",
     }
     lights = dict.fromkeys(
         ("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600"
     )
     lights |= {"block_title_text_color": "*neutral_800", "link_text_color": "*primary_700"}
+    lights |= {"checkbox_border_color": "*neutral_400", "input_border_color": "*neutral_300"}
     darks = {f"{name}_dark": "*neutral_300" for name in lights} | {"link_text_color_dark": "*primary_300"}
+    darks |= {"checkbox_border_color_dark": "*neutral_400", "input_border_color_dark": "*neutral_600"}
+    theme.set(block_title_padding="0")
     return theme.set(**both, **{f"{name}_dark": value for name, value in both.items()}, **lights, **darks)
 
 
@@ -80,17 +83,21 @@ class _Page:
     def __init__(self, editor: Editor) -> None:
         self.editor = editor
         self.fields: dict[str, Any] = {}
+        self.preset: gr.Radio
         self.running: dict[str, list[Edit]] = {}
 
     def build(self) -> None:
         """Lay out the page."""
         gr.HTML(part("header", self.editor.settings.model_name))
         with gr.Row(equal_height=False):
-            with gr.Column(min_width=320):
-                gr.HTML(part("board", "image"), js_on_load=MOUNT)
-            with gr.Column(min_width=320):
-                gr.HTML(part("board", "exemplar"), js_on_load=MOUNT)
-            with gr.Column(min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="pbe-boards"):
+                with gr.Row(equal_height=False):
+                    with gr.Column(min_width=300):
+                        gr.HTML(part("board", "image"), js_on_load=MOUNT)
+                    with gr.Column(min_width=300):
+                        gr.HTML(part("board", "exemplar"), js_on_load=MOUNT)
+                gr.HTML(part("examples", EXAMPLES), js_on_load=MOUNT)
+            with gr.Column(scale=1, min_width=300):
                 gr.HTML(part("title", "result"))
                 with gr.Row(elem_id="pbe-buttons"):
                     run = gr.Button("Paint", variant="primary", elem_id="pbe-run", min_width=120)
@@ -98,8 +105,7 @@ class _Page:
                         "Cancel", variant="stop", interactive=False, elem_id="pbe-cancel", min_width=120
                     )
                 panel = gr.HTML(part("message", "The edit appears here.", False), js_on_load=MOUNT)
-        gr.HTML(part("examples", EXAMPLES), js_on_load=MOUNT)
-        with gr.Accordion("Settings", open=True):
+        with gr.Accordion("Settings", open=True, elem_id="pbe-settings"):
             self._settings()
         collected = gr.Textbox(visible=False)
         wider = gr.Button(elem_id="pbe-wider", visible="hidden")
@@ -127,10 +133,11 @@ class _Page:
         unet = self.editor.pipe.model.config.unet
         if unet.guidance_range:
             low, high = unet.guidance_range
-        preset = gr.Radio(
-            [each.capitalize() for each in PRESETS], visible=bool(PRESETS),
-            label="Preset", info="Solver, spacing and steps in one word.",
-        )  # fmt: skip
+        preset = self.preset = gr.Radio(
+            [(each.capitalize(), each) for each in PRESETS],
+            label="Preset",
+            info="Solver, spacing and steps in one word.",
+        )
         with gr.Row():
             self.fields["steps"] = gr.Slider(
                 1, limits.max_steps, min(self.editor.usual_steps, limits.max_steps), step=1,
@@ -153,7 +160,7 @@ class _Page:
                     elem_id="pbe-seed",
                     info="The same seed gives the same edit.",
                 )
-                dice = gr.Button("⚄ Another seed", size="sm", elem_id="pbe-dice")
+                dice = gr.Button("Another seed", size="sm", elem_id="pbe-dice")
         dice.click(lambda: random.randrange(DICE), None, self.fields["seed"], api_visibility="private")
         with gr.Row():
             self.fields["region"] = gr.Radio(
@@ -161,11 +168,14 @@ class _Page:
                 label="What the model sees", info="For a small mask in a large photograph: surroundings.",
             )  # fmt: skip
             self.fields["margin"] = gr.Slider(
-                0, 3, usual.margin, step=0.05,
+                0, 3, usual.margin, step=0.05, min_width=220,
                 label="Margin", info="Of the surroundings: room around the mask, as a share of its side.",
             )  # fmt: skip
             self.fields["preserve_background"] = gr.Checkbox(
-                True, label="Keep the background", info="Outside the mask every pixel stays as it is."
+                True,
+                label="Keep the background",
+                info="Outside the mask every pixel stays as it is.",
+                min_width=220,
             )
             self.fields["feather"] = gr.Textbox(
                 label="Feather", placeholder="by size", max_lines=1,
@@ -173,10 +183,9 @@ class _Page:
             )  # fmt: skip
         with gr.Accordion("Solver and sizes", open=False):
             self._rare()
-        if PRESETS:
-            names = list(self.fields)
-            changed = [self.fields[name] for name in names]
-            preset.input(_preset(names), preset, changed, api_visibility="private")
+        names = list(self.fields)
+        changed = [self.fields[name] for name in names]
+        preset.input(_preset(names), preset, changed, api_visibility="private")
 
     def _rare(self) -> None:
         with gr.Row():
@@ -187,23 +196,33 @@ class _Page:
             }
             for name, (label, info) in texts.items():
                 choices = [(OWN, ""), *((each, each) for each in CHOICES[name])]
-                self.fields[name] = gr.Dropdown(choices, value="", label=label, info=info)
+                self.fields[name] = gr.Dropdown(choices, value="", label=label, info=info, min_width=220)
+        with gr.Row():
             self.fields["karras"] = gr.Checkbox(
-                False, label="Karras noise levels", info="Not with plms, pndm, ddim and lcm."
+                False, label="Karras noise levels", info="Not with plms, pndm, ddim and lcm.", min_width=220
             )
             self.fields["eta"] = gr.Slider(
-                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solvers ddim and lcm."
-            )
-            for name in ("height", "width"):
+                0, 1, 0, step=0.05, min_width=220,
+                label="Eta", info="Noise added on the way; with solvers ddim and lcm.",
+            )  # fmt: skip
+            self.fields["reuse_features"] = gr.Number(
+                1, precision=0, minimum=1, min_width=220,
+                label="Reuse features", info="So many calls share the inner levels: faster, less exact.",
+            )  # fmt: skip
+        with gr.Row():
+            for name, value, usual, info in (
+                ("guidance_interval", _shown(EditSettings.guidance_interval), "0, 1",
+                 "Noise levels with guidance, 0 is clean and 1 is noise."),
+                ("height", "", "the image's", "Of the result, in pixels."),
+                ("width", "", "the image's", "Of the result, in pixels."),
+            ):  # fmt: skip
                 self.fields[name] = gr.Textbox(
-                    label=name.capitalize(), placeholder="the image's", max_lines=1,
-                    info="Of the result, in pixels.",
-                )  # fmt: skip
-
+                    value, label=_label(name), placeholder=usual, max_lines=1, info=info, min_width=220
+                )
             for each in fields(EditSettings):  # what has no control of its own
                 if each.name not in self.fields and each.name != "preset":
                     self.fields[each.name] = gr.Textbox(
-                        json.dumps(each.default), label=each.name.replace("_", " ").capitalize(), max_lines=1,
+                        json.dumps(each.default), label=_label(each.name), max_lines=1, min_width=220,
                         info=f"As --{each.name.replace('_', '-')} of pbe edit.",
                     )  # fmt: skip
 
@@ -218,7 +237,7 @@ class _Page:
             with gr.Row():
                 read = gr.Button("Read", elem_id="pbe-read-button")
                 file = gr.UploadButton("Open a settings file", type="binary", file_types=[".json"])
-        outputs = [said, text, *self.fields.values()]
+        outputs = [said, text, self.preset, *self.fields.values()]
         read.click(self.read, text, outputs, api_visibility="private")
         file.upload(self.read, file, outputs, api_visibility="private")
         return text
@@ -228,11 +247,12 @@ class _Page:
         text = given.decode(errors="replace") if isinstance(given, bytes) else given
         try:
             settings = read_record(text or "", self.editor.settings, self.editor.usual_steps)
+            if settings.seed > BROWSERS_SEED:
+                raise UserError(f"seed is {settings.seed}; this page takes at most {BROWSERS_SEED}")
         except UserError as error:
-            return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
-        values = {name: getattr(settings, name) for name in self.fields}
-        shown = [_shown(value) for value in values.values()]
-        return ["Read.", text, *shown]
+            return [f"**Not read:** {error}.", gr.skip(), gr.skip(), *(gr.skip() for _ in self.fields)]
+        shown = [_set(control, getattr(settings, name)) for name, control in self.fields.items()]
+        return ["Read.", text, None, *shown]
 
     async def run(self, collected: str, *values: Any) -> AsyncIterator[list[Any]]:
         """Edit, and show how far it is."""
@@ -310,14 +330,25 @@ def _shown(value: Any) -> Any:
     """Return what a control shows of a setting."""
     if value is None:
         return ""
-    return json.dumps(value) if isinstance(value, tuple) else value
+    return ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else value
 
 
-def _preset(names: list[str]) -> Callable[[str], list[Any]]:
+def _set(control: Any, value: Any) -> Any:
+    """Return what sets a control; a slider that ends below the value grows."""
+    if isinstance(control, gr.Slider) and value > control.maximum:
+        return gr.update(value=value, maximum=value)
+    return _shown(value)
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _preset(names: list[str]) -> Callable[[PresetName], list[Any]]:
     """Return the handler that sets these controls to what a preset stands for."""
 
-    def choose(preset: str) -> list[Any]:
-        chosen = OWN_SOLVER | PRESETS[preset.lower()]
+    def choose(preset: PresetName) -> list[Any]:
+        chosen = OWN_SOLVER | PRESETS[preset]
         return [chosen.get(name, gr.skip()) for name in names]
 
     return choose
@@ -327,10 +358,12 @@ def _plain(name: str, value: Any) -> Any:
     """Return a control's value; numbers that stand in a text become numbers."""
     if name in CHOICES or not isinstance(value, str) or not value.strip():
         return value
+    several = isinstance(getattr(EditSettings, name, None), tuple)
     try:
-        return json.loads(value)
+        return json.loads(f"[{value.strip(' []()')}]" if several else value)
     except ValueError as error:
-        raise UserError(f"{name} is '{value}'; it must be a number, or empty") from error
+        wanted = "numbers with commas between them" if several else "a number, or empty"
+        raise UserError(f"{name} is '{value}'; it must be {wanted}") from error
 
 
 def _parse(collected: str) -> tuple[str, dict[str, Any]]:

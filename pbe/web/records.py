@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import shlex
@@ -37,6 +38,7 @@ def _choices(kind: Any) -> tuple[str, ...]:
     return get_args(literals[0]) if literals else ()
 
 
+_versions = functools.cache(versions)  # they are looked for in files
 CHOICES = {each.name: found for each in fields(EditSettings) if (found := _choices(each.type))}
 
 
@@ -206,7 +208,7 @@ def record(edit: Edit, made: Made, pipe: PaintByExample, limits: ServeSettings) 
         "dtype": limits.dtype,
         "threads": torch.get_num_threads(),
         "batch_size": made.rows,
-        "versions": versions(),
+        "versions": _versions(),
         "repeat": command(settings, made.rows, limits, str(pipe.device)),
     }
 

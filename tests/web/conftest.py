@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -107,7 +108,8 @@ class Tab:
     def set(self, label: str, value: Any) -> None:
         """Set a control by its label."""
         numbers = self.page.get_by_label(f"number input for {label}", exact=True)
-        control = numbers.or_(self.page.get_by_label(label, exact=True)).first
+        texts = self.page.get_by_role("textbox", name=re.compile(f"^{label}"))  # their help is in the name
+        control = numbers.or_(self.page.get_by_label(label, exact=True)).or_(texts).first
         control.fill(str(value))
         control.press("Tab")
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ need_web()
 
 from starlette.testclient import TestClient  # noqa: E402
 
+from pbe.editing.settings import PRESETS, EditSettings  # noqa: E402
 from pbe.web.serving import Guard, make_app  # noqa: E402
 from pbe.web.settings import ServeSettings  # noqa: E402
 
@@ -55,9 +60,23 @@ def test_an_edit_comes_as_json_or_as_a_png(client: TestClient) -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(plain.content))), pixels[0])
 
 
+def test_every_setting_of_an_edit_is_in_the_form(client: TestClient) -> None:
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    form = set(schemas["EditForm"]["properties"])
+    assert form == {"image", "mask", "exemplar", "output", *(each.name for each in fields(EditSettings))}
+    chosen = {"preset": "draft", "steps": 3, "guidance_interval": [0.25, 0.75], "reuse_features": 2}
+    told = post(client, chosen).json()["edits"][0]["record"]
+    assert (told["solver"], told["steps"], told["spacing"]) == (PRESETS["draft"]["solver"], 3, "trailing")
+    assert told["guidance_interval"] == [0.25, 0.75]
+    assert "--guidance-interval 0.25 0.75 --reuse-features 2" in told["repeat"]
+
+
 @pytest.mark.parametrize(
     ("data", "others", "said"),
     [
+        ({"guidance_interval": [0.8, 0.2]}, {}, "the lower number comes first"),
+        ({"guidance_interval": [0, 2]}, {}, "guidance_interval is 2.0"),
+        ({"reuse_features": 0}, {}, "reuse_features is 0; it must be at least 1"),
         ({"steps": 61}, {}, "steps is 61; this server takes at most 60"),
         ({"num_images": 9}, {}, "num_images is 9; this server takes at most 8"),
         ({"guidance_scale": -1}, {}, "guidance_scale is -1.0"),
@@ -148,6 +167,16 @@ def test_no_request_of_the_api_page_is_a_defect(app: Any) -> None:
         )
 
     every()
+
+
+def test_the_server_does_not_tell_where_anything_lies(client: TestClient) -> None:
+    secret = (str(EXAMPLES.parents[1]), os.environ["GRADIO_TEMP_DIR"], sys.prefix, str(Path.home()) + "/")
+    for page in ("", "config", "openapi.json", "docs", "gradio_api/info", "gradio_api/app_id"):
+        answer = client.get(f"/{page}")
+        assert answer.status_code == 200, page
+        assert not [each for each in secret if each in answer.text], page
+    for file in ("/etc/passwd", str(EXAMPLES / "0_image.png"), "pyproject.toml", "../pyproject.toml"):
+        assert client.get(f"/gradio_api/file={file}").status_code in (403, 404), file
 
 
 def test_the_api_page_needs_no_internet(client: TestClient) -> None:

@@ -39,10 +39,18 @@ def inputs_of(number: int, editor: Any) -> Inputs:
     return read_inputs(files[0], files[1], files[2:], editor.settings)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"solver": "dpmpp_sde"},
+        {"preset": "draft", "guidance_interval": (0.25, 0.8), "reuse_features": 2, "region": "mask"},
+    ],
+    ids=["noisy", "fast"],
+)
 def test_every_edit_of_a_batch_is_what_its_command_makes(
-    editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: dict[str, Any], editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = read_settings({"steps": 2, "solver": "dpmpp_sde", "seed": 5}, editor.settings)
+    settings = read_settings(chosen | {"steps": 4, "seed": 5}, editor.settings)
     inputs = [inputs_of(number, editor) for number in range(3)]
     edits = [
         split(each, replace(settings, seed=5 + number), editor.settings, watched=True)[0]
@@ -64,6 +72,15 @@ def test_every_edit_of_a_batch_is_what_its_command_makes(
     repeated = np.asarray(Image.open(tmp_path / "repeated/edit_7.png"))
     assert np.array_equal(repeated, np.asarray(Image.open(tmp_path / "edit_7.png")))
     assert not np.array_equal(repeated, np.asarray(Image.open(tmp_path / "image.png")))
+    told = read_record((tmp_path / "settings.json").read_text(), editor.settings)
+    assert replace(told, seed=5, conventions=None) == settings
+
+
+def test_a_preset_obeys_the_limits(editor: Any) -> None:
+    few = replace(editor.settings, max_steps=9)
+    with pytest.raises(UserError, match="this server takes at most 9"):
+        read_settings({"preset": "draft"}, few)
+    assert read_settings({"preset": "draft", "steps": 9}, few).steps == 9
 
 
 def test_the_command_names_what_differs_from_the_defaults(editor: Any) -> None:

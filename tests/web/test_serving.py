@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from pbe.cli.main import main  # noqa: E402
 from pbe.web.records import read_inputs, read_settings  # noqa: E402
 from pbe.web.settings import ServeSettings  # noqa: E402
 
-EDITS, CLIENTS, STEPS = 200, 8, 3
+EDITS, CLIENTS, ROUNDS, STEPS = 200, 8, 5, 3
 
 
 def ask(url: str, number: int, seed: int, **data: Any) -> tuple[int, bytes, str]:
@@ -67,65 +69,106 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys: pytest.C
     assert "--port" in line
 
 
+@dataclass
+class Command:
+    """A server that was started by its command, and the seconds until it was ready."""
+
+    process: subprocess.Popen[str]
+    url: str
+    clock: float
+    work: float
+
+    def spent(self) -> np.ndarray:
+        """Seconds of the clock, and of a processor in the server."""
+        used = psutil.Process(self.process.pid).cpu_times()
+        return np.array([time.perf_counter(), used.user + used.system])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(words: list[str], port: int, log: Path, **more: Any) -> Iterator[Command]:
+    """Run a command that serves, from when it is ready on; its log must hold no traceback at the end."""
+    start = time.perf_counter()
+    with log.open("w") as errors:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, **more)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said.startswith(f"serving toy at http://127.0.0.1:{port}"), said + log.read_text()
+        found = Command(process, f"http://127.0.0.1:{port}/", 0.0, 0.0)
+        clock, found.work = found.spent()
+        found.clock = clock - start
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    port = free_port()
+    words = [sys.executable, "-m", "pbe.cli", "serve", "--device", "cpu", "--port", str(port)]
+    with server(words, port, tmp_path_factory.mktemp("server") / "log") as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_the_command_is_ready_soon(started: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print(f"\nready in {started.clock:.1f} s, {started.work:.1f} s of a processor")
+    assert started.work < 10.0  # of the clock too, on a machine with nothing else to do
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_many_clients_get_their_own_edits(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    def client(number: int, count: int) -> list[tuple[Any, ...]]:
-        seeds = range(1000 * number, 1000 * number + count)
-        return [(number % 6, *ask(served.url, number % 6, seed)) for seed in seeds]
+def test_many_clients_get_their_own_edits(
+    started: Command, editor: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def client(number: int, seeds: range) -> list[tuple[Any, ...]]:
+        return [(number % 6, *ask(started.url, number % 6, 1000 * number + seed)) for seed in seeds]
 
-    def rates(work: Callable[[], int]) -> np.ndarray:
-        """Edits a second of the clock and of the processor."""
-        start = np.array([time.perf_counter(), time.process_time()])
-        return work() / (np.array([time.perf_counter(), time.process_time()]) - start)
-
-    process, used, answers = psutil.Process(), [], []
-
-    def everybody() -> int:
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            for _ in range(5):
-                for each in pool.map(lambda number: client(number, EDITS // CLIENTS // 5), range(CLIENTS)):
-                    answers.extend(each)
-                used.append(process.memory_info().rss)
-        return EDITS
-
-    client(0, 3)
-    alone, together = rates(lambda: len(client(0, 16))), rates(everybody)
-    (clock, work), memory = together / alone, [each >> 20 for each in used]
+    process, used, answers = psutil.Process(started.process.pid), [], []
+    costs = np.zeros((2, 2))  # seconds of clock and processor of one edit; alone, and with others
+    client(0, range(3))
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        for first in range(0, EDITS // CLIENTS, EDITS // CLIENTS // ROUNDS):
+            seeds = range(first, first + EDITS // CLIENTS // ROUNDS)
+            begin = started.spent()
+            client(0, seeds)  # in turns with all, so that other work on the machine strikes both
+            middle = started.spent()
+            for each in pool.map(client, range(CLIENTS), [seeds] * CLIENTS):
+                answers.extend(each)
+            costs += [(middle - begin) / len(seeds), (started.spent() - middle) * ROUNDS / EDITS]
+            used.append(process.memory_info().rss)
+    (clock, work), memory = costs[0] / costs[1], [each >> 20 for each in used]
+    alone, together = ROUNDS / costs[:, 0]
     with capsys.disabled():
-        print(f"\nedits a second: {alone[0]:.2f} alone, {together[0]:.2f} of {CLIENTS} clients")
+        print(f"\nedits a second: {alone:.2f} alone, {together:.2f} of {CLIENTS} clients")
         print(f"{clock:.2f} times, by processor time {work:.2f} times; memory {memory} MiB")
     assert len(answers) == EDITS
     assert {status for _, status, _, _ in answers} == {200}
     for number, _, content, record in answers[::20]:
         pixels = np.asarray(Image.open(io.BytesIO(content)))
-        assert np.array_equal(pixels, again(served.editor, number, json.loads(record)))
+        assert np.array_equal(pixels, again(editor, number, json.loads(record)))
     assert max(used[1:]) <= 1.1 * used[0]
+    assert work > 1.4  # 1.6 to 1.8 by both where it was measured; other work on the machine disturbs it
 
 
 @pytest.mark.slow
-def test_sigterm_ends_cleanly_with_every_request_answered(tmp_path: Path) -> None:
-    port = 17861
-    command = [sys.executable, "-m", "pbe.cli", "serve", "--port", str(port)]
-    with (tmp_path / "log").open("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).resolve().parents[2])
-        url = f"http://127.0.0.1:{port}/"
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{url}openapi.json").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(ask, url, number, 0, steps=40 + number) for number in range(4)]
-            time.sleep(3.0)
-            server.send_signal(signal.SIGTERM)
-            statuses = sorted(each.result()[0] for each in asked)
-        assert server.wait(60) == 0
-        log.seek(0)
-        assert "Traceback" not in log.read()
-    assert set(statuses) <= {200, 503}
+def test_sigterm_ends_cleanly_with_every_request_answered(started: Command) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask, started.url, number, 0, steps=40 + number) for number in range(4)]
+        time.sleep(2.0)
+        started.process.send_signal(signal.SIGTERM)
+        statuses = {each.result()[0] for each in asked}
+    assert started.process.wait(60) == 0
+    assert statuses <= {200, 503}
     assert 503 in statuses
 
 
@@ -180,3 +223,21 @@ def test_the_exported_folder_is_a_space(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(model).is_relative_to(target)
     compile((target / "app.py").read_text(), "app.py", "exec")
     assert main(["serve", "--export", str(target)]) == 2
+
+
+@pytest.mark.slow
+def test_the_exported_app_serves_from_its_folder(tmp_path: Path) -> None:
+    target, port = tmp_path / "space", free_port()
+    assert main(["serve", "--export", str(target)]) == 0
+    app = target / "app.py"
+    assert '"7860"' in app.read_text()
+    app.write_text(app.read_text().replace('"7860"', f'"{port}"'))
+    names = {line.partition("==")[0].partition("[")[0] for line in (target / "requirements.txt").open()}
+    assert {"torch", "timm", "fastapi-offline"} <= names
+    assert "pbe" not in names
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with server([sys.executable, "app.py"], port, tmp_path / "log", cwd=target, env=surroundings) as found:
+        assert httpx.get(found.url).status_code == 200
+        status, content, record = ask(found.url, 0, 0)
+    assert status == 200, content
+    assert json.loads(record)["model"] == "toy"

@@ -442,11 +442,12 @@
     await boards.image.open([await file("mask")], "mask");
     await boards.exemplar.open([await file("exemplar")]);
     document.querySelector("#pbe-run").click();
+    document.querySelector(".pbe-results").scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 
   function crisp(event) {
     const image = event.target;
-    if (image.tagName === "IMG") {
+    if (image.tagName === "IMG" && image.closest('[class*="pbe-"]')) {
       image.classList.toggle("pbe-crisp", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
     }
   }
