@@ -18,7 +18,6 @@ import importlib.util
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +44,7 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.setup import apply_performance_options, make_task, make_trainer
 from pbe.training.tasks.encoding import Draws, EncodedBatch, draw
 from scripts.benchmarks.common import (
+    CLOCKS,
     ROOT,
     machine,
     make_parser,
@@ -114,15 +114,15 @@ class Plain(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """Notes when each step ended."""
+    """Notes when each step ended, by one of the clocks."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, kind: str) -> None:
+        self.read, self.ends = CLOCKS[kind], list[float]()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note the end of a step."""
         wait_for(trainer.strategy.root_device)
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.read())
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -199,18 +199,16 @@ def time_steps(
     return median(later - earlier for earlier, later in pairwise(ends))
 
 
-def train_ours(config: Config, model: LatentDiffusion, batches: Any, skip: int) -> float:
+def train_ours(config: Config, model: LatentDiffusion, batches: Any, skip: int, clock: Clock) -> float:
     """Return the seconds of one of our steps."""
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, Path(folder), StopSignals(), callbacks=[clock])
         trainer.limit_val_batches = 0
         return time_steps(trainer, make_task(config, model), clock, batches, skip)
 
 
-def train_plain(config: Config, module: Plain, batches: Any, skip: int) -> float:
+def train_plain(config: Config, module: Plain, batches: Any, skip: int, clock: Clock) -> float:
     """Return the seconds of one of the plain module's steps."""
-    clock = Clock()
     trainer = pl.Trainer(
         max_steps=config.trainer.max_steps,
         accelerator=config.trainer.accelerator,
@@ -245,9 +243,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
     seconds: dict[str, list[float]] = {"ours": [], "plain Lightning around diffusers": []}
     theirs = "plain Lightning around diffusers"
     for _ in range(options.repeats):
-        seconds["ours"].append(train_ours(config, model, batches, options.warm_up))
+        seconds["ours"].append(train_ours(config, model, batches, options.warm_up, Clock(options.clock)))
         gc.collect()
-        seconds[theirs].append(train_plain(config, plain, batches, options.warm_up))
+        seconds[theirs].append(train_plain(config, plain, batches, options.warm_up, Clock(options.clock)))
         gc.collect()
     rows = {
         name: {
