@@ -43,6 +43,8 @@ ENOUGH_CHANNELS = 256
 """Channels in and out from which matrix products outweigh the transforms."""
 ENOUGH_POSITIONS, MANY_POSITIONS = 16 * 16, 64 * 64
 """Positions of a map from which tiles of two and of four pay: each call transforms the kernel again."""
+FEW_ROWS = 256
+"""Positions of all maps up to which a convolution whose weights lie channels last is one matrix product."""
 ENOUGH_DOUBLED = 512
 """Positions of all maps from which a doubled map is worth summing up the kernel for."""
 STRIP = 2**17
@@ -64,14 +66,26 @@ class Convolution(nn.Conv2d):
             return super().forward(x)
         if torch.is_autocast_enabled("cpu"):  # matrix products would become bfloat16
             return super().forward(x)
+        weight = self._laid_out(x)
         if self.stride != (1, 1) or self.padding != (1, 1):
-            return super().forward(x)
+            return self._conv_forward(x, weight, self.bias)
         if tile := fastest_tile(x.dtype, x.shape[2] * x.shape[3], x.shape[1], self.out_channels):
-            return winograd(x, self.weight, self.bias, tile)
-        if 9 * self.in_channels * self.out_channels < 2 * x.numel() or not is_channels_last(x):
-            return super().forward(x)
+            return winograd(x, weight, self.bias, tile)
+        lie_alike = is_channels_last(x) and is_channels_last(weight)
+        if lie_alike and x.numel() <= FEW_ROWS * x.shape[1]:
+            return convolve_rows(x, weight, self.bias)
+        if lie_alike or not is_channels_last(x) or weight.numel() < 2 * x.numel():
+            return self._conv_forward(x, weight, self.bias)
         # of weights and map, which lie differently, torch would lay out the larger again: the weights
-        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        made = self._conv_forward(x.contiguous(), weight, self.bias)
+        return made.contiguous(memory_format=torch.channels_last)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """Return the weights; frozen ones in bfloat16 lie as the map does from its first call on."""
+        own = self._parameters.get("weight")
+        if own is not None and own.dtype == torch.bfloat16 and not own.requires_grad and is_channels_last(x):
+            own.data = own.data.contiguous(memory_format=torch.channels_last)
+        return self.weight
 
     def of_doubled(self, x: Tensor) -> Tensor:
         """Map ``(b, c, h, w)`` to ``(b, o, 2h, 2w)``: what its nearest-neighbour doubling is mapped to.
@@ -79,9 +93,10 @@ class Convolution(nn.Conv2d):
         Adapters and hooks see the doubled map.
         """
         own = type(self).forward is Convolution.forward and not self._forward_hooks
-        if own and x.device.type == "cpu" and is_channels_last(x) and self._pays_undoubled(x):
-            return convolve_doubled(x, self.weight, self.bias)
-        return self(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if not own or x.device.type != "cpu" or not is_channels_last(x) or not self._pays_undoubled(x):
+            return self(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        as_it_is = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return convolve_doubled(x, self.weight if as_it_is else self._laid_out(x), self.bias)
 
     def _pays_undoubled(self, x: Tensor) -> bool:
         doubled = 4 * x.shape[2] * x.shape[3]
@@ -108,6 +123,21 @@ def fastest_tile(dtype: torch.dtype, positions: int, channels: int, out_channels
     if few or dtype not in (torch.float32, torch.float64):
         return 0
     return 4 if positions >= MANY_POSITIONS else 2
+
+
+def convolve_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve ``(b, c, h, w)`` with ``(o, c, 3, 3)`` and one pixel of zeros around, as one matrix product.
+
+    Both lie channels last in memory, as the result does. It pays where the weights are larger than the
+    nine copies of the map.
+    """
+    batch, channels, height, width = x.shape
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    image, line, pixel, _ = padded.stride()
+    patches = padded.as_strided(
+        (batch, height, width, 3, 3, channels), (image, line, pixel, line, pixel, 1)
+    ).reshape(batch, height, width, 9 * channels)
+    return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def convolve_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

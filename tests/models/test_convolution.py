@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from pbe.models import convolution
 from pbe.models.adapters import LowRank, attach
-from pbe.models.convolution import Convolution, convolve_doubled, fastest_tile, is_channels_last, winograd
+from pbe.models.convolution import (
+    Convolution,
+    convolve_doubled,
+    convolve_rows,
+    fastest_tile,
+    is_channels_last,
+    winograd,
+)
 from tests.models.tiny import relative
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -144,3 +151,36 @@ def test_a_product_of_rows_has_the_gradients_of_a_1x1_convolution(layout: torch.
     assert made.is_contiguous(memory_format=layout)
     pairs = zip(*(torch.autograd.grad(each, given, direction) for each in (made, expected)), strict=True)
     assert all(relative(*pair) < 1e-12 for pair in pairs)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 3), (1, 1)])
+def test_a_product_of_patches_is_the_plain_convolution(height: int, width: int) -> None:
+    x, weight = (
+        torch.randn(2, 5, height, width, dtype=torch.float64),
+        torch.randn(3, 5, 3, 3, dtype=torch.float64),
+    )
+    bias, last = torch.randn(3, dtype=torch.float64), torch.channels_last
+    made = convolve_rows(x.to(memory_format=last), weight.to(memory_format=last), bias)
+    assert relative(made, F.conv2d(x, weight, bias, padding=1)) < 1e-12
+    assert made.is_contiguous(memory_format=last)
+
+
+@pytest.mark.parametrize("side", [8, 24])  # of few positions and of many
+@torch.no_grad()
+def test_frozen_bfloat16_weights_are_laid_out_once_and_stay_the_same_numbers(side: int) -> None:
+    layer = Convolution(16, 24, 3, padding=1).bfloat16().requires_grad_(False)
+    before, x = layer.weight.clone(), torch.randn(2, 16, side, side).bfloat16()
+    made = layer(x.to(memory_format=torch.channels_last))
+    assert is_channels_last(layer.weight)
+    assert torch.equal(layer.weight, before)
+    assert relative(made, F.conv2d(x.double(), before.double(), layer.bias.double(), padding=1)) < 0.01
+    place = layer.weight.data_ptr()
+    layer(x.to(memory_format=torch.channels_last))
+    assert layer.weight.data_ptr() == place
+
+
+@torch.no_grad()
+def test_weights_that_train_keep_their_layout() -> None:
+    layer = Convolution(16, 24, 3, padding=1).bfloat16()  # an optimizer's state lies as they do
+    layer(torch.randn(2, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last))
+    assert layer.weight.is_contiguous()
