@@ -2,7 +2,7 @@
 
 python scripts/benchmarks/train.py                  # the toy model's sizes
 python scripts/benchmarks/train.py --full           # the official sizes at 256 px: needs 24 GB
-python scripts/benchmarks/train.py --compile        # ours with trainer.compile
+python scripts/benchmarks/train.py --compile        # and both compiled
 
 Both train UNet, mapper and null condition from encoded batches in memory, with AdamW, a moving average and
 one precision, in rounds that take turns. The peer has what such a module needs and no more: no log, no guard.
@@ -19,6 +19,8 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -58,6 +60,7 @@ from scripts.benchmarks.common import (
 from scripts.benchmarks.unet import same_weights
 
 BATCHES = 4  # different ones in memory
+PEER = "plain Lightning around diffusers"
 SAME = 1e-4  # relative difference of the losses, of which more is an error
 
 
@@ -134,7 +137,6 @@ def make_config(options: argparse.Namespace) -> Config:
         *("trainer.devices=1", "trainer.strategy=auto", "trainer.progress=false", "trainer.resume=never"),
         *("logging.loggers=[]", "logging.grid_every=0", "init_from=none", "autoencoder_from="),
         f"trainer.precision={precision}",
-        f"trainer.compile={str(options.compile).lower()}",
         f"trainer.accelerator={'gpu' if options.device == 'cuda' else 'cpu'}",
         f"trainer.max_steps={options.steps + options.warm_up}",
     ]
@@ -223,6 +225,20 @@ def train_plain(config: Config, module: Plain, batches: Any, skip: int, clock: C
     return time_steps(trainer, module, clock, batches, skip)
 
 
+def compiled_sides(
+    config: Config, model: LatentDiffusion, batches: Any, skip: int
+) -> dict[str, Callable[[Clock], float]]:
+    """Return both sides with their UNets compiled, on copies of the weights."""
+    compiled, plain = copy.deepcopy(model), Plain(config, model)
+    assert plain.unet is not None
+    plain.unet.compile()
+    apply_performance_options(compiled, replace(config.trainer, compile=True))
+    return {
+        "ours, compiled": lambda clock: train_ours(config, compiled, batches, skip, clock),
+        f"{PEER}, compiled": lambda clock: train_plain(config, plain, batches, skip, clock),
+    }
+
+
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Measure both sides in turns; returns the table."""
     config = make_config(options)
@@ -239,25 +255,29 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
                 parameter.normal_(std=0.02)
     plain = Plain(config, model)
     difference = check_losses(config, model, plain, batches[0])
+    sides: dict[str, Callable[[Clock], float]] = {
+        "ours": lambda clock: train_ours(config, model, batches, options.warm_up, clock),
+        PEER: lambda clock: train_plain(config, plain, batches, options.warm_up, clock),
+    }
+    if options.compile:
+        sides |= compiled_sides(config, model, batches, options.warm_up)
     apply_performance_options(model, config.trainer)
-    seconds: dict[str, list[float]] = {"ours": [], "plain Lightning around diffusers": []}
-    theirs = "plain Lightning around diffusers"
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
-        seconds["ours"].append(train_ours(config, model, batches, options.warm_up, Clock(options.clock)))
-        gc.collect()
-        seconds[theirs].append(train_plain(config, plain, batches, options.warm_up, Clock(options.clock)))
-        gc.collect()
+        for name, train in sides.items():
+            seconds[name].append(train(Clock(options.clock)))
+            gc.collect()
     rows = {
         name: {
             "a step, s": median(each),
             "samples a second": batch / median(each),
-            "speed": ratio(seconds[theirs], each),
+            "speed": ratio(seconds[PEER], each),
         }
         for name, each in seconds.items()
     }
     rows["both"] = {"difference of losses": difference, "peak GiB": peak_memory(options.device)}
     title = f"training, {'full' if options.full else 'toy'} size, {size} px, batch {batch}, "
-    title += f"{config.trainer.precision}{', ours compiled' if options.compile else ''}"
+    title += config.trainer.precision
     print_rows(title, rows)
     return {title: rows}
 
@@ -270,7 +290,7 @@ def run(arguments: list[str] | None) -> None:
     """
     parser = make_parser(__doc__, "train", repeats=3)
     parser.add_argument("--full", action="store_true", help="the official sizes at 256 px")
-    parser.add_argument("--compile", action="store_true", help="ours with trainer.compile")
+    parser.add_argument("--compile", action="store_true", help="also both compiled")
     parser.add_argument("--precision", default="bf16-mixed", help="of the toy sizes (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=0, help="default: toy 96, full 1")
     parser.add_argument("--steps", type=int, default=20, help="measured in each turn (%(default)s)")
@@ -288,9 +308,10 @@ def run(arguments: list[str] | None) -> None:
 
 
 def replace_json(options: argparse.Namespace) -> argparse.Namespace:
-    """Give each size a file of its own, unless one was named."""
-    if options.full and options.json.name == "train.json":
-        options.json = options.json.with_name("train_full.json")
+    """Give each size, and compiled runs, a file of their own, unless one was named."""
+    if options.json.name == "train.json":
+        kinds = "_full" * options.full + "_compiled" * options.compile
+        options.json = options.json.with_name(f"train{kinds}.json")
     return options
 
 
