@@ -116,8 +116,8 @@ class LoraConfig:
         default_factory=lambda: ["self_attention", "cross_attention", "feed_forward", "mapper"]
     )
     """Parts that get adapters; the names are those of ``optimizer.parts``."""
-    base: str = choice("bf16", "fp32")
-    """Type of the frozen weights of UNet and bottleneck; adapters are float32."""
+    base: str = choice("bf16", "fp32", "int8")
+    """Type of the frozen weights of UNet and bottleneck; adapters are float32. ``int8`` computes in bf16."""
 
 
 @dataclass

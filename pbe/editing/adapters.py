@@ -36,14 +36,13 @@ class AdapterSettings:
             The name.
         """
         _check_scale(scale)
-        if is_quantised(self.model):
-            raise EditValueError("an adapter needs whole weights beside it; load the model without int8")
         file = find_adapter(Path(expand_home(str(path))))
         name = name or (file.resolve().parent.name if file.name == ADAPTER_NAME else file.stem)
         if name in self.adapters:
             raise EditValueError(f"an adapter '{name}' is loaded already; give this one another name")
         adapter = open_adapter(file)
-        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
+        # of a weight in 8 bits the state has another name
+        shapes = {key.removesuffix("_int8"): each.shape for key, each in self.model.state_dict().items()}
         adapter.check_fit(shapes, "this model")
         load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
         return name
@@ -63,6 +62,10 @@ class AdapterSettings:
 
     def merge_adapters(self) -> None:
         """Add all adapters to the weights for good: edits cost no more than without any."""
+        if is_quantised(self.model):
+            raise EditValueError(
+                "adapters cannot be merged into weights in 8 bits; load the model without int8"
+            )
         merge_adapters(self.model)
 
     def _check_name(self, name: str) -> None:

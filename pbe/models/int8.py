@@ -1,16 +1,19 @@
 """Weights held as 8-bit integers: a quarter of float32's memory, half of bfloat16's.
 
-Only the storage is coarser: a layer turns its weight back into the type it computes in whenever it is used.
-Each output channel has a scale of its own, so that a weight is off by at most 1/254 of the channel's largest.
+Only the storage is coarser: a layer turns its weight back into the type it computes in whenever it is used,
+and once more for a backward pass. Each output channel has a scale of its own, so that a weight is off by at
+most 1/254 of the channel's largest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 LARGEST = 127
 ENOUGH = 2**14  # weights of a layer from which it is worth it
@@ -28,6 +31,38 @@ class Int8Weight(nn.Module):
         """The weight in the type of the scales, made anew each time."""
         return self.weight_int8.to(self.weight_scale.dtype).mul_(self.weight_scale)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of ``x``; neither input nor weight is kept for a backward pass."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            made: Tensor = Frozen.apply(x, self)
+            return made
+        output: Tensor = super().forward(x)
+        return output
+
+
+class Frozen(torch.autograd.Function):
+    """A frozen layer with a weight in 8 bits, which the backward pass makes anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Int8Weight) -> Tensor:
+        """Return the layer's output."""
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        made: Tensor = super(Int8Weight, layer).forward(x)  # without adapters, which come beside it
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the input."""
+        (grad,), layer = grads, ctx.layer
+        weight = layer.weight.to(grad.dtype)
+        if isinstance(layer, nn.Conv2d):
+            found = conv2d_input(
+                ctx.shape, weight, grad, layer.stride, layer.padding, layer.dilation, layer.groups
+            )
+        else:
+            found = grad @ weight
+        return found.to(ctx.dtype), None
+
 
 @cache
 def _with_int8_weight(kind: Any) -> Any:
@@ -38,7 +73,7 @@ def quantise(module: nn.Module) -> None:
     """Hold the weights of all linear and convolutional layers inside a module in 8 bits, in place.
 
     Layers on the meta device, which are not loaded yet, are passed over. The module can compute and be moved
-    afterwards, but neither be trained nor saved.
+    afterwards, but neither be saved nor trained; adapters beside the weights can.
     """
     for layer in module.modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, Int8Weight):
@@ -62,6 +97,14 @@ def quantise(module: nn.Module) -> None:
         layer.register_buffer("weight_scale", scale.to(weight.dtype))
         kind: Any = type(layer)
         layer.__class__ = _with_int8_weight(kind)
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's parameters and what is held in 8 bits in place of some, by name."""
+    yield from module.named_parameters()
+    for name, layer in module.named_modules():
+        if isinstance(layer, Int8Weight):
+            yield f"{name}.weight".removeprefix("."), layer.weight_int8
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.exemplar_encoder import MapperAttention
+from pbe.models.int8 import named_weights
 from pbe.training.activations import activation_bytes
 from pbe.training.latent_cache.builder import find_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
@@ -79,14 +80,14 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
     encoder, single = model.exemplar_encoder, model.config.exemplar_encoder.tokens == "class"
     tower = {id(p) for p in encoder.tower.parameters()}
     names = DEAD_WITH_ONE_TOKEN if single else ()
-    dead = {id(p) for name, p in model.unet.named_parameters() if any(part in name for part in names)}
+    dead = {id(p) for name, p in named_weights(model.unet) if any(part in name for part in names)}
     fused = [module.qkv for module in encoder.modules() if isinstance(module, MapperAttention) and single]
     idle_rows = sum(2 * p.numel() // 3 for layer in fused for p in (layer.weight, layer.bias))
     learning = any(layer.weight.requires_grad for layer in fused)  # beside adapters they do not
 
-    def count(parameters: Iterable[nn.Parameter], idle: int = 0) -> Count:
+    def count(module: nn.Module, idle: int = 0, beside: Iterable[int] = ()) -> Count:
         trained = frozen = lost = 0
-        for p in parameters:
+        for p in (p for _, p in named_weights(module) if id(p) not in beside):
             if id(p) in dead:
                 lost += p.numel()
             elif p.requires_grad:
@@ -96,16 +97,16 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
         return Count(trained - idle * learning, frozen - idle * (not learning), lost + idle)
 
     return {
-        "UNet": count(model.unet.parameters()),
-        "bottleneck": count((p for p in encoder.parameters() if id(p) not in tower), idle_rows),
-        "image tower": count(encoder.tower.parameters()),
-        "autoencoder": count(model.autoencoder.parameters()),
+        "UNet": count(model.unet),
+        "bottleneck": count(encoder, idle_rows, tower),
+        "image tower": count(encoder.tower),
+        "autoencoder": count(model.autoencoder),
     }
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
     """Return the bytes on a device of weights, gradients, the optimizer's moments and the moving average."""
-    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in task.model.parameters()]
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for _, p in named_weights(task.model)]
     trained = sum(count for count, _, learns in sizes if learns)
     gradients = sum(count * size for count, size, learns in sizes if learns)
     return {

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pbe.checkpoints.adapters import save_adapter
+from pbe.checkpoints.adapters import open_adapter, save_adapter
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditCommand, parse_adapter
 from pbe.errors import EditTypeError, EditValueError, UserError
-from pbe.models.adapters import adapter_state, add_adapter, remove_adapter
-from pbe.models.int8 import is_quantised, quantise
+from pbe.models import int8
+from pbe.models.adapters import adapter_state, add_adapter, delta, remove_adapter
+from pbe.models.int8 import quantise
 from tests.editing.tiny_model import IMAGE_SIZE, make_tiny_model
 
 
@@ -120,11 +121,24 @@ def test_mistakes_are_told(pipe: PaintByExample, files: list[Path], tmp_path: Pa
     assert pipe.adapters == {"number0": 1.0}
 
 
-def test_weights_in_8_bits_take_none(pipe: PaintByExample, files: list[Path]):
+def test_weights_in_8_bits_take_adapters_beside_them(
+    pipe: PaintByExample, files: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(int8, "ENOUGH", 1)
     quantise(pipe.model.unet)
-    assert is_quantised(pipe.model)
-    with pytest.raises(EditValueError, match="without int8"):
-        pipe.load_adapter(files[0])
+    layer = pipe.model.unet.get_submodule("mid_attention.block.attn1.to_v")
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    before = layer(x)
+    pipe.load_adapter(files[0], 0.5)
+    file, name = open_adapter(files[0]), "unet.mid_attention.block.attn1.to_v"
+    down, up = (file.read()[f"{name}.{key}"] for key in ("down", "up"))
+    change = delta(down, up, 0.5 * file.alpha / len(down))
+    torch.testing.assert_close(layer(x) - before, x @ change.T, rtol=1e-4, atol=1e-5)
+    with pytest.raises(EditValueError, match="cannot be merged into weights in 8 bits"):
+        pipe.merge_adapters()
+    pipe.unload_adapter()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer(x.detach()), before)
 
 
 def test_a_scale_may_stand_behind_the_file(tmp_path: Path):

@@ -62,6 +62,35 @@ def test_the_type_that_it_computes_in_can_change() -> None:
     assert unet(x, torch.tensor([5]), context).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(16, 8), nn.Conv2d(8, 6, 3), Convolution(8, 6, 3, padding=1)])
+def test_gradients_flow_through_and_no_copy_of_the_weight_waits_for_them(
+    layer: nn.Linear | nn.Conv2d,
+) -> None:
+    quantise(layer.requires_grad_(False))
+    plain = copy.deepcopy(layer)
+    x = torch.randn(4, 16) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 5, 5)
+    x.requires_grad_(True)
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = layer(x)
+    assert kept == []
+    weight = plain.weight
+    if isinstance(layer, nn.Linear):
+        expected = nn.functional.linear(x, weight, plain.bias)
+    else:
+        expected = nn.functional.conv2d(x, weight, plain.bias, padding=layer.padding)
+    slope = torch.randn_like(output)
+    (ours,) = torch.autograd.grad(output, x, slope)
+    (theirs,) = torch.autograd.grad(expected, x, slope)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_small_layers_and_a_second_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(4, 4)
     monkeypatch.setattr(int8, "ENOUGH", 17)

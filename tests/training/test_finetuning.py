@@ -48,7 +48,7 @@ def validations(run_folder: Path) -> dict[int, float]:
     return {step: float(value) for step, name, value in logged(run_folder) if name == "val/loss"}
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["bf16", "fp32", "int8"])
 def test_an_interrupted_run_of_adapters_ends_as_if_it_had_not_been(shards, base, tmp_path, kind: str):
     settings = (base, *RANK_2, f"lora.base={kind}", "trainer.max_steps=7", "trainer.checkpoint_every=2")
     straight = run(tiny_config(shards, tmp_path / "straight", *settings))

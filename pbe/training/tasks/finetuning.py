@@ -14,10 +14,11 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import add_adapter, layers_of
 from pbe.models.image_tower import follow_tower
+from pbe.models.int8 import named_weights, quantise
 from pbe.training.optimization.sharding import local
 
 SAMPLED = 4096  # numbers of a weight that its fingerprint is made of
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # that are computed in
 
 
 def _check_alive(model: LatentDiffusion, parts: list[str]) -> None:
@@ -40,8 +41,8 @@ def train_parts(model: LatentDiffusion, parts: list[str]) -> None:
 def train_adapters(model: LatentDiffusion, config: Config) -> None:
     """Freeze all weights and put trainable adapters beside those of the configuration's targets.
 
-    UNet and bottleneck take the base's type; autoencoder and tower keep theirs, so that latents and features
-    stay what they were, and a latent cache fits.
+    UNet and bottleneck take the base's type, or 8 bits; autoencoder and tower keep theirs, so that latents
+    and features stay what they were, and a latent cache fits.
     """
     options, encoder = config.lora, model.exemplar_encoder
     _check_alive(model, options.targets)
@@ -49,6 +50,8 @@ def train_adapters(model: LatentDiffusion, config: Config) -> None:
     bottleneck = [child for name, child in encoder.named_children() if name != "tower"]
     for module in (model.unet, *bottleneck):
         module.to(TYPES[options.base])
+        if options.base == "int8":
+            quantise(module)
     encoder.null_condition.data = encoder.null_condition.data.to(TYPES[options.base])
     generator = torch.Generator().manual_seed(config.seed)
     add_adapter(model, options.targets, options.rank, options.alpha, generator=generator)
@@ -68,10 +71,10 @@ def follow_model(config: Config, stored: ModelConfig) -> Config:
 def fingerprint_of_frozen(model: nn.Module) -> str:
     """Return a fingerprint of the frozen weights: evenly spread numbers of each one, hashed."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    for name, weight in named_weights(model):
+        if weight.requires_grad:
             continue
-        flat = local(parameter.detach()).flatten()
+        flat = local(weight.detach()).flatten()
         step = max(len(flat) // SAMPLED, 1)
         digest.update(name.encode() + flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
