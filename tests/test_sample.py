@@ -197,7 +197,7 @@ def test_a_mask_that_is_all_hole(model: Path, files: Path):
         (["--guidance-scale", "nan"], "--guidance-scale is nan"),
         (["--eta", "1.5"], "--eta is 1.5"),
         (["--eta", "0.5"], "plms is deterministic: eta must be 0"),
-        (["--eta", "0.5", "--solver", "euler"], "--eta above 0 is for --solver ddim, not euler"),
+        (["--eta", "0.5", "--solver", "euler"], "--eta above 0 is for --solver ddim and lcm, not euler"),
         (["--margin", "-1"], "--margin is -1.0; it must lie between 0 and 65535"),
         (["--feather", "inf"], "--feather is inf"),
         (["--height", "0"], "--height is 0; it must be at least 1"),

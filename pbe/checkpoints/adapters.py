@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pbe.checkpoints.key_map import LISTED, OpenedModel, checked
-from pbe.checkpoints.settings import reading
+from pbe.checkpoints.settings import reading, usage_for
 from pbe.checkpoints.tensors import Lazies, LazyTensor, lazies
 from pbe.checkpoints.weight_files import open_weights, write_safetensors
+from pbe.config import UNetConfig
 from pbe.errors import UserError
 from pbe.models.adapters import adapted_layers, delta, layer_names, merged_weight
 
@@ -54,6 +55,20 @@ class AdapterFile:
     def read(self) -> dict[str, Tensor]:
         """Return its tensors as float32, every number checked to be finite."""
         return {key: checked(key, each, torch.float32, self.source) for key, each in self.tensors.items()}
+
+    def adapted_unet(self, unet: UNetConfig) -> UNetConfig:
+        """Return the sizes of a UNet with what the adapter makes of it: one of few steps, perhaps."""
+        said = dict(self.settings or {})
+        if not said.get("few_steps"):
+            return unet
+        if unet.few_steps:
+            raise UserError(
+                f"{self.source} makes a model one of {said['few_steps']} steps, which this one is already"
+            )
+        with reading(self.source):
+            scales, steps = [float(scale) for scale in said["guidance_range"]], int(said["few_steps"])
+            low, high = scales
+            return replace(unet, guidance_range=[low, high], few_steps=steps)
 
     def check_fit(self, shapes: Mapping[str, Sequence[int]], what: str) -> None:
         """Refuse a model that lacks a layer of the adapter, or has it in another shape.
@@ -134,14 +149,17 @@ def _check_pair(down: LazyTensor | None, up: LazyTensor | None, where: str) -> N
 
 def with_adapters(opened: OpenedModel, adapters: Sequence[tuple[AdapterFile, float]]) -> OpenedModel:
     """Return a model in files with adapters, each times a factor, added to its weights when they are read."""
-    tensors, notes = dict(opened.tensors), list(opened.notes)
+    tensors, notes, unet = dict(opened.tensors), list(opened.notes), opened.config.unet
     for adapter, scale in adapters:
         adapter.check_fit({key: tensor.shape for key, tensor in tensors.items()}, opened.source)
+        unet = adapter.adapted_unet(unet)
         for layer in adapter.layers:
             key = f"{layer}.weight"
             tensors[key] = _merged(tensors[key], adapter, layer, scale)
         notes.append(f"{adapter.source} is merged in, times {scale:g}")
-    return replace(opened, tensors=tensors, notes=tuple(notes))
+    config = replace(opened.config, unet=unet)
+    usage = usage_for(config, opened.usage)
+    return replace(opened, config=config, tensors=tensors, notes=tuple(notes), usage=usage)
 
 
 def _merged(weight: LazyTensor, adapter: AdapterFile, layer: str, scale: float) -> LazyTensor:

@@ -30,7 +30,7 @@ from pbe.checkpoints.recognise import (
     left_out,
     sort_out,
 )
-from pbe.checkpoints.settings import UNSAID, Usage, reading
+from pbe.checkpoints.settings import UNSAID, Usage, reading, usage_for
 from pbe.checkpoints.weight_files import open_weights
 from pbe.config import ModelConfig, flatten, from_dict, to_dict
 from pbe.errors import UserError
@@ -107,7 +107,9 @@ def open_checkpoint(
     checker = opened.safety_checker
     if opened.layout != "diffusers" and (place / CHECKER).is_dir():  # those of diffusers are told by content
         checker = place / CHECKER
-    return replace(opened, tensors=opened.numbers(), notes=(*notes, *opened.notes), safety_checker=checker)
+    usage = usage_for(opened.config, opened.usage)
+    notes = [*notes, *opened.notes]
+    return replace(opened, tensors=opened.numbers(), notes=tuple(notes), safety_checker=checker, usage=usage)
 
 
 def of_run(folder: Path, *, raw_weights: bool) -> tuple[Path, list[str]]:

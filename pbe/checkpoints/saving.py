@@ -91,6 +91,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
         "an autoencoder that folds patches": config.autoencoder.patch != 1,
         "norms over channels": config.unet.norm != "group",
         "modulation by time and condition": config.unet.modulation,
+        "guidance in one call of few steps": bool(config.unet.guidance_range),
         "a token of the layout": encoder.layout_grid != 0,
         "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
         "a condition of all tokens": encoder.tokens != "class",
@@ -212,7 +213,8 @@ def _output(opened: OpenedModel, part: str, dtype: torch.dtype | None) -> Tensor
         x = torch.randn(1, 2 * latents + 1, side, side, generator=generator)
         # two tokens, so that queries and keys of the cross-attention count
         context = torch.randn(1, 2, config.unet.context_dim, generator=generator)
-        return network(x, torch.tensor([500]), context)
+        guidance = torch.tensor(config.unet.guidance_range[:1]) if config.unet.guidance_range else None
+        return network(x, torch.tensor([500]), context, guidance=guidance)
     if part == "autoencoder":
         side = 2 ** (len(config.autoencoder.channel_mult) + 1)
         mean = network.encode(torch.rand(1, 3, side, side, generator=generator) * 2 - 1).mean

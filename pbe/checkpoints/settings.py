@@ -15,6 +15,7 @@ from pbe.checkpoints.diffusers.scheduler import (
     solver_from_scheduler,
     solver_to_json,
 )
+from pbe.config import ModelConfig
 from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import UserError
 
@@ -159,6 +160,12 @@ class Usage:
 
 
 UNSAID = Usage()
+FEW_STEPS_SOLVER = SolverChoice("lcm")
+
+
+def usage_for(config: ModelConfig, said: Usage = UNSAID) -> Usage:
+    """Return how a model of these sizes is run: one of few steps by their solver, unless files say."""
+    return replace(said, solver=FEW_STEPS_SOLVER) if config.unet.few_steps and said.solver is None else said
 
 
 def usage_from_json(values: Any, source: str | Path) -> Usage:

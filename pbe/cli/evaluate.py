@@ -44,10 +44,10 @@ class Sampling:
 
     guidance: list[float] | None = field(default=None, metadata={"group": "How edits are made"})
     """guidance scales (default 5; without --benchmark 1 2 3 5)"""
-    solver: str = "plms"
-    """see docs/solvers.md"""
-    steps: int = 50
-    """of the solver"""
+    solver: str | None = None
+    """see docs/solvers.md (default plms; lcm for a model of few steps)"""
+    steps: int | None = None
+    """of the solver (default 50; what a model of few steps is meant for)"""
     seed: int = 0
     """of noise, intervals and toy benchmark"""
     batch_size: int | None = None
@@ -298,6 +298,7 @@ def run_toy(settings: EvaluateSettings) -> None:
     at_scales(edit_settings, scales)  # checks them
     device = pick_device(sampling.device or "cpu")
     pipe = load_pipeline(source, sampling.dtype, device)
+    edit_settings = edit_settings.completed(pipe.model.config)
     make_folder(source.out)
     tower = load_tower("lite2", None, None)
     config = pipe.model.config

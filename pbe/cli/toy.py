@@ -153,10 +153,10 @@ class ScoreSettings:
     """whose objects: those of train show how much better the model knows what it has seen"""
     guidance: float = 5.0
     """guidance scale"""
-    steps: int = 20
-    """of the solver"""
-    solver: str = "ddim"
-    """see docs/solvers.md"""
+    steps: Count | None = None
+    """of the solver (default 20; what a model of few steps is meant for)"""
+    solver: str | None = None
+    """see docs/solvers.md (default ddim; lcm for a model of few steps)"""
     dtype: Dtype = "bf16"
     """of the weights while edits are made"""
     device: str = "cpu"

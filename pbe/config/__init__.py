@@ -27,6 +27,7 @@ from pbe.config.model import (
 from pbe.config.training import (
     AutoencoderLossConfig as AutoencoderLossConfig,
     Config as Config,
+    DistillationConfig as DistillationConfig,
     LoggingConfig as LoggingConfig,
     LoraConfig as LoraConfig,
     ObjectiveConfig as ObjectiveConfig,

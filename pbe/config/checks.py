@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[float, float]] = {
     key: field.metadata["range"] for key, field in FIELDS.items() if "range" in field.metadata
 }
 PATHS = tuple(key for key, field in FIELDS.items() if "path" in field.metadata)
+DEFAULT_GUIDANCE = 5
 LARGEST = 2**53  # whole numbers up to here are exact in floating point too
 SAME = (
     ("data.image_size", "model.image_size"),
@@ -58,6 +59,8 @@ def check_values(config: Config) -> None:
     _check_finetuning(config)
     if config.task == "autoencoder":
         _check_autoencoder(config)
+    if config.task == "distillation":
+        _check_distillation(config)
 
 
 def _check_value(key: str, value: Any) -> None:
@@ -74,6 +77,9 @@ def _check_lists(values: dict[str, Any]) -> None:
     for key in ("model.unet.channel_mult", "model.unet.attention_factors", "model.autoencoder.channel_mult"):
         if min(values[key], default=0 if key.endswith("mult") else 1) < 1:
             raise UserError(f"'{key}' is {values[key]}; it must be a list of numbers of at least 1")
+    scales = values["model.unet.guidance_range"]
+    if scales and (len(scales) != 2 or not 0 <= scales[0] <= scales[1]):
+        raise UserError(f"'model.unet.guidance_range' is {scales}; it must be two numbers from 0 up, or []")
     for key, low in (("mean", -math.inf), ("std", 0.0)):
         numbers = values[f"model.exemplar_encoder.{key}"]
         if numbers and (len(numbers) != 3 or min(numbers) <= low):
@@ -134,7 +140,7 @@ def _check_finetuning(config: Config) -> None:
     if not lora.rank and not parts:
         return
     what = "lora.rank" if lora.rank else "optimizer.parts"
-    if config.task != "diffusion":
+    if config.task != "diffusion" and not (lora.rank and config.task == "distillation"):
         raise UserError(f"'{what}' is for task=diffusion, not task={config.task}")
     if lora.rank:
         _check_lora(config)
@@ -157,6 +163,29 @@ def _check_lora(config: Config) -> None:
             f"'trainer.strategy' is {config.trainer.strategy}, which cuts weights that adapters leave "
             "frozen; use ddp"
         )
+
+
+def _check_distillation(config: Config) -> None:
+    options, lora = config.distillation, config.lora
+    scales, steps = options.guidance, options.steps
+    if not config.start:
+        raise UserError("'task' is distillation, which starts from a trained model; name it in 'init_from'")
+    if len(scales) != 2 or not 0 <= scales[0] <= scales[1]:
+        raise UserError(
+            f"'distillation.guidance' is {scales}; it must be two numbers from 0 up, the lower first"
+        )
+    if options.teacher_steps % steps or options.teacher_steps == steps:
+        raise UserError(
+            f"'distillation.teacher_steps' is {options.teacher_steps}; it must be a multiple of "
+            f"'distillation.steps', {steps}, such as {3 * steps}"
+        )
+    if lora.rank and scales[0] != scales[1]:
+        raise UserError(
+            f"'distillation.guidance' is {scales}, but adapters have no input for it; give one scale twice, "
+            f"such as [{DEFAULT_GUIDANCE}, {DEFAULT_GUIDANCE}]"
+        )
+    if lora.rank and "mapper" in lora.targets:
+        raise UserError("'lora.targets' names 'mapper', which distillation leaves as it is; leave it out")
 
 
 def _check_autoencoder(config: Config) -> None:

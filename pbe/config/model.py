@@ -48,6 +48,11 @@ class UNetConfig:
     modulation: bool = False
     """Let time and condition scale and shift the features of every residual block; without it the time
     embedding is added, and the condition enters by cross-attention alone."""
+    guidance_range: list[float] = field(default_factory=list)
+    """Lowest and highest guidance scale that one call does the work of two for; two equal numbers: that one
+    only. Empty: guidance takes two calls. Distillation sets it."""
+    few_steps: int = number(0, high=500)
+    """Steps that the UNet was distilled for; 0: as many as a solver needs."""
 
 
 @dataclass

@@ -31,6 +31,25 @@ class ObjectiveConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Distillation of a trained model into one of few steps, each of them one call with guidance in it."""
+
+    method: str = choice("trajectory", "consistency")
+    """``trajectory``: the student walks from noise to the image in its few steps and is pulled to where the
+    teacher is after each; ``consistency``: from noised images it has to come to the same end of a step as
+    from a point further along (latent consistency distillation)."""
+    steps: int = number(4, low=1, high=50)
+    """Steps that the student is meant for."""
+    guidance: list[float] = field(default_factory=lambda: [1.0, 8.0])
+    """Lowest and highest guidance scale that the student learns to take as an input; two equal numbers (for
+    adapters they have to be): that scale alone, without an input."""
+    teacher_steps: int = number(12, low=1, high=500)
+    """Steps of the teacher from noise to the image, a multiple of ``steps``; about 50 for ``consistency``."""
+    huber: float = number(1.0e-3, low=1.0e-6)
+    """Width of the pseudo-Huber distance: errors well below count squared, those above by their size."""
+
+
+@dataclass
 class AutoencoderLossConfig:
     """Loss of the autoencoder: a weighted sum of terms, each a mean over its elements."""
 
@@ -205,7 +224,7 @@ class LoggingConfig:
 class Config:
     """One reproducible experiment."""
 
-    task: str = choice("diffusion", "autoencoder")
+    task: str = choice("diffusion", "autoencoder", "distillation")
     """What is trained."""
     seed: int = number(23, high=2**32 - 1)  # NumPy's largest
     """Key of every random draw."""
@@ -220,6 +239,7 @@ class Config:
     not 0."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -17,7 +17,7 @@ EVERYWHERE: Interval = (0.0, 1.0)
 
 
 def guided(
-    network: Network, condition: Tensor, null_condition: Tensor, guidance_scale: float
+    network: Network, condition: Tensor, null_condition: Tensor, guidance_scale: float | Tensor
 ) -> PredictNoise:
     """Close a network over its condition, with classifier-free guidance.
 
@@ -28,9 +28,10 @@ def guided(
         network: ``network(x_t, timesteps, condition)``; it must accept the doubled batch.
         condition: ``(b, tokens, c)``.
         null_condition: the same shape.
-        guidance_scale: s in ``e_null + s (e_cond - e_null)``; 1 turns guidance off.
+        guidance_scale: s in ``e_null + s (e_cond - e_null)``; 1 turns guidance off. ``(b, 1, 1, 1)``: of each
+            sample its own, guided whatever they are.
     """
-    if guidance_scale == 1.0:
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0:
         return lambda x_t, timesteps: network(x_t, timesteps, condition)
     both = torch.cat([null_condition, condition])
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 
 from pbe.checkpoints.adapters import ADAPTER_NAME, find_adapter, open_adapter
+from pbe.checkpoints.settings import FEW_STEPS_SOLVER
+from pbe.config import UNetConfig
+from pbe.diffusion.solvers import SolverChoice
 from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion
@@ -18,6 +22,13 @@ class AdapterSettings:
     """The part of a pipeline that puts adapters beside the weights of its networks."""
 
     model: LatentDiffusion
+    _choice: SolverChoice
+    _distilled: tuple[str, UNetConfig, SolverChoice] | None = None  # by which adapter, and what was before
+
+    @property
+    def _few_steps(self) -> int:
+        """The number of steps that the model is meant for, by its weights or an adapter; 0: any."""
+        return self.model.config.unet.few_steps
 
     @property
     def adapters(self) -> dict[str, float]:
@@ -26,6 +37,8 @@ class AdapterSettings:
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Put an adapter beside the weights, and beside those that are loaded already.
+
+        One that was distilled brings its solver, steps and guidance scale along.
 
         Args:
             path: its file, or the folder of the run that trained it.
@@ -44,13 +57,28 @@ class AdapterSettings:
         # of a weight in 8 bits the state has another name
         shapes = {key.removesuffix("_int8"): each.shape for key, each in self.model.state_dict().items()}
         adapter.check_fit(shapes, "this model")
+        before = self.model.config.unet
+        unet = adapter.adapted_unet(before)
         load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
+        if unet is not before:
+            self._distilled = (name, before, self._choice)
+            self._become(unet, FEW_STEPS_SOLVER)
         return name
+
+    def _become(self, unet: UNetConfig, choice: SolverChoice) -> None:
+        """Run the model as one whose UNet has these sizes is run."""
+        self.model.unet.config = unet
+        self.model.config = replace(self.model.config, unet=unet)
+        self._choice = choice
 
     def set_adapter_scale(self, name: str, scale: float) -> None:
         """Weigh an adapter anew; 0 turns it off and keeps it loaded."""
         _check_scale(scale)
         self._check_name(name)
+        if not scale and self._distilled is not None and self._distilled[0] == name:
+            raise EditValueError(
+                f"without '{name}' the model is none of few steps: unload it to be without it"
+            )
         for _, adapter in adapters_of(self.model, name):
             adapter.factor = float(scale)
 
@@ -59,6 +87,9 @@ class AdapterSettings:
         if name is not None:
             self._check_name(name)
         remove_adapter(self.model, name)
+        if self._distilled is not None and name in (None, self._distilled[0]):
+            self._become(*self._distilled[1:])
+            self._distilled = None
 
     def merge_adapters(self) -> None:
         """Add all adapters to the weights for good: edits cost no more than without any."""
@@ -67,6 +98,7 @@ class AdapterSettings:
                 "adapters cannot be merged into weights in 8 bits; load the model without int8"
             )
         merge_adapters(self.model)
+        self._distilled = None
 
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:

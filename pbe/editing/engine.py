@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,13 +33,14 @@ from pbe.editing.preprocess import (
     mask_at_latent_size,
     network_inputs,
 )
-from pbe.editing.settings import Conventions, EditSettings
+from pbe.editing.settings import DEFAULT_STEPS, Conventions, EditSettings
 from pbe.errors import EditTypeError, EditValueError, UserError
 from pbe.models import LatentDiffusion
 from pbe.models.codec import known_pixels
 from pbe.models.latent_diffusion import masked_image
 from pbe.models.unet import DeepFeatures
 
+S = TypeVar("S", bound=EditSettings)
 ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # of so many steps; gives what is told of each
 
 
@@ -62,12 +63,32 @@ def merge_choice(default: SolverChoice, settings: EditSettings) -> SolverChoice:
     return replace(choice, spacing=spacing, karras=karras)
 
 
+def complete(settings: S, model: LatentDiffusion) -> S:
+    """Return settings with the steps that a model is meant for, where they name none.
+
+    Raises EditValueError for guidance that a distilled model has not learned.
+    """
+    unet = model.config.unet
+    if unet.guidance_range:
+        low, high = unet.guidance_range
+        if not low <= settings.guidance_scale <= high:
+            known = f"{low:g} to {high:g}" if low < high else f"{low:g} alone"
+            raise EditValueError(
+                f"guidance_scale is {settings.guidance_scale:g}; this model was distilled for {known}"
+            )
+        if settings.guidance_interval != EVERYWHERE:
+            raise EditValueError(
+                "guidance_interval: this model was distilled with guidance everywhere; leave it at 0 to 1"
+            )
+    return replace(settings, steps=settings.steps or unet.few_steps or DEFAULT_STEPS)
+
+
 def count_steps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> int:
     """Check that a solver takes the settings, and return the number of steps that it will report."""
     solver = get_solver(choice.name)
     if settings.eta and solver.noise != "eta":
         kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
-        raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim for eta above 0)")
+        raise EditValueError(f"{solver.name} {kind}: eta must be 0 (use solver ddim or lcm for eta above 0)")
     try:
         return len(solver.grid(schedule, settings.count, choice))
     except UserError as error:
@@ -154,30 +175,42 @@ class Conditioning:
 
 
 def noise_predictor(
-    model: LatentDiffusion, schedule: NoiseSchedule, conditioning: Conditioning, guidance_scale: float
+    model: LatentDiffusion,
+    schedule: NoiseSchedule,
+    conditioning: Conditioning,
+    guidance_scale: float | Tensor,
 ) -> PredictNoise:
     """Close a model over its conditioning, guided, as the predictor of the noise that solvers take.
 
-    Latents stay float32 whatever the type of the weights; the model may predict eps or v.
+    Latents stay float32 whatever the type of the weights; the model may predict eps or v, and one that was
+    distilled is told the guidance scale. Scales ``(b, 1, 1, 1)`` are of each sample its own.
     """
     fixed = (conditioning.masked_latents, conditioning.keep_mask)
     doubled = tuple(torch.cat([x, x]) for x in fixed)
-    dtype = model.unet.conv_in.weight.dtype
+    dtype, scale = model.unet.conv_in.weight.dtype, _as_input(model, guidance_scale)
 
     def network(x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         masked_latents, keep_mask = fixed if len(x_t) == len(fixed[0]) else doubled
-        return model.predict(x_t.to(dtype), timesteps, condition, masked_latents, keep_mask).float()
+        inputs = (x_t.to(dtype), timesteps, condition, masked_latents, keep_mask)
+        return model.predict(*inputs, guidance=scale).float()
 
-    null = model.null_condition(*conditioning.condition.shape[:2])
-    predict = guided(network, conditioning.condition, null, guidance_scale)
+    null = model.null_condition(*conditioning.condition.shape[:2]).to(conditioning.condition.dtype)
+    predict = guided(network, conditioning.condition, null, 1.0 if scale is not None else guidance_scale)
     return noise_from_v(predict, schedule) if model.config.prediction == "v" else predict
+
+
+def _as_input(model: LatentDiffusion, guidance_scale: float | Tensor) -> Tensor | None:
+    """Return the scales as a distilled model takes them, which makes one call of two; None for others."""
+    if not model.config.unet.guidance_range:
+        return None
+    return torch.as_tensor(guidance_scale, dtype=torch.float32, device=model.device).flatten()
 
 
 def prepared_predictor(
     model: LatentDiffusion,
     schedule: NoiseSchedule,
     conditioning: Conditioning,
-    guidance_scale: float,
+    guidance_scale: float | Tensor,
     timesteps: Tensor,
     *,
     interval: Interval = EVERYWHERE,
@@ -191,18 +224,18 @@ def prepared_predictor(
         model: to edit with.
         schedule: of its noise.
         conditioning: of the batch.
-        guidance_scale: 1 turns guidance off.
+        guidance_scale: 1 turns guidance off; ``(b, 1, 1, 1)``: of each sample its own.
         timesteps: ``(n,)`` all that the solver will ask for, in that order.
         interval: of noise levels where guidance is at work; elsewhere a call costs one half.
         reuse: so many calls share the UNet's inner levels; 1 shares nothing, above is an approximation.
     """
     condition = conditioning.condition
-    null = model.null_condition(*condition.shape[:2])
-    known = timesteps.to(model.device)
+    null = model.null_condition(*condition.shape[:2]).to(condition.dtype)
+    known, scale = timesteps.to(model.device), _as_input(model, guidance_scale)
 
     def of(*conditions: Tensor) -> Network:
         fixed = (conditioning.masked_latents, conditioning.keep_mask)
-        prepared = model.prepare(torch.cat(conditions), *fixed, known)
+        prepared = model.prepare(torch.cat(conditions), *fixed, known, scale)
         deep = DeepFeatures(reuse) if reuse > 1 else None
         return lambda x_t, timesteps, _: model.predict_prepared(
             x_t.to(model.dtype), timesteps, prepared, deep
@@ -211,7 +244,7 @@ def prepared_predictor(
     def alone() -> PredictNoise:
         return guided(of(condition), condition, null, 1.0)
 
-    if guidance_scale == 1.0:
+    if scale is not None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0):
         predict = alone()
     else:
         predict = guided(of(null, condition), condition, null, guidance_scale)  # null first, as in `guided`
@@ -228,6 +261,10 @@ class Engine:
     schedule: NoiseSchedule
     crop: CropSettings
     conventions: Conventions
+
+    def complete(self, settings: S) -> S:
+        """Return settings as :func:`complete` does for the model."""
+        return complete(settings, self.model)
 
     def encode(self, exemplars: Sequence[Exemplar]) -> Tensor:
         """Return the condition of exemplars, ``(b, tokens, context_dim)``."""

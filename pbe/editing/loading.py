@@ -21,7 +21,7 @@ from torch import nn
 
 from pbe.checkpoints.folders import ANY, CHECKER, SHARD, STRANGERS, SUFFIXES, FileChoice, rank
 from pbe.checkpoints.loading import load_checkpoint
-from pbe.checkpoints.settings import UNSAID, Usage
+from pbe.checkpoints.settings import UNSAID, Usage, usage_for
 from pbe.config import Config, ModelConfig, ScheduleConfig
 from pbe.diffusion.schedule import NoiseSchedule, make_schedule
 from pbe.diffusion.solvers import SolverChoice
@@ -200,8 +200,9 @@ class PipelineSchedule(NoiseSchedule):
     usage: Usage = USUAL
 
 
-def schedule_of(model: LatentDiffusion, usage: Usage = USUAL) -> PipelineSchedule:
-    """Return the schedule of a whole model that is run like this."""
+def schedule_of(model: LatentDiffusion, usage: Usage | None = None) -> PipelineSchedule:
+    """Return the schedule of a whole model that is run like this; None is how models of its kind are run."""
+    usage = usage_for(model.config).complete("native") if usage is None else usage
     config, plain = model.config, make_schedule(model.config.schedule)
     sizes = (config.schedule, config.prediction, config.image_size)
     return PipelineSchedule(plain.betas, plain.alphas_cumprod, *sizes, usage)

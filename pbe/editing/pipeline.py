@@ -307,13 +307,13 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         if preset is not None and solver is not None:
             raise EditValueError("preset and solver both name a solver; give one of them")
-        usual = preset is not None and num_inference_steps == DEFAULT_STEPS
+        usual = (self._few_steps or preset is not None) and num_inference_steps == DEFAULT_STEPS
         more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
         more |= {"height": height, "width": width, "preserve_background": preserve_background}
         more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
         more |= {"reuse_features": reuse_features, "conventions": conventions}
-        steps = None if usual else num_inference_steps
-        settings = EditSettings(steps=steps, num_images=num_images_per_prompt, **more).checked()
+        more["steps"] = None if usual else num_inference_steps
+        settings = EditSettings(num_images=num_images_per_prompt, **more).checked()
         output = self.edit(
             example_image,
             image,
@@ -352,6 +352,7 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         ``latents`` and ``masked_image_latents``.
         """
         engine = self._engine(settings.conventions)
+        settings = engine.complete(settings)
         choice = engine.with_spacing(merge_choice(choice or self._choice, settings))
         check_callback(callback)
         every = check_count("callback_steps", callback_steps, kind=EditValueError)

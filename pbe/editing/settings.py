@@ -17,7 +17,7 @@ from pbe.files import expand_home
 from pbe.resources import find_model
 
 SolverName = Literal[
-    "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms"
+    "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms", "lcm"
 ]
 SpacingName = Literal["uniform", "leading", "linspace", "trailing"]
 ConventionsName = Literal["original", "diffusers"]
@@ -81,7 +81,7 @@ class EditSettings:
     reuse_features: int = 1
     """so many network calls share its inner levels: faster, but approximate above 1"""
     eta: float = 0.0
-    """ancestral noise, 0 to 1, ddim only"""
+    """fresh noise in every step, 0 to 1, ddim and lcm only"""
     seed: int = 0
     """edit k of an image has seed + k"""
     num_images: int = 1
@@ -119,8 +119,10 @@ class EditSettings:
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
         if self.region not in get_args(Region):
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")
-        if self.eta and self.solver not in (None, "ddim"):
-            raise EditValueError(f"{named('eta')} above 0 is for {named('solver')} ddim, not {self.solver}")
+        if self.eta and self.solver not in (None, "ddim", "lcm"):
+            raise EditValueError(
+                f"{named('eta')} above 0 is for {named('solver')} ddim and lcm, not {self.solver}"
+            )
         return replace(self, **found).with_preset(named)
 
     @property

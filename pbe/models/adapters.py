@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -98,7 +99,8 @@ class Adapted(nn.Module):
         """Return what the layer makes of ``x``, with what each adapter adds."""
         output: Tensor = super().forward(x)
         for adapter in self.adapters:
-            output = output + adapter(x)
+            if adapter.factor:
+                output = output + adapter(x)
         return output
 
 
@@ -196,6 +198,19 @@ def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str
             assert isinstance(adapter, LowRank)
             if name is None or adapter.name == name:
                 yield layer_name, adapter
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let a model compute what it computes without adapters for the length of a ``with`` block."""
+    kept = [(adapter, adapter.factor) for _, adapter in adapters_of(model)]
+    for adapter, _ in kept:
+        adapter.factor = 0.0
+    try:
+        yield
+    finally:
+        for adapter, factor in kept:
+            adapter.factor = factor
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:

@@ -123,7 +123,13 @@ class LatentDiffusion(nn.Module):
         return self.exemplar_encoder.null_condition.to(self.device).expand(batch, tokens, -1)
 
     def predict(
-        self, x_t: Tensor, timesteps: Tensor, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        condition: Tensor,
+        masked_latents: Tensor,
+        keep_mask: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Run the UNet on ``[noisy latents | masked-image latents | mask]``.
 
@@ -133,19 +139,26 @@ class LatentDiffusion(nn.Module):
             condition: ``(b, tokens, context_dim)``.
             masked_latents: ``(b, z, h, w)`` scaled latents of the image with the masked region at mid-grey.
             keep_mask: ``(b, 1, h, w)``, 1 = keep, 0 = masked region.
+            guidance: ``(b,)`` guidance scales, for a UNet that takes them.
 
         Returns:
             ``(b, z, h, w)``: the noise, or v, as ``config.prediction`` says.
         """
         self._use("unet")
-        return self.unet(torch.cat([x_t, masked_latents, keep_mask], dim=1), timesteps, condition)
+        x = torch.cat([x_t, masked_latents, keep_mask], dim=1)
+        return self.unet(x, timesteps, condition, guidance=guidance)
 
     def prepare(
-        self, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor, timesteps: Tensor
+        self,
+        condition: Tensor,
+        masked_latents: Tensor,
+        keep_mask: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None = None,
     ) -> Prepared:
         """Compute once what is the same in all calls of an edit; arguments as :meth:`UNet.prepare`."""
         self._use("unet")
-        return self.unet.prepare(condition, masked_latents, keep_mask, timesteps)
+        return self.unet.prepare(condition, masked_latents, keep_mask, timesteps, guidance)
 
     def predict_prepared(
         self, x_t: Tensor, timesteps: Tensor, prepared: Prepared, deep: DeepFeatures | None = None

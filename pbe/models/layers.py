@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from pbe.models.convolution import Convolution, is_channels_last
 SMALL_MAP, NARROW = 32 * 32, 16
 """Positions and channels of a group from which torch's group norm is fast in any layout."""
 
+L = TypeVar("L", nn.Conv2d, nn.Linear)
 
-def zero_init(module: nn.Conv2d) -> nn.Conv2d:
-    """Set weight and bias of a convolution to zero, so that its residual branch starts as the identity."""
+
+def zero_init(module: L) -> L:
+    """Set weight and bias of a layer to zero, so that what it adds starts as nothing."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

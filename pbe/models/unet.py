@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ Time = Tensor | Mapping[nn.Module, Tensor]
 """Time embeddings ``(b, time_dim)``, or what each residual block makes of them."""
 Context = Tensor | PreparedCondition
 """A condition ``(b, tokens, context_dim)``, or what the cross-attentions make of it."""
+LAST_PLACE = 999.0  # a guidance scale is embedded by its place in its range, as timesteps are
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(base, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.context_embed = nn.Linear(config.context_dim, time_dim) if config.modulation else None
         self.conv_in = nn.Conv2d(2 * latent_channels + 1, base, 3, padding=1)
+        self.guidance_embed = self._guidance_layer(config.guidance_range)
         self.down, skips = self._build_down(time_dim)
         deepest = base * config.channel_mult[-1]
         self.mid1 = _block(config, deepest, deepest, time_dim)
@@ -169,6 +171,24 @@ class UNet(nn.Module):
         self.up = self._build_up(time_dim, skips)
         self.norm_out = make_norm(base, _groups(config))
         self.conv_out = zero_init(nn.Conv2d(base, latent_channels, 3, padding=1))
+
+    def take_guidance(self, scales: list[float], steps: int) -> None:
+        """Make one call do the work of guidance's two, once it is trained; until then nothing changes.
+
+        Args:
+            scales: lowest and highest guidance scale that it is meant for, where they differ an input of its
+                own, which starts at zero (Meng et al. 2023, section 3.1); empty: none.
+            steps: that it is meant for; 0: any number.
+        """
+        self.config = replace(self.config, guidance_range=list(scales), few_steps=steps)
+        self.guidance_embed = self._guidance_layer(scales)
+
+    def _guidance_layer(self, scales: list[float]) -> nn.Linear | None:
+        if len(set(scales)) < 2:
+            return None
+        base, like = self.config.model_channels, self.conv_in.weight
+        layer = nn.Linear(base, base * self.config.time_embed_mult, device=like.device, dtype=like.dtype)
+        return zero_init(layer)
 
     def _build_down(self, time_dim: int) -> tuple[nn.ModuleList, list[int]]:
         config, levels = self.config, nn.ModuleList()
@@ -207,6 +227,7 @@ class UNet(nn.Module):
         timesteps: Tensor,
         context: Tensor | Prepared,
         deep: DeepFeatures | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict the noise (or v).
 
@@ -218,6 +239,7 @@ class UNet(nn.Module):
             context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
                 for each sample.
             deep: with a prepared context, what the calls of one edit share.
+            guidance: ``(b,)`` or ``(1,)`` guidance scales, where they are an input and nothing is prepared.
 
         Returns:
             ``(b, z, h, w)``, or ``(k b, z, h, w)``.
@@ -228,13 +250,18 @@ class UNet(nn.Module):
                 # transformers and 1x1 convolutions then read positions as rows, without a copy
                 x = x.contiguous(memory_format=torch.channels_last)
             return self.after_input(x, context.time(timesteps), context.condition, deep)
-        time = self.embed_time(timesteps)
+        time = self.embed_time(timesteps) + self._embed_guidance(guidance)
         if self.context_embed is not None:
             time = time + self.context_embed(context.mean(dim=1))
         return self.after_input(self.conv_in(x), time, context)
 
     def prepare(
-        self, condition: Tensor, masked_latents: Tensor, keep_mask: Tensor, timesteps: Tensor
+        self,
+        condition: Tensor,
+        masked_latents: Tensor,
+        keep_mask: Tensor,
+        timesteps: Tensor,
+        guidance: Tensor | None = None,
     ) -> Prepared:
         """Compute once what is the same in all calls of an edit; give it to the UNet as its context.
 
@@ -247,13 +274,14 @@ class UNet(nn.Module):
             keep_mask: ``(b, 1, h, w)``, 1 = keep.
             timesteps: ``(n,)`` all that will be asked for. Memory grows with them: Stable Diffusion's sizes
                 take 20160 numbers for each.
+            guidance: ``(b,)`` or ``(1,)`` guidance scales, where they are an input.
         """
         fixed, conv = torch.cat([masked_latents, keep_mask], dim=1), self.conv_in
         constant = F.conv2d(fixed, conv.weight[:, -fixed.shape[1] :], conv.bias, padding=conv.padding)
         layers = [module.attn2 for module in self.modules() if isinstance(module, TransformerBlock)]
         known: dict[nn.Module, tuple[Tensor, ...]] = {layer: layer.prepare(condition) for layer in layers}
         timesteps = timesteps.unique()
-        time = self.embed_time(timesteps)[:, None]
+        time = self.embed_time(timesteps)[:, None] + self._embed_guidance(guidance)
         if self.context_embed is not None:
             time = time + self.context_embed(condition.mean(dim=1))
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
@@ -275,6 +303,17 @@ class UNet(nn.Module):
         """Return time embeddings ``(n, time_dim)`` of timesteps ``(n,)``."""
         embedding = timestep_embedding(timesteps, self.config.model_channels)
         return self.time_embed(embedding.to(self.conv_in.weight.dtype))
+
+    def _embed_guidance(self, guidance: Tensor | None) -> Tensor | float:
+        """Return what guidance scales ``(n,)`` add to time embeddings, ``(n, time_dim)``, or nothing."""
+        if self.guidance_embed is None:
+            return 0.0
+        if guidance is None:
+            raise ValueError("this UNet takes the guidance scale as an input, and got none")
+        low, high = self.config.guidance_range
+        place = LAST_PLACE * (guidance.to(self.guidance_embed.weight.device) - low) / (high - low)
+        embedding = timestep_embedding(place, self.config.model_channels)
+        return self.guidance_embed(embedding.to(self.guidance_embed.weight.dtype))
 
     def after_input(
         self, x: Tensor, time: Time, context: Context, deep: DeepFeatures | None = None

@@ -16,11 +16,14 @@ MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class TrainingStep(nn.Module):
-    """The forward pass of a training step through all weights that may be trained."""
+    """The forward pass of a training step through all weights that may be trained.
 
-    def __init__(self, model: LatentDiffusion) -> None:
+    The UNet is called ``calls`` times before the backward pass.
+    """
+
+    def __init__(self, model: LatentDiffusion, calls: int = 1) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.calls = model, calls
 
     def forward(self, batch: int, device: str) -> Tensor:
         """Return a loss of ``batch`` samples without content."""
@@ -33,8 +36,12 @@ class TrainingStep(nn.Module):
         latents = torch.zeros(shape, dtype=model.dtype, device=device)
         timesteps = torch.zeros(batch, dtype=torch.int64, device=device)
         condition = model.exemplar_encoder.condition(features)
-        output = model.predict(latents, timesteps, condition, latents, latents[:, :1])
-        return output.float().square().mean()
+        guidance = torch.ones(batch, device=device) if config.unet.guidance_range else None
+        outputs = [
+            model.predict(latents, timesteps, condition, latents, latents[:, :1], guidance)
+            for _ in range(self.calls)
+        ]
+        return torch.stack(outputs).float().square().mean()
 
 
 def activation_bytes(task: DiffusionTask, device: str) -> int:
@@ -63,6 +70,8 @@ def activation_bytes(task: DiffusionTask, device: str) -> int:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = functional_call(TrainingStep(task.model), state, (task.config.data.batch_size, device))
+            loss = functional_call(
+                TrainingStep(task.model, task.calls), state, (task.config.data.batch_size, device)
+            )
     del loss  # it held all that is kept, so that no storage took the place of another
     return sum(kept.values())

@@ -37,6 +37,7 @@ from pbe.training.setup import (
 )
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DEAD_WITH_ONE_TOKEN, DiffusionTask
+from pbe.training.tasks.distillation import DistillationTask
 from pbe.training.tasks.finetuning import follow_model
 from pbe.training.trials import (
     GB,
@@ -105,13 +106,18 @@ def count_parameters(task: BaseTask) -> dict[str, Count]:
 
 
 def state_bytes(task: BaseTask) -> dict[str, int]:
-    """Return the bytes on a device of weights, gradients, the optimizer's moments and the moving average."""
+    """Return the bytes on a device of weights, teacher, gradients, moments and moving average."""
     sizes = [(p.numel(), p.element_size(), p.requires_grad) for _, p in named_weights(task.model)]
     trained = sum(count for count, _, learns in sizes if learns)
     gradients = sum(count * size for count, size, learns in sizes if learns)
+    beside: dict[str, int] = {}
+    if isinstance(task, DistillationTask) and not task.adapted:
+        copied = task.teacher.unet.parameters()
+        beside["teacher"] = sum(p.numel() * p.element_size() for p in copied)
     return {
         "weights": sum(count * size for count, size, _ in sizes),
         "gradients": gradients,
+        **beside,
         "moments": (1 if task.config.optimizer.name == "muon" else 2) * gradients,
         "moving average": 4 * trained if task.ema is not None else 0,
     }
@@ -209,7 +215,7 @@ def find_data(config: Config, task: BaseTask, notes: list[str]) -> TrainingData 
     try:
         data = TrainingData(config)
         data.samples("train")
-        if config.task != "diffusion" or not config.cache.folder:
+        if config.task == "autoencoder" or not config.cache.folder:
             return data
         if (store := find_cache(config, model)) is not None:
             return CachedDataModule(config, store)

@@ -160,10 +160,12 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     """Check that a checkpoint continues this very task, and report which settings have changed."""
     content = read_checkpoint(path)
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
-    if task.adapted and content["base"] != task.base_fingerprint():
+    base = task.base_fingerprint()
+    if base and content["base"] != base:
+        what = "adapters" if task.adapted else "student"
         raise UserError(
-            f"the adapters of '{path}' were trained beside other weights than those of "
-            f"'{task.config.init_from}'; name the model that they started from, or another output_dir"
+            f"the {what} of '{path}' {'were' if task.adapted else 'was'} trained beside other weights than "
+            f"those of '{task.config.init_from}'; name the model that it started from, or another output_dir"
         )
     if task.ema is not None and not content["ema"]:
         raise UserError(
@@ -190,8 +192,10 @@ def export(task: BaseTask, folder: Path, *, writes: bool) -> None:
     assert isinstance(model, LatentDiffusion)
     if task.adapted:
         with task.averaged_weights():
-            lora, base = task.config.lora, task.config.init_from
-            save_adapter(folder.parent / ADAPTER_NAME, adapter_state(model), lora.alpha, base)
+            lora, base, unet = task.config.lora, task.config.init_from, model.config.unet
+            said = {"few_steps": unet.few_steps, "guidance_range": unet.guidance_range}
+            said = said if unet.few_steps else {}
+            save_adapter(folder.parent / ADAPTER_NAME, adapter_state(model), lora.alpha, base, said)
         return
     with task.averaged_weights():
         if isinstance(task, AutoencoderTask) and not task.decoder_only:

@@ -46,7 +46,8 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
-from pbe.training.tasks.finetuning import follow_model
+from pbe.training.tasks.distillation import DistillationTask
+from pbe.training.tasks.finetuning import check_undistilled, follow_model
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
 # a place in the data that the data module restores, and a library's own housekeeping.
@@ -64,6 +65,7 @@ NEEDLESS_ADVICE = (
 OWN = ("image_size", "prediction", "schedule")
 OWN_OF_ENCODER = ("tokens", "token_grid", "mean", "std")
 
+TASKS = {"diffusion": DiffusionTask, "distillation": DistillationTask, "autoencoder": AutoencoderTask}
 OTHER_FILES = ("fsdp", "deepspeed")  # strategies of Lightning's that write checkpoints of their own
 # What starts processes by itself hands the trained model back to none of them, or takes other devices.
 LEFT_OUT = ("spawn", "fork", "notebook", "xla", "tpu", "single_device")
@@ -242,7 +244,9 @@ def precision_plugin(options: TrainerConfig, *, cpu: bool) -> Precision | None:
 
 def make_task(config: Config, model: LatentDiffusion) -> BaseTask:
     """Return the task that a configuration names, over a model."""
-    return DiffusionTask(config, model) if config.task == "diffusion" else AutoencoderTask(config, model)
+    if config.task != "autoencoder":
+        check_undistilled(model, config)
+    return TASKS[config.task](config, model)
 
 
 def make_trainer(
@@ -304,7 +308,7 @@ def _callbacks(config: Config, folder: Path, stop: StopSignals, writer: SafeChec
     if options.progress:
         made.append(TQDMProgressBar(refresh_rate=10))
     if config.logging.grid_every:
-        source = diffusion_grid(config) if config.task == "diffusion" else autoencoder_grid(config)
+        source = autoencoder_grid(config) if config.task == "autoencoder" else diffusion_grid(config)
         made.append(GridCallback(source, folder, config.logging.grid_every))
     return made
 

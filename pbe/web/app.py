@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from pbe import __version__
 from pbe.editing.images import mask_from_image, pixels_of, require_masked
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.settings import EditSettings
+from pbe.editing.settings import DEFAULT_STEPS, EditSettings
 from pbe.errors import UserError
 from pbe.resources import packaged
 from pbe.web.records import (
@@ -127,6 +127,7 @@ class Editor:
         self.settings = settings
         self.service = EditService(pipe, settings.batch_size, settings.max_queue)
         self.store = Store(settings.keep_minutes * 60.0)
+        self.usual_steps = pipe.model.config.unet.few_steps or DEFAULT_STEPS
 
     def upload(self, content: bytes, kind: Kind) -> Uploaded:
         """Check and keep an upload."""
@@ -252,7 +253,7 @@ def _add_edit(api: FastAPI, editor: Editor) -> None:
     @api.post("/edit", response_model=Edits, responses=refusals)
     async def edit(form: Annotated[EditForm, Form(media_type="multipart/form-data")]) -> Any:
         """Paint an exemplar into the masked region of an image."""
-        chosen = read_settings({name: getattr(form, name) for name in SETTINGS}, limits)
+        chosen = read_settings({name: getattr(form, name) for name in SETTINGS}, limits, editor.usual_steps)
         files = [await each.read() for each in (form.image, form.mask, *form.exemplar)]
         inputs = await run_in_threadpool(read_inputs, files[0], files[1], files[2:], limits)
         if form.output == "json":

@@ -18,7 +18,7 @@ from pbe.editing import settings as editing
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
 from pbe.web.app import EXAMPLES, STATIC, Editor
-from pbe.web.records import CHOICES, DEFAULT_STEPS, read_inputs, read_record, read_settings, split
+from pbe.web.records import CHOICES, read_inputs, read_record, read_settings, split
 from pbe.web.service import Edit
 from pbe.web.views import part, results, running
 
@@ -123,18 +123,21 @@ class _Page:
         self._api()
 
     def _settings(self) -> None:
-        limits, usual = self.editor.settings, EditSettings()
+        limits, usual, low, high = self.editor.settings, EditSettings(), 0.0, 20.0
+        unet = self.editor.pipe.model.config.unet
+        if unet.guidance_range:
+            low, high = unet.guidance_range
         preset = gr.Radio(
             [each.capitalize() for each in PRESETS], visible=bool(PRESETS),
             label="Preset", info="Solver, spacing and steps in one word.",
         )  # fmt: skip
         with gr.Row():
             self.fields["steps"] = gr.Slider(
-                1, limits.max_steps, min(usual.steps or DEFAULT_STEPS, limits.max_steps), step=1,
+                1, limits.max_steps, min(self.editor.usual_steps, limits.max_steps), step=1,
                 label="Steps", info="More are slower and, up to about 50, better.",
             )  # fmt: skip
             self.fields["guidance_scale"] = gr.Slider(
-                0, 20, usual.guidance_scale, step=0.5,
+                low, high, min(max(usual.guidance_scale, low), high), step=0.5, interactive=low < high,
                 label="Guidance scale", info="How strongly the exemplar is followed; 1 turns guidance off.",
             )  # fmt: skip
             self.fields["num_images"] = gr.Slider(
@@ -186,10 +189,10 @@ class _Page:
                 choices = [(OWN, ""), *((each, each) for each in CHOICES[name])]
                 self.fields[name] = gr.Dropdown(choices, value="", label=label, info=info)
             self.fields["karras"] = gr.Checkbox(
-                False, label="Karras noise levels", info="Not with plms, pndm and ddim."
+                False, label="Karras noise levels", info="Not with plms, pndm, ddim and lcm."
             )
             self.fields["eta"] = gr.Slider(
-                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solver ddim only."
+                0, 1, 0, step=0.05, label="Eta", info="Noise added on the way; with solvers ddim and lcm."
             )
             for name in ("height", "width"):
                 self.fields[name] = gr.Textbox(
@@ -224,7 +227,7 @@ class _Page:
         """Set the controls as a JSON says."""
         text = given.decode(errors="replace") if isinstance(given, bytes) else given
         try:
-            settings = read_record(text or "", self.editor.settings)
+            settings = read_record(text or "", self.editor.settings, self.editor.usual_steps)
         except UserError as error:
             return [f"⚠️ {error}", gr.skip(), *(gr.skip() for _ in self.fields)]
         values = {name: getattr(settings, name) for name in self.fields}
@@ -240,7 +243,8 @@ class _Page:
         try:
             run, given = _parse(collected)
             chosen = dict(zip(self.fields, values, strict=True))
-            settings = read_settings({name: _plain(name, chosen[name]) for name in chosen}, editor.settings)
+            given_settings = {name: _plain(name, chosen[name]) for name in chosen}
+            settings = read_settings(given_settings, editor.settings, editor.usual_steps)
             inputs = await run_in_threadpool(self._inputs, given)
             edits = split(inputs, settings, editor.settings, watched=True)
             editor.service.submit(edits)
@@ -293,7 +297,7 @@ class _Page:
         Settings are those of pbe edit by their names; each edit comes as a PNG in a data URL with its record.
         """
         try:
-            chosen = read_settings(settings or {}, self.editor.settings)
+            chosen = read_settings(settings or {}, self.editor.settings, self.editor.usual_steps)
             if not image or not mask:
                 raise UserError("image and mask are needed")
             inputs = await run_in_threadpool(read_inputs, image, mask, exemplars or [], self.editor.settings)

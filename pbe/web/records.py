@@ -19,7 +19,7 @@ from pbe.editing.image_files import carried, decode_image
 from pbe.editing.images import aspect_remark, fit_mask, mask_from_image, pixels_of, require_masked
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.placement import region_box
-from pbe.editing.settings import MAX_SEED, EditSettings
+from pbe.editing.settings import DEFAULT_STEPS, MAX_SEED, EditSettings
 from pbe.errors import EditValueError, UserError
 from pbe.web.service import Edit, Made
 from pbe.web.settings import ServeSettings
@@ -29,7 +29,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 NAMES = tuple(each.name for each in fields(EditSettings))
 ALMOST_ALL = 0.9  # share of what the model sees, from which a mask leaves it nothing to fit the exemplar to
 LEAST_CROP = 8  # pixels a side
-DEFAULT_STEPS = 50
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
@@ -119,8 +118,13 @@ def crop(pixels: np.ndarray, box: tuple[float, float, float, float] | None) -> n
     return np.ascontiguousarray(pixels[top:bottom, left:right])
 
 
-def read_settings(values: dict[str, Any], limits: ServeSettings) -> EditSettings:
-    """Return checked settings from names and values; unknown names and what is beyond a limit are refused."""
+def read_settings(
+    values: dict[str, Any], limits: ServeSettings, usual_steps: int = DEFAULT_STEPS
+) -> EditSettings:
+    """Return checked settings from names and values; unknown names and what is beyond a limit are refused.
+
+    Where they name no steps there are ``usual_steps``, those that the model is meant for.
+    """
     given = {name: value for name, value in values.items() if value is not None and value != ""}
     if unknown := [name for name in given if name not in NAMES]:
         raise EditValueError(f"there is no setting '{unknown[0]}'; there are: {', '.join(NAMES)}")
@@ -133,7 +137,7 @@ def read_settings(values: dict[str, Any], limits: ServeSettings) -> EditSettings
             raise EditValueError(f"{name} is {given[name]!r}; it must be {wanted}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = EditSettings(**given).checked(lambda name: name)
-    settings = replace(settings, steps=settings.steps or DEFAULT_STEPS)
+    settings = replace(settings, steps=settings.steps or usual_steps)
     for name, most in (("steps", limits.max_steps), ("num_images", limits.max_images)):
         if getattr(settings, name) > most:
             raise EditValueError(f"{name} is {getattr(settings, name)}; this server takes at most {most}")
@@ -144,7 +148,7 @@ def read_settings(values: dict[str, Any], limits: ServeSettings) -> EditSettings
     return settings
 
 
-def read_record(text: str, limits: ServeSettings) -> EditSettings:
+def read_record(text: str, limits: ServeSettings, usual_steps: int = DEFAULT_STEPS) -> EditSettings:
     """Return the settings in a JSON that the page or ``pbe edit`` wrote."""
     try:
         content = json.loads(text)
@@ -153,7 +157,7 @@ def read_record(text: str, limits: ServeSettings) -> EditSettings:
     known = {name: content[name] for name in NAMES if name in content} if isinstance(content, dict) else {}
     if not known:
         raise UserError("no settings of an edit are in this JSON; give that of an earlier edit")
-    return read_settings(known, limits)
+    return read_settings(known, limits, usual_steps)
 
 
 def split(

@@ -33,6 +33,7 @@ STRIDED, SPARED, IN_SIGMA = (
         ("dpmpp_2m", "uniform", (801, 601, 401, 201, 1)),
         ("dpmpp_2m", "leading", (831, 665, 499, 333, 167)),
         ("dpmpp_2m", "trailing", (999, 799, 599, 399, 199)),
+        ("lcm", "trailing", (999, 799, 599, 399, 199)),
         ("unipc", "linspace", (999, 799, 599, 400, 200)),
         ("euler", "leading", (801, 601, 401, 201, 1)),
         ("euler", "linspace", (999, 749.25, 499.5, 249.75, 0)),
@@ -47,6 +48,7 @@ def test_own_spacings() -> None:
     own = {name: solver.spacing for name, solver in SOLVERS.items()}
     assert own.pop("ddim") == own.pop("plms") == "uniform"
     assert own.pop("pndm") == "leading"
+    assert own.pop("lcm") == "trailing"
     assert set(own.values()) == {"linspace"}
 
 

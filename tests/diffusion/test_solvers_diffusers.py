@@ -230,3 +230,50 @@ def test_plms_is_pndm_but_for_the_first_step_of_uneven_grids(spacing: str) -> No
     runs = [get_solver(name)(network, start(), SCHEDULE, 20, spacing=spacing) for name in ("plms", "pndm")]
     difference = float((runs[0] - runs[1]).abs().max())
     assert (difference < 1e-5) == (spacing != "linspace")
+
+
+def test_lcm_without_fresh_noise_is_ddim_in_trailing_steps_to_clean_latents() -> None:
+    scheduler = diffusers.DDIMScheduler(
+        **BETAS, set_alpha_to_one=True, clip_sample=False, timestep_spacing="trailing"
+    )
+    expected, timesteps = reference(scheduler, 4)
+    visited = [start()]
+    get_solver("lcm")(network, start(), SCHEDULE, 4, callback=lambda index, timestep, x: visited.append(x))
+    assert timesteps == [999, 749, 499, 249]
+    torch.testing.assert_close(torch.stack(visited), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lcm_with_fresh_noise_is_what_latent_consistency_models_are_sampled_with() -> None:
+    """Diffusers keeps a share of x, which is below a millionth at these timesteps."""
+    scheduler = diffusers.LCMScheduler(**BETAS, clip_sample=False)
+    scheduler.set_timesteps(timesteps=[999, 749, 499, 249])
+    x, generator = start(), torch.Generator().manual_seed(SEED)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(len(x))), t, x, generator=generator).prev_sample
+    own = torch.Generator().manual_seed(SEED)
+    found = get_solver("lcm")(network, start(), SCHEDULE, 4, eta=1.0, generator=own)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+def test_lcm_mixes_predicted_and_fresh_noise_at_one_variance() -> None:
+    """Where the network knows the noise, the deviation behind a step is that of its level at any eta."""
+    clean, many = torch.full((4000, 1, 1, 1), 0.7), torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 1, 1, 1, generator=many)
+    for eta in (0.0, 0.5, 1.0):
+        seen: list[Tensor] = []
+
+        def exact(x: Tensor, timesteps: Tensor) -> Tensor:
+            signal, sigma = SCHEDULE.signal_noise(timesteps, x)
+            return (x - signal * clean) / sigma
+
+        signal, sigma = SCHEDULE.signal_noise(torch.tensor([999]), clean)
+        found = get_solver("lcm")(
+            exact, signal * clean + sigma * noise, SCHEDULE, 3, eta=eta, generator=many,
+            callback=lambda index, timestep, x, seen=seen: seen.append(x),
+        )  # fmt: skip
+        torch.testing.assert_close(found, clean, rtol=0, atol=2e-3)
+        signal, sigma = SCHEDULE.signal_noise(torch.tensor([666]), clean)
+        spread = (seen[0] - signal * clean) / sigma
+        assert float(spread.std()) == pytest.approx(1.0, abs=0.05)
+        together = float((spread * noise).mean())
+        assert together == pytest.approx((1 - eta**2) ** 0.5, abs=0.06)

@@ -25,7 +25,8 @@ def pipe(tiny_model: LatentDiffusion) -> PaintByExample:
     return PaintByExample(tiny_model)
 
 
-@pytest.mark.parametrize("start", SOLVERS)
+# but lcm: what diffusers' DDIM has to be told to do the same, other classes read too
+@pytest.mark.parametrize("start", [name for name in SOLVERS if name != "lcm"])
 def test_swapping_schedulers_swaps_solvers(pipe: PaintByExample, start: str):
     pipe.solver = start
     for name, kind in SCHEDULERS.items():

@@ -94,7 +94,7 @@ def test_settings_become_plain_numbers():
         ({"feather": float("nan")}, "feather is nan; it must lie between 0 and 65535"),
         ({"guidance_scale": -1}, "guidance_scale is -1; it must be a number from 0 up"),
         ({"steps": 0}, "num_inference_steps is 0; it must be at least 1"),
-        ({"eta": 0.5, "solver": "euler"}, "eta above 0 is for solver ddim, not euler"),
+        ({"eta": 0.5, "solver": "euler"}, "eta above 0 is for solver ddim and lcm, not euler"),
         ({"seed": -1}, "seed is -1; it must lie between 0 and"),
         ({"region": "left"}, "no region 'left'; there are: full, mask"),
         ({"preserve_background": "no"}, "preserve_background: str; it must be True or False"),

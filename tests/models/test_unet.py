@@ -277,3 +277,44 @@ def test_features_of_another_batch_are_not_taken(unet: UNet) -> None:
         prepared = unet.prepare(torch.randn(samples, 1, 24), *fixed, torch.arange(9))
         timesteps = torch.full((samples,), 5)
         assert torch.equal(unet(x, timesteps, prepared, deep), unet(x, timesteps, prepared))
+
+
+@pytest.mark.parametrize("modulation", [False, True])
+def test_guidance_as_an_input_starts_without_effect_and_is_told_by_its_place(modulation: bool) -> None:
+    torch.manual_seed(0)
+    unet = randomised(UNet(replace(tiny_unet_config(), modulation=modulation)))
+    x, timesteps, context = inputs()
+    before = unet(x, timesteps, context)
+    unet.take_guidance([1.0, 9.0], 4)
+    assert (unet.config.guidance_range, unet.config.few_steps) == ([1.0, 9.0], 4)
+    assert torch.equal(unet(x, timesteps, context, guidance=torch.tensor([2.0, 5.0])), before)
+    assert unet.guidance_embed is not None
+    with torch.no_grad():
+        unet.guidance_embed.weight.normal_(std=0.5)
+    low, high = (unet(x, timesteps, context, guidance=torch.tensor([scale])) for scale in (2.0, 5.0))
+    each = unet(x, timesteps, context, guidance=torch.tensor([2.0, 5.0]))
+    assert relative(low, high) > 1e-3
+    assert torch.allclose(each, torch.stack([low[0], high[1]]), atol=1e-5)
+    place = timestep_embedding(torch.tensor([999 * (5.0 - 1.0) / 8.0]), unet.config.model_channels)
+    with torch.no_grad():  # the same as a bias of the time embedding
+        unet.time_embed[2].bias += unet.guidance_embed(place)[0]
+        unet.guidance_embed.weight.zero_()
+    assert torch.allclose(unet(x, timesteps, context, guidance=torch.tensor([2.0])), high, atol=1e-5)
+
+
+def test_prepared_calls_know_the_guidance_scale() -> None:
+    torch.manual_seed(0)
+    unet = UNet(replace(tiny_unet_config(), guidance_range=[1.0, 8.0]))
+    unet = randomised(unet)
+    x, condition, fixed = torch.randn(2, 4, 8, 8), torch.randn(2, 1, 24), torch.randn(2, 5, 8, 8)
+    timesteps = torch.tensor([700, 700])
+    for scales in (torch.tensor([3.0]), torch.tensor([1.5, 6.0])):
+        plain = unet(torch.cat([x, fixed], dim=1), timesteps, condition, guidance=scales)
+        prepared = unet.prepare(condition, *fixed.split([4, 1], 1), torch.arange(900), scales)
+        assert relative(unet(x, timesteps, prepared), plain) < 1e-5
+
+
+def test_guidance_that_is_missing_is_an_error_and_one_scale_needs_none() -> None:
+    with pytest.raises(ValueError, match="takes the guidance scale as an input"):
+        UNet(replace(tiny_unet_config(), guidance_range=[1.0, 8.0]))(*inputs())
+    assert UNet(replace(tiny_unet_config(), guidance_range=[5.0, 5.0])).guidance_embed is None

@@ -192,10 +192,10 @@ def _class_of(choice: SolverChoice) -> tuple[str, dict[str, Any]]:
     """Return the class that is nearest to a solver, and the settings of it that are not its defaults."""
     name = get_solver(choice.name).name
     found: dict[str, Any] = {}
-    if name in ("ddim", "plms", "pndm"):
-        if choice.end == "clean":
+    if name in ("ddim", "lcm", "plms", "pndm"):
+        if choice.end == "clean" or (name == "lcm" and choice.end is None):
             found["set_alpha_to_one"] = True
-        if name == "ddim":
+        if name in ("ddim", "lcm"):
             clip = {} if choice.clip is None else {"clip_sample": True, "clip_sample_range": choice.clip}
             return "DDIMScheduler", found | clip
         return "PNDMScheduler", found | ({"skip_prk_steps": False} if choice.runge_kutta else {})

@@ -1,4 +1,4 @@
-"""DDIM and the linear multistep solvers built on its step: PLMS and PNDM."""
+"""DDIM, its form for models of few steps, and the multistep solvers built on its step: PLMS and PNDM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers.grid import Grid, spaced_timesteps, strided, strided_grid
+from pbe.diffusion.solvers.grid import Grid, log_snr_grid, spaced_timesteps, strided, strided_grid
 from pbe.diffusion.solvers.registry import Run, solver, weighted
 from pbe.diffusion.solvers.settings import SolverChoice
 from pbe.errors import UserError
@@ -33,6 +33,25 @@ def ddim(run: Run, x: Tensor) -> Tensor:
         x = _ddim_step(x, noise, alpha, alpha_next, sigma, run.settings.clip)
         if run.eta:
             x = x + sigma * run.fresh(x, index)
+        run.report(index, x)
+    return x
+
+
+@solver(log_snr_grid, "trailing", noise="eta", karras=False)
+def lcm(run: Run, x: Tensor) -> Tensor:
+    """The steps of a distilled model: to the clean latents that it predicts, and back to the next level.
+
+    With ``eta`` 0 back along the predicted noise, which is DDIM's step without its rounding of levels; with 1
+    along fresh noise, as for consistency models (Song et al. 2023, algorithm 1; Luo et al. 2023, algorithm
+    3); between them along a mixture of the same variance.
+    """
+    levels = zip(run.grid.alphas, run.grid.alphas_next, strict=True)
+    for index, (alpha, alpha_next) in enumerate(levels):
+        noise = run.noise(x, index)
+        x_0 = (x - (1.0 - alpha) ** 0.5 * noise) / alpha**0.5
+        if run.eta and alpha_next < 1.0:
+            noise = (1.0 - run.eta**2) ** 0.5 * noise + run.eta * run.fresh(x, index)
+        x = alpha_next**0.5 * x_0 + (1.0 - alpha_next) ** 0.5 * noise
         run.report(index, x)
     return x
 

@@ -88,7 +88,7 @@ class Solver:
             x_T: standard normal start, whatever scale the solver works in.
             schedule: noise schedule.
             steps: number of steps asked for; ``uniform`` spacing may make a few more.
-            eta: share of ancestral noise, 0 (deterministic) to 1 (DDPM); DDIM only.
+            eta: share of fresh noise, 0 (deterministic) to 1 (DDPM, for DDIM); DDIM and LCM only.
             generator: CPU generator of fresh noise, or one for each sample; one draw a step.
             callback: called after each step with (index, timestep, x), x in the solver's own scale: noise
                 added to the data for Euler, Heun and LMS, unit variance for all others.
@@ -97,7 +97,7 @@ class Solver:
         """
         if eta and self.noise != "eta":
             kind = "draws its own noise" if self.noise == "always" else "is deterministic"
-            raise UserError(f"{self.name} {kind}: eta must be 0 (use ddim for eta above 0)")
+            raise UserError(f"{self.name} {kind}: eta must be 0 (use ddim or lcm for eta above 0)")
         settings = replace(settings or SolverChoice(self.name), **options)
         grid = self.grid(schedule, steps, settings)
         return self.integrate(Run(grid, settings, predict_noise, eta, generator, callback), grid.scale * x_T)

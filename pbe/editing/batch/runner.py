@@ -26,7 +26,7 @@ from pbe.editing.batch.records import (
     write_image,
     write_json,
 )
-from pbe.editing.engine import merge_choice
+from pbe.editing.engine import complete, merge_choice
 from pbe.editing.loading import Hub
 from pbe.editing.offload import usable_device
 from pbe.editing.output import EditOutput
@@ -114,6 +114,7 @@ def edit_all(jobs: Sequence[CheckedJob], command: EditCommand) -> None:
     """Edit every job and write its files; a bar on stderr counts solver steps."""
     device = pick_device(command.device)
     pipe, place = load_pipeline(command, device)
+    command = complete(command, pipe.model)
     pipe.solver = merge_choice(pipe.choice, command)
     total = len(jobs) * command.num_images * pipe.solver_steps(command.count, command.eta)
     shared = _shared_record(command, pipe, place, device)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -28,9 +28,11 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pbe.checkpoints.loading import open_checkpoint
+from pbe.checkpoints.settings import FEW_STEPS_SOLVER
 from pbe.checkpoints.tensors import DTYPES
 from pbe.cluster import RayCluster
-from pbe.config import ScheduleConfig
+from pbe.config import ModelConfig, ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import get_solver
 from pbe.editing.batch.records import write_image
@@ -63,8 +65,9 @@ class GenerateSettings:
 
     Attributes:
         guidance_scale: at least 0; 1 turns guidance off.
-        solver: name of one, see :data:`pbe.diffusion.solvers.SOLVERS`.
-        steps: of the solver.
+        solver: name of one, see :data:`pbe.diffusion.solvers.SOLVERS`; None is ``lcm`` for a model of few
+            steps, and that of :attr:`USUAL` for others.
+        steps: of the solver; None is what the model is meant for.
         seed: of the noise, together with the case's id.
         batch_size: cases edited at once; part of the settings, since rounding follows it.
         dtype: of the weights: ``fp32``, ``fp16`` or ``bf16``.
@@ -81,9 +84,11 @@ class GenerateSettings:
         progress: show a bar.
     """
 
+    USUAL: ClassVar[tuple[str, int]] = ("plms", 50)
+
     guidance_scale: float = 5.0
-    solver: str = "plms"
-    steps: int = 50
+    solver: str | None = None
+    steps: int | None = None
     seed: int = 0
     batch_size: int = 8
     dtype: str = "fp32"
@@ -100,15 +105,16 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be used before any time is spent on it."""
-        get_solver(self.solver)
+        if self.solver is not None:
+            get_solver(self.solver)
         if self.conventions is not None:
             get_conventions(self.conventions)
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise UserError(f"the guidance scale is {self.guidance_scale}; it must be a number from 0 up")
         for name in ("steps", "batch_size", "threads", "num_nodes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.steps > TIMESTEPS:
+        if self.steps is not None and self.steps > TIMESTEPS:
             raise UserError(f"steps is {self.steps}; the noise schedule has no more than {TIMESTEPS}")
         known = ("auto", *StrategyRegistry.available_strategies())
         if self.strategy not in known:
@@ -121,6 +127,12 @@ class GenerateSettings:
             )
         if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices) > 0):
             raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
+
+    def completed(self, sizes: ModelConfig) -> Self:
+        """Return the settings with the solver and steps that a model is meant for, where they name none."""
+        few = sizes.unet.few_steps
+        solver, steps = (FEW_STEPS_SOLVER.name, few) if few else self.USUAL
+        return replace(self, solver=self.solver or solver, steps=self.steps or steps)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that images depend on."""
@@ -164,6 +176,8 @@ def edit_batch(
 
     Noise belongs to (seed, case), not to the batch.
     """
+    settings = settings.completed(pipe.model.config)
+    assert settings.steps is not None
     output = pipe(
         [case.exemplar for case in cases] if exemplars is None else list(exemplars),
         [case.image for case in cases],
@@ -272,6 +286,7 @@ def generate(
     """
     settings, folder = settings or GenerateSettings(), Path(out_folder)
     source = model if isinstance(model, PaintByExample) else Hub().find(str(model))
+    settings = settings.completed(_sizes(source))
     claim_folder(folder, model_identity(source), benchmark, settings.identity())
     task = _EditTask(source, benchmark, folder, settings)
     if settings.engine == "ray" and task.left:
@@ -279,6 +294,10 @@ def generate(
     else:
         _edit(task)  # all processes find the same to do: none writes before all have looked
     return folder
+
+
+def _sizes(source: Path | PaintByExample) -> ModelConfig:
+    return source.model.config if isinstance(source, PaintByExample) else open_checkpoint(source).config
 
 
 def _edit_on_ray(task: _EditTask) -> None:

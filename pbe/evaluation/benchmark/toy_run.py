@@ -9,7 +9,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -241,8 +241,8 @@ class QuickSettings(GenerateSettings):
     On a CPU batches of more than 32 gain nothing, and bfloat16 halves the time where the CPU knows it.
     """
 
-    solver: str = "ddim"
-    steps: int = 20
+    USUAL: ClassVar[tuple[str, int]] = ("ddim", 20)
+
     batch_size: int = 32
     dtype: str = "bf16"
     objects: int = 90

@@ -104,7 +104,7 @@ def check(options: DemoSettings) -> Config:
 
 def edit_settings(options: DemoSettings) -> GenerateSettings:
     """Return how the benchmark is edited, at whatever guidance scale."""
-    return GenerateSettings(steps=options.sampling_steps, seed=options.seed, batch_size=BATCH)
+    return GenerateSettings(solver="plms", steps=options.sampling_steps, seed=options.seed, batch_size=BATCH)
 
 
 def training_config(options: DemoSettings, steps: int, name: str) -> Config:

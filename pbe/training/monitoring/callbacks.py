@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from pbe.config import Config
 from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import collate, describe
-from pbe.diffusion.solvers import plms
+from pbe.diffusion.solvers import lcm, plms
 from pbe.editing.engine import Conditioning, noise_predictor
 from pbe.errors import UserError
 from pbe.models.latent_diffusion import masked_image
@@ -199,10 +199,14 @@ def _edits(task: DiffusionTask, batch: dict[str, Any], config: Config) -> list[T
     masked = (encoded.masked.mean * config.model.autoencoder.scale_factor).to(model.dtype)
     condition = model.exemplar_encoder.condition(encoded.features.to(model.dtype))
     conditioning = Conditioning(condition, masked, encoded.keep_mask.to(model.dtype))
-    edits = []
-    for scale in config.logging.grid_guidance:
+    edits, scales, few = [], config.logging.grid_guidance, model.config.unet.few_steps
+    if few:  # scales that it was not trained for would show nothing of it
+        low, high = model.config.unet.guidance_range
+        scales = sorted({min(max(scale, low), high) for scale in scales})
+    for scale in scales:
         predict = noise_predictor(model, task.schedule, conditioning, scale)
-        latents = plms(predict, noise, task.schedule, config.logging.grid_steps)
+        solver, steps = (lcm, few) if few else (plms, config.logging.grid_steps)
+        latents = solver(predict, noise, task.schedule, steps)
         known = decoder_known_pixels(model, batch)
         edits.append(model.decode_latents(latents.to(model.frozen_dtype), known))
     return edits

@@ -1,1 +1,1 @@
-"""The training tasks: diffusion and autoencoder."""
+"""The training tasks: diffusion, distillation and autoencoder."""

@@ -15,7 +15,11 @@ from pbe.diffusion.schedule import make_schedule
 from pbe.models import LatentDiffusion
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw, encode_batch
-from pbe.training.tasks.finetuning import fingerprint_of_frozen, train_adapters, train_parts
+from pbe.training.tasks.finetuning import (
+    fingerprint_of_frozen,
+    train_adapters,
+    train_parts,
+)
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
 # Cross-attention parameters without any influence where there is one condition token.
@@ -30,18 +34,23 @@ class DiffusionTask(BaseTask):
     """
 
     entry = "losses"
+    calls = 1  # of the UNet with gradients, for each micro-batch
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
         self.model: LatentDiffusion = model
         self.schedule = make_schedule(config.model.schedule)
-        freeze(model)
         self.adapted = config.lora.rank > 0
-        if self.adapted:
-            train_adapters(model, config)
-        elif config.optimizer.parts:
-            train_parts(model, config.optimizer.parts)
+        self.choose_trained()
         self.start_average()
+
+    def choose_trained(self) -> None:
+        """Freeze what is not trained: all but adapters or named parts, else what the paper freezes."""
+        freeze(self.model)
+        if self.adapted:
+            train_adapters(self.model, self.config)
+        elif self.config.optimizer.parts:
+            train_parts(self.model, self.config.optimizer.parts)
 
     def base_fingerprint(self) -> str:
         """Return the fingerprint of the weights that adapters are trained beside, empty without adapters."""

@@ -21,6 +21,14 @@ SAMPLED = 4096  # numbers of a weight that its fingerprint is made of
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # that are computed in
 
 
+def check_undistilled(model: LatentDiffusion, config: Config) -> None:
+    """Refuse a model of few steps, which training would undo and which has no flow to follow as a teacher."""
+    if steps := model.config.unet.few_steps:
+        raise UserError(
+            f"init_from '{config.init_from}' was distilled, for {steps} steps; name the model it came from"
+        )
+
+
 def _check_alive(model: LatentDiffusion, parts: list[str]) -> None:
     if "cross_attention_keys" in parts and model.config.exemplar_encoder.tokens == "class":
         raise UserError(

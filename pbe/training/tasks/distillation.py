@@ -1,0 +1,203 @@
+"""Distillation: a student that edits in a few steps of one call each, where its teacher takes many of two."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbe.config import Config
+from pbe.diffusion.distillation import (
+    TEACHER,
+    grids,
+    pseudo_huber,
+    step,
+    velocity_of,
+    velocity_to,
+)
+from pbe.diffusion.guidance import PredictNoise
+from pbe.diffusion.solvers import get_solver
+from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
+from pbe.models import LatentDiffusion
+from pbe.models.adapters import adapters_off
+from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.encoding import Draws, EncodedBatch
+from pbe.training.tasks.finetuning import fingerprint_of_frozen
+
+
+class DistillationTask(DiffusionTask):
+    """Trains a UNet, or adapters beside it, to do in few calls what its start does in many.
+
+    Both methods work on the flow that the teacher follows with guidance, and compare velocities. Autoencoder
+    and exemplar encoder stay the teacher's. A sample's guidance scale is uniform over the range.
+
+    - ``trajectory`` (after Zhou et al. 2024, simple and fast distillation): teacher and student walk from the
+      same noise; after each step of the student the teacher says where it should have come to.
+    - ``consistency`` (Luo et al. 2023, latent consistency models, in the form of Heek et al. 2024 for several
+      steps): from a noised image the teacher makes one short step, and the average of the student goes on to
+      the end of the student's step; there the student has to come to in one. With one step this is a
+      consistency model (Song et al. 2023). A step of no length leads nowhere, so the boundary condition
+      holds by itself.
+    """
+
+    entry = "distances"
+
+    def __init__(self, config: Config, model: LatentDiffusion) -> None:
+        options, sizes = config.distillation, model.config
+        # the base of adapters is the teacher too; any other is a copy, which is no part of a checkpoint
+        unet = model.unet if config.lora.rank else copy.deepcopy(model.unet)
+        others = model.autoencoder, model.exemplar_encoder
+        teacher = LatentDiffusion(sizes, unet=unet, autoencoder=others[0], exemplar_encoder=others[1])
+        model.unet.take_guidance(options.guidance, options.steps)
+        model.config = replace(sizes, unet=model.unet.config)
+        super().__init__(replace(config, model=model.config), model)
+        if not self.adapted:
+            unet.requires_grad_(False).eval()
+            if config.trainer.precision.startswith("bf16"):
+                unet.to(torch.bfloat16)
+            if config.trainer.compile:
+                unet.compile()
+        self.calls = options.steps if self._walks else 1
+        self._beside = (teacher,)  # in a tuple Lightning does not take it for a part of the task
+        self.grid, self.teacher_grid = grids(self.schedule, options.steps, options.teacher_steps)
+
+    @property
+    def teacher(self) -> LatentDiffusion:
+        """The model that the student starts from; it is no part of a checkpoint."""
+        return self._beside[0]
+
+    def choose_trained(self) -> None:
+        """Train the UNet, or adapters in it; the condition stays what the teacher knows."""
+        super().choose_trained()
+        if not self.adapted:
+            self.model.exemplar_encoder.requires_grad_(False)
+
+    def base_fingerprint(self) -> str:
+        """Return the fingerprint of the teacher, beside which alone a run goes on."""
+        return super().base_fingerprint() or fingerprint_of_frozen(self.teacher.unet)
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+        encoded = self.encode(batch)
+        distances = self.distances(encoded, self._draws(encoded, "train"))
+        for index, values in enumerate(distances if self._walks else distances[:0]):
+            self.sums.add(f"train/loss_step{index + 1}", values)
+        loss = distances.mean()
+        self.sums.add("train/loss", distances.mean(dim=0))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log how far the averaged student's walks from fixed noise are from the teacher's, at each step.
+
+        It is the same measure for both methods: the loss of ``trajectory``.
+        """
+        encoded = self.encode(batch)
+        counted = self.validated(batch_idx, len(encoded.keep_mask))
+        with self.averaged_weights():
+            distances = self._along_trajectory(encoded, self._draws(encoded, "validation"))
+        self.validation_sums.add("val/loss", distances.mean(dim=0), counted)
+        for index, values in enumerate(distances):
+            self.validation_sums.add(f"val/loss_step{index + 1}", values, counted)
+
+    @property
+    def _walks(self) -> bool:
+        return self.config.distillation.method == "trajectory"
+
+    def distances(self, batch: EncodedBatch, draws: Draws) -> Tensor:
+        """Return each sample's distances to what the teacher says, ``(steps or 1, b)``."""
+        if self._walks:
+            return self._along_trajectory(batch, draws)
+        return self._to_consistency(batch, draws)
+
+    def _conditioning(self, batch: EncodedBatch, draws: Draws) -> Conditioning:
+        device, dtype = batch.keep_mask.device, self.model.dtype
+        scale = self.config.model.autoencoder.scale_factor
+        masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
+        with torch.no_grad():
+            condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
+        return Conditioning(condition, masked.to(dtype), batch.keep_mask.to(dtype))
+
+    def _guidance(self, draws: Draws, device: torch.device) -> Tensor:
+        """Return the guidance scales ``(b,)``; nothing is dropped here, so they come of that draw."""
+        low, high = self.config.distillation.guidance
+        return (low + (high - low) * draws.drop).float().to(device)
+
+    def _velocity(self, x: Tensor, timesteps: Tensor, given: Conditioning, scales: Tensor) -> Tensor:
+        """Return the student's velocity, float32, at timesteps ``(b,)``."""
+        inputs = (x.to(self.model.dtype), timesteps.to(x.device), given.condition)
+        output = self.model.predict(*inputs, given.masked_latents, given.keep_mask, scales).float()
+        alphas = self.schedule.alphas_cumprod[timesteps]
+        return velocity_of(output, x, alphas, self.config.model.prediction)
+
+    @contextmanager
+    def _teaching(self, given: Conditioning) -> Iterator[Conditioning]:
+        """Have the teacher ready, and yield the conditioning in the type of its weights."""
+        if not self.adapted:
+            self.teacher.unet.to(given.condition.device)
+        dtype = self.teacher.dtype
+        parts = (given.condition, given.masked_latents, given.keep_mask)
+        with torch.no_grad(), adapters_off(self.model) if self.adapted else nullcontext():
+            yield Conditioning(*(each.to(dtype) for each in parts))
+
+    def _teacher_states(self, noise: Tensor, given: Conditioning, scales: Tensor) -> list[Tensor]:
+        """Return where the teacher, coming from ``noise``, is at the end of each of the student's steps."""
+        options, states = self.config.distillation, list[Tensor]()
+        every = options.teacher_steps // options.steps
+
+        def note(index: int, timestep: float, x: Tensor) -> None:
+            if (index + 1) % every == 0:
+                states.append(x)
+
+        timesteps = torch.tensor(self.teacher_grid.timesteps)
+        with self._teaching(given) as known:
+            predict: PredictNoise = prepared_predictor(
+                self.teacher, self.schedule, known, scales.view(-1, 1, 1, 1), timesteps
+            )
+            solve = get_solver(TEACHER.name)
+            solve(predict, noise, self.schedule, options.teacher_steps, callback=note, settings=TEACHER)
+        return states
+
+    def _along_trajectory(self, batch: EncodedBatch, draws: Draws) -> Tensor:
+        """Walk from noise as an edit does, and compare each step with where the teacher is at its end."""
+        given, x = self._conditioning(batch, draws), draws.noise.to(batch.keep_mask.device)
+        scales = self._guidance(draws, x.device)
+        states, found = self._teacher_states(x, given, scales), []
+        for index, end in enumerate(states):
+            timesteps = torch.full((len(x),), int(self.grid.timesteps[index]))
+            levels = torch.tensor([self.grid.alphas[index], self.grid.alphas_next[index]]).double()
+            velocity = self._velocity(x, timesteps, given, scales)
+            error = velocity - velocity_to(x, end, *levels)
+            found.append(pseudo_huber(error, self.config.distillation.huber, batch.valid))
+            x = step(x, velocity.detach(), *levels)
+        return torch.stack(found)
+
+    def _to_consistency(self, batch: EncodedBatch, draws: Draws) -> Tensor:
+        """Step from noised images to the end of the student's step, at once and by way of the teacher."""
+        options, device = self.config.distillation, batch.keep_mask.device
+        given, scales = self._conditioning(batch, draws), self._guidance(draws, device)
+        every = options.teacher_steps // options.steps
+        place = draws.timesteps * options.teacher_steps // self.schedule.timesteps  # 0 is pure noise
+        timesteps = torch.tensor(self.teacher_grid.timesteps)
+        # a last timestep stands for the clean end, from which no sample steps on
+        now, after = timesteps[place], torch.cat([timesteps, timesteps[-1:]])[place + 1]
+        alphas = torch.tensor(self.teacher_grid.alphas_next, dtype=torch.float64)[place]
+        ends = torch.tensor(self.grid.alphas_next, dtype=torch.float64)[place // every]
+        latents = (
+            batch.image.sample(draws.image_noise.to(device)) * self.config.model.autoencoder.scale_factor
+        )
+        x = self.schedule.add_noise(latents, draws.noise.to(device), now)
+        start = self.schedule.alphas_cumprod[now]
+        with self._teaching(given) as known:
+            predict = noise_predictor(self.teacher, self.schedule, known, scales.view(-1, 1, 1, 1))
+            velocity = velocity_of(predict(x, now.to(device)), x, start, "eps")
+        closer = step(x, velocity, start, alphas)
+        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied():
+            going_on = step(closer, self._velocity(closer, after, given, scales), alphas, ends)
+        end = torch.where((alphas == ends).view(-1, 1, 1, 1).to(device), closer, going_on)
+        error = self._velocity(x, now, given, scales) - velocity_to(x, end, start, ends)
+        return pseudo_huber(error, options.huber, batch.valid)[None]
