@@ -67,7 +67,7 @@ docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (hours on one core; resumes)
 	$(BIN)/pbe toy train
 
-performance: $(DEV_READY) ## run every benchmark (an hour on two idle cores) and write docs/performance.md
+performance: $(DEV_READY) ## run every benchmark (hours on two idle cores) and write docs/performance.md
 	$(BIN)/python scripts/benchmarks/performance.py --run all
 
 clean: ## remove caches and build products; .venv and outputs/ stay

@@ -263,6 +263,7 @@ class OpenedModel:
 
         With ``int8`` the layers of UNet and exemplar encoder keep their weights in 8 bits, as
         :mod:`pbe.models.int8` does it; one after the other, so that never more than one is there in full.
+        The autoencoder then works in bands whatever the size of the image.
         """
         model = empty_model(self.config)
         layers: dict[str, Lazies] = {}
@@ -275,4 +276,6 @@ class OpenedModel:
             layer.load_state_dict(own, assign=True, strict=not int8)
             if int8 and not name.startswith("autoencoder."):
                 quantise(layer)
+        if int8:
+            model.tile_above = 0  # what is asked for is the least memory
         return model.eval().requires_grad_(False)

@@ -115,7 +115,7 @@ class OptimizerConfig:
     gradient_clip: float = number(1.0)
     """Largest norm of the gradients; 0: not clipped."""
     fused: bool = False
-    """Update all weights in one kernel (``adamw`` only)."""
+    """Update all weights in one kernel (``adamw`` only); on a CPU this is always so."""
     parts: list[str] = field(default_factory=list)
     """Parts of the model that are trained while the rest is frozen, any of ``self_attention``,
     ``cross_attention`` (values and outputs), ``cross_attention_keys`` (queries and keys), ``feed_forward``,

@@ -121,6 +121,7 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         token: str | bool | None = None,
         raw_weights: bool = False,
         int8: bool = False,
+        compile: bool = False,
         **others: Any,
     ) -> PaintByExample:
         """Load a model: a folder in any layout or of a run, a checkpoint, or a repository of the Hub.
@@ -143,6 +144,7 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
             token: for private repositories; None is the one of ``hf auth login``.
             raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
             int8: hold the weights of UNet and exemplar encoder in 8 bits: half of bfloat16's memory.
+            compile: the UNet, as :meth:`compile_unet` does.
             others: arguments of diffusers' pipelines: ``torch_dtype``, ``device_map`` (one device),
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
@@ -156,6 +158,8 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         )
         pipe = cls(**parts, conventions=conventions, watermark=watermark)
         pipe._name_or_path = str(path)
+        if compile:
+            pipe.compile_unet()
         return pipe
 
     def save_pretrained(

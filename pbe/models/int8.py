@@ -17,6 +17,7 @@ from torch.nn.grad import conv2d_input
 
 LARGEST = 127
 ENOUGH = 2**14  # weights of a layer from which it is worth it
+AT_ONCE = 2**20  # weights that are there in float32 at a time
 
 
 class Int8Weight(nn.Module):
@@ -28,7 +29,7 @@ class Int8Weight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight in the type of the scales, made anew each time."""
-        return self.weight_int8.to(self.weight_scale.dtype) * self.weight_scale
+        return self.weight_int8.to(self.weight_scale.dtype).mul_(self.weight_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x``; neither input nor weight is kept for a backward pass."""
@@ -80,9 +81,17 @@ def quantise(module: nn.Module) -> None:
         if layer.weight.numel() < ENOUGH or layer.weight.is_meta:
             continue
         weight = layer.weight.detach()
-        scale = weight.float().flatten(1).abs().amax(dim=1).clamp(min=1e-12) / LARGEST
-        scale = scale.view(-1, *[1] * (weight.ndim - 1))
-        whole = (weight.float() / scale).round().to(torch.int8)
+        scale = weight.new_empty(len(weight), *[1] * (weight.ndim - 1), dtype=torch.float32)
+        whole = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        if weight.ndim == 4 and weight.dtype == torch.bfloat16:  # as convolutions of bfloat16 want them
+            whole = whole.to(memory_format=torch.channels_last)
+        share = max(AT_ONCE // weight[0].numel(), 1)
+        for some in (slice(first, first + share) for first in range(0, len(weight), share)):
+            part = weight[some].float()
+            scale[some] = (
+                part.abs().amax(dim=tuple(range(1, part.ndim)), keepdim=True).clamp(min=1e-12) / LARGEST
+            )
+            whole[some] = (part / scale[some]).round()
         del layer.weight
         layer.register_buffer("weight_int8", whole)
         layer.register_buffer("weight_scale", scale.to(weight.dtype))

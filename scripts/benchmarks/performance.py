@@ -1,6 +1,6 @@
 """Write docs/performance.md from the JSON files that the benchmarks left in outputs/performance.
 
-python scripts/benchmarks/performance.py --run all       # every benchmark first: an hour on two idle cores
+python scripts/benchmarks/performance.py --run all       # every benchmark first: hours on two idle cores
 python scripts/benchmarks/performance.py --run unet edit # only these
 python scripts/benchmarks/performance.py                 # none: write the page from what is there
 """
@@ -24,9 +24,21 @@ from scripts.benchmarks.common import RESULTS, ROOT
 
 # What each file of results is called on the page, and the command that makes it.
 BENCHMARKS = {
-    "unet": ("One guided step of the UNet", ["unet.py", "--compile"]),
+    "unet": ("One guided step of the UNet", ["unet.py", "--repeats", "5"]),
+    "unet_compiled": (
+        "One guided step of the UNet, compiled",
+        [
+            *("unet.py", "--compile", "--no-memory", "--repeats", "5", "--dtypes", "bfloat16"),
+            *("--json", str(RESULTS / "unet_compiled.json"), "--forms", "prepared", "prepared, compiled"),
+            *("diffusers", "diffusers, channels last", "diffusers, compiled"),
+        ],
+    ),
     "edit": ("One edit", ["edit.py"]),
     "train": ("Training, toy size", ["train.py"]),
+    "train_compiled": (
+        "Training, toy size, compiled",
+        ["train.py", "--compile", "--steps", "10", "--repeats", "2"],
+    ),
     "train_full": (
         "Training, full size",
         ["train.py", "--full", "--steps", "4", "--warm-up", "2", "--repeats", "1"],
@@ -102,8 +114,10 @@ def write_page(page: Path, folder: Path) -> None:
     """Replace everything below the page's mark.
 
     Raises:
-        UserError: the page lacks its mark, or nothing is measured.
+        UserError: the page is missing or lacks its mark, or nothing is measured.
     """
+    if not page.is_file():
+        raise UserError(f"--page '{page}' is not a file; name the page that holds the line '{MARK}'")
     before, mark, _ = page.read_text().partition(MARK)
     names = [name for name in BENCHMARKS if (folder / f"{name}.json").is_file()]
     if not mark:

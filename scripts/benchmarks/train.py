@@ -2,7 +2,7 @@
 
 python scripts/benchmarks/train.py                  # the toy model's sizes
 python scripts/benchmarks/train.py --full           # the official sizes at 256 px: needs 24 GB
-python scripts/benchmarks/train.py --compile        # ours with trainer.compile
+python scripts/benchmarks/train.py --compile        # and both compiled
 
 Both train UNet, mapper and null condition from encoded batches in memory, with AdamW, a moving average and
 one precision, in rounds that take turns. The peer has what such a module needs and no more: no log, no guard.
@@ -18,8 +18,9 @@ import importlib.util
 import logging
 import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,7 @@ from pbe.training.resume.signals import StopSignals
 from pbe.training.setup import apply_performance_options, make_task, make_trainer
 from pbe.training.tasks.encoding import Draws, EncodedBatch, draw
 from scripts.benchmarks.common import (
+    CLOCKS,
     ROOT,
     machine,
     make_parser,
@@ -58,6 +60,7 @@ from scripts.benchmarks.common import (
 from scripts.benchmarks.unet import same_weights
 
 BATCHES = 4  # different ones in memory
+PEER = "plain Lightning around diffusers"
 SAME = 1e-4  # relative difference of the losses, of which more is an error
 
 
@@ -114,15 +117,15 @@ class Plain(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """Notes when each step ended."""
+    """Notes when each step ended, by one of the clocks."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, kind: str) -> None:
+        self.read, self.ends = CLOCKS[kind], list[float]()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Note the end of a step."""
         wait_for(trainer.strategy.root_device)
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.read())
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -134,7 +137,6 @@ def make_config(options: argparse.Namespace) -> Config:
         *("trainer.devices=1", "trainer.strategy=auto", "trainer.progress=false", "trainer.resume=never"),
         *("logging.loggers=[]", "logging.grid_every=0", "init_from=none", "autoencoder_from="),
         f"trainer.precision={precision}",
-        f"trainer.compile={str(options.compile).lower()}",
         f"trainer.accelerator={'gpu' if options.device == 'cuda' else 'cpu'}",
         f"trainer.max_steps={options.steps + options.warm_up}",
     ]
@@ -199,18 +201,16 @@ def time_steps(
     return median(later - earlier for earlier, later in pairwise(ends))
 
 
-def train_ours(config: Config, model: LatentDiffusion, batches: Any, skip: int) -> float:
+def train_ours(config: Config, model: LatentDiffusion, batches: Any, skip: int, clock: Clock) -> float:
     """Return the seconds of one of our steps."""
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config, Path(folder), StopSignals(), callbacks=[clock])
         trainer.limit_val_batches = 0
         return time_steps(trainer, make_task(config, model), clock, batches, skip)
 
 
-def train_plain(config: Config, module: Plain, batches: Any, skip: int) -> float:
+def train_plain(config: Config, module: Plain, batches: Any, skip: int, clock: Clock) -> float:
     """Return the seconds of one of the plain module's steps."""
-    clock = Clock()
     trainer = pl.Trainer(
         max_steps=config.trainer.max_steps,
         accelerator=config.trainer.accelerator,
@@ -223,6 +223,20 @@ def train_plain(config: Config, module: Plain, batches: Any, skip: int) -> float
         enable_model_summary=False,
     )
     return time_steps(trainer, module, clock, batches, skip)
+
+
+def compiled_sides(
+    config: Config, model: LatentDiffusion, batches: Any, skip: int
+) -> dict[str, Callable[[Clock], float]]:
+    """Return both sides with their UNets compiled, on copies of the weights."""
+    compiled, plain = copy.deepcopy(model), Plain(config, model)
+    assert plain.unet is not None
+    plain.unet.compile()
+    apply_performance_options(compiled, replace(config.trainer, compile=True))
+    return {
+        "ours, compiled": lambda clock: train_ours(config, compiled, batches, skip, clock),
+        f"{PEER}, compiled": lambda clock: train_plain(config, plain, batches, skip, clock),
+    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
@@ -241,25 +255,29 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
                 parameter.normal_(std=0.02)
     plain = Plain(config, model)
     difference = check_losses(config, model, plain, batches[0])
+    sides: dict[str, Callable[[Clock], float]] = {
+        "ours": lambda clock: train_ours(config, model, batches, options.warm_up, clock),
+        PEER: lambda clock: train_plain(config, plain, batches, options.warm_up, clock),
+    }
+    if options.compile:
+        sides |= compiled_sides(config, model, batches, options.warm_up)
     apply_performance_options(model, config.trainer)
-    seconds: dict[str, list[float]] = {"ours": [], "plain Lightning around diffusers": []}
-    theirs = "plain Lightning around diffusers"
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
-        seconds["ours"].append(train_ours(config, model, batches, options.warm_up))
-        gc.collect()
-        seconds[theirs].append(train_plain(config, plain, batches, options.warm_up))
-        gc.collect()
+        for name, train in sides.items():
+            seconds[name].append(train(Clock(options.clock)))
+            gc.collect()
     rows = {
         name: {
             "a step, s": median(each),
             "samples a second": batch / median(each),
-            "speed": ratio(seconds[theirs], each),
+            "speed": ratio(seconds[PEER], each),
         }
         for name, each in seconds.items()
     }
     rows["both"] = {"difference of losses": difference, "peak GiB": peak_memory(options.device)}
     title = f"training, {'full' if options.full else 'toy'} size, {size} px, batch {batch}, "
-    title += f"{config.trainer.precision}{', ours compiled' if options.compile else ''}"
+    title += config.trainer.precision
     print_rows(title, rows)
     return {title: rows}
 
@@ -272,7 +290,7 @@ def run(arguments: list[str] | None) -> None:
     """
     parser = make_parser(__doc__, "train", repeats=3)
     parser.add_argument("--full", action="store_true", help="the official sizes at 256 px")
-    parser.add_argument("--compile", action="store_true", help="ours with trainer.compile")
+    parser.add_argument("--compile", action="store_true", help="also both compiled")
     parser.add_argument("--precision", default="bf16-mixed", help="of the toy sizes (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=0, help="default: toy 96, full 1")
     parser.add_argument("--steps", type=int, default=20, help="measured in each turn (%(default)s)")
@@ -290,9 +308,10 @@ def run(arguments: list[str] | None) -> None:
 
 
 def replace_json(options: argparse.Namespace) -> argparse.Namespace:
-    """Give each size a file of its own, unless one was named."""
-    if options.full and options.json.name == "train.json":
-        options.json = options.json.with_name("train_full.json")
+    """Give each size, and compiled runs, a file of their own, unless one was named."""
+    if options.json.name == "train.json":
+        kinds = "_full" * options.full + "_compiled" * options.compile
+        options.json = options.json.with_name(f"train{kinds}.json")
     return options
 
 

@@ -228,3 +228,32 @@ def test_what_does_nothing_says_so(pipe: PaintByExample, caplog: pytest.LogCaptu
         pipe.enable_xformers_memory_efficient_attention()
         pipe.disable_xformers_memory_efficient_attention()
     assert [record.message.split(":")[0] for record in caplog.records] == ["xformers is not used"]
+
+
+def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
+    tiny_model: LatentDiffusion,
+    scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, compiled, seen = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append(graph)  # runs what was traced as it is: code in C++ would take minutes to make
+        return graph
+
+    own = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: own(network, backend=backend))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    warn_once.cache_clear()
+    pipe = PaintByExample(compiled)
+    pipe.compile_unet()
+    assert "/.cache/pbe/compiled" in caplog.text
+    edits = []
+    for each in (PaintByExample(plain), pipe):
+        generator = torch.Generator().manual_seed(0)
+        given = (scene.exemplar, scene.picture, scene.mask)
+        edits.append(each(*given, num_inference_steps=2, generator=generator, output_type="np").images)
+    assert seen
+    np.testing.assert_allclose(edits[1], edits[0], atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 from pbe.editing import loading
 from pbe.editing.loading import Hub
-from pbe.editing.settings import PRESETS, EditSettings, check_count, check_number, existing_path
+from pbe.editing.settings import PRESETS, EditCommand, EditSettings, check_count, check_number, existing_path
 from pbe.errors import EditTypeError, EditValueError
 
 
@@ -136,3 +136,9 @@ def test_without_a_preset_there_are_fifty_steps():
 def test_settings_that_save_time_are_checked(settings: dict[str, Any], kind: type, message: str):
     with pytest.raises(kind, match=message):
         EditSettings(**settings).checked()
+
+
+def test_a_compiled_unet_reuses_nothing():
+    command = EditCommand(model="toy", compile=True, reuse_features=2)
+    with pytest.raises(EditValueError, match="--compile and --reuse-features cannot go together"):
+        command.checked()

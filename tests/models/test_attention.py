@@ -7,6 +7,7 @@ import torch
 
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+from pbe.models.adapters import LowRank, attach
 from pbe.models.attention import (
     Attention,
     FeedForward,
@@ -252,3 +253,17 @@ def test_prepared_condition_is_the_condition(tokens: int) -> None:
     prepared = PreparedCondition(condition.shape, {attention: attention.prepare(condition)})
     expected = layer(x.repeat(2, 1, 1, 1), condition)
     torch.testing.assert_close(layer(x, prepared), expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_feed_forward_layer_is_the_same_without_gradients(adapted: bool) -> None:
+    layer, x = randomised(FeedForward(8)).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    if adapted:
+        adapter = LowRank(layer.proj, 2, 1.0)
+        torch.nn.init.normal_(adapter.up)
+        attach(layer.proj, adapter)
+    value, gate = layer.proj(x).chunk(2, dim=-1)
+    expected = layer.out(value * torch.nn.functional.gelu(gate))
+    with torch.no_grad():
+        assert relative(layer(x), expected) < 1e-12
+    assert relative(layer(x), expected) < 1e-12

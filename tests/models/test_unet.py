@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pbe.config import UNetConfig
 from pbe.models import UNet
-from pbe.models.layers import ChannelNorm, Downsample, ResBlock, Upsample, timestep_embedding
+from pbe.models.convolution import is_channels_last
+from pbe.models.layers import ChannelNorm, Downsample, GroupNorm, ResBlock, Upsample, timestep_embedding
 from pbe.models.unet import DeepFeatures
 from tests.models.tiny import randomised, relative, tiny_unet_config
 
@@ -126,6 +127,23 @@ def test_changes_of_resolution() -> None:
         asymmetric.conv.weight[:, :, 0, 0] = torch.eye(4)
     # the kernel's first tap reads the very pixels when only right and bottom are padded
     assert torch.equal(asymmetric(x), x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize("side", [6, 40])
+def test_group_norm_has_torchs_numbers_and_gradients_in_both_layouts(side: int) -> None:
+    norm = GroupNorm(4, 8).double()
+    torch.nn.init.normal_(norm.weight)
+    x = (
+        torch.randn(2, 8, side, side, dtype=torch.float64)
+        .to(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    made, expected = norm(x), F.group_norm(x.contiguous(), 4, norm.weight, norm.bias, norm.eps)
+    assert is_channels_last(made)
+    assert relative(made, expected) < 1e-12
+    direction, given = torch.randn_like(expected), (x, norm.weight, norm.bias)
+    pairs = zip(*(torch.autograd.grad(each, given, direction) for each in (made, expected)), strict=True)
+    assert all(relative(*pair) < 1e-12 for pair in pairs)
 
 
 def test_channel_norm_takes_mean_and_deviation_over_the_channels_of_a_position() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
 import pbe.training.setup as module
@@ -68,12 +69,23 @@ def test_the_fused_optimizer_makes_the_same_steps():
     for fused in (False, True):
         torch.manual_seed(0)
         layer = nn.Linear(4, 4)
-        optimizer, _ = make_optimizer(layer, OptimizerConfig(fused=fused, learning_rate=0.1), 10)
+        optimizer, _ = make_optimizer(layer, OptimizerConfig(learning_rate=0.1), 10)
+        for group in optimizer.param_groups:
+            assert group["fused"]  # on the CPU without being asked for
+            group["fused"] = fused
         for _ in range(3):
             layer(torch.ones(1, 4)).sum().backward()
             optimizer.step()
         results.append(layer.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_gradients_are_clipped_beside_the_fused_optimizer():
+    layer = nn.Linear(4, 4)
+    optimizer, _ = make_optimizer(layer, OptimizerConfig(), 10)
+    layer(torch.full((1, 4), 1e3)).sum().backward()
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 1.0)
+    assert float(torch.nn.utils.get_total_norm(p.grad for p in layer.parameters())) <= 1.0 + 1e-5
 
 
 def test_fused_half_precision_with_clipping_is_refused(tmp_path):

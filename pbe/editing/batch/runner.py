@@ -46,6 +46,7 @@ GIVEN = (
         "config",
         "raw_weights",
         "int8",
+        "compile",
         "adapter",
         "revision",
         "cache_dir",
@@ -96,6 +97,7 @@ def load_pipeline(command: EditCommand, device: torch.device) -> tuple[PaintByEx
         local_files_only=command.offline,
         raw_weights=command.raw_weights,
         int8=command.int8,
+        compile=command.compile,
     )
     for text in command.adapter:
         path, scale = parse_adapter(text)

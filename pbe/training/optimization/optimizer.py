@@ -70,10 +70,18 @@ def make_optimizer(
         optimizer = Muon(groups, lr=rate, nesterov=True, ns_coefficients="original", betas=betas, eps=eps)
     else:
         optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=config.fused or None
+            groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=_fused(module, config) or None
         )
+        # Lightning unscales and clips before the step; beside a step that unscales it clips nothing
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, max_steps))
     return optimizer, scheduler
+
+
+def _fused(module: nn.Module, config: OptimizerConfig) -> bool:
+    """Return whether one kernel updates a weight: on a CPU always, unless the weights are sharded."""
+    weights = list(module.parameters())
+    return config.fused or (all(p.device.type == "cpu" for p in weights) and not is_sharded(weights))
 
 
 class Ema:

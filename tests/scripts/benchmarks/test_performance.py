@@ -42,6 +42,8 @@ def test_nothing_measured_and_no_mark_are_told(tmp_path: Path, capsys: pytest.Ca
     page.write_text("nothing")
     assert main(["--page", str(page), "--folder", str(tmp_path)]) == 2
     assert "lacks the line" in capsys.readouterr().err
+    assert main(["--page", str(tmp_path / "none.md"), "--folder", str(tmp_path)]) == 2
+    assert "is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
