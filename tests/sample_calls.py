@@ -1,4 +1,4 @@
-"""What the tests of ``sample.py`` share: a model, pictures, and a call with them."""
+"""What the tests of ``sample.py`` share: a model, images, and a call with them."""
 
 from __future__ import annotations
 

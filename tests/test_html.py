@@ -19,7 +19,7 @@ from pbe.evaluation.report import Table
 from pbe.html import Tile, data_uri, render_page, small_uri, write_html
 
 NASTY = '<script>alert("x")</script> & "quotes"'
-PICTURE = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -28,11 +28,11 @@ def nasty_page() -> dict[str, Any]:
     return {
         "title": NASTY,
         "figures": [(NASTY, NASTY)],
-        "edits": [[Tile(NASTY, PICTURE)]],
-        "outside": [[Tile(NASTY, PICTURE)]],
+        "edits": [[Tile(NASTY, IMAGE)]],
+        "outside": [[Tile(NASTY, IMAGE)]],
         "curve": training_chart([(0, 1.0), (10, 0.5)], [(0, 1.0), (10, 0.5)]),
         "losses": table,
-        "grids": [Tile(NASTY, PICTURE)],
+        "grids": [Tile(NASTY, IMAGE)],
         "scores": table,
         "stages": [(NASTY, 1.5, NASTY)],
         "machine": [(NASTY, NASTY)],
@@ -95,9 +95,9 @@ def test_what_a_page_lacks_is_an_error_and_not_a_gap():
         render_page(TEMPLATE, **values)
 
 
-def test_pictures_survive_the_data_address():
-    content = base64.b64decode(data_uri(PICTURE).split(",", 1)[1])
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), PICTURE)
+def test_images_survive_the_data_address():
+    content = base64.b64decode(data_uri(IMAGE).split(",", 1)[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), IMAGE)
 
 
 def test_enlarged_images_survive_nearly_and_are_small():

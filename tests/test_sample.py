@@ -102,7 +102,7 @@ def test_pairs(model: Path, files: Path):
     assert np.abs(pixels(files / "out/alone_4.png") - pixels(files / "out/second_4.png")).max() <= 1
 
 
-def test_a_large_picture_is_edited_small_and_says_so(model: Path, files: Path):
+def test_a_large_image_is_edited_small_and_says_so(model: Path, files: Path):
     Image.new("RGB", (400, 300), "green").save(files / "a.png")
     assert main(arguments(model, files)) == 0
     record = json.loads((files / "out/a_0.json").read_text())
@@ -110,7 +110,7 @@ def test_a_large_picture_is_edited_small_and_says_so(model: Path, files: Path):
     assert pixels(files / "out/a_0.png").shape == (300, 400, 3)
 
 
-def odd_picture(kind: str) -> Image.Image:
+def odd_image(kind: str) -> Image.Image:
     colour = Image.new("RGB", (40, 30), "teal")
     if kind == "deep":
         return Image.fromarray(np.full((30, 40), 40_000, np.uint16))
@@ -118,9 +118,9 @@ def odd_picture(kind: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["L", "1", "P", "RGBA", "LA", "CMYK", "deep"])
-def test_odd_pictures_and_exemplars(model: Path, files: Path, kind: str):
+def test_odd_images_and_exemplars(model: Path, files: Path, kind: str):
     for name in ("a", "e"):
-        odd_picture(kind).save(files / f"{name}.tiff")
+        odd_image(kind).save(files / f"{name}.tiff")
     call = arguments(
         model, files, "--image", f"{files}/a.tiff", "--exemplar", f"{files}/e.tiff", "--steps", "1"
     )
@@ -128,7 +128,7 @@ def test_odd_pictures_and_exemplars(model: Path, files: Path, kind: str):
     assert pixels(files / "out/a_0.png").shape == (30, 40, 3)
 
 
-def test_a_picture_turned_by_exif(model: Path, files: Path):
+def test_an_image_turned_by_exif(model: Path, files: Path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.open(files / "a.png").save(files / "a.jpg", exif=exif)
@@ -169,7 +169,7 @@ def test_files_that_cannot_be_used(
     assert not (files / "out").exists()
 
 
-def test_truncated_pictures(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
+def test_truncated_images(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
     content = (files / "a.png").read_bytes()
     (files / "a.png").write_bytes(content[:-1500])
     assert "a.png' is damaged or cannot be decoded" in complaint(capsys, arguments(model, files))
@@ -241,7 +241,7 @@ def test_an_output_that_is_a_file(model: Path, files: Path, capsys: pytest.Captu
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such file names")
-def test_a_picture_whose_file_name_is_not_utf_8(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_image_whose_file_name_is_not_utf_8(model: Path, files: Path, capsys: pytest.CaptureFixture[str]):
     latin = os.fsdecode(os.fsencode(files) + b"/caf\xe9.png")
     (files / "a.png").rename(latin)
     assert r"name 'caf\udce9' is not Unicode text; give" in complaint(

@@ -178,7 +178,7 @@ def test_the_start_of_a_training(
 
 
 def test_the_first_forward_is_stable_diffusions(tmp_path: Path, yaml: str) -> None:
-    """From the folder, with their own UNet, for any picture and mask behind the noisy latents."""
+    """From the folder, with their own UNet, for any image and mask behind the noisy latents."""
     sizes = {"layers_per_block": 1, "block_out_channels": (32, 64)}
     unet = UNet2DConditionModel(
         **sizes,

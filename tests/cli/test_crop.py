@@ -1,4 +1,4 @@
-"""Real pictures as squares, in the form that the paper's FID compares with."""
+"""Real images as squares, in the form that the paper's FID compares with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def crop(source: Path, out: Path, *more: str) -> int:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A wide picture, red left, green in the middle and blue right; a grey one that is higher than wide."""
+    """A wide image, red left, green in the middle and blue right; a grey one that is higher than wide."""
     folder = tmp_path / "real"
     folder.mkdir()
     wide = np.zeros((32, 96, 3), np.uint8)

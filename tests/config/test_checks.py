@@ -62,7 +62,7 @@ def test_data_and_model_must_agree_on_sizes() -> None:
     assert "must be equal" in message("data.exemplar_size=64")
 
 
-def test_the_picture_must_halve_evenly() -> None:
+def test_the_image_must_halve_evenly() -> None:
     assert "multiple of" in message("model.image_size=65", "data.image_size=65")
 
 

@@ -14,7 +14,7 @@ from pbe.data.toy.scenes import Scene, ToyWorld, render_scene
 
 
 def encode(image: np.ndarray, extension: str = "jpg") -> bytes:
-    """Encode an RGB picture."""
+    """Encode an RGB image."""
     return cv2.imencode(f".{extension}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 

@@ -100,7 +100,7 @@ def one_line(read: Callable[[], T]) -> T | None:
 
 
 def read_all(folder: Path) -> None:
-    """Open shards and read every picture and box as the loader does; only what it counts may be raised."""
+    """Open shards and read every image and box as the loader does; only what it counts may be raised."""
     pictures = one_line(lambda: ShardImages(folder, count_boxes=True))
     if pictures is None:
         return

@@ -63,7 +63,7 @@ def test_batches_are_what_training_expects(shards):
     assert all(key.startswith("scene-") for key in batch["key"])
 
 
-def test_pictures_are_red_green_blue(tmp_path):
+def test_images_are_red_green_blue(tmp_path):
     image = np.zeros((40, 40, 3), np.uint8)
     image[:] = (250, 20, 20)
     write_shards([ShardRecord("red", encode(image), "jpg", 40, 40, [(10, 10, 30, 30)])], tmp_path)
@@ -72,7 +72,7 @@ def test_pictures_are_red_green_blue(tmp_path):
     assert batch["exemplar"][0, :, 12, 12].tolist() == pytest.approx([250, 20, 20], abs=4)
 
 
-def test_an_epoch_takes_every_picture_once_in_an_order_of_its_own(shards):
+def test_an_epoch_takes_every_image_once_in_an_order_of_its_own(shards):
     loader = make_module(shards, batch_size=10).train_dataloader()
     epochs = [[key for batch in loader for key in batch["key"]] for _ in range(3)]
     assert all(sorted(keys) == sorted(f"scene-{index}" for index in range(60)) for keys in epochs)
@@ -246,7 +246,7 @@ def test_adjusted_crops_are_counted(tmp_path, side, event):
 
 
 def faulty_records(scenes: list) -> list[ShardRecord]:
-    """Thirty good pictures and one of every fault."""
+    """Thirty good images and one of every fault."""
     records = []
     for index, scene in enumerate(scenes[:30]):
         height, width = scene.image.shape[:2]
@@ -332,7 +332,7 @@ def test_too_many_faults_end_the_run_in_one_line(faulty, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_no_usable_picture_at_all_is_one_line(scenes, tmp_path, workers):
+def test_no_usable_image_at_all_is_one_line(scenes, tmp_path, workers):
     write_shards(faulty_records(scenes)[-3:-1], tmp_path)  # only boxes of unwanted area
     with pytest.raises(UserError, match="no usable image") as caught:
         list(make_module(tmp_path, num_workers=workers).train_dataloader())
@@ -364,7 +364,7 @@ def test_boxes_are_clipped_and_filtered_by_area():
             usable_boxes([box], 100, 100, config)
 
 
-def test_every_box_of_a_picture_gets_its_turn(tmp_path):
+def test_every_box_of_an_image_gets_its_turn(tmp_path):
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, :32], image[:, 32:] = (250, 0, 0), (0, 0, 250)
     record = ShardRecord("two", encode(image), "jpg", 64, 64, [(4, 20, 24, 40), (40, 20, 60, 40)])

@@ -71,7 +71,7 @@ def test_the_latent_mask_is_the_mean_of_the_middle_of_each_block(shards):
     np.testing.assert_allclose(tiles["latent mask"][::8, ::8], keep, atol=1)
 
 
-def test_skipped_pictures_are_named(tmp_path):
+def test_skipped_images_are_named(tmp_path):
     picture = cv2.imencode(".png", np.zeros((40, 40, 3), np.uint8))[1].tobytes()
     box = [(10.0, 10.0, 30.0, 30.0)]
     records = [ShardRecord(f"bad-{i}", b"none", "png", 40, 40, box) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Fixtures of the editing tests: one tiny model a session, and pictures for it."""
+"""Fixtures of the editing tests: one tiny model a session, and images for it."""
 
 from __future__ import annotations
 

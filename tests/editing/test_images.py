@@ -201,7 +201,7 @@ def test_floating_point_files_are_refused(tmp_path: Path):
         read_image(path)
 
 
-def test_a_picture_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_image_too_large_to_be_honest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save(tmp_path / "a.png", Image.fromarray(COLOURS))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match=r"a\.png' is too large: images of more than 20 pixels are not read"):
@@ -215,7 +215,7 @@ def test_broken_text_chunks_do_not_escape(tmp_path: Path):
     assert read_image(path).pixels.shape == COLOURS.shape
 
 
-def test_arrays_as_pictures():
+def test_arrays_as_images():
     np.testing.assert_array_equal(as_image(COLOURS), COLOURS)
     assert as_image(RAMP).shape == (12, 8, 3)
     assert as_image(RAMP[:, :, None]).shape == (12, 8, 3)
@@ -245,7 +245,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path):
         read_image(tmp_path / "a\0b.png")
 
 
-def test_float_arrays_as_pictures():
+def test_float_arrays_as_images():
     signed = as_image(COLOURS / 255.0)
     assert signed.dtype == np.float32
     np.testing.assert_allclose((signed + 1.0) * 127.5, COLOURS, atol=1e-4)
@@ -295,7 +295,7 @@ def test_a_mask_of_another_aspect_is_told():
 
 
 @pytest.mark.parametrize("value", ["a.png", Path("a.png"), None, 3, np.zeros((4, 4, 3), np.int32)])
-def test_wrong_kinds_of_picture(value: object):
+def test_wrong_kinds_of_image(value: object):
     with pytest.raises(EditTypeError, match="example_image: ") as raised:
         as_image(value, "example_image")
     assert isinstance(raised.value, TypeError)

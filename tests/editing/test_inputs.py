@@ -15,7 +15,7 @@ BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
 HOLE = np.zeros((H, W), bool)
 HOLE[2:7, 3:9] = True
 SIGNED = torch.from_numpy(BYTES).permute(2, 0, 1).float() / 127.5 - 1.0
-PICTURE, MASK = Image.fromarray(BYTES), Image.fromarray(HOLE.astype(np.uint8) * 255)
+IMAGE, MASK = Image.fromarray(BYTES), Image.fromarray(HOLE.astype(np.uint8) * 255)
 
 
 def tensor_mask() -> torch.Tensor:
@@ -24,11 +24,11 @@ def tensor_mask() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "image",
-    [PICTURE, [PICTURE], (PICTURE,), BYTES, [BYTES], BYTES[None], BYTES.astype(np.float64) / 255.0],
+    [IMAGE, [IMAGE], (IMAGE,), BYTES, [BYTES], BYTES[None], BYTES.astype(np.float64) / 255.0],
     ids=str.__class__,
 )
-def test_forms_of_pictures(image: Any):
-    batch = match_inputs(PICTURE, image, MASK)
+def test_forms_of_images(image: Any):
+    batch = match_inputs(IMAGE, image, MASK)
     assert len(batch) == 1
     found = batch.images[0]
     as_bytes = found if found.dtype == np.uint8 else np.round((found + 1.0) * 127.5)
@@ -48,8 +48,8 @@ def test_forms_of_pictures(image: Any):
     ],
     ids=str.__class__,
 )
-def test_forms_of_picture_tensors(image: Any):
-    found = match_inputs(PICTURE, image, tensor_mask()).images[0]
+def test_forms_of_image_tensors(image: Any):
+    found = match_inputs(IMAGE, image, tensor_mask()).images[0]
     as_bytes = found if found.dtype == np.uint8 else np.round((found + 1.0) * 127.5)
     np.testing.assert_allclose(as_bytes, BYTES, atol=1 if getattr(image, "dtype", None) == torch.half else 0)
 
@@ -72,7 +72,7 @@ def test_forms_of_picture_tensors(image: Any):
     ids=str.__class__,
 )
 def test_forms_of_masks(mask: Any):
-    (found,) = match_inputs(PICTURE, PICTURE, mask).masks
+    (found,) = match_inputs(IMAGE, IMAGE, mask).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
@@ -81,29 +81,27 @@ def test_forms_of_mask_tensors(form: str):
     plain = tensor_mask()
     masks = {"h w": plain, "1 h w": plain[None], "1 1 h w": plain[None, None], "bool": plain.bool()}
     masks |= {"1 h w 1": plain[None, :, :, None], "uint8": (plain * 255).to(torch.uint8), "list": [plain]}
-    (found,) = match_inputs(PICTURE, SIGNED, masks[form]).masks
+    (found,) = match_inputs(IMAGE, SIGNED, masks[form]).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
 def test_exemplars_may_be_tensors_of_their_own():
     pixels = torch.randn(2, 3, 8, 8)
-    batch = match_inputs(pixels, PICTURE, MASK)
+    batch = match_inputs(pixels, IMAGE, MASK)
     assert [torch.equal(a, b) for a, b in zip(batch.exemplars, pixels, strict=True)] == [True, True]
     assert len(batch) == 2
-    whole = match_inputs((pixels * 50 + 100).clamp(0, 255).to(torch.uint8), [PICTURE] * 2, MASK)
+    whole = match_inputs((pixels * 50 + 100).clamp(0, 255).to(torch.uint8), [IMAGE] * 2, MASK)
     assert whole.exemplars[0].shape == (8, 8, 3)
 
 
 def test_one_half_belongs_to_the_hole_or_not():
     half = np.where(HOLE, 0.5, 0.0)
-    np.testing.assert_array_equal(match_inputs(PICTURE, PICTURE, half).masks[0], HOLE)
+    np.testing.assert_array_equal(match_inputs(IMAGE, IMAGE, half).masks[0], HOLE)
     with pytest.raises(EditValueError, match="has no masked region"):
-        match_inputs(PICTURE, PICTURE, half, half_is_masked=False)
+        match_inputs(IMAGE, IMAGE, half, half_is_masked=False)
     grey = Image.fromarray(np.where(HOLE, 128, 127).astype(np.uint8))
     for rule in (True, False):
-        np.testing.assert_array_equal(
-            match_inputs(PICTURE, PICTURE, grey, half_is_masked=rule).masks[0], HOLE
-        )
+        np.testing.assert_array_equal(match_inputs(IMAGE, IMAGE, grey, half_is_masked=rule).masks[0], HOLE)
 
 
 def test_pairing():
@@ -132,7 +130,7 @@ def test_conditions_count_like_exemplars_or_like_edits(
 
 
 def test_rows_that_do_not_fit():
-    batch = match_inputs(PICTURE, [BYTES] * 2, HOLE, copies=2)
+    batch = match_inputs(IMAGE, [BYTES] * 2, HOLE, copies=2)
     with pytest.raises(EditValueError, match="rows: 3 for 4 edits"):
         batch.spread(torch.zeros(3, 1), "rows")
 
@@ -154,11 +152,11 @@ def test_rows_that_do_not_fit():
         ({"mask_image": ~np.ones((H, W), bool)}, EditValueError, "has no masked region"),
         ({"image": []}, EditValueError, "image: an empty list"),
         (
-            {"example_image": [PICTURE] * 2, "image": [PICTURE] * 3},
+            {"example_image": [IMAGE] * 2, "image": [IMAGE] * 3},
             EditValueError,
             "2 exemplars, 3 images and 1 masks",
         ),
-        ({"image": [PICTURE] * 3, "mask_image": [MASK] * 2}, EditValueError, "do not pair up"),
+        ({"image": [IMAGE] * 3, "mask_image": [MASK] * 2}, EditValueError, "do not pair up"),
         ({"image": [BYTES, BYTES[1:]]}, EditValueError, "must have one size, these have 10x11, 10x12"),
         ({"example_image": torch.full((3, 8, 8), float("nan"))}, EditValueError, "finite"),
         (
@@ -173,7 +171,7 @@ def test_rows_that_do_not_fit():
 )
 def test_what_cannot_be_used(call: dict[str, Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message) as raised:
-        match_inputs(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
+        match_inputs(**({"example_image": IMAGE, "image": IMAGE, "mask_image": MASK} | call))
     assert "\n" not in str(raised.value)
 
 
@@ -200,7 +198,7 @@ def test_what_cannot_be_used(call: dict[str, Any], kind: type[Exception], messag
 )
 def test_tensors_that_cannot_be_used(call: dict[str, Any], kind: type[Exception], message: str):
     with pytest.raises(kind, match=message):
-        match_inputs(**({"example_image": PICTURE, "image": SIGNED, "mask_image": tensor_mask()} | call))
+        match_inputs(**({"example_image": IMAGE, "image": SIGNED, "mask_image": tensor_mask()} | call))
 
 
 RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
@@ -228,15 +226,15 @@ RAMP = torch.linspace(0.0, 1.0, 3 * H * W).reshape(3, H, W)
 )
 def test_what_looks_like_a_slip_is_told(call: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture):
     warn_once.cache_clear()
-    match_inputs(**({"example_image": PICTURE, "image": PICTURE, "mask_image": MASK} | call))
+    match_inputs(**({"example_image": IMAGE, "image": IMAGE, "mask_image": MASK} | call))
     assert told in caplog.text
 
 
 def test_what_is_right_needs_no_word(caplog: pytest.LogCaptureFixture):
     warn_once.cache_clear()
-    match_inputs(PICTURE, SIGNED, tensor_mask())
+    match_inputs(IMAGE, SIGNED, tensor_mask())
     match_inputs(torch.randn(3, 8, 8), BYTES, HOLE)
-    match_inputs(PICTURE, PICTURE, MASK.resize((2 * W, 2 * H)))
+    match_inputs(IMAGE, IMAGE, MASK.resize((2 * W, 2 * H)))
     assert caplog.text == ""
 
 
@@ -253,28 +251,28 @@ def test_the_channels_of_one_mask_are_no_batch(channels: int, kind: str):
     with pytest.raises(
         EditValueError, match=r"shape \(\d, 12, 10\) means a batch of masks, and these are the"
     ):
-        match_inputs(PICTURE, image, mask)
+        match_inputs(IMAGE, image, mask)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_batch_of_masks_without_numbers_is_told_as_such(value: float):
     with pytest.raises(EditValueError, match=r"a floating-point mask must lie in \[0, 1\]"):
-        match_inputs(PICTURE, SIGNED, torch.full((3, H, W), value))
+        match_inputs(IMAGE, SIGNED, torch.full((3, H, W), value))
 
 
 def test_a_batch_of_masks_is_one(caplog: pytest.LogCaptureFixture):
     warn_once.cache_clear()
     other = torch.ones(H, W)
-    assert len(match_inputs(PICTURE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
+    assert len(match_inputs(IMAGE, SIGNED, torch.stack([tensor_mask(), other, other * 0.9]))) == 3
     assert "shape (3, 12, 10) is taken as 3 masks of one image, which give as many edits" in caplog.text
     same = torch.stack([tensor_mask()] * 3)
-    assert len(match_inputs([PICTURE] * 3, SIGNED, same)) == 3
-    assert len(match_inputs(PICTURE, SIGNED.expand(3, -1, -1, -1), same)) == 3
-    assert len(match_inputs(PICTURE, SIGNED, list(same))) == 3
+    assert len(match_inputs([IMAGE] * 3, SIGNED, same)) == 3
+    assert len(match_inputs(IMAGE, SIGNED.expand(3, -1, -1, -1), same)) == 3
+    assert len(match_inputs(IMAGE, SIGNED, list(same))) == 3
 
 
 def test_a_mask_tensor_with_its_channel_last():
-    (found,) = match_inputs(PICTURE, SIGNED, tensor_mask()[:, :, None]).masks
+    (found,) = match_inputs(IMAGE, SIGNED, tensor_mask()[:, :, None]).masks
     np.testing.assert_array_equal(found, HOLE)
 
 
@@ -283,11 +281,11 @@ def test_tensors_without_plain_numbers_are_refused(kind: str):
     def odd(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to("meta") if kind == "meta" else tensor.to_sparse()
 
-    for given in ((PICTURE, odd(SIGNED), tensor_mask()), (PICTURE, SIGNED, odd(tensor_mask()))):
+    for given in ((IMAGE, odd(SIGNED), tensor_mask()), (IMAGE, SIGNED, odd(tensor_mask()))):
         with pytest.raises(EditTypeError, match="cannot be read; give a plain one"):
             match_inputs(*given)
     with pytest.raises(EditTypeError, match=r"example_image: a .* cannot be read; give a plain one"):
-        match_inputs(odd(torch.randn(3, 8, 8)), PICTURE, MASK)
+        match_inputs(odd(torch.randn(3, 8, 8)), IMAGE, MASK)
 
 
 def test_generators_are_checked():

@@ -1,4 +1,4 @@
-"""Edits with a mask-aware decoder: it is told the pictures, loaded or not, and other layouts refuse it."""
+"""Edits with a mask-aware decoder: it is told the images, loaded or not, and other layouts refuse it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def edit(model: LatentDiffusion, shift: int = 0, count: int = 1) -> np.ndarray:
     return np.asarray(edits.images)
 
 
-def test_the_pipeline_tells_the_decoder_the_pictures(aware):
+def test_the_pipeline_tells_the_decoder_the_images(aware):
     assert np.array_equal(edit(make_tiny_model()), edit(make_tiny_model(), shift=90))
     assert not np.array_equal(edit(aware), edit(aware, shift=90))
 

@@ -49,7 +49,7 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         (np.zeros((300, 300, 3), np.float32), "float32"),
     ],
 )
-def test_pictures_that_cannot_hold_one(picture: np.ndarray, error: str) -> None:
+def test_images_that_cannot_hold_one(picture: np.ndarray, error: str) -> None:
     with pytest.raises(UserError, match=error):
         add_watermark(picture)
 

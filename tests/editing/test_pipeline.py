@@ -55,7 +55,7 @@ def test_any_size_is_edited_at_its_own(pipe: PaintByExample, size: tuple[int, in
 
 
 @pytest.mark.parametrize(("size", "at"), [((200, 300), (32, 48)), ((90, 3000), (11, 370))])
-def test_large_pictures_are_edited_smaller_and_come_back_at_their_size(
+def test_large_images_are_edited_smaller_and_come_back_at_their_size(
     pipe: PaintByExample, size: tuple[int, int], at: tuple[int, int]
 ):
     scene = make_scene(*size)
@@ -84,7 +84,7 @@ def test_height_and_width_resize(
     np.testing.assert_array_equal(edit[kept], resized[kept])
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_does_not(pipe: PaintByExample, scene: Scene):
+def test_the_same_seed_gives_the_same_image_and_another_does_not(pipe: PaintByExample, scene: Scene):
     edits = [
         pipe(
             scene.exemplar, scene.picture, scene.mask, num_inference_steps=STEPS, generator=seeded(seed)
@@ -106,7 +106,7 @@ def test_the_global_generator_is_the_default(pipe: PaintByExample, scene: Scene)
 
 
 @pytest.mark.parametrize(("solver", "eta"), [("plms", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
-def test_a_batch_gives_the_pictures_of_single_edits(pipe: PaintByExample, solver: str, eta: float):
+def test_a_batch_gives_the_images_of_single_edits(pipe: PaintByExample, solver: str, eta: float):
     scenes = [make_scene(32, 40, seed) for seed in range(3)]
     call = {"num_inference_steps": STEPS, "solver": solver, "eta": eta, "output_type": "np"}
     batch = pipe(
@@ -304,7 +304,7 @@ def test_errors_are_those_that_python_callers_expect(pipe: PaintByExample, scene
     assert issubclass(EditTypeError, UserError)
 
 
-def test_weights_that_are_not_numbers_do_not_give_a_black_picture(scene: Scene):
+def test_weights_that_are_not_numbers_do_not_give_a_black_image(scene: Scene):
     model = make_tiny_model()
     model.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="infinite numbers"):

@@ -114,7 +114,7 @@ def test_what_diffusers_makes_of_guidance_and_posterior(pipe: PaintByExample, sc
     np.testing.assert_array_equal(edit(pipe, scene, guidance_scale=0.0, **settings), without)
     start = torch.randn(1, 4, 8, 10, generator=seeded()).expand(2, -1, -1, -1)
     shared = edit(pipe, scene, latents=start, num_images_per_prompt=2, **settings)
-    np.testing.assert_allclose(shared[0], shared[1], atol=1e-5)  # one posterior sample a picture
+    np.testing.assert_allclose(shared[0], shared[1], atol=1e-5)  # one posterior sample an image
     own = edit(pipe, scene, latents=start, num_images_per_prompt=2)
     assert np.abs(own[0] - own[1]).max() > 1e-3
 
@@ -170,7 +170,7 @@ def test_latents_are_given_back_before_they_are_decoded(pipe: PaintByExample, sc
     np.testing.assert_allclose(decoded[0].clamp(0, 1).permute(1, 2, 0).numpy(), plain[0], atol=1e-5)
 
 
-def test_masked_latents_take_the_place_of_the_encoded_picture(pipe: PaintByExample, scene: Scene):
+def test_masked_latents_take_the_place_of_the_encoded_image(pipe: PaintByExample, scene: Scene):
     tensors = as_tensors(scene)
     hidden = tensors["image"] * (1.0 - tensors["mask_image"])
     latents = pipe.model.encode_images(hidden[None], torch.randn(1, 4, 8, 10, generator=seeded(9)))
@@ -266,7 +266,7 @@ class Suspicious(nn.Module):
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_flagged_pictures_are_blackened(tiny_model: LatentDiffusion, scene: Scene, output_type: str):
+def test_flagged_images_are_blackened(tiny_model: LatentDiffusion, scene: Scene, output_type: str):
     pipe = PaintByExample(tiny_model, safety_checker=Suspicious())
     call = {"num_inference_steps": 1, "num_images_per_prompt": 3, "generator": seeded()}
     output = pipe(scene.exemplar, scene.picture, scene.mask, output_type=output_type, **call)

@@ -26,13 +26,13 @@ def test_the_region_has_the_targets_aspect():
     assert (box.height, box.width) == (200, 400)
 
 
-def test_the_region_stays_inside_the_picture():
+def test_the_region_stays_inside_the_image():
     assert region_box(hole((1000, 2000), 0, 1950, 100, 50), TARGET) == Box(0, 1800, 200, 200)
     # too tall for its margin: the margin gives way
     assert region_box(hole((1000, 2000), 100, 500, 700, 300), TARGET) == Box(0, 150, 1000, 1000)
 
 
-def test_a_hole_from_edge_to_edge_reaches_beyond_a_narrow_picture():
+def test_a_hole_from_edge_to_edge_reaches_beyond_a_narrow_image():
     box = region_box(hole((100, 2000), 40, 500, 20, 600), TARGET)
     assert box.width == box.height
     assert 600 < box.width < 2000
@@ -40,7 +40,7 @@ def test_a_hole_from_edge_to_edge_reaches_beyond_a_narrow_picture():
     assert box.cut(np.ones((100, 2000, 3))).shape == (box.height, box.width, 3)
 
 
-def test_all_of_a_picture_may_be_hole():
+def test_all_of_an_image_may_be_hole():
     box = region_box(np.ones((30, 90), bool), TARGET)
     assert (box.left, box.width, box.height) == (0, 90, 90)
 
@@ -92,7 +92,7 @@ def test_the_seam_of_a_whole_region_runs_along_its_border():
     share = seam(mask, box, TARGET, keep_outside=False, feather=4)
     np.testing.assert_allclose(share[20, :6], [0.2, 0.4, 0.6, 0.8, 1, 1], rtol=1e-5)
     corner = seam(hole((100, 100), 0, 0, 20, 20), Box(0, 0, 40, 40), TARGET, keep_outside=False, feather=4)
-    assert (corner[:36, :36] == 1).all()  # nothing to blend with beyond the picture
+    assert (corner[:36, :36] == 1).all()  # nothing to blend with beyond the image
     np.testing.assert_allclose(corner[10, -4:], [0.8, 0.6, 0.4, 0.2], rtol=1e-5)
     assert (seam(mask, Box(0, 0, 100, 100), TARGET, keep_outside=False) == 1).all()
 

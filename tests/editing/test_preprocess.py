@@ -87,7 +87,7 @@ def test_the_padding_reflects_the_hole_too():
     assert (keep[0, 0] == 0).nonzero().tolist() == [[3, 2], [5, 2]]
 
 
-def test_float_pictures_are_resized_like_bytes():
+def test_float_images_are_resized_like_bytes():
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     ours = resize_image(to_signed(picture), (10, 12))
     assert ours.dtype == np.float32
@@ -141,7 +141,7 @@ def test_cropping_is_that_of_clips_processor(size: tuple[int, int]):
     torch.testing.assert_close(exemplar_pixels([exemplar], TOWER, crop_settings(TOWER)), ours)
 
 
-def test_a_crop_larger_than_the_resized_picture_is_black_around_it():
+def test_a_crop_larger_than_the_resized_image_is_black_around_it():
     square = clip_crop(np.full((8, 8, 3), 200, np.uint8), 12, shortest_edge=0)
     assert square.shape == (12, 12, 3)
     assert (square[2:10, 2:10] == 200).all()

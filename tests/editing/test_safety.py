@@ -89,7 +89,7 @@ def test_flags_are_those_of_diffusers(activation: str, tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     checker, images, seen = load_safety_checker(tmp_path), pictures(), []
     margins = closest(checker, images)
-    # thresholds in the midst of what occurs, with special care for none, some and all of the pictures
+    # thresholds in the midst of what occurs, with special care for none, some and all of the images
     for concept in np.quantile(margins, [0.1, 0.5, 0.9]):
         for special in (2.0, float(np.quantile(margins, 0.3)), -2.0):
             set_thresholds(reference, checker, float(concept), special)
@@ -176,7 +176,7 @@ def test_half_precision(folder: Path, dtype: torch.dtype) -> None:
     assert float((half.margins(pixels) - checker.margins(pixels)).abs().max()) < 0.05
 
 
-def test_pictures_it_does_not_take(folder: Path) -> None:
+def test_images_it_does_not_take(folder: Path) -> None:
     checker = load_safety_checker(folder)
     assert checker([]) == []
     for wrong in (np.zeros((1, 8, 8, 3), np.uint8), np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))]):

@@ -162,7 +162,7 @@ def test_attention_of_the_autoencoder_suits_fused_kernels(monkeypatch: pytest.Mo
 
 
 def test_training_on_short_sequences_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gradients on the CPU short attention is written out; longer ones and pictures take the kernel."""
+    """With gradients on the CPU short attention is written out; longer ones and images take the kernel."""
     layer = randomised(Attention(16, num_heads=4)).double()
     x = torch.randn(2, 9, 16, dtype=torch.float64)
 

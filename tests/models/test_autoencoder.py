@@ -1,4 +1,4 @@
-"""The autoencoder: its Gaussian, its sizes, and that latents and pictures line up in space."""
+"""The autoencoder: its Gaussian, its sizes, and that latents and images line up in space."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def trained(plain: AutoencoderKL) -> AutoencoderKL:
 
 @pytest.fixture
 def given() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, pictures, and a mask whose right half is the hole."""
+    """Latents, images, and a mask whose right half is the hole."""
     torch.manual_seed(1)
     keep = torch.ones(2, 1, 40, 24)
     keep[..., 12:] = 0.0

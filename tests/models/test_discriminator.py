@@ -29,7 +29,7 @@ def test_a_patch_is_as_wide_as_it_says(layers: int, side: int):
     assert int(rows.max() - rows.min()) + 1 == side
 
 
-def test_a_batch_is_judged_as_its_pictures_are():
+def test_a_batch_is_judged_as_its_images_are():
     judge, pictures = PatchDiscriminator(16, 2), torch.randn(4, 3, 32, 32)
     one_by_one = torch.cat([judge(picture) for picture in pictures.split(1)])
     assert torch.allclose(judge(pictures), one_by_one, atol=1e-6)

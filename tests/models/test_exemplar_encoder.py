@@ -78,7 +78,7 @@ def test_shapes_with_the_pooled_token_and_with_all(tower: str, width: int) -> No
     one = ExemplarEncoder(tiny_encoder_config(tower, width=width), 24).eval()
     every = ExemplarEncoder(tiny_encoder_config(tower, tokens="all", width=width), 24).eval()
     every.load_state_dict(one.state_dict())
-    # a 64 px picture has 2 x 2 positions of 32 px, or 4 x 4 patches of 16
+    # a 64 px image has 2 x 2 positions of 32 px, or 4 x 4 patches of 16
     positions = 4 if tower == CONV_TOWER else 16
     assert one.features(pixels).shape == (2, 1, one.tower_width)
     assert every.features(pixels).shape == (2, 1 + positions, one.tower_width)

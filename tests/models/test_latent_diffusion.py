@@ -99,7 +99,7 @@ def test_null_condition_is_repeated(model: LatentDiffusion) -> None:
     assert torch.equal(null, model.exemplar_encoder.null_condition.repeat(3, 5, 1))
 
 
-def test_pictures_of_any_multiple_of_the_downsampling(model: LatentDiffusion) -> None:
+def test_images_of_any_multiple_of_the_downsampling(model: LatentDiffusion) -> None:
     assert model.size_multiple == 2
     pictures = torch.rand(1, 3, 14, 22) * 2 - 1
     latents = model.encode_images(pictures)

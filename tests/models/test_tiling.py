@@ -26,7 +26,7 @@ CONFIGS = {
         channels=8, channel_mult=[1], num_res_blocks=1, norm_groups=8, mid_attention=False
     ),
 }
-BANDS = [  # size of the picture, positions a band, rows at least
+BANDS = [  # size of the image, positions a band, rows at least
     ((64, 64), 1, 1),
     ((72, 40), 1, 3),
     ((40, 104), 1, 8),
@@ -52,7 +52,7 @@ def set_bands(monkeypatch: pytest.MonkeyPatch, positions: int, rows: int) -> Non
 
 @torch.no_grad()
 def both_ways(model: AutoencoderKL, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Mean, deviation and decoded picture, in bands and whole."""
+    """Mean, deviation and decoded image, in bands and whole."""
     banded, whole = copy.copy(model), copy.copy(model)
     banded.tile_above, whole.tile_above = 0, None
     one, other = banded.encode(images), whole.encode(images)

@@ -50,7 +50,7 @@ def recorded(folder: Path) -> dict[str, np.ndarray]:
 
 
 def inputs(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Exemplars, pictures and masks of a run; the second of a batch is turned or mirrored."""
+    """Exemplars, images and masks of a run; the second of a batch is turned or mirrored."""
     exemplar = Image.open(folder / ("exemplar_rect.png" if settings["rect"] else "exemplar.png"))
     picture, mask = (Image.open(folder / f"{name}.png") for name in ("image", "mask"))
     if settings["batch"] == 1:

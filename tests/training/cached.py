@@ -19,7 +19,7 @@ from pbe.training.setup import build_model
 from pbe.training.tasks.encoding import EncodedBatch, encode_batch
 from tests.training.tiny import tiny_config
 
-# 8 pictures by 5: two shards of one batch each for each of three variants, and two of the validation
+# 8 images by 5: two shards of one batch each for each of three variants, and two of the validation
 PICTURES, VARIANTS, BATCH, SHARDS = 8, 3, 5, 8
 FIELDS = ("image.mean", "image.std", "masked.mean", "masked.std", "keep_mask", "valid", "features")
 

@@ -93,7 +93,7 @@ def picture(overfit: Overfit, name: str, index: int) -> np.ndarray:
 
 
 def paint(overfit: Overfit, scene: int, exemplar: int) -> np.ndarray:
-    """Edit the first picture of a scene with one of its exemplars, always with the same noise."""
+    """Edit the first image of a scene with one of its exemplars, always with the same noise."""
     output = overfit.pipe(
         picture(overfit, "exemplar", 4 * scene + exemplar),
         picture(overfit, "image", 4 * scene),

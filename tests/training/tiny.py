@@ -95,17 +95,17 @@ def write_config(path: Path, config: Config) -> Path:
 
 
 def render_shards(folder: Path) -> None:
-    """Write eight training pictures, four objects in each of two scenes, and eight scenes to validate on.
+    """Write eight training images, four objects in each of two scenes, and eight scenes to validate on.
 
-    The object stands in the same place of every training picture, so that nothing but the exemplar says
+    The object stands in the same place of every training image, so that nothing but the exemplar says
     which one was taken out.
     """
-    write_shards(_paired_pictures(), folder / "train", max_count=8)
+    write_shards(_paired_images(), folder / "train", max_count=8)
     scenes = SceneConfig(short_side=PICTURE_SIZE, max_long_side=PICTURE_SIZE, max_objects=1)
     write_shards(render_records(DEFAULT_WORLD, "test", 3, 8, scenes, 0), folder / "validation", max_count=8)
 
 
-def _paired_pictures() -> Iterator[ShardRecord]:
+def _paired_images() -> Iterator[ShardRecord]:
     world = ToyWorld()
     x1, y1, x2, y2 = OBJECT_BOX
     for scene, panorama in enumerate(world.panoramas("train")[:2]):

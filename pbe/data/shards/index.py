@@ -55,7 +55,7 @@ COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
     "picture_hash": (np.uint8, (HASH_BYTES,)),
 }
 ENDS = {"key_end": "key_bytes", "box_end": "boxes"}  # of an array, in rows of another
-PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 FOREIGN_EXTENSIONS = (".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".jp2", ".ppm", ".tga")
 COMPANION = "._"
 MAGIC = {
@@ -135,7 +135,7 @@ def read_members(path: Path) -> dict[str, tuple[Place, Place]]:
         members = list(_files(path))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f"'{path}' {_why(path, error)}") from error
-    images = _by_key(path, (member for member in members if member.extension in PICTURE_EXTENSIONS))
+    images = _by_key(path, (member for member in members if member.extension in IMAGE_EXTENSIONS))
     annotations = _by_key(path, (member for member in members if member.extension == ".json"))
     whole = images.keys() & annotations.keys()
     lonely = [
@@ -162,7 +162,7 @@ def _files(path: Path) -> Iterator[Member]:
                 continue
             links[name] = member
             key, extension = posixpath.splitext(name)
-            if member.issparse() and extension.lower() in (*PICTURE_EXTENSIONS, ".json"):
+            if member.issparse() and extension.lower() in (*IMAGE_EXTENSIONS, ".json"):
                 raise UserError(f"'{path}' holds '{name}' as a sparse file; write it again without --sparse")
             yield Member(name, key, extension.lower(), (member.offset_data, member.size))
     _check_end(path, end)

@@ -142,7 +142,8 @@ def edit_outside(
         image, exemplar = read_image(job.image).pixels, read_image(job.exemplar, "exemplar").pixels
         mask = read_mask(job.mask).pixels
         captioned = [("masked", grey_out(image, mask)), ("exemplar", exemplar)]
-        for each in at_scales(settings, scales):
+        for each in at_scales(settings.completed(pipe.model.config), scales):
+            assert each.steps is not None
             edit = pipe(
                 exemplar,
                 image,

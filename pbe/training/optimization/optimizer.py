@@ -73,7 +73,7 @@ def make_optimizer(
             groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=_fused(module, config) or None
         )
         # Lightning unscales and clips before the step; beside a step that unscales it clips nothing
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, max_steps))
     return optimizer, scheduler
 

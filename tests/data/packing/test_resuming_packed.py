@@ -23,7 +23,7 @@ Sample = tuple[int, str, bytes]
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty-four pictures with one to three boxes each, in four shards."""
+    """Twenty-four images with one to three boxes each, in four shards."""
     folder, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("packed") / "shards"
     lines = ["file,x1,y1,x2,y2,label"]
     for number in range(PICTURES):
@@ -92,6 +92,6 @@ def test_stopped_and_resumed_with_other_workers_ranks_and_batches(packed, straig
 
 
 def test_no_sample_is_lost_or_doubled_in_an_epoch_of_boxes(packed, straight):
-    """Forty-eight boxes: as many of each picture as it has, and no two samples the same."""
+    """Forty-eight boxes: as many of each image as it has, and no two samples the same."""
     keys = [key for _, key, _ in straight["every"][:BOXES]]
     assert sorted(keys.count(key) for key in set(keys)) == [1] * 8 + [2] * 8 + [3] * 8

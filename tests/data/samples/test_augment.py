@@ -38,7 +38,7 @@ def displacements(matrix: np.ndarray, size: int = SIZE, step: int = 8) -> np.nda
 def test_affine_moves_pixels_as_the_three_points_say():
     """The displacement at a point is the anchors' shifts weighted by its barycentric coordinates.
 
-    With u, v = (x - 38) / 148, (y - 38) / 148 the weights are v, u - v and 1 - u. Over the picture u and v
+    With u, v = (x - 38) / 148, (y - 38) / 148 the weights are v, u - v and 1 - u. Over the image u and v
     are uniform with mean 1/2 and variance s = (224 / 148)^2 / 12, so the weights' mean squares are
     1/4 + s, 2 s and 1/4 + s, and the mean square of the displacement is their sum times 2 * 50^2 / 3.
     """
@@ -47,7 +47,7 @@ def test_affine_moves_pixels_as_the_three_points_say():
     root_mean_square = np.sqrt((0.5 + 4 * variance) * 2 * 50**2 / 3)
     assert root_mean_square == pytest.approx(45.9, abs=0.1)
     assert np.sqrt((moved**2).mean()) == pytest.approx(root_mean_square, rel=0.02)
-    # The mean displacement itself, by Monte Carlo: a fifth of the picture's side.
+    # The mean displacement itself, by Monte Carlo: a fifth of the image's side.
     assert moved.mean() == pytest.approx(40.5, abs=1.0)
 
 
@@ -59,13 +59,13 @@ def test_affine_keeps_within_the_jitter_at_the_anchors():
     assert np.abs(shift.mean(axis=0)).max() < 5.0
 
 
-def test_affine_scales_with_the_picture():
+def test_affine_scales_with_the_image():
     large, small = displacements(matrices(50)), displacements(matrices(50, 112), 112, 4)
     np.testing.assert_allclose(large, 2 * small, rtol=1e-4, atol=1e-3)
 
 
-def test_affine_really_warps_the_picture():
-    """A picture of its own coordinates shows where each pixel came from."""
+def test_affine_really_warps_the_image():
+    """An image of its own coordinates shows where each pixel came from."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
     transform = ThreePointAffine(jitter=20.0, p=1.0)
     transform.set_random_state(generator(1), None)

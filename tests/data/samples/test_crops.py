@@ -131,7 +131,7 @@ def test_cut_reflects_and_the_valid_mask_marks_it():
     assert np.count_nonzero(valid) == 32
 
 
-def test_reflection_goes_beyond_the_picture_s_own_length():
+def test_reflection_goes_beyond_the_image_s_own_length():
     picture = np.random.default_rng(0).integers(0, 255, (2, 90, 3), dtype=np.uint8)
     out = cut(picture, Crop(0, -44, 90, 90), 90)
     assert out.shape == (90, 90, 3)
@@ -146,7 +146,7 @@ def test_valid_pixels_lie_wholly_inside():
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(("start", "row"), [(-148, 7), (-150, 8), (0, 0), (-298, 15)])
-def test_a_picture_thinner_than_a_pixel_keeps_the_one_at_its_middle(transpose, start, row):
+def test_an_image_thinner_than_a_pixel_keeps_the_one_at_its_middle(transpose, start, row):
     """Two pixels of 300 are a tenth of one at 16 px."""
     if transpose:
         valid = valid_mask(Crop(start, 0, 300, 300), 2, 300, 16).T
@@ -233,7 +233,7 @@ def test_half_of_the_rows_are_no_copies(transpose):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(("short", "long"), [(40, 100), (30, 100), (7, 100), (2, 50)])
 def test_a_mirrored_mask_is_the_mirror_image(short, long, axis):
-    """Without resizing it is what the border's rule makes of the mask; it folds where the picture is thin."""
+    """Without resizing it is what the border's rule makes of the mask; it folds where the image is thin."""
     rng = np.random.default_rng(short)
     inside = (rng.random((short, long)) < 0.1).astype(np.uint8) * 255
     before = (long - short) // 2
@@ -249,7 +249,7 @@ def test_a_mirrored_mask_is_the_mirror_image(short, long, axis):
 
 @pytest.mark.parametrize("size", [16, 37, 64, 100, 160, 333])
 def test_nothing_that_a_mask_hides_is_reflected_at_any_size(size):
-    """The picture is red under the mask alone; also where pixels lie across the border."""
+    """The image is red under the mask alone; also where pixels lie across the border."""
     for index in range(60):
         rng = generator("mirror", size, index)
         width, height = (int(side) for side in rng.integers(2, 120, 2))

@@ -90,7 +90,7 @@ def test_neither_frame_fits(tag, frame):
 
 
 @pytest.mark.parametrize("data", [b"", b"text", turned(1)[:300], encoded(picture(), "PNG")[:60]])
-def test_what_is_cut_short_or_no_picture(data):
+def test_what_is_cut_short_or_no_image(data):
     with pytest.raises(UnusableImageError, match=UNREADABLE):
         decode_image(data)
 

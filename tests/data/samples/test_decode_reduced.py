@@ -33,7 +33,7 @@ CONFIG = DataConfig(
 
 
 def jpeg(image: np.ndarray, orientation: int = 1) -> bytes:
-    """Encode an RGB picture as it is to be shown, stored as the orientation says."""
+    """Encode an RGB image as it is to be shown, stored as the orientation says."""
     stored = {1: image, 3: np.rot90(image, 2), 6: np.rot90(image), 8: np.rot90(image, -1)}[orientation]
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
@@ -120,7 +120,7 @@ def test_pixels_are_about_the_means_of_their_blocks(factor):
 
 @pytest.fixture
 def large(tmp_path):
-    """Three pictures of 512 x 384 with an object each."""
+    """Three images of 512 x 384 with an object each."""
     boxes = [Box(48 + 16 * number, 32, 304, 240) for number in range(3)]
     pictures = [jpeg(scene(512, 384, box)) for box in boxes]
     records = [
@@ -131,7 +131,7 @@ def large(tmp_path):
     return tmp_path
 
 
-def test_samples_of_reduced_pictures_show_the_same_objects(large):
+def test_samples_of_reduced_images_show_the_same_objects(large):
     dataset = ExemplarDataset(ShardImages(large), CONFIG, 1)
     annotated = read_image(dataset.images, 1, CONFIG)
     assert annotated.image.shape == (96, 128, 3)

@@ -55,8 +55,8 @@ def shape(width: int, height: int, seed: int) -> np.ndarray:
     return mask
 
 
-def save_picture(folder: Path, name: str, mask: np.ndarray, orientation: int) -> None:
-    """Save a picture whose red part is its mask; both as stored, before the EXIF orientation."""
+def save_image(folder: Path, name: str, mask: np.ndarray, orientation: int) -> None:
+    """Save an image whose red part is its mask; both as stored, before the EXIF orientation."""
     picture = np.zeros((*mask.shape, 3), np.uint8)
     picture[mask > 0] = RED
     exif = Image.Exif()
@@ -67,13 +67,13 @@ def save_picture(folder: Path, name: str, mask: np.ndarray, orientation: int) ->
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of pictures in all eight orientations, the last of them made smaller when packed."""
+    """Shards of images in all eight orientations, the last of them made smaller when packed."""
     folder = tmp_path_factory.mktemp("masks")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
     for orientation in range(1, 9):
-        save_picture(folder, f"p{orientation}", shape(160, 90, orientation), orientation)
-    save_picture(folder, "p9", cv2.resize(shape(160, 90, 9), (480, 270), interpolation=cv2.INTER_NEAREST), 6)
+        save_image(folder, f"p{orientation}", shape(160, 90, orientation), orientation)
+    save_image(folder, "p9", cv2.resize(shape(160, 90, 9), (480, 270), interpolation=cv2.INTER_NEAREST), 6)
     settings = PackSettings(exif_frame="stored", max_side=200, perceptual=False)
     request = PackRequest(lambda: [read_mask_folder(folder)], ["masks"], settings, folder / "out")
     assert pack(request, workers=0) is not None
@@ -103,7 +103,7 @@ def test_the_hole_is_the_object_in_every_orientation_and_crop(packed: Path) -> N
         assert hole[inside].mean() < 0.75
 
 
-def test_dilation_is_of_a_picture_of_512_px(packed: Path) -> None:
+def test_dilation_is_of_an_image_of_512_px(packed: Path) -> None:
     plain, wide = dataset(packed), dataset(packed, object_mask_dilate=40.0)
     for index in range(9):
         first, second = plain[index].sample, wide[index].sample
@@ -144,7 +144,7 @@ def test_no_mask_falls_back_and_is_counted(shards: Path) -> None:
 
 
 def rewrite(tmp_path: Path, mask: object) -> ShardImages:
-    """A shard of one picture whose only box, 10 10 40 30, has this mask."""
+    """A shard of one image whose only box, 10 10 40 30, has this mask."""
     picture = cv2.imencode(".png", np.zeros((48, 60, 3), np.uint8))[1].tobytes()
     box = {"xyxy": [10.0, 10.0, 40.0, 30.0], "label": "", "mask": mask}
 
@@ -203,12 +203,12 @@ def test_a_mask_outside_its_box_is_none(tmp_path: Path) -> None:
     mask[12, 12] = 1
     pictures = rewrite(tmp_path, encode_rle(mask))
     np.testing.assert_array_equal(read_object_mask(pictures, 0, box, frame, frame), mask)
-    # For a picture that was decoded at half its size: every pixel that the object touches.
+    # For an image that was decoded at half its size: every pixel that the object touches.
     half = read_object_mask(pictures, 0, box, frame, (30, 24))
     np.testing.assert_array_equal(half, mask.reshape(24, 2, 30, 2).max(axis=(1, 3)))
 
 
-def test_cutting_keeps_thin_things_and_mirrors_them_as_the_picture_is() -> None:
+def test_cutting_keeps_thin_things_and_mirrors_them_as_the_image_is() -> None:
     mask = np.zeros((100, 200), np.uint8)
     mask[30, 3:] = 1
     cover = cut_mask(mask, Crop(0, -50, 200, 200), 20)
@@ -266,7 +266,7 @@ def test_too_little_kept_ends_in_the_usual_fallback() -> None:
 def test_every_sample_with_a_mask(
     case: tuple[np.ndarray, Box], usual: SampleConfig, dilate: float, share: float, seed: int
 ) -> None:
-    """Whatever the object's shape, down to a pixel, and the picture, the crop and the dilation."""
+    """Whatever the object's shape, down to a pixel, and the image, the crop and the dilation."""
     picture, box = case
     height, width = picture.shape[:2]
     inside = rectangle_mask(box, width, height) > 0

@@ -19,7 +19,7 @@ COUNT = 2000
 
 
 def random_case(index: int) -> tuple[np.ndarray, Box]:
-    """Return a picture of any aspect and a box of 2 to 80 % of its area."""
+    """Return an image of any aspect and a box of 2 to 80 % of its area."""
     rng = generator("case", index)
     width, height = (int(side) for side in rng.integers(40, 160, 2))
     picture = np.zeros((height, width, 3), np.uint8)
@@ -92,7 +92,7 @@ def test_hole_and_rest_are_never_empty(samples):
 
 
 def test_the_hole_is_where_the_object_counts(samples):
-    """Nearly all of the box lies on the picture; a pixel that is partly reflection does not count."""
+    """Nearly all of the box lies on the image; a pixel that is partly reflection does not count."""
     for _, _, sample in samples:
         box = rectangle_mask(sample.box, SIZE, SIZE) > 0
         assert (sample.valid[box] > 0).mean() >= 0.75
@@ -109,7 +109,7 @@ def test_events_follow_from_the_shapes(samples):
     assert {"padded", "shrunk", "redrawn"} <= seen
 
 
-def test_jitter_scales_with_the_picture():
+def test_jitter_scales_with_the_image():
     config = SampleConfig(shrink_fraction=0.0, augment=AugmentConfig(enabled=False))
     for side in (64, 512):
         picture = np.zeros((side, side, 3), np.uint8)
@@ -119,7 +119,7 @@ def test_jitter_scales_with_the_picture():
 
 
 @pytest.mark.parametrize("shape", [(100, 100), (60, 140), (140, 60)])
-def test_a_box_that_fills_the_picture_still_leaves_something(shape):
+def test_a_box_that_fills_the_image_still_leaves_something(shape):
     picture = np.zeros((*shape, 3), np.uint8)
     box = Box(0, 0, shape[1], shape[0])
     for index in range(20):
@@ -162,7 +162,7 @@ SHAPES = ("square", "wide", "tall", "tiny", "edge", "whole", "thin picture")
 
 
 def red_case(shape: str, index: int) -> tuple[np.ndarray, Box, np.random.Generator]:
-    """A picture that is red in its box alone."""
+    """An image that is red in its box alone."""
     rng = generator("red", shape, index)
     width, height = (int(side) for side in rng.integers(40, 200, 2))
     if shape == "thin picture":
@@ -226,8 +226,8 @@ def test_nothing_of_an_object_is_visible_where_its_own_mask_is_the_hole(shape, d
         assert visible_red(sample, sample.valid < 256) <= 127
 
 
-def test_padding_shows_no_more_than_the_picture_at_its_own_size():
-    """Without resizing, the masked padding is the mirror image of the masked picture."""
+def test_padding_shows_no_more_than_the_image_at_its_own_size():
+    """Without resizing, the masked padding is the mirror image of the masked image."""
     picture = np.random.default_rng(0).integers(1, 255, (40, 120, 3), dtype=np.uint8)
     config = SampleConfig(shrink_fraction=0.0, arbitrary_mask_share=0.0, augment=AugmentConfig(enabled=False))
     for index in range(20):
@@ -238,7 +238,7 @@ def test_padding_shows_no_more_than_the_picture_at_its_own_size():
 
 
 def test_the_border_of_the_last_resort_is_grey():
-    """A box that is the whole picture leaves nothing to reflect."""
+    """A box that is the whole image leaves nothing to reflect."""
     picture = np.full((60, 100, 3), (255, 0, 0), np.uint8)
     sample = make_sample(picture, Box(0, 0, 100, 60), generator(1), SampleConfig(), SIZE, EXEMPLAR)
     assert "fallback" in sample.events
@@ -292,7 +292,7 @@ def test_pure_function_of_the_counter(scenes):
     assert all(first[index] != other[index] for index in range(30))
 
 
-def test_the_picture_is_not_changed(scenes):
+def test_the_image_is_not_changed(scenes):
     scene = scenes[0]
     before = scene.image.copy()
     make_sample(scene.image, Box(*scene.boxes[0]), generator(0), SampleConfig(), SIZE, EXEMPLAR)

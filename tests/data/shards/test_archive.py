@@ -44,7 +44,7 @@ def test_webdataset_reads_them(tmp_path):
     assert json.loads(read[1]["json"])["boxes"][0]["xyxy"] == [1.0, 2.0, 3.5, 5.0]
 
 
-def test_same_pictures_same_bytes(tmp_path):
+def test_same_images_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_shards(records(5), tmp_path / name)
     assert (tmp_path / "a/shard-000000.tar").read_bytes() == (tmp_path / "b/shard-000000.tar").read_bytes()
@@ -126,7 +126,7 @@ def test_keys_that_appear_twice_are_named(tmp_path, doubled):
         ShardImages(tmp_path)
 
 
-def test_a_shard_without_pictures(tmp_path):
+def test_a_shard_without_images(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     with pytest.raises(UserError, match="hold no images"):

@@ -1,4 +1,4 @@
-"""The index beside shards: the same pictures as without it, O(shards) to open, faults counted."""
+"""The index beside shards: the same images as without it, O(shards) to open, faults counted."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def keys(url: str, tmp_path: Path, workers: int = 0, **changes: Any) -> tuple[li
 def test_the_same_samples_as_from_a_folder_by_ranges(server, shards, tmp_path, workers):
     assert keys(server.url, tmp_path, workers) == keys(str(shards), tmp_path)
     tars = [size for name, size in server.sent if name.endswith(".tar")]
-    assert len(tars) == 61  # one a picture, and one that asks whether ranges are served
+    assert len(tars) == 61  # one an image, and one that asks whether ranges are served
     assert max(tars) < 30_000
     assert len(list((tmp_path / "cache").iterdir())) == 3
     server.sent.clear()

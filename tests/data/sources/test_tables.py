@@ -142,7 +142,7 @@ def test_other_splits_flat(tmp_path: Path, save: Save, split: str) -> None:
     assert read_open_images(tmp_path, split=split).boxes.height == 3
 
 
-def test_a_image_that_lies_in_two_folders_counts_once(tmp_path: Path, save: Save) -> None:
+def test_an_image_that_lies_in_two_folders_counts_once(tmp_path: Path, save: Save) -> None:
     save("train_0/000002b66c9c498e.jpg")
     save("train_1/000002b66c9c498e.jpg")
     (tmp_path / "train-annotations-bbox.csv").write_text(V4)

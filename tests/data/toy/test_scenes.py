@@ -80,7 +80,7 @@ def test_a_solid_sprite_has_its_own_box_and_pixels():
     assert np.count_nonzero(scene.image != 100) == 20 * 10 * 3
 
 
-def test_boxes_are_clipped_by_the_picture():
+def test_boxes_are_clipped_by_the_image():
     scene = flat_scene()
     assert paste_sprite(scene, solid_sprite(20, 10), (8.0, 30.0), "a", 0.3, SceneConfig())
     assert scene.boxes == [(0.0, 25.0, 18.0, 35.0)]

@@ -14,7 +14,7 @@ from pbe.editing.settings import MAX_SEED, EditCommand
 from pbe.errors import UserError
 
 
-def test_a_single_job_takes_the_name_of_its_picture():
+def test_a_single_job_takes_the_name_of_its_image():
     command = EditCommand(model="m", image="x/a.b.jpg", mask="m", exemplar="e")
     assert single_job(command).name == "a.b"
     with pytest.raises(UserError, match="name '' cannot be the name of a file: it is empty"):

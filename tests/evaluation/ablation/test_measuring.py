@@ -44,7 +44,7 @@ def pasted(case: ToyCase, exemplar: np.ndarray) -> np.ndarray:
 
 
 def test_a_copier_pays_for_the_pose_and_one_who_knows_the_object_does_not(cases: list[ToyCase]) -> None:
-    own = [case.image for case in cases]  # a copy of the hidden object in its place is the picture itself
+    own = [case.image for case in cases]  # a copy of the hidden object in its place is the image itself
     copier = pose_scores(cases, [pasted(case, case.exemplar) for case in cases], own, FEW)
     assert [one.name for one in copier] == list(POSE)
     assert copier[0].value == pytest.approx(1.0)

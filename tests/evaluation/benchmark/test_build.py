@@ -28,7 +28,7 @@ from tests.data.samples.test_colour import in_srgb, wide_gamut
 
 
 def split(folder: Path, start: int, count: int) -> Annotations:
-    """Pictures of a grey ground with one bright box; cats in even ones and dogs in odd ones."""
+    """Images of a grey ground with one bright box; cats in even ones and dogs in odd ones."""
     folder.mkdir()
     lines = ["file,x1,y1,x2,y2,label"]
     for number in range(start, start + count):
@@ -115,7 +115,7 @@ def test_list_of_what_is_missing(bench: Path) -> None:
         read_benchmark(bench)
 
 
-def test_a_picture_that_cannot_be_read_has_no_size(bench: Path) -> None:
+def test_an_image_that_cannot_be_read_has_no_size(bench: Path) -> None:
     one = files_of(bench)[0]
     one.image.write_bytes(b"junk")
     assert find_problems(bench, size=0) == [f"GT_3500/{one.image.name} cannot be read"]

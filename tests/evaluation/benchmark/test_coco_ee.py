@@ -36,7 +36,7 @@ def test_exported_cases_are_the_benchmark_bit_for_bit(world, bench_files):
     assert [case.id for case in folder[2:4]] == folder.ids[2:4]
 
 
-def test_command_exports_and_checks_small_pictures(tmp_path, capsys):
+def test_command_exports_and_checks_small_images(tmp_path, capsys):
     out = tmp_path / "toy"
     assert command.main(["--toy", "--out", str(out), "--cases", "2"]) == 0
     assert BenchmarkFolder(out)[1].image.shape == (64, 64, 3)
@@ -68,7 +68,7 @@ def test_a_folder_in_use_is_not_exported_into(world, bench):
         export_toy_benchmark(world, bench)
 
 
-def test_hash_names_pictures_and_their_places(bench, bench_files):
+def test_hash_names_images_and_their_places(bench, bench_files):
     first = BenchmarkFolder(bench_files).sha256
     assert BenchmarkFolder(bench).sha256 == first
     one, two = (bench / "Ref_3500" / f"{index:012d}_ref.png" for index in (0, 1))

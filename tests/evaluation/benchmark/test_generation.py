@@ -141,7 +141,7 @@ def test_complete_folder_needs_no_model_and_no_trainer(model, benchmark, edited,
     assert generate(model, benchmark, edited, SETTINGS) == edited
 
 
-def test_a_pipeline_gives_the_same_pictures_as_its_files(pipe, benchmark, edited, tmp_path):
+def test_a_pipeline_gives_the_same_images_as_its_files(pipe, benchmark, edited, tmp_path):
     by_pipe = contents(generate(pipe, benchmark, tmp_path / "pipe", SETTINGS))
     wanted = contents(edited)
     assert all(by_pipe[name] == wanted[name] for name in wanted if name.endswith(".png"))

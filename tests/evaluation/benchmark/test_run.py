@@ -247,7 +247,7 @@ def test_the_first_cases_alone(evaluated, bench_files, tmp_path):
     assert "The first 3 cases of" in (out / "index.html").read_text()
 
 
-def test_times_of_all_runs_that_made_pictures_are_added(tmp_path):
+def test_times_of_all_runs_that_made_images_are_added(tmp_path):
     folder = tmp_path / "guidance_5"
     folder.mkdir()
     with timed(folder):
@@ -274,7 +274,7 @@ def test_times_of_all_runs_that_made_pictures_are_added(tmp_path):
     assert read_times(tmp_path)["guidance_5"] < 1000, "those pictures are gone"
 
 
-def test_pictures_of_the_page_are_small():
+def test_images_of_the_page_are_small():
     wide = np.zeros((300, 1024, 3), np.uint8)
     assert fit(wide).shape == (75, 256, 3)
     assert fit(wide[:, :256]).shape == (256, 218, 3)

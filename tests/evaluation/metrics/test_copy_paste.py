@@ -1,4 +1,4 @@
-"""The copy-paste score on pictures whose right answer is known."""
+"""The copy-paste score on images whose right answer is known."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_set_scores_are_the_distances_of_the_features(settings, monkeypatch):
     assert found["clip-fid"].low < found["clip-fid"].value < found["clip-fid"].high
 
 
-def test_a_reference_folder_takes_the_place_of_the_true_pictures(settings, tmp_path):
+def test_a_reference_folder_takes_the_place_of_the_true_images(settings, tmp_path):
     cases, edits = make(6)
     folder = tmp_path / "real"
     folder.mkdir()
@@ -144,7 +144,7 @@ def _empty(folder: Path) -> Path:
     return folder / "empty"
 
 
-def test_a_single_picture_has_no_distance_but_the_other_scores(settings):
+def test_a_single_image_has_no_distance_but_the_other_scores(settings):
     cases, edits = make(1)
     fid, region = score(cases, edits, settings("clip-fid", "region-clip"))
     assert not fid.run
@@ -246,7 +246,7 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FOLDER.safetensors", "pictures"]
 
 
-def test_real_pictures_are_read_into_arrays_of_their_own(tmp_path):
+def test_real_images_are_read_into_arrays_of_their_own(tmp_path):
     Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "a.png")
     (batch,) = ImageFolder(tmp_path).batches(2)
     assert batch.edits[0].shape == (6, 8, 3)

@@ -1,4 +1,4 @@
-"""The layout scores on pictures whose right answer is known."""
+"""The layout scores on images whose right answer is known."""
 
 from __future__ import annotations
 

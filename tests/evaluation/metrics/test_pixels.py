@@ -1,4 +1,4 @@
-"""Seam, colour and outside scores on pictures whose right answer is known, and against scikit-image."""
+"""Seam, colour and outside scores on images whose right answer is known, and against scikit-image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_border_energy_by_hand():
     assert border_energy(picture, hole) == pytest.approx((100 + 400 + 900) / 3 / 2)
 
 
-def test_seam_is_one_for_the_real_picture_and_grows_with_the_step(hole):
+def test_seam_is_one_for_the_real_image_and_grows_with_the_step(hole):
     image = smooth()
     steps = [
         seam(image, np.where(hole[..., None] > 0, image + step, image).astype(np.uint8), hole)

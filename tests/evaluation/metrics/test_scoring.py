@@ -133,7 +133,7 @@ def test_nothing_left_to_score():
         score(cases, edits[:1], ScoreSettings(PIXELS))
 
 
-def test_one_picture_has_no_interval():
+def test_one_image_has_no_interval():
     cases, edits = make(3)
     (one,) = score(cases, [None, edits[1], None], ScoreSettings(("colour-inside",)))
     assert one.value == one.per_case[1]
@@ -264,7 +264,7 @@ def test_bootstraps_that_give_no_interval_are_refused(settings, message):
 
 
 class Shrinking(torch.nn.Module):
-    """The sizes that AlexNet's convolutions and poolings make of a picture, without its features."""
+    """The sizes that AlexNet's convolutions and poolings make of an image, without its features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Shrinking(torch.nn.Module):
         return (self.layers(a) - self.layers(b)).abs().mean()
 
 
-def test_pictures_too_small_for_lpips_are_left_out_of_it_alone(tmp_path, monkeypatch):
+def test_images_too_small_for_lpips_are_left_out_of_it_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "load_lpips", lambda *_: Shrinking())
     (tmp_path / "any.pth").write_bytes(b"any")
     settings = ScoreSettings(("lpips-outside", "seam"), weights={"lpips": str(tmp_path / "any.pth")})

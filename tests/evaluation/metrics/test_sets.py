@@ -52,7 +52,7 @@ def test_frechet_distance_is_scipys_and_torch_fidelitys(n, m, width):
     assert frechet_distance(a, b) == pytest.approx(fidelity, rel=1e-8)
 
 
-def test_fewer_pictures_than_features_is_torch_fidelitys():
+def test_fewer_images_than_features_is_torch_fidelitys():
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(12, 30)), rng.normal(size=(15, 30)) + 1
     statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
@@ -85,7 +85,7 @@ def test_kernel_distance_is_unbiased_and_takes_sets_of_two_sizes():
 @pytest.mark.parametrize("measure", [frechet, kernel])
 @pytest.mark.parametrize(("count", "width"), [(150, 3), (40, 90)])
 def test_standard_error_is_that_of_fresh_samples(measure, count, width):
-    """With more and with fewer pictures than features."""
+    """With more and with fewer images than features."""
     rng = np.random.default_rng(4)
     real = rng.normal(size=(400, width))
     bootstrap = Bootstrap(set_resamples=50)

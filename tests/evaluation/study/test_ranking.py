@@ -89,7 +89,7 @@ def test_page_is_blinded_and_whole(study):
 
 
 def test_what_is_published_tells_nobody_whose_an_edit_is(systems, bench_files, tmp_path, monkeypatch):
-    """Who knows the systems, the seed, the pictures and this program still lacks the salt of the key."""
+    """Who knows the systems, the seed, the images and this program still lacks the salt of the key."""
     order: list[str] = []
     write = ranking.write_image
     monkeypatch.setattr(ranking, "write_image", lambda path, it: (order.append(path.stem), write(path, it)))
@@ -131,7 +131,7 @@ def test_a_case_that_cannot_be_read_is_told_before_the_folder_is_begun(
     assert make(systems, bench_files, tmp_path / "out", "--groups", "4") == 0
 
 
-def test_pictures_belong_to_their_systems(study, systems, bench_files, tmp_path):
+def test_images_belong_to_their_systems(study, systems, bench_files, tmp_path):
     benchmark = BenchmarkFolder(bench_files)
     make_study(systems, benchmark, tmp_path / "beside", StudySettings(groups=2, seed=1, copy=True))
     published = tmp_path / "beside" / "page"

@@ -88,7 +88,7 @@ def pack_to(source: Path, out: Path, *options: str) -> Path:
     return out
 
 
-def test_pictures_have_bytes_of_their_own(source: Path, tmp_path: Path) -> None:
+def test_images_have_bytes_of_their_own(source: Path, tmp_path: Path) -> None:
     files = [path.read_bytes() for path in (tmp_path / "pictures").iterdir()]
     assert len(set(files)) == 70
     report = json.loads((pack_to(source, tmp_path / "out") / "report.json").read_bytes())

@@ -331,7 +331,7 @@ def test_a_url_is_refused_before_anything_is_made(built, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_too_many_unusable_pictures_end_the_build(built, tmp_path):
+def test_too_many_unusable_images_end_the_build(built, tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     good = cv2.imencode(".png", picture)[1].tobytes()
     records = [

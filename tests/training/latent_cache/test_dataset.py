@@ -108,7 +108,7 @@ def test_losses_are_those_of_the_memory_maps_to_the_last_bit(built):
     assert results[0] == results[1]
 
 
-def test_variants_of_a_picture_differ(built):
+def test_variants_of_an_image_differ(built):
     count = PICTURES * VARIANTS
     features = samples_of(built).batch([(row, row) for row in range(count)]).features
     assert len(np.unique(features.reshape(count, -1).numpy(), axis=0)) == count

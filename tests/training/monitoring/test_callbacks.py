@@ -44,7 +44,7 @@ def test_a_grid_is_repeatable_and_leaves_no_trace(shards, autoencoder, tmp_path)
     assert np.array_equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    # the first column is the picture itself, the second the same with a grey hole
+    # the first column is the image itself, the second the same with a grey hole
     samples = fixed_samples(config, 2)
     pictures = samples["image"].permute(0, 2, 3, 1).numpy()
     hole = samples["mask"][0, 0].numpy() > 0

@@ -62,7 +62,7 @@ def test_only_the_autoencoder_is_trained():
     assert trained == {f"model.autoencoder.{n}" for n, _ in task.model.autoencoder.named_parameters()}
 
 
-def test_the_share_of_masked_pictures_is_drawn_by_sample(shards):
+def test_the_share_of_masked_images_is_drawn_by_sample(shards):
     overrides = ["task=autoencoder", "autoencoder_loss.masked_share=0.25"]
     config = tiny_config(shards, Path("nowhere"), *overrides)
     task = AutoencoderTask(config, LatentDiffusion(config.model))
@@ -92,7 +92,7 @@ def test_the_scale_factor_is_measured_and_makes_latents_unit_variance(stage):
     assert scale != config.model.autoencoder.scale_factor, "0.18215 belongs to Stable Diffusion"
     loader = TrainingData(config).train_dataloader()
     assert measure_scale_factor(model, list(loader)) == pytest.approx(scale, rel=1e-6)
-    # and by sampling, on pictures cropped and masked anew
+    # and by sampling, on images cropped and masked anew
     torch.manual_seed(0)
     fresh = [batch for _ in range(8) for batch in loader]
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_the_diffusion_stage_takes_autoencoder_and_scale_factor_over(stage, shar
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_the_grid_shows_pictures_and_reconstructions(stage):
+def test_the_grid_shows_images_and_reconstructions(stage):
     folder, config = stage
     assert [path.name for path in (folder / "grids").iterdir()] == ["step0000200.png"]
     with Image.open(folder / "grids" / "step0000200.png") as grid:

@@ -1,4 +1,4 @@
-"""From uint8 pictures to what the UNet takes."""
+"""From uint8 images to what the UNet takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_keep_mask_is_the_mask_turned_round():
     assert to_keep_mask(mask).flatten().tolist() == [0.0, 1.0]
 
 
-def test_picture_and_masked_picture_are_encoded_apart():
+def test_image_and_masked_image_are_encoded_apart():
     config = tiny_config(Path("nowhere"), Path("nowhere"))
     model = LatentDiffusion(config.model).eval()
     generator = torch.Generator().manual_seed(0)
