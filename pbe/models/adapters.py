@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.errors import UserError
+from pbe.models.convolution import double
 
 # Layers by part. With one condition token queries and keys of the cross-attention have no influence.
 PATTERNS = {
@@ -94,10 +95,21 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleList
     weight: Tensor
+    goes_undoubled: Callable[[Tensor], bool]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x``, with what each adapter adds."""
-        output: Tensor = super().forward(x)
+        return self.added_to(super().forward(x), x)
+
+    def of_doubled(self, x: Tensor) -> Tensor:
+        """Do what a convolution's ``of_doubled`` does; fresh adapters change no bit of that either."""
+        if not self.goes_undoubled(x):
+            made: Tensor = self(double(x))
+            return made
+        return self.added_to(super().of_doubled(x), double(x))  # type: ignore[misc]  # of a convolution
+
+    def added_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's output for ``x`` with what each adapter adds."""
         for adapter in self.adapters:
             if adapter.factor:
                 output = output + adapter(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pbe.errors import UserError
+from pbe.models.adapters import Adapted
 from pbe.models.convolution import Convolution, is_channels_last
 from pbe.models.layers import make_norm, zero_init
 
@@ -174,17 +175,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(b, n, channels)`` to the same shape."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not self._plain():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or self.proj._forward_hooks:
             value, gate = self.proj(x).chunk(2, dim=-1)
             return self.out(value * F.gelu(gate))
         # two products instead of one, so that each half lies together in memory
         weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         value, gate = (F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
+        if isinstance(self.proj, Adapted):
+            made = self.proj.added_to(torch.cat([value, gate], dim=-1), x)
+            value, gate = (half.contiguous() for half in made.chunk(2, dim=-1))
         return self.out(F.gelu(gate).mul_(value))
-
-    def _plain(self) -> bool:
-        """Return whether nothing but weights makes the first layer: adapters and hooks want it whole."""
-        return type(self.proj).forward is nn.Linear.forward and not self.proj._forward_hooks
 
 
 class TransformerBlock(nn.Module):

@@ -84,21 +84,26 @@ class Convolution(nn.Conv2d):
         """Return the weights; frozen ones in bfloat16 lie as the map does from its first call on."""
         own = self._parameters.get("weight")
         if own is not None and own.dtype == torch.bfloat16 and not own.requires_grad and is_channels_last(x):
-            own.data = own.data.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode(mode=False):  # weights outlive it
+                own.data = own.data.contiguous(memory_format=torch.channels_last)
         return self.weight
 
     def of_doubled(self, x: Tensor) -> Tensor:
         """Map ``(b, c, h, w)`` to ``(b, o, 2h, 2w)``: what its nearest-neighbour doubling is mapped to.
 
-        Adapters and hooks see the doubled map.
+        Hooks see the doubled map.
         """
-        own = type(self).forward is Convolution.forward and not self._forward_hooks
-        if not own or x.device.type != "cpu" or not is_channels_last(x) or not self._pays_undoubled(x):
-            return self(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if not self.goes_undoubled(x):
+            return self(double(x))
         as_it_is = torch.is_grad_enabled() or torch.compiler.is_compiling()
         return convolve_doubled(x, self.weight if as_it_is else self._laid_out(x), self.bias)
 
-    def _pays_undoubled(self, x: Tensor) -> bool:
+    def goes_undoubled(self, x: Tensor) -> bool:
+        """Return whether :meth:`of_doubled` makes no doubled map: where that pays and nobody asks for it."""
+        if x.device.type != "cpu" or not is_channels_last(x) or self._forward_hooks:
+            return False
+        if torch.is_grad_enabled() and "weight" not in self._parameters:  # made anew, and not to be kept
+            return False
         doubled = 4 * x.shape[2] * x.shape[3]
         plain = torch.is_grad_enabled() or fastest_tile(x.dtype, doubled, x.shape[1], self.out_channels) < 4
         return plain and x.numel() >= ENOUGH_DOUBLED * x.shape[1]
@@ -107,6 +112,11 @@ class Convolution(nn.Conv2d):
         if not is_channels_last(x):
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """Return ``(b, c, h, w)`` with every pixel four times, ``(b, c, 2h, 2w)``."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pbe.models.convolution import Convolution, is_channels_last
+from pbe.models.convolution import Convolution, double, is_channels_last
 
 SMALL_MAP, NARROW = 32 * 32, 16
 """Positions and channels of a group from which torch's group norm is fast in any layout."""
@@ -145,7 +145,7 @@ class Upsample(nn.Module):
         """Map ``(b, c, h, w)`` to ``(b, c, 2h, 2w)``, or to a ``size`` without its last row or column."""
         if size is None or size == (2 * x.shape[2], 2 * x.shape[3]):
             return self.conv.of_doubled(x)
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = double(x)
         return self.conv(x[:, :, : size[0], : size[1]])
 
 

@@ -27,9 +27,10 @@ NAMES = [
     "euler_ancestral",
     "heun",
     "lms",
+    "lcm",
 ]
 NOISY = ["dpmpp_sde", "euler_ancestral"]
-KARRAS = [name for name in NAMES if name not in ("ddim", "plms", "pndm")]
+KARRAS = [name for name in NAMES if name not in ("ddim", "plms", "pndm", "lcm")]
 
 
 def predict(x: Tensor, timesteps: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def test_few_steps_end_in_numbers(name: str, steps: int) -> None:
 
 def test_who_needs_noise() -> None:
     assert [name for name in NAMES if needs_noise(name)] == NOISY
-    assert [name for name in NAMES if needs_noise(name, 0.5)] == ["ddim", *NOISY]
+    assert [name for name in NAMES if needs_noise(name, 0.5)] == ["ddim", *NOISY, "lcm"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,7 +176,7 @@ def test_a_generator_each_gives_each_its_own_noise() -> None:
         draw_noise((3, 1), generators)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "ddim"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("ddim", "lcm")])
 def test_eta_is_of_ddim_alone(name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} .*eta must be 0"):
         run(name, normal(1, 1, 1, 1), eta=0.5)

@@ -70,7 +70,8 @@ def test_unet_is_given_noisy_masked_and_mask_in_that_order(
 ) -> None:
     seen = []
 
-    def record(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def record(x: torch.Tensor, *rest: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+        assert guidance is None
         seen.append((x, *rest))
         return x[:, :4]
 
