@@ -43,6 +43,7 @@ BENCHMARKS = {
         "Training, full size",
         ["train.py", "--full", "--steps", "4", "--warm-up", "2", "--repeats", "1"],
     ),
+    "finetune": ("Fine-tuning, full size", ["finetune.py"]),
     "solvers": ("Presets and other settings", ["solvers.py", "--only", "presets"]),
     "startup": ("Start-up", ["startup.py"]),
     "scaling": ("Scaling", ["scaling.py"]),

@@ -147,6 +147,7 @@ def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], 
     give_up = time.monotonic() + 240
     while not ready() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
+    assert ready() or process.poll() is not None, "not ready in four minutes"
     if number == signal.SIGTERM:
         os.killpg(process.pid, number)
     else:

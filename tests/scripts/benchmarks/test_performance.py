@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from pbe.config import ModelConfig
 from scripts.benchmarks import common
 from scripts.benchmarks.performance import MARK, main, number
-from scripts.benchmarks.unet import main as unet
 
 MACHINE = {
     **{"processor": "P", "cores": 2, "threads": 2, "memory_gib": 24, "date": "2026-01-02", "load": 0.1},
@@ -66,18 +63,3 @@ def test_plots_fit_the_exponent(tmp_path: Path) -> None:
     exponents = common.plot(tmp_path / "x.png", {"square": {2: 4.0, 3: 9.0, 5: 25.0}}, x="", y="")
     assert exponents["square"] == pytest.approx(2.0)
     assert (tmp_path / "x.png").stat().st_size > 1000
-
-
-def test_a_small_step_has_the_numbers_of_diffusers(tmp_path: Path) -> None:
-    """What is timed is the same computation: every form but those that say otherwise ends at one output."""
-    out = tmp_path / "unet.json"
-    sizes = ["--channels", "32", "--size", "64", "--repeats", "1", "--dtypes", "float32", "--no-memory"]
-    assert unet([*sizes, "--json", str(out)]) == 0
-    content = json.loads(out.read_text())
-    ((_, rows),) = content["tables"].items()
-    assert content["machine"]["torch"] == torch.__version__.partition("+")[0]
-    assert {"prepared", "plain", "diffusers", "diffusers, channels last"} < rows.keys()
-    for name, row in rows.items():
-        if "alone" not in name:
-            assert row["to float32"] < 1e-4
-    assert ModelConfig().unet.model_channels == 320  # measured by default

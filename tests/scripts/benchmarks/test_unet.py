@@ -10,9 +10,13 @@ import pytest
 from scripts.benchmarks import unet
 
 
-def test_all_forms_take_turns_and_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("memory", ["--no-memory", pytest.param("", marks=pytest.mark.slow)])
+def test_all_forms_take_turns_and_agree(
+    memory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is timed is the same computation: every form ends at one output, diffusers' among them."""
     path = tmp_path / "times.json"
-    options = f"--channels 32 --size 64 --repeats 2 --dtypes float32 --clock cpu --json {path}"
+    options = f"--channels 32 --size 64 --repeats 2 --dtypes float32 --clock cpu --json {path} {memory}"
     assert unet.main(options.split()) == 0
     tables = json.loads(path.read_text())["tables"]
     numbers = next(table for title, table in tables.items() if title.startswith("float32"))
