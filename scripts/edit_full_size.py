@@ -8,7 +8,6 @@ not images. On a GPU ``--levers`` measures what each way to save memory saves.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from pbe.config import ModelConfig
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+from pbe.training.monitoring.callbacks import process_peak
 from scripts.benchmarks.common import random_model
 
 GIB = 2**30
@@ -39,7 +39,7 @@ HALF_LARGE = 1024  # and of those that the UNet is measured with
 
 def peak_memory(device: torch.device) -> str:
     """Return the most memory that this process, and the GPU where one is used, has held so far."""
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.2f} GiB"
+    text = f"{process_peak() / GIB:.2f} GiB"
     if device.type == "cuda":
         text += f", GPU {torch.cuda.max_memory_allocated(device) / GIB:.2f} GiB"
     return text

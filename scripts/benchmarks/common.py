@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from torch import nn
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
+from pbe.training.monitoring.callbacks import process_peak
 
 Module = TypeVar("Module", bound=nn.Module)
 Form = Callable[[], object]
@@ -153,7 +153,7 @@ def peak_memory(device: str | torch.device = "cpu") -> float:
     """Return the most memory that this process, or the GPU where one is used, has held so far, GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return process_peak() / GIB
 
 
 def alone(script: str, *options: object) -> dict[str, Any]:

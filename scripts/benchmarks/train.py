@@ -1,7 +1,7 @@
 """Time training steps beside a plain Lightning module around diffusers' UNet, with the same loss.
 
 python scripts/benchmarks/train.py                  # the toy model's sizes
-python scripts/benchmarks/train.py --full           # the official sizes at 256 px: needs 24 GB
+python scripts/benchmarks/train.py --full           # the official sizes at 256 px: needs 40 GB
 python scripts/benchmarks/train.py --compile        # and both compiled
 
 Both train UNet, mapper and null condition from encoded batches in memory, with AdamW, a moving average and
@@ -278,6 +278,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
     rows["both"] = {"difference of losses": difference, "peak GiB": peak_memory(options.device)}
     title = f"training, {'full' if options.full else 'toy'} size, {size} px, batch {batch}, "
     title += config.trainer.precision
+    title += "".join(f", {override}" for override in options.overrides)
     print_rows(title, rows)
     return {title: rows}
 

@@ -104,6 +104,16 @@ def peak_memory() -> int:
     """Return the most bytes that were ever in use: of the GPU, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return process_peak()
+
+
+def process_peak() -> int:
+    """Return the most bytes of memory that this process ever held."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the process held that started this one
+        return 1024 * next(
+            int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,6 +1,9 @@
-"""Sample grids: their layout, and that drawing one changes nothing."""
+"""Sample grids: their layout, and that drawing one changes nothing; a process's peak memory."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from pbe.errors import UserError
 from pbe.training.monitoring.callbacks import (
     diffusion_grid,
     fixed_samples,
+    process_peak,
     tile,
     to_uint8,
 )
@@ -30,6 +34,15 @@ def test_tiles_stand_side_by_side_with_two_white_pixels_between():
 def test_pixels_are_clipped_and_rounded():
     values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_peak_memory_is_the_processs_own():
+    """Not that of the process that started it, which the system counts to it otherwise."""
+    np.ones(2**28)  # 2 GiB, for a moment
+    assert process_peak() > 2**31
+    code = "from pbe.training.monitoring.callbacks import process_peak; print(process_peak())"
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert 2**26 < int(shown) < 2**31
 
 
 def test_a_grid_is_repeatable_and_leaves_no_trace(shards, autoencoder, tmp_path):
