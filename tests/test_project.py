@@ -30,7 +30,8 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "data/README.md",
-    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+    # the two that are made from the code are no prose
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md") if p.name not in ("commands.md", "configuration.md")),
 ]
 MAX_FILE_BYTES = 16 * 1024**2
 MAX_FILE_LINES = 400
@@ -115,6 +116,8 @@ def declared_flags(script: str) -> set[str]:
     if script in ("train.py", "sample.py"):
         return options_of("train" if script == "train.py" else "edit")
     source = (ROOT / script).read_text()
+    if "scripts.benchmarks.common import" in source:  # its parsers begin with flags of all benchmarks
+        source += (ROOT / "scripts" / "benchmarks" / "common.py").read_text()
     flags = set(re.findall(r'"(--[a-z][a-z-]*)"', source))
     return flags | {f"--no-{flag[2:]}" for flag in flags} if "BooleanOptionalAction" in source else flags
 
