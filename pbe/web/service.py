@@ -95,7 +95,7 @@ class EditService:
 
     def __init__(self, pipe: PaintByExample, batch_size: int, max_queue: int) -> None:
         self.pipe = pipe
-        self.batch_size = batch_size
+        self.batch_size = power_of_two(batch_size)
         self.max_queue = max_queue
         self._pending: deque[Edit] = deque()
         self._wake = threading.Condition()
@@ -190,7 +190,7 @@ class EditService:
         """Return the oldest edit that waits and those that may run with it; forget those nobody waits for."""
         self._pending = deque(edit for edit in self._pending if not edit.done.cancelled())
         found = [edit for edit in self._pending if edit.key == self._pending[0].key]
-        return found[: self.batch_size]
+        return found[: power_of_two(min(len(found), self.batch_size))]
 
     def _run(self, batch: list[Edit]) -> None:
         settings, start = batch[0].settings, time.monotonic()
@@ -211,6 +211,14 @@ class EditService:
             edit.done.set_result(Made(image, flag, len(batch)))
         several = GATHER * (time.monotonic() - start) if len(batch) > 1 else 0.0
         self._patience = min(several, MOST_PATIENCE)
+
+
+def power_of_two(count: int) -> int:
+    """Return the largest power of two up to ``count``, 0 for 0.
+
+    Threads share out a batch of another size unevenly, and then the last bits of an edit depend on its place.
+    """
+    return 1 << (count.bit_length() - 1) if count else 0
 
 
 class _Watcher:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -44,7 +47,30 @@ def fill(tab: Tab, steps: int = 2) -> None:
     tab.set("Steps", steps)
 
 
-@pytest.mark.slow  # Playwright's loop stays in the process, where other tests send themselves signals
+def test_a_browser_in_a_process_of_its_own() -> None:
+    """Playwright's loop stays in its process, where others send themselves signals: so all below are slow."""
+    quick = [
+        __file__,
+        "-m",
+        "slow",
+        "-k",
+        "stroke and 1280",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", *quick]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+    if "1 skipped" in done.stdout:
+        pytest.skip("no browser here")
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_stroke_and_an_exemplar_become_an_edit(tab: Tab, served: Served) -> None:
     tab.open(served.url)
     fill(tab)

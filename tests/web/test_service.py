@@ -51,7 +51,7 @@ def test_every_edit_of_a_batch_is_what_its_command_makes(
     chosen: dict[str, Any], editor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = read_settings(chosen | {"steps": 4, "seed": 5}, editor.settings)
-    inputs = [inputs_of(number, editor) for number in range(3)]
+    inputs = [inputs_of(number, editor) for number in range(4)]
     edits = [
         split(each, replace(settings, seed=5 + number), editor.settings, watched=True)[0]
         for number, each in enumerate(inputs)
@@ -60,7 +60,7 @@ def test_every_edit_of_a_batch_is_what_its_command_makes(
     results = [
         editor.finish(edit, each) for edit, each in zip(edits, inputs, strict=True) if edit.done.result(WAIT)
     ]
-    assert {each.record["batch_size"] for each in results} == {3}
+    assert {each.record["batch_size"] for each in results} == {4}
     last = results[-1]
     content = archive(last.edit, last.content, last.carried, last.record)
     with zipfile.ZipFile(io.BytesIO(content)) as files:
@@ -69,8 +69,8 @@ def test_every_edit_of_a_batch_is_what_its_command_makes(
     words = shlex.split(last.record["repeat"])
     assert words[:2] == ["pbe", "edit"]
     assert main([*words[1:], "--quiet"]) == 0
-    repeated = np.asarray(Image.open(tmp_path / "repeated/edit_7.png"))
-    assert np.array_equal(repeated, np.asarray(Image.open(tmp_path / "edit_7.png")))
+    repeated = np.asarray(Image.open(tmp_path / "repeated/edit_8.png"))
+    assert np.array_equal(repeated, np.asarray(Image.open(tmp_path / "edit_8.png")))
     assert not np.array_equal(repeated, np.asarray(Image.open(tmp_path / "image.png")))
     told = read_record((tmp_path / "settings.json").read_text(), editor.settings)
     assert replace(told, seed=5, conventions=None) == settings

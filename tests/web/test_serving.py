@@ -153,7 +153,7 @@ def test_many_clients_get_their_own_edits(
         print(f"{clock:.2f} times, by processor time {work:.2f} times; memory {memory} MiB")
     assert len(answers) == EDITS
     assert {status for _, status, _, _ in answers} == {200}
-    for number, _, content, record in answers[::20]:
+    for number, _, content, record in answers:
         pixels = np.asarray(Image.open(io.BytesIO(content)))
         assert np.array_equal(pixels, again(editor, number, json.loads(record)))
     assert max(used[1:]) <= 1.1 * used[0]
