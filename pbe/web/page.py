@@ -183,7 +183,8 @@ class _Page:
             )  # fmt: skip
         with gr.Accordion("Solver and sizes", open=False):
             self._rare()
-        names = list(self.fields)
+        named = OWN_SOLVER.keys() | set().union(*PRESETS.values())
+        names = [name for name in self.fields if name in named]  # others keep what is being typed
         changed = [self.fields[name] for name in names]
         preset.input(_preset(names), preset, changed, api_visibility="private")
 

@@ -131,6 +131,7 @@ def test_settings_come_back_and_repeat_the_edit(tab: Tab, served: Served) -> Non
         "document.querySelector('[aria-label=\"number input for Steps\"]').value === '10'"
     )
     tab.page.get_by_role("button", name="Solver and sizes").click()
+    tab.page.wait_for_timeout(500)  # its controls are made now; what is typed in the same moment is lost
     tab.set("Guidance interval", "0.2, 0.9")
     tab.set("Seed", 77)
     tab.paint()
