@@ -185,8 +185,7 @@ class _Page:
             self._rare()
         named = OWN_SOLVER.keys() | set().union(*PRESETS.values())
         names = [name for name in self.fields if name in named]  # others keep what is being typed
-        changed = [self.fields[name] for name in names]
-        preset.input(_preset(names), preset, changed, api_visibility="private")
+        preset.input(_preset(names), preset, [self.fields[n] for n in names], api_visibility="private")
 
     def _rare(self) -> None:
         with gr.Row():
