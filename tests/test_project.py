@@ -274,14 +274,26 @@ def test_pages_name_commands_that_exist(page: str) -> None:
         flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
         unknown = {flag for flag in flags if flag not in declared_flags(script)}
         assert not unknown, f"{page}: {script} has no {', '.join(sorted(unknown))}"
+    check_calls(code, page)
+
+
+def check_calls(code: str, place: str) -> None:
+    """Check that lines of shell call commands of the project that there are, with options that they have."""
     for rest in re.findall(r"(?:^|(?<!from)\s)(?:-m pbe\.cli|pbe) ([a-z][^\n|;&#]*)", code):
         command = next((name for name in COMMANDS if f"{rest} ".startswith(f"{name} ")), None)
         if command is None and rest.strip() in GROUPS:
             continue
-        assert command, f"{page} calls 'pbe {rest}', which there is not"
+        assert command, f"{place} calls 'pbe {rest}', which there is not"
         flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)) - {"--help"}
         unknown = flags - options_of(command)
-        assert not unknown, f"{page}: pbe {command} has no {', '.join(sorted(unknown))}"
+        assert not unknown, f"{place}: pbe {command} has no {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pbe" / "cli").glob("*.py")), ids=lambda path: path.name)
+def test_help_names_commands_that_exist(path: Path) -> None:
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    for text in filter(None, map(ast.get_docstring, functions)):
+        check_calls("\n".join(re.findall(r"^pbe [a-z].*$", text, re.MULTILINE)), path.name)
 
 
 @pytest.mark.parametrize("page", PAGES)

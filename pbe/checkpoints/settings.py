@@ -16,7 +16,7 @@ from pbe.checkpoints.diffusers.scheduler import (
     solver_to_json,
 )
 from pbe.config import ModelConfig
-from pbe.diffusion.solvers import SolverChoice
+from pbe.diffusion.solvers import FEW_STEPS_SOLVER, SolverChoice
 from pbe.errors import UserError
 
 Values = dict[str, Any]
@@ -160,7 +160,6 @@ class Usage:
 
 
 UNSAID = Usage()
-FEW_STEPS_SOLVER = SolverChoice("lcm")
 
 
 def usage_for(config: ModelConfig, said: Usage = UNSAID) -> Usage:

@@ -37,7 +37,7 @@ class CropSettings:
 def crop(*, settings: CropSettings) -> None:
     """Crop real images to squares for the paper's FID: shorter side to 512 px, bilinear, the middle cut out.
 
-    pbe benchmark crop --images downloads/test2017 --out downloads/test2017_512
+    pbe benchmark crop --pictures downloads/test2017 --out downloads/test2017_512
 
     The same command resumes: squares that are there are not made again.
     """

@@ -35,7 +35,7 @@ class FitSettings:
 def fit(*, settings: FitSettings) -> None:
     """Fit the Gaussian mixture of QS to the CLIP features of real images, and write it as safetensors.
 
-    pbe fit --images coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
+    pbe fit --pictures coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
     """
     role, separator, weights = settings.tower_weights.partition("=")
     if role != "clip" or not separator or not weights:

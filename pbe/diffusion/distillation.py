@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pbe.diffusion.schedule import NoiseSchedule
-from pbe.diffusion.solvers import SolverChoice, get_solver
+from pbe.diffusion.solvers import FEW_STEPS_SOLVER, SolverChoice, get_solver
 from pbe.diffusion.solvers.grid import Grid
 from pbe.errors import UserError
 
-STUDENT = SolverChoice("lcm")
 TEACHER = SolverChoice("dpmpp_2m", spacing="trailing")  # of few steps the nearest to many (docs/solvers.md)
 
 
@@ -66,7 +65,7 @@ def pseudo_huber(error: Tensor, width: float, valid: Tensor) -> Tensor:
 
 def grids(schedule: NoiseSchedule, steps: int, teacher_steps: int) -> tuple[Grid, Grid]:
     """Return the levels of student and teacher, which passes where the student's steps end."""
-    student = get_solver(STUDENT.name).grid(schedule, steps, STUDENT)
+    student = get_solver(FEW_STEPS_SOLVER.name).grid(schedule, steps, FEW_STEPS_SOLVER)
     teacher = get_solver(TEACHER.name).grid(schedule, teacher_steps, TEACHER)
     if teacher.alphas_next[teacher_steps // steps - 1 :: teacher_steps // steps] != student.alphas_next:
         raise UserError(

@@ -8,9 +8,8 @@ from numbers import Real
 from pathlib import Path
 
 from pbe.checkpoints.adapters import ADAPTER_NAME, find_adapter, open_adapter
-from pbe.checkpoints.settings import FEW_STEPS_SOLVER
 from pbe.config import UNetConfig
-from pbe.diffusion.solvers import SolverChoice
+from pbe.diffusion.solvers import FEW_STEPS_SOLVER, SolverChoice
 from pbe.errors import EditTypeError, EditValueError
 from pbe.files import expand_home
 from pbe.models import LatentDiffusion

@@ -163,9 +163,10 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     base = task.base_fingerprint()
     if base and content["base"] != base:
         what = "adapters" if task.adapted else "student"
+        were = "were" if task.adapted else "was"
         raise UserError(
-            f"the {what} of '{path}' {'were' if task.adapted else 'was'} trained beside other weights than "
-            f"those of '{task.config.init_from}'; name the model that it started from, or another output_dir"
+            f"the {what} of '{path}' {were} trained beside other weights than those of "
+            f"'{task.config.init_from}'; name the model of its start, or another output_dir"
         )
     if task.ema is not None and not content["ema"]:
         raise UserError(

@@ -41,7 +41,7 @@ class ServeSettings:
     max_images: int = 8
     """most edits of one request: images times exemplars"""
     batch_size: int = 8
-    """edits that run at once where their settings and sizes match"""
+    """edits that run at once where settings and sizes match, rounded down to a power of two"""
     max_queue: int = 64
     """edits that may wait; more are refused"""
     keep_minutes: float = 30.0

@@ -76,3 +76,7 @@ def _has_meaning(key: str, value: Any) -> bool:
 
 def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+FEW_STEPS_SOLVER = SolverChoice("lcm")
+"""How a model that was distilled is run."""

@@ -29,12 +29,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.settings import FEW_STEPS_SOLVER
 from pbe.checkpoints.tensors import DTYPES
 from pbe.cluster import RayCluster
 from pbe.config import ModelConfig, ScheduleConfig
 from pbe.data.randomness import generator
-from pbe.diffusion.solvers import get_solver
+from pbe.diffusion.solvers import FEW_STEPS_SOLVER, get_solver
 from pbe.editing.batch.records import write_image
 from pbe.editing.images import to_bytes
 from pbe.editing.loading import Hub

@@ -109,11 +109,11 @@ def peak_memory() -> int:
 
 def process_peak() -> int:
     """Return the most bytes of memory that this process ever held."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the process held that started this one
-        return 1024 * next(
-            int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line
-        )
+    status = Path("/proc/self/status")  # getrusage counts what the process held that started this one
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

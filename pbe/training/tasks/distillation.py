@@ -85,8 +85,9 @@ class DistillationTask(DiffusionTask):
         """Return the mean loss of a batch."""
         encoded = self.encode(batch)
         distances = self.distances(encoded, self._draws(encoded, "train"))
-        for index, values in enumerate(distances if self._walks else distances[:0]):
-            self.sums.add(f"train/loss_step{index + 1}", values)
+        if self._walks:
+            for index, values in enumerate(distances):
+                self.sums.add(f"train/loss_step{index + 1}", values)
         loss = distances.mean()
         self.sums.add("train/loss", distances.mean(dim=0))
         return loss

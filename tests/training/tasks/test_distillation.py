@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pbe.config import Config
 from pbe.config.checks import check_values
-from pbe.diffusion.distillation import STUDENT, TEACHER
-from pbe.diffusion.solvers import get_solver
+from pbe.diffusion.distillation import TEACHER
+from pbe.diffusion.solvers import FEW_STEPS_SOLVER, get_solver
 from pbe.editing.engine import Conditioning, noise_predictor
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -81,7 +81,7 @@ def test_the_trajectory_is_that_of_an_edit():
 
     with torch.no_grad():
         student = noise_predictor(task.model, schedule, given, scales)
-        get_solver("lcm")(student, draws.noise, schedule, 2, callback=note, settings=STUDENT)
+        get_solver("lcm")(student, draws.noise, schedule, 2, callback=note, settings=FEW_STEPS_SOLVER)
         teacher = noise_predictor(task.teacher, schedule, given, scales.view(-1, 1, 1, 1))
         get_solver("dpmpp_2m")(teacher, draws.noise, schedule, 4, callback=note_teacher, settings=TEACHER)
     found = task.distances(batch, draws).detach()
