@@ -14,6 +14,7 @@ from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.layers import compile_network
 
 COMPILED = "~/.cache/pbe/compiled"
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
@@ -199,9 +200,9 @@ class MemorySettings:
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
         ``reuse_features`` gain nothing.
         """
+        compile_network(self.model.unet, "compile")
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
         warn_once(f"the UNet is compiled at the first step, which takes minutes; kept in '{kept}'")
-        self.model.unet.compile()
 
     # Other names of diffusers' for the same.
     set_attention_slice = enable_attention_slicing
