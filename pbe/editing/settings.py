@@ -19,7 +19,7 @@ from pbe.resources import find_model
 SolverName = Literal[
     "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms", "lcm"
 ]
-SpacingName = Literal["uniform", "leading", "linspace", "trailing"]
+SpacingName = Literal["uniform", "leading", "linspace", "trailing", "aligned"]
 ConventionsName = Literal["original", "diffusers"]
 Region = Literal["full", "mask"]
 Dtype = Literal["fp32", "bf16", "fp16"]
