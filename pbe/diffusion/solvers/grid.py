@@ -56,8 +56,8 @@ def spaced_timesteps(
     """Return the timesteps of a spacing, descending (Lin et al. 2024, table 2).
 
     ``leading`` counts up from ``offset`` in strides of ``T // steps``, ``trailing`` down from T - 1 in
-    strides of ``T / steps``, ``linspace`` spreads over 0..T-1, fractional; ``aligned`` takes :data:`ALIGNED` at
-    even places, evenly in log sigma between its entries; for ``uniform`` see :func:`uniform_timesteps`.
+    strides of ``T / steps``, ``linspace`` spreads over 0..T-1, fractional; ``aligned`` reads :data:`ALIGNED`
+    at even places, log-linear in sigma between its entries; for ``uniform`` see :func:`uniform_timesteps`.
 
     Args:
         schedule: noise schedule of T timesteps.
@@ -133,8 +133,8 @@ def log_snr_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) ->
 def sigma_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out the solvers that walk sigmas (Euler, Heun, LMS): ``linspace`` reaches timestep 0.
 
-    ``leading`` and ``uniform`` start with noise of the variance of noised data; the others start at the end of
-    the schedule, where noise is taken to be all there is.
+    ``leading`` and ``uniform`` start with noise of the variance of noised data, the others at the end of the
+    schedule, where noise is taken to be all there is.
     """
     sigmas = _schedule_sigmas(schedule)
     timesteps = spaced_timesteps(schedule, steps, settings)
