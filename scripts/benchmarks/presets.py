@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,16 +50,22 @@ SETTINGS: dict[str, EditSettings] = {
         for steps in (10, 12, 15, 25)
     },
 }
-HEADS = ("calls", "halves", "seconds", "speed", "latents %", "pixels", "similarity", "first of 20 %")
+HEADS = (
+    *("calls", "halves", "cost", "full-size speed", "seconds", "speed"),
+    *("latents %", "pixels", "similarity", "first of 20 %"),
+)
+# Of a call of the full-size UNet for both halves, bfloat16, 512 px: one half, and kept inner levels.
+HALF, KEPT = 0.53, 0.45
 
 
 @dataclass(frozen=True)
 class Edited:
-    """Where an edit ended, and what it cost: network calls, half calls and seconds."""
+    """Where an edit ended, and what it took: calls, half calls, cost in guided full-size calls, seconds."""
 
     latents: Tensor
     calls: int
     halves: int
+    cost: float
     seconds: float
 
 
@@ -95,8 +102,11 @@ class Cases:
         schedule = make_schedule(model.config.schedule)
         choice = merge_choice(SolverChoice("plms"), settings)
         timesteps = network_timesteps(choice, settings, schedule)
-        rows: list[int] = []
-        handle = model.unet.conv_out.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        rows, inner = Counter[int](), Counter[int]()  # calls of so many rows, and those with inner levels
+        handles = [
+            module.register_forward_hook(lambda _, given, __, seen=seen: seen.update([len(given[0])]))
+            for module, seen in ((model.unet.conv_out, rows), (model.unet.mid1, inner))
+        ]
         started = time.perf_counter()
         predict = prepared_predictor(
             model,
@@ -109,8 +119,15 @@ class Cases:
         )
         latents = solve(choice, settings, predict, self.start, schedule, generator=torch.Generator())
         seconds = time.perf_counter() - started
-        handle.remove()
-        return Edited(latents, len(rows), sum(rows) // len(self.start), seconds)
+        for handle in handles:
+            handle.remove()
+        edits = len(self.start)
+        cost = sum(
+            (1.0 if size > edits else HALF) * (inner[size] + KEPT * (count - inner[size]))
+            for size, count in rows.items()
+        )
+        halves = sum(size * count for size, count in rows.items()) // edits
+        return Edited(latents, rows.total(), halves, cost, seconds)
 
     def images(self, latents: Tensor) -> np.ndarray:
         """Return uint8 ``n s s 3`` with the true image outside the mask."""
@@ -129,7 +146,8 @@ def measure_settings(
     partner = derangement(len(cases.cases), 0, "partner")
     reference = cases.converged(reference_steps)
     ends = {name: cases.edit(each) for name, each in settings.items()}
-    ends = {"converged": Edited(reference, reference_steps, 2 * reference_steps, float("nan")), **ends}
+    exact = Edited(reference, reference_steps, 2 * reference_steps, reference_steps, float("nan"))
+    ends = {"converged": exact, **ends}
     shown, base = cases.images(reference), next(iter(settings))
     rows = {}
     for name, end in ends.items():
@@ -140,6 +158,8 @@ def measure_settings(
         rows[name] = {
             "calls": float(end.calls),
             "halves": float(end.halves),
+            "cost": end.cost,
+            "full-size speed": ends[base].cost / end.cost,
             "seconds": end.seconds,
             "speed": ends[base].seconds / end.seconds,
             "latents %": 100.0 * distance(end.latents, reference),
