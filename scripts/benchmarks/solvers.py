@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     read_page(options.page)  # before minutes are spent
     model = load_model(options.model)
     world = ToyWorld(options.world)
-    cases = Cases.make(model, world, options.scored, options.guidance, options.seed)
+    cases = Cases.make(model, world, options.scored, options.guidance, options.seed, options.clock)
     chosen = {name: each for name, each in SETTINGS.items() if name in (options.settings or SETTINGS)}
     rows = measure_settings(cases, options.reference, chosen)
     print_rows("settings of an edit", rows)
@@ -140,6 +140,7 @@ def presets_table(rows: dict[str, dict[str, float]], options: argparse.Namespace
         "speed": 2,
         "full-size speed": 2,
         "cost": 1,
+        "AUC": 3,
         "similarity": 3,
         "latents %": 2,
         "pixels": 2,
@@ -151,8 +152,9 @@ def presets_table(rows: dict[str, dict[str, float]], options: argparse.Namespace
         f"Settings of {options.scored} edits as the pipeline makes them: network calls, how many halves they "
         f"are, what they cost in guided calls of the full size (one half {HALF}, with kept inner levels "
         f"{KEPT}) and the speed over 50 PLMS steps that follows; seconds and speed of this model; distance "
-        "of latents and painted pixels to the converged edit with guidance everywhere, likeness of what was "
-        "painted to its exemplar, and how often the exemplar is found first among twenty."
+        "of latents and painted pixels to the converged edit with guidance everywhere; AUC, likeness of "
+        "what was painted to its exemplar, and how often the exemplar is found first among twenty "
+        "([evaluation](evaluation.md))."
     )
     return "\n\n" + "\n\n".join([intro, table(["setting", *HEADS], list(rows), cells)])
 
