@@ -19,7 +19,7 @@ from pbe.resources import find_model
 SolverName = Literal[
     "plms", "pndm", "ddim", "dpmpp_2m", "dpmpp_sde", "unipc", "euler", "euler_ancestral", "heun", "lms", "lcm"
 ]
-SpacingName = Literal["uniform", "leading", "linspace", "trailing", "aligned"]
+SpacingName = Literal["uniform", "leading", "linspace", "trailing"]
 ConventionsName = Literal["original", "diffusers"]
 Region = Literal["full", "mask"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -28,7 +28,7 @@ PresetName = Literal["draft", "normal", "best"]
 DEFAULT_STEPS = 50
 # What docs/solvers.md recommends, by measurement: fewest calls, near the converged edit, practically there.
 PRESETS: dict[PresetName, dict[str, Any]] = {
-    "draft": {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 10},
+    "draft": {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 8},
     "normal": {"solver": "dpmpp_2m", "karras": True, "steps": 20},
     "best": {"solver": "unipc", "karras": True, "steps": 40},
 }

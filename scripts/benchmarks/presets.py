@@ -39,16 +39,11 @@ SETTINGS: dict[str, EditSettings] = {
     "normal, guidance in 0.2 to 1": EditSettings(preset="normal", guidance_interval=(0.2, 1.0)),
     "normal, inner levels kept for 2": EditSettings(preset="normal", reuse_features=2),
     **{
-        f"{steps} steps of dpmpp_2m, {spacing or 'Karras'}": EditSettings(
-            solver="dpmpp_2m", spacing=spacing, karras=spacing is None, steps=steps
+        f"{steps} steps of {solver}, {'Karras' if karras else 'trailing'}": EditSettings(
+            solver=solver, karras=karras, spacing=None if karras else "trailing", steps=steps
         )
-        for steps in (8, 10, 12, 16)
-        for spacing in (None, "aligned", "trailing")
-    },
-    **{
-        f"{steps} steps of {solver}, Karras": EditSettings(solver=solver, karras=True, steps=steps)
-        for steps in (16, 30)
-        for solver in ("unipc", "lms")
+        for solver, karras in (("dpmpp_2m", True), ("dpmpp_2m", False), ("unipc", True), ("lms", True))
+        for steps in (8, 10, 12, 16, 20, 30)
     },
 }
 HEADS = (

@@ -20,7 +20,6 @@ STRIDED, SPARED, IN_SIGMA = (
     ("dpmpp_2m", "dpmpp_sde", "unipc"),
     ("euler", "heun", "lms"),
 )
-UNEVEN = [*SPARED, *IN_SIGMA, "euler_ancestral"]
 
 
 @pytest.mark.parametrize(
@@ -39,30 +38,10 @@ UNEVEN = [*SPARED, *IN_SIGMA, "euler_ancestral"]
         ("euler", "leading", (801, 601, 401, 201, 1)),
         ("euler", "linspace", (999, 749.25, 499.5, 249.75, 0)),
         ("lms", "trailing", (999, 799, 599, 399, 199)),
-        ("dpmpp_2m", "aligned", (999, 736, 545, 343, 124)),
-        ("unipc", "aligned", (999, 736, 545, 343, 124)),
     ],
 )
 def test_timesteps_of_five_steps(name: str, spacing: str, expected: tuple[float, ...]) -> None:
     assert SOLVERS[name].grid(SCHEDULE, 5, spacing=spacing).timesteps == expected
-
-
-@pytest.mark.parametrize("name", UNEVEN)
-def test_aligned_steps_are_the_published_ones_and_even_in_log_sigma_between_them(name: str) -> None:
-    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
-    ten, twenty = (SOLVERS[name].grid(SCHEDULE, steps, spacing="aligned") for steps in (10, 20))
-    assert list(ten.timesteps) == pytest.approx(published, abs=1e-6)
-    assert ten.alphas_next[-1] == 1.0
-    assert list(twenty.timesteps[::2]) == pytest.approx(published, abs=1e-6)
-    logs = np.log(twenty.sigmas[:20])
-    np.testing.assert_allclose(logs[1:-1:2], (logs[:-2:2] + logs[2::2]) / 2, atol=0.02)  # of whole timesteps
-    assert len(set(SOLVERS[name].grid(SCHEDULE, 50, spacing="aligned").timesteps)) == 50
-
-
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - set(UNEVEN)))
-def test_solvers_of_even_strides_have_no_aligned_steps(name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name} has no aligned steps; they need one of: dpmpp_2m.*lms"):
-        SOLVERS[name].grid(SCHEDULE, 10, spacing="aligned")
 
 
 def test_own_spacings() -> None:
@@ -82,14 +61,12 @@ def test_thirty_uniform_steps_are_thirty_one() -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_number_of_steps_fits_or_is_refused(name: str, spacing: str) -> None:
-    if spacing == "aligned" and name not in UNEVEN:
-        return
     for steps in [*range(1, 60), 333, 499, 500, 501, 998, 999, 1000, 1001]:
         try:
             grid = SOLVERS[name].grid(SCHEDULE, steps, spacing=spacing)
         except UserError as error:
             limit = int(str(error).rpartition(" ")[2])
-            assert (50 if spacing == "aligned" else 500) <= limit < steps
+            assert 500 <= limit < steps
             continue
         assert max(grid.timesteps) <= 999
         assert min(grid.timesteps) >= 0
@@ -101,15 +78,13 @@ def test_every_number_of_steps_fits_or_is_refused(name: str, spacing: str) -> No
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [-1, 0])
 def test_no_steps(name: str, spacing: str, steps: int) -> None:
-    if spacing == "aligned" and name not in UNEVEN:
-        return
     with pytest.raises(UserError, match=f"number of steps is {steps}; it must lie between 1 and"):
         SOLVERS[name].grid(SCHEDULE, steps, spacing=spacing)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_unknown_spacing(name: str) -> None:
-    with pytest.raises(UserError, match=r"'even'.*uniform, leading, linspace, trailing, aligned"):
+    with pytest.raises(UserError, match=r"'even'.*uniform, leading, linspace, trailing"):
         SOLVERS[name].grid(SCHEDULE, 5, spacing="even")
 
 

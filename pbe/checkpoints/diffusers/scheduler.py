@@ -179,7 +179,7 @@ def scheduler_from_solver(choice: SolverChoice) -> dict[str, Any]:
     """
     name, found = _class_of(choice)
     spacing = choice.spacing or get_solver(choice.name).spacing
-    spacing = {"uniform": "leading", "aligned": "trailing"}.get(spacing, spacing)  # the nearest of theirs
+    spacing = "leading" if spacing == "uniform" else spacing
     if spacing != SPACING.get(name, "linspace"):
         found["timestep_spacing"] = spacing
     if choice.karras:

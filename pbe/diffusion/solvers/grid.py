@@ -12,8 +12,6 @@ from pbe.diffusion.solvers.settings import SolverChoice
 from pbe.errors import UserError
 
 KARRAS_RHO = 7.0
-# Of a schedule of 1000, ten steps and their end: published for Stable Diffusion 1.5 (Sabour et al. 2024).
-ALIGNED = (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def spaced_timesteps(
     """Return the timesteps of a spacing, descending (Lin et al. 2024, table 2).
 
     ``leading`` counts up from ``offset`` in strides of ``T // steps``, ``trailing`` down from T - 1 in
-    strides of ``T / steps``, ``linspace`` spreads over 0..T-1, fractional; ``aligned`` reads :data:`ALIGNED`
-    at even places, log-linear in sigma between its entries; for ``uniform`` see :func:`uniform_timesteps`.
+    strides of ``T / steps``, ``linspace`` spreads over 0..T-1, fractional; for ``uniform`` see
+    :func:`uniform_timesteps`.
 
     Args:
         schedule: noise schedule of T timesteps.
@@ -70,17 +68,10 @@ def spaced_timesteps(
     if spacing == "uniform":
         return [float(t) for t in reversed(uniform_timesteps(schedule, steps))]
     room = {"leading": total - spare - offset, "linspace": total - spare, "trailing": total}
-    room["aligned"] = total // 20  # with half again as many, whole timesteps would coincide
     assert spacing in room  # Solver.grid has filled it in and checked it
     _check_steps(steps, room[spacing])
     if spacing == "leading":
         ascending = np.arange(spare, steps + spare) * float(total // (steps + spare)) + offset
-    elif spacing == "aligned":
-        sigmas = _schedule_sigmas(schedule)
-        knots = np.interp(np.array(ALIGNED) / 1000, np.arange(total) / total, np.log(sigmas))
-        places = np.linspace(0, len(ALIGNED) - 1, steps + 1)[:-1]
-        levels = np.exp(np.interp(places, np.arange(len(ALIGNED)), knots))
-        ascending = np.array(_timesteps_of(levels, sigmas))[::-1]
     elif spacing == "linspace":
         ascending = np.linspace(0, total - 1, steps + spare)[spare:]
     else:
@@ -133,8 +124,8 @@ def log_snr_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) ->
 def sigma_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> Grid:
     """Lay out the solvers that walk sigmas (Euler, Heun, LMS): ``linspace`` reaches timestep 0.
 
-    ``leading`` and ``uniform`` start with noise of the variance of noised data, the others at the end of the
-    schedule, where noise is taken to be all there is.
+    ``linspace`` and ``trailing`` start at the end of the schedule, where noise is taken to be all there is;
+    the others start with noise of the variance of noised data.
     """
     sigmas = _schedule_sigmas(schedule)
     timesteps = spaced_timesteps(schedule, steps, settings)
@@ -143,8 +134,7 @@ def sigma_grid(schedule: NoiseSchedule, steps: int, settings: SolverChoice) -> G
         levels = karras_sigmas(levels[0], levels[-1], len(levels))
         timesteps = _timesteps_of(levels, sigmas)
     first = float(levels[0])
-    below = settings.spacing in ("leading", "uniform")
-    scale = (first**2 + 1.0) ** 0.5 if below else first
+    scale = first if settings.spacing in ("linspace", "trailing") else (first**2 + 1.0) ** 0.5
     return replace(_from_sigmas(timesteps, levels, _end(schedule, settings, "clean")), scale=scale)
 
 

@@ -57,7 +57,7 @@ class Solver:
         make_grid: lays out the noise levels.
         spacing: the timestep spacing taken where none is asked for.
         noise: when fresh noise is drawn: ``never``, ``always``, or with ``eta`` above 0.
-        karras: whether Karras sigmas and ``aligned`` steps, which are uneven, can be asked for.
+        karras: whether Karras sigmas can be asked for.
     """
 
     name: str
@@ -107,11 +107,10 @@ class Solver:
     ) -> Grid:
         """Return the noise levels of a run; its length is the number of times that the callback is called."""
         settings = replace(settings or SolverChoice(self.name), **options)
-        spacing = self.spacing if settings.spacing is None else settings.spacing
-        uneven = "Karras sigmas" if settings.karras else "aligned steps" if spacing == "aligned" else ""
-        if uneven and not self.karras:
+        if settings.karras and not self.karras:
             known = [name for name, each in SOLVERS.items() if each.karras]
-            raise UserError(f"{self.name} has no {uneven}; they need one of: {', '.join(known)}")
+            raise UserError(f"{self.name} has no Karras sigmas; they need one of: {', '.join(known)}")
+        spacing = self.spacing if settings.spacing is None else settings.spacing
         if spacing not in SPACINGS:
             raise UserError(f"no timestep spacing '{spacing}'; there are: {', '.join(SPACINGS)}")
         return self.make_grid(schedule, steps, replace(settings, spacing=spacing))

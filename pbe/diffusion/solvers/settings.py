@@ -10,7 +10,7 @@ from typing import Any
 
 from pbe.errors import UserError
 
-SPACINGS = ("uniform", "leading", "linspace", "trailing", "aligned")
+SPACINGS = ("uniform", "leading", "linspace", "trailing")
 WORDS: dict[str, tuple[str | None, ...]] = {
     "end": (None, "first", "clean"),
     "variant": (None, "midpoint", "heun", "bh1", "bh2"),
