@@ -66,8 +66,18 @@ def row(key: str, item: Field[Any], meaning: str) -> str:
         low, high = item.metadata["range"]
         last = f"{high:,}" if isinstance(high, int) else f"{high:g}"
         allowed = f"from {low:g}" if high == float("inf") else f"{low:g} to {last}"
-    shown = {True: "true", False: "false", "": "empty"}.get(default, default) if default.__hash__ else default
-    return f"| `{key}` | {shown} | {allowed} | {meaning} |"
+    return f"| `{key}` | {shown_default(default)} | {allowed} | {meaning} |"
+
+
+def shown_default(default: Any) -> str:
+    """Return a default as a YAML file spells it; an empty text is called empty."""
+    if isinstance(default, bool):  # before numbers: True equals 1
+        return str(default).lower()
+    if isinstance(default, list):
+        return f"[{', '.join(map(shown_default, default))}]"
+    if isinstance(default, float) and "." not in str(default):
+        return str(default).replace("e", ".0e")  # YAML takes 1e-05 for a text
+    return "empty" if default == "" else str(default)
 
 
 def configuration() -> str:
