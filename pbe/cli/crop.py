@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class CropSettings:
     """Options of ``pbe benchmark crop``."""
 
-    pictures: Path
+    images: Path
     """folder of real images"""
     out: Path
     """folder for the squares, PNG"""
@@ -37,7 +37,7 @@ class CropSettings:
 def crop(*, settings: CropSettings) -> None:
     """Crop real images to squares for the paper's FID: shorter side to 512 px, bilinear, the middle cut out.
 
-    pbe benchmark crop --pictures downloads/test2017 --out downloads/test2017_512
+    pbe benchmark crop --images downloads/test2017 --out downloads/test2017_512
 
     The same command resumes: squares that are there are not made again.
     """
@@ -53,12 +53,12 @@ def make_squares(settings: CropSettings) -> int:
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.files import make_folder
 
-    paths = ImageFolder(settings.pictures).paths
+    paths = ImageFolder(settings.images).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
-        raise UserError(f"'{settings.pictures}' holds {times} images with the name '{name}'")
+        raise UserError(f"'{settings.images}' holds {times} images with the name '{name}'")
     out = make_folder(settings.out)
-    if out.resolve() == settings.pictures.resolve():
+    if out.resolve() == settings.images.resolve():
         raise UserError("--out is the folder of the images itself; name another")
     make_square = partial(_square, size=settings.size, resampling=settings.filter)
     waiting = [path for path in paths if not _target(path, out).exists()]

@@ -14,7 +14,7 @@ from pbe.files import check_file, expand_home
 class FitSettings:
     """Options of ``pbe fit``."""
 
-    pictures: Path
+    images: Path
     """folder of real images"""
     out: Path
     """file to write, .safetensors"""
@@ -35,7 +35,7 @@ class FitSettings:
 def fit(*, settings: FitSettings) -> None:
     """Fit the Gaussian mixture of QS to the CLIP features of real images, and write it as safetensors.
 
-    pbe fit --pictures coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
+    pbe fit --images coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
     """
     role, separator, weights = settings.tower_weights.partition("=")
     if role != "clip" or not separator or not weights:
@@ -50,7 +50,7 @@ def fit(*, settings: FitSettings) -> None:
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.evaluation.metrics.towers import load_tower
 
-    images = ImageFolder(settings.pictures)
+    images = ImageFolder(settings.images)
     check_fit(len(images.paths), settings.components, settings.seed)
     device = str(usable_device(settings.device, "--device"))
     check_file(settings.out, make=False)

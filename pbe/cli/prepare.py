@@ -57,7 +57,7 @@ class PrepareSettings:
     """drop boxes of this label; repeatable"""
     out: Path = field(metadata={"group": "Shards"})
     """folder for the shards and the report"""
-    shard_pictures: int = 2000
+    shard_images: int = 2000
     """most images a shard"""
     shard_mb: int = 512
     """MiB that close a shard"""
@@ -141,7 +141,7 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
         drop_flags=tuple(settings.drop_flag),
         labels=tuple(settings.label),
         drop_labels=tuple(settings.drop_label),
-        shard_pictures=settings.shard_pictures,
+        shard_pictures=settings.shard_images,
         shard_bytes=settings.shard_mb << 20,
         max_side=settings.max_side,
         quality=settings.quality,

@@ -185,7 +185,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     for index, case in enumerate(cases[:40]):
         Image.fromarray(case.image).save(pictures / f"{index:02d}.png")
     out = tmp_path / "m.safetensors"
-    arguments = ["--pictures", str(pictures), "--out", str(out), "--components", "2", "--tower", SMALL]
+    arguments = ["--images", str(pictures), "--out", str(out), "--components", "2", "--tower", SMALL]
     assert fit_mixture.main([*arguments, "--tower-weights", f"clip={settings().weights['clip']}"]) == 0
     (dropped,) = score(cases, edits, settings("qs", mixture=out))
     (kept,) = score(cases, edits, settings("qs", mixture=out, drop_remainder=False))
@@ -211,7 +211,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
 
 
 def test_fitting_says_what_is_wrong(tmp_path, capsys):
-    arguments = ["--pictures", str(tmp_path), "--out", str(tmp_path / "m.pkl"), "--tower-weights"]
+    arguments = ["--images", str(tmp_path), "--out", str(tmp_path / "m.pkl"), "--tower-weights"]
     assert fit_mixture.main([*arguments, "clip=x"]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
     assert fit_mixture.main([*arguments, "dino=x"]) == 2
@@ -238,7 +238,7 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
     Path("pictures").mkdir()
     for index in range(3):
         Image.new("RGB", (8, 8)).save(f"pictures/{index}.png")
-    arguments = ["--pictures", "pictures", "--out", "m.safetensors", "--tower-weights", "clip=x"]
+    arguments = ["--images", "pictures", "--out", "m.safetensors", "--tower-weights", "clip=x"]
     assert fit_mixture.main([*arguments, "--components", "2", *more]) == 2
     said = capsys.readouterr().err
     assert message in said
