@@ -78,11 +78,36 @@ NO_TARGET = "the pipeline cannot be moved: to() takes a device, a floating-point
 
 
 class MemorySettings:
-    """The part of a pipeline that moves its networks and bounds what they take."""
+    """The part of a pipeline that gives access to its networks, moves them and limits their memory."""
 
     model: LatentDiffusion
     safety_checker: Any
     _offload: Offload | None
+
+    @property
+    def unet(self) -> nn.Module:
+        """The noise predictor."""
+        return self.model.unet
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """Images to latents and back."""
+        return self.model.autoencoder
+
+    @property
+    def exemplar_encoder(self) -> nn.Module:
+        """Exemplars to conditions."""
+        return self.model.exemplar_encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; latents are kept in float32 whatever it is."""
+        return self.model.dtype
 
     def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> Self:
         """Move and cast the networks in place, as ``torch.nn.Module.to`` does; return the pipeline.
