@@ -65,7 +65,7 @@ class AutoencoderLossConfig:
     """Share of images whose masked region is greyed out, as in the masked images it will have to encode."""
     train: str = choice("all", "decoder")
     """What is trained; with ``decoder`` the latents stay as they are."""
-    hole_weight: float = number(1.0, low=0.001)
+    masked_weight: float = number(1.0, low=0.001)
     """Weight of a pixel in the masked region, relative to one outside, in the first three terms."""
     perceptual_weight: float = number(0.0)
     """Weight of the perceptual distance."""

@@ -82,8 +82,7 @@ def source(tmp_path: Path) -> Path:
 def pack_to(source: Path, out: Path, *options: str) -> Path:
     name = f"csv:{source}@{source.parent / 'pictures'}"
     assert (
-        prepare_data.main([name, "--out", str(out), "--workers", "0", "--shard-images", "20", *options])
-        == 0
+        prepare_data.main([name, "--out", str(out), "--workers", "0", "--shard-images", "20", *options]) == 0
     )
     return out
 
