@@ -29,6 +29,8 @@ class ConvertSettings:
     """the plain weights of a training, not the average"""
     merge: Repeatable = field(default_factory=list)
     """adapter to add to the weights, FILE or FILE:SCALE; once for each"""
+    share: Place | None = None
+    """native model beside OUT: networks equal to its own are not written again"""
     config: Place | None = None
     """YAML with the sizes, for a checkpoint that does not give its own"""
     from_sd: Place | None = None
@@ -53,6 +55,8 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
         raise UserError("name OUT alone with --from-sd, and IN and OUT without it (--help lists the options)")
     if settings.tower and not settings.from_sd:
         raise UserError("--tower goes with --from-sd only")
+    if settings.share and settings.to != "native":
+        raise UserError("--share goes with --to native only")
     from pbe.checkpoints import saving
     from pbe.checkpoints.adapters import open_adapter, with_adapters
     from pbe.checkpoints.loading import open_checkpoint
@@ -69,7 +73,8 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
     if opened.safety_checker is not None and target.suffix in saving.FILE_SUFFIXES:
         print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    saving.convert(opened, target, settings.to, dtype, verify=settings.verify)
+    share = Path(find_model(settings.share)) if settings.share else None
+    saving.convert(opened, target, settings.to, dtype, share=share, verify=settings.verify)
     count = sum(tensor.count for tensor in opened.tensors.values())
     kind = settings.dtype or "they were"
     print(f"{count:,} parameters as {kind} in {target}{', verified' if settings.verify else ''}")

@@ -16,6 +16,8 @@ class DemoSettings:
     """folder"""
     model: Path = field(default_factory=lambda: packaged("data/toy/model"))
     """the model that edits"""
+    student: str = "none"
+    """the same distilled into few steps, or none to leave it out"""
     config: Path = field(default_factory=lambda: packaged("configs/toy.yaml"))
     """of the training run"""
     set: list[str] = field(default_factory=list)
