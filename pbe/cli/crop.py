@@ -27,19 +27,19 @@ class CropSettings:
     out: Path
     """folder for the squares, PNG"""
     size: Count = 512
-    """side, pixels"""
+    """side of the squares, pixels"""
     filter: Literal["bilinear", "bicubic"] = "bilinear"
-    """the paper's is bilinear"""
+    """filter for resizing; the paper's is bilinear"""
     workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
-    """processes; default: one a core"""
+    """number of processes (default: one per core)"""
 
 
 def crop(*, settings: CropSettings) -> None:
-    """Crop real images to squares for the paper's FID: shorter side to 512 px, bilinear, the middle cut out.
+    """Resize real images to a shorter side of 512 px and crop the centre, as the paper's FID does.
 
     pbe benchmark crop --images downloads/test2017 --out downloads/test2017_512
 
-    The same command resumes: squares that are there are not made again.
+    The same command resumes: existing squares are not made again.
     """
     print(f"{settings.out}: {make_squares(settings)} squares made")
 

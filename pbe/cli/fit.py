@@ -19,21 +19,21 @@ class FitSettings:
     out: Path
     """file to write, .safetensors"""
     tower_weights: str
-    """clip=FILE, weights of CLIP's image tower"""
+    """clip=FILE: weights of CLIP's image tower"""
     tower: str | None = None
-    """another architecture than ViT-B-32-quickgelu"""
+    """architecture of the tower (default: ViT-B-32-quickgelu)"""
     components: Count = 20
-    """Gaussians of the mixture"""
+    """number of Gaussians"""
     seed: int = 0
-    """of the start of the fit"""
+    """seed of the fit"""
     batch_size: Count = 32
-    """images at a time"""
+    """images per batch"""
     device: str = "cpu"
-    """where the tower runs"""
+    """device for the tower"""
 
 
 def fit(*, settings: FitSettings) -> None:
-    """Fit the Gaussian mixture of QS to the CLIP features of real images, and write it as safetensors.
+    """Fit the Gaussian mixture of the quality score (QS) to the CLIP features of real images.
 
     pbe fit --images coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
     """

@@ -85,7 +85,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate --out x", "give --model, or --edits"),
         ("train nowhere.yaml", "no configuration file at 'nowhere.yaml'; by name there are"),
         ("train toy trainer.max_step=1", "the nearest valid one is 'trainer.max_steps'"),
-        ("cache toy --size --list", "exclude each other"),
+        ("cache toy --size --list", "cannot go together"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
