@@ -59,7 +59,8 @@ def make_app() -> App:
 
     app = App(
         name="pbe",
-        help="Paint by Example: paint the object of one image into another; train and evaluate such models.",
+        help="Paint by Example: paint the object of one image into another, and train models that do.\n\n"
+        "pbe demo shows everything in a few minutes; pbe COMMAND --help explains a command.",
         version=__version__,
         default_parameter=Parameter(
             negative_bool=(),  # no --no- form for every switch,
