@@ -85,8 +85,8 @@ def configuration() -> str:
     parts = [
         "# Configuration",
         "Every key of a configuration, with its default, its allowed values and its meaning. A configuration "
-        "is a YAML file that sets some of them; `base:` names another file to start from. The files that ship "
-        "are in `configs/`.",
+        "is a YAML file that sets some of them; `base:` names another file to start from. The files that "
+        "ship are in `configs/`.",
         "The same keys change a configuration on the command line:",
         "```bash\npbe train toy optimizer.learning_rate=1e-3 model.unet.channel_mult=[1,2,2] "
         "data.validation_shards=\n```",

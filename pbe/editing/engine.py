@@ -366,7 +366,7 @@ def _require_finite(made: Tensor, more: str = "") -> None:
     """Refuse NaN and infinite numbers, which would become black."""
     if not torch.isfinite(made).all():
         causes = f"damaged weights, or float16 is too small{more}"
-        raise EditValueError(f"the model gave infinite numbers: {causes}")
+        raise EditValueError(f"the model's output is not finite: {causes}")
 
 
 def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:

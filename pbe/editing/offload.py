@@ -235,7 +235,7 @@ class MemorySettings:
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Change nothing: PyTorch's own kernels, which are always used, hold no matrix of weights either."""
-        warn_once("xformers is not used: PyTorch's own memory-efficient attention runs always")
+        warn_once("xformers is not used: PyTorch's own memory-efficient attention is always used")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Change nothing, as :meth:`enable_xformers_memory_efficient_attention`."""

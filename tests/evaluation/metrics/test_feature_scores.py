@@ -206,7 +206,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     with pytest.raises(UserError, match="is of the features of 'ViT-B-32', not"):
         score(cases, edits, settings("qs", mixture=stranger))
     other = settings("qs", mixture=out, weights={"clip": settings().weights["dino"]})
-    with pytest.raises(UserError, match="is of other weights' features"):
+    with pytest.raises(UserError, match="was fitted to features of other weights"):
         score(cases, edits, other)
 
 
@@ -319,7 +319,7 @@ def test_weights_of_all_of_clip_serve_its_image_tower(weights, tmp_path):
     scripted = load_tower("clip", SMALL, str(program))
     assert np.array_equal(plain.whole(picture), scripted.whole(picture))
     assert scripted.sha256 == sha256_of(program), "the sum that OpenAI publishes is of the archive"
-    with pytest.raises(UserError, match="is a TorchScript program, no state dict of torch-fidelity's"):
+    with pytest.raises(UserError, match="is a TorchScript program, not a state dict of torch-fidelity's"):
         load_tower("inception", None, str(program))
 
 
@@ -329,7 +329,7 @@ def test_a_tag_without_a_network_is_one_line(monkeypatch):
 
     monkeypatch.setattr("pbe.checkpoints.tower_weights.open_clip.create_model", no_network)
     with pytest.raises(
-        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(no way to the Hub\)"
+        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be downloaded \(no way to the Hub\)"
     ):
         load_tower("clip", None, "openai")
 
