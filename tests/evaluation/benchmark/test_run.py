@@ -186,7 +186,7 @@ def test_what_scoring_lacks_is_noticed_before_anything_is_generated(
     (tmp_path / "weights.pt").write_bytes(b"no weights")
     (tmp_path / "file").touch()
     for options, message in (
-        (["--reference", "/nowhere/at/all"], "the reference '/nowhere/at/all' is no folder"),
+        (["--reference", "/nowhere/at/all"], "the reference '/nowhere/at/all' is not a folder"),
         (["--rank-by", "nonsense"], "edits cannot be ranked by 'nonsense'; there are: psnr-outside"),
         (["--mixture", "nowhere"], "no mixture 'nowhere'"),
         (["--metrics", "clip-fid", "--tower-weights", "clip=nowhere"], "no file 'nowhere'"),

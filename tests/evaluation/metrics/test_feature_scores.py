@@ -133,7 +133,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_images(settings, tmp_pat
     (folder / "4.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"4\.png' cannot be read"):
         score(cases, edits, settings("clip-fid"), folder)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         score(cases, edits, settings("clip-fid"), tmp_path / "none")
     with pytest.raises(UserError, match="holds no image"):
         score(cases, edits, settings("clip-fid"), _empty(tmp_path))
