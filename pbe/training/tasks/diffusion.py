@@ -57,7 +57,7 @@ class DiffusionTask(BaseTask):
         return fingerprint_of_frozen(self.model) if self.adapted else ""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return all weights, or only the adapters: the weights they adapt are read from ``init_from`` again."""
+        """Return all weights, or only the adapters, whose model is read from ``init_from`` again."""
         state = super().state_dict(*args, **kwargs)
         if not self.adapted:
             return state

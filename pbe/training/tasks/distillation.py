@@ -124,7 +124,7 @@ class DistillationTask(DiffusionTask):
         return Conditioning(condition, masked.to(dtype), batch.keep_mask.to(dtype))
 
     def _guidance(self, draws: Draws, device: torch.device) -> Tensor:
-        """Return the guidance scales ``(b,)``, made from the draw that dropping conditions does not need here."""
+        """Return the guidance scales ``(b,)``, from the draw that otherwise drops conditions."""
         low, high = self.config.distillation.guidance
         return (low + (high - low) * draws.drop).float().to(device)
 

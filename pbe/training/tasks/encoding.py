@@ -1,7 +1,7 @@
 """From a batch of uint8 images to the inputs of the UNet: latents, masks, exemplar features and random draws.
 
-Every random draw of a training step is keyed by the global index of the sample. So it does not depend on rank,
-worker, batch size, accumulation or restarts.
+Every random draw of a training step is keyed by the global index of the sample. So it does not depend on
+rank, worker, batch size, accumulation or restarts.
 """
 
 from __future__ import annotations
