@@ -1,7 +1,7 @@
 """From encoded bytes to uint8 RGB, optionally at a half, a quarter or an eighth of the size.
 
-Colours are converted to sRGB if an ICC profile says otherwise, and transparent parts are laid on white. Images
-that cannot be used are reported with a reason.
+Colours are converted to sRGB if an ICC profile says otherwise, and transparent parts are laid on white.
+Images that cannot be used are reported with a reason.
 """
 
 from __future__ import annotations
