@@ -30,7 +30,10 @@ def usable_device(device: str | torch.device, named: str = "device", *, empty: b
             raise NotImplementedError("it holds no numbers")
         return found
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"{named} '{device}' cannot be used here: {first_line(error)}") from error
+        reason = first_line(error)
+        if reason.startswith("Expected one of"):  # a list of every kind of device that torch has a name for
+            reason = "there is no such device; name cpu, cuda, cuda:1 or mps"
+        raise UserError(f"{named} '{device}' cannot be used here: {reason}") from error
 
 
 class Offload:

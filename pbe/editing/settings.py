@@ -216,7 +216,12 @@ class EditCommand(EditSettings):
         for text in self.adapter:
             place, _ = parse_adapter(text, named("adapter"))
             if not os.path.exists(place):
-                raise EditValueError(f"{named('adapter')} '{place}' does not exist; give an adapter's file")
+                raise EditValueError(
+                    f"{named('adapter')} '{place}' does not exist; give an adapter's file or run"
+                )
+        for name in ("image", "mask", "exemplar", "pairs"):
+            if (given := getattr(self, name)) and "://" in given and not os.path.exists(given):
+                raise EditValueError(f"{named(name)} is the URL '{given}'; download it and give the file")
         if self.safety_checker not in ("auto", "none"):
             existing_path(self.safety_checker, named("safety_checker"))
         return found
