@@ -65,7 +65,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def add_annotation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``annotations``."""
     parser.add_argument("--rows", type=int, default=OPEN_IMAGES_ROWS, help="boxes in the CSV")
-    parser.add_argument("--pictures", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
+    parser.add_argument("--images", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
 
 
@@ -75,10 +75,10 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option makes no sense.
     """
-    if min(options.rows, options.pictures) < 1:
-        raise UserError("--rows and --pictures must be at least 1")
+    if min(options.rows, options.images) < 1:
+        raise UserError("--rows and --images must be at least 1")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        synthetic_open_images(Path(folder) / "open-images", options.pictures, options.rows)
+        synthetic_open_images(Path(folder) / "open-images", options.images, options.rows)
         numbers = measure_annotations(Path(folder) / "open-images", Path(folder) / "plan")
     head = ["annotations of Open Images", "", ""]
     rows = [
@@ -93,12 +93,12 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``packing``."""
-    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic images")
+    parser.add_argument("--images", type=int, default=10_000, help="number of synthetic images")
     parser.add_argument("--width", type=int, default=1024, help="of the images")
     parser.add_argument("--height", type=int, default=768, help="of the images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
-    parser.add_argument("--shard-pictures", type=int, default=500, help="images a shard")
+    parser.add_argument("--shard-images", type=int, default=500, help="images a shard")
     parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
     parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
@@ -111,26 +111,26 @@ def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
         UserError: an option makes no sense, or packing failed.
         SystemExit: a packing that was killed and resumed came out otherwise.
     """
-    counts = (options.pictures, options.width, options.height, options.shard_pictures)
+    counts = (options.images, options.width, options.height, options.shard_images)
     if min(counts) < 1 or min(options.kills, options.workers) < 0:
         raise UserError("numbers must be at least 1, --kills and --workers at least 0")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         sizes = options.width, options.height, options.quality
-        table = synthetic_source(folder, options.pictures, *sizes)
+        table = synthetic_source(folder, options.images, *sizes)
 
         def command(out: Path) -> list[str]:
-            limits = ["--workers", str(options.workers), "--shard-pictures", str(options.shard_pictures)]
+            limits = ["--workers", str(options.workers), "--shard-images", str(options.shard_images)]
             limits += ["--no-perceptual"] if options.no_perceptual else []
             prepare = [sys.executable, "-m", "pbe.cli", "prepare"]
             return [*prepare, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
 
-        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_pictures)
+        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_images)
         _print_packing(times)
         if not options.kills:
             return vars(times)
         latest = times.work * min(3 / options.kills, 1)
-        killed = kill_and_resume(command, folder / "straight", options.pictures, options.kills, latest)
+        killed = kill_and_resume(command, folder / "straight", options.images, options.kills, latest)
         _print_kills(killed)
         return {**vars(times), "kills": vars(killed)}
 
@@ -157,7 +157,7 @@ def _print_kills(killed: KillResult) -> None:
 TRAIN_DEFAULTS = {
     "size": (64, 256),
     "batch_size": (64, 1),
-    "pictures": (256, 8),
+    "images": (256, 8),
     "steps": (30, 4),
     "warm_up": (8, 2),
 }
@@ -171,7 +171,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="sides of the training image (default: toy 64, paper 256)")
     parser.add_argument("--batch-size", type=int, help="default: toy 64, paper 1")
     parser.add_argument("--workers", type=int, default=2, help="data.num_workers of the online training")
-    parser.add_argument("--pictures", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
+    parser.add_argument("--images", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
     parser.add_argument("--steps", type=int, help="measured in each round (default: toy 30, paper 4)")
     parser.add_argument("--warm-up", type=int, help="steps before them (default: toy 8, paper 2)")
     parser.add_argument("--rounds", type=int, default=2, help="online and cached in turns")
@@ -220,9 +220,9 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     """Make images and return the configuration that is measured."""
     size, shards = options.size, folder / "shards"
-    rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
+    rendering = f"--scenes {options.images} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
-        synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
+        synthetic_shards(shards, options.images, 2 * size, 2 * size, 90)
     elif pbe(["toy", "render", "--out", str(shards), *rendering]):
         raise UserError("the scenes could not be rendered")
     settings = [

@@ -3,7 +3,7 @@
 python scripts/benchmarks/data.py                                # JPEGs of 1024 x 768, some minutes
 python scripts/benchmarks/data.py --open 1900000 16000000        # and the opening of an index of that size
 python scripts/benchmarks/data.py --shards data/mine/train       # your own shards
-python scripts/benchmarks/data.py --pictures 8 --sizes 64 --seconds 1 --repeats 1   # something small
+python scripts/benchmarks/data.py --images 8 --sizes 64 --seconds 1 --repeats 1   # something small
 
 First the stages of a sample in CPU time of one thread; then samples a second of both loaders, in turns, over
 sizes and workers; then the toy model's inputs online, with its tower and autoencoder, and from a cache.
@@ -68,7 +68,7 @@ def stage_rows(data: DataConfig, options: argparse.Namespace) -> Rows:
     rows: Rows = {}
     for size in options.sizes:
         found = measure_stages(
-            replace(data, image_size=size), seconds=options.seconds, pictures=options.pictures
+            replace(data, image_size=size), seconds=options.seconds, pictures=options.images
         )
         stages = {"bare decoding": found.decoding, "whole sample": found.whole, **found.stages}
         for name, spent in stages.items():
@@ -176,14 +176,14 @@ def measure(options: argparse.Namespace) -> Mapping[str, Rows]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = options.width, options.height, options.quality
-        tars = [] if options.shards else synthetic_shards(folder / "shards", options.pictures, *sizes)
+        tars = [] if options.shards else synthetic_shards(folder / "shards", options.images, *sizes)
         data = DataConfig(
             train_shards=options.shards or str(folder / "shards"),
             exemplar_size=options.exemplar_size,
             batch_size=options.batch_size,
             sample=SampleConfig(antialias_above=options.antialias_above),
         )
-        files = write_files(ShardImages(data.train_shards), data, options.pictures, folder / "files")
+        files = write_files(ShardImages(data.train_shards), data, options.images, folder / "files")
         tables = {"stages of a sample, CPU milliseconds": stage_rows(data, options)}
         loaders = loader_rows(data, files, options) if options.workers else {}
         tables |= {f"samples a second, {size} px": rows for size, rows in loaders.items()}
@@ -211,7 +211,7 @@ def run(arguments: list[str] | None) -> None:
     """
     parser = make_parser(__doc__, "data", repeats=3)
     parser.add_argument("--shards", help="measure these shards instead of synthetic images")
-    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) images")
+    parser.add_argument("--images", type=int, default=64, help="number of (synthetic) images")
     parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")
     parser.add_argument("--height", type=int, default=768, help="of the synthetic images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
@@ -223,11 +223,11 @@ def run(arguments: list[str] | None) -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2], help="loader processes")
     parser.add_argument("--no-inputs", action="store_true", help="leave out the toy model's inputs")
     parser.add_argument(
-        "--open", type=int, nargs=2, metavar=("PICTURES", "BOXES"), help="also open an index of that size"
+        "--open", type=int, nargs=2, metavar=("IMAGES", "BOXES"), help="also open an index of that size"
     )
     options = read_options(parser, arguments)
-    if min(options.pictures, options.batch_size, options.exemplar_size, *options.sizes) < 1:
-        raise UserError("--pictures, --batch-size, --sizes and --exemplar-size must be at least 1")
+    if min(options.images, options.batch_size, options.exemplar_size, *options.sizes) < 1:
+        raise UserError("--images, --batch-size, --sizes and --exemplar-size must be at least 1")
     print(machine())
     write(options, measure(options))
 

@@ -160,7 +160,7 @@ def test_a_folder_of_someone_else_is_left_alone(small, tmp_path, capsys):
     (tmp_path / "run" / "precious").touch()
     assert demo.main(arguments(small, tmp_path)) == 2
     assert (tmp_path / "run" / "precious").exists()
-    assert "no demo made" in capsys.readouterr().err
+    assert "the demo did not make" in capsys.readouterr().err
 
 
 def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):

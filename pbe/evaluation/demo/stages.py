@@ -160,7 +160,7 @@ def clean(out: Path) -> None:
     """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one."""
     marker = make_folder(out) / MARKER
     if not marker.exists() and any((out / name).exists() for name in (*OWN_FOLDERS, "index.html")):
-        raise UserError(f"'{out}' holds files that no demo made; give another --out")
+        raise UserError(f"'{out}' holds files that the demo did not make; give another --out")
     marker.touch()
     (out / "index.html").unlink(missing_ok=True)
     for name in OWN_FOLDERS:
@@ -177,7 +177,7 @@ def render(options: DemoSettings, clock: Clock) -> None:
         command += ["--out", str(options.out / "scenes" / folder), "--scenes", str(scenes)]
         command += ["--seed", str(options.seed), "--workers", "0"]
         if subprocess.run(command, env=environment, check=False).returncode:
-            raise UserError("rendering failed; its message stands above")
+            raise UserError("rendering failed; see its message above")
     clock.note = (
         f"{options.scenes} training and {validation} validation scenes with boxes, packed into shards"
     )

@@ -18,7 +18,7 @@ from scripts import benchmark
 from scripts.benchmarks import data, loading as timing
 from scripts.benchmarks.loading import REST, STAGES, measure_opening, synthetic_index, synthetic_shards
 
-SMALL = ["--pictures", "4", "--width", "96", "--height", "64", "--sizes", "32", "--exemplar-size", "24"]
+SMALL = ["--images", "4", "--width", "96", "--height", "64", "--sizes", "32", "--exemplar-size", "24"]
 SMALL += ["--seconds", "0", "--repeats", "1", "--no-inputs"]
 
 
@@ -117,7 +117,7 @@ def test_an_index_opens_in_a_process_of_its_own(tmp_path):
 
 
 def test_mistakes_are_one_line(capsys):
-    assert data.main(["--pictures", "0"]) == 2
+    assert data.main(["--images", "0"]) == 2
     assert data.main(["--shards", "nowhere"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
