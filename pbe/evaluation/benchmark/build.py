@@ -247,7 +247,9 @@ def _require(count: int, wanted: int, lost: Counter[str]) -> None:
         return
     why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
     made, fewer = (f"only {count} of {wanted} cases", " or fewer cases") if wanted else ("no case", "")
-    raise UserError(f"{made} could be made{f' (boxes left out: {why})' if why else ''}; take more images{fewer}")
+    raise UserError(
+        f"{made} could be made{f' (boxes left out: {why})' if why else ''}; take more images{fewer}"
+    )
 
 
 def _write_cases(
