@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
         negative = scorer.similarity(scorer.regions(edit_cases(pipe, cases, settings, shuffled)))
         row = scorer.row(scorer.regions(edits), negative)
         calls = settings.steps if pipe.model.config.unet.guidance_range else 2 * (settings.steps + 1)
-        scores = [row.auc, row.grey_auc, row.first_of_20, row.grey_first_of_20, row.similarity]
-        rows.append([name, f"{calls}", f"{1000 * seconds:.0f}", *map(str, scores)])
-        print(rows[-1], flush=True)
+        auc, grey_auc, first, grey_first, _, similarity, *_ = row.cells()
+        scores = [auc, grey_auc, first, grey_first, similarity]
+        rows.append([name, f"{calls}", f"{1000 * seconds:.0f}", *scores])
         outside = max(outside, changed_outside(np.stack([case.image for case in cases]), scorer.masks, edits))
         strip[name] = list(edits)
     note = f"{len(cases)} objects, guidance {options.guidance:g}; largest change outside the mask: {outside}."
