@@ -58,6 +58,8 @@ class AdapterSettings:
         adapter.check_fit(shapes, "this model")
         before = self.model.config.unet
         unet = adapter.adapted_unet(before)
+        if unet is not before:
+            _check_distilled(name, scale)
         load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
         if unet is not before:
             self._distilled = (name, before, self._choice)
@@ -74,10 +76,8 @@ class AdapterSettings:
         """Weigh an adapter anew; 0 turns it off and keeps it loaded."""
         _check_scale(scale)
         self._check_name(name)
-        if not scale and self._distilled is not None and self._distilled[0] == name:
-            raise EditValueError(
-                f"without '{name}' the model is none of few steps: unload it to be without it"
-            )
+        if self._distilled is not None and self._distilled[0] == name:
+            _check_distilled(name, scale)
         for _, adapter in adapters_of(self.model, name):
             adapter.factor = float(scale)
 
@@ -103,6 +103,13 @@ class AdapterSettings:
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
             raise EditValueError(f"no adapter '{name}' is loaded; there are: {loaded}")
+
+
+def _check_distilled(name: str, scale: float) -> None:
+    if not scale:
+        raise EditValueError(
+            f"scale is 0, but without '{name}' the model is none of few steps: unload it to be without it"
+        )
 
 
 def _check_scale(scale: object) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from pbe.editing.pipeline import PaintByExample
 
 
 @pytest.fixture
@@ -37,3 +40,11 @@ def test_the_examples_run(workplace: Path, project_root: Path, capsys: pytest.Ca
     assert names["embeds"].shape[0] == 2
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["0", "5"]
+
+
+@pytest.mark.parametrize("method", ["from_pretrained", "__call__"])
+def test_the_page_explains_every_argument(project_root: Path, method: str):
+    page = (project_root / "docs/pipeline.md").read_text()
+    _, *names = inspect.signature(getattr(PaintByExample, method)).parameters
+    of_the_examples = {"self", "pretrained_model_name_or_path", "others"}
+    assert [each for each in names if each not in of_the_examples and f"`{each}`" not in page] == []

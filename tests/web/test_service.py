@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import zipfile
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.web.conftest import EXAMPLES, need_web
 need_web()
 
 from pbe.cli.main import main  # noqa: E402
+from pbe.diffusion.solvers import SolverChoice  # noqa: E402
 from pbe.errors import UserError  # noqa: E402
 from pbe.web.records import (  # noqa: E402
     Inputs,
@@ -27,9 +29,10 @@ from pbe.web.records import (  # noqa: E402
     read_inputs,
     read_record,
     read_settings,
+    record,
     split,
 )
-from pbe.web.service import BusyError, EditService  # noqa: E402
+from pbe.web.service import BusyError, EditService, Made  # noqa: E402
 
 WAIT = 120
 
@@ -89,6 +92,23 @@ def test_the_command_names_what_differs_from_the_defaults(editor: Any) -> None:
     )
     words = command(vars(settings), 1, editor.settings, "cpu")
     assert words.endswith("--steps 3 --seed 0 --region mask --feather 2.5 --no-preserve-background")
+
+
+def test_a_solver_of_the_models_own_settings_goes_by_no_name(editor: Any) -> None:
+    """By its name alone the command, and the page that reads the record, would take another one."""
+    edit = split(inputs_of(0, editor), read_settings({}, editor.settings), editor.settings)[0]
+    made, usual = Made(Image.new("RGB", (4, 4)), False, 1), editor.pipe.choice
+    plain = record(edit, made, editor.pipe, editor.settings)
+    assert plain["solver"] == usual.name
+    try:
+        editor.pipe.solver = SolverChoice("ddim", spacing="trailing", clip=1.0)
+        own = record(edit, made, editor.pipe, editor.settings)
+    finally:
+        editor.pipe.solver = usual
+    assert own["solver"] is None
+    assert own["model_solver"] == {"name": "ddim", "spacing": "trailing", "clip": 1.0}
+    assert "--solver" not in own["repeat"]
+    assert read_record(json.dumps(own), editor.settings).solver is None
 
 
 class Slow:
