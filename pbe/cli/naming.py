@@ -31,10 +31,10 @@ class MakeSettings:
     """the first so many"""
     guidance: float = 5.0
     """guidance scale"""
-    solver: str = "plms"
-    """see docs/solvers.md"""
-    steps: int = 50
-    """of the solver"""
+    solver: str | None = None
+    """see docs/solvers.md (default plms; lcm for a model of few steps)"""
+    steps: Count | None = None
+    """of the solver (default 50; what a model of few steps is meant for)"""
     seed: int = 0
     """of benchmark, noise and drawn names"""
     grey: bool = False

@@ -162,11 +162,12 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
     base = task.base_fingerprint()
     if base and content["base"] != base:
-        what = "adapters" if task.adapted else "student"
+        what, setting = ("adapters", "lora.base") if task.adapted else ("student", "trainer.precision")
         were = "were" if task.adapted else "was"
         raise UserError(
             f"the {what} of '{path}' {were} trained beside other weights than those of "
-            f"'{task.config.init_from}'; name the model of its start, or another output_dir"
+            f"'{task.config.init_from}', or in another {setting}; name those of its start, or another "
+            "output_dir"
         )
     if task.ema is not None and not content["ema"]:
         raise UserError(

@@ -106,7 +106,7 @@ def test_a_solver_of_the_models_own_settings_goes_by_no_name(editor: Any) -> Non
     finally:
         editor.pipe.solver = usual
     assert own["solver"] is None
-    assert own["model_solver"] == {"name": "ddim", "spacing": "trailing", "clip": 1.0}
+    assert own["model_solver"] == {"name": "ddim", "spacing": "trailing", "settings": {"clip": 1.0}}
     assert "--solver" not in own["repeat"]
     assert read_record(json.dumps(own), editor.settings).solver is None
 
