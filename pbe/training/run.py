@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.adapters import ADAPTER_NAME, save_adapter
 from pbe.checkpoints.key_map import empty_model
+from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
 from pbe.data.datamodule import TrainingData
@@ -43,6 +44,7 @@ from pbe.training.setup import (
 from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.finetuning import follow_model
 
 LOG = logging.getLogger(__name__)
 SCALE_BATCHES = 8  # that the scale factor of the latents is measured on
@@ -265,6 +267,9 @@ def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
 
 def cache_size(config: Config) -> CacheSize:
     """Return what the latent cache of a configuration takes when it is built; no weights are needed."""
+    prepare_process(config)
+    if config.model_from_init:
+        config = follow_model(config, open_checkpoint(config.start).config)
     trained = Path(config.autoencoder_from)
     if config.autoencoder_from and trained.is_dir() and not config.start:
         _, autoencoder = find_autoencoder(config)
