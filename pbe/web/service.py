@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.editing.batch.runner import memory_errors
+from pbe.editing.engine import merge_choice
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
@@ -194,7 +195,8 @@ class EditService:
 
     def _run(self, batch: list[Edit]) -> None:
         settings, start = batch[0].settings, time.monotonic()
-        steps = self.pipe.solver_steps(settings.count, settings.eta, settings.solver, settings.conventions)
+        choice = merge_choice(self.pipe.choice, settings)
+        steps = self.pipe.solver_steps(settings.count, settings.eta, choice, settings.conventions)
         for edit in batch:
             edit.steps = steps
         with memory_errors():

@@ -63,6 +63,8 @@ def test_an_edit_takes_as_many_calls_as_the_model_is_meant_for(scene: Scene):
     pipe = quiet(student())
     assert pipe.solver == "lcm"
     assert calls_of(pipe, scene) == [1, 1]
+    assert (pipe.solver_steps(), pipe.solver_steps(50)) == (2, 50)
+    assert quiet(make_tiny_model()).solver_steps() == 50
     assert calls_of(pipe, scene, num_inference_steps=8) == [1] * 8
     assert calls_of(pipe, scene, solver="ddim", num_inference_steps=3, guidance_scale=7.0) == [1] * 3
     assert calls_of(quiet(make_tiny_model()), scene, num_inference_steps=2, solver="lcm") == [2, 2]

@@ -116,7 +116,7 @@ class Slow:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.batches = pipe, []
-        self.noise_schedule, self.solver = pipe.noise_schedule, pipe.solver
+        self.noise_schedule, self.solver, self.choice = pipe.noise_schedule, pipe.solver, pipe.choice
 
     def solver_steps(self, *_: Any) -> int:
         return 3
