@@ -181,10 +181,11 @@ class EditService:
                 until = time.monotonic() + self._patience
                 while len(self._matching()) < self.batch_size and (left := until - time.monotonic()) > 0:
                     self._wake.wait(left)
-                batch = self._matching()
-            for edit in batch:
-                self._pending.remove(edit)
-                edit.done.set_running_or_notify_cancel()  # from here on its future cannot cancel it
+                found = self._matching()
+                for edit in found:
+                    self._pending.remove(edit)
+                # from here on their futures cannot cancel them; one may just have done so, without the lock
+                batch = [edit for edit in found if edit.done.set_running_or_notify_cancel()]
             return batch
 
     def _matching(self) -> list[Edit]:

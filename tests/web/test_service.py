@@ -111,6 +111,17 @@ def test_a_solver_of_the_models_own_settings_goes_by_no_name(editor: Any) -> Non
     assert read_record(json.dumps(own), editor.settings).solver is None
 
 
+def test_a_result_keeps_no_image_that_its_size_leaves_out(editor: Any) -> None:
+    inputs = inputs_of(0, editor)
+    edit = split(inputs, read_settings({}, editor.settings), editor.settings)[0]
+    edit.done.set_result(Made(Image.new("RGB", (64, 64)), False, 1))
+    edit.preview = np.zeros((64, 64, 3), np.uint8)
+    kept = editor.finish(edit, inputs).edit
+    assert not kept.done.done()
+    assert kept.preview is None
+    assert kept.image is edit.image
+
+
 class Slow:
     """A pipeline whose edits wait to be let go."""
 
@@ -166,6 +177,23 @@ def test_an_edit_whose_future_was_cancelled_disturbs_nobody(editor: Any) -> None
     edits[2].done.cancel()
     editor.service.submit(edits)
     assert edits[1].done.result(WAIT).rows == 1
+
+
+def test_an_edit_that_is_cancelled_as_it_is_taken_disturbs_nobody(editor: Any) -> None:
+    class Racing(EditService):
+        looks = 0
+
+        def _matching(self) -> list[Any]:
+            found, self.looks = super()._matching(), self.looks + 1
+            if self.looks == 2:
+                found[0].done.cancel()
+            return found
+
+    service, settings = Racing(editor.pipe, 2, 4), read_settings({"steps": 1}, editor.settings)
+    edits = [split(inputs_of(0, editor), settings, editor.settings)[0] for _ in range(2)]
+    service.submit(edits)
+    assert edits[1].done.result(WAIT).rows == 1
+    service.close(5.0)
 
 
 def test_edits_of_other_sizes_or_settings_do_not_share_a_batch(editor: Any) -> None:
