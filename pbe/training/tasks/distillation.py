@@ -101,7 +101,7 @@ class DistillationTask(DiffusionTask):
         encoded = self.encode(batch)
         counted = self.validated(batch_idx, len(encoded.keep_mask))
         with self.averaged_weights():
-            distances = self._along_trajectory(encoded, self._draws(encoded, "validation"))
+            distances = self.distances(encoded, self._draws(encoded, "validation"), walks=True)
         self.validation_sums.add("val/loss", distances.mean(dim=0), counted)
         for index, values in enumerate(distances):
             self.validation_sums.add(f"val/loss_step{index + 1}", values, counted)
@@ -110,9 +110,12 @@ class DistillationTask(DiffusionTask):
     def _walks(self) -> bool:
         return self.config.distillation.method == "trajectory"
 
-    def distances(self, batch: EncodedBatch, draws: Draws) -> Tensor:
-        """Return each sample's distances to what the teacher says, ``(steps or 1, b)``."""
-        if self._walks:
+    def distances(self, batch: EncodedBatch, draws: Draws, walks: bool | None = None) -> Tensor:
+        """Return each sample's distances to what the teacher says, ``(steps or 1, b)``.
+
+        ``walks`` is whether they are those of ``trajectory``; None: of the method.
+        """
+        if self._walks if walks is None else walks:
             return self._along_trajectory(batch, draws)
         return self._to_consistency(batch, draws)
 
