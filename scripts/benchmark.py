@@ -75,7 +75,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``data``."""
     parser.add_argument("--shards", help="measure these shards instead of synthetic images")
-    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) images")
+    parser.add_argument("--images", type=int, default=64, help="number of (synthetic) images")
     parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")
     parser.add_argument("--height", type=int, default=768, help="of the synthetic images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
@@ -96,13 +96,13 @@ def measure_data(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option makes no sense, or the shards cannot be opened.
     """
-    if min(options.pictures, options.batch_size, options.size, options.exemplar_size) < 1:
-        raise UserError("--pictures, --batch-size, --size and --exemplar-size must be at least 1")
+    if min(options.images, options.batch_size, options.size, options.exemplar_size) < 1:
+        raise UserError("--images, --batch-size, --size and --exemplar-size must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         tars: list[Path] = []
         if not options.shards:
             sizes = options.width, options.height, options.quality
-            tars = synthetic_shards(Path(folder) / "shards", options.pictures, *sizes)
+            tars = synthetic_shards(Path(folder) / "shards", options.images, *sizes)
         data = DataConfig(
             train_shards=options.shards or str(Path(folder) / "shards"),
             image_size=options.size,
@@ -118,7 +118,7 @@ def measure_data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str, Any]:
-    times = measure_stages(data, seconds=options.seconds, pictures=options.pictures)
+    times = measure_stages(data, seconds=options.seconds, pictures=options.images)
     rows = [["bare OpenCV decoding", f"{times.decoding:.3f}", f"{1e3 / times.decoding:.0f}", "1.00"]]
     rows.append(
         ["whole sample", f"{times.whole:.3f}", f"{1e3 / times.whole:.0f}", f"{times.ratio:.2f}"],
@@ -159,7 +159,7 @@ def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict
 def add_annotation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``annotations``."""
     parser.add_argument("--rows", type=int, default=OPEN_IMAGES_ROWS, help="boxes in the CSV")
-    parser.add_argument("--pictures", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
+    parser.add_argument("--images", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
 
 
@@ -169,10 +169,10 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option makes no sense.
     """
-    if min(options.rows, options.pictures) < 1:
-        raise UserError("--rows and --pictures must be at least 1")
+    if min(options.rows, options.images) < 1:
+        raise UserError("--rows and --images must be at least 1")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        synthetic_open_images(Path(folder) / "open-images", options.pictures, options.rows)
+        synthetic_open_images(Path(folder) / "open-images", options.images, options.rows)
         numbers = measure_annotations(Path(folder) / "open-images", Path(folder) / "plan")
     head = ["annotations of Open Images", "", ""]
     rows = [
@@ -187,12 +187,12 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``packing``."""
-    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic images")
+    parser.add_argument("--images", type=int, default=10_000, help="number of synthetic images")
     parser.add_argument("--width", type=int, default=1024, help="of the images")
     parser.add_argument("--height", type=int, default=768, help="of the images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
-    parser.add_argument("--shard-pictures", type=int, default=500, help="images a shard")
+    parser.add_argument("--shard-images", type=int, default=500, help="images a shard")
     parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
     parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
@@ -205,26 +205,26 @@ def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
         UserError: an option makes no sense, or packing failed.
         SystemExit: a packing that was killed and resumed came out otherwise.
     """
-    counts = (options.pictures, options.width, options.height, options.shard_pictures)
+    counts = (options.images, options.width, options.height, options.shard_images)
     if min(counts) < 1 or min(options.kills, options.workers) < 0:
         raise UserError("numbers must be at least 1, --kills and --workers at least 0")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         sizes = options.width, options.height, options.quality
-        table = synthetic_source(folder, options.pictures, *sizes)
+        table = synthetic_source(folder, options.images, *sizes)
 
         def command(out: Path) -> list[str]:
-            limits = ["--workers", str(options.workers), "--shard-pictures", str(options.shard_pictures)]
+            limits = ["--workers", str(options.workers), "--shard-images", str(options.shard_images)]
             limits += ["--no-perceptual"] if options.no_perceptual else []
             prepare = [sys.executable, "-m", "pbe.cli", "prepare"]
             return [*prepare, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
 
-        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_pictures)
+        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_images)
         _print_packing(times)
         if not options.kills:
             return vars(times)
         latest = times.work * min(3 / options.kills, 1)
-        killed = kill_and_resume(command, folder / "straight", options.pictures, options.kills, latest)
+        killed = kill_and_resume(command, folder / "straight", options.images, options.kills, latest)
         _print_kills(killed)
         return {**vars(times), "kills": vars(killed)}
 
@@ -251,7 +251,7 @@ def _print_kills(killed: KillResult) -> None:
 TRAIN_DEFAULTS = {
     "size": (64, 256),
     "batch_size": (64, 1),
-    "pictures": (256, 8),
+    "images": (256, 8),
     "steps": (30, 4),
     "warm_up": (8, 2),
 }
@@ -265,7 +265,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="sides of the training image (default: toy 64, paper 256)")
     parser.add_argument("--batch-size", type=int, help="default: toy 64, paper 1")
     parser.add_argument("--workers", type=int, default=2, help="data.num_workers of the online training")
-    parser.add_argument("--pictures", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
+    parser.add_argument("--images", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
     parser.add_argument("--steps", type=int, help="measured in each round (default: toy 30, paper 4)")
     parser.add_argument("--warm-up", type=int, help="steps before them (default: toy 8, paper 2)")
     parser.add_argument("--rounds", type=int, default=2, help="online and cached in turns")
@@ -314,9 +314,9 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     """Make images and return the configuration that is measured."""
     size, shards = options.size, folder / "shards"
-    rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
+    rendering = f"--scenes {options.images} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
-        synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
+        synthetic_shards(shards, options.images, 2 * size, 2 * size, 90)
     elif pbe(["toy", "render", "--out", str(shards), *rendering]):
         raise UserError("the scenes could not be rendered")
     settings = [

@@ -42,10 +42,10 @@ COMMANDS = {
     "doctor": "pbe.cli.doctor:doctor",
 }
 GROUPS = {
-    "benchmark": "Make what models are scored on.",
-    "study": "A human study: people rank edits of several systems.",
-    "toy": "The toy world: scenes, its model, and quick scores of models of it.",
-    "toy naming": "A blind naming test: can people tell what was painted, without seeing the exemplar?",
+    "benchmark": "Build benchmarks to score models on.",
+    "study": "Have people rank the edits of several systems.",
+    "toy": "Render toy scenes, train the toy model, score models of the toy world.",
+    "toy naming": "Test whether people can name what was painted, without seeing the exemplar.",
 }
 HELP = ("--help", "-h")
 
@@ -59,7 +59,8 @@ def make_app() -> App:
 
     app = App(
         name="pbe",
-        help="Paint by Example: edit images by example, train and evaluate models that do.",
+        help="Paint by Example: paint the object of one image into another, and train models that do.\n\n"
+        "pbe demo shows everything in a few minutes; pbe COMMAND --help explains a command.",
         version=__version__,
         default_parameter=Parameter(
             negative_bool=(),  # no --no- form for every switch,

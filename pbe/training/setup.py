@@ -138,7 +138,7 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with all weights of ``init_from``."""
     if not Path(config.start).exists():
         raise UserError(
-            f"init_from: '{config.start}' is not a model folder, nor a checkpoint: it does not exist; "
+            f"init_from is '{config.start}', which does not exist; name a model folder or a checkpoint; "
             "init_from=none trains from random weights"
         )
     if config.task == "distillation":  # the configuration that a run leaves has the student's sizes
@@ -296,7 +296,7 @@ def make_trainer(
     except MISFIT as error:
         names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         machine = ", ".join(f"{name}={getattr(options, name)}" for name in names)
-        raise UserError(f"trainer.{machine} do not go together here: {one_line(error)}") from error
+        raise UserError(f"trainer.{machine} do not work together here: {one_line(error)}") from error
     global_batch = config.data.batch_size * trainer.world_size
     trainer.limit_val_batches = -(-options.validation_samples // global_batch)
     return trainer

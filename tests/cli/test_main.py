@@ -83,9 +83,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("toy render --out x", "--scenes requires an argument"),
         ("plot --out x.png", "RUN requires an argument"),
         ("evaluate --out x", "give --model, or --edits"),
-        ("train nowhere.yaml", "no configuration file at 'nowhere.yaml'; by name there are"),
+        ("train nowhere.yaml", "no configuration file at 'nowhere.yaml'; those that ship are"),
+        ("train configs/papr.yaml", "no configuration file at 'configs/papr.yaml'; did you mean paper?"),
         ("train toy trainer.max_step=1", "the nearest valid one is 'trainer.max_steps'"),
-        ("cache toy --size --list", "exclude each other"),
+        ("cache toy --size --list", "cannot go together"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(

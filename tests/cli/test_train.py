@@ -113,7 +113,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(config_file: Path, capsys: p
     whole = last.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         last.write_bytes(content)
-        assert "is damaged or no checkpoint of this project" in refused(capsys, config_file)
+        assert "is damaged or not a checkpoint of this project" in refused(capsys, config_file)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])

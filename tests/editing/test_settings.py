@@ -139,6 +139,13 @@ def test_settings_that_save_time_are_checked(settings: dict[str, Any], kind: typ
         EditSettings(**settings).checked()
 
 
+@pytest.mark.parametrize("name", ["image", "mask", "exemplar", "pairs"])
+def test_urls_are_no_files(name: str):
+    command = EditCommand(model="toy", **{name: "https://host/a.png"})
+    with pytest.raises(EditValueError, match=f"--{name} is the URL 'https://host/a.png'; download it"):
+        command.checked()
+
+
 def test_a_compiled_unet_reuses_nothing():
     command = EditCommand(model="toy", compile=True, reuse_features=2)
     with pytest.raises(EditValueError, match="--compile and --reuse-features cannot go together"):

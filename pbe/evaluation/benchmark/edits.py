@@ -78,7 +78,7 @@ def model_identity(model: Path | PaintByExample) -> dict[str, str]:
             digest.update(f"{layer} {adapter.scale}\n".encode())
         return {"weights": digest.hexdigest()}
     if not model.exists():
-        raise UserError(f"the model '{model}' is not there")
+        raise UserError(f"the model '{model}' does not exist")
     return model_digests(model)
 
 
@@ -93,7 +93,7 @@ def claim_folder(
     path = make_folder(folder) / SETTINGS
     noted = read_settings(folder)
     if path.exists() and not noted:
-        raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
+        raise UserError(f"'{path}' was not written by this command; name another folder for new edits")
     edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
     if edited and not noted:
         raise UserError(f"'{folder}' holds images but no {SETTINGS}; name another folder for new edits")
@@ -147,7 +147,7 @@ class EditFolder(ReadOnDemand[np.ndarray | None]):
         self.extra: list[str] = []
         self.faults: dict[str, str] = {}
         if not folder.is_dir():
-            raise UserError(f"'{folder}' is no folder of edits")
+            raise UserError(f"'{folder}' is not a folder of edits")
         self._files: dict[int, Path] = {}
         numbers = {int(each): position for position, each in enumerate(benchmark.ids)}
         for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):

@@ -387,7 +387,7 @@ def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
             use_distributed_sampler=False,
         )
     except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"these devices cannot be used so: {' '.join(str(error).split())}") from error
+        raise UserError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
 
 
 def _reported(error: ProcessRaisedException) -> Exception:

@@ -111,7 +111,7 @@ def test_list_of_what_is_missing(bench: Path) -> None:
         f"{four.mask.name} is all black",
         "Ref_3500 holds 1 files that id_list.npy does not name: stray.png ...",
     ]
-    with pytest.raises(UserError, match=r"no whole benchmark: GT_3500/.* is missing"):
+    with pytest.raises(UserError, match=r"not a complete benchmark: GT_3500/.* is missing"):
         read_benchmark(bench)
 
 

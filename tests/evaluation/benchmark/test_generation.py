@@ -184,7 +184,7 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
     (tmp_path / "damaged").mkdir()
     for foreign in ("{", "[]", '{"format": "theirs", "settings": {}}'):
         (tmp_path / "damaged" / "settings.json").write_text(foreign)
-        with pytest.raises(UserError, match="is no note on edits made here; name another folder"):
+        with pytest.raises(UserError, match="was not written by this command; name another folder"):
             generate(model, benchmark, tmp_path / "damaged", SETTINGS)
         assert (tmp_path / "damaged" / "settings.json").read_text() == foreign
 
@@ -323,7 +323,7 @@ def test_edits_that_are_no_8_bit_rgb_are_left_out(benchmark, tmp_path):
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
     with pytest.raises(UserError, match=r"no edit of .*name them like 000000000000\.png"):
         EditFolder(tmp_path, benchmark)
-    with pytest.raises(UserError, match="no folder of edits"):
+    with pytest.raises(UserError, match="is not a folder of edits"):
         EditFolder(tmp_path / "gone", benchmark)
     for name in ("0.png", "000.png"):
         (tmp_path / name).write_bytes((edited / f"{benchmark.ids[0]}.png").read_bytes())
@@ -373,7 +373,7 @@ def test_lightning_does_not_advertise(caplog):
 
 def test_devices_that_are_not_there_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="these devices cannot be used so"):
+    with pytest.raises(UserError, match="these devices cannot be used:"):
         generation._trainer(dataclasses.replace(SETTINGS, accelerator="gpu"), 1)
 
 

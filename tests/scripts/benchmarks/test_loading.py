@@ -15,7 +15,7 @@ from scripts import benchmark
 from scripts.benchmarks import loading as timing
 from scripts.benchmarks.loading import REST, STAGES, measure_opening, synthetic_index, synthetic_shards
 
-SMALL = ["--pictures", "4", "--width", "96", "--height", "64", "--size", "32", "--exemplar-size", "24"]
+SMALL = ["--images", "4", "--width", "96", "--height", "64", "--size", "32", "--exemplar-size", "24"]
 
 
 def test_stages_add_up_and_everything_is_put_back(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_an_index_opens_in_a_process_of_its_own(tmp_path):
 
 
 def test_mistakes_are_one_line(capsys):
-    assert benchmark.main(["data", "--pictures", "0"]) == 2
+    assert benchmark.main(["data", "--images", "0"]) == 2
     assert benchmark.main(["data", "--shards", "nowhere"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
