@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from typing import Any, Self
 
 import torch
@@ -225,8 +227,14 @@ class MemorySettings:
 
         Each size of image and batch is compiled once. What is made is kept for later starts, in the folder
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
-        ``reuse_features`` gain nothing.
+        ``reuse_features`` gain nothing. For a CPU it takes a C++ compiler: ``$CXX``, else ``g++``.
         """
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if self.model.device.type == "cpu" and shutil.which(compiler.split()[0]) is None:
+            raise UserError(
+                f"compiling for a CPU needs a C++ compiler, and there is no '{compiler}' here; install one, "
+                "or do not compile"
+            )
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
         warn_once(f"the UNet is compiled at the first step, which takes minutes; kept in '{kept}'")
         self.model.unet.compile()

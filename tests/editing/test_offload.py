@@ -244,6 +244,7 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
 
     own = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: own(network, backend=backend))
+    monkeypatch.setenv("CXX", "sh")  # which is not asked to compile
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     warn_once.cache_clear()
@@ -257,3 +258,9 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
         edits.append(each(*given, num_inference_steps=2, generator=generator, output_type="np").images)
     assert seen
     np.testing.assert_allclose(edits[1], edits[0], atol=1e-5)
+
+
+def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'"):
+        pipe.compile_unet()
