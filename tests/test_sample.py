@@ -215,7 +215,7 @@ def test_a_mask_that_is_all_hole(model: Path, files: Path):
         (["--dtype", "float32"], 'Choose from: "fp32", "bf16", "fp16"'),
         (["--seed", "9" * 5000], "Invalid value for --seed"),
         (["--name", "a/b"], "name 'a/b' cannot be the name of a file"),
-        (["--pairs", "x.jsonl"], "--pairs and --image contradict each other"),
+        (["--pairs", "x.jsonl"], "--pairs and --image cannot go together"),
         (
             ["--model", "/nowhere"],
             "--model '/nowhere' does not exist; give a model's folder, a checkpoint file",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
 from pbe.checkpoints.recognise import describe
-from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_from_json
+from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_for, usage_from_json
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.weight_files import open_weights, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
@@ -42,7 +42,8 @@ def write_native(folder: Path, config: ModelConfig, state: Lazies, usage: Usage 
     """Write the files of a native folder: the weights, the model's sizes and how it is to be run."""
     for part in PARTS:
         write_safetensors(folder / f"{part}.safetensors", part_of(state, part), {"format": FORMAT})
-    content = {"format": FORMAT, "model": to_dict(config)} | usage.section("native")
+    usual = usage_for(config).complete("native").solver
+    content = {"format": FORMAT, "model": to_dict(config)} | usage.section("native", usual)
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
 
 

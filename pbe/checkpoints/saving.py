@@ -92,7 +92,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
         "norms over channels": config.unet.norm != "group",
         "modulation by time and condition": config.unet.modulation,
         "guidance in one call of few steps": bool(config.unet.guidance_range),
-        "a token of the layout": encoder.layout_grid != 0,
+        "a layout pooling in the condition": encoder.layout_grid != 0,
         "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
         "a condition of all tokens": encoder.tokens != "class",
         f"the tower '{encoder.tower}'": encoder.tower.startswith("timm/"),
@@ -101,7 +101,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
     }
     found = [name for name, has in problems.items() if has]
     if found:
-        raise UserError(f"the {layout} layout has no place for {' and '.join(found)}; keep the native layout")
+        raise UserError(f"the {layout} layout has no place for {', '.join(found)}; keep the native layout")
     tower_sizes(encoder)
 
 

@@ -44,7 +44,7 @@ def cache(config: Place, /, *overrides: str, settings: CacheSettings = CacheSett
 
     loaded = load_config(config, list(overrides))
     folder = loaded.cache.folder
-    if loaded.task != "diffusion" or not (folder or settings.size):
+    if loaded.task == "autoencoder" or not (folder or settings.size):
         raise UserError("this configuration trains without a cache; name a folder: cache.folder=...")
     from pbe.training.run import build_cache, cache_list, cache_size  # slow: bad input is told before
 

@@ -31,10 +31,10 @@ class MakeSettings:
     """number of objects, the first ones"""
     guidance: float = 5.0
     """guidance scale"""
-    solver: str = "plms"
-    """solver of the edits"""
-    steps: int = 50
-    """steps of the solver"""
+    solver: str | None = None
+    """solver of the edits (default plms; lcm for a few-step model)"""
+    steps: Count | None = None
+    """steps of the solver (default 50; its own for a few-step model)"""
     seed: int = 0
     """seed of benchmark, noise and names"""
     grey: bool = False

@@ -58,6 +58,8 @@ class AdapterSettings:
         adapter.check_fit(shapes, "this model")
         before = self.model.config.unet
         unet = adapter.adapted_unet(before)
+        if unet is not before:
+            _check_distilled(name, scale)
         load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
         if unet is not before:
             self._distilled = (name, before, self._choice)
@@ -74,10 +76,8 @@ class AdapterSettings:
         """Change an adapter's strength; 0 turns it off and keeps it loaded."""
         _check_scale(scale)
         self._check_name(name)
-        if not scale and self._distilled is not None and self._distilled[0] == name:
-            raise EditValueError(
-                f"'{name}' is what makes this a few-step model; unload_adapter('{name}') turns it off"
-            )
+        if self._distilled is not None and self._distilled[0] == name:
+            _check_distilled(name, scale)
         for _, adapter in adapters_of(self.model, name):
             adapter.factor = float(scale)
 
@@ -103,6 +103,14 @@ class AdapterSettings:
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
             raise EditValueError(f"no adapter '{name}' is loaded; there are: {loaded}")
+
+
+def _check_distilled(name: str, scale: float) -> None:
+    if not scale:
+        raise EditValueError(
+            f"scale is 0, but '{name}' is what makes this a few-step model; "
+            f"unload_adapter('{name}') turns it off"
+        )
 
 
 def _check_scale(scale: object) -> None:

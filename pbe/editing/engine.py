@@ -233,11 +233,12 @@ def prepared_predictor(
     condition = conditioning.condition
     null = model.null_condition(*condition.shape[:2]).to(condition.dtype)
     known, scale = timesteps.to(model.device), _as_input(model, guidance_scale)
+    # one for calls inside and outside of the interval: whatever lies on its other side is too old to be taken
+    deep = DeepFeatures(reuse) if reuse > 1 else None
 
     def of(*conditions: Tensor) -> Network:
         fixed = (conditioning.masked_latents, conditioning.keep_mask)
         prepared = model.prepare(torch.cat(conditions), *fixed, known, scale)
-        deep = DeepFeatures(reuse) if reuse > 1 else None
         return lambda x_t, timesteps, _: model.predict_prepared(
             x_t.to(model.dtype), timesteps, prepared, deep
         ).float()

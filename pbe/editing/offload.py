@@ -226,7 +226,7 @@ class MemorySettings:
 
         Each size of image and batch is compiled once. What is made is kept for later starts, in the folder
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
-        ``reuse_features`` gain nothing.
+        ``reuse_features`` gain nothing. For a CPU it takes a C++ compiler: ``$CXX``, else ``g++``.
         """
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
         compile_network(self.model.unet, "compile")  # torch settles on a folder, if none is named yet

@@ -217,10 +217,9 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
     @property
     def components(self) -> dict[str, Any]:
         """The parts; ``PaintByExample(**components)`` is another pipeline that shares these networks."""
-        schedule = replace(self.noise_schedule, usage=self.usage)
         networks = {name: getattr(self.model, name) for name in NETWORKS}
         rest = {"safety_checker": self.safety_checker, "watermark": self.watermark}
-        return networks | {"noise_schedule": schedule} | rest
+        return networks | {"noise_schedule": replace(self.noise_schedule, usage=self.usage)} | rest
 
     @property
     def schedule(self) -> PipelineSchedule:
@@ -244,13 +243,14 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
 
     def solver_steps(
         self,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
     ) -> int:
         """Return how many steps a call with these arguments makes, which may be more than asked for."""
-        settings = EditSettings(steps=num_inference_steps, eta=eta).checked()
+        steps = self._few_steps or None if num_inference_steps is None else num_inference_steps
+        settings = EditSettings(steps=steps, eta=eta).checked()
         choice = self._choice if solver is None else choose_solver(solver)
         return count_steps(self._engine(conventions).with_spacing(choice), settings, self.noise_schedule)
 
@@ -297,13 +297,13 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         if preset is not None and solver is not None:
             raise EditValueError("preset and solver both name a solver; give one of them")
-        usual = (self._few_steps or preset is not None) and num_inference_steps == DEFAULT_STEPS
+        own = self._few_steps or preset is not None  # which the call's default gives way to
+        steps = None if own and num_inference_steps == DEFAULT_STEPS else num_inference_steps
         more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
         more |= {"height": height, "width": width, "preserve_background": preserve_background}
         more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
         more |= {"reuse_features": reuse_features, "conventions": conventions}
-        more["steps"] = None if usual else num_inference_steps
-        settings = EditSettings(num_images=num_images_per_prompt, **more).checked()
+        settings = EditSettings(num_images=num_images_per_prompt, steps=steps, **more).checked()
         output = self.edit(
             example_image,
             image,

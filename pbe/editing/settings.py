@@ -119,11 +119,12 @@ class EditSettings:
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
         if self.region not in get_args(Region):
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")
-        if self.eta and self.solver not in (None, "ddim", "lcm"):
+        checked = replace(self, **found).with_preset(named)
+        if checked.eta and checked.solver not in (None, "ddim", "lcm"):
             raise EditValueError(
-                f"{named('eta')} above 0 is for {named('solver')} ddim and lcm, not {self.solver}"
+                f"{named('eta')} above 0 is for {named('solver')} ddim and lcm, not {checked.solver}"
             )
-        return replace(self, **found).with_preset(named)
+        return checked
 
     @property
     def count(self) -> int:

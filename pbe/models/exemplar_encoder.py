@@ -41,7 +41,7 @@ class MapperAttention(nn.Module):
     def _values(self, x: Tensor) -> Tensor:
         values = F.linear(x, *self._value_rows())
         if isinstance(self.qkv, Adapted):
-            for adapter in self.qkv.adapters:
+            for adapter in (each for each in self.qkv.adapters if each.factor):
                 parts = rearrange(adapter(x), "b n (h three d) -> three b n (h d)", h=self.heads, three=3)
                 values = values + parts[2]
         return values

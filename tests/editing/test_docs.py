@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from pbe.config import ScheduleConfig
 from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import SOLVERS, get_solver
+from pbe.editing.pipeline import PaintByExample
 
 
 @pytest.fixture
@@ -66,3 +68,11 @@ def test_the_examples_run(workplace: Path, project_root: Path, capsys: pytest.Ca
     assert names["embeds"].shape[0] == 2
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["0", "5"]
+
+
+@pytest.mark.parametrize("method", ["from_pretrained", "__call__"])
+def test_the_page_tells_of_every_argument(project_root: Path, method: str):
+    page = (project_root / "docs/pipeline.md").read_text()
+    names = set(inspect.signature(getattr(PaintByExample, method)).parameters)
+    names -= {"self", "pretrained_model_name_or_path", "others"}
+    assert [each for each in sorted(names) if not re.search(rf"\b{each}\b", page)] == []

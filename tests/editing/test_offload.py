@@ -245,6 +245,7 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
 
     own = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: own(network, backend=backend))
+    monkeypatch.setenv("CXX", "sh")  # which is not asked to compile
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     warn_once.cache_clear()
@@ -285,3 +286,9 @@ def test_code_that_is_compiled_makes_the_same_edit_and_is_kept_for_later_starts(
     assert made[0][0] > 0
     assert made[1] == (0, made[0][0])
     assert list(tmp_path.rglob("*.so"))
+
+
+def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'"):
+        pipe.compile_unet()

@@ -57,7 +57,8 @@ def read_source(text: str, options: SourceOptions) -> Annotations:
     if kind == "masks":
         return read_mask_folder(path, images)
     if not path.is_file():
-        raise UserError(f"the annotation file '{path}' is not a file")
+        reason = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"the annotation file '{path}' {reason}")
     if kind == "coco":
         return read_coco(path, images or path.parent, options.masks)
     return read_csv(path, images or path.parent, options.relative)

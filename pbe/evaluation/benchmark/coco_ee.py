@@ -154,6 +154,8 @@ def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE
     A UserError lists what :func:`find_problems` finds; it explains the arguments.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no benchmark folder '{folder}'; pbe benchmark build makes one")
     problems = find_problems(folder, pixels=pixels, size=size)
     if problems:
         shown = "; ".join(problems[:PROBLEMS_SHOWN])

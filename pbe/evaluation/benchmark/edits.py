@@ -20,6 +20,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder, ReadOnDemand
 from pbe.evaluation.metrics.sets import SUFFIXES, UNREADABLE, read_image
 from pbe.files import make_folder
+from pbe.models.adapters import adapters_of
 
 SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -73,6 +74,8 @@ def model_identity(model: Path | PaintByExample) -> dict[str, str]:
             content = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(content.view(torch.uint8).numpy().tobytes())
+        for layer, adapter in adapters_of(model.model):  # how strong they are is no weight
+            digest.update(f"{layer} {adapter.scale}\n".encode())
         return {"weights": digest.hexdigest()}
     if not model.exists():
         raise UserError(f"the model '{model}' does not exist")

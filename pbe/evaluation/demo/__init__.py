@@ -12,7 +12,7 @@ from pbe.resources import packaged
 class DemoSettings:
     """Options of ``pbe demo``."""
 
-    out: Path = Path("outputs/demo")
+    out: Path = field(default=Path("outputs/demo"), metadata={"group": "What is used"})
     """folder for the page and everything else"""
     model: Path = field(default_factory=lambda: packaged("data/toy/model"))
     """model that edits"""
@@ -22,7 +22,7 @@ class DemoSettings:
     """configuration of the training run"""
     set: list[str] = field(default_factory=list)
     """KEY=VALUE, changes to that configuration"""
-    scenes: int = 1500
+    scenes: int = field(default=1500, metadata={"group": "How much is done"})
     """training scenes to render"""
     seconds: float = 90.0
     """approximate time to train"""

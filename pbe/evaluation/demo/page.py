@@ -19,7 +19,6 @@ import torch
 
 from pbe.editing.batch.jobs import read_pairs
 from pbe.editing.images import grey_out, read_image, read_mask
-from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
@@ -170,18 +169,9 @@ def edit_outside(
         image, exemplar = read_image(job.image).pixels, read_image(job.exemplar, "exemplar").pixels
         mask = read_mask(job.mask).pixels
         captioned = [("masked", grey_out(image, mask)), ("exemplar", exemplar)]
-        for each in at_scales(settings.completed(pipe.model.config), scales):
-            assert each.steps is not None
-            edit = pipe(
-                exemplar,
-                image,
-                mask,
-                num_inference_steps=each.steps,
-                guidance_scale=each.guidance_scale,
-                generator=torch.Generator().manual_seed(job.seed),
-                solver=each.solver,
-            )
-            assert isinstance(edit, EditOutput)
+        for each in at_scales(settings, scales):
+            generator = torch.Generator().manual_seed(job.seed)
+            edit = pipe.edit(exemplar, image, mask, **each.call(pipe.model.config), generator=generator)
             captioned.append((f"guidance {each.guidance_scale:g}", np.asarray(edit.images[0])))
         strips.append(tiles([*captioned, ("photograph", image)]))
     return strips

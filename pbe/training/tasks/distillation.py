@@ -26,6 +26,7 @@ from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapters_off
 from pbe.models.layers import compile_network
+from pbe.training.optimization.sharding import regather
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch
 from pbe.training.tasks.finetuning import fingerprint_of_frozen
@@ -101,7 +102,7 @@ class DistillationTask(DiffusionTask):
         encoded = self.encode(batch)
         counted = self.validated(batch_idx, len(encoded.keep_mask))
         with self.averaged_weights():
-            distances = self._along_trajectory(encoded, self._draws(encoded, "validation"))
+            distances = self.distances(encoded, self._draws(encoded, "validation"), walks=True)
         self.validation_sums.add("val/loss", distances.mean(dim=0), counted)
         for index, values in enumerate(distances):
             self.validation_sums.add(f"val/loss_step{index + 1}", values, counted)
@@ -110,9 +111,12 @@ class DistillationTask(DiffusionTask):
     def _walks(self) -> bool:
         return self.config.distillation.method == "trajectory"
 
-    def distances(self, batch: EncodedBatch, draws: Draws) -> Tensor:
-        """Return each sample's distances to the teacher's targets, ``(steps or 1, b)``."""
-        if self._walks:
+    def distances(self, batch: EncodedBatch, draws: Draws, walks: bool | None = None) -> Tensor:
+        """Return each sample's distances to the teacher's targets, ``(steps or 1, b)``.
+
+        ``walks`` is whether they are those of ``trajectory``; None: of the method.
+        """
+        if self._walks if walks is None else walks:
             return self._along_trajectory(batch, draws)
         return self._to_consistency(batch, draws)
 
@@ -146,6 +150,14 @@ class DistillationTask(DiffusionTask):
         with torch.no_grad(), adapters_off(self.model) if self.adapted else nullcontext():
             yield Conditioning(*(each.to(dtype) for each in parts))
 
+    @contextmanager
+    def _average_inside(self) -> Iterator[None]:
+        """Use the averaged weights in the middle of a step, where those of no block are gathered already."""
+        with nullcontext() if self.ema is None else self.ema.applied():
+            regather(self)
+            yield
+        regather(self)
+
     def _teacher_states(self, noise: Tensor, given: Conditioning, scales: Tensor) -> list[Tensor]:
         """Return where the teacher, starting from ``noise``, is at the end of each of the student's steps."""
         options, states = self.config.distillation, list[Tensor]()
@@ -171,7 +183,8 @@ class DistillationTask(DiffusionTask):
         states, found = self._teacher_states(x, given, scales), []
         for index, end in enumerate(states):
             timesteps = torch.full((len(x),), int(self.grid.timesteps[index]))
-            levels = torch.tensor([self.grid.alphas[index], self.grid.alphas_next[index]]).double()
+            ends = (self.grid.alphas[index], self.grid.alphas_next[index])
+            levels = torch.tensor(ends, dtype=torch.float64)
             velocity = self._velocity(x, timesteps, given, scales)
             error = velocity - velocity_to(x, end, *levels)
             found.append(pseudo_huber(error, self.config.distillation.huber, batch.valid))
@@ -198,7 +211,7 @@ class DistillationTask(DiffusionTask):
             predict = noise_predictor(self.teacher, self.schedule, known, scales.view(-1, 1, 1, 1))
             velocity = velocity_of(predict(x, now.to(device)), x, start, "eps")
         closer = step(x, velocity, start, alphas)
-        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied():
+        with torch.no_grad(), self._average_inside():
             going_on = step(closer, self._velocity(closer, after, given, scales), alphas, ends)
         end = torch.where((alphas == ends).view(-1, 1, 1, 1).to(device), closer, going_on)
         error = self._velocity(x, now, given, scales) - velocity_to(x, end, start, ends)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pbe.config import Config, ModelConfig
+from pbe.config import Config, ModelConfig, UNetConfig
 from pbe.config.checks import check_values
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -21,12 +21,23 @@ SAMPLED = 4096  # numbers of each weight that go into the fingerprint
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # types of the computation
 
 
+def undistilled(unet: UNetConfig) -> UNetConfig:
+    """Return the sizes of a UNet without what distillation sets."""
+    return replace(unet, guidance_range=[], few_steps=0)
+
+
 def check_undistilled(model: LatentDiffusion, config: Config) -> None:
     """Refuse a few-step model: training would undo its distillation, and it has no flow to teach."""
-    if steps := model.config.unet.few_steps:
+    unet = model.config.unet
+    if unet == undistilled(unet):
+        return
+    if not config.start:
         raise UserError(
-            f"init_from '{config.init_from}' was distilled, for {steps} steps; name the model it came from"
+            "'model.unet.guidance_range' and 'model.unet.few_steps' are what task=distillation sets; "
+            "leave them out"
         )
+    steps = f"for {unet.few_steps} steps" if unet.few_steps else "to take the guidance scale as an input"
+    raise UserError(f"init_from '{config.init_from}' was distilled, {steps}; name the model it came from")
 
 
 def _check_alive(model: LatentDiffusion, parts: list[str]) -> None:

@@ -167,7 +167,7 @@ def test_cases_that_one_system_lacks_are_left_out(systems, bench_files, tmp_path
         (["a=X"], [], "2 to 9 systems, not 1"),
         (["a=X", "b"], [], "'b' does not name a system; write name=folder"),
         (["a=X", "a=Y"], [], "'a' is named twice"),
-        (["a=X", "b=Y"], [], "no folder of edits"),
+        (["a=X", "b=Y"], [], "is not a folder of edits"),
         (["a=X", "b=Y"], ["--groups", "0"], "at least one group"),
     ],
 )
@@ -251,8 +251,8 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
         "is truncated or not JSON: max": "[" * 100_000,
         "it has no rater": {**good, "rater": None},
         "is truncated or not JSON": json.dumps(good)[:100],
-        "is no file of rankings": {"format": "other"},
-        "is no file of rankings: ": [1, 2],
+        "is not a file of rankings": {"format": "other"},
+        "is not a file of rankings: ": [1, 2],
         "belongs to another study": {**good, "study": "0000"},
         f"group {group}, quality: not every edit is ranked once": twice,
         f"group {group}, quality: not": {**good, "rankings": {group: {"quality": "abc"}}},
@@ -286,7 +286,7 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
         ({"groups": {}}, "it lacks questions, groups or systems"),
         (
             {"groups": {"01": {"edits": {"a": "alpha", "b": "beta", "c": "delta"}}}},
-            "group 01 has not one edit",
+            "group 01 lacks an edit",
         ),
         ({"systems": 3}, "is a damaged key of a study"),
         ({"groups": {"01": 3}}, "is a damaged key of a study"),
