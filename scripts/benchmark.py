@@ -1,7 +1,5 @@
 """Measure parts of the project and print tables.
 
-python scripts/benchmark.py data
-python scripts/benchmark.py data --open 1900000 16000000
 python scripts/benchmark.py annotations
 python scripts/benchmark.py packing --kills 10
 python scripts/benchmark.py train                          # the toy model, from its cache against online
@@ -26,15 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pbe.cli.main import main as pbe, run_command
-from pbe.config import Config, DataConfig, SampleConfig, load_config
+from pbe.config import Config, load_config
 from pbe.errors import UserError
-from scripts.benchmarks.loading import (
-    measure_opening,
-    measure_stages,
-    measure_workers,
-    synthetic_index,
-    synthetic_shards,
-)
+from scripts.benchmarks.loading import synthetic_shards
 from scripts.benchmarks.packing import (
     OPEN_IMAGES_PICTURES,
     OPEN_IMAGES_ROWS,
@@ -49,8 +41,6 @@ from scripts.benchmarks.packing import (
 from scripts.benchmarks.scoring import measure_scoring, synthetic_edits
 
 ROOT = Path(__file__).resolve().parents[1]
-
-OPENING_ROWS = ("samples", "open_s", "first_batch_s")
 
 
 @dataclass(frozen=True)
@@ -70,90 +60,6 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
         print("  ".join(texts).rstrip())
         if number == 0:
             print("  ".join("-" * width for width in widths))
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``data``."""
-    parser.add_argument("--shards", help="measure these shards instead of synthetic images")
-    parser.add_argument("--images", type=int, default=64, help="number of (synthetic) images")
-    parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")
-    parser.add_argument("--height", type=int, default=768, help="of the synthetic images")
-    parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
-    parser.add_argument("--size", type=int, default=512, help="sides of the training image")
-    parser.add_argument("--exemplar-size", type=int, default=224, help="sides of the exemplar")
-    parser.add_argument("--antialias-above", type=float, default=1.5, help="data.sample.antialias_above")
-    parser.add_argument("--batch-size", type=int, default=4, help="data.batch_size")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes to measure")
-    parser.add_argument(
-        "--open", type=int, nargs=2, metavar=("PICTURES", "BOXES"), help="also open an index of that size"
-    )
-
-
-def measure_data(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the loader.
-
-    Raises:
-        UserError: an option makes no sense, or the shards cannot be opened.
-    """
-    if min(options.images, options.batch_size, options.size, options.exemplar_size) < 1:
-        raise UserError("--images, --batch-size, --size and --exemplar-size must be at least 1")
-    with tempfile.TemporaryDirectory() as folder:
-        tars: list[Path] = []
-        if not options.shards:
-            sizes = options.width, options.height, options.quality
-            tars = synthetic_shards(Path(folder) / "shards", options.images, *sizes)
-        data = DataConfig(
-            train_shards=options.shards or str(Path(folder) / "shards"),
-            image_size=options.size,
-            exemplar_size=options.exemplar_size,
-            batch_size=options.batch_size,
-            sample=SampleConfig(antialias_above=options.antialias_above),
-        )
-        numbers = _measure_samples(data, options)
-        if options.open:
-            tar = tars[0] if tars else synthetic_shards(Path(folder) / "small", 8, 640, 480, 90)[0]
-            numbers["opening"] = _measure_opening(Path(folder) / "index", tar, *options.open)
-    return numbers
-
-
-def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str, Any]:
-    times = measure_stages(data, seconds=options.seconds, pictures=options.images)
-    rows = [["bare OpenCV decoding", f"{times.decoding:.3f}", f"{1e3 / times.decoding:.0f}", "1.00"]]
-    rows.append(
-        ["whole sample", f"{times.whole:.3f}", f"{1e3 / times.whole:.0f}", f"{times.ratio:.2f}"],
-    )
-    rows += [["  " + name, f"{spent:.3f}", "", ""] for name, spent in times.stages.items()]
-    print_table(["one core, CPU time", "ms", "a second", "of decoding"], rows)
-    loaders = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
-    if loaders:
-        base = next(iter(loaders.values())).rate
-        rows = [
-            [f"{count} workers", f"{found.rate:.0f}", f"{found.rate / base:.2f}",
-             f"{found.main:.2f}", f"{found.workers:.2f}", f"{found.main + found.workers:.2f}"]
-            for count, found in loaders.items()
-        ]  # fmt: skip
-        print()
-        head = ["loader", "samples a second", "of the first", "CPU ms a sample: main", "workers", "together"]
-        print_table(head, rows)
-    return {
-        "stages": {**vars(times), "ratio": times.ratio},
-        "loaders": {count: vars(found) for count, found in loaders.items()},
-    }
-
-
-def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
-    synthetic_index(folder, tar, pictures, boxes)
-    found = {mode: measure_opening(folder, boxes=mode, workers=2) for mode in ("one", "every")}
-    rows = [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in OPENING_ROWS]
-    for kind, texts in {"resident": "resident", "private": "of it private"}.items():
-        for place in ("torch", "imports", "opened", "first batch"):
-            rows.append(
-                [f"MiB {texts}: {place}", *(f"{row['mib'][place][kind]:.0f}" for row in found.values())]
-            )
-    print()
-    print_table(["opening an index", *(f"boxes={mode}" for mode in found)], rows)
-    return found
 
 
 def add_annotation_options(parser: argparse.ArgumentParser) -> None:
@@ -357,7 +263,6 @@ SUBJECTS = {
     "packing": Subject(
         "packing, against bare copying; killed and resumed", add_packing_options, measure_pack
     ),
-    "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
     "scoring": Subject("scores of finished edits, against reading them", add_scoring_options, measure_scores),
     "train": Subject("training: cached or online, one step, two processes", add_train_options, measure_train),
 }

@@ -10,7 +10,7 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.errors import UserError
+from pbe.errors import UserError, first_line
 from pbe.resources import packaged
 
 if TYPE_CHECKING:
@@ -149,6 +149,13 @@ def run_command(body: Callable[[], object]) -> int:
             "the project was installed for (in a clone: make setup makes .venv)",
             file=sys.stderr,
         )
+        return 2
+    except RuntimeError as error:
+        cause = getattr(error, "inner_exception", None)  # of torch.compile, whose errors are slow to import
+        if type(cause).__name__ not in ("InvalidCxxCompiler", "CppCompileError"):
+            raise
+        told = [line for line in str(cause).splitlines() if "error:" in line] or [first_line(cause)]
+        print(f"error: the C++ compiler failed ({told[0]}); mend it, or leave compile out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from typing import Any, Self
 
 import torch
@@ -16,6 +14,7 @@ from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.layers import compile_network
 
 COMPILED = "~/.cache/pbe/compiled"
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
@@ -229,15 +228,9 @@ class MemorySettings:
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
         ``reuse_features`` gain nothing. For a CPU it takes a C++ compiler: ``$CXX``, else ``g++``.
         """
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        if self.model.device.type == "cpu" and shutil.which(compiler.split()[0]) is None:
-            raise UserError(
-                f"compiling for a CPU needs a C++ compiler, and there is no '{compiler}' here; install one, "
-                "or do not compile"
-            )
+        compile_network(self.model.unet, "compile")
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
         warn_once(f"the UNet is compiled at the first step, which takes minutes; kept in '{kept}'")
-        self.model.unet.compile()
 
     # Other names of diffusers' for the same.
     set_attention_slice = enable_attention_slicing

@@ -37,7 +37,7 @@ from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.attention import SpatialTransformer
 from pbe.models.image_tower import follow_sizes
-from pbe.models.layers import ResBlock
+from pbe.models.layers import ResBlock, compile_network
 from pbe.training.monitoring.callbacks import GridCallback, StepLog, autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.loggers import make_loggers
 from pbe.training.optimization.sharding import STRATEGY_NAMES, ShardedStrategy
@@ -193,8 +193,8 @@ def apply_performance_options(model: LatentDiffusion, options: TrainerConfig) ->
     if options.gradient_checkpointing:
         checkpoint_blocks(model)
     if options.compile:
-        model.unet.compile()
-        model.autoencoder.encoder.compile()
+        for network in (model.unet, model.autoencoder.encoder):
+            compile_network(network, "trainer.compile")
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
@@ -82,6 +83,15 @@ def test_a_python_without_the_packages_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "omegaconf", None)
     monkeypatch.delitem(sys.modules, "pbe.config")
     assert "the Python package 'omegaconf' is not installed for" in refused(capsys, "some.yaml")
+
+
+@pytest.mark.parametrize("task", ["diffusion", "autoencoder"])
+def test_compiling_without_a_compiler_is_one_line(config_file: Path, monkeypatch, capsys, task: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "/nowhere/g++ -v")
+    told = refused(capsys, config_file, f"task={task}", "trainer.compile=true")
+    assert "trainer.compile needs a C++ compiler, and there is no '/nowhere/g++ -v'; install g++" in told
+    assert not (config_file.parent / "run" / "checkpoints").exists()
 
 
 def test_a_missing_configuration_is_one_line(tmp_path, capsys):

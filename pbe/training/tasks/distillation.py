@@ -25,6 +25,7 @@ from pbe.diffusion.solvers import get_solver
 from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapters_off
+from pbe.models.layers import compile_network
 from pbe.training.optimization.sharding import regather
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch
@@ -62,7 +63,7 @@ class DistillationTask(DiffusionTask):
             if config.trainer.precision.startswith("bf16"):
                 unet.to(torch.bfloat16)
             if config.trainer.compile:
-                unet.compile()
+                compile_network(unet, "trainer.compile")
         self.calls = options.steps if self._walks else 1
         self._beside = (teacher,)  # in a tuple, so that Lightning does not register it as a submodule
         self.grid, self.teacher_grid = grids(self.schedule, options.steps, options.teacher_steps)
