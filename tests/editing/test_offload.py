@@ -261,6 +261,14 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
     np.testing.assert_allclose(edits[1], edits[0], atol=1e-5)
 
 
+def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'; install"
+    ):
+        pipe.compile_unet()
+
+
 @pytest.mark.slow
 def test_code_that_is_compiled_makes_the_same_edit_and_is_kept_for_later_starts(
     tiny_model: LatentDiffusion, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,9 +294,3 @@ def test_code_that_is_compiled_makes_the_same_edit_and_is_kept_for_later_starts(
     assert made[0][0] > 0
     assert made[1] == (0, made[0][0])
     assert list(tmp_path.rglob("*.so"))
-
-
-def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'"):
-        pipe.compile_unet()
