@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, model, steps in systems:
         pipe = load(model)
         settings = replace(common, steps=steps).completed(pipe.model.config)
+        assert settings.steps is not None
         started = time.perf_counter()
         edits = edit_cases(pipe, cases, settings)
         seconds = (time.perf_counter() - started) / len(cases)

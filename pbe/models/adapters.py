@@ -95,7 +95,7 @@ class Mixin(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Name the classes that a class is made of, which no module holds."""
-        return _blank, tuple(_parts_of(type(self))), self.__getstate__()
+        return _blank, tuple(_parts_of(type(self))), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @cache
@@ -164,7 +164,8 @@ def layers_of(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Linear | n
 def attach(layer: nn.Linear | nn.Conv2d, adapter: LowRank) -> None:
     """Add an adapter to a layer, which stays the same object with the same weights."""
     if not isinstance(layer, Adapted):
-        layer.__class__ = mixed(Adapted, type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = mixed(Adapted, kind)
         layer.adapters = nn.ModuleList()
     assert isinstance(layer, Adapted)
     layer.adapters.append(adapter)

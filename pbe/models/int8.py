@@ -92,7 +92,8 @@ def quantise(module: nn.Module) -> None:
         del layer.weight
         layer.register_buffer("weight_int8", whole)
         layer.register_buffer("weight_scale", scale)
-        layer.__class__ = mixed(Int8Weight, type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = mixed(Int8Weight, kind)
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -33,9 +33,10 @@ from pbe.data.dataset import read_image
 from pbe.data.shards.archive import ShardImages
 from pbe.errors import UserError
 from pbe.files import make_folder
+from pbe.models.latent_diffusion import masked_image
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
-from pbe.training.tasks.encoding import encode_batch, masked_image, to_keep_mask, to_pixels
+from pbe.training.tasks.encoding import encode_batch, to_keep_mask, to_pixels
 from scripts.benchmarks.common import (
     ROOT,
     machine,

@@ -254,7 +254,8 @@ class PlainFiles(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a sample with a box that is drawn anew each time."""
         name, boxes = self.files[index]
-        image = cv2.cvtColor(cv2.imread(name), cv2.COLOR_BGR2RGB)
+        image = cv2.imread(name, cv2.IMREAD_COLOR_RGB)
+        assert image is not None
         box = random.choice(boxes)
         left, top, right, bottom = (round(each) for each in box)
         exemplar = self.exemplar(image=image[top:bottom, left:right])["image"]

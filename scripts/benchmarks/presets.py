@@ -22,7 +22,7 @@ from pbe.editing.engine import (
     solve,
 )
 from pbe.editing.output import to_images
-from pbe.editing.settings import PRESETS, EditSettings
+from pbe.editing.settings import PRESETS, EditSettings, SolverName
 from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
 from pbe.evaluation.benchmark.toy_run import Scorer
 from pbe.evaluation.metrics.bootstrap import derangement
@@ -33,6 +33,12 @@ from scripts.benchmarks.convergence import BrownianPath, Candidate, distance, so
 from scripts.benchmarks.solver_runs import condition_on
 
 # What a user may ask for: the original's 50 PLMS steps, the presets, what makes calls cheaper or saves some.
+GRID: tuple[tuple[SolverName, bool], ...] = (
+    ("dpmpp_2m", True),
+    ("dpmpp_2m", False),
+    ("unipc", True),
+    ("lms", True),
+)
 SETTINGS: dict[str, EditSettings] = {
     "50 PLMS steps": EditSettings(solver="plms", steps=50),
     **{f"preset {name}": EditSettings(preset=name) for name in PRESETS},
@@ -42,7 +48,7 @@ SETTINGS: dict[str, EditSettings] = {
         f"{steps} steps of {solver}, {'Karras' if karras else 'trailing'}": EditSettings(
             solver=solver, karras=karras, spacing=None if karras else "trailing", steps=steps
         )
-        for solver, karras in (("dpmpp_2m", True), ("dpmpp_2m", False), ("unipc", True), ("lms", True))
+        for solver, karras in GRID
         for steps in (8, 10, 12, 16, 20, 30)
     },
 }

@@ -281,7 +281,8 @@ def score(
     scores = score_edits(cases, edits, tower, seed=options.seed)
     few = None
     if student is not None:
-        few = student, *score_edits(cases, student.edits, tower, seed=options.seed).guidance.values()
+        (own,) = score_edits(cases, student.edits, tower, seed=options.seed).guidance.values()
+        few = student, own
     scale, row = list(scores.guidance.items())[-1]
     print(markdown(scores.table()))
     clock.note = f"AUC {row.auc} at guidance {scale:g}"
