@@ -57,6 +57,12 @@ def shards(workshop: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished(shards: Path, autoencoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the tiny configuration as it is; not to be changed."""
+    return run(tiny_config(shards, tmp_path_factory.mktemp("finished"), autoencoder)).output_dir
+
+
+@pytest.fixture(scope="session")
 def autoencoder(workshop: Path) -> str:
     """The override that names the trained autoencoder."""
     return f"autoencoder_from={workshop / 'autoencoder' / 'model'}"
