@@ -21,6 +21,7 @@ AUTOENCODER_STAGE = (
     "optimizer.decay=cosine",
     "trainer.max_steps=200",
     "trainer.validate_every=100",
+    "trainer.validation_samples=8",
     "trainer.checkpoint_every=100",
     "logging.every=20",
     "logging.grid_every=200",

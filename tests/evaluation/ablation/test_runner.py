@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import threading
@@ -280,17 +281,19 @@ def test_a_workspace_has_one_runner(tmp_path: Path) -> None:
 
 
 KILLED = """
-import runpy, sys
+import pickle, sys
 from pathlib import Path
-own = runpy.run_path(sys.argv[1])
-own["runner"]([own["stage"](Path(sys.argv[2]), "a", until="/never", linger=1.0)]).run()
+from pbe.evaluation.ablation.runner import LocalPool, Runner, Schedule
+stages = pickle.loads(Path(sys.argv[1]).read_bytes())
+Runner(Schedule(stages, {"step": 1.0}), LocalPool(1, 1, 0), 1).run()
 """
 
 
 def test_a_killed_runner_takes_its_stages_along_and_the_next_one_waits_for_them(tmp_path: Path) -> None:
     one = stage(tmp_path, "a", steps=2)
     (tmp_path / "script.py").write_text(KILLED)
-    first = Program(tmp_path / "script.py", __file__, tmp_path, told=tmp_path)
+    (tmp_path / "stages").write_bytes(pickle.dumps([stage(tmp_path, "a", until="/never", linger=1.0)]))
+    first = Program(tmp_path / "script.py", tmp_path / "stages", told=tmp_path)
     wait_for(one.folder / "made.txt")
     first.send_signal(signal.SIGKILL)
     first.finish()
