@@ -40,7 +40,8 @@ def make_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder '{path}': {error.strerror}") from error
+        reason = "a file has that name" if path.is_file() else error.strerror
+        raise UserError(f"cannot make the folder '{path}': {reason}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder '{path}' cannot be written to")
     return path

@@ -10,7 +10,8 @@ transparent layer, or the object itself cut out. :func:`read_mask_image` decides
 - An image in its colours that is whole along its border, with a part inside erased, is no cut-out: the mask
   is that part.
 - Where alpha says nothing, luminance decides; a drawing of one colour on black counts as white on black.
-- Numbers of classes or instances are refused, since a threshold would mix them up.
+- Numbers of classes or instances are refused, since a threshold would mix them up; so are coloured scenes.
+  What is mostly grey is cut at half, with a remark: it may be a photograph instead of a mask.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ MASK_FROM = 128  # of 255: this and above is the masked region, the original's r
 BY_LUMINANCE, BY_ALPHA, BY_BOTH = "luminance", "alpha", "luminance times alpha"
 BY_ERASED = "the erased part"
 BY_COLOUR, BY_ONES = "one colour on black", "the values 0 and 1"
+BY_GREYS = "its greys, cut at 128 of 255"
 
 DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
 DEEP_MAX, DEEP_STEP = 65535, 257
@@ -32,6 +34,7 @@ BRIGHT_COLOUR, OTHER_HUES = (
     192,
     0.02,
 )  # how bright one colour on black has to be, and how many pixels may differ
+DARK = 32  # a drawing's greys are this near to black or white, most of a photograph's are not
 AREA_SHARE = 0.002  # of the pixels: an even area of this size is no noise
 LOSSY = frozenset({"AVIF", "JPEG", "MPO", "WEBP"})
 SOFT_LEVELS = 8  # a soft edge passes through more greys than this
@@ -51,7 +54,7 @@ def read_mask_image(image: Image.Image) -> tuple[np.ndarray, str]:
     Returns:
         uint8 ``h w``, 255 in the masked region and 0 elsewhere (which may be all of it), and a few words to
         tell: ``luminance``, ``alpha``, ``luminance times alpha``, ``the erased part``,
-        ``one colour on black`` or ``the values 0 and 1``.
+        ``one colour on black``, ``the values 0 and 1`` or ``its greys, cut at 128 of 255``.
 
     Raises:
         UnclearMaskError: the image has no pixels, its colours are no mask, or its values have no meaning.
@@ -143,9 +146,15 @@ def _from_colours(colours: np.ndarray, lossy: bool) -> tuple[np.ndarray, str]:
     value = colours.max(axis=2)
     bright = value >= BRIGHT_COLOUR // 2  # darker ones lie on soft edges, and their hue says little
     hues = colours[bright] * (255.0 / value[bright])[:, None]
-    if value.max() < BRIGHT_COLOUR or _share_of_other_hues(hues) > OTHER_HUES:
+    scene = value.max() < BRIGHT_COLOUR or _mostly_between(value, BRIGHT_COLOUR)
+    if scene or _share_of_other_hues(hues) > OTHER_HUES:
         raise UnclearMaskError("it is not black and white: its colours show a scene, or classes or instances")
     return _binary(value >= MASK_FROM), BY_COLOUR
+
+
+def _mostly_between(values: np.ndarray, high: int) -> bool:
+    """Whether most values, uint8, are neither dark nor at least ``high``, as in a scene of one hue."""
+    return 2 * int(((values > DARK) & (values < high)).sum()) > values.size
 
 
 def _share_of_other_hues(hues: np.ndarray) -> float:
@@ -161,7 +170,7 @@ def _from_grey(grey: np.ndarray, lossy: bool = False) -> tuple[np.ndarray, str]:
         raise UnclearMaskError(_dark(f"{top} of 255"))
     if _numbers_classes(grey, lossy):
         raise UnclearMaskError("it is not black and white: its dark greys number classes or instances")
-    return _binary(grey >= MASK_FROM), BY_LUMINANCE
+    return _binary(grey >= MASK_FROM), BY_GREYS if _mostly_between(grey, top - DARK) else BY_LUMINANCE
 
 
 def _numbers_classes(grey: np.ndarray, lossy: bool) -> bool:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 TOY_MODEL = "data/toy/model"
+MODELS = {"toy": TOY_MODEL}
 
 
 def packaged(name: str) -> Path:
@@ -39,8 +40,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def find_model(name: str) -> str:
-    """Return the folder of the model that ships for ``toy`` or ``data/toy/model``; any other text as it is.
+    """Return the folder of a model that ships: ``toy`` or ``data/toy/model``.
 
-    A file or folder of that name comes first.
+    Any other text comes back as it is, and a file or folder of that name comes first.
     """
-    return str(packaged(TOY_MODEL)) if name in ("toy", TOY_MODEL) and not os.path.exists(name) else name
+    place = MODELS.get(name, name)
+    return str(packaged(place)) if place in MODELS.values() and not os.path.exists(name) else name

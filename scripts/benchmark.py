@@ -1,7 +1,5 @@
 """Measure parts of the project and print tables.
 
-python scripts/benchmark.py data
-python scripts/benchmark.py data --open 1900000 16000000
 python scripts/benchmark.py annotations
 python scripts/benchmark.py packing --kills 10
 python scripts/benchmark.py train                          # the toy model, from its cache against online
@@ -26,15 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pbe.cli.main import main as pbe, run_command
-from pbe.config import Config, DataConfig, SampleConfig, load_config
+from pbe.config import Config, load_config
 from pbe.errors import UserError
-from scripts.benchmarks.loading import (
-    measure_opening,
-    measure_stages,
-    measure_workers,
-    synthetic_index,
-    synthetic_shards,
-)
+from scripts.benchmarks.loading import synthetic_shards
 from scripts.benchmarks.packing import (
     OPEN_IMAGES_PICTURES,
     OPEN_IMAGES_ROWS,
@@ -49,8 +41,6 @@ from scripts.benchmarks.packing import (
 from scripts.benchmarks.scoring import measure_scoring, synthetic_edits
 
 ROOT = Path(__file__).resolve().parents[1]
-
-OPENING_ROWS = ("samples", "open_s", "first_batch_s")
 
 
 @dataclass(frozen=True)
@@ -72,94 +62,10 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
             print("  ".join("-" * width for width in widths))
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``data``."""
-    parser.add_argument("--shards", help="measure these shards instead of synthetic images")
-    parser.add_argument("--pictures", type=int, default=64, help="number of (synthetic) images")
-    parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")
-    parser.add_argument("--height", type=int, default=768, help="of the synthetic images")
-    parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
-    parser.add_argument("--size", type=int, default=512, help="sides of the training image")
-    parser.add_argument("--exemplar-size", type=int, default=224, help="sides of the exemplar")
-    parser.add_argument("--antialias-above", type=float, default=1.5, help="data.sample.antialias_above")
-    parser.add_argument("--batch-size", type=int, default=4, help="data.batch_size")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each measurement")
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="loader processes to measure")
-    parser.add_argument(
-        "--open", type=int, nargs=2, metavar=("PICTURES", "BOXES"), help="also open an index of that size"
-    )
-
-
-def measure_data(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the loader.
-
-    Raises:
-        UserError: an option makes no sense, or the shards cannot be opened.
-    """
-    if min(options.pictures, options.batch_size, options.size, options.exemplar_size) < 1:
-        raise UserError("--pictures, --batch-size, --size and --exemplar-size must be at least 1")
-    with tempfile.TemporaryDirectory() as folder:
-        tars: list[Path] = []
-        if not options.shards:
-            sizes = options.width, options.height, options.quality
-            tars = synthetic_shards(Path(folder) / "shards", options.pictures, *sizes)
-        data = DataConfig(
-            train_shards=options.shards or str(Path(folder) / "shards"),
-            image_size=options.size,
-            exemplar_size=options.exemplar_size,
-            batch_size=options.batch_size,
-            sample=SampleConfig(antialias_above=options.antialias_above),
-        )
-        numbers = _measure_samples(data, options)
-        if options.open:
-            tar = tars[0] if tars else synthetic_shards(Path(folder) / "small", 8, 640, 480, 90)[0]
-            numbers["opening"] = _measure_opening(Path(folder) / "index", tar, *options.open)
-    return numbers
-
-
-def _measure_samples(data: DataConfig, options: argparse.Namespace) -> dict[str, Any]:
-    times = measure_stages(data, seconds=options.seconds, pictures=options.pictures)
-    rows = [["bare OpenCV decoding", f"{times.decoding:.3f}", f"{1e3 / times.decoding:.0f}", "1.00"]]
-    rows.append(
-        ["whole sample", f"{times.whole:.3f}", f"{1e3 / times.whole:.0f}", f"{times.ratio:.2f}"],
-    )
-    rows += [["  " + name, f"{spent:.3f}", "", ""] for name, spent in times.stages.items()]
-    print_table(["one core, CPU time", "ms", "a second", "of decoding"], rows)
-    loaders = {count: measure_workers(data, count, seconds=options.seconds) for count in options.workers}
-    if loaders:
-        base = next(iter(loaders.values())).rate
-        rows = [
-            [f"{count} workers", f"{found.rate:.0f}", f"{found.rate / base:.2f}",
-             f"{found.main:.2f}", f"{found.workers:.2f}", f"{found.main + found.workers:.2f}"]
-            for count, found in loaders.items()
-        ]  # fmt: skip
-        print()
-        head = ["loader", "samples a second", "of the first", "CPU ms a sample: main", "workers", "together"]
-        print_table(head, rows)
-    return {
-        "stages": {**vars(times), "ratio": times.ratio},
-        "loaders": {count: vars(found) for count, found in loaders.items()},
-    }
-
-
-def _measure_opening(folder: Path, tar: Path, pictures: int, boxes: int) -> dict[str, Any]:
-    synthetic_index(folder, tar, pictures, boxes)
-    found = {mode: measure_opening(folder, boxes=mode, workers=2) for mode in ("one", "every")}
-    rows = [[name, *(f"{row[name]:,.2f}" for row in found.values())] for name in OPENING_ROWS]
-    for kind, texts in {"resident": "resident", "private": "of it private"}.items():
-        for place in ("torch", "imports", "opened", "first batch"):
-            rows.append(
-                [f"MiB {texts}: {place}", *(f"{row['mib'][place][kind]:.0f}" for row in found.values())]
-            )
-    print()
-    print_table(["opening an index", *(f"boxes={mode}" for mode in found)], rows)
-    return found
-
-
 def add_annotation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``annotations``."""
     parser.add_argument("--rows", type=int, default=OPEN_IMAGES_ROWS, help="boxes in the CSV")
-    parser.add_argument("--pictures", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
+    parser.add_argument("--images", type=int, default=OPEN_IMAGES_PICTURES, help="files in the 16 folders")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
 
 
@@ -169,10 +75,10 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option makes no sense.
     """
-    if min(options.rows, options.pictures) < 1:
-        raise UserError("--rows and --pictures must be at least 1")
+    if min(options.rows, options.images) < 1:
+        raise UserError("--rows and --images must be at least 1")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        synthetic_open_images(Path(folder) / "open-images", options.pictures, options.rows)
+        synthetic_open_images(Path(folder) / "open-images", options.images, options.rows)
         numbers = measure_annotations(Path(folder) / "open-images", Path(folder) / "plan")
     head = ["annotations of Open Images", "", ""]
     rows = [
@@ -187,12 +93,12 @@ def measure_open_images(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``packing``."""
-    parser.add_argument("--pictures", type=int, default=10_000, help="number of synthetic images")
+    parser.add_argument("--images", type=int, default=10_000, help="number of synthetic images")
     parser.add_argument("--width", type=int, default=1024, help="of the images")
     parser.add_argument("--height", type=int, default=768, help="of the images")
     parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
-    parser.add_argument("--shard-pictures", type=int, default=500, help="images a shard")
+    parser.add_argument("--shard-images", type=int, default=500, help="images a shard")
     parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
     parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
     parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
@@ -205,26 +111,26 @@ def measure_pack(options: argparse.Namespace) -> dict[str, Any]:
         UserError: an option makes no sense, or packing failed.
         SystemExit: a packing that was killed and resumed came out otherwise.
     """
-    counts = (options.pictures, options.width, options.height, options.shard_pictures)
+    counts = (options.images, options.width, options.height, options.shard_images)
     if min(counts) < 1 or min(options.kills, options.workers) < 0:
         raise UserError("numbers must be at least 1, --kills and --workers at least 0")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         sizes = options.width, options.height, options.quality
-        table = synthetic_source(folder, options.pictures, *sizes)
+        table = synthetic_source(folder, options.images, *sizes)
 
         def command(out: Path) -> list[str]:
-            limits = ["--workers", str(options.workers), "--shard-pictures", str(options.shard_pictures)]
+            limits = ["--workers", str(options.workers), "--shard-images", str(options.shard_images)]
             limits += ["--no-perceptual"] if options.no_perceptual else []
             prepare = [sys.executable, "-m", "pbe.cli", "prepare"]
             return [*prepare, f"csv:{table}@{folder / 'pictures'}", "--out", str(out), *limits]
 
-        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_pictures)
+        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_images)
         _print_packing(times)
         if not options.kills:
             return vars(times)
         latest = times.work * min(3 / options.kills, 1)
-        killed = kill_and_resume(command, folder / "straight", options.pictures, options.kills, latest)
+        killed = kill_and_resume(command, folder / "straight", options.images, options.kills, latest)
         _print_kills(killed)
         return {**vars(times), "kills": vars(killed)}
 
@@ -251,7 +157,7 @@ def _print_kills(killed: KillResult) -> None:
 TRAIN_DEFAULTS = {
     "size": (64, 256),
     "batch_size": (64, 1),
-    "pictures": (256, 8),
+    "images": (256, 8),
     "steps": (30, 4),
     "warm_up": (8, 2),
 }
@@ -265,7 +171,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="sides of the training image (default: toy 64, paper 256)")
     parser.add_argument("--batch-size", type=int, help="default: toy 64, paper 1")
     parser.add_argument("--workers", type=int, default=2, help="data.num_workers of the online training")
-    parser.add_argument("--pictures", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
+    parser.add_argument("--images", type=int, help="rendered or synthetic (default: toy 256, paper 8)")
     parser.add_argument("--steps", type=int, help="measured in each round (default: toy 30, paper 4)")
     parser.add_argument("--warm-up", type=int, help="steps before them (default: toy 8, paper 2)")
     parser.add_argument("--rounds", type=int, default=2, help="online and cached in turns")
@@ -314,9 +220,9 @@ def measure_train(options: argparse.Namespace) -> dict[str, Any]:
 def _train_config(folder: Path, options: argparse.Namespace) -> Config:
     """Make images and return the configuration that is measured."""
     size, shards = options.size, folder / "shards"
-    rendering = f"--scenes {options.pictures} --workers 0 --size {size * 3 // 2}".split()
+    rendering = f"--scenes {options.images} --workers 0 --size {size * 3 // 2}".split()
     if options.paper:
-        synthetic_shards(shards, options.pictures, 2 * size, 2 * size, 90)
+        synthetic_shards(shards, options.images, 2 * size, 2 * size, 90)
     elif pbe(["toy", "render", "--out", str(shards), *rendering]):
         raise UserError("the scenes could not be rendered")
     settings = [
@@ -357,7 +263,6 @@ SUBJECTS = {
     "packing": Subject(
         "packing, against bare copying; killed and resumed", add_packing_options, measure_pack
     ),
-    "data": Subject("the loader, stage by stage against bare decoding", add_data_options, measure_data),
     "scoring": Subject("scores of finished edits, against reading them", add_scoring_options, measure_scores),
     "train": Subject("training: cached or online, one step, two processes", add_train_options, measure_train),
 }

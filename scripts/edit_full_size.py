@@ -48,11 +48,11 @@ def peak_memory(device: torch.device) -> str:
 def edit(pipe: PaintByExample, size: int, steps: int) -> None:
     """Edit a noisy image of ``size`` x ``size`` pixels whose middle is masked."""
     rng = np.random.default_rng(0)
-    hole = np.zeros((size, size), dtype=bool)
-    hole[size // 4 : -size // 4, size // 4 : -size // 4] = True
+    mask = np.zeros((size, size), dtype=bool)
+    mask[size // 4 : -size // 4, size // 4 : -size // 4] = True
     exemplar, picture = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (224, size))
     generator = torch.Generator().manual_seed(0)
-    pipe(exemplar, picture, hole, num_inference_steps=steps, generator=generator)
+    pipe(exemplar, picture, mask, num_inference_steps=steps, generator=generator)
 
 
 def make_model(folder: Path, dtype: str) -> None:

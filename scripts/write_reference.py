@@ -66,23 +66,37 @@ def row(key: str, item: Field[Any], meaning: str) -> str:
         low, high = item.metadata["range"]
         last = f"{high:,}" if isinstance(high, int) else f"{high:g}"
         allowed = f"from {low:g}" if high == float("inf") else f"{low:g} to {last}"
-    shown = {True: "true", False: "false", "": "empty"}.get(default, default) if default.__hash__ else default
-    return f"| `{key}` | {shown} | {allowed} | {meaning} |"
+    return f"| `{key}` | {shown_default(default)} | {allowed} | {meaning} |"
+
+
+def shown_default(default: Any) -> str:
+    """Return a default as a YAML file spells it; an empty text is called empty."""
+    if isinstance(default, bool):  # before numbers: True equals 1
+        return str(default).lower()
+    if isinstance(default, list):
+        return f"[{', '.join(map(shown_default, default))}]"
+    if isinstance(default, float) and "." not in str(default):
+        return str(default).replace("e", ".0e")  # YAML takes 1e-05 for a text
+    return "empty" if default == "" else str(default)
 
 
 def configuration() -> str:
     """Return the page of all sections, keys, defaults and ranges."""
     parts = [
         "# Configuration",
-        "Every key of a training's YAML file and of `pbe train CONFIG key=value`, with its default, what it "
-        "may be, and what it means. A file names another one to start from under `base:`.",
+        "Every key of a configuration, with its default, its allowed values and its meaning. A configuration "
+        "is a YAML file that sets some of them; `base:` names another file to start from. The files that "
+        "ship are in `configs/`.",
+        "The same keys change a configuration on the command line:",
+        "```bash\npbe train toy optimizer.learning_rate=1e-3 model.unet.channel_mult=[1,2,2] "
+        "data.validation_shards=\n```",
     ]
     for name, cls in sections(Config):
         told = meanings(cls)
         own = [item for item in fields(cls) if not is_section(item)]
         if missing := [item.name for item in own if item.name not in told]:
             raise UserError(f"{cls.__name__} has no docstring under: {', '.join(missing)}")
-        parts.append(f"## {name or 'The whole'}\n\n{inspect.getdoc(cls)}")
+        parts.append(f"## {name or 'Top level'}\n\n{inspect.getdoc(cls)}")
         if own:
             keys = [row(f"{name}.{item.name}".lstrip("."), item, told[item.name]) for item in own]
             parts.append("\n".join(["| key | default | allowed | meaning |", "|---|---|---|---|", *keys]))
@@ -91,7 +105,7 @@ def configuration() -> str:
 
 def commands() -> str:
     """Return the page of all commands with their help."""
-    parts = ["# Commands", "What `--help` prints, command by command."]
+    parts = ["# Commands", "The output of `pbe COMMAND --help` for every command."]
     for name in COMMANDS:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

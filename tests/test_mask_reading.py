@@ -176,6 +176,21 @@ def test_what_cannot_be_read_says_why(kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def scene() -> np.ndarray:
+    """Greys as a photograph has them: every level, smoothly."""
+    rows, columns = np.mgrid[0:64, 0:64]
+    return (127.5 + 60 * np.sin(rows / 9) + 60 * np.cos(columns / 7)).astype(np.uint8)
+
+
+def test_a_photograph_in_the_masks_place_is_noticed() -> None:
+    mask, read_by = read_mask_image(Image.fromarray(scene()))
+    assert read_by == "its greys, cut at 128 of 255"
+    np.testing.assert_array_equal(mask > 0, scene() >= 128)
+    sepia = (scene()[:, :, None] * np.array([1.0, 0.7, 0.4])).astype(np.uint8)
+    with pytest.raises(UnclearMaskError, match="its colours show a scene"):
+        read_mask_image(Image.fromarray(sepia))
+
+
 def test_empty_masks_are_left_to_the_caller() -> None:
     for image in (Image.new("L", (8, 8)), Image.new("RGBA", (8, 8), (0, 0, 0, 255))):
         assert not read_mask_image(image)[0].any()

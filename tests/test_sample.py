@@ -216,7 +216,7 @@ def test_a_mask_that_is_all_hole(model: Path, files: Path):
         (["--dtype", "float32"], 'Choose from: "fp32", "bf16", "fp16"'),
         (["--seed", "9" * 5000], "Invalid value for --seed"),
         (["--name", "a/b"], "name 'a/b' cannot be the name of a file"),
-        (["--pairs", "x.jsonl"], "--pairs and --image contradict each other"),
+        (["--pairs", "x.jsonl"], "--pairs and --image cannot go together"),
         (
             ["--model", "/nowhere"],
             "--model '/nowhere' does not exist; give a model's folder, a checkpoint file",
@@ -344,3 +344,17 @@ def test_a_preset_is_recorded_as_what_it_stands_for(model: Path, files: Path):
     assert main(again) == 0
     np.testing.assert_array_equal(pixels(files / "again/a_0.png"), pixels(files / "out/a_0.png"))
     assert main(arguments(model, files, "--preset", "fast")) == 2
+
+
+def test_compiling_without_a_compiler_is_one_line(
+    model: Path, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    told = complaint(capsys, arguments(model, files, "--compile", "--quiet"))
+    assert "compile needs a C++ compiler, and there is no '/nowhere/g++'; install g++" in told
+    assert "or leave compile out" in told
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(files))
+    assert "there is no 'g++'" in complaint(capsys, arguments(model, files, "--compile", "--quiet"))
+    assert written(files) == []

@@ -152,7 +152,8 @@ def with_adapters(opened: OpenedModel, adapters: Sequence[tuple[AdapterFile, flo
     tensors, notes, unet = dict(opened.tensors), list(opened.notes), opened.config.unet
     for adapter, scale in adapters:
         adapter.check_fit({key: tensor.shape for key, tensor in tensors.items()}, opened.source)
-        unet = adapter.adapted_unet(unet)
+        if scale:
+            unet = adapter.adapted_unet(unet)
         for layer in adapter.layers:
             key = f"{layer}.weight"
             tensors[key] = _merged(tensors[key], adapter, layer, scale)

@@ -23,7 +23,7 @@ from pbe.checkpoints.tensors import (
     split_heads,
     whole,
 )
-from pbe.config import ModelConfig, ScheduleConfig
+from pbe.config import ModelConfig, ScheduleConfig, UNetConfig
 from pbe.errors import UserError, first_line
 from pbe.models import ExemplarEncoder, LatentDiffusion
 from pbe.models.int8 import quantise
@@ -140,6 +140,10 @@ def check_sizes(config: Any, section: str = "model") -> None:
         broken += [each for each in values if isinstance(each, int) and not 0 <= each <= limit]
         if len(values) > MOST_LEVELS or broken:
             raise UserError(f"{name} is {str(value)[:60]}; no model has that")
+    if isinstance(config, UNetConfig):
+        scales = config.guidance_range
+        if scales and (len(scales) != 2 or not 0 <= scales[0] <= scales[1]):
+            raise UserError(f"{section}.guidance_range is {scales}; it must be two numbers from 0 up, or []")
     if isinstance(config, ScheduleConfig) and not 0 < config.beta_start <= config.beta_end < 1:
         raise UserError(
             f"{section}: beta_start {config.beta_start} and beta_end {config.beta_end} must lie from 0 to "

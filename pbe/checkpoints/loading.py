@@ -101,7 +101,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"'{path}' is not a model folder, nor a checkpoint: it does not exist")
+        raise UserError(f"'{path}' does not exist; give a model folder or a checkpoint")
     place, notes = of_run(path, raw_weights=raw_weights) if path.is_dir() else (path, [])
     opened = _open(place, config, files, raw_weights)
     checker = opened.safety_checker

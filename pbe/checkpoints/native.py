@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pbe.checkpoints.adapters import model_state
 from pbe.checkpoints.key_map import PARTS, OpenedModel, check_shapes, native_shapes, part_of
 from pbe.checkpoints.recognise import describe
-from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_from_json
+from pbe.checkpoints.settings import KEY, UNSAID, Usage, read_json, usage_for, usage_from_json
 from pbe.checkpoints.tensors import Lazies, cast, lazies
 from pbe.checkpoints.weight_files import open_weights, write_safetensors
 from pbe.config import ModelConfig, from_dict, to_dict
@@ -22,6 +23,7 @@ from pbe.models import LatentDiffusion
 
 CONFIG_NAME = "config.json"
 FORMAT = "pbe-native-1"
+SHARED = "shared"  # key of the parts that another folder holds: their names, and that folder's relative path
 
 
 def save_model(folder: str | Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
@@ -40,8 +42,28 @@ def write_native(folder: Path, config: ModelConfig, state: Lazies, usage: Usage 
     """Write the files of a native folder: the weights, the model's sizes and how it is to be run."""
     for part in PARTS:
         write_safetensors(folder / f"{part}.safetensors", part_of(state, part), {"format": FORMAT})
-    content = {"format": FORMAT, "model": to_dict(config)} | usage.section("native")
+    usual = usage_for(config).complete("native").solver
+    content = {"format": FORMAT, "model": to_dict(config)} | usage.section("native", usual)
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
+
+
+def share_parts(folder: Path, other: Path, target: Path) -> list[str]:
+    """Remove the networks of a native folder that are equal, tensor by tensor, to those of another one.
+
+    ``config.json`` then names the other folder relative to ``target``, where the folder is going to lie. A
+    student of few steps has a UNet of its own and nothing else. Returns the parts that are shared.
+    """
+    content, others = _read_config(folder), _read_config(other)
+    shared = {}
+    for part in PARTS:
+        path, holder = _part_path(folder, part, content), _part_path(other, part, others)
+        own, there = open_weights(path).tensors, open_weights(holder).tensors
+        if own.keys() == there.keys() and all(torch.equal(own[key].read(), there[key].read()) for key in own):
+            path.unlink()
+            shared[part] = Path(os.path.relpath(holder.parent.resolve(), target.resolve())).as_posix()
+    content[SHARED] = shared
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2))
+    return list(shared)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -73,17 +95,23 @@ def open_native(folder: Path, config: ModelConfig | None = None) -> OpenedModel:
     native = native_shapes(sizes)
     tensors: Lazies = {}
     for part in PARTS:
-        found, expected = _part_file(folder, part), part_of(native, part)
-        check_shapes(found, expected, str(folder / f"{part}.safetensors"), describe(found))
+        place, expected = _part_path(folder, part, content), part_of(native, part)
+        found = open_weights(place).tensors
+        check_shapes(found, expected, str(place), describe(found))
         tensors |= {f"{part}.{key}": found[key] for key in expected}
     return OpenedModel(str(folder), "native", sizes, tensors, usage=usage_from_json(content.get(KEY), path))
 
 
-def _part_file(folder: Path, part: str) -> Lazies:
-    path = folder / f"{part}.safetensors"
+def _part_path(folder: Path, part: str, content: dict[str, Any]) -> Path:
+    """Return the file of a network, which ``content`` of ``config.json`` may say another folder holds."""
+    shared = content.get(SHARED, {})
+    if not isinstance(shared, dict) or not isinstance(shared.get(part, ""), str):
+        raise UserError(f"{folder / CONFIG_NAME}: '{SHARED}' names no folders; copy the model again")
+    path = folder / shared.get(part, "") / f"{part}.safetensors"
     if not path.is_file():
-        raise UserError(f"'{folder}' is not a complete model: {path.name} is missing")
-    return open_weights(path).tensors
+        where = f"; it is shared with '{shared[part]}', copy that too" if part in shared else ""
+        raise UserError(f"'{folder}' is not a complete model: {path.name} is missing{where}")
+    return path
 
 
 def load_model(
@@ -95,8 +123,9 @@ def load_model(
 
 def load_part(folder: Path, part: str, module: nn.Module) -> None:
     """Load one network of a native folder into ``module``, as float32, strictly."""
-    found = _part_file(folder, part)
-    check_shapes(found, lazies(module.state_dict()), str(folder / f"{part}.safetensors"))
+    path = _part_path(folder, part, _read_config(folder))
+    found = open_weights(path).tensors
+    check_shapes(found, lazies(module.state_dict()), str(path))
     module.load_state_dict({key: cast(value, torch.float32).read() for key, value in found.items()})
 
 

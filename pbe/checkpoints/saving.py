@@ -18,7 +18,7 @@ from pbe.checkpoints.diffusers.format import JSON_FILES, WEIGHT_FILES, write_dif
 from pbe.checkpoints.folders import CHECKER
 from pbe.checkpoints.key_map import PARTS, OpenedModel, checked, converted, empty_model, part_of
 from pbe.checkpoints.loading import open_checkpoint
-from pbe.checkpoints.native import CONFIG_NAME, write_native
+from pbe.checkpoints.native import CONFIG_NAME, share_parts, write_native
 from pbe.checkpoints.settings import UNSAID, Usage
 from pbe.checkpoints.tensors import Lazies, cast
 from pbe.config import ModelConfig
@@ -92,7 +92,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
         "norms over channels": config.unet.norm != "group",
         "modulation by time and condition": config.unet.modulation,
         "guidance in one call of few steps": bool(config.unet.guidance_range),
-        "a token of the layout": encoder.layout_grid != 0,
+        "a layout pooling in the condition": encoder.layout_grid != 0,
         "an exemplar encoder with a mapper narrower or wider than its tower": encoder.mapper_width != 0,
         "a condition of all tokens": encoder.tokens != "class",
         f"the tower '{encoder.tower}'": encoder.tower.startswith("timm/"),
@@ -101,7 +101,7 @@ def check_layout(config: ModelConfig, layout: str) -> None:
     }
     found = [name for name, has in problems.items() if has]
     if found:
-        raise UserError(f"the {layout} layout has no place for {' and '.join(found)}; keep the native layout")
+        raise UserError(f"the {layout} layout has no place for {', '.join(found)}; keep the native layout")
     tower_sizes(encoder)
 
 
@@ -146,6 +146,7 @@ def convert(
     layout: str,
     dtype: torch.dtype | None = None,
     *,
+    share: Path | None = None,
     verify: bool = False,
 ) -> None:
     """Write a model in a layout, tensor by tensor, complete or not at all.
@@ -156,6 +157,7 @@ def convert(
             ``.ckpt``, ``.pt`` or ``.safetensors``, beside which a YAML of the same name is written.
         layout: ``native``, ``compvis`` or ``diffusers``.
         dtype: type of the floating-point weights; None keeps each tensor's own.
+        share: native folder whose equal networks are named instead of written again.
         verify: read the files again, compare every tensor, run each network on a random input with the
             source's weights and with the files', and leave nothing behind when they differ.
     """
@@ -181,6 +183,8 @@ def convert(
             write_layout(staging, layout, config, tensors, dtype, usage, checker is not None)
         if verify:
             _verify(opened, open_checkpoint(written), dtype)
+        if share is not None and not share_parts(staging, share, target):
+            raise UserError(f"no network of the model is equal to that in '{share}'; leave --share out")
 
 
 def _verify(source: OpenedModel, written: OpenedModel, dtype: torch.dtype | None) -> None:

@@ -144,15 +144,18 @@ class Usage:
                     return self.scheduler
         return scheduler_from_solver(self.solver or SolverChoice("pndm"))
 
-    def section(self, layout: str) -> dict[str, Any]:
-        """Return what a layout has no file of its own for, under its key; empty if it says it all."""
+    def section(self, layout: str, usual: SolverChoice | None = None) -> dict[str, Any]:
+        """Return what a layout has no file of its own for, under its key; empty if it says it all.
+
+        ``usual`` is the solver of such models where their files name none; None is that of most.
+        """
         found: dict[str, Any] = {}
         if self.conventions not in (None, CONVENTIONS.get(layout, "original")):
             found["conventions"] = self.conventions
         if self.watermark:
             found["watermark"] = True
         if layout != "diffusers":
-            if self.solver is not None and self.solver != SolverChoice(DEFAULT_SOLVER):
+            if self.solver is not None and self.solver != (usual or SolverChoice(DEFAULT_SOLVER)):
                 found["solver"] = solver_to_json(self.solver)
             if self.preprocessor:
                 found["preprocessor"] = self.preprocessor

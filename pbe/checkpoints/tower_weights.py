@@ -201,8 +201,8 @@ def tagged_tower(name: str, tag: str, image_size: int | None = None) -> nn.Modul
             network = open_clip.create_model(name, pretrained=tag, force_image_size=image_size)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"the weights '{tag}' of {name} cannot be had ({first_line(error)}); without a network name a "
-            "file of weights"
+            f"the weights '{tag}' of {name} cannot be downloaded ({first_line(error)}); offline, name a file "
+            "of weights"
         ) from error
     return cast(nn.Module, network.visual)
 
@@ -302,7 +302,7 @@ def timm_state(
         why = _mismatch(str(error)) or first_line(error)
         if state is None:
             raise UserError(
-                f"the weights '{tag}' of {config.tower} cannot be had ({why}); without a network name a file"
+                f"the weights '{tag}' of {config.tower} cannot be downloaded ({why}); offline, name a file"
             ) from error
         raise UserError(f"'{config.pretrained}' holds no weights of {config.tower}: {why}") from error
     return dict(source.state_dict())

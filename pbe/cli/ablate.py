@@ -15,13 +15,13 @@ class AblateSettings:
     """Options of ``pbe ablate``."""
 
     engine: Literal["local", "ray"] = "local"
-    """processes here, or a Ray cluster"""
+    """run processes here, or tasks on a Ray cluster"""
     jobs: int | None = None
-    """stages side by side (default 1; with ray all that can run)"""
+    """number of stages that run side by side (default 1; with ray as many as possible)"""
     threads: int = 1
-    """CPU threads of each"""
+    """CPU threads of each stage"""
     dry_run: bool = False
-    """only print the plan with its times"""
+    """print the plan with its times and stop"""
 
 
 def ablate(ablation: Path, /, *, settings: AblateSettings = AblateSettings()) -> int:
@@ -29,7 +29,7 @@ def ablate(ablation: Path, /, *, settings: AblateSettings = AblateSettings()) ->
 
     pbe ablate configs/ablations/paper.yaml --jobs 2
 
-    The same command resumes where it was stopped or killed; what is finished is not made again.
+    If it is stopped or killed, the same command resumes. See docs/ablations.md.
 
     Args:
         ablation: YAML file, or the name of one that ships, such as ablations/paper

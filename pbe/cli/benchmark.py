@@ -27,33 +27,33 @@ class BuildSettings:
     """Options of ``pbe benchmark build``."""
 
     check: Path | None = None
-    """list what is wrong with the benchmark of this folder"""
+    """only check the benchmark in this folder and list what is wrong with it"""
     toy: bool = False
-    """write the toy benchmark in this form"""
+    """write the toy world's benchmark"""
     sources: Place | None = None
-    """KIND:PATH[@IMAGES], images to edit"""
+    """KIND:PATH[@IMAGES]: images to edit, as for pbe prepare"""
     exemplars: Place | None = None
-    """KIND:PATH[@IMAGES], images to take objects from; default: the other ones of --sources"""
+    """KIND:PATH[@IMAGES]: images to take exemplars from (default: other images of --sources)"""
     validation_share: float | None = None
-    """of --sources, take only what pbe prepare holds out with this share"""
+    """use only the images of --sources that pbe prepare holds out with this share"""
     sources_split: str | None = None
-    """of Open Images, or of a YOLO set of splits (validation)"""
+    """open-images, yolo: split to read for --sources (default: validation)"""
     exemplars_split: str | None = None
-    """the same of --exemplars (train)"""
+    """the same for --exemplars (default: train)"""
     out: Path | None = None
     """new folder for the benchmark"""
     cases: str | None = None
-    """how many, or all: as many as there are (default: 3500 with --exemplars, else all)"""
+    """number of cases, or all (default: 3500 with --exemplars, else all)"""
     seed: int | None = None
-    """of every choice (0)"""
+    """seed of every random choice (default: 0)"""
     size: Natural | None = None
-    """sides of the images (default 512, with --toy 64); with --check those they must have (0: any)"""
+    """side of the images in pixels (default 512, with --toy 64); with --check 0 allows any"""
     world: Path | None = None
     """with --toy: the toy world's archive"""
 
 
 def build(*, settings: BuildSettings = BuildSettings()) -> None:
-    """Build a benchmark in the form of COCOEE from annotated images or the toy world, or check one.
+    """Build a benchmark folder from annotated images or the toy world, or check one.
 
     pbe benchmark build --sources coco:val.json@val2017 --exemplars coco:train.json@train2017 --cases 3500
     --out data/test_bench

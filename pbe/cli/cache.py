@@ -16,23 +16,22 @@ class CacheSettings:
     """Options of ``pbe cache``."""
 
     shard: str = "0/1"
-    """I/N: build only part I of N, from 0"""
+    """I/N: build only part I (from 0) of N"""
     size: bool = False
-    """only tell how large the cache will be"""
+    """only say how large the cache will be"""
     list: bool = False
-    """only tell what the folder holds, and what fits"""
+    """only list what the folder holds, and what fits this configuration"""
 
 
 def cache(config: Place, /, *overrides: str, settings: CacheSettings = CacheSettings()) -> int:
-    """Encode every training sample once and store the latents.
+    """Encode every training sample once and store the latents, so that training need not.
 
     pbe cache configs/toy.yaml cache.folder=outputs/cache
 
-    Training builds its cache by itself where it is missing; this does it apart, on other machines or
-    beforehand. Started several times, on one machine or on several with a common folder, it shares the work;
-    --shard gives each its own part, as in a SLURM array:
-    --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
-    Ctrl-C and SIGTERM stop after the current batch; the same command resumes.
+    Training builds a missing cache by itself; this does so beforehand, or on other machines. Started several
+    times, on one machine or on several with a common folder, it shares the work; --shard gives each a part of
+    its own, as in a SLURM array: --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+    Ctrl-C and SIGTERM stop after the current batch; the same command resumes. See docs/latent_cache.md.
 
     Args:
         config: YAML file of a training, or the name of one that ships, such as toy
@@ -40,12 +39,12 @@ def cache(config: Place, /, *overrides: str, settings: CacheSettings = CacheSett
     """
     part = parse_part(settings.shard, "--shard")
     if settings.size and settings.list:
-        raise UserError("--size and --list exclude each other")
+        raise UserError("--size and --list cannot go together; give one of them")
     from pbe.config import load_config
 
     loaded = load_config(config, list(overrides))
     folder = loaded.cache.folder
-    if loaded.task != "diffusion" or not (folder or settings.size):
+    if loaded.task == "autoencoder" or not (folder or settings.size):
         raise UserError("this configuration trains without a cache; name a folder: cache.folder=...")
     from pbe.training.run import build_cache, cache_list, cache_size  # slow: bad input is told before
 

@@ -22,21 +22,23 @@ class ConvertSettings:
     to: Literal["native", "compvis", "diffusers"] = "native"
     """layout of OUT"""
     dtype: Dtype | None = None
-    """type of the weights in OUT; as in IN if not given"""
+    """type of the weights in OUT (default: as in IN)"""
     verify: bool = False
-    """compare tensors and outputs; keep OUT only if equal"""
+    """compare all tensors and outputs of OUT with IN, and keep OUT only if they agree"""
     raw_weights: bool = False
-    """the plain weights of a training, not the average"""
+    """use the plain weights of a training checkpoint, not their moving average"""
     merge: Repeatable = field(default_factory=list)
-    """adapter to add to the weights, FILE or FILE:SCALE; once for each"""
+    """adapter to merge into the weights, FILE or FILE:SCALE; repeatable"""
+    share: Place | None = None
+    """native model next to OUT: networks equal to its own are referred to, not written again"""
     config: Place | None = None
-    """YAML with the sizes, for a checkpoint that does not give its own"""
+    """YAML with the sizes of a checkpoint that does not give its own"""
     from_sd: Place | None = None
-    """make the start of a training from Stable Diffusion v1 (file or folder)"""
+    """Stable Diffusion v1 (file or folder): make a model to start training from"""
     tower: Place = ""
-    """with --from-sd: the tower's weights (open_clip tag or file)"""
+    """with --from-sd: weights of the image tower (open_clip tag or file)"""
     seed: int = 0
-    """with --from-sd: of the new weights"""
+    """with --from-sd: seed of the new weights"""
 
 
 def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> None:
@@ -50,9 +52,11 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
         paths: IN OUT: model to read (any layout), and what to write.
     """
     if len(paths) != (1 if settings.from_sd else 2):
-        raise UserError("name OUT alone with --from-sd, and IN and OUT without it (--help lists the options)")
+        raise UserError("name IN and OUT, or with --from-sd OUT alone (--help lists the options)")
     if settings.tower and not settings.from_sd:
         raise UserError("--tower goes with --from-sd only")
+    if settings.share and settings.to != "native":
+        raise UserError("--share goes with --to native only")
     from pbe.checkpoints import saving
     from pbe.checkpoints.adapters import open_adapter, with_adapters
     from pbe.checkpoints.loading import open_checkpoint
@@ -69,7 +73,8 @@ def convert(*paths: Place, settings: ConvertSettings = ConvertSettings()) -> Non
     if opened.safety_checker is not None and target.suffix in saving.FILE_SUFFIXES:
         print(f"  note: a single file holds no safety checker; '{opened.safety_checker}' stays behind")
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    saving.convert(opened, target, settings.to, dtype, verify=settings.verify)
+    share = Path(find_model(settings.share)) if settings.share else None
+    saving.convert(opened, target, settings.to, dtype, share=share, verify=settings.verify)
     count = sum(tensor.count for tensor in opened.tensors.values())
     kind = settings.dtype or "they were"
     print(f"{count:,} parameters as {kind} in {target}{', verified' if settings.verify else ''}")

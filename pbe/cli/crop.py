@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 class CropSettings:
     """Options of ``pbe benchmark crop``."""
 
-    pictures: Path
+    images: Path
     """folder of real images"""
     out: Path
     """folder for the squares, PNG"""
     size: Count = 512
-    """side, pixels"""
+    """side of the squares, pixels"""
     filter: Literal["bilinear", "bicubic"] = "bilinear"
-    """the paper's is bilinear"""
+    """filter for resizing; the paper's is bilinear"""
     workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
-    """processes; default: one a core"""
+    """number of processes (default: one per core)"""
 
 
 def crop(*, settings: CropSettings) -> None:
-    """Crop real images to squares for the paper's FID: shorter side to 512 px, bilinear, the middle cut out.
+    """Resize real images to a shorter side of 512 px and crop the centre, as the paper's FID does.
 
-    pbe benchmark crop --pictures downloads/test2017 --out downloads/test2017_512
+    pbe benchmark crop --images downloads/test2017 --out downloads/test2017_512
 
-    The same command resumes: squares that are there are not made again.
+    The same command resumes: existing squares are not made again.
     """
     print(f"{settings.out}: {make_squares(settings)} squares made")
 
@@ -53,12 +53,12 @@ def make_squares(settings: CropSettings) -> int:
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.files import make_folder
 
-    paths = ImageFolder(settings.pictures).paths
+    paths = ImageFolder(settings.images).paths
     name, times = Counter(path.stem for path in paths).most_common(1)[0]
     if times > 1:
-        raise UserError(f"'{settings.pictures}' holds {times} images with the name '{name}'")
+        raise UserError(f"'{settings.images}' holds {times} images with the name '{name}'")
     out = make_folder(settings.out)
-    if out.resolve() == settings.pictures.resolve():
+    if out.resolve() == settings.images.resolve():
         raise UserError("--out is the folder of the images itself; name another")
     make_square = partial(_square, size=settings.size, resampling=settings.filter)
     waiting = [path for path in paths if not _target(path, out).exists()]

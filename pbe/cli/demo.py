@@ -25,7 +25,8 @@ def demo(*, settings: DemoOptions = DemoOptions()) -> int:
     from pbe.evaluation.demo.stages import StageError, run
 
     try:
-        run(replace(settings, model=Path(find_model(str(settings.model)))))
+        model, student = find_model(str(settings.model)), find_model(settings.student)
+        run(replace(settings, model=Path(model), student=student))
     except StageError as error:
         traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from pbe import __version__
-from pbe.resources import packaged
+from pbe.resources import MODELS, packaged
 
 EXTRA = re.compile(r"extra == ['\"](\w+)['\"]")
 MAIN = ("torch", "pytorch-lightning", "numpy", "open_clip_torch", "safetensors")
@@ -68,7 +68,7 @@ def _memory() -> Iterator[str]:
 
 
 def _resources() -> Iterator[str]:
-    for name in ("configs", "data/toy/toy_world.zip", "data/toy/model"):
+    for name in ("configs", "data/toy/toy_world.zip", *MODELS.values()):
         path = packaged(name)
         yield f"{name}: {path if path.exists() else f'missing at {path}'}"
 

@@ -22,9 +22,9 @@ def edit(*, settings: EditOptions) -> None:
     pbe edit --model M --image I --mask M --exemplar E --out FOLDER
     pbe edit --model M --pairs FILE --out FOLDER
 
-    In the folder of --out each edit leaves NAME_SEED.png and NAME_SEED.json (every setting to repeat it) and
-    each image NAME_SEED_grid.png. An entry of a --pairs file has image, mask and exemplar (paths relative to
-    the file) and, if you like, name and seed. See docs/sampling.md.
+    Each edit is written to --out as NAME_SEED.png, with every setting to repeat it in NAME_SEED.json; each
+    image also gets a NAME_SEED_grid.png for comparison. An entry of a --pairs file has image, mask and
+    exemplar (paths relative to the file) and optionally name and seed. See docs/sampling.md.
     """
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs errors that it then raises
     with warnings.catch_warnings():

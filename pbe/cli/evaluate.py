@@ -27,13 +27,13 @@ class Source:
     """What is scored, and where the scores go."""
 
     model: Model | None = field(default=None, metadata={"group": "What is scored"})
-    """model in any layout, whose edits are generated"""
+    """model to evaluate, in any layout"""
     raw_weights: bool = False
-    """the plain weights of a training, not the average"""
+    """use the plain weights of a training checkpoint, not their moving average"""
     benchmark: Path | None = None
-    """folder in COCOEE's layout; without one, the toy world's objects are edited"""
+    """benchmark folder (pbe benchmark build); without one, objects of the toy world are edited"""
     edits: Several = field(default_factory=list)
-    """[NAME=]DIR: finished edits <id>.png, one set or more, instead of a model or beside it"""
+    """[NAME=]DIR: folders of finished edits, <id>.png, instead of a model or beside it"""
     out: Path
     """folder for scores, tables and images"""
 
@@ -45,19 +45,19 @@ class Sampling:
     guidance: list[float] | None = field(default=None, metadata={"group": "How edits are made"})
     """guidance scales (default 5; without --benchmark 1 2 3 5)"""
     solver: str | None = None
-    """see docs/solvers.md (default plms; lcm for a model of few steps)"""
+    """solver (default plms; lcm for a few-step model)"""
     steps: int | None = None
-    """of the solver (default 50; what a model of few steps is meant for)"""
+    """steps of the solver (default 50, or what a few-step model is meant for)"""
     seed: int = 0
-    """of noise, intervals and toy benchmark"""
+    """seed of noise, intervals and toy benchmark"""
     batch_size: int | None = None
     """edits at a time (default 8; without --benchmark 32)"""
     dtype: Dtype = "fp32"
-    """of the weights"""
+    """type of the weights"""
     device: str = ""
     """auto, cpu, cuda, ... (default auto; without --benchmark cpu)"""
     threads: Natural = 0
-    """CPU threads (default 1 a process; without --benchmark all)"""
+    """CPU threads per process (default 1; without --benchmark all)"""
 
 
 @options
@@ -67,19 +67,19 @@ class Generating:
     preserve_background: bool = field(
         default=True, metadata={"group": "With --benchmark: how its cases are edited"}
     )
-    """keep every pixel outside the mask; the paper's scores are without"""
+    """keep every pixel outside the mask; the paper's scores do not"""
     conventions: Literal["original", "diffusers"] | None = None
-    """of preparing the inputs (default: the model's)"""
+    """prepare the inputs as the original code or as diffusers does (default: the model's)"""
     edits_only: bool = False
-    """write a model's edits straight into --out, and score nothing"""
+    """write the model's edits into --out and score nothing"""
     devices: str = "auto"
-    """how many GPUs, or processes on the CPU"""
+    """number of GPUs, or of processes on the CPU"""
     strategy: str = "auto"
-    """Lightning's"""
+    """Lightning's strategy for several devices"""
     num_nodes: int = 1
-    """machines, started by torchrun or SLURM"""
+    """number of machines, started by torchrun or SLURM"""
     engine: Literal["local", "ray"] = "local"
-    """processes here, or tasks of a Ray cluster whose nodes see the same files"""
+    """run processes here, or tasks on a Ray cluster whose nodes see the same files"""
 
 
 @options
@@ -87,21 +87,21 @@ class Scoring:
     """How a benchmark's edits are scored."""
 
     cases: Natural = field(default=0, metadata={"group": "With --benchmark: how they are scored"})
-    """the first so many only (0: all)"""
+    """use only this many cases, the first ones (0: all)"""
     metrics: list[str] = field(default_factory=list)
     """scores to make (default: all)"""
     reference: Path | None = None
-    """folder of real images for FID and its kind"""
+    """folder of real images for FID and similar scores (default: the cases' own)"""
     tower_weights: list[str] = field(default_factory=list)
-    """TOWER=FILE, of clip, dino, inception, lpips"""
+    """TOWER=FILE: weights for the scores that need clip, dino, inception or lpips"""
     towers: list[str] = field(default_factory=list)
-    """TOWER=NAME, other architectures than the usual"""
+    """TOWER=NAME: another architecture for clip or dino"""
     mixture: Path | None = None
-    """of QS, from pbe fit"""
+    """Gaussian mixture for QS, from pbe fit"""
     rank_by: str = ""
-    """score that best and worst edits are chosen by"""
+    """score by which the best and worst edits are chosen"""
     show: Count = 8
-    """best, worst and random edits on the page, each"""
+    """number of best, of worst and of random edits on the page"""
 
 
 @options
@@ -109,11 +109,11 @@ class Toy:
     """How the toy world's objects are edited."""
 
     objects: int = field(default=0, metadata={"group": "Without --benchmark: the toy world"})
-    """test objects to use; 0 means all of them"""
+    """use only this many test objects (0: all)"""
     sheet: Count = 48
-    """cases on the sheet of images, the first ones"""
+    """number of cases on the contact sheet"""
     world: Path = field(default_factory=lambda: packaged("data/toy/toy_world.zip"))
-    """archive of objects and panoramas"""
+    """archive of the toy world's objects and panoramas"""
 
 
 @options
@@ -128,7 +128,7 @@ class EvaluateSettings:
 
 
 def evaluate(*, settings: EvaluateSettings) -> None:
-    """Score a model, or finished edits of any system, on a benchmark or, without one, on the toy world.
+    """Score a model, or finished edits of any system, on a benchmark folder or on the toy world.
 
     pbe evaluate --model toy --out outputs/evaluation
     pbe evaluate --model outputs/paper/model --benchmark data/test_bench --out outputs/coco_ee

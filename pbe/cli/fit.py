@@ -14,28 +14,28 @@ from pbe.files import check_file, expand_home
 class FitSettings:
     """Options of ``pbe fit``."""
 
-    pictures: Path
+    images: Path
     """folder of real images"""
     out: Path
     """file to write, .safetensors"""
     tower_weights: str
-    """clip=FILE, weights of CLIP's image tower"""
+    """clip=FILE: weights of CLIP's image tower"""
     tower: str | None = None
-    """another architecture than ViT-B-32-quickgelu"""
+    """architecture of the tower (default: ViT-B-32-quickgelu)"""
     components: Count = 20
-    """Gaussians of the mixture"""
+    """number of Gaussians"""
     seed: int = 0
-    """of the start of the fit"""
+    """seed of the fit"""
     batch_size: Count = 32
-    """images at a time"""
+    """images per batch"""
     device: str = "cpu"
-    """where the tower runs"""
+    """device for the tower"""
 
 
 def fit(*, settings: FitSettings) -> None:
-    """Fit the Gaussian mixture of QS to the CLIP features of real images, and write it as safetensors.
+    """Fit the Gaussian mixture of the quality score (QS) to the CLIP features of real images.
 
-    pbe fit --pictures coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
+    pbe fit --images coco/test2017_512 --tower-weights clip=ViT-B-32.safetensors --out mixture.safetensors
     """
     role, separator, weights = settings.tower_weights.partition("=")
     if role != "clip" or not separator or not weights:
@@ -50,7 +50,7 @@ def fit(*, settings: FitSettings) -> None:
     from pbe.evaluation.metrics.sets import ImageFolder
     from pbe.evaluation.metrics.towers import load_tower
 
-    images = ImageFolder(settings.pictures)
+    images = ImageFolder(settings.images)
     check_fit(len(images.paths), settings.components, settings.seed)
     device = str(usable_device(settings.device, "--device"))
     check_file(settings.out, make=False)

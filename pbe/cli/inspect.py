@@ -18,19 +18,19 @@ class InspectSettings:
     out: Path = Path("outputs/data.html")
     """page to write"""
     stream: Literal["train", "validation"] = "train"
-    """which shards"""
+    """which shards to show"""
     count: Count = 24
     """number of samples"""
     epoch: Natural = 0
-    """whose draws to show"""
+    """epoch whose random draws to show"""
     start: Natural = 0
     """position of the first sample in the epoch"""
 
 
 def inspect(config: Place, /, *overrides: str, settings: InspectSettings = InspectSettings()) -> None:
-    """Write an HTML page of what the model will see.
+    """Write an HTML page of training samples: what the model will see.
 
-    pbe inspect configs/toy.yaml
+    pbe inspect toy data.train_shards=data/mine/train --out outputs/samples.html
 
     Args:
         config: YAML file of the training, or the name of one that ships

@@ -10,7 +10,7 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbe.errors import UserError
+from pbe.errors import UserError, first_line
 from pbe.resources import packaged
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ COMMANDS = {
     "doctor": "pbe.cli.doctor:doctor",
 }
 GROUPS = {
-    "benchmark": "Make what models are scored on.",
-    "study": "A human study: people rank edits of several systems.",
-    "toy": "The toy world: scenes, its model, and quick scores of models of it.",
-    "toy naming": "A blind naming test: can people tell what was painted, without seeing the exemplar?",
+    "benchmark": "Build benchmarks to score models on.",
+    "study": "Have people rank the edits of several systems.",
+    "toy": "Render toy scenes, train the toy model, score models of the toy world.",
+    "toy naming": "Test whether people can name what was painted, without seeing the exemplar.",
 }
 HELP = ("--help", "-h")
 
@@ -59,7 +59,8 @@ def make_app() -> App:
 
     app = App(
         name="pbe",
-        help="Paint by Example: edit images by example, train and evaluate models that do.",
+        help="Paint by Example: paint the object of one image into another, and train models that do.\n\n"
+        "pbe demo shows everything in a few minutes; pbe COMMAND --help explains a command.",
         version=__version__,
         default_parameter=Parameter(
             negative_bool=(),  # no --no- form for every switch,
@@ -148,6 +149,13 @@ def run_command(body: Callable[[], object]) -> int:
             "the project was installed for (in a clone: make setup makes .venv)",
             file=sys.stderr,
         )
+        return 2
+    except RuntimeError as error:
+        cause = getattr(error, "inner_exception", None)  # of torch.compile, whose errors are slow to import
+        if type(cause).__name__ not in ("InvalidCxxCompiler", "CppCompileError"):
+            raise
+        told = [line for line in str(cause).splitlines() if "error:" in line] or [first_line(cause)]
+        print(f"error: the C++ compiler failed ({told[0]}); mend it, or leave compile out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

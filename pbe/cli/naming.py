@@ -22,21 +22,21 @@ class MakeSettings:
     """Options of ``pbe toy naming make``."""
 
     model: Model | None = None
-    """whose edits are shown"""
+    """model whose edits are shown"""
     true: bool = False
     """show the true images instead"""
     out: Path
     """new folder for sheets/ and the key"""
     objects: Count = 48
-    """the first so many"""
+    """number of objects, the first ones"""
     guidance: float = 5.0
     """guidance scale"""
-    solver: str = "plms"
-    """see docs/solvers.md"""
-    steps: int = 50
-    """of the solver"""
+    solver: str | None = None
+    """solver of the edits (default plms; lcm for a few-step model)"""
+    steps: Count | None = None
+    """steps of the solver (default 50; its own for a few-step model)"""
     seed: int = 0
-    """of benchmark, noise and drawn names"""
+    """seed of benchmark, noise and names"""
     grey: bool = False
     """turn the images grey, so that colour cannot tell"""
     threads: Natural = 0

@@ -32,23 +32,23 @@ class PrepareSettings:
     """Options of ``pbe prepare``."""
 
     split: str = field(default="", metadata={"group": "Reading the sources"})
-    """of Open Images, or of a YOLO set of splits: train, validation, test (train)"""
+    """open-images, yolo: which split to read: train, validation or test (default: train)"""
     masks: bool = False
-    """coco: take segmentations; they give the boxes"""
+    """coco: read the segmentations; boxes are made from them"""
     zero_based: bool = False
-    """voc: the first pixel is 0, not 1"""
+    """voc: pixels are counted from 0, not 1"""
     relative: bool = False
-    """csv: numbers are shares of width and height"""
+    """csv: coordinates are shares of width and height, not pixels"""
     exif_frame: Literal["displayed", "stored"] = "displayed"
-    """of boxes where the sizes do not tell: with the EXIF orientation honoured, or as the file is stored"""
+    """what boxes refer to if the sizes do not tell: the image with its EXIF orientation, or as stored"""
     min_area: float = field(default=0.02, metadata={"group": "Boxes to keep"})
     """smallest share of the image that a box may cover"""
     max_area: float = 0.8
-    """largest share of the image"""
+    """largest share of the image that a box may cover"""
     min_side: float = 2.0
-    """shortest side of a box, pixels"""
+    """shortest side that a box may have, pixels"""
     max_aspect: float = 0.0
-    """longest side over shortest; 0: no limit"""
+    """largest ratio of a box's sides; 0: no limit"""
     drop_flag: Repeatable = field(default_factory=list)
     """drop boxes with this flag, such as is_group_of or is_difficult; repeatable (docs/data.md lists them)"""
     label: Repeatable = field(default_factory=list)
@@ -57,44 +57,44 @@ class PrepareSettings:
     """drop boxes of this label; repeatable"""
     out: Path = field(metadata={"group": "Shards"})
     """folder for the shards and the report"""
-    shard_pictures: int = 2000
-    """most images a shard"""
+    shard_images: int = 2000
+    """largest number of images per shard"""
     shard_mb: int = 512
-    """MiB that close a shard"""
+    """size in MiB after which a new shard begins"""
     max_side: int = 0
-    """encode longer images again; 0: keep every file"""
+    """reduce images whose longer side exceeds this many pixels; 0: keep every file"""
     quality: int = 95
-    """of JPEGs encoded again"""
+    """quality of JPEGs that are encoded again"""
     validation_share: float | None = None
-    """hold this share of the images out, by a hash of the name; --out gets train/ and validation/"""
+    """hold out this share of the images: --out gets train/ and validation/"""
     shuffle: int | None = None
-    """pack in a random order, of this seed"""
+    """seed: pack in a random order (default: the source's order)"""
     no_perceptual: bool = field(default=False, metadata={"group": "Copies"})
-    """no hashes for near duplicates, no decoding"""
+    """do not look for near duplicates, which takes decoding"""
     check_against: Path | None = None
-    """folder of benchmark images to look for in the set"""
+    """folder of benchmark images to look for in the data"""
     workers: Natural | None = field(default=None, metadata={"group": "Running"})
-    """processes; default one a core, 0 packs in this one"""
+    """number of processes (default: one per core; 0: none beside this one)"""
     engine: Literal["local", "ray"] = "local"
-    """processes here, or a Ray cluster"""
+    """run processes here, or tasks on a Ray cluster"""
     part: str = ""
-    """I/N: pack every N-th shard from the I-th (from 0) on"""
+    """I/N: pack only part I (from 0) of N; several machines share the work"""
     overwrite: bool = False
-    """remove what an earlier packing left in --out"""
+    """remove what an earlier run left in --out"""
 
 
 def prepare(*sources: Place, settings: PrepareSettings) -> None:
-    """Pack annotated images into shards, with an index and a report of what was kept and why.
+    """Pack annotated images into shards for training, with a report of what was kept and why.
 
-    pbe prepare open-images:/data/open-images --out /data/shards/train
-    pbe prepare coco:instances_train2017.json@train2017 --out /data/shards/coco
-    pbe prepare csv:boxes.csv@images --out /data/shards/mine
+    pbe prepare csv:boxes.csv@images --out data/mine --validation-share 0.05
+    pbe prepare coco:instances_train2017.json@train2017 --out data/coco
+    pbe prepare open-images:open-images --out data/open_images/train
 
-    Killed at any moment, the same command resumes; the shards are the same to the byte. See docs/data.md.
+    If it is stopped or killed, the same command resumes. See docs/data.md.
 
     Args:
-        sources: KIND:PATH or KIND:PATH@IMAGES, several are packed together; KIND is open-images, coco, voc,
-            yolo, csv or masks
+        sources: KIND:PATH or KIND:PATH@IMAGES, one or several; KIND is csv, masks, coco, voc, yolo or
+            open-images
     """
     if not sources:
         raise UserError("name a source, KIND:PATH (--help lists the options)")
@@ -141,7 +141,7 @@ def pack_settings(settings: PrepareSettings) -> PackSettings:
         drop_flags=tuple(settings.drop_flag),
         labels=tuple(settings.label),
         drop_labels=tuple(settings.drop_label),
-        shard_pictures=settings.shard_pictures,
+        shard_pictures=settings.shard_images,
         shard_bytes=settings.shard_mb << 20,
         max_side=settings.max_side,
         quality=settings.quality,

@@ -12,12 +12,12 @@ class ServeOptions(ServeSettings):
 
 
 def serve(*, settings: ServeOptions = ServeOptions()) -> None:
-    """Open a web page on which images are edited, with an API for scripts beside it.
+    """Serve a web page for editing images, with an API for scripts.
 
     pbe serve
     pbe serve --model FOLDER --device cuda --host 0.0.0.0 --user NAME
 
-    The page is at http://127.0.0.1:7860, the API's own page at /docs. Needs the extra web:
+    The page is at http://127.0.0.1:7860, the documentation of the API at /docs. Needs the extra web:
     pip install "pbe[web]". See docs/web.md.
     """
     settings = settings.checked()

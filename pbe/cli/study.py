@@ -13,19 +13,19 @@ class MakeSettings:
     """Options of ``pbe study make``."""
 
     systems: list[str]
-    """NAME=FOLDER, folders of edits"""
+    """NAME=FOLDER for each system: its folder of edits"""
     benchmark: Path
-    """that was edited"""
+    """benchmark folder that was edited"""
     out: Path
     """new folder for page/ and its key"""
     groups: int = 30
-    """cases to rank"""
+    """number of cases to rank"""
     seed: int = 0
-    """of the draw of cases"""
+    """seed for choosing the cases"""
     title: str = "Which edit is better?"
-    """of the page"""
+    """title of the page"""
     copy: bool = False
-    """put images beside the page, not into it"""
+    """put the images beside the page instead of into it"""
 
 
 def make(*, settings: MakeSettings) -> None:
@@ -50,9 +50,9 @@ class TabulateSettings:
     key: Path
     """key.json of the study"""
     partial: bool = False
-    """take files that lack groups"""
+    """accept files with groups missing"""
     seed: int = 0
-    """of the bootstrap"""
+    """seed of the bootstrap"""
 
 
 def tabulate(*rankings: Path, settings: TabulateSettings) -> None:

@@ -28,23 +28,23 @@ class RenderSettings:
     scenes: Count
     """number of scenes"""
     split: Literal["train", "test"] = "train"
-    """they share no object and no panorama"""
+    """objects and panoramas to use; the two splits share none"""
     seed: int = 0
-    """of objects, panoramas and poses"""
+    """seed of objects, panoramas and poses"""
     size: Annotated[int, limits(32, 1024)] = 96
-    """short side of a scene, pixels"""
+    """short side of a scene in pixels"""
     max_long_side: int | None = None
-    """longest long side, pixels (default: 1.5 times --size)"""
+    """largest long side in pixels (default: 1.5 times --size)"""
     max_objects: Annotated[int, limits(1, 3)] = 3
-    """one to this many objects"""
+    """largest number of objects in a scene"""
     recolour: Annotated[float | None, limits(0, 1)] = None
-    """share of recoloured training objects (default: 0.3)"""
+    """share of training objects that are recoloured (default: 0.3)"""
     scenes_per_shard: Count = 2000
-    """most scenes a shard"""
+    """largest number of scenes per shard"""
     workers: Natural = 2
-    """processes; 0 renders in this one"""
+    """number of processes; 0: none beside this one"""
     world: Path = field(default_factory=lambda: packaged("data/toy/toy_world.zip"))
-    """archive of objects and panoramas"""
+    """archive of the toy world's objects and panoramas"""
 
 
 def render(*, settings: RenderSettings) -> None:
@@ -102,9 +102,9 @@ class TrainToySettings:
     """Options of ``pbe toy train``."""
 
     out: Path = Path("data/toy/model")
-    """folder of the finished model"""
+    """folder for the finished model"""
     score_every: Count = 1000
-    """steps between scores in its log"""
+    """steps between scores in the log"""
 
 
 def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> int:
@@ -113,8 +113,8 @@ def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> i
     pbe toy train
     pbe toy train trainer.max_steps=20000
 
-    Every stage can be stopped and started again with the same command, on another day too: what is finished
-    is passed over, a training resumes where it was. All of it lies in outputs/toy of the current folder.
+    It takes hours. If it is stopped, the same command skips what is finished and resumes the training.
+    Everything but the finished model is in outputs/toy of the current folder.
 
     Args:
         overrides: key=value, for the training of the diffusion model
@@ -148,27 +148,27 @@ class ScoreSettings:
     """Options of ``pbe toy score``."""
 
     objects: Annotated[int, limits(2)] = 90
-    """the first so many of the toy benchmark"""
+    """number of objects of the toy benchmark, the first ones"""
     split: Literal["train", "test"] = "test"
-    """whose objects: those of train show how much better the model knows what it has seen"""
+    """objects to edit; those of train show how much better the model knows what it has seen"""
     guidance: float = 5.0
     """guidance scale"""
     steps: Count | None = None
-    """of the solver (default 20; what a model of few steps is meant for)"""
+    """steps of the solver (default 20, or what a few-step model is meant for)"""
     solver: str | None = None
-    """see docs/solvers.md (default ddim; lcm for a model of few steps)"""
+    """solver (default ddim; lcm for a few-step model)"""
     dtype: Dtype = "bf16"
-    """of the weights while edits are made"""
+    """type of the weights"""
     device: str = "cpu"
-    """where edits are made"""
+    """device for the edits"""
     threads: Natural = 0
     """CPU threads; 0 leaves them to PyTorch"""
     csv: Path | None = None
-    """file that a line a model is added to"""
+    """file to append a line per model to"""
 
 
 def score(*models: Model, settings: ScoreSettings = ScoreSettings()) -> None:
-    """Score models of the toy world quickly, in about a minute each, as while they train; one line a model.
+    """Score models of the toy world quickly, in about a minute each; one line per model.
 
     pbe toy score toy
     pbe toy score outputs/toy/diffusion/model --csv outputs/toy/scores.csv

@@ -11,25 +11,26 @@ class TrainSettings:
     """Options of ``pbe train``."""
 
     dry_run: bool = False
-    """only report parameters, memory, speed and length"""
+    """report parameters, memory, speed and hours; write nothing"""
     find_batch_size: bool = False
-    """only try batch sizes on this machine"""
+    """find the largest and the fastest batch size on this machine; write nothing"""
     memory_limit: float = 0.0
-    """with --find-batch-size: GB that may be used (0: 80 % of what is available)"""
+    """with --find-batch-size: GB that may be used (0: all of a GPU, 80 % of what is free on a CPU)"""
 
 
 def train(config: Place, /, *overrides: str, settings: TrainSettings = TrainSettings()) -> int:
-    """Train Paint by Example.
+    """Train or fine-tune a model.
 
-    pbe train configs/toy.yaml trainer.max_steps=100 data.batch_size=8
+    pbe train toy autoencoder_from=toy data.train_shards=data/mine/train output_dir=outputs/mine
+    pbe train finetune init_from=MODEL data.train_shards=data/mine/train output_dir=outputs/adapter
 
     The same command continues a stopped run; Ctrl-C and SIGTERM save a checkpoint and the weights so far.
-    The toy configuration needs scenes of pbe toy render; autoencoder_from=toy takes the autoencoder that
-    ships. pbe toy train does all of that by itself.
+    Shards of your own images come from pbe prepare; those that the configuration toy names, and its
+    autoencoder, are made by pbe toy train. See docs/training.md.
 
     Args:
-        config: YAML file, or the name of a configuration that ships, such as toy
-        overrides: key=value, changes to the configuration; an unknown key is an error naming the nearest
+        config: YAML file, or the name of a configuration that ships, such as toy, finetune or paper
+        overrides: key=value, changes to the configuration; docs/configuration.md lists all keys
     """
     if settings.memory_limit and not settings.find_batch_size:
         raise UserError("--memory-limit goes with --find-batch-size (--help lists the options)")

@@ -136,7 +136,7 @@ def _check_finetuning(config: Config) -> None:
     if config.model_from_init and not config.start:
         raise UserError("'model_from_init' takes the sizes of a model; name it in 'init_from'")
     if config.data.prior_shards and config.cache.folder:
-        raise UserError("'data.prior_shards' are mixed in online; set cache.folder= for no latent cache")
+        raise UserError("'data.prior_shards' cannot be used with a latent cache; set cache.folder= (empty)")
     if not lora.rank and not parts:
         return
     what = "lora.rank" if lora.rank else "optimizer.parts"
@@ -160,7 +160,7 @@ def _check_lora(config: Config) -> None:
         )
     if config.trainer.strategy in ("fsdp2", "model_parallel"):
         raise UserError(
-            f"'trainer.strategy' is {config.trainer.strategy}, which cuts weights that adapters leave "
+            f"'trainer.strategy' is {config.trainer.strategy}, which shards weights that adapters leave "
             "frozen; use ddp"
         )
 

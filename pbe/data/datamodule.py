@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from pbe.config import Config
 from pbe.data.dataset import ExemplarDataset, check_counts, collate as collate_samples, describe
 from pbe.data.mixture import Mixture
-from pbe.data.shards.archive import ShardImages
+from pbe.data.shards.archive import ShardImages, shards_of
 from pbe.data.transport import Inbox, Outbox
 from pbe.errors import UserError
 
@@ -256,7 +256,8 @@ class TrainingData(lightning.LightningDataModule):
             shards = {"train": config.train_shards, "validation": config.validation_shards}
             shards["prior"] = config.prior_shards
             every, cache = config.boxes == "every", config.remote_cache
-            images = ShardImages(shards[stream], count_boxes=every, verify=config.verify, cache=cache)
+            with shards_of(f"data.{stream}_shards"):
+                images = ShardImages(shards[stream], count_boxes=every, verify=config.verify, cache=cache)
             self._datasets[stream] = ExemplarDataset(images, config, self.seed, stream)
         return self._datasets[stream]
 

@@ -280,6 +280,6 @@ def check_counts(stream: str, counts: Counter[str], max_faults: float, missing: 
         )
     if missing:
         raise UserError(
-            f"no usable image found in a long row of {stream} images ({describe(counts)}); "
+            f"no usable image found in a long series of {stream} images ({describe(counts)}); "
             "check the shards, data.min_box_area and data.max_box_area"
         )

@@ -1,4 +1,4 @@
-"""The maths of distillation: steps of the flow as rotations, where they have to lead, and how far off one is.
+"""The maths of distillation: steps of the flow as rotations, their targets, and the distance to them.
 
 With the velocity ``v = sqrt(abar) e - sqrt(1 - abar) x_0`` a step of DDIM turns ``x`` by the angle between
 two noise levels, ``z = cos x - sin v`` (Salimans and Ho 2022, appendix D). So an error of ``v`` is the error
@@ -15,7 +15,7 @@ from pbe.diffusion.solvers import FEW_STEPS_SOLVER, SolverChoice, get_solver
 from pbe.diffusion.solvers.grid import Grid
 from pbe.errors import UserError
 
-TEACHER = SolverChoice("dpmpp_2m", spacing="trailing")  # of few steps the nearest to many (docs/solvers.md)
+TEACHER = SolverChoice("dpmpp_2m", spacing="trailing")  # in few steps the closest to many (docs/solvers.md)
 
 
 def rotation(alpha: Tensor, alpha_next: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,19 +30,19 @@ def rotation(alpha: Tensor, alpha_next: Tensor, like: Tensor) -> tuple[Tensor, T
 
 
 def step(x: Tensor, velocity: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
-    """Return where a step of DDIM with this velocity leads from ``x``, both ``(b, c, h, w)``."""
+    """Return the end of a DDIM step from ``x`` with this velocity, both ``(b, c, h, w)``."""
     cosine, sine = rotation(alpha, alpha_next, x)
     return cosine * x - sine * velocity
 
 
 def velocity_to(x: Tensor, end: Tensor, alpha: Tensor, alpha_next: Tensor) -> Tensor:
-    """Return the velocity with which a step of DDIM leads from ``x`` to ``end``."""
+    """Return the velocity with which a DDIM step goes from ``x`` to ``end``."""
     cosine, sine = rotation(alpha, alpha_next, x)
     return (cosine * x - end) / sine
 
 
 def velocity_of(output: Tensor, x: Tensor, alpha: Tensor, prediction: str) -> Tensor:
-    """Return the velocity that a network's output, ``eps`` or ``v``, means at ``x``."""
+    """Return the velocity at ``x`` that a network's output, ``eps`` or ``v``, stands for."""
     if prediction == "v":
         return output
     alpha = alpha.view(-1, 1, 1, 1)
@@ -64,7 +64,7 @@ def pseudo_huber(error: Tensor, width: float, valid: Tensor) -> Tensor:
 
 
 def grids(schedule: NoiseSchedule, steps: int, teacher_steps: int) -> tuple[Grid, Grid]:
-    """Return the levels of student and teacher, which passes where the student's steps end."""
+    """Return the levels of student and teacher; the teacher's include the ends of the student's steps."""
     student = get_solver(FEW_STEPS_SOLVER.name).grid(schedule, steps, FEW_STEPS_SOLVER)
     teacher = get_solver(TEACHER.name).grid(schedule, teacher_steps, TEACHER)
     if teacher.alphas_next[teacher_steps // steps - 1 :: teacher_steps // steps] != student.alphas_next:

@@ -19,7 +19,7 @@ EVERYWHERE: Interval = (0.0, 1.0)
 def guided(
     network: Network, condition: Tensor, null_condition: Tensor, guidance_scale: float | Tensor
 ) -> PredictNoise:
-    """Close a network over its condition, with classifier-free guidance.
+    """Return a network with its condition fixed and classifier-free guidance applied.
 
     Both branches run in one call, the null condition first. Without guidance (scale 1) only the
     conditional branch runs.
@@ -28,8 +28,8 @@ def guided(
         network: ``network(x_t, timesteps, condition)``; it must accept the doubled batch.
         condition: ``(b, tokens, c)``.
         null_condition: the same shape.
-        guidance_scale: s in ``e_null + s (e_cond - e_null)``; 1 turns guidance off. ``(b, 1, 1, 1)``: of each
-            sample its own, guided whatever they are.
+        guidance_scale: s in ``e_null + s (e_cond - e_null)``; 1 turns guidance off. A tensor ``(b, 1, 1, 1)``
+            gives each sample its own, and both branches always run.
     """
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0:
         return lambda x_t, timesteps: network(x_t, timesteps, condition)
@@ -46,13 +46,13 @@ def guided(
 def guided_in(
     interval: Interval, inside: PredictNoise, outside: PredictNoise, timesteps: Sequence[float], last: int
 ) -> PredictNoise:
-    """Guide in an interval of noise levels only (Kynkäänniemi et al. 2024): other calls cost one half.
+    """Guide only within an interval of noise levels (Kynkäänniemi et al. 2024); other calls cost half.
 
     Args:
-        interval: where guidance is at work, both ends included.
+        interval: noise levels that are guided, both ends included.
         inside: the guided predictor.
         outside: the predictor of the conditional branch alone.
-        timesteps: of all calls to come, in their order; so the host need not ask the device for them.
+        timesteps: of all calls to come, in order, so that the host need not wait for the device to know them.
         last: timestep of pure noise.
     """
     low, high = interval

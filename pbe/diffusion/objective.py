@@ -11,7 +11,7 @@ from pbe.diffusion.schedule import NoiseSchedule
 def training_target(
     prediction: str, latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule
 ) -> Tensor:
-    """Return what the network should give, ``(b, c, h, w)``.
+    """Return what the network should predict, ``(b, c, h, w)``.
 
     Args:
         prediction: ``eps`` (DDPM, equation 14) or ``v`` (Salimans and Ho 2022, section 4).
@@ -47,8 +47,8 @@ def per_sample_loss(output: Tensor, target: Tensor, valid: Tensor | None = None)
     Args:
         output: ``(b, c, h, w)``.
         target: ``(b, c, h, w)``.
-        valid: ``(b, 1, h, w)`` in [0, 1]: how much each position counts; None counts all. A sample
-            without any (all of it padding) has a loss of 0.
+        valid: ``(b, 1, h, w)`` in [0, 1]: how much each position counts; None counts all. A sample in which
+            none counts (all of it padding) has a loss of 0.
     """
     error = (output.float() - target.float()) ** 2
     if valid is None:

@@ -35,14 +35,14 @@ class AdapterSettings:
         return {adapter.name: adapter.factor for _, adapter in adapters_of(self.model)}
 
     def load_adapter(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
-        """Put an adapter beside the weights, and beside those that are loaded already.
+        """Use an adapter beside the weights; several adapters add up.
 
-        One that was distilled brings its solver, steps and guidance scale along.
+        A distilled adapter brings its solver, number of steps and guidance scale along.
 
         Args:
             path: its file, or the folder of the run that trained it.
-            scale: how much of it; 1 is what was trained, 0 nothing.
-            name: by which it is known from now on; None is that of the file, or of the folder of a run.
+            scale: its strength; 1 is as trained, 0 has no effect.
+            name: what to call it from now on; None takes the name of the file or of the run's folder.
 
         Returns:
             The name.
@@ -58,6 +58,8 @@ class AdapterSettings:
         adapter.check_fit(shapes, "this model")
         before = self.model.config.unet
         unet = adapter.adapted_unet(before)
+        if unet is not before:
+            _check_distilled(name, scale)
         load_adapter(self.model, adapter.read(), adapter.alpha, float(scale), name)
         if unet is not before:
             self._distilled = (name, before, self._choice)
@@ -71,18 +73,16 @@ class AdapterSettings:
         self._choice = choice
 
     def set_adapter_scale(self, name: str, scale: float) -> None:
-        """Weigh an adapter anew; 0 turns it off and keeps it loaded."""
+        """Change an adapter's strength; 0 turns it off and keeps it loaded."""
         _check_scale(scale)
         self._check_name(name)
-        if not scale and self._distilled is not None and self._distilled[0] == name:
-            raise EditValueError(
-                f"without '{name}' the model is none of few steps: unload it to be without it"
-            )
+        if self._distilled is not None and self._distilled[0] == name:
+            _check_distilled(name, scale)
         for _, adapter in adapters_of(self.model, name):
             adapter.factor = float(scale)
 
     def unload_adapter(self, name: str | None = None) -> None:
-        """Take an adapter away, or all of them; without any the weights are to the bit what they were."""
+        """Remove an adapter, or all of them (None); the weights are then exactly what they were."""
         if name is not None:
             self._check_name(name)
         remove_adapter(self.model, name)
@@ -91,7 +91,7 @@ class AdapterSettings:
             self._distilled = None
 
     def merge_adapters(self) -> None:
-        """Add all adapters to the weights for good: edits cost no more than without any."""
+        """Add all adapters to the weights permanently, so that they cost no time in an edit."""
         if is_quantised(self.model):
             raise EditValueError(
                 "adapters cannot be merged into weights in 8 bits; load the model without int8"
@@ -103,6 +103,14 @@ class AdapterSettings:
         if name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
             raise EditValueError(f"no adapter '{name}' is loaded; there are: {loaded}")
+
+
+def _check_distilled(name: str, scale: float) -> None:
+    if not scale:
+        raise EditValueError(
+            f"scale is 0, but '{name}' is what makes this a few-step model; "
+            f"unload_adapter('{name}') turns it off"
+        )
 
 
 def _check_scale(scale: object) -> None:

@@ -38,7 +38,7 @@ INSTEAD = {
     ),
     PARTS: "register_modules register_to_config",
     "FreeU changes the UNet's skips, which are those it was trained with here": "disable_freeu enable_freeu",
-    "PyTorch's own memory-efficient attention runs always": "set_use_memory_efficient_attention_xformers",
+    "PyTorch's own memory-efficient attention is always used": "set_use_memory_efficient_attention_xformers",
     "all networks lie on pipe.device": "hf_device_map",
     "disable_cpu_offload() ends the offloading": "maybe_free_model_hooks",
     "enable_model_cpu_offload keeps idle networks on the CPU": "enable_group_offload",

@@ -41,7 +41,7 @@ from pbe.models.latent_diffusion import masked_image
 from pbe.models.unet import DeepFeatures
 
 S = TypeVar("S", bound=EditSettings)
-ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # of so many steps; gives what is told of each
+ShowSteps = Callable[[int], AbstractContextManager[Callback]]  # from the number of steps; gives the callback
 
 
 def choose_solver(solver: str | SolverChoice) -> SolverChoice:
@@ -57,14 +57,14 @@ def choose_solver(solver: str | SolverChoice) -> SolverChoice:
 
 
 def merge_choice(default: SolverChoice, settings: EditSettings) -> SolverChoice:
-    """Return the solver that settings ask for; what they leave open is as in the default."""
+    """Return the solver that the settings ask for; anything that they leave open comes from the default."""
     choice = default if settings.solver is None else choose_solver(settings.solver)
     spacing, karras = settings.spacing or choice.spacing, settings.karras or choice.karras
     return replace(choice, spacing=spacing, karras=karras)
 
 
 def complete(settings: S, model: LatentDiffusion) -> S:
-    """Return settings with the steps that a model is meant for, where they name none.
+    """Return settings with the number of steps that the model is meant for, if they give none.
 
     Raises EditValueError for guidance that a distilled model has not learned.
     """
@@ -84,7 +84,7 @@ def complete(settings: S, model: LatentDiffusion) -> S:
 
 
 def count_steps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> int:
-    """Check that a solver takes the settings, and return the number of steps that it will report."""
+    """Check that a solver accepts the settings, and return the number of steps that it will report."""
     solver = get_solver(choice.name)
     if settings.eta and solver.noise != "eta":
         kind = "draws its own noise" if solver.noise == "always" else "is deterministic"
@@ -105,7 +105,7 @@ def solve(
     generator: Generators,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Return the latents that the solver makes of the noise ``x_T``, ``(b, z, h, w)``."""
+    """Run the solver from the noise ``x_T``, and return latents, both ``(b, z, h, w)``."""
     return get_solver(choice.name)(
         predict,
         x_T,
@@ -119,7 +119,7 @@ def solve(
 
 
 def network_timesteps(choice: SolverChoice, settings: EditSettings, schedule: NoiseSchedule) -> Tensor:
-    """Run the solver on a single number, to learn the timesteps ``(n,)`` of its calls of the network."""
+    """Return the timesteps ``(n,)`` of the solver's network calls, by running it on a single number."""
     asked: list[Tensor] = []
 
     def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def check_callback(callback: Any) -> None:
 def progress_bar(
     total: int, *, bar: dict[str, Any], callback: Callback | None, every: int
 ) -> Iterator[Callback]:
-    """Show a bar of so many steps; yield what moves it and calls the user's callback every n-th step."""
+    """Show a bar; yield a function that advances it and calls the user's callback every n-th step."""
     with tqdm(**({"total": total, "desc": "painting", "unit": "step"} | bar)) as shown:
 
         def step(index: int, timestep: float, latents: Tensor) -> None:
@@ -164,9 +164,10 @@ def progress_bar(
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Condition ``(b, tokens, context_dim)`` and masked image of a batch of edits.
+    """What a batch of edits is conditioned on.
 
-    The masked image is latents ``(b, z, h, w)`` and ``keep_mask`` ``(b, 1, h, w)`` at latent size, 1 = keep.
+    ``condition`` is ``(b, tokens, context_dim)``, ``masked_latents`` ``(b, z, h, w)``, and ``keep_mask``
+    ``(b, 1, h, w)`` at latent size, 1 = keep.
     """
 
     condition: Tensor
@@ -180,10 +181,10 @@ def noise_predictor(
     conditioning: Conditioning,
     guidance_scale: float | Tensor,
 ) -> PredictNoise:
-    """Close a model over its conditioning, guided, as the predictor of the noise that solvers take.
+    """Return the model as a guided predictor of noise, with its conditioning fixed, as solvers take it.
 
-    Latents stay float32 whatever the type of the weights; the model may predict eps or v, and one that was
-    distilled is told the guidance scale. Scales ``(b, 1, 1, 1)`` are of each sample its own.
+    Latents stay float32 whatever the type of the weights. The model may predict eps or v; a distilled one
+    gets the guidance scale as an input. Scales ``(b, 1, 1, 1)`` differ between samples.
     """
     fixed = (conditioning.masked_latents, conditioning.keep_mask)
     doubled = tuple(torch.cat([x, x]) for x in fixed)
@@ -200,7 +201,7 @@ def noise_predictor(
 
 
 def _as_input(model: LatentDiffusion, guidance_scale: float | Tensor) -> Tensor | None:
-    """Return the scales as a distilled model takes them, which makes one call of two; None for others."""
+    """Return the guidance scales as a distilled model takes them, ``(b,)``; None for other models."""
     if not model.config.unet.guidance_range:
         return None
     return torch.as_tensor(guidance_scale, dtype=torch.float32, device=model.device).flatten()
@@ -216,27 +217,28 @@ def prepared_predictor(
     interval: Interval = EVERYWHERE,
     reuse: int = 1,
 ) -> PredictNoise:
-    """Do what :func:`noise_predictor` does, with all that is the same in every call computed once.
+    """Do what :func:`noise_predictor` does, but compute once whatever is the same in every call.
 
-    Weights must stay as they are while it is used, and lie whole in memory; it serves one edit.
+    It is for one batch of edits; the weights must not change while it is used, nor be sharded.
 
     Args:
-        model: to edit with.
-        schedule: of its noise.
+        model: model to edit with.
+        schedule: its noise schedule.
         conditioning: of the batch.
-        guidance_scale: 1 turns guidance off; ``(b, 1, 1, 1)``: of each sample its own.
-        timesteps: ``(n,)`` all that the solver will ask for, in that order.
-        interval: of noise levels where guidance is at work; elsewhere a call costs one half.
-        reuse: so many calls share the UNet's inner levels; 1 shares nothing, above is an approximation.
+        guidance_scale: 1 turns guidance off; ``(b, 1, 1, 1)`` gives each sample its own.
+        timesteps: ``(n,)`` timesteps of the solver's calls, in their order.
+        interval: noise levels that are guided; a call outside takes half the time.
+        reuse: this many calls share the UNet's inner levels; above 1 it is an approximation.
     """
     condition = conditioning.condition
     null = model.null_condition(*condition.shape[:2]).to(condition.dtype)
     known, scale = timesteps.to(model.device), _as_input(model, guidance_scale)
+    # one for calls inside and outside of the interval: whatever lies on its other side is too old to be taken
+    deep = DeepFeatures(reuse) if reuse > 1 else None
 
     def of(*conditions: Tensor) -> Network:
         fixed = (conditioning.masked_latents, conditioning.keep_mask)
         prepared = model.prepare(torch.cat(conditions), *fixed, known, scale)
-        deep = DeepFeatures(reuse) if reuse > 1 else None
         return lambda x_t, timesteps, _: model.predict_prepared(
             x_t.to(model.dtype), timesteps, prepared, deep
         ).float()
@@ -255,7 +257,7 @@ def prepared_predictor(
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and the conventions of one call; ``crop`` says how exemplars are cropped, where they are."""
+    """A model and the conventions of one call; ``crop`` is for conventions that crop the exemplar."""
 
     model: LatentDiffusion
     schedule: NoiseSchedule
@@ -263,7 +265,7 @@ class Engine:
     conventions: Conventions
 
     def complete(self, settings: S) -> S:
-        """Return settings as :func:`complete` does for the model."""
+        """Do what :func:`complete` does, for this model."""
         return complete(settings, self.model)
 
     def encode(self, exemplars: Sequence[Exemplar]) -> Tensor:
@@ -273,7 +275,7 @@ class Engine:
         return self.model.encode_exemplar(pixels.to(self.model.device, self.model.dtype))
 
     def with_spacing(self, choice: SolverChoice) -> SolverChoice:
-        """Return the choice with the conventions' timestep spacing where it has none of its own."""
+        """Return the solver with the conventions' timestep spacing, if it has none of its own."""
         if choice.spacing is not None or choice.name not in self.conventions.leading:
             return choice
         return replace(choice, spacing="leading")
@@ -321,7 +323,7 @@ class Engine:
         return painted
 
     def _known(self, batch: Batch, view: View) -> Tensor:
-        """Return what a mask-aware decoder is told, one an edit."""
+        """Return what a mask-aware decoder sees, ``(edits, 4, h, w)``."""
         images, keep = network_inputs(view.images, view.masks, view.size, self.model.size_multiple)
         known = batch.spread(known_pixels(images, keep), "image")
         return known.to(self.model.device, self.model.dtype)
@@ -346,7 +348,7 @@ class Engine:
         return check_latents(batch.latents, "latents", shape, (len(batch),)).to(self.model.device)
 
     def _masked_latents(self, batch: Batch, hidden: Tensor, x_T: Tensor) -> Tensor:
-        """Return latents of the images with the masked region greyed, one an edit, in the weights' type."""
+        """Return latents of the images with the masked region greyed, one per edit, in the weights' type."""
         device, dtype, name = self.model.device, self.model.dtype, "masked_image_latents"
         shape, generator = tuple(x_T.shape), batch.generator
         if batch.masked_image_latents is not None:
@@ -366,11 +368,11 @@ def _require_finite(made: Tensor, more: str = "") -> None:
     """Refuse NaN and infinite numbers, which would become black."""
     if not torch.isfinite(made).all():
         causes = f"damaged weights, or float16 is too small{more}"
-        raise EditValueError(f"the model gave infinite numbers: {causes}")
+        raise EditValueError(f"the model's output is not finite: {causes}")
 
 
 def check_latents(latents: Any, name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
-    """Check latents that a call gives, one of ``counts`` rows of a shape like ``shape``; return float32."""
+    """Check the latents of a call: rows like those of ``shape``, as many as in ``counts``; return float32."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point():
         kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
         raise EditTypeError(f"{name}: {kind}; it must be a floating-point torch.Tensor")

@@ -74,6 +74,7 @@ def _open(path: Path, what: str) -> tuple[Image.Image, str]:
         raise EditValueError(f"{what} '{path}' does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: no system has such a path
         reason = getattr(error, "strerror", None) or first_line(error)
+        reason = "it is a folder; name a file in it" if isinstance(error, IsADirectoryError) else reason
         raise EditValueError(f"{what} '{path}' cannot be read: {reason}") from error
     try:
         return decode_image(content), hashlib.sha256(content).hexdigest()

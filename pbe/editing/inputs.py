@@ -1,4 +1,4 @@
-"""What a person hands to the pipeline, one by one or batched, as PIL images, arrays or tensors: paired up."""
+"""Inputs of the pipeline, single or batched, as PIL images, arrays or tensors: checked and paired up."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pbe.errors import EditTypeError, EditValueError, warn_once
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch of edits is made from.
+    """Inputs of a batch of edits.
 
     Attributes:
-        exemplars: one, or one an image; none where the condition is given.
-        images: ``h w 3``, uint8 or float32 in [-1, 1], all of one size; one that several exemplars or masks
-            share stands here several times.
-        masks: bool ``h w`` of the images' size, one an image.
-        copies: edits of each image, which follow one another.
-        carried: what goes along with the edits of each image, see :func:`pbe.editing.image_files.carried`.
-        generator: of all noise, or one an edit; see the pipeline's call.
+        exemplars: one, or one per image; none if the condition is given.
+        images: ``h w 3``, uint8 or float32 in [-1, 1], all of one size; an image that several exemplars or
+            masks share is repeated.
+        masks: bool ``h w`` of the images' size, one per image.
+        copies: number of edits of each image, which follow one another.
+        carried: metadata to copy into the edits of each image, see :func:`pbe.editing.image_files.carried`.
+        generator: for all noise, or one per edit; see the pipeline's call.
         latents: given instead of drawn; likewise.
         masked_image_latents: given instead of encoded; likewise.
         exemplar_embeds: given instead of encoded exemplars; likewise.
@@ -49,10 +49,10 @@ class Batch:
         return len(self.images) * self.copies
 
     def spread(self, rows: Tensor, what: str) -> Tensor:
-        """Repeat rows, given once, once an image or once an edit, to one an edit."""
+        """Repeat rows, of which there is one, one per image or one per edit, to one per edit."""
         if len(rows) not in (1, len(self.images), len(self)):
             raise EditValueError(
-                f"{what}: {len(rows)} for {len(self)} edits; give one, one an image or one an edit"
+                f"{what}: {len(rows)} for {len(self)} edits; give one, one per image or one per edit"
             )
         return rows.repeat_interleave(len(self) // len(rows), dim=0)
 
@@ -66,7 +66,7 @@ def match_inputs(
     conditions: int = 0,
     half_is_masked: bool = True,
 ) -> Batch:
-    """Pair exemplars, images and masks: each comes once, or once for each image of the batch.
+    """Pair exemplars, images and masks: of each there is one, or one for every image of the batch.
 
     Args:
         example_image: exemplar(s): PIL images, arrays as :func:`pbe.editing.images.as_image` takes them,
@@ -75,10 +75,10 @@ def match_inputs(
         image: image(s): PIL images, arrays, or tensors ``(3, h, w)`` or ``(b, 3, h, w)``, uint8 or floating
             point in [-1, 1].
         mask_image: mask(s): PIL images, arrays, or tensors ``(h, w)``, ``(1, h, w)``, ``(b, h, w)``,
-            ``(b, 1, h, w)`` or ``(b, h, w, 1)``: bool, uint8, or floating point in [0, 1]. Tensors belong to
-            tensors: images and masks are both such or neither.
+            ``(b, 1, h, w)`` or ``(b, h, w, 1)``: bool, uint8, or floating point in [0, 1]. Images and masks
+            must both be tensors, or neither.
         copies: edits of each image.
-        conditions: number of conditions that are given instead of exemplars; 0 means that exemplars are.
+        conditions: number of conditions that are given instead of exemplars; 0 if exemplars are given.
         half_is_masked: whether a floating-point mask value of exactly 0.5 repaints.
     """
     exemplars = [] if conditions else read_exemplars(example_image)
@@ -111,7 +111,7 @@ def read_exemplars(value: Any) -> list[Exemplar]:
 
 
 def _count(exemplars: int, images: int, masks: int, copies: int, conditions: int) -> int:
-    """Return the number of images once every one has its exemplar and its mask."""
+    """Return the number of images once each is paired with an exemplar and a mask."""
     scenes = max(images, masks)
     per_edit = conditions == scenes * copies  # each edit has a condition of its own
     count = scenes if per_edit else max(exemplars, conditions, scenes)
@@ -177,10 +177,10 @@ def _unbatch_masks(value: Any, what: str) -> list[Any]:
 
 
 def _refuse_channels(masks: Sequence[Any], given: Any, images: int, exemplars: int) -> None:
-    """Refuse one mask whose colour channels come first, which would count as a batch of masks.
+    """Refuse a single mask with its colour channels first, which would be taken for a batch of masks.
 
-    Three different masks for one image are a batch, and that is told; three that are the same once cut at
-    half of the largest value, or of which one is empty then, are the channels of a single mask.
+    Three different masks for one image are a batch, with a warning. Three that are equal when thresholded at
+    half of the largest value, or of which one is then empty, are the channels of a single mask.
     """
     only = given[0] if isinstance(given, list | tuple) and len(given) == 1 else given
     shape = tuple(getattr(only, "shape", ()))
@@ -237,7 +237,7 @@ def _image(value: Any) -> np.ndarray:
 
 
 def _channels_last(value: Any, what: str) -> Any:
-    """Turn a uint8 tensor into the array that it is; pass everything else."""
+    """Turn a uint8 tensor into an array with the channels last; pass everything else through."""
     if not isinstance(value, Tensor):
         return value
     if value.dtype != torch.uint8:
@@ -246,7 +246,7 @@ def _channels_last(value: Any, what: str) -> Any:
 
 
 def _to_array(value: Any, what: str) -> Any:
-    """Return the array of a tensor; pass everything else."""
+    """Turn a tensor into an array; pass everything else through."""
     if not isinstance(value, Tensor):
         return value
     try:

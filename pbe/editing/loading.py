@@ -314,7 +314,7 @@ def load_parts(
         warn_once(f"'{path_or_hub_id}': {note}")
     checker: Any = loaded.safety_checker if safety_checker == AUTO else safety_checker
     if checker is None and given.screened:
-        warn_once(f"no safety checker with '{path_or_hub_id}': what it paints is not screened")
+        warn_once(f"'{path_or_hub_id}' has no safety checker: its edits are not screened")
     elif isinstance(checker, str | Path):
         if safety_checker != AUTO:
             checker = replace(hub, revision=None, files=ANY, force_download=False).find(checker)

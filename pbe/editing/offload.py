@@ -14,6 +14,7 @@ from pbe.files import expand_home
 from pbe.models import LatentDiffusion
 from pbe.models.attention import set_attention_slicing
 from pbe.models.autoencoder import AutoencoderKL
+from pbe.models.layers import compile_network
 
 COMPILED = "~/.cache/pbe/compiled"
 PARTS = ("exemplar_encoder", "autoencoder", "unet")
@@ -30,7 +31,10 @@ def usable_device(device: str | torch.device, named: str = "device", *, empty: b
             raise NotImplementedError("it holds no numbers")
         return found
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise UserError(f"{named} '{device}' cannot be used here: {first_line(error)}") from error
+        reason = first_line(error)
+        if reason.startswith("Expected one of"):  # a list of every kind of device that torch has a name for
+            reason = "there is no such device; name cpu, cuda, cuda:1 or mps"
+        raise UserError(f"{named} '{device}' cannot be used here: {reason}") from error
 
 
 class Offload:
@@ -78,11 +82,36 @@ NO_TARGET = "the pipeline cannot be moved: to() takes a device, a floating-point
 
 
 class MemorySettings:
-    """The part of a pipeline that moves its networks and bounds what they take."""
+    """The part of a pipeline that gives access to its networks, moves them and limits their memory."""
 
     model: LatentDiffusion
     safety_checker: Any
     _offload: Offload | None
+
+    @property
+    def unet(self) -> nn.Module:
+        """The noise predictor."""
+        return self.model.unet
+
+    @property
+    def autoencoder(self) -> nn.Module:
+        """Images to latents and back."""
+        return self.model.autoencoder
+
+    @property
+    def exemplar_encoder(self) -> nn.Module:
+        """Exemplars to conditions."""
+        return self.model.exemplar_encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; latents are kept in float32 whatever it is."""
+        return self.model.dtype
 
     def to(self, *args: Any, silence_dtype_warnings: bool = False, **kwargs: Any) -> Self:
         """Move and cast the networks in place, as ``torch.nn.Module.to`` does; return the pipeline.
@@ -197,11 +226,11 @@ class MemorySettings:
 
         Each size of image and batch is compiled once. What is made is kept for later starts, in the folder
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
-        ``reuse_features`` gain nothing.
+        ``reuse_features`` gain nothing. For a CPU it takes a C++ compiler: ``$CXX``, else ``g++``.
         """
+        compile_network(self.model.unet, "compile")
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
         warn_once(f"the UNet is compiled at the first step, which takes minutes; kept in '{kept}'")
-        self.model.unet.compile()
 
     # Other names of diffusers' for the same.
     set_attention_slice = enable_attention_slicing
@@ -210,7 +239,7 @@ class MemorySettings:
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
         """Change nothing: PyTorch's own kernels, which are always used, hold no matrix of weights either."""
-        warn_once("xformers is not used: PyTorch's own memory-efficient attention runs always")
+        warn_once("xformers is not used: PyTorch's own memory-efficient attention is always used")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Change nothing, as :meth:`enable_xformers_memory_efficient_attention`."""

@@ -21,14 +21,14 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass
 class EditOutput:
-    """What the pipeline returns.
+    """Result of a call of the pipeline.
 
     Attributes:
         images: ``output_type`` ``pil``: a list of RGB images; ``np``: float32 ``(b, h, w, 3)``; ``pt``:
             float32 ``(b, 3, h, w)``, both in [0, 1] and of the source image's size; ``latent``: the sampled
             latents, float32 ``(b, z, h, w)`` on the model's device, before they are decoded.
-        nsfw_content_detected: whether the safety checker blackened each image; None without a checker, and
-            for latents, which it cannot look at.
+        nsfw_content_detected: for each image, whether the safety checker blackened it; None without a checker
+            and for latents, which it cannot check.
         edited_at: height and width at which the model worked, before padding.
     """
 

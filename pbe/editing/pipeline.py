@@ -52,19 +52,33 @@ logger = logging.getLogger(__name__)
 class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
     """Paints an exemplar into the masked region of an image (Yang et al., CVPR 2023).
 
-    Made by :meth:`from_pretrained`, of a whole model, or of the :attr:`components` of another pipeline, whose
-    networks it then shares.
+    Made by :meth:`from_pretrained`, from a whole model, or from the :attr:`components` of another pipeline,
+    whose networks it then shares. A call, ``pipe(exemplar, image, mask)``, takes:
+
+    - ``example_image``, ``image``, ``mask_image``: PIL images, uint8 or float arrays, or tensors, single or
+      batched; in the mask 1 (white) is repainted. docs/pipeline.md lists the accepted shapes and ranges.
+    - ``height``, ``width``: size in pixels of the result, or with ``region="mask"`` of what is edited.
+    - ``num_inference_steps``, ``solver``, ``eta``; ``preset``: ``draft``, ``normal`` or ``best``.
+    - ``guidance_scale``: from 0; 1 turns guidance off. ``guidance_interval``: noise levels that are guided.
+    - ``num_images_per_prompt``: edits of each image. ``generator``: CPU generator, or one for each edit.
+    - ``region``: ``full``, or ``mask`` for its surroundings only, with ``margin`` and ``feather``.
+    - ``preserve_background``: keep every pixel outside the mask exactly.
+    - ``exemplar_embeds``, ``latents``, ``masked_image_latents``: used instead of being computed or drawn.
+    - ``output_type``: ``pil``, ``np``, ``pt`` or ``latent``. ``callback(step, timestep, latents)`` is called
+      every ``callback_steps`` steps. With ``return_dict=False`` a tuple is returned, not an ``EditOutput``.
+
+    It raises :class:`~pbe.errors.UserError`, which is a ``ValueError`` or ``TypeError`` too.
 
     Args:
-        model: the networks, in evaluation mode, on the device and in the type they are to run in.
-        unet: a network in place of the model's; all three or a model.
+        model: the networks, in evaluation mode, on the device and in the type that they run in.
+        unet: used with ``autoencoder`` and ``exemplar_encoder`` in place of ``model``.
         autoencoder: likewise.
         exemplar_encoder: likewise.
-        noise_schedule: of the networks; that of another pipeline brings its settings along.
-        safety_checker: looks at what was painted, or None.
-        solver: name of the solver of calls that name none, or how it is to run; None is the schedule's.
-        conventions: ``original`` or ``diffusers``; None is the schedule's.
-        watermark: put the original's invisible watermark into every image; None is the schedule's.
+        noise_schedule: the networks' schedule; that of another pipeline brings its settings along.
+        safety_checker: checks what was painted, or None.
+        solver: name or settings of the solver for calls that name none; None takes the schedule's.
+        conventions: ``original`` or ``diffusers``; None takes the schedule's.
+        watermark: put the original's invisible watermark into every image; None takes the schedule's.
         theirs: parts by diffusers' names: ``vae``, ``image_encoder``, ``scheduler``, ``feature_extractor``.
     """
 
@@ -127,24 +141,25 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         """Load a model: a folder in any layout or of a run, a checkpoint, or a repository of the Hub.
 
         Args:
-            pretrained_model_name_or_path: folder, file, or ``owner/name`` on the Hub.
-            config: the model's sizes, where the files do not say: a YAML file or a typed configuration. A
-                bare checkpoint without it is taken for the official sizes.
+            pretrained_model_name_or_path: folder, file, ``owner/name`` on the Hub, or ``toy``, the model that
+                ships.
+            config: the model's sizes, if its files do not give them: a YAML file or a typed configuration. A
+                bare checkpoint without it is assumed to have the official sizes.
             dtype: type of the weights in memory; None means float32.
             device: where the model runs; None means the CPU.
-            solver: as in the class; None is what the model's files say, else ``plms``.
-            conventions: as in the class; None is what the model's files say, else ``diffusers`` for that
+            solver: as in the class; None takes the one in the model's files, else ``plms``.
+            conventions: as in the class; None takes those in the model's files, else ``diffusers`` for that
                 layout and ``original`` for the others.
-            safety_checker: ``auto`` takes the model folder's own; None turns it off; otherwise a folder or a
-                Hub id of one, or the network.
-            watermark: as in the class; None is what the model's files say.
-            revision: branch, tag or commit on the Hub; None is ``main``.
-            cache_dir: where downloads go; None is huggingface_hub's cache.
-            local_files_only: use what is cached and stay offline.
-            token: for private repositories; None is the one of ``hf auth login``.
-            raw_weights: take the plain weights of a training checkpoint instead of the averaged ones.
-            int8: hold the weights of UNet and exemplar encoder in 8 bits: half of bfloat16's memory.
-            compile: the UNet, as :meth:`compile_unet` does.
+            safety_checker: ``auto`` takes the one in the model's folder, None turns it off; or a folder, a
+                Hub id, or the network.
+            watermark: as in the class; None takes what the model's files say.
+            revision: branch, tag or commit on the Hub; None means ``main``.
+            cache_dir: where downloads go; None means huggingface_hub's cache.
+            local_files_only: use only what is cached.
+            token: for private repositories; None takes that of ``hf auth login``.
+            raw_weights: take the plain weights of a training checkpoint, not the averaged ones.
+            int8: keep the weights of UNet and exemplar encoder in 8 bits, half of bfloat16's memory.
+            compile: compile the UNet, as :meth:`compile_unet` does.
             others: arguments of diffusers' pipelines: ``torch_dtype``, ``device_map`` (one device),
                 ``variant``, ``use_safetensors``, ``force_download``, ``requires_safety_checker`` (False
                 silences the note that there is none), and in place of the model's own ``unet``, ``vae``,
@@ -172,10 +187,10 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         variant: str | None = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Write the model to a folder, adapters merged in, with how it is run and its safety checker.
+        """Write the model to a folder, adapters merged in, with its solver settings and safety checker.
 
         Args:
-            folder: made when missing.
+            folder: created if it does not exist.
             layout: ``native``, ``compvis`` (the original's) or ``diffusers``.
             dtype: type of the weights in the files; None keeps that in memory.
             safe_serialization: as in diffusers, but True only.
@@ -195,32 +210,16 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
 
     @property
     def usage(self) -> Usage:
-        """How the model is run by calls that do not say: what saving keeps."""
+        """Solver, conventions and watermark of calls that name none; saved with the model."""
         kept = self.noise_schedule.usage
         return replace(kept, solver=self._choice, conventions=self.conventions, watermark=self.watermark)
 
     @property
     def components(self) -> dict[str, Any]:
-        """What ``PaintByExample(**components)`` makes a pipeline of that shares these very networks."""
-        schedule = replace(self.noise_schedule, usage=self.usage)
+        """The parts; ``PaintByExample(**components)`` is another pipeline that shares these networks."""
         networks = {name: getattr(self.model, name) for name in NETWORKS}
         rest = {"safety_checker": self.safety_checker, "watermark": self.watermark}
-        return networks | {"noise_schedule": schedule} | rest
-
-    @property
-    def unet(self) -> nn.Module:
-        """The noise predictor."""
-        return self.model.unet
-
-    @property
-    def autoencoder(self) -> nn.Module:
-        """Images to latents and back."""
-        return self.model.autoencoder
-
-    @property
-    def exemplar_encoder(self) -> nn.Module:
-        """Exemplars to conditions."""
-        return self.model.exemplar_encoder
+        return networks | {"noise_schedule": replace(self.noise_schedule, usage=self.usage)} | rest
 
     @property
     def schedule(self) -> PipelineSchedule:
@@ -228,18 +227,8 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         return self.noise_schedule
 
     @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights; latents are kept in float32 whatever it is."""
-        return self.model.dtype
-
-    @property
     def choice(self) -> SolverChoice:
-        """The solver with how it is run; :attr:`solver` is its name."""
+        """The solver with its settings; :attr:`solver` is its name."""
         return self._choice
 
     @property
@@ -254,13 +243,14 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
 
     def solver_steps(
         self,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         solver: str | SolverChoice | None = None,
         conventions: str | None = None,
     ) -> int:
-        """Return how many steps such a call makes; a few solvers and spacings make more than asked for."""
-        settings = EditSettings(steps=num_inference_steps, eta=eta).checked()
+        """Return how many steps a call with these arguments makes, which may be more than asked for."""
+        steps = self._few_steps or None if num_inference_steps is None else num_inference_steps
+        settings = EditSettings(steps=steps, eta=eta).checked()
         choice = self._choice if solver is None else choose_solver(solver)
         return count_steps(self._engine(conventions).with_spacing(choice), settings, self.noise_schedule)
 
@@ -301,19 +291,19 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         reuse_features: int = 1,
         **others: Any,
     ) -> EditOutput | tuple[Any, list[bool] | None]:
-        """Paint the exemplar into the masked region; docs/pipeline.md explains every argument."""
+        """Paint the exemplar into the masked region; the class lists the arguments."""
         self._refuse_arguments(others)
         if not isinstance(negative_prompt, str | list | None) or negative_prompt:
             raise EditValueError("negative_prompt: there is no text here; leave it None")
         if preset is not None and solver is not None:
             raise EditValueError("preset and solver both name a solver; give one of them")
-        usual = (self._few_steps or preset is not None) and num_inference_steps == DEFAULT_STEPS
+        own = self._few_steps or preset is not None  # which the call's default gives way to
+        steps = None if own and num_inference_steps == DEFAULT_STEPS else num_inference_steps
         more: dict[str, Any] = {"region": region, "margin": margin, "feather": feather, "preset": preset}
         more |= {"height": height, "width": width, "preserve_background": preserve_background}
         more |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "eta": eta}
         more |= {"reuse_features": reuse_features, "conventions": conventions}
-        more["steps"] = None if usual else num_inference_steps
-        settings = EditSettings(num_images=num_images_per_prompt, **more).checked()
+        settings = EditSettings(num_images=num_images_per_prompt, steps=steps, **more).checked()
         output = self.edit(
             example_image,
             image,
@@ -346,9 +336,9 @@ class PaintByExample(AdapterSettings, MemorySettings, DiffusersNames):
         exemplar_embeds: Tensor | None = None,
         **given: Any,
     ) -> EditOutput:
-        """Do what a call does, with settings that are checked; the other arguments are the call's.
+        """Do what a call does, with settings that were checked; the other arguments are the call's.
 
-        ``choice`` is the solver of settings that name none (None: the pipeline's own), and ``given`` takes
+        ``choice`` is the solver if the settings name none (None: the pipeline's own), and ``given`` takes
         ``latents`` and ``masked_image_latents``.
         """
         engine = self._engine(settings.conventions)

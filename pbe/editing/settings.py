@@ -28,8 +28,8 @@ PresetName = Literal["draft", "normal", "best"]
 DEFAULT_STEPS = 50
 # What docs/solvers.md recommends, by measurement: fewest calls, near the converged edit, practically there.
 PRESETS: dict[PresetName, dict[str, Any]] = {
-    "draft": {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 10},
-    "normal": {"solver": "dpmpp_2m", "karras": True, "steps": 20},
+    "draft": {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 8},
+    "normal": {"solver": "dpmpp_2m", "karras": True, "steps": 18},
     "best": {"solver": "unipc", "karras": True, "steps": 40},
 }
 
@@ -65,41 +65,41 @@ class EditSettings:
     """
 
     preset: PresetName | None = field(default=None, metadata={"group": "Sampling"})
-    """draft, normal or best: solver, spacing and steps in one word; those that are given too win"""
+    """solver, spacing and steps in one word; options given beside it win"""
     solver: SolverName | None = None
-    """default: the model's, plms where it names none"""
+    """how noise is turned into an image (default: the model's, else plms)"""
     spacing: SpacingName | None = None
-    """of the timesteps (default: the solver's)"""
+    """spacing of the timesteps (default: the solver's)"""
     karras: bool = False
-    """noise levels after Karras et al."""
+    """use the noise levels of Karras et al."""
     steps: int | None = None
-    """steps of the solver (default: 50, or the preset's)"""
+    """steps of the solver (default: 50, the preset's, or what a few-step model is meant for)"""
     guidance_scale: float = 5.0
-    """1 turns guidance off"""
+    """how strongly the exemplar is followed; 1 turns guidance off"""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """noise levels with guidance, 0 is clean and 1 is noise; without it a step takes half the time"""
+    """noise levels that are guided, 0 is clean and 1 is noise; other steps take half the time"""
     reuse_features: int = 1
-    """so many network calls share its inner levels: faster, but approximate above 1"""
+    """this many network calls share the UNet's inner levels: faster, but approximate above 1"""
     eta: float = 0.0
-    """fresh noise in every step, 0 to 1, ddim and lcm only"""
+    """share of fresh noise in every step, 0 to 1; ddim and lcm only"""
     seed: int = 0
-    """edit k of an image has seed + k"""
+    """seed of the noise; edit k of an image has seed + k"""
     num_images: int = 1
     """edits of each image"""
     conventions: ConventionsName | None = None
-    """of preparing the inputs (default: the model's)"""
+    """prepare the inputs as the original code or as diffusers does (default: the model's)"""
     region: Region = field(default="full", metadata={"group": "Region and size"})
-    """edit the whole image, or the mask's surroundings at the model's size"""
+    """edit the whole image, or only the mask's surroundings, at the model's size"""
     margin: float = 0.5
-    """around the mask, as a share of its longer side"""
+    """with --region mask: room around the mask, as a share of its longer side"""
     feather: float | None = None
-    """width of that region's seam in pixels (default: by size)"""
+    """with --region mask: width of the seam in pixels (default: by size)"""
     height: int | None = None
-    """of the result; with --region mask, of what the model sees"""
+    """height of the result; with --region mask, of what the model sees"""
     width: int | None = None
-    """likewise"""
+    """width of the same"""
     preserve_background: bool = True
-    """keep every pixel outside the mask bit by bit"""
+    """keep every pixel outside the mask exactly"""
 
     def checked(self, named: Callable[[str], str] = lambda name: CALL_NAMES.get(name, name)) -> Self:
         """Return the settings with every value checked, as Python's numbers; errors use ``named``."""
@@ -119,11 +119,12 @@ class EditSettings:
             raise EditTypeError(f"{named('preserve_background')}: {kind}; it must be True or False")
         if self.region not in get_args(Region):
             raise EditValueError(f"no region '{self.region}'; there are: {', '.join(get_args(Region))}")
-        if self.eta and self.solver not in (None, "ddim", "lcm"):
+        checked = replace(self, **found).with_preset(named)
+        if checked.eta and checked.solver not in (None, "ddim", "lcm"):
             raise EditValueError(
-                f"{named('eta')} above 0 is for {named('solver')} ddim and lcm, not {self.solver}"
+                f"{named('eta')} above 0 is for {named('solver')} ddim and lcm, not {checked.solver}"
             )
-        return replace(self, **found).with_preset(named)
+        return checked
 
     @property
     def count(self) -> int:
@@ -155,9 +156,9 @@ class EditCommand(EditSettings):
     config: str | None = None
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False
-    """the plain weights of a training, not the average"""
+    """use the plain weights of a training checkpoint, not their moving average"""
     adapter: tuple[str, ...] = ()
-    """adapters to put beside the weights, FILE or FILE:SCALE each"""
+    """adapters to use with the model, FILE or FILE:SCALE each"""
     revision: str | None = None
     """branch, tag or commit of a model on the Hub (default: main)"""
     cache_dir: str | None = None
@@ -169,33 +170,33 @@ class EditCommand(EditSettings):
     image: str | None = field(default=None, metadata={"group": "Input"})
     """image to edit"""
     mask: str | None = None
-    """mask, white = repaint; resized to the image"""
+    """mask: white is repainted, black is kept; resized to the image"""
     exemplar: str | None = None
-    """image of what is to be painted in"""
+    """image of the object to paint"""
     name: str | None = None
-    """stem of the output files (default: the image's)"""
+    """name of the output files, without seed and ending (default: the image's)"""
     pairs: str | None = None
-    """many edits instead: JSON lines, a JSON array or CSV"""
+    """file of many edits: JSON lines, a JSON array or CSV"""
     out: str | None = field(default=None, metadata={"group": "Output"})
-    """folder where the edits go"""
+    """folder for the edits"""
     output: str | None = None
-    """or the file of a single edit; its JSON lies beside it"""
+    """instead of --out: file for a single edit; its JSON goes beside it"""
     watermark: bool = False
     """put an invisible watermark into the edits"""
     device: str = field(default="auto", metadata={"group": "Running"})
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "fp32"
-    """of the weights"""
+    """type of the weights; bf16 halves the memory"""
     int8: bool = False
-    """hold weights in 8 bits and compute in that type: least memory, slightly other numbers"""
+    """keep the weights in 8 bits and compute in --dtype: least memory, slightly different results"""
     compile: bool = False
-    """compile the UNet: minutes at the first step, kept for later starts; then faster steps on a GPU"""
+    """compile the UNet, for faster steps on a GPU: takes minutes once, and is kept for later starts"""
     batch_size: int = 4
-    """edits at once"""
+    """edits that run at once; fewer need less memory"""
     cpu_offload: bool = False
     """keep idle networks off the accelerator"""
     attention_slicing: int | None = None
-    """queries of attention at a time"""
+    """compute attention for this many queries at a time, to save memory"""
     quiet: bool = False
     """no progress bars"""
 
@@ -216,7 +217,12 @@ class EditCommand(EditSettings):
         for text in self.adapter:
             place, _ = parse_adapter(text, named("adapter"))
             if not os.path.exists(place):
-                raise EditValueError(f"{named('adapter')} '{place}' does not exist; give an adapter's file")
+                raise EditValueError(
+                    f"{named('adapter')} '{place}' does not exist; give an adapter's file or run"
+                )
+        for name in ("image", "mask", "exemplar", "pairs"):
+            if (given := getattr(self, name)) and "://" in given and not os.path.exists(given):
+                raise EditValueError(f"{named(name)} is the URL '{given}'; download it and give the file")
         if self.safety_checker not in ("auto", "none"):
             existing_path(self.safety_checker, named("safety_checker"))
         return found

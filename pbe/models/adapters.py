@@ -90,7 +90,33 @@ def delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
     return scale * product.view(len(up), *down.shape[1:])
 
 
-class Adapted(nn.Module):
+class Mixin(nn.Module):
+    """What a layer's class may gain in front, in place (:func:`mixed`); it is copied and pickled as ever."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Name the classes that a class is made of, which no module holds."""
+        return _blank, tuple(_parts_of(type(self))), self.__getstate__()
+
+
+@cache
+def mixed(mixin: type[Mixin], kind: Any) -> Any:
+    """Return the class of layers of a kind that have a mixin in front."""
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {"__doc__": kind.__doc__})
+
+
+def _parts_of(kind: Any) -> list[Any]:
+    mixin, *behind = kind.__bases__
+    return [mixin, *_parts_of(behind[0])] if issubclass(kind, Mixin) else [kind]
+
+
+def _blank(*parts: Any) -> Any:
+    *mixins, kind = parts
+    for mixin in reversed(mixins):
+        kind = mixed(mixin, kind)
+    return kind.__new__(kind)
+
+
+class Adapted(Mixin):
     """What a layer inherits from first once it has adapters."""
 
     adapters: nn.ModuleList
@@ -116,11 +142,6 @@ class Adapted(nn.Module):
         return output
 
 
-@cache
-def _with_adapters(kind: Any) -> Any:
-    return type(f"Adapted{kind.__name__}", (Adapted, kind), {"__doc__": kind.__doc__})
-
-
 def layers_of(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers of parts by name; a part that the model does not have, or no part, is an error.
 
@@ -143,8 +164,7 @@ def layers_of(model: nn.Module, parts: Iterable[str]) -> dict[str, nn.Linear | n
 def attach(layer: nn.Linear | nn.Conv2d, adapter: LowRank) -> None:
     """Add an adapter to a layer, which stays the same object with the same weights."""
     if not isinstance(layer, Adapted):
-        kind: Any = type(layer)
-        layer.__class__ = _with_adapters(kind)
+        layer.__class__ = mixed(Adapted, type(layer))
         layer.adapters = nn.ModuleList()
     assert isinstance(layer, Adapted)
     layer.adapters.append(adapter)

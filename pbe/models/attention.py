@@ -15,21 +15,20 @@ from pbe.models.convolution import Convolution, is_channels_last
 from pbe.models.layers import make_norm, zero_init
 
 SHORT = 64 * 64
-"""Queries times keys up to which training on the CPU is faster with attention written out."""
+"""Product of queries and keys up to which training on the CPU is faster with explicit matrix products."""
 
 SCORES_AT_ONCE = 2**19
-"""Scores that are held at once where attention is written out in slices: one core's cache in bfloat16."""
+"""Attention scores held at once when attention is computed in slices: one core's cache in bfloat16."""
 
 FEW = 64
-"""Queries or keys up to which slices bring nothing."""
+"""Number of queries or keys up to which slicing does not pay."""
 
 
 class SlicedAttention(nn.Module):
     """What all attention layers share: the softmax over keys, for everything at once or in slices.
 
-    ``queries_at_once`` and ``heads_at_once`` are the numbers of queries, and of heads of the whole batch,
-    that are attended for together, None for all of them; the result is the same. Set them with
-    :func:`set_attention_slicing`.
+    ``queries_at_once`` queries, or ``heads_at_once`` heads of the whole batch, are computed together; None
+    means all. The result is the same. Set them with :func:`set_attention_slicing`.
     """
 
     queries_at_once: int | None = None
@@ -46,7 +45,7 @@ class SlicedAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         training = torch.is_grad_enabled() and self.queries_at_once is None
         if training and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT:
-            # the backward pass of PyTorch's fused CPU kernel is slow on short sequences
+            # the backward pass of PyTorch's fused CPU kernel is slow for short sequences
             return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1) @ v
         slices = q.split(self.queries_at_once or q.shape[2], dim=2)
         outputs = [_kernel(part, k, v) for part in slices]
@@ -82,13 +81,13 @@ def set_attention_slicing(
 ) -> None:
     """Let every attention layer of the UNet and the autoencoder inside ``module`` work in slices.
 
-    PyTorch's fused kernels never hold the whole matrix of attention weights, so that slices save nothing
-    where such a kernel exists. Where none does, the matrix is ``queries_at_once`` rows high instead of n, or
-    there are ``heads_at_once`` of them instead of one for every head of every sample.
+    PyTorch's fused kernels never hold the whole matrix of attention weights, so slices save nothing if there
+    is one for the device. Without one, the matrix has ``queries_at_once`` rows instead of n, or there are
+    ``heads_at_once`` matrices instead of one for every head of every sample.
 
     Args:
         module: a model or any part of one.
-        queries_at_once: 1 and above; None takes all.
+        queries_at_once: 1 and above; None means all.
         heads_at_once: likewise.
     """
     for count, what in ((queries_at_once, "queries"), (heads_at_once, "heads")):
@@ -101,11 +100,11 @@ def set_attention_slicing(
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """A condition as all cross-attentions need it, computed once for many calls of the UNet.
+    """A condition as each cross-attention needs it, computed once for many calls of the UNet.
 
     Attributes:
         shape: of the condition, ``(b, tokens, context_dim)``.
-        known: what :meth:`Attention.prepare` made of it, for each layer.
+        known: the result of :meth:`Attention.prepare` for each layer.
     """
 
     shape: torch.Size
@@ -113,16 +112,16 @@ class PreparedCondition:
 
 
 def repeat_to(x: Tensor, batch: int) -> Tensor:
-    """Repeat ``x`` along the batch: both halves of guidance share it until they meet their conditions."""
+    """Repeat ``x`` along the batch, which both halves of guidance share up to the first condition."""
     return x if batch <= len(x) else torch.cat([x] * (batch // len(x)))
 
 
 class Attention(SlicedAttention):
     """Multi-head attention from ``x`` to ``context`` (to ``x`` itself when there is none).
 
-    With a context of one token the softmax over its single key is 1 whatever the query, so that
-    attention *is* ``to_out(to_v(context))``. That path is taken by itself; ``to_q`` and ``to_k`` stay
-    in the state dict and have no influence and no gradient.
+    With a context of one token, the softmax over its single key is 1 whatever the query, so attention *is*
+    ``to_out(to_v(context))``. That is computed instead; ``to_q`` and ``to_k`` stay in the state dict, without
+    influence and without gradient.
     """
 
     def __init__(self, channels: int, *, num_heads: int, context_dim: int | None = None) -> None:
@@ -138,7 +137,7 @@ class Attention(SlicedAttention):
         return rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
 
     def prepare(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Return what does not depend on the queries: keys and values, or for one token all of the output."""
+        """Return what does not depend on the queries: keys and values, or for one token the whole output."""
         if context.shape[1] == 1:
             return (self.to_out(self.to_v(context)),)
         return self._split(self.to_k(context)), self._split(self.to_v(context))
@@ -178,7 +177,7 @@ class FeedForward(nn.Module):
         if x.device.type != "cpu" or torch.is_grad_enabled() or self.proj._forward_hooks:
             value, gate = self.proj(x).chunk(2, dim=-1)
             return self.out(value * F.gelu(gate))
-        # two products instead of one, so that each half lies together in memory
+        # two products instead of one, so that each half is contiguous in memory
         weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         value, gate = (F.linear(x, *pair) for pair in zip(weights, biases, strict=True))
         if isinstance(self.proj, Adapted):
@@ -202,7 +201,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor | PreparedCondition) -> Tensor:
         """Map ``(b, n, channels)`` to the same shape, given a context ``(b, m, context_dim)``.
 
-        With contexts of several conditions for each sample ``x`` is repeated when it meets them.
+        If there are several conditions for each sample, ``x`` is repeated to match them.
         """
         x = repeat_to(x + self.attn1(self.norm1(x)), context.shape[0])
         # the one-token path ignores the query, so its norm is not worth computing

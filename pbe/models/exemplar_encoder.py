@@ -41,7 +41,7 @@ class MapperAttention(nn.Module):
     def _values(self, x: Tensor) -> Tensor:
         values = F.linear(x, *self._value_rows())
         if isinstance(self.qkv, Adapted):
-            for adapter in self.qkv.adapters:
+            for adapter in (each for each in self.qkv.adapters if each.factor):
                 parts = rearrange(adapter(x), "b n (h three d) -> three b n (h d)", h=self.heads, three=3)
                 values = values + parts[2]
         return values
@@ -70,17 +70,17 @@ class MapperBlock(nn.Module):
 
 
 class LayoutPooling(nn.Module):
-    """Learned pooling that knows positions: one token made of coarse maps of the image tower's stages.
+    """Learned pooling that keeps positions: one token from coarse maps of the image tower's stages.
 
-    CLIP's class token is an attention pool with positions, so it knows where things are in the exemplar; the
-    global average of a convolutional tower does not. Here a linear layer reads each position, and after GELU
-    a linear map makes all positions one token.
+    CLIP's class token is an attention pool with positions, so it can say where things are in the exemplar;
+    the global average of a convolutional tower cannot. Here a linear layer reads each position, and after a
+    GELU a linear map turns all positions into one token.
 
     Args:
         channels: of all chosen stages together.
         grid: positions along a side.
-        hidden: channels that each position is brought to.
-        width: of the token.
+        hidden: channels per position after the first layer.
+        width: width of the token.
     """
 
     def __init__(self, channels: int, grid: int, hidden: int, width: int) -> None:
@@ -135,7 +135,7 @@ class ExemplarEncoder(nn.Module):
         return LayoutPooling(channels, config.layout_grid, config.layout_width, width)
 
     def train(self, mode: bool = True) -> ExemplarEncoder:
-        """Set training mode everywhere but in the frozen tower, whose batch statistics must not move."""
+        """Set training mode everywhere except in the frozen tower, whose batch statistics must not change."""
         super().train(mode)
         self.tower.eval()
         return self
@@ -147,9 +147,9 @@ class ExemplarEncoder(nn.Module):
             pixels: ``(b, 3, s, s)`` normalised with the tower's mean and deviation.
 
         Returns:
-            ``(b, 1, width)`` pooled class token (global average for convolutional towers; behind it with
-            ``pooled_stages`` those of its stages, with ``layout_grid`` their coarse maps), or
-            ``(b, 1 + n, width)`` with ``tokens: all``, the pooled one first, the n positions row by row.
+            ``(b, 1, width)`` pooled class token (global average for convolutional towers; followed by those
+            of its stages with ``pooled_stages``, and by their coarse maps with ``layout_grid``), or with
+            ``tokens: all`` ``(b, 1 + n, width)``: the pooled one, then the n positions row by row.
         """
         if self.config.tokens == "all":
             return self._all_tokens(pixels)
@@ -207,8 +207,8 @@ class ExemplarEncoder(nn.Module):
 def _averages(maps: list[Tensor]) -> list[Tensor]:
     """Return the global average of every stage, ``(b, c)`` each.
 
-    Late layers of a classifier forget colour, early ones have not learnt shapes; averaged over all
-    positions neither can tell where anything was, so the bottleneck stays one.
+    Late layers of a classifier forget colour, and early ones do not represent shapes. Averaged over all
+    positions, neither says where anything was, so it remains a bottleneck.
     """
     return [stage.mean(dim=(2, 3)) for stage in maps]  # b c h w
 
@@ -250,7 +250,7 @@ def trunk_tokens(trunk: nn.Module, pixels: Tensor, name: str) -> tuple[Tensor, T
 
 
 def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
-    """Average the positions of a square image, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
+    """Average the positions of a square map, ``(b, n, c)``, to ``(b, grid * grid, c)``; 0 keeps them."""
     if grid == 0:
         return tokens
     side = math.isqrt(tokens.shape[1])
@@ -262,9 +262,9 @@ def to_grid(tokens: Tensor, grid: int, name: str) -> Tensor:
 
 
 def stage_tokens(trunk: nn.Module, pixels: Tensor, grid: int, name: str) -> Tensor:
-    """Return what all stages of a convolutional timm trunk say of each position, ``(b, n, width)``.
+    """Return the features of all stages of a convolutional timm trunk at each position, ``(b, n, width)``.
 
-    Positions are ``grid`` along a side, or those of the last layer where it is 0; finer maps are averaged,
+    There are ``grid`` positions along a side, or with 0 those of the last layer; finer maps are averaged,
     coarser ones repeated. The order of the channels is that of the pooled stages, so that both go through
     the same layers: the last layer, then the stages from the first one up.
     """
@@ -285,11 +285,10 @@ def _pooled(values: Tensor, side: int) -> Tensor:
 def position_code(tokens: Tensor) -> Tensor:
     """Return sines and cosines of row and column for ``(b, n, width)`` tokens of a square, same shape.
 
-    A quarter of the width each (Vaswani et al. 2017, section 3.5, for two axes); what is left over is zero.
-    Waves are counted along the side, from half a wave to one position, so that neighbours differ and all
-    positions do; the code is as loud (root mean square) as the tokens of its sample, which it would be
-    lost in otherwise. Convolutional towers do not say where a token stands, and their mapper has no other
-    way to know.
+    Each takes a quarter of the width (Vaswani et al. 2017, section 3.5, for two axes); the rest is zero. The
+    wavelengths go from twice the side down to two positions, so that all positions differ. The code has the
+    root mean square of its sample's tokens, or it would be lost among them. Tokens of convolutional towers
+    do not say where they are, and the mapper has no other way to know.
     """
     count, width = tokens.shape[1], tokens.shape[2]
     side, waves = math.isqrt(count), width // 4

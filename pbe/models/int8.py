@@ -8,19 +8,20 @@ most 1/254 of the channel's largest.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from pbe.models.adapters import Mixin, mixed
+
 LARGEST = 127
 ENOUGH = 2**14  # weights of a layer from which it is worth it
 AT_ONCE = 2**20  # weights that are there in float32 at a time
 
 
-class Int8Weight(nn.Module):
+class Int8Weight(Mixin):
     """What a layer inherits from first once its weight is held in 8 bits."""
 
     weight_int8: Tensor
@@ -64,11 +65,6 @@ class Frozen(torch.autograd.Function):
         return found.to(ctx.dtype), None
 
 
-@cache
-def _with_int8_weight(kind: Any) -> Any:
-    return type(f"Int8{kind.__name__}", (Int8Weight, kind), {"__doc__": kind.__doc__})
-
-
 def quantise(module: nn.Module) -> None:
     """Hold the weights of all linear and convolutional layers inside a module in 8 bits, in place.
 
@@ -81,22 +77,22 @@ def quantise(module: nn.Module) -> None:
         if layer.weight.numel() < ENOUGH or layer.weight.is_meta:
             continue
         weight = layer.weight.detach()
-        scale = weight.new_empty(len(weight), *[1] * (weight.ndim - 1), dtype=torch.float32)
+        scale = weight.new_empty(len(weight), *[1] * (weight.ndim - 1))
         whole = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
         if weight.ndim == 4 and weight.dtype == torch.bfloat16:  # as convolutions of bfloat16 want them
             whole = whole.to(memory_format=torch.channels_last)
         share = max(AT_ONCE // weight[0].numel(), 1)
         for some in (slice(first, first + share) for first in range(0, len(weight), share)):
             part = weight[some].float()
-            scale[some] = (
-                part.abs().amax(dim=tuple(range(1, part.ndim)), keepdim=True).clamp(min=1e-12) / LARGEST
-            )
-            whole[some] = (part / scale[some]).round()
+            largest = part.abs().amax(dim=tuple(range(1, part.ndim)), keepdim=True)
+            scale[some] = largest / LARGEST
+            # by the scale as it is kept, rounded to the type of the weights; 1 for a channel of zeros
+            kept = scale[some].float()
+            whole[some] = (part / kept.where(kept > 0, 1.0)).round().clamp(-LARGEST, LARGEST)
         del layer.weight
         layer.register_buffer("weight_int8", whole)
-        layer.register_buffer("weight_scale", scale.to(weight.dtype))
-        kind: Any = type(layer)
-        layer.__class__ = _with_int8_weight(kind)
+        layer.register_buffer("weight_scale", scale)
+        layer.__class__ = mixed(Int8Weight, type(layer))
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

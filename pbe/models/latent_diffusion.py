@@ -15,17 +15,17 @@ from pbe.models.unet import DeepFeatures, Prepared, UNet
 
 
 class LatentDiffusion(nn.Module):
-    """All networks of Paint by Example and the conversions between pixels and what they take.
+    """All networks of Paint by Example, and the conversions between pixels and their inputs.
 
     Args:
         config: sizes of all parts, prediction and schedule.
-        unet: a part to take as it is instead of building one, to share it with another model.
+        unet: a network to use instead of building one, for example to share it with another model.
         autoencoder: likewise.
         exemplar_encoder: likewise.
 
     Attributes:
         before_use: called with ``unet``, ``autoencoder`` or ``exemplar_encoder`` before that part runs.
-        run_on: where the parts run when their weights may lie elsewhere; None: where the UNet's weights are.
+        run_on: where the parts run if their weights may be elsewhere; None: where the UNet's weights are.
     """
 
     before_use: Callable[[str], None] | None = None
@@ -49,7 +49,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected and outputs come."""
+        """Device of inputs and outputs."""
         return self.run_on or self.unet.conv_in.weight.device
 
     @property
@@ -59,7 +59,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """Type of the weights of autoencoder and tower, another one where adapters of a UNet are trained."""
+        """Type of the weights of autoencoder and tower; differs from the UNet's when adapters are trained."""
         return next(self.autoencoder.parameters()).dtype
 
     @property
@@ -74,7 +74,7 @@ class LatentDiffusion(nn.Module):
 
     @tile_above.setter
     def tile_above(self, pixels: int | None) -> None:
-        """Set it for the autoencoder, and so for every model that shares it."""
+        """Set it for the autoencoder, and thus for every model that shares it."""
         self.autoencoder.tile_above = pixels
 
     def _use(self, part: str) -> None:
@@ -85,7 +85,7 @@ class LatentDiffusion(nn.Module):
         """Return scaled latents ``(b, z, h, w)`` of images ``(b, 3, H, W)`` in [-1, 1].
 
         Args:
-            images: to be encoded.
+            images: images to encode.
             noise: standard normal ``(b, z, h, w)`` to sample the posterior with; None takes its mean.
         """
         self._use("autoencoder")
@@ -104,7 +104,7 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.decode(latents / self.config.autoencoder.scale_factor, known)
 
     def normalise_exemplar(self, exemplar: Tensor) -> Tensor:
-        """Bring exemplars ``(b, 3, s, s)``, uint8 or float in [0, 1], to the tower's mean and deviation."""
+        """Normalise exemplars ``(b, 3, s, s)``, uint8 or float in [0, 1], as the tower expects it."""
         pixels = exemplar.to(self.device)
         pixels = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
         mean, std = (
@@ -139,7 +139,7 @@ class LatentDiffusion(nn.Module):
             condition: ``(b, tokens, context_dim)``.
             masked_latents: ``(b, z, h, w)`` scaled latents of the image with the masked region at mid-grey.
             keep_mask: ``(b, 1, h, w)``, 1 = keep, 0 = masked region.
-            guidance: ``(b,)`` guidance scales, for a UNet that takes them.
+            guidance: ``(b,)`` guidance scales, for a UNet with that input.
 
         Returns:
             ``(b, z, h, w)``: the noise, or v, as ``config.prediction`` says.
@@ -163,7 +163,7 @@ class LatentDiffusion(nn.Module):
     def predict_prepared(
         self, x_t: Tensor, timesteps: Tensor, prepared: Prepared, deep: DeepFeatures | None = None
     ) -> Tensor:
-        """Do what :meth:`predict` does with ``(k b, z, h, w)``, k times the same, for k conditions."""
+        """Do what :meth:`predict` does for k conditions; ``x_t`` is ``(k b, z, h, w)``, the same k times."""
         self._use("unet")
         return self.unet(x_t, timesteps, prepared, deep)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,12 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pbe.errors import UserError
 from pbe.models.convolution import Convolution, double, is_channels_last
 
 SMALL_MAP, NARROW = 32 * 32, 16
 """Positions and channels of a group from which torch's group norm is fast in any layout."""
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
+
+
+def compile_network(network: nn.Module, switch: str) -> None:
+    """Compile a network by ``torch.compile``, at its first call; ``switch`` is what asked for it.
+
+    Raises UserError where code is to be made for the CPU, and the compiler that torch would call is missing.
+    """
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if not torch.cuda.is_available() and shutil.which(compiler.partition(" ")[0]) is None:
+        raise UserError(
+            f"{switch} needs a C++ compiler, and there is no '{compiler}'; install g++ (or name another "
+            f"compiler in CXX), or leave {switch} out"
+        )
+    network.compile()
 
 
 def zero_init(module: L) -> L:

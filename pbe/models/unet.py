@@ -14,10 +14,10 @@ from pbe.models.attention import PreparedCondition, SpatialTransformer, Transfor
 from pbe.models.layers import Downsample, ResBlock, Upsample, make_norm, timestep_embedding, zero_init
 
 Time = Tensor | Mapping[nn.Module, Tensor]
-"""Time embeddings ``(b, time_dim)``, or what each residual block makes of them."""
+"""Time embeddings ``(b, time_dim)``, or each residual block's projection of them."""
 Context = Tensor | PreparedCondition
-"""A condition ``(b, tokens, context_dim)``, or what the cross-attentions make of it."""
-LAST_PLACE = 999.0  # a guidance scale is embedded by its place in its range, as timesteps are
+"""A condition ``(b, tokens, context_dim)``, or its keys and values for each cross-attention."""
+LAST_PLACE = 999.0  # a guidance scale is embedded like a timestep: by its place in its range, from 0 to this
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Prepared:
             convolution's output, its bias included.
         condition: of ``b`` samples, or of ``k b`` for k conditions of each sample.
         timesteps: ``(n,)`` distinct ones.
-        table: ``(n, rows, c)`` what all residual blocks make of each timestep, side by side. One row serves
-            all samples, unless the condition enters the time embedding.
-        blocks: the residual blocks, and each one's share of c.
+        table: ``(n, rows, c)`` all residual blocks' projections of each timestep, side by side. One row
+            serves all samples, unless the condition enters the time embedding.
+        blocks: the residual blocks, with their shares of c.
     """
 
     constant: Tensor
@@ -41,10 +41,10 @@ class Prepared:
     blocks: dict[nn.Module, int]
 
     def time(self, timesteps: Tensor) -> dict[nn.Module, Tensor]:
-        """Look up what each block makes of timesteps ``(b,)`` that are all the same.
+        """Look up each block's projection of timesteps ``(b,)`` that are all the same.
 
-        One that was not prepared gives NaN: to look whether it is there, the host would wait for the device.
-        Whoever uses the result checks once, at the end, that it is finite.
+        A timestep that was not prepared gives NaN, since checking for it would make the host wait for the
+        device. The caller checks once, at the end, that the result is finite.
         """
         place = (self.timesteps - timesteps[0]).abs().argmin().view(1)
         known = self.timesteps.index_select(0, place) == timesteps[0]
@@ -54,13 +54,13 @@ class Prepared:
 
 
 class DeepFeatures:
-    """What the UNet's inner levels made of one call, kept for the calls that follow it.
+    """Output of the UNet's inner levels in one call, kept for the calls that follow it.
 
-    Between neighbouring noise levels it changes slowly (Ma et al. 2024, DeepCache): calls that take it over
-    run the outermost level only. An approximation.
+    It changes slowly between neighbouring noise levels (Ma et al. 2024, DeepCache), so calls that reuse it
+    run only the outermost level. This is an approximation.
 
     Args:
-        every: so many calls share what the first of them makes; 1 keeps nothing.
+        every: this many calls share the output of the first of them; 1 shares nothing.
     """
 
     def __init__(self, every: int) -> None:
@@ -69,13 +69,13 @@ class DeepFeatures:
         self._kept: Tensor | None = None
 
     def take(self, rows: int) -> Tensor | None:
-        """Return what is kept for a batch of ``rows``, or None where this call must make it."""
+        """Return the kept output for a batch of ``rows``, or None if this call must compute it."""
         due = self._calls % self.every == 0 or self._kept is None or len(self._kept) != rows
         self._calls = 1 if due else self._calls + 1
         return None if due else self._kept
 
     def keep(self, made: Tensor) -> None:
-        """Keep what a call made."""
+        """Keep the output of a call."""
         self._kept = made
 
 
@@ -105,7 +105,7 @@ class DownLevel(Level):
     downsample: Downsample | None
 
     def forward(self, x: Tensor, time: Time, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """Return the output and what the decoder half will want of this level."""
+        """Return the output and the skips for the decoder half."""
         skips = []
         for index in range(len(self.blocks)):
             x = self.step(index, x, time, context)
@@ -122,7 +122,7 @@ class UpLevel(Level):
     upsample: Upsample | None
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Time, context: Context) -> Tensor:
-        """Return the output; takes this level's share off the end of ``skips``."""
+        """Return the output; removes this level's skips from the end of ``skips``."""
         for index in range(len(self.blocks)):
             x = self.step(index, torch.cat([x, repeat_to(skips.pop(), len(x))], dim=1), time, context)
         if self.upsample is None:
@@ -173,12 +173,12 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(base, latent_channels, 3, padding=1))
 
     def take_guidance(self, scales: list[float], steps: int) -> None:
-        """Make one call do the work of guidance's two, once it is trained; until then nothing changes.
+        """Declare that one call applies guidance, which distillation then trains; outputs stay the same.
 
         Args:
-            scales: lowest and highest guidance scale that it is meant for, where they differ an input of its
-                own, which starts at zero (Meng et al. 2023, section 3.1); empty: none.
-            steps: that it is meant for; 0: any number.
+            scales: lowest and highest guidance scale; if they differ, the scale becomes an input, whose layer
+                starts at zero (Meng et al. 2023, section 3.1); empty: guidance takes two calls.
+            steps: number of steps that it is distilled for; 0: any.
         """
         self.config = replace(self.config, guidance_range=list(scales), few_steps=steps)
         self.guidance_embed = self._guidance_layer(scales)
@@ -233,13 +233,13 @@ class UNet(nn.Module):
 
         Args:
             x: ``(b, 2z + 1, h, w)`` of any size; with a prepared context only the noisy latents
-                ``(k b, z, h, w)``, k times the same.
-            timesteps: ``(b,)`` in 0..999; with a prepared context all the same, and one of those that were
-                prepared, or the output is NaN.
-            context: ``(b, tokens, context_dim)`` the condition, or what :meth:`prepare` made of k conditions
-                for each sample.
-            deep: with a prepared context, what the calls of one edit share.
-            guidance: ``(b,)`` or ``(1,)`` guidance scales, where they are an input and nothing is prepared.
+                ``(k b, z, h, w)``, the same k times.
+            timesteps: ``(b,)`` in 0..999; with a prepared context all equal and among those prepared, or the
+                output is NaN.
+            context: ``(b, tokens, context_dim)`` the condition, or the result of :meth:`prepare` for k
+                conditions of each sample.
+            deep: with a prepared context, features shared by the calls of one edit.
+            guidance: ``(b,)`` or ``(1,)`` guidance scales, if they are an input and nothing is prepared.
 
         Returns:
             ``(b, z, h, w)``, or ``(k b, z, h, w)``.
@@ -263,18 +263,18 @@ class UNet(nn.Module):
         timesteps: Tensor,
         guidance: Tensor | None = None,
     ) -> Prepared:
-        """Compute once what is the same in all calls of an edit; give it to the UNet as its context.
+        """Compute once what is the same in all calls of an edit; pass the result to the UNet as its context.
 
-        The numbers are those of the plain call up to rounding. With k conditions of each sample, as for
-        guidance, what comes before the first cross-attention runs once for all of them.
+        Outputs are those of the plain call up to rounding. With k conditions of each sample, as for guidance,
+        everything before the first cross-attention runs once for all of them.
 
         Args:
             condition: ``(k b, tokens, context_dim)``, all samples' first conditions first.
             masked_latents: ``(b, z, h, w)``.
             keep_mask: ``(b, 1, h, w)``, 1 = keep.
-            timesteps: ``(n,)`` all that will be asked for. Memory grows with them: Stable Diffusion's sizes
-                take 20160 numbers for each.
-            guidance: ``(b,)`` or ``(1,)`` guidance scales, where they are an input.
+            timesteps: ``(n,)`` all that will be needed. Memory grows with them: at Stable Diffusion's sizes
+                each takes 20160 numbers.
+            guidance: ``(b,)`` or ``(1,)`` guidance scales, if they are an input.
         """
         fixed, conv = torch.cat([masked_latents, keep_mask], dim=1), self.conv_in
         constant = F.conv2d(fixed, conv.weight[:, -fixed.shape[1] :], conv.bias, padding=conv.padding)
@@ -318,7 +318,7 @@ class UNet(nn.Module):
     def after_input(
         self, x: Tensor, time: Time, context: Context, deep: DeepFeatures | None = None
     ) -> Tensor:
-        """Run everything behind the first convolution, whose output is ``x``."""
+        """Run everything after the first convolution, whose output is ``x``."""
         skips = [x]
         x, produced = self.down[0](x, time, context)
         known = deep.take(context.shape[0]) if deep is not None and len(self.down) > 1 else None
@@ -334,7 +334,7 @@ class UNet(nn.Module):
     def _inner_levels(
         self, x: Tensor, skips: list[Tensor], produced: list[Tensor], time: Time, context: Context
     ) -> Tensor:
-        """Run all but the outermost level; leaves in ``skips`` what that one wants."""
+        """Run all but the outermost level; leaves that one's skips in ``skips``."""
         skips += produced
         for level in self.down[1:]:
             x, produced = level(x, time, context)

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from pbe.checkpoints.adapters import ADAPTER_NAME, save_adapter
 from pbe.checkpoints.key_map import empty_model
+from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import check_keys, save_model
 from pbe.config import Config, save_yaml
 from pbe.data.datamodule import TrainingData
@@ -43,6 +44,7 @@ from pbe.training.setup import (
 from pbe.training.tasks.autoencoder import AutoencoderTask, measure_scale_factor
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
+from pbe.training.tasks.finetuning import follow_model
 
 LOG = logging.getLogger(__name__)
 SCALE_BATCHES = 8  # that the scale factor of the latents is measured on
@@ -162,11 +164,12 @@ def check_checkpoint(path: Path, task: BaseTask) -> None:
     check_keys(content["state_dict"], task, f"checkpoint '{path}'")
     base = task.base_fingerprint()
     if base and content["base"] != base:
-        what = "adapters" if task.adapted else "student"
+        what, setting = ("adapters", "lora.base") if task.adapted else ("student", "trainer.precision")
         were = "were" if task.adapted else "was"
         raise UserError(
             f"the {what} of '{path}' {were} trained beside other weights than those of "
-            f"'{task.config.init_from}'; name the model of its start, or another output_dir"
+            f"'{task.config.init_from}', or in another {setting}; name those of its start, or another "
+            "output_dir"
         )
     if task.ema is not None and not content["ema"]:
         raise UserError(
@@ -264,6 +267,9 @@ def build_cache(config: Config, share: tuple[int, int] = (0, 1)) -> int:
 
 def cache_size(config: Config) -> CacheSize:
     """Return what the latent cache of a configuration takes when it is built; no weights are needed."""
+    prepare_process(config)
+    if config.model_from_init:
+        config = follow_model(config, open_checkpoint(config.start).config)
     trained = Path(config.autoencoder_from)
     if config.autoencoder_from and trained.is_dir() and not config.start:
         _, autoencoder = find_autoencoder(config)

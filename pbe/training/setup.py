@@ -32,11 +32,12 @@ from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
 from pbe.checkpoints.tower_weights import load_tower_weights
 from pbe.config import AutoencoderConfig, Config, ModelConfig, TrainerConfig, differences, flatten, to_dict
+from pbe.config.loading import one_line
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
 from pbe.models.attention import SpatialTransformer
 from pbe.models.image_tower import follow_sizes
-from pbe.models.layers import ResBlock
+from pbe.models.layers import ResBlock, compile_network
 from pbe.training.monitoring.callbacks import GridCallback, StepLog, autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.loggers import make_loggers
 from pbe.training.optimization.sharding import STRATEGY_NAMES, ShardedStrategy
@@ -47,7 +48,7 @@ from pbe.training.tasks.autoencoder import AutoencoderTask
 from pbe.training.tasks.base import BaseTask
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.distillation import DistillationTask
-from pbe.training.tasks.finetuning import check_undistilled, follow_model
+from pbe.training.tasks.finetuning import check_undistilled, follow_model, undistilled
 
 # Lightning's advice that does not apply here: few workers for small images, a frozen tower, no validation,
 # a place in the data that the data module restores, and a library's own housekeeping.
@@ -137,9 +138,11 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     """Build the model with all weights of ``init_from``."""
     if not Path(config.start).exists():
         raise UserError(
-            f"init_from: '{config.start}' is not a model folder, nor a checkpoint: it does not exist; "
+            f"init_from is '{config.start}', which does not exist; name a model folder or a checkpoint; "
             "init_from=none trains from random weights"
         )
+    if config.task == "distillation":  # the configuration that a run leaves has the student's sizes
+        config = replace(config, model=replace(config.model, unet=undistilled(config.model.unet)))
     # a folder tells its sizes, a bare checkpoint is taken for this run's
     sizes = None if Path(config.start).is_dir() or config.model_from_init else config.model
     opened = open_checkpoint(config.start, sizes)
@@ -190,8 +193,8 @@ def apply_performance_options(model: LatentDiffusion, options: TrainerConfig) ->
     if options.gradient_checkpointing:
         checkpoint_blocks(model)
     if options.compile:
-        model.unet.compile()
-        model.autoencoder.encoder.compile()
+        for network in (model.unet, model.autoencoder.encoder):
+            compile_network(network, "trainer.compile")
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
@@ -293,7 +296,7 @@ def make_trainer(
     except MISFIT as error:
         names = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         machine = ", ".join(f"{name}={getattr(options, name)}" for name in names)
-        raise UserError(f"trainer.{machine} do not go together here: {_one_line(error)}") from error
+        raise UserError(f"trainer.{machine} do not work together here: {one_line(error)}") from error
     global_batch = config.data.batch_size * trainer.world_size
     trainer.limit_val_batches = -(-options.validation_samples // global_batch)
     return trainer
@@ -392,8 +395,4 @@ def cluster() -> ClusterEnvironment | None:
     try:
         return SLURMEnvironment(auto_requeue=False)
     except MISFIT as error:  # a number of tasks that does not tell which node has which
-        raise UserError(f"SLURM's variables do not fit: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"SLURM's variables do not fit: {one_line(error)}") from error

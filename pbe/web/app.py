@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, fields
+from concurrent.futures import Future
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,7 +151,8 @@ class Editor:
             key: inputs.carried[key] for key in ("icc_profile", "dpi") if key in inputs.carried
         }
         told = record(edit, made, self.pipe, self.settings)
-        return Result(edit, to_png(made.image, **carried), carried, told)
+        kept = replace(edit, done=Future(), preview=None)  # which hold images that nobody counts
+        return Result(kept, to_png(made.image, **carried), carried, told)
 
     async def edit(self, inputs: Inputs, settings: EditSettings) -> list[Result]:
         """Make all edits of a request; whoever stops waiting cancels them."""

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from pbe.checkpoints.diffusers.scheduler import solver_to_json
+from pbe.diffusion.solvers import SolverChoice
 from pbe.editing.batch.records import versions
 from pbe.editing.image_files import carried, decode_image
 from pbe.editing.images import aspect_remark, fit_mask, mask_from_image, pixels_of, require_masked
@@ -90,6 +92,7 @@ def read_inputs(
         limits: what is too large.
         crops: part of each exemplar to take: left, top, right, bottom as shares of its sides.
     """
+    _check_edits(len(exemplars), 1, limits)  # before any is decoded: small files can be large images
     source = open_image(image, "image", limits)
     pixels = pixels_of(source, "image", own_profile=True)
     drawn = open_image(mask, "mask", limits)
@@ -166,16 +169,20 @@ def split(
     inputs: Inputs, settings: EditSettings, limits: ServeSettings, *, watched: bool = False
 ) -> list[Edit]:
     """Return the single edits of a request: every exemplar with every seed."""
-    count = len(inputs.exemplars) * settings.num_images
-    if count > limits.max_images:
-        made = f"{len(inputs.exemplars)} exemplars with {settings.num_images} images each are {count} edits"
-        raise EditValueError(f"{made}; this server makes at most {limits.max_images} at a time")
+    _check_edits(len(inputs.exemplars), settings.num_images, limits)
     one = replace(settings, num_images=1)
     return [
         Edit(inputs.image, inputs.mask, exemplar, replace(one, seed=settings.seed + index), watched)
         for exemplar in inputs.exemplars
         for index in range(settings.num_images)
     ]
+
+
+def _check_edits(exemplars: int, images: int, limits: ServeSettings) -> None:
+    """Refuse more edits of a request than the server makes: so many images of each exemplar."""
+    if (count := exemplars * images) > limits.max_images:
+        made = f"{exemplars} exemplars with {images} images each are {count} edits"
+        raise EditValueError(f"{made}; this server makes at most {limits.max_images} at a time")
 
 
 def mask_hint(inputs: Inputs, settings: EditSettings, image_size: int) -> str | None:
@@ -194,12 +201,15 @@ def mask_hint(inputs: Inputs, settings: EditSettings, image_size: int) -> str | 
 
 def record(edit: Edit, made: Made, pipe: PaintByExample, limits: ServeSettings) -> dict[str, Any]:
     """Return all that is needed to make an edit again, the command included."""
+    # a name stands for a solver with its own settings, which the model's files may give otherwise
+    plain = pipe.solver if pipe.choice == SolverChoice(pipe.solver) else None
     settings = vars(edit.settings) | {
-        "solver": edit.settings.solver or pipe.solver,
+        "solver": edit.settings.solver or plain,
         "conventions": edit.settings.conventions or pipe.conventions,
     }
     return {
         "model": limits.model_name,
+        "model_solver": solver_to_json(pipe.choice),
         **settings,
         "size": list(edit.image.shape[:2]),
         "repaints": round(float(edit.mask.mean()), 6),

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from pbe.editing.batch.runner import memory_errors
+from pbe.editing.engine import merge_choice
 from pbe.editing.pipeline import PaintByExample
 from pbe.editing.settings import EditSettings
 from pbe.errors import UserError
@@ -180,10 +181,11 @@ class EditService:
                 until = time.monotonic() + self._patience
                 while len(self._matching()) < self.batch_size and (left := until - time.monotonic()) > 0:
                     self._wake.wait(left)
-                batch = self._matching()
-            for edit in batch:
-                self._pending.remove(edit)
-                edit.done.set_running_or_notify_cancel()  # from here on its future cannot cancel it
+                found = self._matching()
+                for edit in found:
+                    self._pending.remove(edit)
+                # from here on their futures cannot cancel them; one may just have done so, without the lock
+                batch = [edit for edit in found if edit.done.set_running_or_notify_cancel()]
             return batch
 
     def _matching(self) -> list[Edit]:
@@ -194,7 +196,8 @@ class EditService:
 
     def _run(self, batch: list[Edit]) -> None:
         settings, start = batch[0].settings, time.monotonic()
-        steps = self.pipe.solver_steps(settings.count, settings.eta, settings.solver, settings.conventions)
+        choice = merge_choice(self.pipe.choice, settings)
+        steps = self.pipe.solver_steps(settings.count, settings.eta, choice, settings.conventions)
         for edit in batch:
             edit.steps = steps
         with memory_errors():

@@ -23,29 +23,29 @@ class ServeSettings:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "fp32"
-    """of the weights"""
+    """type of the weights"""
     host: str = field(default="127.0.0.1", metadata={"group": "Address"})
     """address to listen on; 0.0.0.0 lets other machines in"""
     port: int = 7860
     """port to listen on"""
     user: str | None = None
-    """ask for this name and a password"""
+    """require this name and a password"""
     password: str | None = field(default=None, repr=False)
-    """that password (better in the environment variable PBE_PASSWORD, which other users cannot list)"""
+    """that password; better given in the environment variable PBE_PASSWORD, which other users cannot see"""
     max_megabytes: int = field(default=20, metadata={"group": "Limits"})
-    """largest file that is taken"""
+    """largest file that is accepted"""
     max_megapixels: int = 40
     """largest image, in millions of pixels"""
     max_steps: int = 200
-    """most steps of an edit"""
+    """largest number of steps of an edit"""
     max_images: int = 8
-    """most edits of one request: images times exemplars"""
+    """largest number of edits of one request: images times exemplars"""
     batch_size: int = 8
-    """edits that run at once where settings and sizes match, rounded down to a power of two"""
+    """edits with equal settings and sizes that run at once, rounded down to a power of two"""
     max_queue: int = 64
-    """edits that may wait; more are refused"""
+    """number of edits that may wait; further ones are refused"""
     keep_minutes: float = 30.0
-    """uploads and results are forgotten after this time"""
+    """minutes after which uploads and results are deleted"""
     export: str | None = field(default=None, metadata={"group": "Publishing"})
     """write a folder for a Hugging Face Space instead of serving"""
 

@@ -7,6 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
+from pbe.checkpoints.loading import open_checkpoint
+from pbe.checkpoints.native import CONFIG_NAME
+from pbe.checkpoints.saving import convert
 from pbe.editing.settings import existing_path
 from pbe.errors import UserError
 from pbe.files import new_folder
@@ -72,6 +75,10 @@ def _copy_model(name: str, folder: Path) -> str:
         shutil.copytree(place, folder / "pbe/_resources" / TOY_MODEL)
         shutil.copy(packaged("data/toy/LICENCES.md"), folder / "pbe/_resources/data/toy/LICENCES.md")
         return "toy"
+    if (place / CONFIG_NAME).is_file():  # whole, where it shares parts with another
+        opened = open_checkpoint(place)
+        convert(opened, folder / "model", opened.layout)
+        return "model"
     if place.is_dir():
         shutil.copytree(place, folder / "model")
         return "model"

@@ -51,7 +51,7 @@ from scripts.benchmarks.common import (
 )
 from scripts.benchmarks.unet import same_weights
 
-GUIDANCE, STEPS = 5.0, 50
+GUIDANCE, STEPS, FEW = 5.0, 50, 4
 Edit = Callable[[Callable[[], None]], None]
 
 
@@ -63,8 +63,11 @@ def image_and_mask(size: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (size, size, 3), dtype=np.uint8), masked
 
 
-def our_edit(pipe: PaintByExample, options: argparse.Namespace) -> Edit:
-    """Return an edit by the pipeline, which tells of each step."""
+def our_edit(pipe: PaintByExample, options: argparse.Namespace, guidance: float = GUIDANCE) -> Edit:
+    """Return an edit by the pipeline, which tells of each step.
+
+    Without guidance, at scale 1, a step costs what a step of a student of few steps does.
+    """
     image, masked = image_and_mask(options.size)
     embeds = torch.zeros(1, 1, pipe.model.config.unet.context_dim)
 
@@ -75,7 +78,7 @@ def our_edit(pipe: PaintByExample, options: argparse.Namespace) -> Edit:
             masked,
             exemplar_embeds=embeds,
             num_inference_steps=options.measured,
-            guidance_scale=GUIDANCE,
+            guidance_scale=guidance,
             solver="ddim",  # one call a step
             callback=lambda *_: step(),
             generator=torch.Generator().manual_seed(0),
@@ -146,7 +149,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
     config.unet.model_channels = options.channels
     config.exemplar_encoder.tower = "timm/test_vit"  # small: no edit here uses it
     model = random_model(config, DTYPES[options.dtype], options.device)
-    edits: dict[str, Edit | None] = {"ours": our_edit(PaintByExample(model), options)}
+    pipe = PaintByExample(model)
+    edits: dict[str, Edit | None] = {"ours": our_edit(pipe, options), "student": our_edit(pipe, options, 1.0)}
     edits["diffusers"] = their_edit(model, options)
     found: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in edits}
     for _ in range(options.repeats):
@@ -154,6 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
             if edit is not None:
                 found[name].append(time_edit(edit, options.device))
     found = {name: each for name, each in found.items() if each}
+    student = found.pop("student")
     plms = calls_of(EditSettings(steps=STEPS, solver="plms"))
     wholes = {name: [around + plms * median(steps) for around, steps in each] for name, each in found.items()}
     rows = {}
@@ -172,7 +177,17 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
         seconds = first["around"] + calls * first["a call"]
         share = {"ratio": seconds / first["seconds"]}
         rows[f"ours, preset {preset}"] = {"seconds": seconds, "calls": calls, **share}
-    title = f"one edit, {options.size} px, {options.dtype}; ratio to diffusers', of presets to ours"
+    few = [around + FEW * median(steps) for around, steps in student]
+    rows[f"ours, {FEW} steps of a student"] = {
+        "seconds": median(few),
+        "calls": FEW,
+        "a call": median(second for _, steps in student for second in steps),
+        "around": median(around for around, _ in student),
+        "ratio": ratio(few, wholes["ours"]),
+    }
+    title = (
+        f"one edit, {options.size} px, {options.dtype}; ratio to diffusers', of presets and students to ours"
+    )
     print_rows(title, rows)
     return {title: rows}
 

@@ -1,4 +1,4 @@
-"""Measures the loader: its stages against bare JPEG decoding, its workers, and the opening of an index."""
+"""Measures loaders: stages against bare JPEG decoding, workers, a plain peer, and the opening of an index."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -17,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import albumentations
 import cv2
 import numpy as np
 import torch
+from albumentations.pytorch import ToTensorV2
+from torch.utils.data import DataLoader, Dataset
 
-from pbe.config import Config, DataConfig
+from pbe.config import DataConfig
 from pbe.data import dataset as dataset_module
-from pbe.data.datamodule import TrainingData
+from pbe.data.datamodule import start_worker
 from pbe.data.dataset import ExemplarDataset, collate
 from pbe.data.randomness import generator
 from pbe.data.samples import sample as sample_module
@@ -191,13 +195,11 @@ def _cpu_seconds(processes: list[int]) -> float:
     return sum(int(row[11]) + int(row[12]) for row in rows) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> LoaderTimes:
-    """Return the rate and the CPU times of a loader with so many processes once it runs.
+def measure_loader(loader: DataLoader[Any], *, seconds: float) -> LoaderTimes:
+    """Return the rate and the CPU times of a loader once it runs; its batches have a ``sample_index``.
 
     While the machine has other work the CPU times are the ones to compare.
     """
-    config = DataConfig(**{**vars(data), "num_workers": workers})
-    loader = TrainingData(Config(seed=1, data=config)).train_dataloader()
 
     def batches() -> Iterator[Any]:
         while True:
@@ -205,7 +207,7 @@ def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> Loader
 
     with _one_thread():
         stream = batches()
-        for _ in range(max(8 * workers, 4)):  # starting up, and what was prefetched meanwhile
+        for _ in range(max(8 * loader.num_workers, 4)):  # starting up, and what was prefetched meanwhile
             next(stream)
         children = [process.pid for process in getattr(loader._iterator, "_workers", [])]
         before = [_cpu_seconds([os.getpid()]), _cpu_seconds(children)]
@@ -215,6 +217,77 @@ def measure_workers(data: DataConfig, workers: int, *, seconds: float) -> Loader
         elapsed = time.perf_counter() - start
         spent = [_cpu_seconds([os.getpid()]) - before[0], _cpu_seconds(children) - before[1]]
     return LoaderTimes(count / elapsed, *(1e3 * value / count for value in spent))
+
+
+class PlainFiles(Dataset[dict[str, Any]]):
+    """What one would write with albumentations: files, crops that hold a box, an augmented exemplar, a mask.
+
+    Steps, probabilities and sizes are those of ``config``; the exemplar's three-point map is a random affine
+    map, and an arbitrary mask a polygon with jittered corners. ``folder`` has the files and ``boxes.pt``,
+    the boxes ``x1 y1 x2 y2`` of each by its name.
+    """
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        size, augment = config.image_size, config.sample.augment
+        boxes: dict[str, list[list[float]]] = torch.load(folder / "boxes.pt")
+        self.files = [(str(folder / name), found) for name, found in boxes.items()]
+        self.arbitrary = config.sample.arbitrary_mask_share
+        self.crop = albumentations.Compose(
+            [albumentations.RandomSizedBBoxSafeCrop(size, size), ToTensorV2()],
+            bbox_params=albumentations.BboxParams("pascal_voc", label_fields=[]),
+        )
+        self.exemplar = albumentations.Compose(
+            [
+                albumentations.Resize(config.exemplar_size, config.exemplar_size),
+                albumentations.HorizontalFlip(p=augment.flip),
+                albumentations.Rotate(augment.rotate_limit, p=augment.rotate),
+                albumentations.Blur(p=augment.blur),
+                albumentations.Affine(translate_percent=(-0.2, 0.2), shear=(-15, 15), p=augment.affine),
+                ToTensorV2(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a sample with a box that is drawn anew each time."""
+        name, boxes = self.files[index]
+        image = cv2.cvtColor(cv2.imread(name), cv2.COLOR_BGR2RGB)
+        box = random.choice(boxes)
+        left, top, right, bottom = (round(each) for each in box)
+        exemplar = self.exemplar(image=image[top:bottom, left:right])["image"]
+        cropped = self.crop(image=image, bboxes=np.array([box]))
+        mask = self._mask(cropped["image"].shape[-1], cropped["bboxes"][0])
+        return {"image": cropped["image"], "mask": mask, "exemplar": exemplar, "sample_index": index}
+
+    def _mask(self, size: int, box: np.ndarray) -> torch.Tensor:
+        mask = np.zeros((1, size, size), np.uint8)
+        left, top, right, bottom = (int(each) for each in box[:4])
+        if random.random() < self.arbitrary:
+            around = np.linspace(0.0, 2.0 * np.pi, 20, endpoint=False)
+            reach = np.array([right - left, bottom - top]) * np.random.uniform(0.6, 0.9, (20, 1))
+            points = (
+                np.array([left + right, top + bottom]) / 2 + reach * np.c_[np.cos(around), np.sin(around)]
+            )
+            cv2.fillPoly(mask[0], [points.astype(np.int32)], 255)
+        else:
+            mask[0, top:bottom, left:right] = 255
+        return torch.from_numpy(mask)
+
+
+def plain_loader(folder: Path, config: DataConfig) -> DataLoader[dict[str, Any]]:
+    """Return torch's own loader over :class:`PlainFiles`, with the workers and the batch of ``config``."""
+    return DataLoader(
+        PlainFiles(folder, config),
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=start_worker,
+    )
 
 
 def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard: int = 2000) -> Path:

@@ -49,6 +49,7 @@ BENCHMARKS = {
     "finetune": ("Fine-tuning, half as wide as the official sizes", ["finetune.py", "--channels", "160"]),
     "solvers": ("Presets and other settings", ["solvers.py", "--only", "presets"]),
     "startup": ("Start-up", ["startup.py"]),
+    "data": ("Loading", ["data.py"]),
     "scaling": ("Scaling", ["scaling.py"]),
 }
 MARK = "<!-- made by scripts/benchmarks/performance.py; what stands below is written anew by it -->"
@@ -128,10 +129,12 @@ def write_page(page: Path, folder: Path) -> None:
         raise UserError(f"'{page}' lacks the line '{MARK}'")
     if not names:
         raise UserError(f"nothing is measured in '{folder}': run this with --run all")
-    sections = [section(name, folder) for name in names]
-    for image in sorted(folder.glob("*.png")) if "scaling" in names else ():
-        shutil.copy(image, page.parent / "images" / image.name)
-        sections.append(f"![Time and memory: {image.stem}](images/{image.name})")
+    sections = []
+    for name in names:
+        sections.append(section(name, folder))
+        for image in sorted(folder.glob(f"{name}*.png")):
+            shutil.copy(image, page.parent / "images" / image.name)
+            sections.append(f"![{BENCHMARKS[name][0]}: {image.stem}](images/{image.name})")
     page.write_text(before + "\n\n".join([mark, *sections]) + "\n")
     print(page)
 

@@ -72,7 +72,7 @@ class Bench:
     predict: PredictNoise
     start: Tensor
     path: BrownianPath
-    hole: np.ndarray
+    mask: np.ndarray
 
     def end(self, candidate: Candidate, steps: int) -> tuple[Tensor, int]:
         """Return the latents and the number of network calls."""
@@ -82,7 +82,7 @@ class Bench:
     def pictures(self, latents: Tensor) -> np.ndarray:
         """Return the painted pixels, 0..255, of all cases in one row ``(n, 3)``."""
         pixels = (self.model.decode_latents(latents).clamp(-1.0, 1.0) + 1.0) * 127.5
-        return rearrange(pixels, "b c h w -> b h w c").numpy()[self.hole]
+        return rearrange(pixels, "b c h w -> b h w c").numpy()[self.mask]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def make_bench(model: LatentDiffusion, world: ToyWorld, *, cases: int, guidance:
     start = torch.randn(conditioning.masked_latents.shape, generator=generator)
     path = BrownianPath(schedule, tuple(start.shape), generator)
     predict = noise_predictor(model, schedule, conditioning, guidance)
-    hole = np.stack([case.mask > 127 for case in made])
-    return Bench(model, schedule, predict, start, path, hole)
+    mask = np.stack([case.mask > 127 for case in made])
+    return Bench(model, schedule, predict, start, path, mask)
 
 
 def condition_on(model: LatentDiffusion, cases: Sequence[ToyCase]) -> Conditioning:

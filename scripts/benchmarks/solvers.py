@@ -26,7 +26,7 @@ from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
 from scripts.benchmarks.common import make_parser, print_rows, read_options, write
 from scripts.benchmarks.convergence import Candidate, distance
-from scripts.benchmarks.presets import HEADS, SETTINGS, Cases, measure_settings
+from scripts.benchmarks.presets import HALF, HEADS, KEPT, SETTINGS, Cases, measure_settings
 from scripts.benchmarks.solver_runs import (
     CANDIDATES,
     FLOW,
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     read_page(options.page)  # before minutes are spent
     model = load_model(options.model)
     world = ToyWorld(options.world)
-    cases = Cases.make(model, world, options.scored, options.guidance, options.seed)
+    cases = Cases.make(model, world, options.scored, options.guidance, options.seed, options.clock)
     chosen = {name: each for name, each in SETTINGS.items() if name in (options.settings or SETTINGS)}
     rows = measure_settings(cases, options.reference, chosen)
     print_rows("settings of an edit", rows)
@@ -136,13 +136,25 @@ def report(
 
 def presets_table(rows: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
     """Return the table of presets as Markdown."""
-    digits = {"speed": 2, "similarity": 3, "latents %": 2, "pixels": 2, "seconds": 1, "first of 20 %": 1}
+    digits = {
+        "speed": 2,
+        "full-size speed": 2,
+        "cost": 1,
+        "AUC": 3,
+        "similarity": 3,
+        "latents %": 2,
+        "pixels": 2,
+        "seconds": 1,
+        "first of 20 %": 1,
+    }
     cells = [[f"{row[head]:.{digits.get(head, 0)}f}" for head in HEADS] for row in rows.values()]
     intro = (
-        f"Settings of {options.scored} edits as the pipeline makes them: network calls and how many halves "
-        "they cost, speed over 50 PLMS steps, distance of latents and painted pixels to the converged edit "
-        "with guidance everywhere, likeness of what was painted to its exemplar, and how often the exemplar "
-        "is found first among twenty."
+        f"Settings of {options.scored} edits as the pipeline makes them: network calls, how many halves they "
+        f"are, what they cost in guided calls of the full size (one half {HALF}, with kept inner levels "
+        f"{KEPT}) and the speed over 50 PLMS steps that follows; seconds and speed of this model; distance "
+        "of latents and painted pixels to the converged edit with guidance everywhere; AUC, likeness of "
+        "what was painted to its exemplar, and how often the exemplar is found first among twenty "
+        "([evaluation](evaluation.md))."
     )
     return "\n\n" + "\n\n".join([intro, table(["setting", *HEADS], list(rows), cells)])
 

@@ -124,7 +124,7 @@ def test_a_file_that_differs_is_not_left(
 def test_mistakes(small: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_checkpoint(tmp_path / "native", small)
     assert "does not exist" in complaint(capsys, tmp_path / "nowhere", tmp_path / "out")
-    assert "name OUT alone with --from-sd" in complaint(capsys, tmp_path / "native")
+    assert "name IN and OUT, or with --from-sd OUT alone" in complaint(capsys, tmp_path / "native")
     assert 'Invalid value "onnx" for --to' in complaint(
         capsys, tmp_path / "native", tmp_path / "out", "--to", "onnx"
     )

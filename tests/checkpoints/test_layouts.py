@@ -321,7 +321,7 @@ def test_models_that_other_layouts_cannot_hold(tmp_path: Path, layout: str) -> N
         (folded, "folds patches"),
         (channel, "norms over channels"),
         (modulated, "modulation"),
-        (positions, "token of the layout"),
+        (positions, "a layout pooling in the condition"),
     ):
         with pytest.raises(
             UserError, match=f"the {layout} layout has no place for .*{match}.*keep the native layout"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,64 @@ def test_the_command_converts(folder: Path, tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.startswith('error: Invalid value "float16" for --dtype')
     assert error.count("\n") == 1
+
+
+def test_networks_that_another_folder_holds(
+    model: LatentDiffusion, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy with another UNet shares the rest, wherever the two lie together; what changed is its own."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for network in (other.unet, other.autoencoder):
+            next(network.parameters()).add_(1.0)
+    save_model(tmp_path / "whole", other)
+    share = ["--share", str(folder)]
+    assert convert_checkpoint.main([str(tmp_path / "whole"), str(tmp_path / "students/one"), *share]) == 0
+    small = tmp_path / "students/one"
+    assert sorted(contents(small)) == ["autoencoder.safetensors", "config.json", "unet.safetensors"]
+    assert json.loads((small / "config.json").read_text())["shared"] == {"exemplar_encoder": "../../model"}
+    (tmp_path / "moved").mkdir()
+    for name in ("model", "students"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    moved = tmp_path / "moved/students/one"
+    assert same(load_model(moved).state_dict(), other.state_dict())
+    load_part(moved, "exemplar_encoder", encoder := copy.deepcopy(model.exemplar_encoder))
+    assert same(encoder.state_dict(), model.exemplar_encoder.state_dict())
+    # Converted again it is whole, and what shares with it names the folder that holds the file.
+    assert convert_checkpoint.main([str(moved), str(tmp_path / "again")]) == 0
+    assert contents(tmp_path / "again").keys() == contents(tmp_path / "whole").keys()
+    assert convert_checkpoint.main([str(moved), str(tmp_path / "moved/two"), "--share", str(moved)]) == 0
+    shared = {"unet": "students/one", "autoencoder": "students/one", "exemplar_encoder": "model"}
+    assert json.loads((tmp_path / "moved/two/config.json").read_text())["shared"] == {
+        part: f"../{place}" for part, place in shared.items()
+    }
+    capsys.readouterr()
+    (tmp_path / "moved/model/exemplar_encoder.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"exemplar_encoder.safetensors is missing; it is shared with '\.\./\.\./model'"
+    ):
+        load_model(moved)
+
+
+def test_sharing_what_is_not_equal(
+    model: LatentDiffusion, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half"
+    assert convert_checkpoint.main([str(folder), str(half), "--dtype", "fp16", "--share", str(folder)]) == 2
+    assert "no network of the model is equal" in capsys.readouterr().err
+    assert not half.exists()
+    assert convert_checkpoint.main([str(folder), str(half), "--to", "compvis", "--share", str(folder)]) == 2
+    assert "--share goes with --to native only" in capsys.readouterr().err
+    assert convert_checkpoint.main([str(folder), str(half), "--share", str(tmp_path)]) == 2
+    assert "is not a model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shared", [[], {"unet": 1}, "model"])
+def test_malformed_sharing(folder: Path, shared: object) -> None:
+    content = json.loads((folder / "config.json").read_text()) | {"shared": shared}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="'shared' names no folders"):
+        load_model(folder)
 
 
 def test_type_in_memory_can_be_chosen(folder: Path) -> None:

@@ -231,7 +231,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("pbe.checkpoints.tower_weights.open_clip.create_model", no_network)
     with pytest.raises(
-        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(.*name a file"
+        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be downloaded \(.*name a file"
     ) as it:
         load_tower_weights(
             torch.nn.Identity(), ExemplarEncoderConfig(tower="ViT-B-32-quickgelu", pretrained="openai")
@@ -353,7 +353,7 @@ def test_a_tag_of_timms_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) 
     tower, _ = build_tower(config)
     monkeypatch.setattr("pbe.checkpoints.tower_weights.timm.create_model", no_network)
     with pytest.raises(
-        UserError, match=r"'r160_in1k' of timm/test_vit cannot be had \(We could not reach the hub\)"
+        UserError, match=r"'r160_in1k' of timm/test_vit cannot be downloaded \(We could not reach the hub\)"
     ):
         load_tower_weights(tower, config)
     assert asked == ["test_vit.r160_in1k"]

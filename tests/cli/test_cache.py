@@ -12,6 +12,7 @@ import pbe.training.latent_cache.builder as builder_module
 from pbe.training.tasks.encoding import encode_batch
 from tests.commands import cache
 from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
+from tests.training.test_finetuning import make_base
 from tests.training.tiny import run, send, tiny_config, write_config
 
 
@@ -62,6 +63,18 @@ def test_the_size_of_a_sample_needs_neither_data_nor_weights(tmp_path, capsys):
         "latents 4,096, masks 128, features 512, headers and filling 896\n"
     )
     assert "the shards are not there yet" in said
+
+
+def test_a_distillation_has_a_cache_of_the_models_sizes(workshop, tmp_path, capsys):  # noqa: F811
+    settings = [make_base(workshop, tmp_path / "base", 0), "model_from_init=true", "task=distillation"]
+    settings += [
+        f"cache.folder={tmp_path / 'cache'}",
+        "data.image_size=0",
+        "model.autoencoder.latent_channels=4",
+    ]
+    config = tiny_config(tmp_path / "nowhere", tmp_path / "run", *settings)
+    assert cache.main([str(write_config(tmp_path / "tiny.yaml", config)), "--size"]) == 0
+    assert "latents 4,096, masks 128, features 2,560" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["2/2", "x", "1/0", "-1/2", "1"])

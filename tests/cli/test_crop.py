@@ -12,7 +12,7 @@ from tests.commands import crop as command
 
 
 def crop(source: Path, out: Path, *more: str) -> int:
-    return command.main(["--pictures", str(source), "--out", str(out), "--size", "16", *more])
+    return command.main(["--images", str(source), "--out", str(out), "--size", "16", *more])
 
 
 @pytest.fixture

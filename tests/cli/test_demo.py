@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,12 +62,20 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     model = LatentDiffusion(config.model)
     load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder)
     save_model(folder / "model", model, torch.float16)
+    unet = replace(config.model.unet, guidance_range=[1.0, 2.5], few_steps=2)
+    student = LatentDiffusion(replace(config.model, unet=unet))
+    student.load_state_dict(model.state_dict(), strict=False)
+    save_model(folder / "student", student, torch.float16)
     return path, folder / "model"
 
 
 def arguments(small: tuple[Path, Path], out: Path) -> list[str]:
     config, model = small
-    return ["--out", str(out), "--config", str(config), "--model", str(model), *REDUCED]
+    student = model.with_name("student")
+    return [
+        *("--out", str(out), "--config", str(config), "--model", str(model), "--student", str(student)),
+        *REDUCED,
+    ]
 
 
 def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
@@ -81,7 +91,10 @@ def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
         "How to go on",
     ):
         assert heading in page
-    assert page.count("data:image/webp") == (3 + 2) * 5  # five tiles a strip, two strips of photographs
+    # Masked, exemplar, two guidance scales, hidden; and the student's edit, at the scale nearest to theirs.
+    assert page.count("data:image/webp") == 3 * 6 + 2 * 5
+    assert page.count("2 steps, guidance 2.5") == 1
+    assert re.search(r"faster by the distilled model: \d+ ms for an edit in 2 calls, not \d+ ms in 6;", page)
     assert page.count("data:image/png") == 1  # the grid of the training run
     assert "AUC, grey" in page
     assert "autoencoder alone" in page
@@ -120,6 +133,8 @@ def test_rendering_that_fails_is_told(small, tmp_path, capsys, monkeypatch):
     ("change", "message"),
     [
         (["--model", "nowhere"], "no model at 'nowhere'"),
+        (["--student", "nowhere"], "'nowhere' is not a model folder"),
+        (["--student", "toy"], "is not distilled into few steps; give another, or none"),
         (["--objects", "1"], "at least 2"),
         (["--objects", "182"], "182 benchmark objects asked for; there are 181"),
         (["--steps", "-1"], "--steps 0 or more"),
@@ -145,7 +160,7 @@ def test_a_folder_of_someone_else_is_left_alone(small, tmp_path, capsys):
     (tmp_path / "run" / "precious").touch()
     assert demo.main(arguments(small, tmp_path)) == 2
     assert (tmp_path / "run" / "precious").exists()
-    assert "no demo made" in capsys.readouterr().err
+    assert "the demo did not make" in capsys.readouterr().err
 
 
 def test_evaluate_writes_scores_table_and_sheet(small, tmp_path, capsys):

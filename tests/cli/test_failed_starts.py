@@ -18,7 +18,7 @@ MISTAKES: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
     "more objects than there are": (make_examples.main, ["--out", "new/examples", "--count", "100000"]),
     "no weights": (
         fit.main,
-        ["--pictures=pictures", "--out=new/m.safetensors", "--tower-weights=clip=nowhere", "--components=2"],
+        ["--images=pictures", "--out=new/m.safetensors", "--tower-weights=clip=nowhere", "--components=2"],
     ),
     "no benchmark": (
         study.main, ["make", "--systems", "a=pictures", "b=pictures", "--benchmark=no", "--out=new"],
@@ -55,7 +55,7 @@ def test_a_mixture_is_begun_once_the_tower_is_there(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(towers, "load_tower", fail)
     out = tmp_path / "new" / "m.safetensors"
     arguments = [
-        "--pictures",
+        "--images",
         str(tmp_path),
         "--out",
         str(out),

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 import pbe
 from pbe.cli import arguments, naming, prepare, study, toy
-from pbe.cli.main import COMMANDS, GROUPS, main, make_app
+from pbe.cli.main import COMMANDS, GROUPS, main, make_app, run_command
 
 ROOT = Path(__file__).parent.parent.parent
 ALL_HELP = """
@@ -83,9 +84,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("toy render --out x", "--scenes requires an argument"),
         ("plot --out x.png", "RUN requires an argument"),
         ("evaluate --out x", "give --model, or --edits"),
-        ("train nowhere.yaml", "no configuration file at 'nowhere.yaml'; by name there are"),
+        ("train nowhere.yaml", "no configuration file at 'nowhere.yaml'; those that ship are"),
+        ("train configs/papr.yaml", "no configuration file at 'configs/papr.yaml'; did you mean paper?"),
         ("train toy trainer.max_step=1", "the nearest valid one is 'trainer.max_steps'"),
-        ("cache toy --size --list", "exclude each other"),
+        ("cache toy --size --list", "cannot go together"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
@@ -114,6 +116,30 @@ def test_an_interrupt_and_a_missing_package(
     monkeypatch.setattr("pbe.training.monitoring.loggers.read_curve", interrupt)
     assert main(words) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            CppCompileError(["g++", "x.cpp"], "x.cpp:1:\nx.cpp:2: error: no header\n1 error"),
+            "x.cpp:2: error: no header",
+        ),
+        (CppCompileError(["g++"], "killed"), "C++ compile error"),
+        (InvalidCxxCompiler("g++"), "Compiler: g++ is not found."),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(
+    error: Exception, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(cause: Exception) -> None:
+        raise InductorError(cause, None)
+
+    assert run_command(lambda: fail(error)) == 2
+    told = capsys.readouterr().err
+    assert told == f"error: the C++ compiler failed ({message}); mend it, or leave compile out\n"
+    with pytest.raises(InductorError):  # a defect, whose traceback is wanted
+        run_command(lambda: fail(KeyError("a node")))
 
 
 def bound(words: str) -> tuple[tuple[object, ...], Any]:

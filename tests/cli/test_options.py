@@ -23,7 +23,7 @@ OPTIONS = {
     ): "--to --dtype --verify --raw-weights --config --from-sd --tower --seed",
     ("scripts/prepare_data.py", "prepare"): (
         "--out --split --masks --zero-based --relative --min-area --max-area --min-side --max-aspect "
-        "--drop-flag --label --drop-label --exif-frame --shard-pictures --shard-mb --max-side --quality "
+        "--drop-flag --label --drop-label --exif-frame --shard-images --shard-mb --max-side --quality "
         "--validation-share --shuffle --no-perceptual --check-against --workers --engine --part "
         "--overwrite"
     ),
@@ -50,7 +50,7 @@ OPTIONS = {
     (
         "scripts/fit_mixture.py",
         "fit",
-    ): "--pictures --out --tower-weights --tower --components --seed --batch-size --device",
+    ): "--images --out --tower-weights --tower --components --seed --batch-size --device",
     (
         "scripts/naming_test.py",
         "toy naming make",
@@ -65,7 +65,7 @@ OPTIONS = {
         "--scenes-per-shard --workers --world"
     ),
     ("scripts/train_toy_model.py", "toy train"): "--out --score-every",
-    ("scripts/crop_pictures.py", "benchmark crop"): "--pictures --out --size --filter --workers",
+    ("scripts/crop_pictures.py", "benchmark crop"): "--images --out --size --filter --workers",
 }
 
 

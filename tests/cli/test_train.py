@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from tests.programs import Program
@@ -84,6 +85,15 @@ def test_a_python_without_the_packages_is_one_line(monkeypatch, capsys):
     assert "the Python package 'omegaconf' is not installed for" in refused(capsys, "some.yaml")
 
 
+@pytest.mark.parametrize("task", ["diffusion", "autoencoder"])
+def test_compiling_without_a_compiler_is_one_line(config_file: Path, monkeypatch, capsys, task: str):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "/nowhere/g++ -v")
+    told = refused(capsys, config_file, f"task={task}", "trainer.compile=true")
+    assert "trainer.compile needs a C++ compiler, and there is no '/nowhere/g++ -v'; install g++" in told
+    assert not (config_file.parent / "run" / "checkpoints").exists()
+
+
 def test_a_missing_configuration_is_one_line(tmp_path, capsys):
     assert "no configuration file at" in refused(capsys, tmp_path / "none.yaml")
 
@@ -113,7 +123,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(config_file: Path, capsys: p
     whole = last.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         last.write_bytes(content)
-        assert "is damaged or no checkpoint of this project" in refused(capsys, config_file)
+        assert "is damaged or not a checkpoint of this project" in refused(capsys, config_file)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])

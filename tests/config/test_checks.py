@@ -89,7 +89,7 @@ LORA = ("lora.rank=4", "init_from=toy")
         ((*LORA, "task=autoencoder"), "'lora.rank' is for task=diffusion"),
         (("optimizer.parts=[mapper]", "task=autoencoder"), "'optimizer.parts' is for task=diffusion"),
         (("model_from_init=true",), "'model_from_init' takes the sizes of a model"),
-        (("data.prior_shards=a",), "set cache.folder= for no latent cache"),
+        (("data.prior_shards=a",), "cannot be used with a latent cache; set cache.folder="),
     ],
 )
 def test_fine_tuning_that_cannot_be_is_refused(overrides: tuple[str, ...], text: str) -> None:

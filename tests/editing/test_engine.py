@@ -87,7 +87,7 @@ def test_given_numbers_that_are_none_are_named(pipe: PaintByExample, scene: Scen
 def test_numbers_that_grow_beyond_all_bounds_name_the_guidance(
     pipe: PaintByExample, scene: Scene, output_type: str
 ):
-    with pytest.raises(EditValueError, match=r"infinite numbers: .* too large a guidance_scale \(1e\+39\)"):
+    with pytest.raises(EditValueError, match=r"not finite: .* too large a guidance_scale \(1e\+39\)"):
         pipe(
             scene.exemplar,
             scene.picture,
@@ -171,3 +171,17 @@ def test_interval_and_sharing_in_a_whole_solve() -> None:
     assert relative(half, whole) > 1e-4
     assert relative(half, alone) > 1e-4
     assert 0.0 < relative(end(3.0, reuse=2), whole) < 0.2
+
+
+@torch.no_grad()
+def test_what_is_shared_never_crosses_an_end_of_the_interval() -> None:
+    """Below the interval the inner levels are made anew: what was kept above it is of far other noise."""
+    model, made = randomised(LatentDiffusion(tiny_model_config())), list[int]()
+    model.unet.mid1.register_forward_hook(lambda _, inputs, __: made.append(len(inputs[0])))
+    conditioning = Conditioning(torch.randn(2, 1, 24), torch.randn(2, 4, 8, 8), torch.ones(2, 1, 8, 8))
+    timesteps, schedule = torch.tensor([950, 900, 500, 450, 100, 50]), make_schedule(model.config.schedule)
+    options: dict[str, Any] = {"interval": (0.2, 0.8), "reuse": 10}
+    predict = prepared_predictor(model, schedule, conditioning, 3.0, timesteps, **options)
+    for timestep in timesteps:
+        predict(torch.randn(2, 4, 8, 8), timestep.expand(2))
+    assert made == [2, 4, 2]

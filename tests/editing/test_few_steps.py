@@ -63,6 +63,8 @@ def test_an_edit_takes_as_many_calls_as_the_model_is_meant_for(scene: Scene):
     pipe = quiet(student())
     assert pipe.solver == "lcm"
     assert calls_of(pipe, scene) == [1, 1]
+    assert (pipe.solver_steps(), pipe.solver_steps(50)) == (2, 50)
+    assert quiet(make_tiny_model()).solver_steps() == 50
     assert calls_of(pipe, scene, num_inference_steps=8) == [1] * 8
     assert calls_of(pipe, scene, solver="ddim", num_inference_steps=3, guidance_scale=7.0) == [1] * 3
     assert calls_of(quiet(make_tiny_model()), scene, num_inference_steps=2, solver="lcm") == [2, 2]
@@ -112,6 +114,20 @@ def test_saved_and_loaded_it_is_what_it_was(scene: Scene, tmp_path: Path):
         assert again.solver == "lcm"
         assert np.array_equal(edit(again, scene), expected)
     assert PaintByExample.from_pretrained(tmp_path / "saved", solver="ddim").solver == "ddim"
+    pipe.solver = "plms"  # what other models take that do not say
+    pipe.save_pretrained(tmp_path / "other")
+    assert PaintByExample.from_pretrained(tmp_path / "other").solver == "plms"
+
+
+@pytest.mark.parametrize("scales", [[5.0], [8.0, 1.0], [1.0, 2.0, 3.0]])
+def test_a_range_that_is_none_is_told_with_its_file(tmp_path: Path, scales: list[float]):
+    save_checkpoint(tmp_path / "saved", student())
+    file = tmp_path / "saved" / "config.json"
+    content = json.loads(file.read_text())
+    content["model"]["unet"]["guidance_range"] = scales
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"unet\.guidance_range is \[.*\]; it must be two numbers from 0 up"):
+        PaintByExample.from_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "compvis"])
@@ -156,12 +172,15 @@ def test_an_adapter_makes_a_model_one_of_few_steps_and_takes_it_back(scene: Scen
     assert (pipe.solver, calls_of(pipe, scene)) == ("lcm", [1, 1])
     with pytest.raises(EditValueError, match="guidance_scale is 3; this model was distilled for 5 alone"):
         edit(pipe, scene, guidance_scale=3.0)
-    with pytest.raises(EditValueError, match="unload it to be without it"):
+    with pytest.raises(EditValueError, match=r"unload_adapter\('fast'\) turns it off"):
         pipe.set_adapter_scale("fast", 0)
     with pytest.raises(UserError, match="makes a model one of 2 steps, which this one is already"):
         pipe.load_adapter(adapter, name="twice")
     assert list(pipe.adapters) == ["fast"]
     pipe.unload_adapter("fast")
+    with pytest.raises(EditValueError, match="scale is 0, but 'fast' is what makes"):
+        pipe.load_adapter(adapter, 0)
+    assert not pipe.adapters
     assert (pipe.solver, pipe.model.config) == ("plms", sizes)
     assert np.array_equal(edit(pipe, scene, num_inference_steps=2), before)
 
@@ -173,6 +192,8 @@ def test_merged_it_stays_one_of_few_steps(scene: Scene, adapter: Path, tmp_path:
     expected = edit(pipe, scene)
     opened = with_adapters(open_checkpoint(tmp_path / "base"), [(open_adapter(adapter), 1.0)])
     assert (opened.config.unet.few_steps, opened.usage.solver.name) == (2, "lcm")
+    nothing = with_adapters(open_checkpoint(tmp_path / "base"), [(open_adapter(adapter), 0.0)])
+    assert nothing.config.unet.few_steps == 0
     pipe.save_pretrained(tmp_path / "merged")
     pipe.merge_adapters()
     pipe.unload_adapter()

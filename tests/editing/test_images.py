@@ -191,7 +191,7 @@ def test_damaged_files(tmp_path: Path):
 def test_missing_files_and_folders(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="it is a folder; name a file in it"):
         read_image(tmp_path)
 
 

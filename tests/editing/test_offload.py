@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from pbe.editing import PaintByExample
@@ -244,6 +246,7 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
 
     own = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: own(network, backend=backend))
+    monkeypatch.setenv("CXX", "sh")  # which is not asked to compile
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is as before afterwards
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     warn_once.cache_clear()
@@ -257,3 +260,36 @@ def test_a_compiled_unet_makes_the_same_edit_and_tells_where_its_code_is_kept(
         edits.append(each(*given, num_inference_steps=2, generator=generator, output_type="np").images)
     assert seen
     np.testing.assert_allclose(edits[1], edits[0], atol=1e-5)
+
+
+def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match="needs a C\\+\\+ compiler, and there is no 'no-such-compiler'; install"
+    ):
+        pipe.compile_unet()
+
+
+@pytest.mark.slow
+def test_code_that_is_compiled_makes_the_same_edit_and_is_kept_for_later_starts(
+    tiny_model: LatentDiffusion, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def edit(pipe: PaintByExample) -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        given = (scene.exemplar, scene.picture, scene.mask)
+        return pipe(*given, preset="draft", generator=generator, output_type="np").images
+
+    plain = edit(PaintByExample(copy.deepcopy(tiny_model)))
+    made = []
+    for _ in range(2):  # two starts
+        torch._dynamo.reset()
+        counters.clear()
+        pipe = PaintByExample(copy.deepcopy(tiny_model))
+        pipe.compile_unet()
+        np.testing.assert_allclose(edit(pipe), plain, atol=1e-4)
+        made.append((counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]))
+    assert made[0][0] > 0
+    assert made[1] == (0, made[0][0])
+    assert list(tmp_path.rglob("*.so"))

@@ -131,11 +131,19 @@ def test_without_a_preset_there_are_fifty_steps():
         ({"guidance_interval": 0.5}, EditTypeError, "it must be two numbers from 0 to 1"),
         ({"guidance_interval": (0.1, "x")}, EditTypeError, "it must be a number"),
         ({"reuse_features": 0}, EditValueError, "reuse_features is 0; it must be at least 1"),
+        ({"preset": "draft", "eta": 0.5}, EditValueError, "is for solver ddim and lcm, not dpmpp_2m"),
     ],
 )
 def test_settings_that_save_time_are_checked(settings: dict[str, Any], kind: type, message: str):
     with pytest.raises(kind, match=message):
         EditSettings(**settings).checked()
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "exemplar", "pairs"])
+def test_urls_are_no_files(name: str):
+    command = EditCommand(model="toy", **{name: "https://host/a.png"})
+    with pytest.raises(EditValueError, match=f"--{name} is the URL 'https://host/a.png'; download it"):
+        command.checked()
 
 
 def test_a_compiled_unet_reuses_nothing():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 from pbe.config.training import PARTS
 from pbe.errors import UserError
-from pbe.models import LatentDiffusion
+from pbe.models import LatentDiffusion, int8
 from pbe.models.adapters import (
     PATTERNS,
+    Adapted,
     LowRank,
     adapter_state,
     adapters_of,
@@ -21,6 +25,7 @@ from pbe.models.adapters import (
     merge_adapters,
     remove_adapter,
 )
+from pbe.models.int8 import Int8Weight, quantise
 from pbe.models.layers import ResBlock
 from tests.models.tiny import CONV_TOWER, randomised, relative, tiny_encoder_config, tiny_model_config
 
@@ -141,6 +146,23 @@ def test_adapters_are_loaded_combined_and_taken_away():
     assert {adapter.name for _, adapter in adapters_of(model)} == {"first"}
     remove_adapter(model, "first")
     assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("eighths", [False, True])
+def test_adapted_layers_are_copied_and_pickled_as_ever(eighths: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int8, "ENOUGH", 1)
+    model = tiny_model()
+    if eighths:
+        quantise(model.unet)
+    add_adapter(model, ALL, 2, 4.0)
+    stirred(model)
+    layer, kind = "mid_attention.block.attn1.to_v", Int8Weight if eighths else nn.Linear
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(made), outputs(model))
+        assert type(made.unet.get_submodule(layer)) is type(model.unet.get_submodule(layer))
+        remove_adapter(made)
+        assert isinstance(made.unet.get_submodule(layer), kind)
+        assert not isinstance(made.unet.get_submodule(layer), Adapted)
 
 
 def test_gradients_reach_adapters_alone():

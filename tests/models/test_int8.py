@@ -33,6 +33,21 @@ def test_each_weight_is_off_by_half_a_step_of_its_channel(layer: nn.Module) -> N
     assert "weight" not in dict(layer.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 0.01)]
+)
+def test_scales_that_are_rounded_move_no_weight_by_more(dtype: torch.dtype, size: float) -> None:
+    """A channel's largest numbers are 127 scales from zero, and so many times off by a scale's rounding."""
+    layer = nn.Linear(64, 128)
+    with torch.no_grad():
+        layer.weight.mul_(size)
+    before = layer.to(dtype).weight.detach().double()
+    quantise(layer)
+    kept = layer.weight_int8.double() * layer.weight_scale.double()
+    assert bool(((kept - before).abs() <= 0.501 * layer.weight_scale.double()).all())
+    assert layer.weight.dtype == dtype
+
+
 @torch.no_grad()
 def test_a_unet_computes_nearly_the_same_in_a_quarter_of_the_memory() -> None:
     plain = randomised(UNet(tiny_unet_config()))

@@ -13,7 +13,7 @@ SETTINGS = (
     "task=autoencoder", "optimizer.eps=1e-3", "optimizer.gradient_clip=0.5", "trainer.max_steps=4",
     "autoencoder_loss.adversarial_weight=0.1", "autoencoder_loss.adversarial_adaptive=false",
     "autoencoder_loss.adversarial_start=2", "autoencoder_loss.discriminator_layers=2",
-    "autoencoder_loss.discriminator_channels=16", "autoencoder_loss.hole_weight=3",
+    "autoencoder_loss.discriminator_channels=16", "autoencoder_loss.masked_weight=3",
     "model.autoencoder.mask_aware_decoder=true",
 )  # fmt: skip
 NAMES = {"train/loss": 4, "train/l1": 4, "train/gradient_norm": 4, "train/discriminator": 2, "val/loss": 2}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from pbe.checkpoints.adapters import open_adapter, with_adapters
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import load_model
+from pbe.config import load_config
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.training.plan import make_plan
@@ -71,6 +72,15 @@ def test_a_run_goes_on_beside_its_own_teacher_only(shards, workshop, base, tmp_p
     other = make_base(workshop, tmp_path / "other", 1)
     with pytest.raises(UserError, match=r"the student of .* was trained beside other weights than those of"):
         train(tiny_config(shards, tmp_path / "run", other, *DISTIL, "trainer.max_steps=5"))
+
+
+def test_the_configuration_that_a_run_leaves_goes_on_with_it(shards, base, tmp_path):
+    """It has the student's sizes, and the teacher is read from the same ``init_from`` again."""
+    config = tiny_config(shards, tmp_path / "run", base, *DISTIL, "model_from_init=false")
+    first = run(config)
+    left = load_config(tmp_path / "run" / "config.yaml", ["trainer.max_steps=5"])
+    assert left.model.unet.few_steps == 2
+    assert (first.steps, run(left).steps) == (3, 5)
 
 
 def test_the_plan_is_told_beforehand(shards, base, tmp_path):

@@ -13,7 +13,11 @@ import torch
 from pbe.errors import UserError
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.encoding import batch_drop
+<<<<<<< HEAD
 from tests.programs import Program, run_ranks
+=======
+from tests.training.test_finetuning import make_base
+>>>>>>> main
 from tests.training.tiny import run, tiny_config, weights, write_config
 
 # a large epsilon: Adam divides by the gradient's size and would blow up rounding where it is near zero
@@ -33,9 +37,9 @@ def with_two(folder: Path, strategy: str, *more: str) -> list[str]:
     return [str(folder.with_suffix(".yaml")), "trainer.devices=2", f"trainer.strategy={strategy}", *more]
 
 
-def same_curves(folder: Path, least: int, tolerance: float = 1e-5) -> None:
+def same_curves(folder: Path, least: int, tolerance: float = 1e-5, names: tuple[str, ...] = NAMES) -> None:
     """Check that the runs ``one`` and ``two`` of a folder have logged the same, relative to it."""
-    for name in NAMES:
+    for name in names:
         one, two = (read_curve(folder / kind / "metrics.csv", name) for kind in ("one", "two"))
         assert [step for step, _ in two] == [step for step, _ in one], name
         assert len(one) >= least
@@ -87,6 +91,18 @@ def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
     assert furthest(sizes, weights(again.model_dir)) < tolerance
     grids = [cv2.imread(str(tmp_path / kind / "grids" / "step0000004.png")) for kind in ("one", "two")]
     assert int(cv2.absdiff(*grids).max()) <= 2
+
+
+@pytest.mark.parametrize("method", ["consistency", pytest.param("trajectory", marks=pytest.mark.slow)])
+def test_sharded_distillation_is_one_process_too(shards, workshop, tmp_path, project_root, method: str):
+    """The moving average that ``consistency`` follows is put into all weights, those of no block as well."""
+    settings = [make_base(workshop, tmp_path / "base", 0), *SETTINGS, "task=distillation"]
+    settings += ["distillation.steps=2", "distillation.teacher_steps=4", f"distillation.method={method}"]
+    settings += ["trainer.max_steps=5", "optimizer.ema_decay=0.99"]
+    run(tiny_config(shards, tmp_path / "one", *settings, "data.batch_size=4"))
+    write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings))
+    train_with_two(project_root, tmp_path / "two", "fsdp2", "data.batch_size=2")
+    same_curves(tmp_path, 2, names=("train/loss", "train/gradient_norm", "val/loss"))
 
 
 @pytest.fixture

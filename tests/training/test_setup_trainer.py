@@ -71,7 +71,7 @@ def test_strategies_of_this_project_are_among_the_names(strategy: str):
 )
 def test_what_does_not_go_together_is_one_line(tmp_path, overrides: tuple[str, ...]):
     config = tiny_config(tmp_path, tmp_path / "run", *overrides, "logging.loggers=[]")
-    with pytest.raises(UserError, match="do not go together here") as caught:
+    with pytest.raises(UserError, match="do not work together here") as caught:
         make_trainer(config, tmp_path / "run", StopSignals(), callbacks=[])
     assert "\n" not in str(caught.value)
 

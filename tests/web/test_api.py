@@ -99,6 +99,13 @@ def test_what_cannot_be_used_is_said(
     assert "/tmp" not in answer.text
 
 
+def test_more_exemplars_than_edits_are_refused_before_one_is_decoded(client: TestClient) -> None:
+    many = [("exemplar", (f"{number}.png", b"no image")) for number in range(9)]
+    answer = client.post("/edit", data={"steps": 2}, files=[*files(exemplar=b"no image"), *many])
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("10 exemplars with 1 images each are 10 edits")
+
+
 def test_an_unknown_field_is_refused(client: TestClient) -> None:
     assert post(client, {"stepz": 3}).status_code == 422
 

@@ -128,7 +128,7 @@ def test_settings_come_back_and_repeat_the_edit(tab: Tab, served: Served) -> Non
     fill(tab)
     tab.page.get_by_label("Draft").check()
     tab.page.wait_for_function(
-        "document.querySelector('[aria-label=\"number input for Steps\"]').value === '10'"
+        "document.querySelector('[aria-label=\"number input for Steps\"]').value === '8'"
     )
     tab.page.get_by_role("button", name="Solver and sizes").click()
     tab.page.wait_for_timeout(500)  # its controls are made now; what is typed in the same moment is lost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import zipfile
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tests.web.conftest import EXAMPLES, need_web
 need_web()
 
 from pbe.cli.main import main  # noqa: E402
+from pbe.diffusion.solvers import SolverChoice  # noqa: E402
 from pbe.errors import UserError  # noqa: E402
 from pbe.web.records import (  # noqa: E402
     Inputs,
@@ -27,9 +29,10 @@ from pbe.web.records import (  # noqa: E402
     read_inputs,
     read_record,
     read_settings,
+    record,
     split,
 )
-from pbe.web.service import BusyError, EditService  # noqa: E402
+from pbe.web.service import BusyError, EditService, Made  # noqa: E402
 
 WAIT = 120
 
@@ -91,12 +94,40 @@ def test_the_command_names_what_differs_from_the_defaults(editor: Any) -> None:
     assert words.endswith("--steps 3 --seed 0 --region mask --feather 2.5 --no-preserve-background")
 
 
+def test_a_solver_of_the_models_own_settings_goes_by_no_name(editor: Any) -> None:
+    """By its name alone the command, and the page that reads the record, would take another one."""
+    edit = split(inputs_of(0, editor), read_settings({}, editor.settings), editor.settings)[0]
+    made, usual = Made(Image.new("RGB", (4, 4)), False, 1), editor.pipe.choice
+    plain = record(edit, made, editor.pipe, editor.settings)
+    assert plain["solver"] == usual.name
+    try:
+        editor.pipe.solver = SolverChoice("ddim", spacing="trailing", clip=1.0)
+        own = record(edit, made, editor.pipe, editor.settings)
+    finally:
+        editor.pipe.solver = usual
+    assert own["solver"] is None
+    assert own["model_solver"] == {"name": "ddim", "spacing": "trailing", "settings": {"clip": 1.0}}
+    assert "--solver" not in own["repeat"]
+    assert read_record(json.dumps(own), editor.settings).solver is None
+
+
+def test_a_result_keeps_no_image_that_its_size_leaves_out(editor: Any) -> None:
+    inputs = inputs_of(0, editor)
+    edit = split(inputs, read_settings({}, editor.settings), editor.settings)[0]
+    edit.done.set_result(Made(Image.new("RGB", (64, 64)), False, 1))
+    edit.preview = np.zeros((64, 64, 3), np.uint8)
+    kept = editor.finish(edit, inputs).edit
+    assert not kept.done.done()
+    assert kept.preview is None
+    assert kept.image is edit.image
+
+
 class Slow:
     """A pipeline whose edits wait to be let go."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.batches = pipe, []
-        self.noise_schedule, self.solver = pipe.noise_schedule, pipe.solver
+        self.noise_schedule, self.solver, self.choice = pipe.noise_schedule, pipe.solver, pipe.choice
 
     def solver_steps(self, *_: Any) -> int:
         return 3
@@ -146,6 +177,23 @@ def test_an_edit_whose_future_was_cancelled_disturbs_nobody(editor: Any) -> None
     edits[2].done.cancel()
     editor.service.submit(edits)
     assert edits[1].done.result(WAIT).rows == 1
+
+
+def test_an_edit_that_is_cancelled_as_it_is_taken_disturbs_nobody(editor: Any) -> None:
+    class Racing(EditService):
+        looks = 0
+
+        def _matching(self) -> list[Any]:
+            found, self.looks = super()._matching(), self.looks + 1
+            if self.looks == 2:
+                found[0].done.cancel()
+            return found
+
+    service, settings = Racing(editor.pipe, 2, 4), read_settings({"steps": 1}, editor.settings)
+    edits = [split(inputs_of(0, editor), settings, editor.settings)[0] for _ in range(2)]
+    service.submit(edits)
+    assert edits[1].done.result(WAIT).rows == 1
+    service.close(5.0)
 
 
 def test_edits_of_other_sizes_or_settings_do_not_share_a_batch(editor: Any) -> None:

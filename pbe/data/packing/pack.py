@@ -105,8 +105,8 @@ class PackRequest:
             begun = read_json(marker)
             if begun.get("fingerprint") != self.fingerprint:
                 raise UserError(
-                    f"'{self.out}' holds a half-done packing of other sources or settings; "
-                    "start it with the same ones, name another folder or use --overwrite"
+                    f"'{self.out}' holds an unfinished packing of other sources or settings; "
+                    "continue it with those, name another folder or use --overwrite"
                 )
             planned = begun.get("version") == PLAN_VERSION and (self.plan / "plan.json").is_file()
             return "planned" if planned else "new"

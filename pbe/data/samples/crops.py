@@ -1,9 +1,9 @@
 """Boxes and the square crop: it keeps the extended box inside and never squashes the image.
 
-Paint by Example crops a square of the short side around the object, then shrinks it symmetrically. Where no
-such square exists the original squashes the whole image; here the extended box is shrunk towards the box,
-and where the box itself is too long the image is padded to a square by reflection. A mask is reflected with
-its image (:func:`mirror_mask`): otherwise the padding would show what the mask hides.
+Paint by Example crops a square of the short side around the object, then shrinks it symmetrically. If there
+is no such square, the original squashes the whole image. Here the extended box is shrunk towards the box, and
+if the box itself is too long, the image is padded to a square by reflection. A mask is reflected with its
+image (:func:`mirror_mask`), or the padding would show what the mask hides.
 
 All coordinates are pixels as continuous numbers: pixel i covers the interval from i to i + 1.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-GREY = 127  # of padding that is no reflection: what the network reads as 0
+GREY = 127  # of padding that is not a reflection; the network reads it as 0
 ROUNDING = 1e-6  # pixels
 
 
@@ -50,7 +50,7 @@ class Box:
 
     def rounded_out(self, width: int, height: int) -> Box:
         """Return the smallest box of whole pixels around this one, clipped to ``width`` x ``height``."""
-        # A hair of tolerance keeps 12.000000001 from claiming a thirteenth pixel.
+        # A small tolerance keeps 12.000000001 from taking a thirteenth pixel.
         low = (math.floor(self.x1 + 1e-6), math.floor(self.y1 + 1e-6))
         high = (math.ceil(self.x2 - 1e-6), math.ceil(self.y2 - 1e-6))
         whole = (max(low[0], 0), max(low[1], 0), min(high[0], width), min(high[1], height))
@@ -65,8 +65,8 @@ class Box:
 class Crop:
     """A rectangle of whole pixels in the image's coordinates.
 
-    ``width`` and ``height`` are equal but for the original's squashed images. What lies outside the image
-    is its reflection, or mid-grey where ``mirrored`` is off.
+    ``width`` and ``height`` are equal except for the original's squashed images. Outside the image it shows
+    the image's reflection, or mid-grey if ``mirrored`` is off.
     """
 
     x: int
@@ -99,7 +99,7 @@ class CropPlan:
 def _fit_length(
     low: float, high: float, inner_low: float, inner_high: float, limit: float
 ) -> tuple[float, float]:
-    """Shrink low..high to ``limit``: both ends give up the same share of their distance to the inner ends."""
+    """Shrink low..high to ``limit``; both ends move by the same share of their distance to the inner ends."""
     excess = (high - low) - limit
     if excess <= 0:
         return low, high
@@ -109,7 +109,7 @@ def _fit_length(
 
 
 def _shrink_margin(crop: Crop, extended: Box, fraction: float, rng: np.random.Generator) -> Crop:
-    """Move all four sides inwards by as many whole pixels, at most ``fraction`` of the least margin."""
+    """Move all four sides inwards by the same number of pixels, up to ``fraction`` of the smallest margin."""
     margin = min(
         extended.x1 - crop.x,
         extended.y1 - crop.y,
@@ -128,7 +128,7 @@ def padded_square(width: int, height: int, side: int, *, mirrored: bool = True) 
 def _offset_range(low: float, high: float, length: int, side: int) -> tuple[int, int]:
     """Return the first and last start of a window of ``side`` that holds low..high inside 0..length.
 
-    Ends that are no whole pixels may lie a rounding error below one.
+    Ends may be a rounding error below a whole pixel.
     """
     return max(0, int(high) - side), min(length - side, int(low + ROUNDING))
 
@@ -138,9 +138,9 @@ def plan_square_crop(
 ) -> CropPlan:
     """Choose a square crop that contains the extended box; both boxes are of whole pixels.
 
-    The extended box becomes smaller where it is longer than the image's short side (event ``shrunk``); where
-    the box itself is longer, the crop reaches beyond the image (``padded``). ``shrink_fraction`` is the share
-    of the least margin by which the square may shrink on all sides. Advances ``rng``.
+    An extended box longer than the image's short side is shrunk (event ``shrunk``); if the box itself is
+    longer, the crop reaches beyond the image (``padded``). ``shrink_fraction`` is the largest shrinkage of
+    the square on all sides, as a share of its smallest margin. Advances ``rng``.
     """
     side = min(width, height)
     if max(box.width, box.height) > side:
@@ -159,7 +159,7 @@ def plan_square_crop(
 def plan_original_crop(
     extended: Box, width: int, height: int, shrink_fraction: float, rng: np.random.Generator
 ) -> CropPlan:
-    """Choose a crop as the original code does: where fewer than two positions exist, squash the image.
+    """Choose a crop as the original code does: with fewer than two possible positions, squash the image.
 
     Square images are neither cropped nor shrunk. The event ``squashed`` marks a changed aspect ratio.
     """
@@ -177,9 +177,9 @@ def plan_original_crop(
 def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2.INTER_AREA) -> np.ndarray:
     """Resize ``h w ...`` by area: each pixel is the mean of what it covers, along both axes.
 
-    OpenCV's ``INTER_AREA`` averages only where neither axis grows; where one shrinks and the other grows it
-    looks at two pixels of the shrinking one, however many there are. So the axes are then done one by one,
-    the growing one with the filter ``enlarging``. Takes uint8 or float32.
+    OpenCV's ``INTER_AREA`` averages only if neither axis grows; if one shrinks and the other grows, it looks
+    at just two pixels of the shrinking one. Such axes are resized one after the other, the growing one with
+    the filter ``enlarging``. Takes uint8 or float32.
     """
     rows, columns = image.shape[:2]
     if (width < columns and height > rows) or (width > columns and height < rows):
@@ -192,8 +192,8 @@ def resize_area(image: np.ndarray, width: int, height: int, enlarging: int = cv2
 def resize(image: np.ndarray, width: int, height: int, antialias_above: float = 1.0) -> np.ndarray:
     """Resize a uint8 image ``h w c`` or ``h w``, in uint8.
 
-    Where a side shrinks by more than ``antialias_above``, sides that shrink are averaged by area before those
-    that grow are interpolated; below it both are interpolated bilinearly (``INTER_LINEAR``).
+    If a side shrinks by more than ``antialias_above``, sides that shrink are averaged by area, and then those
+    that grow are interpolated; otherwise both are interpolated bilinearly (``INTER_LINEAR``).
     """
     factor = max(image.shape[1] / width, image.shape[0] / height)
     if factor > antialias_above:
@@ -202,9 +202,9 @@ def resize(image: np.ndarray, width: int, height: int, antialias_above: float = 
 
 
 def window(image: np.ndarray, crop: Crop, fill: int = GREY) -> np.ndarray:
-    """Cut a crop out of an image, uint8 ``h w ...``, at its own size: a view where nothing is padded.
+    """Cut a crop out of an image, uint8 ``h w ...``, at its own size: a view if nothing is padded.
 
-    ``fill`` is the value of what lies outside the image where that is not its reflection.
+    ``fill`` is the value outside the image if that is not its reflection.
     """
     height, width = image.shape[:2]
     left, top = max(-crop.x, 0), max(-crop.y, 0)
@@ -225,11 +225,11 @@ def cut(image: np.ndarray, crop: Crop, size: int, antialias_above: float = 1.0) 
 
 
 def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which pixels of a resized crop each of its pixels shows along one axis: the first and the last.
+    """Return the first and last pixel, along one axis, that each pixel of a resized crop shows.
 
-    That is itself inside the image. Beyond it, the image is read to and fro between the centres of its
-    first and last pixels, as ``BORDER_REFLECT_101`` does. ``start`` and ``length`` of the crop and ``side``
-    of the image (at least 2) are pixels of the image; ``size`` is the resized crop's.
+    Inside the image a pixel shows itself. Outside, the image is read back and forth between the centres of
+    its first and last pixels, as ``BORDER_REFLECT_101`` does. ``start`` and ``length`` of the crop and
+    ``side`` of the image (at least 2) are pixels of the image; ``size`` is the resized crop's.
     """
     scale, span, own = length / size, side - 1, np.arange(size)
     edges = start + np.arange(size + 1) * scale
@@ -237,7 +237,7 @@ def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.nda
     places = edges - 0.5 - turns * span
     places = np.where(turns % 2 == 0, places, span - places)
     first, last = np.minimum(places[:-1], places[1:]), np.maximum(places[:-1], places[1:])
-    # Where reading turns round within a pixel, that shows the image's first or last one too.
+    # If reading turns back within a pixel, it also shows the image's first or last one.
     passed, at_first = np.diff(turns), turns[1:] % 2 == 0
     first = np.where((passed > 1) | ((passed == 1) & at_first), 0.0, first)
     last = np.where((passed > 1) | ((passed == 1) & ~at_first), float(span), last)
@@ -248,7 +248,7 @@ def _shown_pixels(start: int, length: int, side: int, size: int) -> tuple[np.nda
 
 
 def _any_between(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return for each pair of rows whether a mask is set in them or between; bool, column by column."""
+    """Return for each pair of rows whether a mask is set in or between them; bool, column by column."""
     sums = np.zeros((len(mask) + 1, mask.shape[1]), np.int32)
     np.cumsum(mask > 0, axis=0, out=sums[1:])
     return sums[last + 1] > sums[first]
@@ -257,7 +257,7 @@ def _any_between(mask: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.nd
 def mirror_mask(mask: np.ndarray, crop: Crop, width: int, height: int) -> np.ndarray:
     """Hide in a crop's padding the reflection of everything that a mask hides in the image.
 
-    The mask, uint8 ``s s`` of 0 and 255, is drawn on the resized crop of an image of ``width`` x ``height``.
+    The mask, uint8 ``s s`` of 0 and 255, belongs to the resized crop of an image of ``width`` x ``height``.
     """
     size = len(mask)
     padded = crop.x < 0 or crop.y < 0 or crop.x + crop.width > width or crop.y + crop.height > height
@@ -269,7 +269,7 @@ def mirror_mask(mask: np.ndarray, crop: Crop, width: int, height: int) -> np.nda
 
 
 def _pixels_inside(low: float, high: float, size: int) -> slice:
-    """Return the pixels of 0..size that lie wholly in low..high; where none does, the one at its middle."""
+    """Return the pixels of 0..size that lie wholly in low..high, or if there are none, the middle one."""
     low, high = max(low, 0.0), min(high, float(size))
     first, last = math.ceil(low - 1e-6), math.floor(high + 1e-6)
     if first >= last:
@@ -281,7 +281,7 @@ def _pixels_inside(low: float, high: float, size: int) -> slice:
 def valid_mask(crop: Crop, width: int, height: int, size: int) -> np.ndarray:
     """Return uint8 ``size size``: 255 where a pixel of the resized crop lies inside the image, else 0.
 
-    An image that became too thin to hold a whole pixel has the row or column along its middle.
+    An image that became thinner than a pixel gets the row or column along its middle.
     """
     inside = crop.to_output(Box(0.0, 0.0, float(width), float(height)), size)
     mask = np.zeros((size, size), np.uint8)

@@ -1,7 +1,7 @@
-"""From encoded bytes to uint8 RGB, at a half, a quarter or an eighth of the size where less is enough.
+"""From encoded bytes to uint8 RGB, optionally at a half, a quarter or an eighth of the size.
 
-Colours become sRGB where an ICC profile says otherwise, and transparent parts are laid on white. What cannot
-be used is told apart by reason.
+Colours are converted to sRGB if an ICC profile says otherwise, and transparent parts are laid on white.
+Images that cannot be used are reported with a reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pbe.config import DataConfig
 from pbe.data.samples.crops import Box
 from pbe.data.shards.format import DamagedIndexError, digest as digest_of
 
-# The reasons, which stand in the indexes of latent caches too.
+# The reasons; indexes of latent caches hold them, too.
 UNREADABLE = "unreadable image"
 DAMAGED = "image of another hash"
 MISSING_SHARD = "missing shard"
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class UnusableImageError(Exception):
-    """An image is no use; ``reason`` is one of this module's constants."""
+    """An image cannot be used; ``reason`` is one of this module's constants."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -94,7 +94,7 @@ def bezier_mask(
 
     A point moves by at most ``jitter`` pixels along x and along y. The shape stays within the extended box
     plus the jitter and covers at least the share ``min_box_cover`` of the box's pixels: the jitter is drawn
-    up to ``tries`` times from ``rng`` until it does, at last left out.
+    from ``rng`` up to ``tries`` times until it does, and then left out.
     """
     points = curve_points(box, extended)
     limit = Box(
@@ -115,7 +115,7 @@ def bezier_mask(
 
 
 def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dict[str, Any]:
-    """Return what the JSON says of a box that was clipped to the image; the first of several equal ones."""
+    """Return the JSON entry of a box that was clipped to the image; the first of several equal ones."""
     for entry in annotation["boxes"]:
         if Box(*(float(value) for value in entry["xyxy"])).clipped(width, height) == box:
             return dict(entry)
@@ -125,11 +125,11 @@ def _entry(annotation: dict[str, Any], box: Box, width: int, height: int) -> dic
 def read_object_mask(
     images: ShardImages, position: int, box: Box, frame: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray | None:
-    """Return the mask of the object in a box, uint8 ``h w`` of 0 and 1; None where the shard holds none.
+    """Return the mask of the object in a box, uint8 ``h w`` of 0 and 1; None if the shard holds none.
 
-    The box is one of the image's, as the annotation has it but clipped to its frame (width and height). The
-    mask has ``size``, no larger: the image may have been decoded at a smaller size. A mask of which nothing
-    lies in the box counts as none.
+    The box is one of the annotation's, clipped to its frame (width and height). The mask has ``size``, which
+    may be smaller: the image may have been decoded at a smaller size. A mask without any pixel in the box
+    counts as none.
 
     Raises:
         UnusableImageError: the annotation cannot be read, or its mask belongs to another image.

@@ -1,14 +1,14 @@
 """From an image and one of its boxes to a self-supervised training sample (Paint by Example, section 3).
 
 The object inside the box, strongly augmented (section 3.3), becomes the exemplar; the region around it
-becomes the mask. Everything is a pure function of the arguments, the state of the generator among them.
+becomes the mask. Everything is a pure function of the arguments, including the generator's state.
 """
 
 from __future__ import annotations
 
 import os
 
-# albumentations asks the network for its newest version when it is imported; this package never does.
+# albumentations would ask the network for its newest version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import functools
@@ -45,21 +45,20 @@ from pbe.data.samples.masks import (
     rectangle_mask,
 )
 
-REFERENCE_SIDE = 512  # of an image, that lengths of the configuration belong to
-REFERENCE_SIZE = 224  # of an exemplar, the same
+REFERENCE_SIDE = 512  # short side of the image that lengths in the configuration refer to
+REFERENCE_SIZE = 224  # side of the exemplar that they refer to
 # The original's centre +- a third of the image, (112 +- 74), without the bottom left corner.
 ANCHORS = np.array([[186.0, 186.0], [186.0, 38.0], [38.0, 38.0]])
 MAX_TRIES = 20
-# Of what becomes of the same image, box and draws: a cache of another version holds other samples.
-VERSION = 2
+VERSION = 2  # raise it when the same image, box and draws give another sample: latent caches depend on it
 NO_OBJECT_MASK = "no object mask"
 
 
 class ThreePointAffine(ImageOnlyTransform):  # type: ignore[misc]
-    """Affine map fixed by three points, each coordinate of which moves by U(-jitter, jitter).
+    """Affine map given by three points, each coordinate of which moves by U(-jitter, jitter).
 
-    It is what the original's ElasticTransform amounted to: its displacement field was negligible, but three
-    points of the 224 px image moved by up to 50 px each. ``jitter`` is of an image of 224 px and scales with
+    This is what the original's ElasticTransform amounts to: its displacement field is negligible, but three
+    points of the 224 px image move by up to 50 px each. ``jitter`` is for an image of 224 px and scales with
     the image. Targets: image, uint8 or float32.
     """
 
@@ -95,7 +94,7 @@ def blur_range(size: int) -> tuple[int, int]:
 class ExemplarAugmentation:
     """Turns the crop of an object into a square exemplar of ``size`` px: flip, rotation, blur, affine map.
 
-    With ``config.enabled`` off only the size changes; ``antialias_above`` as of
+    With ``config.enabled`` off, the crop is only resized; ``antialias_above`` is as in
     :func:`pbe.data.samples.crops.resize`.
     """
 
@@ -123,8 +122,8 @@ class ExemplarAugmentation:
         exemplar = resize(crop, self.size, self.size, self.antialias_above)
         if self._transform is None:
             return exemplar
-        # One shared pair of generators. Compose's own seeding gives every transform the same stream, and
-        # then a flip and a rotation of equal probability always come together.
+        # One shared pair of generators. Compose's own seeding gives every transform the same stream, so that
+        # a flip and a rotation of equal probability would always come together.
         self._transform.set_random_state(rng, random.Random(int(rng.integers(2**63))))
         return self._transform(image=exemplar)["image"]
 
@@ -138,11 +137,11 @@ def _augmentation(
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """What the network learns from; all images are uint8, ``s`` is the image size, ``e`` the exemplar's.
+    """A training sample; all images are uint8, with ``s`` the image size and ``e`` the exemplar's.
 
     Attributes:
         image: the crop, ``s s 3`` RGB.
-        mask: 255 = repaint, 0 = keep; ``s s``. Where the padding reflects the image, it reflects the mask.
+        mask: 255 = repaint, 0 = keep; ``s s``. Padding that reflects the image reflects the mask, too.
         exemplar: the augmented object, ``e e 3`` RGB.
         valid: 255 = counts in the loss, 0 = padding; ``s s``.
         box: the object in pixels of ``image``.
@@ -186,7 +185,7 @@ def cut_exemplar(image: np.ndarray, box: Box, padding: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Which mask is to be drawn; ``shape`` is the object's, of the whole image, for the kind ``object``."""
+    """Kind of mask to draw; for the kind ``object``, ``shape`` is the object's mask of the whole image."""
 
     name: str
     shape: np.ndarray | None = None
@@ -213,10 +212,10 @@ def _draw_mask(
     config: SampleConfig,
     size: int,
 ) -> _MaskedCrop:
-    """Draw the mask at the output's resolution, where a rectangle is exactly the extended box."""
+    """Draw the mask at the output's resolution; a rectangle is exactly the extended box."""
     inner = plan.crop.to_output(box, size).clipped(size, size)
     extended = plan.crop.to_output(plan.extended, size).rounded_out(size, size)
-    # Lengths belong to an image of 512 px; the crop is then resized like everything else.
+    # Lengths are for an image of 512 px and are then scaled with the crop.
     unit = min(frame) / REFERENCE_SIDE
     pixels = config.bezier_jitter * unit
     sx, sy = plan.crop.scales(size)
@@ -234,7 +233,7 @@ def _draw_mask(
 
 
 def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]) -> np.ndarray:
-    """Return a mask that hides mirror images of itself in the padding, and of all the box."""
+    """Return a mask that also hides the mirror images of itself, and of the whole box, in the padding."""
     if "padded" not in plan.events:
         return mask
     size = len(mask)
@@ -245,9 +244,9 @@ def _mirrored(mask: np.ndarray, box: Box, plan: CropPlan, frame: tuple[int, int]
 def _find_crop(
     box: Box, frame: tuple[int, int], kind: _Kind, rng: np.random.Generator, config: SampleConfig, size: int
 ) -> tuple[_MaskedCrop, tuple[str, ...]]:
-    """Draw crops and masks until enough of the image stays; return the last one and its events.
+    """Draw crops and masks until enough of the image stays unmasked; return the last one and its events.
 
-    Where that fails, it is the whole image inside a grey border, with the box itself as the mask's bounds.
+    If that fails, it is the whole image inside a grey border, with the box itself as the mask.
     """
     for attempt in range(MAX_TRIES):
         extended = extend_box(box, *frame, config.extend_fraction, rng)
@@ -269,7 +268,7 @@ def _find_crop(
 def _choose_kind(
     rng: np.random.Generator, config: SampleConfig, object_mask: ObjectMask | None
 ) -> tuple[_Kind, tuple[str, ...]]:
-    """Draw the kind of mask; the object's is read where it is drawn, and costs no draw where it never is."""
+    """Draw the kind of mask; the object's mask is read only if needed, and a share of 0 takes no draw."""
     own = config.object_mask_share > 0 and rng.random() < config.object_mask_share
     usual = "arbitrary" if rng.random() < config.arbitrary_mask_share else "rectangle"
     if not own:
@@ -296,14 +295,14 @@ def make_sample(
         config: shares and ranges.
         image_size: sides of the image and mask, pixels.
         exemplar_size: sides of the exemplar, pixels.
-        object_mask: reads the object's mask, uint8 ``h w``, not zero on the object, at least somewhere in the
-            box; or gives None. Called only where ``config.object_mask_share`` draws it.
+        object_mask: returns the object's mask, uint8 ``h w``, nonzero on the object, at least somewhere in
+            the box, or None. Called only when that kind of mask is drawn.
     """
     height, width = image.shape[:2]
     settings = tuple(vars(config.augment).items())
     augment = _augmentation(settings, exemplar_size, config.antialias_above)
     exemplar = augment(cut_exemplar(image, box, config.exemplar_padding), rng)
-    # Whole pixels from here on, so that a crop of whole pixels holds all of the box.
+    # Whole pixels from here on, so that a crop of whole pixels contains the whole box.
     box = box.rounded_out(width, height)
     # The kind is drawn once: a redrawn crop must not change the share of arbitrary masks.
     kind, missing = _choose_kind(rng, config, object_mask)

@@ -15,8 +15,8 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def find_shards(pattern: str | Path) -> list[Path]:
     """
     text = os.path.expanduser(str(pattern))
     if not text:
-        raise UserError("no shards given; set data.train_shards and data.validation_shards")
+        raise UserError("no shards are given")
     try:
         found = _named_shards(text)
         hint = "" if found else _hint(Path(text))
@@ -173,6 +173,16 @@ def find_shards(pattern: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"no shards (.tar) found at '{text}'{hint}")
     return found
+
+
+@contextmanager
+def shards_of(key: str) -> Iterator[None]:
+    """Let errors about shards name the key of the configuration that they come from."""
+    try:
+        yield
+    except UserError as error:
+        hint = "; leave it empty to train without validation" if key == "data.validation_shards" else ""
+        raise UserError(f"{key}: {error}{hint}") from error
 
 
 def _named_shards(text: str) -> list[Path]:

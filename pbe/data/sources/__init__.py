@@ -31,7 +31,8 @@ def parse_source(text: str) -> tuple[str, Path, Path | None]:
     kind, separator, rest = text.partition(":")
     if kind not in KINDS or not separator or not rest:
         raise UserError(
-            f"source '{text}' is not KIND:PATH or KIND:PATH@IMAGES with a kind of {', '.join(KINDS)}"
+            f"source '{text}' is not KIND:PATH or KIND:PATH@IMAGES; KIND is one of {', '.join(KINDS)}, "
+            "as in csv:boxes.csv@images"
         )
     whole = Path(rest).expanduser()
     cuts = [place for place, sign in enumerate(rest) if sign == "@" and 0 < place < len(rest) - 1]
@@ -56,7 +57,8 @@ def read_source(text: str, options: SourceOptions) -> Annotations:
     if kind == "masks":
         return read_mask_folder(path, images)
     if not path.is_file():
-        raise UserError(f"the annotation file '{path}' is not a file")
+        reason = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"the annotation file '{path}' {reason}")
     if kind == "coco":
         return read_coco(path, images or path.parent, options.masks)
     return read_csv(path, images or path.parent, options.relative)

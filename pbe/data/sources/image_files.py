@@ -59,7 +59,7 @@ def is_image(name: str) -> bool:
 def need_folder(path: Path, meaning: str) -> Path:
     """Return ``path`` if it is a folder; else a UserError says what it should have been."""
     if not path.is_dir():
-        raise UserError(f"{meaning} '{path}' is not a folder")
+        raise UserError(f"{meaning} '{path}' {'is not a folder' if path.exists() else 'does not exist'}")
     return path
 
 

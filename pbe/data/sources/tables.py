@@ -273,7 +273,7 @@ def read_open_images(folder: Path, images: Path | None = None, split: str = "tra
     column counts as not set; codes of classes without a name stay.
     """
     if split not in SPLITS:
-        raise UserError(f"split '{split}' is none of Open Images'; it must be one of {', '.join(SPLITS)}")
+        raise UserError(f"Open Images has no split '{split}'; it must be one of {', '.join(SPLITS)}")
     need_folder(folder, "the Open Images folder")
     path = _find(folder, f"oidv*{split}-annotations-bbox.csv", f"{split}-annotations-bbox.csv")
     if path is None:

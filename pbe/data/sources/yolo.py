@@ -81,7 +81,7 @@ class Metadata:
             number = whole(key)
             if number is None or not isinstance(name, str):
                 raise UserError(
-                    f"'{self.path}': 'names' holds {shown(f'{key}: {name}')}, which is no number and name"
+                    f"'{self.path}': 'names' holds {shown(f'{key}: {name}')}, not a number and a name"
                 )
             found[number] = name
         return found
@@ -91,7 +91,7 @@ class Metadata:
         key = next((key for key in SPLITS.get(split, ()) if self.values.get(key)), None)
         paths = _as_list(self.values[key]) if key else []
         if not all(isinstance(path, str) for path in paths):
-            raise UserError(f"'{self.path}': {key} is no path and no list of paths")
+            raise UserError(f"'{self.path}': {key} is neither a path nor a list of paths")
         if any(path.lower().endswith(".txt") for path in paths):
             raise UserError(
                 f"'{self.path}': {key} is a list of images, {shown(paths[0])};"

@@ -162,7 +162,7 @@ def check_outputs(jobs: list[Job], num_images: int, folder: Path) -> None:
             raise UserError(f"{job.origin}seed {job.seed} is too large for {num_images} images")
         for stem in (output_stem(job, index) for index in range(num_images)):
             if stem in taken:
-                raise UserError(f"{job.origin}'{stem}' is already the output of another edit; name one anew")
+                raise UserError(f"{job.origin}'{stem}' is already the output of another edit; rename one")
             taken.add(stem)
             for file in (folder / f"{stem}.png", folder / f"{stem}_grid.png"):
                 if str(file) in inputs:
@@ -207,7 +207,7 @@ def collect_jobs(command: EditCommand) -> list[Job]:
     if command.pairs is None:
         return [single_job(command)]
     if extra := [key for key in (*FILE_KEYS, "name") if getattr(command, key) is not None]:
-        raise UserError(f"--pairs and --{extra[0]} contradict each other; give one of them")
+        raise UserError(f"--pairs and --{extra[0]} cannot go together; give one of them")
     return read_pairs(Path(command.pairs), command.seed)
 
 
@@ -342,8 +342,8 @@ def _rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _columns(row: list[str]) -> list[str]:
     names = [cell.strip().lower() for cell in row]
     if not set(FILE_KEYS) <= set(names):
-        forms = "JSON objects, one a line or in an array, or CSV with the columns image, mask and exemplar"
-        raise EditValueError(f"neither of the forms that pairs come in: {forms}")
+        forms = "JSON objects, one per line or in an array, or CSV with the columns image, mask and exemplar"
+        raise EditValueError(f"not in a form of pairs: {forms}")
     if len(set(names)) < len(names):
         raise EditValueError(_twice(names))
     return names

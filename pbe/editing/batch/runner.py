@@ -42,19 +42,8 @@ RECORDED = (
     *("preserve_background", "region", "margin", "feather"),
 )
 GIVEN = (
-    *(
-        "config",
-        "raw_weights",
-        "int8",
-        "compile",
-        "adapter",
-        "revision",
-        "cache_dir",
-        "offline",
-        "safety_checker",
-        "watermark",
-    ),
-    *("solver", "spacing", "karras", "guidance_interval", "reuse_features"),
+    *("config", "raw_weights", "int8", "compile", "adapter", "revision", "cache_dir", "offline"),
+    *("safety_checker", "watermark", "solver", "spacing", "karras", "guidance_interval", "reuse_features"),
     *("margin", "feather", "height", "width"),
 )
 Batch = list[tuple[LoadedJob, int]]  # jobs and numbers of their edits

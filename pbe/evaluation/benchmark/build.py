@@ -98,11 +98,12 @@ def _places(
         if not _usable(box):
             lost["empty, a group or without a label"] += 1
         elif not settings.min_share <= share <= settings.max_share:
-            lost[f"not {settings.min_share:.0%} to {settings.max_share:.0%} of the square"] += 1
+            lost[f"box not {settings.min_share:.0%} to {settings.max_share:.0%} of the square crop"] += 1
         elif square is None:
             lost["longer than the short side"] += 1
         elif next(others, None) is None:
-            lost[f"no other image's object of its label, {settings.min_exemplar_side:g} px or more"] += 1
+            side = f"{settings.min_exemplar_side:g} px or more"
+            lost[f"no object of the same label, {side}, in another image"] += 1
         else:
             found.append(_Place(box.label, (box.x1, box.y1, box.x2, box.y2), square))
     return found
@@ -246,7 +247,9 @@ def _require(count: int, wanted: int, lost: Counter[str]) -> None:
         return
     why = ", ".join(f"{reason}: {times}" for reason, times in lost.most_common())
     made, fewer = (f"only {count} of {wanted} cases", " or fewer cases") if wanted else ("no case", "")
-    raise UserError(f"{made} could be made{f' ({why})' if why else ''}; take more images{fewer}")
+    raise UserError(
+        f"{made} could be made{f' (boxes left out: {why})' if why else ''}; take more images{fewer}"
+    )
 
 
 def _write_cases(

@@ -154,12 +154,14 @@ def read_benchmark(folder: str | Path, *, pixels: bool = False, size: int = SIZE
     A UserError lists what :func:`find_problems` finds; it explains the arguments.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no benchmark folder '{folder}'; pbe benchmark build makes one")
     problems = find_problems(folder, pixels=pixels, size=size)
     if problems:
         shown = "; ".join(problems[:PROBLEMS_SHOWN])
         rest = len(problems) - PROBLEMS_SHOWN
         raise UserError(
-            f"'{folder}' is no whole benchmark: {shown}{f'; and {rest} more' if rest > 0 else ''}"
+            f"'{folder}' is not a complete benchmark: {shown}{f'; and {rest} more' if rest > 0 else ''}"
         )
     return _read_ids(folder, [])
 
@@ -198,7 +200,7 @@ class BenchmarkFolder(ReadOnDemand[Case]):
         self.folder = Path(folder)
         self.numbers = read_benchmark(self.folder)
         if not 0 <= first <= len(self.numbers):
-            raise UserError(f"'{folder}' has {len(self.numbers)} cases; it has no first {first}")
+            raise UserError(f"'{folder}' has {len(self.numbers)} cases, so not the first {first}")
         self._first = self.numbers[: first or None]
         self.ids = [case_id(number) for number in self._first]
 
@@ -216,7 +218,7 @@ class BenchmarkFolder(ReadOnDemand[Case]):
             )
         mask = np.where(mask > 127, 255, 0).astype(np.uint8)
         if not mask.any():
-            raise UserError(f"'{paths[1]}' is black: nothing is to be painted")
+            raise UserError(f"'{paths[1]}' is black: it masks nothing")
         return Case(self.ids[index], image, mask, read_image(paths[2]))
 
     @cached_property

@@ -20,6 +20,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder, ReadOnDemand
 from pbe.evaluation.metrics.sets import SUFFIXES, UNREADABLE, read_image
 from pbe.files import make_folder
+from pbe.models.adapters import adapters_of
 
 SETTINGS, FORMAT = "settings.json", "pbe-edits-1"
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -73,9 +74,11 @@ def model_identity(model: Path | PaintByExample) -> dict[str, str]:
             content = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(content.view(torch.uint8).numpy().tobytes())
+        for layer, adapter in adapters_of(model.model):  # how strong they are is no weight
+            digest.update(f"{layer} {adapter.scale}\n".encode())
         return {"weights": digest.hexdigest()}
     if not model.exists():
-        raise UserError(f"the model '{model}' is not there")
+        raise UserError(f"the model '{model}' does not exist")
     return model_digests(model)
 
 
@@ -90,7 +93,7 @@ def claim_folder(
     path = make_folder(folder) / SETTINGS
     noted = read_settings(folder)
     if path.exists() and not noted:
-        raise UserError(f"'{path}' is no note on edits made here; name another folder for new edits")
+        raise UserError(f"'{path}' was not written by this command; name another folder for new edits")
     edited = any(each.suffix.lower() in SUFFIXES for each in folder.iterdir())
     if edited and not noted:
         raise UserError(f"'{folder}' holds images but no {SETTINGS}; name another folder for new edits")
@@ -144,7 +147,7 @@ class EditFolder(ReadOnDemand[np.ndarray | None]):
         self.extra: list[str] = []
         self.faults: dict[str, str] = {}
         if not folder.is_dir():
-            raise UserError(f"'{folder}' is no folder of edits")
+            raise UserError(f"'{folder}' is not a folder of edits")
         self._files: dict[int, Path] = {}
         numbers = {int(each): position for position, each in enumerate(benchmark.ids)}
         for path in sorted(each for each in folder.iterdir() if each.suffix.lower() in SUFFIXES):

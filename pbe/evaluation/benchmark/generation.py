@@ -35,11 +35,11 @@ from pbe.config import ModelConfig, ScheduleConfig
 from pbe.data.randomness import generator
 from pbe.diffusion.solvers import FEW_STEPS_SOLVER, get_solver
 from pbe.editing.batch.records import write_image
+from pbe.editing.engine import choose_solver
 from pbe.editing.images import to_bytes
 from pbe.editing.loading import Hub
-from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
-from pbe.editing.settings import get_conventions
+from pbe.editing.settings import EditSettings, get_conventions
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import MODELS_OWN, claim_folder, is_whole, model_identity
@@ -133,6 +133,21 @@ class GenerateSettings:
         solver, steps = (FEW_STEPS_SOLVER.name, few) if few else self.USUAL
         return replace(self, solver=self.solver or solver, steps=self.steps or steps)
 
+    def call(self, sizes: ModelConfig) -> dict[str, Any]:
+        """Return the arguments of :meth:`PaintByExample.edit` for a model.
+
+        They name the steps, also where these are the 50 that the call takes for not named.
+        """
+        settings = self.completed(sizes)
+        assert settings.solver is not None
+        how = EditSettings(
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            preserve_background=settings.preserve_background,
+            conventions=settings.conventions,  # type: ignore[arg-type]  # was checked
+        )
+        return {"settings": how.checked(), "choice": choose_solver(settings.solver)}
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that images depend on."""
         fields = asdict(self)
@@ -175,21 +190,14 @@ def edit_batch(
 
     Noise belongs to (seed, case), not to the batch.
     """
-    settings = settings.completed(pipe.model.config)
-    assert settings.steps is not None
-    output = pipe(
+    output = pipe.edit(
         [case.exemplar for case in cases] if exemplars is None else list(exemplars),
         [case.image for case in cases],
         [case.mask for case in cases],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        **settings.call(pipe.model.config),
         generator=[noise_of(settings.seed, case.noise_key) for case in cases],
         output_type="np",
-        preserve_background=settings.preserve_background,
-        conventions=settings.conventions,
-        solver=settings.solver,
     )
-    assert isinstance(output, EditOutput)
     return to_bytes(output.images)
 
 
@@ -379,7 +387,7 @@ def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
             use_distributed_sampler=False,
         )
     except (MisconfigurationException, ValueError) as error:
-        raise UserError(f"these devices cannot be used so: {' '.join(str(error).split())}") from error
+        raise UserError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
 
 
 def _reported(error: ProcessRaisedException) -> Exception:

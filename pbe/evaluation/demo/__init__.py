@@ -12,18 +12,20 @@ from pbe.resources import packaged
 class DemoSettings:
     """Options of ``pbe demo``."""
 
-    out: Path = Path("outputs/demo")
-    """folder"""
+    out: Path = field(default=Path("outputs/demo"), metadata={"group": "What is used"})
+    """folder for the page and everything else"""
     model: Path = field(default_factory=lambda: packaged("data/toy/model"))
-    """the model that edits"""
+    """model that edits"""
+    student: str = "none"
+    """the same model distilled into few steps, or none"""
     config: Path = field(default_factory=lambda: packaged("configs/toy.yaml"))
-    """of the training run"""
+    """configuration of the training run"""
     set: list[str] = field(default_factory=list)
     """KEY=VALUE, changes to that configuration"""
-    scenes: int = 1500
+    scenes: int = field(default=1500, metadata={"group": "How much is done"})
     """training scenes to render"""
     seconds: float = 90.0
-    """about how long to train"""
+    """approximate time to train"""
     steps: int = 0
     """optimizer steps; 0 means as many as --seconds allow"""
     objects: int = 60
@@ -31,8 +33,8 @@ class DemoSettings:
     guidance: list[float] = field(default_factory=lambda: [1.0, 3.0, 5.0])
     """guidance scales"""
     sampling_steps: int = 50
-    """of the solver"""
+    """steps of the solver"""
     shown: int = 16
-    """edits on the page"""
+    """number of edits on the page"""
     seed: int = 0
-    """of scenes, noise and training"""
+    """seed of scenes, noise and training"""

@@ -19,12 +19,11 @@ import torch
 
 from pbe.editing.batch.jobs import read_pairs
 from pbe.editing.images import grey_out, read_image, read_mask
-from pbe.editing.output import EditOutput
 from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
 from pbe.evaluation.benchmark.toy import ToyCase, ToyEdits
-from pbe.evaluation.benchmark.toy_run import ToyScores
+from pbe.evaluation.benchmark.toy_run import Row, ToyScores
 from pbe.evaluation.metrics.bootstrap import CHOICE
 from pbe.evaluation.report import Table, at_side
 from pbe.evaluation.study.naming import readable
@@ -118,11 +117,39 @@ def loss_table(curve: TrainingCurve) -> Table:
     return Table(["validation loss", "untrained", "trained", "change"], rows, note)
 
 
-def edit_strips(cases: Sequence[ToyCase], edits: ToyEdits, count: int) -> list[list[Tile]]:
+@dataclass(frozen=True)
+class Student:
+    """Edits by a model of few steps, beside those of the model that it was distilled from.
+
+    Attributes:
+        edits: at the last guidance scale of the others.
+        steps: calls of the UNet for an edit.
+        seconds: of an edit, batched as the others are.
+        teacher_calls: halves of guided calls for an edit of the model itself.
+        teacher_seconds: of such an edit.
+    """
+
+    edits: ToyEdits
+    steps: int
+    seconds: float
+    teacher_calls: int
+    teacher_seconds: float
+
+    @property
+    def name(self) -> str:
+        """What captions and tables call it."""
+        return f"{self.steps} steps"
+
+
+def edit_strips(
+    cases: Sequence[ToyCase], edits: ToyEdits, student: Student | None, count: int
+) -> list[list[Tile]]:
     """Return strips for the first ``count`` cases: masked, exemplar, edits by guidance, true object."""
     strips = []
     for index, case in enumerate(cases[:count]):
         painted = [(f"guidance {scale:g}", edited[index]) for scale, edited in edits.own.items()]
+        if student is not None:
+            painted += [(student.name, edited[index]) for edited in student.edits.own.values()]
         shown = [("masked", case.masked), ("exemplar", case.exemplar), *painted]
         strips.append(tiles([*shown, (f"hidden: {readable(case.name)}", case.image)]))
     return strips
@@ -142,24 +169,17 @@ def edit_outside(
         image, exemplar = read_image(job.image).pixels, read_image(job.exemplar, "exemplar").pixels
         mask = read_mask(job.mask).pixels
         captioned = [("masked", grey_out(image, mask)), ("exemplar", exemplar)]
-        for each in at_scales(settings.completed(pipe.model.config), scales):
-            assert each.steps is not None
-            edit = pipe(
-                exemplar,
-                image,
-                mask,
-                num_inference_steps=each.steps,
-                guidance_scale=each.guidance_scale,
-                generator=torch.Generator().manual_seed(job.seed),
-                solver=each.solver,
-            )
-            assert isinstance(edit, EditOutput)
+        for each in at_scales(settings, scales):
+            generator = torch.Generator().manual_seed(job.seed)
+            edit = pipe.edit(exemplar, image, mask, **each.call(pipe.model.config), generator=generator)
             captioned.append((f"guidance {each.guidance_scale:g}", np.asarray(edit.images[0])))
         strips.append(tiles([*captioned, ("photograph", image)]))
     return strips
 
 
-def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
+def headline(
+    scores: ToyScores, curve: TrainingCurve, student: tuple[Student, Row] | None
+) -> list[tuple[str, str]]:
     """Return the page's headline numbers and what they mean, at the last guidance scale that was edited."""
     scale, row = list(scores.guidance.items())[-1]
     auc, first, ceiling = row.auc, row.first_of_20, scores.ceiling
@@ -181,16 +201,35 @@ def headline(scores: ToyScores, curve: TrainingCurve) -> list[tuple[str, str]]:
                 f"{100 * ceiling.first_of_20.value:.0f} %",
             )
         )
+    if student is not None:
+        fast, own = student
+        figures.append(
+            (
+                f"{fast.teacher_seconds / fast.seconds:.0f} ×",
+                f"faster by the distilled model: {1000 * fast.seconds:.0f} ms for an edit in {fast.steps} "
+                f"calls, not {1000 * fast.teacher_seconds:.0f} ms in {fast.teacher_calls}; AUC "
+                f"{own.auc.value:.2f} and {auc.value:.2f}",
+            )
+        )
     before, after = curve.ends
     steps = f"validation loss of a new model in {curve.validation[-1][0]} optimizer steps"
     return [*figures, (f"{before:.2f} → {after:.2f}", steps)]
 
 
 def page_values(
-    cases: Sequence[ToyCase], edits: ToyEdits, scores: ToyScores, curve: TrainingCurve, shown: int
+    cases: Sequence[ToyCase],
+    edits: ToyEdits,
+    scores: ToyScores,
+    curve: TrainingCurve,
+    student: tuple[Student, Row] | None,
+    shown: int,
 ) -> dict[str, Any]:
     """Return what the page shows of edits (the first ``shown``), scores and training, for the template."""
     table = scores.table()
+    rows = list(table.rows)
+    if student is not None:
+        scale = list(student[0].edits.own)[-1]
+        rows.insert(len(edits.own), [f"{student[0].name}, guidance {scale:g}", *student[1].cells()])
     explained = (
         f"{table.note} AUC: how often a region painted with its exemplar resembles that exemplar more than a "
         "region painted with a shuffled one does (same scenes, masks and noise); 0.5 is chance. First of "
@@ -200,11 +239,11 @@ def page_values(
     )
     return {
         "title": TITLE,
-        "figures": headline(scores, curve),
-        "edits": edit_strips(cases, edits, shown),
+        "figures": headline(scores, curve, student),
+        "edits": edit_strips(cases, edits, student and student[0], shown),
         "curve": training_chart(curve.train, curve.validation),
         "losses": loss_table(curve),
-        "scores": Table(table.head, table.rows, explained),
+        "scores": Table(table.head, rows, explained),
     }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pbe.checkpoints.native import load_config as load_model_config
-from pbe.config import Config, load_config
+from pbe.config import Config, ModelConfig, load_config
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import uniform_timesteps
@@ -27,10 +27,11 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
 from pbe.evaluation.benchmark.toy import ToyCase, ToyEdits, check_count, make_benchmark, make_edits
-from pbe.evaluation.benchmark.toy_run import ToyScores, score_edits
+from pbe.evaluation.benchmark.toy_run import Row, ToyScores, score_edits
 from pbe.evaluation.demo import DemoSettings
 from pbe.evaluation.demo.page import (
     TEMPLATE,
+    Student,
     TrainingCurve,
     edit_outside,
     machine_facts,
@@ -95,11 +96,32 @@ def check(options: DemoSettings) -> Config:
         raise UserError("--seconds must be a number above 0, --steps 0 or more")
     if not (options.model / "config.json").is_file():
         raise UserError(f"no model at '{options.model}', where it ships with the project (or: pbe toy train)")
-    model = load_model_config(options.model)
+    model, student = load_model_config(options.model), student_config(options)
+    if student is not None and edit_sizes(student) != edit_sizes(model):
+        raise UserError(
+            f"--student edits {edit_sizes(student)} px (image and exemplar), --model {edit_sizes(model)}"
+        )
     uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
     at_scales(edit_settings(options), options.guidance)
     check_count(ToyWorld(DEFAULT_WORLD), options.objects)
     return training_config(options, 1, "run")
+
+
+def student_config(options: DemoSettings) -> ModelConfig | None:
+    """Return the sizes of the student, which must be one; None where there is none."""
+    if options.student == "none":
+        return None
+    config = load_model_config(options.student)
+    if not config.unet.few_steps:
+        raise UserError(
+            f"--student '{options.student}' is not distilled into few steps; give another, or none"
+        )
+    return config
+
+
+def edit_sizes(model: ModelConfig) -> tuple[int, int]:
+    """Return the sides of a model's images and exemplars, pixels."""
+    return model.image_size, model.exemplar_encoder.image_size
 
 
 def edit_settings(options: DemoSettings) -> GenerateSettings:
@@ -138,7 +160,7 @@ def clean(out: Path) -> None:
     """Remove what an earlier demo left, and the page first, so that no stale one is taken for a new one."""
     marker = make_folder(out) / MARKER
     if not marker.exists() and any((out / name).exists() for name in (*OWN_FOLDERS, "index.html")):
-        raise UserError(f"'{out}' holds files that no demo made; give another --out")
+        raise UserError(f"'{out}' holds files that the demo did not make; give another --out")
     marker.touch()
     (out / "index.html").unlink(missing_ok=True)
     for name in OWN_FOLDERS:
@@ -155,7 +177,7 @@ def render(options: DemoSettings, clock: Clock) -> None:
         command += ["--out", str(options.out / "scenes" / folder), "--scenes", str(scenes)]
         command += ["--seed", str(options.seed), "--workers", "0"]
         if subprocess.run(command, env=environment, check=False).returncode:
-            raise UserError("rendering failed; its message stands above")
+            raise UserError("rendering failed; see its message above")
     clock.note = (
         f"{options.scenes} training and {validation} validation scenes with boxes, packed into shards"
     )
@@ -195,30 +217,77 @@ def train_model(options: DemoSettings, clock: Clock, steps: int) -> TrainingCurv
     return curve
 
 
-def edit(options: DemoSettings, clock: Clock) -> tuple[list[ToyCase], ToyEdits, list[list[Tile]]]:
+def edit(
+    options: DemoSettings, clock: Clock
+) -> tuple[list[ToyCase], ToyEdits, Student | None, list[list[Tile]]]:
     """Stage four: the shipped model edits unseen scenes, right and shuffled exemplars, and photographs."""
     pipe = PaintByExample.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
-    config = pipe.model.config
-    size, exemplar_size = config.image_size, config.exemplar_encoder.image_size
+    size, exemplar_size = edit_sizes(pipe.model.config)
     cases = make_benchmark(
         ToyWorld(), seed=options.seed, image_size=size, exemplar_size=exemplar_size, objects=options.objects
     )
     scales, settings = options.guidance, edit_settings(options)
-    with tqdm(total=2 * len(scales) * len(cases), unit="edit", desc="edit") as bar:
-        edits = make_edits(pipe, cases, scales, settings, lambda done, _total: bar.update(done - bar.n))
+    edits, seconds = timed_edits(pipe, cases, scales, settings)
+    student = edit_by_student(options, cases, seconds)
     outside = edit_outside(pipe, packaged("data/examples/outside/pairs.jsonl"), scales, settings)
-    clock.note = f"{bar.total} edits of {size} px at {settings.steps} {settings.solver} steps"
-    return cases, edits, outside
+    each = 2 * len(cases)  # edits at a guidance scale
+    clock.note = f"{each * len(scales)} edits of {size} px at {settings.steps} {settings.solver} steps"
+    if student is not None:
+        clock.note += f", {each} at {student.steps} steps of the student"
+    return cases, edits, student, outside
 
 
-def score(options: DemoSettings, clock: Clock, cases: list[ToyCase], edits: ToyEdits) -> ToyScores:
-    """Stage five: similarity of painted regions to their exemplars."""
-    scores = score_edits(cases, edits, load_tower("lite2", None, None), seed=options.seed)
+def timed_edits(
+    pipe: PaintByExample, cases: list[ToyCase], scales: list[float], settings: GenerateSettings
+) -> tuple[ToyEdits, float]:
+    """Edit the cases behind a progress bar; return the edits, and the seconds of one at the last scale."""
+    each = 2 * len(cases)
+    reached = {0: time.perf_counter()}
+    with tqdm(total=each * len(scales), unit="edit", desc="edit") as bar:
+
+        def count(done: int, _total: int) -> None:
+            reached[done] = time.perf_counter()
+            bar.update(done - bar.n)
+
+        edits = make_edits(pipe, cases, scales, settings, count)
+        return edits, (reached[bar.total] - reached[bar.total - each]) / each
+
+
+def edit_by_student(options: DemoSettings, cases: list[ToyCase], seconds: float) -> Student | None:
+    """Edit the cases in few steps, at the last guidance scale or the nearest that the student knows.
+
+    ``seconds`` are those that an edit of the model itself took at that scale.
+    """
+    config = student_config(options)
+    if config is None:
+        return None
+    pipe = PaintByExample.from_pretrained(options.student)
+    pipe.set_progress_bar_config(disable=True)
+    low, high = config.unet.guidance_range
+    scale = min(max(options.guidance[-1], low), high)
+    settings = GenerateSettings(seed=options.seed, batch_size=BATCH).completed(config)
+    assert settings.steps is not None
+    edits, own = timed_edits(pipe, cases, [scale], settings)
+    calls = (options.sampling_steps + 1) * (1 if options.guidance[-1] == 1.0 else 2)
+    return Student(edits, settings.steps, own, calls, seconds)
+
+
+def score(
+    options: DemoSettings, clock: Clock, cases: list[ToyCase], edits: ToyEdits, student: Student | None
+) -> tuple[ToyScores, tuple[Student, Row] | None]:
+    """Stage five: similarity of what model and student painted to the exemplars."""
+    tower = load_tower("lite2", None, None)
+    scores = score_edits(cases, edits, tower, seed=options.seed)
+    few = None
+    if student is not None:
+        few = student, *score_edits(cases, student.edits, tower, seed=options.seed).guidance.values()
     scale, row = list(scores.guidance.items())[-1]
     print(markdown(scores.table()))
     clock.note = f"AUC {row.auc} at guidance {scale:g}"
-    return scores
+    if few is not None:
+        clock.note += f", {few[1].auc} in {few[0].steps} steps"
+    return scores, few
 
 
 def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
@@ -257,9 +326,9 @@ def run(options: DemoSettings) -> Path:
     with clock.stage("Train a fresh model"):
         curve = train_model(options, clock, steps)
     with clock.stage("Edit unseen scenes with the shipped model"):
-        cases, edits, outside = edit(options, clock)
+        cases, edits, student, outside = edit(options, clock)
     with clock.stage("Score the edits"):
-        scores = score(options, clock, cases, edits)
+        scores, few = score(options, clock, cases, edits, student)
     with clock.stage("Write the page"):
         grid = sorted((options.out / "run" / "grids").glob("*.png"))[-1]
         scales = ", ".join(f"{scale:g}" for scale in config.logging.grid_guidance)
@@ -269,7 +338,7 @@ def run(options: DemoSettings) -> Path:
         )
         page = render_page(
             TEMPLATE,
-            **page_values(cases, edits, scores, curve, options.shown),
+            **page_values(cases, edits, scores, curve, few, options.shown),
             outside=outside,
             grids=[Tile(caption, np.asarray(Image.open(grid)))],
             stages=clock.stages,

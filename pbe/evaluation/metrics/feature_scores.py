@@ -265,7 +265,9 @@ class QualityMeasure(CaseMeasure):
         self.mixture, self.drop_remainder = load_mixture(path), drop_remainder
         fitted = self.mixture.card.get("weights_sha256", "")
         if fitted != tower.sha256:
-            raise UserError(f"the mixture '{path}' is of other weights' features ({fitted[:12]}...)")
+            raise UserError(
+                f"the mixture '{path}' was fitted to features of other weights ({fitted[:12]}...)"
+            )
         for key, own in (("feature_model", tower.spec.architecture), ("resize_filter", tower.whole_filter)):
             if (noted := self.mixture.card.get(key, own)) != own:  # one file of weights may suit two networks
                 raise UserError(f"the mixture '{path}' is of the features of '{noted}', not '{own}'")

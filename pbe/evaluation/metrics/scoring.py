@@ -63,7 +63,7 @@ class ScoreSettings:
         if unknown:
             raise UserError(f"there is no metric '{unknown[0]}'; there are: {', '.join(METRICS)}")
         if len(set(self.metrics)) != len(self.metrics):
-            raise UserError("every metric is named once")
+            raise UserError("name every metric only once")
         strange = [role for role in (*self.weights, *self.architectures) if role not in ROLES]
         if strange:
             raise UserError(f"there is no tower '{strange[0]}'; there are: {', '.join(ROLES)}")

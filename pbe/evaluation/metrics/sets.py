@@ -217,7 +217,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise UserError(f"the reference '{folder}' is no folder of images")
+            raise UserError(f"the reference '{folder}' is not a folder of images")
         self.paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise UserError(f"the reference folder '{folder}' holds no image")

@@ -256,7 +256,7 @@ def build_network(spec: TowerSpec) -> nn.Module:
         return timm.create_model(model, pretrained=False, num_classes=0)
     known = open_clip.get_model_config(name)
     if known is None:
-        raise UserError(f"'{name}' is no architecture of open_clip.list_models(), nor timm/<name>")
+        raise UserError(f"'{name}' is neither an architecture of open_clip.list_models() nor timm/<name>")
     vision = dict(known["vision_cfg"]) | {"image_size": spec.size}
     quick = bool(known.get("quick_gelu", False))
     return _build_vision_tower(known["embed_dim"], CLIPVisionCfg(**vision), quick_gelu=quick)
@@ -283,7 +283,7 @@ def _load_inception(spec: TowerSpec, path: Path, device: str) -> Tower:
         raise NotRunError("needs torch-fidelity: pip install 'pbe[evaluation]'") from error
     read_state(path)  # refuses what is more than tensors; torch-fidelity itself would unpickle anything
     if is_program(path):  # of which tensors can be read, but torch-fidelity would run it
-        raise UserError(f"'{path}' is a TorchScript program, no state dict of torch-fidelity's Inception")
+        raise UserError(f"'{path}' is a TorchScript program, not a state dict of torch-fidelity's Inception")
     try:
         network = FeatureExtractorInceptionV3(
             spec.architecture, ["2048"], feature_extractor_weights_path=str(path)

@@ -167,14 +167,12 @@ def score_answers(answers: Path, key: Path) -> NamingResult:
     if set(given) != set(rights):
         odd = sorted(set(given) ^ set(rights))
         raise UserError(
-            f"'{answers}' and '{key}' are not of one test: question {odd[0]} is in one of them only"
+            f"'{answers}' and '{key}' do not belong together: question {odd[0]} is in one of them only"
         )
     letters = {number: answer.strip().lower() for number, answer in given.items()}
     for number, letter in letters.items():
         if letter and letter not in tuple(LETTERS):
-            raise UserError(
-                f"'{answers}', question {number}: '{letter}' is no answer; it is one of {', '.join(LETTERS)}"
-            )
+            raise UserError(f"'{answers}', question {number}: '{letter}' is not one of {', '.join(LETTERS)}")
     right = sum(letters[number] == rights[number] for number in rights)
     shown = next(iter(_column(key, "shown").values()))
     blank = sum(not letter for letter in letters.values())

@@ -152,7 +152,7 @@ def parse_systems(texts: Sequence[str]) -> dict[str, Path]:
     for text in texts:
         name, separator, folder = text.partition("=")
         if not (separator and name.strip() and folder):
-            raise UserError(f"'{text}' is no system; write name=folder")
+            raise UserError(f"'{text}' does not name a system; write name=folder")
         if name.strip() in systems:
             raise UserError(f"the system '{name.strip()}' is named twice")
         systems[name.strip()] = Path(expand_home(folder))
@@ -203,9 +203,9 @@ def _read(path: Path, kind: str, form: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is cut short or no JSON: {error}") from error
+        raise UserError(f"'{path}' is truncated or not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != form:
-        raise UserError(f"'{path}' is no {kind}: its format is not {form}")
+        raise UserError(f"'{path}' is not a {kind}: its format is not {form}")
     return content
 
 
@@ -225,7 +225,9 @@ def read_key(path: Path) -> StudyKey:
         raise UserError(f"'{path}' is a damaged key of a study: it lacks questions, groups or systems")
     for name, owners in groups.items():
         if sorted(owners.values()) != sorted(systems):
-            raise UserError(f"'{path}' is a damaged key of a study: group {name} has not one edit a system")
+            raise UserError(
+                f"'{path}' is a damaged key of a study: group {name} lacks an edit or has two of one system"
+            )
     return key
 
 

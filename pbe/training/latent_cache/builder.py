@@ -71,7 +71,7 @@ def find_cache(config: Config, model: LatentDiffusion) -> LatentStore | None:
 def _find(config: Config, settings: Settings) -> LatentStore | None:
     folder = config.cache.folder
     if is_url(folder):
-        raise UserError(f"a latent cache lies on a local or shared disk; cache.folder '{folder}' is a URL")
+        raise UserError(f"a latent cache must be on a local or shared disk; cache.folder '{folder}' is a URL")
     for path in _older(folder):
         raise UserError(
             f"the latent cache '{folder}' was made by an older version; delete '{path}'"

@@ -10,7 +10,7 @@ from torch import nn
 
 from pbe.config import Config, fingerprint as fingerprint, flatten, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
-from pbe.data.shards.archive import shard_state
+from pbe.data.shards.archive import shard_state, shards_of
 from pbe.models import LatentDiffusion
 
 # How samples are loaded, not which ones.
@@ -71,7 +71,8 @@ def settings_of(config: Config, model: LatentDiffusion) -> Settings:
             settings[f"exemplar_encoder.{name}"] = value
     for name in ("train_shards", "validation_shards"):
         pattern = getattr(config.data, name)
-        settings[f"files of data.{name}"] = fingerprint(shard_state(pattern)) if pattern else ""
+        with shards_of(f"data.{name}"):
+            settings[f"files of data.{name}"] = fingerprint(shard_state(pattern)) if pattern else ""
     autoencoder = model.autoencoder
     parts = (autoencoder.encoder, autoencoder.quant_conv, autoencoder.patch_encoder)
     weights = (_weights(*parts), _weights(model.exemplar_encoder.tower))

@@ -86,6 +86,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def regather(module: nn.Module) -> None:
+    """Gather the weights that belong to no block anew, whose shards were changed in a forward pass.
+
+    All ranks have to call it. Nothing happens to a module that is not sharded.
+    """
+    if isinstance(module, FSDPModule):
+        module.reshard()
+        module.unshard()
+
+
 def shard(module: nn.Module, mesh: DeviceMesh, whole_parts: list[nn.Module], entry: str) -> None:
     """Cut a module's weights into shards, block by block and then the rest together, in place.
 

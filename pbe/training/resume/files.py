@@ -172,7 +172,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return kept | {key: content.get(key) for key in ("ema", "config", "base")}
     except UNREADABLE as error:
         raise UserError(
-            f"'{path}' is damaged or no checkpoint of this project; delete it or name another"
+            f"'{path}' is damaged or not a checkpoint of this project; delete it or name another"
         ) from error
 
 
@@ -205,7 +205,7 @@ def find_checkpoint(config: Config) -> Path | None:
     if not named.is_file():
         raise UserError(f"trainer.resume: no checkpoint at '{named}'")
     if problem := damage(named):
-        raise UserError(f"'{named}' is damaged or no checkpoint of this project ({problem}); name another")
+        raise UserError(f"'{named}' is damaged or not a checkpoint of this project ({problem}); name another")
     return named
 
 
@@ -226,11 +226,11 @@ def newest_intact(folder: Path) -> Path | None:
             for problem in problems.values():
                 report(f"{problem}; resuming from '{path.name}' (step {step_of(path)})")
             return path
-        problems[inode] = f"'{path}' is damaged or no checkpoint of this project ({problem})"
+        problems[inode] = f"'{path}' is damaged or not a checkpoint of this project ({problem})"
     if problems:
         raise UserError(
-            f"{'; '.join(problems.values())}, and no other one is whole; "
-            "delete the checkpoints to start anew, or name one in trainer.resume"
+            f"{'; '.join(problems.values())}, and no other one is intact; "
+            "delete the checkpoints to start again, or name one in trainer.resume"
         )
     return None
 

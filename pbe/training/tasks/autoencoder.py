@@ -100,7 +100,7 @@ class AutoencoderTask(BaseTask):
         return total
 
     def _pixel_terms(self, decoded: Tensor, images: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        mask_weight = self.config.autoencoder_loss.hole_weight
+        mask_weight = self.config.autoencoder_loss.masked_weight
         if mask_weight == 1.0:
             return reconstruction_terms(decoded, images)
         return weighted_terms(decoded, images, 1.0 - to_keep_mask(batch["mask"]), mask_weight)

@@ -1,4 +1,4 @@
-"""Base class of the training tasks: optimizer, moving average and their place in the checkpoint."""
+"""Base class of the training tasks: optimizer steps, moving average, logged sums and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class BaseTask(pl.LightningModule):
     """
 
     model: nn.Module
-    shown: tuple[str, ...] = ("val/loss",)  # of a validation, beside the progress bar
-    adapted: bool = False  # adapters are trained, beside frozen weights
-    entry: str = ""  # the method through which a step uses all weights; empty: they cannot be sharded
+    shown: tuple[str, ...] = ("val/loss",)  # validation values to show at the progress bar
+    adapted: bool = False  # adapters are trained, and all other weights frozen
+    entry: str = ""  # method through which a step uses all weights, for sharding; empty: not possible
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.ema: Ema | None = None  # the moving average, unless it is off
-        self.sums = Sums()  # of what training has measured since the last row of the log
-        self.validation_sums = Sums()  # of what the current validation has measured
-        self.guard = Guard(config.trainer)  # checks every step before it is made
+        self.sums = Sums()  # training values since the last row of the log
+        self.validation_sums = Sums()  # values of the current validation
+        self.guard = Guard(config.trainer)  # checks the gradients before every step
         self.step_made = True  # the last step was not skipped
-        self.rate = 0.0  # of learning, in the last optimizer step
+        self.rate = 0.0  # learning rate of the last optimizer step
         self.loaded_step = 0  # optimizer step of the checkpoint that was loaded
         self.validated_step = -1  # optimizer step of the last validation, -1 before any
 
@@ -58,15 +58,15 @@ class BaseTask(pl.LightningModule):
         return is_sharded(self.parameters())
 
     def base_fingerprint(self) -> str:
-        """Return a fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        """Return a fingerprint of the frozen weights that adapters belong to; empty without adapters."""
         return ""
 
     def whole_parts(self) -> list[nn.Module]:
-        """Return the networks that are kept whole where the weights are sharded."""
+        """Return the networks that stay whole when the weights are sharded."""
         return []
 
     def configure_model(self) -> None:
-        """Cut the weights into shards, once, where the strategy has a mesh of processes for that."""
+        """Shard the weights, once, if the strategy has a mesh of processes for it."""
         if self._device_mesh is None or self.sharded:
             return
         if not self.entry:
@@ -78,12 +78,12 @@ class BaseTask(pl.LightningModule):
             self.ema.begin(self)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer and its schedule, stepped every optimizer step."""
+        """Return the optimizer and its learning-rate schedule, which advances with every optimizer step."""
         optimizer, scheduler = make_optimizer(self, self.config.optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Move the average to where the weights went."""
+        """Move the average to the weights' devices."""
         if self.ema is not None:
             self.ema.to_parameter_devices()
 
@@ -94,7 +94,7 @@ class BaseTask(pl.LightningModule):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Make an optimizer step, then move the average (before any checkpoint of this step is written)."""
+        """Make an optimizer step, then update the average (before a checkpoint of this step is written)."""
         self.rate = float(optimizer.param_groups[0]["lr"])
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.ema is not None and self.step_made:
@@ -102,7 +102,7 @@ class BaseTask(pl.LightningModule):
 
     @abstractmethod
     def batch_loss(self, batch: Any) -> Tensor:
-        """Return the loss of a micro-batch, and add what is worth logging to :attr:`sums`."""
+        """Return the loss of a micro-batch, and add values to log to :attr:`sums`."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch."""
@@ -115,11 +115,11 @@ class BaseTask(pl.LightningModule):
         """Measure the gradients, and skip the step when they are not finite."""
         norm = gradient_norm(self.parameters())
         self.sums.add("train/gradient_norm", norm.view(1))
-        # one rank alone searches for the layer, and cannot use sharded weights
+        # only one rank searches for the layer, which does not work with sharded weights
         recompute = None if self.sharded else self._recompute_loss
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         self.step_made = self.guard.allows(norm, self.global_step, self.model, recompute, scaled=scaled)
-        if not self.step_made:  # an optimizer passes over parameters without a gradient
+        if not self.step_made:  # optimizers skip parameters without a gradient
             optimizer.zero_grad(set_to_none=True)
 
     def _recompute_loss(self, batch: Any) -> None:
@@ -133,8 +133,8 @@ class BaseTask(pl.LightningModule):
     def validated(self, batch_idx: int, size: int) -> Tensor:
         """Return which samples of a validation batch count, ``(size,)`` bool.
 
-        ``trainer.validation_samples`` do, whatever the size of the batches and the number of ranks;
-        what fills up the last batch does not.
+        The first ``trainer.validation_samples`` do, whatever the batch size and the number of ranks; samples
+        that only fill up the last batch do not.
         """
         counter = self.trainer.val_dataloaders.counter  # type: ignore[union-attr]
         total = min(self.config.trainer.validation_samples, counter.length)
@@ -156,20 +156,20 @@ class BaseTask(pl.LightningModule):
     def averaged_weights(self) -> Iterator[None]:
         """Use the averaged weights inside a ``with`` block (the plain ones when the average is off).
 
-        All ranks have to enter it where the weights are sharded.
+        With sharded weights, all ranks must enter it.
         """
         with nullcontext() if self.ema is None else self.ema.applied(), gathered(self):
             yield
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the average, what is not logged yet and the configuration into the checkpoint."""
+        """Add the average, values not logged yet and the configuration to the checkpoint."""
         checkpoint["sums"] = self.sums.reduced()
         checkpoint["config"], checkpoint["base"] = to_dict(self.config), self.base_fingerprint()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the average, the step and what is not logged yet out of the checkpoint."""
+        """Restore the average, the step and values not logged yet from the checkpoint."""
         self.loaded_step = int(checkpoint["global_step"])
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and "loops" in checkpoint:
@@ -184,19 +184,19 @@ class BaseTask(pl.LightningModule):
 
 
 class Sums:
-    """Adds up named values sample by sample, whatever batches, micro-batches and ranks they come in.
+    """Sums of named values over samples, independent of batches, micro-batches and ranks.
 
-    It does so in double precision and without waiting for the device. ``totals`` holds the sum of the values,
-    of their squares, and the number of them, by name.
+    They are in double precision, and adding does not wait for the device. ``totals`` holds, by name, the sum
+    of the values, the sum of their squares, and their number.
     """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
-        """Add values of any shape, one for each sample; those that are not finite are left out.
+        """Add values of any shape, one per sample; values that are not finite are ignored.
 
-        ``counted``, bool of the same shape, says which of them count; None counts all.
+        ``counted``, bool of the same shape, says which values count; None counts all.
         """
         values = values.detach().double()
         kept = torch.isfinite(values)
@@ -209,15 +209,15 @@ class Sums:
         self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def reduced(self) -> dict[str, Tensor]:
-        """Return the totals over all ranks, on the CPU; every rank has to call it.
+        """Return the totals over all ranks, on the CPU; every rank must call it.
 
-        Ranks are put together by name, whatever they have measured and in which order: after a restart the
-        first one alone holds what all of them had measured before.
+        Totals are matched by name, since ranks may have different ones: after a restart the first rank alone
+        holds what all of them had measured before.
         """
         names = list(dict.fromkeys(name for rank in from_all_ranks(list(self.totals)) for name in rank))
         if not names:
             return {}
-        # in one place: what a checkpoint held is on the CPU until it is added to
+        # on one device: totals from a checkpoint are on the CPU until values are added
         device = _device(self.totals.values())
         nothing = torch.zeros(3, dtype=torch.float64, device=device)
         stacked = torch.stack([self.totals.get(name, nothing).to(device) for name in names])
@@ -226,7 +226,7 @@ class Sums:
         return dict(zip(names, stacked.cpu(), strict=True))
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each name over all ranks; names without a sample are left out."""
+        """Return the mean of each name over all ranks, without names that have no sample."""
         return {name: float(total[0] / total[2]) for name, total in self.reduced().items() if total[2]}
 
     def clear(self) -> None:
@@ -235,7 +235,7 @@ class Sums:
 
 
 def _device(totals: Iterable[Tensor]) -> torch.device:
-    """Return where totals are put together: NCCL takes GPU memory only."""
+    """Return the device to collect totals on: NCCL needs GPU memory."""
     if is_distributed():
         if torch.distributed.get_backend() == "nccl":
             return torch.device("cuda", torch.cuda.current_device())

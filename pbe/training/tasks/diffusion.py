@@ -22,19 +22,19 @@ from pbe.training.tasks.finetuning import (
 )
 
 VALIDATION_TIMESTEPS = (100, 300, 500, 700, 900)
-# Cross-attention parameters without any influence where there is one condition token.
+# Cross-attention parameters that have no influence with a single condition token.
 DEAD_WITH_ONE_TOKEN = (".attn2.to_q.", ".attn2.to_k.", ".block.norm2.")
-QUARTERS = 4  # of the schedule, that training losses are logged by
+QUARTERS = 4  # of the schedule, for which training losses are logged separately
 
 
 class DiffusionTask(BaseTask):
     """Trains UNet, mapper, projection and null condition (Paint by Example, section 3).
 
-    Autoencoder and tower of the model are loaded already, and frozen here.
+    The model's autoencoder and tower must have been loaded; they are frozen here.
     """
 
     entry = "losses"
-    calls = 1  # of the UNet with gradients, for each micro-batch
+    calls = 1  # calls of the UNet with gradients per micro-batch, for estimating memory
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         super().__init__(config)
@@ -45,7 +45,7 @@ class DiffusionTask(BaseTask):
         self.start_average()
 
     def choose_trained(self) -> None:
-        """Freeze what is not trained: all but adapters or named parts, else what the paper freezes."""
+        """Freeze everything but the adapters or the chosen parts, or else what the paper freezes."""
         freeze(self.model)
         if self.adapted:
             train_adapters(self.model, self.config)
@@ -53,11 +53,11 @@ class DiffusionTask(BaseTask):
             train_parts(self.model, self.config.optimizer.parts)
 
     def base_fingerprint(self) -> str:
-        """Return the fingerprint of the weights that adapters are trained beside, empty without adapters."""
+        """Return the fingerprint of the frozen weights that adapters belong to; empty without adapters."""
         return fingerprint_of_frozen(self.model) if self.adapted else ""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return all weights, or the adapters alone: what they adapt is read from ``init_from`` again."""
+        """Return all weights, or only the adapters, whose model is read from ``init_from`` again."""
         state = super().state_dict(*args, **kwargs)
         if not self.adapted:
             return state
@@ -67,21 +67,21 @@ class DiffusionTask(BaseTask):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Take what :meth:`state_dict` gives."""
+        """Load what :meth:`state_dict` returns."""
         if strict:
             check_keys(dict(state_dict), self, "the checkpoint")
         return super().load_state_dict(state_dict, strict=strict and not self.adapted, assign=assign)
 
     def whole_parts(self) -> list[nn.Module]:
-        """Return the frozen networks, which are used outside of a step too."""
+        """Return the frozen networks, which are also used outside a step."""
         return [self.model.autoencoder, self.model.exemplar_encoder.tower]
 
     def encode(self, batch: EncodedBatch | dict[str, Any]) -> EncodedBatch:
-        """Return the batch encoded: as it is when it comes from the latent cache."""
+        """Return the encoded batch, unchanged if it comes from the latent cache."""
         return batch if isinstance(batch, EncodedBatch) else encode_batch(self.model, batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to a device; Lightning does not know encoded ones."""
+        """Move a batch to a device; Lightning cannot move encoded ones."""
         if isinstance(batch, EncodedBatch):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -89,13 +89,13 @@ class DiffusionTask(BaseTask):
     def losses(self, batch: EncodedBatch, draws: Draws, drop: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's plain squared error and its weight, both ``(b,)``.
 
-        Where ``drop``, ``(b,)`` bool, is set, the null condition takes the condition's place.
+        The null condition replaces the condition of samples set in ``drop``, ``(b,)`` bool.
         """
         device, scale = batch.keep_mask.device, self.config.model.autoencoder.scale_factor
         noise, timesteps = draws.noise.to(device), draws.timesteps.to(device)
         latents = batch.image.sample(draws.image_noise.to(device)) * scale
         masked = batch.masked.sample(draws.masked_noise.to(device)) * scale
-        dtype = self.model.dtype  # of the weights: bfloat16 with trainer.precision=bf16-true
+        dtype = self.model.dtype  # bfloat16 with trainer.precision=bf16-true
         condition = self.model.exemplar_encoder.condition(batch.features.to(dtype))
         null = self.model.null_condition(len(noise), condition.shape[1])
         condition = drop_condition(condition, null, drop.to(device))
@@ -120,7 +120,7 @@ class DiffusionTask(BaseTask):
         return loss
 
     def _measure(self, plain: Tensor, weights: Tensor, timesteps: Tensor) -> None:
-        """Add up losses, as a whole and by quarter of the schedule."""
+        """Add up losses, over the whole schedule and by quarter of it."""
         self.sums.add("train/loss", plain * weights)
         self.sums.add("train/loss_simple", plain)
         quarters = timesteps * QUARTERS // self.schedule.timesteps
@@ -158,10 +158,10 @@ class DiffusionTask(BaseTask):
 
 
 def freeze(model: LatentDiffusion) -> None:
-    """Stop gradients of everything the method does not train.
+    """Freeze everything that the method does not train.
 
-    Autoencoder and tower are frozen; with one condition token so are the weights that cannot matter:
-    query, key and norm of the cross-attention.
+    That is autoencoder and tower and, with one condition token, the weights without influence: queries, keys
+    and norm of the cross-attention.
     """
     model.autoencoder.requires_grad_(False)
     model.exemplar_encoder.tower.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Distillation: a student that edits in a few steps of one call each, where its teacher takes many of two."""
+"""Distillation: a student that edits in a few steps of one call each learns from a teacher of many steps."""
 
 from __future__ import annotations
 
@@ -25,31 +25,33 @@ from pbe.diffusion.solvers import get_solver
 from pbe.editing.engine import Conditioning, noise_predictor, prepared_predictor
 from pbe.models import LatentDiffusion
 from pbe.models.adapters import adapters_off
+from pbe.models.layers import compile_network
+from pbe.training.optimization.sharding import regather
 from pbe.training.tasks.diffusion import DiffusionTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch
 from pbe.training.tasks.finetuning import fingerprint_of_frozen
 
 
 class DistillationTask(DiffusionTask):
-    """Trains a UNet, or adapters beside it, to do in few calls what its start does in many.
+    """Trains a UNet, or adapters for it, to do in few calls what the model it starts from does in many.
 
-    Both methods work on the flow that the teacher follows with guidance, and compare velocities. Autoencoder
-    and exemplar encoder stay the teacher's. A sample's guidance scale is uniform over the range.
+    Both methods follow the teacher's guided flow and compare velocities. Autoencoder and exemplar encoder
+    stay the teacher's. A sample's guidance scale is drawn uniformly from the range.
 
-    - ``trajectory`` (after Zhou et al. 2024, simple and fast distillation): teacher and student walk from the
-      same noise; after each step of the student the teacher says where it should have come to.
+    - ``trajectory`` (after Zhou et al. 2024, simple and fast distillation): teacher and student start from
+      the same noise; after each step of the student, its target is where the teacher is.
     - ``consistency`` (Luo et al. 2023, latent consistency models, in the form of Heek et al. 2024 for several
-      steps): from a noised image the teacher makes one short step, and the average of the student goes on to
-      the end of the student's step; there the student has to come to in one. With one step this is a
-      consistency model (Song et al. 2023). A step of no length leads nowhere, so the boundary condition
-      holds by itself.
+      steps): from a noised image the teacher makes one short step, and the student's moving average goes on
+      to the end of the student's step, which is the student's target in a single step. With one step this is
+      a consistency model (Song et al. 2023). A step of length zero is the identity, so the boundary condition
+      holds by construction.
     """
 
     entry = "distances"
 
     def __init__(self, config: Config, model: LatentDiffusion) -> None:
         options, sizes = config.distillation, model.config
-        # the base of adapters is the teacher too; any other is a copy, which is no part of a checkpoint
+        # adapters share the teacher's weights; otherwise the teacher is a copy, not part of checkpoints
         unet = model.unet if config.lora.rank else copy.deepcopy(model.unet)
         others = model.autoencoder, model.exemplar_encoder
         teacher = LatentDiffusion(sizes, unet=unet, autoencoder=others[0], exemplar_encoder=others[1])
@@ -61,24 +63,24 @@ class DistillationTask(DiffusionTask):
             if config.trainer.precision.startswith("bf16"):
                 unet.to(torch.bfloat16)
             if config.trainer.compile:
-                unet.compile()
+                compile_network(unet, "trainer.compile")
         self.calls = options.steps if self._walks else 1
-        self._beside = (teacher,)  # in a tuple Lightning does not take it for a part of the task
+        self._beside = (teacher,)  # in a tuple, so that Lightning does not register it as a submodule
         self.grid, self.teacher_grid = grids(self.schedule, options.steps, options.teacher_steps)
 
     @property
     def teacher(self) -> LatentDiffusion:
-        """The model that the student starts from; it is no part of a checkpoint."""
+        """The model that the student starts from; not part of checkpoints."""
         return self._beside[0]
 
     def choose_trained(self) -> None:
-        """Train the UNet, or adapters in it; the condition stays what the teacher knows."""
+        """Train the UNet, or its adapters; the exemplar encoder stays the teacher's."""
         super().choose_trained()
         if not self.adapted:
             self.model.exemplar_encoder.requires_grad_(False)
 
     def base_fingerprint(self) -> str:
-        """Return the fingerprint of the teacher, beside which alone a run goes on."""
+        """Return the fingerprint of the teacher, which a resumed run must have."""
         return super().base_fingerprint() or fingerprint_of_frozen(self.teacher.unet)
 
     def batch_loss(self, batch: Any) -> Tensor:
@@ -93,14 +95,14 @@ class DistillationTask(DiffusionTask):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log how far the averaged student's walks from fixed noise are from the teacher's, at each step.
+        """Log the distance between averaged student and teacher at each step, from fixed noise.
 
-        It is the same measure for both methods: the loss of ``trajectory``.
+        It is the same for both methods: the loss of ``trajectory``.
         """
         encoded = self.encode(batch)
         counted = self.validated(batch_idx, len(encoded.keep_mask))
         with self.averaged_weights():
-            distances = self._along_trajectory(encoded, self._draws(encoded, "validation"))
+            distances = self.distances(encoded, self._draws(encoded, "validation"), walks=True)
         self.validation_sums.add("val/loss", distances.mean(dim=0), counted)
         for index, values in enumerate(distances):
             self.validation_sums.add(f"val/loss_step{index + 1}", values, counted)
@@ -109,9 +111,12 @@ class DistillationTask(DiffusionTask):
     def _walks(self) -> bool:
         return self.config.distillation.method == "trajectory"
 
-    def distances(self, batch: EncodedBatch, draws: Draws) -> Tensor:
-        """Return each sample's distances to what the teacher says, ``(steps or 1, b)``."""
-        if self._walks:
+    def distances(self, batch: EncodedBatch, draws: Draws, walks: bool | None = None) -> Tensor:
+        """Return each sample's distances to the teacher's targets, ``(steps or 1, b)``.
+
+        ``walks`` is whether they are those of ``trajectory``; None: of the method.
+        """
+        if self._walks if walks is None else walks:
             return self._along_trajectory(batch, draws)
         return self._to_consistency(batch, draws)
 
@@ -124,7 +129,7 @@ class DistillationTask(DiffusionTask):
         return Conditioning(condition, masked.to(dtype), batch.keep_mask.to(dtype))
 
     def _guidance(self, draws: Draws, device: torch.device) -> Tensor:
-        """Return the guidance scales ``(b,)``; nothing is dropped here, so they come of that draw."""
+        """Return the guidance scales ``(b,)``, from the draw that otherwise drops conditions."""
         low, high = self.config.distillation.guidance
         return (low + (high - low) * draws.drop).float().to(device)
 
@@ -137,7 +142,7 @@ class DistillationTask(DiffusionTask):
 
     @contextmanager
     def _teaching(self, given: Conditioning) -> Iterator[Conditioning]:
-        """Have the teacher ready, and yield the conditioning in the type of its weights."""
+        """Prepare the teacher, and yield the conditioning in the type of its weights."""
         if not self.adapted:
             self.teacher.unet.to(given.condition.device)
         dtype = self.teacher.dtype
@@ -145,8 +150,16 @@ class DistillationTask(DiffusionTask):
         with torch.no_grad(), adapters_off(self.model) if self.adapted else nullcontext():
             yield Conditioning(*(each.to(dtype) for each in parts))
 
+    @contextmanager
+    def _average_inside(self) -> Iterator[None]:
+        """Use the averaged weights in the middle of a step, where those of no block are gathered already."""
+        with nullcontext() if self.ema is None else self.ema.applied():
+            regather(self)
+            yield
+        regather(self)
+
     def _teacher_states(self, noise: Tensor, given: Conditioning, scales: Tensor) -> list[Tensor]:
-        """Return where the teacher, coming from ``noise``, is at the end of each of the student's steps."""
+        """Return where the teacher, starting from ``noise``, is at the end of each of the student's steps."""
         options, states = self.config.distillation, list[Tensor]()
         every = options.teacher_steps // options.steps
 
@@ -164,13 +177,14 @@ class DistillationTask(DiffusionTask):
         return states
 
     def _along_trajectory(self, batch: EncodedBatch, draws: Draws) -> Tensor:
-        """Walk from noise as an edit does, and compare each step with where the teacher is at its end."""
+        """Sample from noise as an edit does, and compare the end of each step with where the teacher is."""
         given, x = self._conditioning(batch, draws), draws.noise.to(batch.keep_mask.device)
         scales = self._guidance(draws, x.device)
         states, found = self._teacher_states(x, given, scales), []
         for index, end in enumerate(states):
             timesteps = torch.full((len(x),), int(self.grid.timesteps[index]))
-            levels = torch.tensor([self.grid.alphas[index], self.grid.alphas_next[index]]).double()
+            ends = (self.grid.alphas[index], self.grid.alphas_next[index])
+            levels = torch.tensor(ends, dtype=torch.float64)
             velocity = self._velocity(x, timesteps, given, scales)
             error = velocity - velocity_to(x, end, *levels)
             found.append(pseudo_huber(error, self.config.distillation.huber, batch.valid))
@@ -178,13 +192,13 @@ class DistillationTask(DiffusionTask):
         return torch.stack(found)
 
     def _to_consistency(self, batch: EncodedBatch, draws: Draws) -> Tensor:
-        """Step from noised images to the end of the student's step, at once and by way of the teacher."""
+        """Step from noised images to the end of the student's step, directly and by way of the teacher."""
         options, device = self.config.distillation, batch.keep_mask.device
         given, scales = self._conditioning(batch, draws), self._guidance(draws, device)
         every = options.teacher_steps // options.steps
         place = draws.timesteps * options.teacher_steps // self.schedule.timesteps  # 0 is pure noise
         timesteps = torch.tensor(self.teacher_grid.timesteps)
-        # a last timestep stands for the clean end, from which no sample steps on
+        # the appended timestep stands for the clean end, from which no sample goes on
         now, after = timesteps[place], torch.cat([timesteps, timesteps[-1:]])[place + 1]
         alphas = torch.tensor(self.teacher_grid.alphas_next, dtype=torch.float64)[place]
         ends = torch.tensor(self.grid.alphas_next, dtype=torch.float64)[place // every]
@@ -197,7 +211,7 @@ class DistillationTask(DiffusionTask):
             predict = noise_predictor(self.teacher, self.schedule, known, scales.view(-1, 1, 1, 1))
             velocity = velocity_of(predict(x, now.to(device)), x, start, "eps")
         closer = step(x, velocity, start, alphas)
-        with torch.no_grad(), nullcontext() if self.ema is None else self.ema.applied():
+        with torch.no_grad(), self._average_inside():
             going_on = step(closer, self._velocity(closer, after, given, scales), alphas, ends)
         end = torch.where((alphas == ends).view(-1, 1, 1, 1).to(device), closer, going_on)
         error = self._velocity(x, now, given, scales) - velocity_to(x, end, start, ends)

@@ -1,7 +1,7 @@
 """From a batch of uint8 images to the inputs of the UNet: latents, masks, exemplar features and random draws.
 
-Every draw of a training step is keyed by the global index of the sample. Rank, worker, batch size,
-accumulation and restarts have no part in the keys, so they change nothing.
+Every random draw of a training step is keyed by the global index of the sample. So it does not depend on
+rank, worker, batch size, accumulation or restarts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pbe.models.latent_diffusion import LatentDiffusion, latent_mask, masked_ima
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What the frozen networks make of a batch; this is also what the latent cache stores.
+    """Output of the frozen networks for a batch, which is also what the latent cache stores.
 
     Attributes:
         image: posterior of the image, unscaled, ``(b, z, h, w)`` each.
@@ -87,7 +87,7 @@ def encode_batch(model: LatentDiffusion, batch: dict[str, Any]) -> EncodedBatch:
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws for a batch.
+    """Random draws for a batch.
 
     Attributes:
         timesteps: ``(b,)`` int64, uniform over the schedule.
@@ -107,10 +107,10 @@ class Draws:
 def draw(
     seed: int, sample_index: Tensor, shape: tuple[int, int, int], timesteps: int, stream: str = "train"
 ) -> Draws:
-    """Draw for each sample, of global index ``sample_index`` ``(b,)``, on the CPU.
+    """Make the random draws of each sample, by its global index in ``sample_index`` ``(b,)``, on the CPU.
 
-    ``shape`` is that of the latents, ``timesteps`` the length T of the schedule, ``stream`` the name of the
-    purpose; streams are independent.
+    ``shape`` is that of the latents ``(z, h, w)``, ``timesteps`` the length T of the schedule; draws for
+    different ``stream`` names are independent.
     """
     steps, drops, normals = [], [], []
     for index in sample_index.tolist():
@@ -125,5 +125,5 @@ def draw(
 
 
 def batch_drop(seed: int, optimizer_step: int) -> float:
-    """Draw the one uniform number that decides over the whole batch of an optimizer step."""
+    """Draw the uniform number that decides for the whole batch of an optimizer step, as the original does."""
     return float(generator(seed, "diffusion", "batch_drop", optimizer_step).random())

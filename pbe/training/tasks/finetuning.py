@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, named parts, or low-rank adapters beside frozen weights."""
+"""Which part of a model is trained: chosen parts, or low-rank adapters beside frozen weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pbe.config import Config, ModelConfig
+from pbe.config import Config, ModelConfig, UNetConfig
 from pbe.config.checks import check_values
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -17,16 +17,27 @@ from pbe.models.image_tower import follow_tower
 from pbe.models.int8 import named_weights, quantise
 from pbe.training.optimization.sharding import local
 
-SAMPLED = 4096  # numbers of a weight that its fingerprint is made of
-TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # that are computed in
+SAMPLED = 4096  # numbers of each weight that go into the fingerprint
+TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.bfloat16}  # types of the computation
+
+
+def undistilled(unet: UNetConfig) -> UNetConfig:
+    """Return the sizes of a UNet without what distillation sets."""
+    return replace(unet, guidance_range=[], few_steps=0)
 
 
 def check_undistilled(model: LatentDiffusion, config: Config) -> None:
-    """Refuse a model of few steps, which training would undo and which has no flow to follow as a teacher."""
-    if steps := model.config.unet.few_steps:
+    """Refuse a few-step model: training would undo its distillation, and it has no flow to teach."""
+    unet = model.config.unet
+    if unet == undistilled(unet):
+        return
+    if not config.start:
         raise UserError(
-            f"init_from '{config.init_from}' was distilled, for {steps} steps; name the model it came from"
+            "'model.unet.guidance_range' and 'model.unet.few_steps' are what task=distillation sets; "
+            "leave them out"
         )
+    steps = f"for {unet.few_steps} steps" if unet.few_steps else "to take the guidance scale as an input"
+    raise UserError(f"init_from '{config.init_from}' was distilled, {steps}; name the model it came from")
 
 
 def _check_alive(model: LatentDiffusion, parts: list[str]) -> None:
@@ -38,7 +49,7 @@ def _check_alive(model: LatentDiffusion, parts: list[str]) -> None:
 
 
 def train_parts(model: LatentDiffusion, parts: list[str]) -> None:
-    """Freeze all weights but those of named parts."""
+    """Freeze all weights but those of the named parts."""
     _check_alive(model, parts)
     chosen = [p for layer in layers_of(model, parts).values() for p in layer.parameters()]
     model.requires_grad_(False)
@@ -47,10 +58,10 @@ def train_parts(model: LatentDiffusion, parts: list[str]) -> None:
 
 
 def train_adapters(model: LatentDiffusion, config: Config) -> None:
-    """Freeze all weights and put trainable adapters beside those of the configuration's targets.
+    """Freeze all weights and add trainable adapters to the configuration's targets.
 
-    UNet and bottleneck take the base's type, or 8 bits; autoencoder and tower keep theirs, so that latents
-    and features stay what they were, and a latent cache fits.
+    UNet and bottleneck are converted to the base's type, or 8 bits; autoencoder and tower keep theirs, so
+    that latents and features do not change and an existing latent cache fits.
     """
     options, encoder = config.lora, model.exemplar_encoder
     _check_alive(model, options.targets)
@@ -77,7 +88,7 @@ def follow_model(config: Config, stored: ModelConfig) -> Config:
 
 
 def fingerprint_of_frozen(model: nn.Module) -> str:
-    """Return a fingerprint of the frozen weights: evenly spread numbers of each one, hashed."""
+    """Return a fingerprint of the frozen weights: a hash of evenly spaced numbers of each."""
     digest = hashlib.sha256()
     for name, weight in named_weights(model):
         if weight.requires_grad:

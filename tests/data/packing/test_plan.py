@@ -196,7 +196,7 @@ def test_one_command_writes_both_sets(
     assert report["pictures"]["dropped"] == {"in the training set": 40 - len(held)}
     assert report["pictures"]["seen"] == 40
     assert report["also_in_train"] == {"exact": 0, "near": 0, "examples": []}
-    shuffled = split(forty, tmp_path / "b", "--shuffle", "3", "--shard-pictures", "4")
+    shuffled = split(forty, tmp_path / "b", "--shuffle", "3", "--shard-images", "4")
     assert shuffled == sides
     assert capsys.readouterr().out.count("shards; report:") == 4
     before = {side: contents(tmp_path / "a" / side) for side in sides}

@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 def test_killed_by_a_signal(plain: Path, tmp_path: Path, project_root: Path) -> None:
     """The command line with two processes, killed (with them) while it packs, then once more to the end."""
-    arguments = [f"csv:{plain / 'boxes.csv'}", "--out", str(tmp_path / "out"), "--shard-pictures", "4"]
+    arguments = [f"csv:{plain / 'boxes.csv'}", "--out", str(tmp_path / "out"), "--shard-images", "4"]
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(root=str(project_root), arguments=[*arguments, "--workers", "2"]))
     process = subprocess.Popen(

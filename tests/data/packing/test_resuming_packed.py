@@ -33,7 +33,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     (folder / "boxes.csv").write_text("\n".join(lines))
     arguments = [f"csv:{folder / 'boxes.csv'}@{folder}", "--out", str(out), "--workers", "0"]
-    assert prepare_data.main([*arguments, "--shard-pictures", "7", "--no-perceptual"]) == 0
+    assert prepare_data.main([*arguments, "--shard-images", "7", "--no-perceptual"]) == 0
     manifest = json.loads((out / "shards.json").read_text())
     assert [shard["pictures"] for shard in manifest["shards"]] == [7, 7, 7, 3]
     assert manifest["boxes"] == BOXES

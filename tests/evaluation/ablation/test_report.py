@@ -206,7 +206,7 @@ def test_what_scores_need_from_outside_belongs_to_their_mark(tmp_path: Path) -> 
         ({"tower_weights": {"clap": str(weights)}}, "no tower 'clap'"),
         ({"mixture": str(tmp_path / "none")}, "no mixture"),
         ({"mixture": str(weights)}, "cannot be read as a mixture"),
-        ({"reference": str(tmp_path / "none")}, "no folder of images"),
+        ({"reference": str(tmp_path / "none")}, "is not a folder of images"),
     ):
         with pytest.raises(UserError, match=message):
             scores_of(tmp_path, **given)

@@ -111,7 +111,7 @@ def test_list_of_what_is_missing(bench: Path) -> None:
         f"{four.mask.name} is all black",
         "Ref_3500 holds 1 files that id_list.npy does not name: stray.png ...",
     ]
-    with pytest.raises(UserError, match=r"no whole benchmark: GT_3500/.* is missing"):
+    with pytest.raises(UserError, match=r"not a complete benchmark: GT_3500/.* is missing"):
         read_benchmark(bench)
 
 
@@ -167,8 +167,8 @@ def test_what_is_in_the_way_is_counted(splits: tuple[Annotations, Annotations], 
     with pytest.raises(UserError) as raised:
         build_benchmark(sources, exemplars, tmp_path / "a", BuildSettings(min_exemplar_side=200.0))
     assert "only 0 of 3500 cases could be made (" in str(raised.value)
-    assert "not 2% to 50% of the square: 8" in str(raised.value)
-    assert "no other image's object of its label, 200 px or more: 8" in str(raised.value)
+    assert "box not 2% to 50% of the square crop: 8" in str(raised.value)
+    assert "no object of the same label, 200 px or more, in another image: 8" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -254,7 +254,7 @@ def test_one_annotation_file_gives_a_benchmark_of_its_own(
     assert set(shades) == {0, 1, 2, 3, 4}, "the only one of its label has no exemplar"
     assert all(shade != 40 * number + 20 for number, shade in shades.items())
     assert set(shades.values()) <= {20, 60, 100, 140, 180}
-    with pytest.raises(UserError, match=r"only 5 of 6 cases .*no other image's object of its label"):
+    with pytest.raises(UserError, match=r"only 5 of 6 cases .*no object of the same label"):
         build_benchmark(found, None, tmp_path / "more", BuildSettings(cases=6))
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,12 +18,17 @@ import torch
 from PIL import Image
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from pbe.editing.engine import complete
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
-from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, read_settings
+from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, model_identity, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
+<<<<<<< HEAD
 from tests.programs import Program
+=======
+from pbe.models.adapters import add_adapter
+>>>>>>> main
 from tests.ray_stand_in import StandIn
 
 SETTINGS = GenerateSettings(
@@ -191,7 +197,7 @@ def test_edits_of_another_model_or_benchmark_or_of_unknown_origin_are_refused(
     (tmp_path / "damaged").mkdir()
     for foreign in ("{", "[]", '{"format": "theirs", "settings": {}}'):
         (tmp_path / "damaged" / "settings.json").write_text(foreign)
-        with pytest.raises(UserError, match="is no note on edits made here; name another folder"):
+        with pytest.raises(UserError, match="was not written by this command; name another folder"):
             generate(model, benchmark, tmp_path / "damaged", SETTINGS)
         assert (tmp_path / "damaged" / "settings.json").read_text() == foreign
 
@@ -330,7 +336,7 @@ def test_edits_that_are_no_8_bit_rgb_are_left_out(benchmark, tmp_path):
 def test_folders_that_are_no_edits(benchmark, edited, tmp_path):
     with pytest.raises(UserError, match=r"no edit of .*name them like 000000000000\.png"):
         EditFolder(tmp_path, benchmark)
-    with pytest.raises(UserError, match="no folder of edits"):
+    with pytest.raises(UserError, match="is not a folder of edits"):
         EditFolder(tmp_path / "gone", benchmark)
     for name in ("0.png", "000.png"):
         (tmp_path / name).write_bytes((edited / f"{benchmark.ids[0]}.png").read_bytes())
@@ -380,7 +386,7 @@ def test_lightning_does_not_advertise(caplog):
 
 def test_devices_that_are_not_there_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="these devices cannot be used so"):
+    with pytest.raises(UserError, match="these devices cannot be used:"):
         generation._trainer(dataclasses.replace(SETTINGS, accelerator="gpu"), 1)
 
 
@@ -393,3 +399,26 @@ def test_the_users_error_of_another_process_stays_one_line():
     assert isinstance(theirs, UserError)
     assert str(theirs) == "'x.png' is black"
     assert isinstance(reported("ValueError: odd"), ProcessRaisedException)
+
+
+def test_adapters_name_a_pipeline_by_how_strong_they_are(pipe):
+    add_adapter(pipe.model, ["residual"], 2, 4.0, "mug")
+    try:
+        whole = model_identity(pipe)
+        pipe.set_adapter_scale("mug", 0.5)
+        assert model_identity(pipe) != whole
+        pipe.set_adapter_scale("mug", 1.0)
+        assert model_identity(pipe) == whole
+    finally:
+        pipe.unload_adapter()
+
+
+def test_as_many_steps_as_a_model_of_few_is_asked_for(pipe):
+    """Fifty is the call's default, for which such a model takes its own number."""
+    sizes = dataclasses.replace(pipe.model.config.unet, few_steps=4, guidance_range=[2.0, 2.0])
+    few, settings = dataclasses.replace(pipe.model.config, unet=sizes), GenerateSettings(guidance_scale=2.0)
+    assert settings.call(few)["settings"].steps == 4
+    fifty = dataclasses.replace(settings, steps=50).call(few)
+    assert complete(fifty["settings"], SimpleNamespace(config=few)).steps == 50
+    assert fifty["choice"].name == "lcm"
+    assert settings.call(pipe.model.config)["settings"].steps == 50

@@ -121,17 +121,17 @@ def test_edits_that_are_all_of_no_use_are_named_for_what_they_are(bench_files, t
     ("options", "message"),
     [
         ([], "give --model, or --edits"),
-        (["--model", "M", "--edits", "nowhere"], "no folder of edits"),
+        (["--model", "M", "--edits", "nowhere"], "is not a folder of edits"),
         (["--edits", "=E"], "a folder or NAME=DIR, not '=E'"),
         (["--edits", "E", "--guidance", "5", "5"], "--guidance is for models"),
         (["--edits", "E", "--no-preserve-background"], "--preserve-background is for models"),
         (["--edits", "E", "--conventions", "original"], "--conventions is for models"),
         (["--edits", "E", "--steps", "7"], "--steps is for models"),
         (["--model", "M", "--objects", "3"], "--objects is for the toy world"),
-        (["--model", "M", "--cases", "8"], "has 7 cases; it has no first 8"),
+        (["--model", "M", "--cases", "8"], "has 7 cases, so not the first 8"),
         (["--model", "M", "--cases", "-1"], "for --cases. It must be at least 0"),
         (["--model", "nowhere/at/all"], "nowhere/at/all"),
-        (["--edits", "nowhere"], "no folder of edits"),
+        (["--edits", "nowhere"], "is not a folder of edits"),
         (["--model", "M", "--metrics", "beauty"], "no metric 'beauty'"),
         (["--model", "M", "--guidance", "2", "2"], "each once"),
         (["--model", "M", "--device", "cuda:1"], "--device is auto, cpu or cuda"),
@@ -186,7 +186,7 @@ def test_what_scoring_lacks_is_noticed_before_anything_is_generated(
     (tmp_path / "weights.pt").write_bytes(b"no weights")
     (tmp_path / "file").touch()
     for options, message in (
-        (["--reference", "/nowhere/at/all"], "the reference '/nowhere/at/all' is no folder"),
+        (["--reference", "/nowhere/at/all"], "the reference '/nowhere/at/all' is not a folder"),
         (["--rank-by", "nonsense"], "edits cannot be ranked by 'nonsense'; there are: psnr-outside"),
         (["--mixture", "nowhere"], "no mixture 'nowhere'"),
         (["--metrics", "clip-fid", "--tower-weights", "clip=nowhere"], "no file 'nowhere'"),

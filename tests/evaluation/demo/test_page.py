@@ -17,6 +17,7 @@ from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.toy import ToyEdits
 from pbe.evaluation.demo.page import (
     TILE,
+    Student,
     edit_outside,
     edit_strips,
     machine_facts,
@@ -59,7 +60,9 @@ def test_machine_facts_name_versions():
 def test_strips_are_the_first_cases_in_the_benchmarks_order(cases):
     edits = np.stack([np.full_like(case.image, 9 * place) for place, case in enumerate(cases)])
     made = ToyEdits({1.0: edits, 5.0: edits + 1}, {1.0: edits, 5.0: edits}, np.arange(6), edits)
-    strips = edit_strips(cases, made, 4)
+    student = Student(ToyEdits({2.0: edits + 2}, {2.0: edits}, np.arange(6), edits), 4, 0.1, 102, 2.5)
+    assert [len(strip) for strip in edit_strips(cases, made, None, 2)] == [5, 5]
+    strips = edit_strips(cases, made, student, 4)
     assert len(strips) == 4
     for place, strip in enumerate(strips):
         captions = [
@@ -67,11 +70,13 @@ def test_strips_are_the_first_cases_in_the_benchmarks_order(cases):
             "exemplar",
             "guidance 1",
             "guidance 5",
+            "4 steps",
             f"hidden: {readable(cases[place].name)}",
         ]
         assert [tile.caption for tile in strip] == captions
         assert {tile.image.shape for tile in strip} == {(TILE, TILE, 3)}
         assert np.all(strip[3].image == 9 * place + 1)
+        assert np.all(strip[4].image == 9 * place + 2)
     rows = made.rows(cases)
     assert list(rows) == [
         "masked",

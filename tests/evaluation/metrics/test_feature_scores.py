@@ -133,7 +133,7 @@ def test_a_reference_folder_takes_the_place_of_the_true_images(settings, tmp_pat
     (folder / "4.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"4\.png' cannot be read"):
         score(cases, edits, settings("clip-fid"), folder)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         score(cases, edits, settings("clip-fid"), tmp_path / "none")
     with pytest.raises(UserError, match="holds no image"):
         score(cases, edits, settings("clip-fid"), _empty(tmp_path))
@@ -185,7 +185,7 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     for index, case in enumerate(cases[:40]):
         Image.fromarray(case.image).save(pictures / f"{index:02d}.png")
     out = tmp_path / "m.safetensors"
-    arguments = ["--pictures", str(pictures), "--out", str(out), "--components", "2", "--tower", SMALL]
+    arguments = ["--images", str(pictures), "--out", str(out), "--components", "2", "--tower", SMALL]
     assert fit_mixture.main([*arguments, "--tower-weights", f"clip={settings().weights['clip']}"]) == 0
     (dropped,) = score(cases, edits, settings("qs", mixture=out))
     (kept,) = score(cases, edits, settings("qs", mixture=out, drop_remainder=False))
@@ -206,12 +206,12 @@ def test_qs_drops_what_fills_no_batch_of_fifty_unless_told(settings, tmp_path):
     with pytest.raises(UserError, match="is of the features of 'ViT-B-32', not"):
         score(cases, edits, settings("qs", mixture=stranger))
     other = settings("qs", mixture=out, weights={"clip": settings().weights["dino"]})
-    with pytest.raises(UserError, match="is of other weights' features"):
+    with pytest.raises(UserError, match="was fitted to features of other weights"):
         score(cases, edits, other)
 
 
 def test_fitting_says_what_is_wrong(tmp_path, capsys):
-    arguments = ["--pictures", str(tmp_path), "--out", str(tmp_path / "m.pkl"), "--tower-weights"]
+    arguments = ["--images", str(tmp_path), "--out", str(tmp_path / "m.pkl"), "--tower-weights"]
     assert fit_mixture.main([*arguments, "clip=x"]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
     assert fit_mixture.main([*arguments, "dino=x"]) == 2
@@ -238,7 +238,7 @@ def test_fitting_notices_what_is_wrong_before_the_work(tmp_path, monkeypatch, ca
     Path("pictures").mkdir()
     for index in range(3):
         Image.new("RGB", (8, 8)).save(f"pictures/{index}.png")
-    arguments = ["--pictures", "pictures", "--out", "m.safetensors", "--tower-weights", "clip=x"]
+    arguments = ["--images", "pictures", "--out", "m.safetensors", "--tower-weights", "clip=x"]
     assert fit_mixture.main([*arguments, "--components", "2", *more]) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -319,7 +319,7 @@ def test_weights_of_all_of_clip_serve_its_image_tower(weights, tmp_path):
     scripted = load_tower("clip", SMALL, str(program))
     assert np.array_equal(plain.whole(picture), scripted.whole(picture))
     assert scripted.sha256 == sha256_of(program), "the sum that OpenAI publishes is of the archive"
-    with pytest.raises(UserError, match="is a TorchScript program, no state dict of torch-fidelity's"):
+    with pytest.raises(UserError, match="is a TorchScript program, not a state dict of torch-fidelity's"):
         load_tower("inception", None, str(program))
 
 
@@ -329,7 +329,7 @@ def test_a_tag_without_a_network_is_one_line(monkeypatch):
 
     monkeypatch.setattr("pbe.checkpoints.tower_weights.open_clip.create_model", no_network)
     with pytest.raises(
-        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be had \(no way to the Hub\)"
+        UserError, match=r"'openai' of ViT-B-32-quickgelu cannot be downloaded \(no way to the Hub\)"
     ):
         load_tower("clip", None, "openai")
 

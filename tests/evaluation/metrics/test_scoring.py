@@ -175,7 +175,7 @@ def test_a_reference_that_pillow_deems_too_large_is_one_line(tmp_path, monkeypat
 def test_settings_refuse_what_is_not_there():
     with pytest.raises(UserError, match=r"no metric 'nothing'; there are: .*seam"):
         ScoreSettings(("seam", "nothing"))
-    with pytest.raises(UserError, match="named once"):
+    with pytest.raises(UserError, match="name every metric only once"):
         ScoreSettings(("seam", "seam"))
     with pytest.raises(UserError, match="batch size is 0"):
         ScoreSettings(batch_size=0)

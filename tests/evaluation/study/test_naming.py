@@ -105,8 +105,8 @@ def test_the_interval_is_clopper_pearsons(right, count):
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        (["b", "e", "b", "b"], "question 2: 'e' is no answer; it is one of a, b, c, d"),
-        (["b", "ab", "b", "b"], "question 2: 'ab' is no answer"),
+        (["b", "e", "b", "b"], "question 2: 'e' is not one of a, b, c, d"),
+        (["b", "ab", "b", "b"], "question 2: 'ab' is not one of a, b, c, d"),
         (["b", "b", "b"], "question 4 is in one of them only"),
         (["b"] * 5, "question 5 is in one of them only"),
         ([], "no rows with the columns number and answer"),

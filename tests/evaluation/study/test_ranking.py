@@ -165,9 +165,9 @@ def test_cases_that_one_system_lacks_are_left_out(systems, bench_files, tmp_path
     ("pairs", "more", "message"),
     [
         (["a=X"], [], "2 to 9 systems, not 1"),
-        (["a=X", "b"], [], "'b' is no system; write name=folder"),
+        (["a=X", "b"], [], "'b' does not name a system; write name=folder"),
         (["a=X", "a=Y"], [], "'a' is named twice"),
-        (["a=X", "b=Y"], [], "no folder of edits"),
+        (["a=X", "b=Y"], [], "is not a folder of edits"),
         (["a=X", "b=Y"], ["--groups", "0"], "at least one group"),
     ],
 )
@@ -248,11 +248,11 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
     twice = json.loads(json.dumps(twice))
     twice["rankings"][group]["quality"][0] = twice["rankings"][group]["quality"][1]
     bad = {
-        "is cut short or no JSON: max": "[" * 100_000,
+        "is truncated or not JSON: max": "[" * 100_000,
         "it has no rater": {**good, "rater": None},
-        "is cut short or no JSON": json.dumps(good)[:100],
-        "is no file of rankings": {"format": "other"},
-        "is no file of rankings: ": [1, 2],
+        "is truncated or not JSON": json.dumps(good)[:100],
+        "is not a file of rankings": {"format": "other"},
+        "is not a file of rankings: ": [1, 2],
         "belongs to another study": {**good, "study": "0000"},
         f"group {group}, quality: not every edit is ranked once": twice,
         f"group {group}, quality: not": {**good, "rankings": {group: {"quality": "abc"}}},
@@ -273,7 +273,7 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
     for line, message in (
         ([key, str(fine), str(fine)], "both of the rater 'one'"),
         ([key, str(tmp_path / "gone.json")], "cannot be read"),
-        ([str(fine), str(fine)], "is no key of a study"),
+        ([str(fine), str(fine)], "is not a key of a study"),
     ):
         assert command.main(["tabulate", "--key", *line]) == 2
         assert message in capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_bad_files_are_one_line_each(study, tmp_path, capsys):
         ({"groups": {}}, "it lacks questions, groups or systems"),
         (
             {"groups": {"01": {"edits": {"a": "alpha", "b": "beta", "c": "delta"}}}},
-            "group 01 has not one edit",
+            "group 01 lacks an edit",
         ),
         ({"systems": 3}, "is a damaged key of a study"),
         ({"groups": {"01": 3}}, "is a damaged key of a study"),

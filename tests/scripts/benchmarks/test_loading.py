@@ -8,33 +8,64 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from pbe.config import Config, DataConfig
+from pbe.data.datamodule import TrainingData
 from pbe.data.samples import sample as sample_module
 from pbe.data.shards.archive import ShardImages
 from scripts import benchmark
-from scripts.benchmarks import loading as timing
+from scripts.benchmarks import data, loading as timing
 from scripts.benchmarks.loading import REST, STAGES, measure_opening, synthetic_index, synthetic_shards
 
-SMALL = ["--pictures", "4", "--width", "96", "--height", "64", "--size", "32", "--exemplar-size", "24"]
+SMALL = ["--images", "4", "--width", "96", "--height", "64", "--sizes", "32", "--exemplar-size", "24"]
+SMALL += ["--seconds", "0", "--repeats", "1", "--no-inputs"]
 
 
 def test_stages_add_up_and_everything_is_put_back(tmp_path, capsys):
     cut = sample_module.cut
     out = tmp_path / "numbers.json"
-    arguments = ["data", *SMALL, "--seconds", "0", "--workers", "0", "--json", str(out)]
-    assert benchmark.main(arguments) == 0
+    assert data.main([*SMALL, "--workers", "0", "--json", str(out)]) == 0
     assert sample_module.cut is cut
-    numbers = json.loads(out.read_text())
-    stages = numbers["stages"]["stages"]
-    assert set(stages) == {name for name, _, _ in STAGES} | {REST}
-    assert sum(stages.values()) == pytest.approx(numbers["stages"]["whole"], rel=0.5)
-    assert numbers["stages"]["ratio"] > 0
-    printed = capsys.readouterr().out
-    assert "whole sample" in printed
-    assert "0 workers" in printed
-    loader = numbers["loaders"]["0"]
-    assert loader["rate"] > 0
-    assert loader["workers"] == 0
+    tables = json.loads(out.read_text())["tables"]
+    stages = {name: row["32 px"] for name, row in tables["stages of a sample, CPU milliseconds"].items()}
+    whole = stages.pop("whole sample")
+    assert set(stages) == {name for name, _, _ in STAGES} | {REST, "bare decoding"}
+    assert sum(stages.values()) - stages["bare decoding"] == pytest.approx(whole, rel=0.5)
+    rates = tables["samples a second, 32 px"]
+    assert list(rates) == ["ours, 0 workers", "plain, 0 workers"]
+    quotient = rates["ours, 0 workers"]["a second"] / rates["plain, 0 workers"]["a second"]
+    assert rates["ours, 0 workers"]["speed"] == pytest.approx(quotient)
+    assert "ours, 0 workers" in capsys.readouterr().out
+    assert (tmp_path / "numbers.png").stat().st_size > 1000
+
+
+def test_the_plain_peer_hands_out_what_the_samples_here_are(tmp_path):
+    """Shapes and types, and a mask that holds the box: else the comparison would be of other work."""
+    shards = synthetic_shards(tmp_path / "shards", 4, 96, 64, 90)
+    config = DataConfig(train_shards=str(shards[0]), image_size=32, exemplar_size=24, batch_size=4)
+    config.num_workers = 0
+    files = data.write_files(ShardImages(config.train_shards), config, 4, tmp_path / "files")
+    assert len(list(files.glob("*.jpg"))) == 4
+    plain = next(iter(timing.plain_loader(files, config)))
+    ours = next(iter(TrainingData(Config(data=config)).train_dataloader()))
+    for name in ("image", "mask", "exemplar"):
+        assert plain[name].shape == ours[name].shape
+        assert plain[name].dtype == ours[name].dtype == torch.uint8
+    assert set(plain["mask"].unique().tolist()) == {0, 255}
+    assert plain["image"].flatten(1).float().std(dim=1).min() > 5  # images, not one colour
+
+
+def test_inputs_come_from_the_networks_and_from_the_cache(monkeypatch):
+    monkeypatch.setattr(data, "SCENES", 4)
+    monkeypatch.setattr(data, "TOY_BATCH", 4)
+    rows = data.input_rows(1)
+    names = list(rows)
+    assert (names[0], names[-1]) == ("online", "from the cache")
+    assert rows["online"]["of online"] == 1.0
+    parts = [row["ms"] for name, row in rows.items() if name.startswith("of it")]
+    assert len(parts) == 3
+    assert all(0.0 < part < 2.0 * rows["online"]["ms"] for part in parts)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
@@ -64,13 +95,14 @@ def test_opening_tells_torch_s_memory_from_the_rest(tmp_path, monkeypatch, capsy
         ("torch", "imports", "opened", "first batch"))}  # fmt: skip
     row = {"samples": 5500, "open_s": 0.011, "first_batch_s": 0.17, "mib": mib}
     asked = []
-    monkeypatch.setattr(benchmark, "measure_opening", lambda folder, **options: asked.append(options) or row)
-    arguments = ["data", *SMALL, "--seconds", "0", "--workers", "--open", "5500", "41111"]
-    assert benchmark.main(arguments) == 0
+    monkeypatch.setattr(data, "measure_opening", lambda folder, **options: asked.append(options) or row)
+    out = str(tmp_path / "numbers.json")
+    assert data.main([*SMALL, "--workers", "--open", "5500", "41111", "--json", out]) == 0
     assert asked == [{"boxes": "one", "workers": 2}, {"boxes": "every", "workers": 2}]
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "MiB resident: torch 500 500" in lines
     assert "MiB of it private: first batch 303 303" in lines
+    assert "samples a second" not in " ".join(lines)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
@@ -85,8 +117,8 @@ def test_an_index_opens_in_a_process_of_its_own(tmp_path):
 
 
 def test_mistakes_are_one_line(capsys):
-    assert benchmark.main(["data", "--pictures", "0"]) == 2
-    assert benchmark.main(["data", "--shards", "nowhere"]) == 2
+    assert data.main(["--images", "0"]) == 2
+    assert data.main(["--shards", "nowhere"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert all(error.startswith("error: ") for error in errors)

@@ -38,7 +38,7 @@ def test_synthetic_open_images_is_one(tmp_path: Path) -> None:
 
 def test_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "numbers.json"
-    small = ["--rows", "900", "--pictures", "100", "--folder", str(tmp_path)]
+    small = ["--rows", "900", "--images", "100", "--folder", str(tmp_path)]
     assert benchmark.main(["annotations", *small, "--json", str(out)]) == 0
     numbers = json.loads(out.read_text())
     assert numbers["boxes_seen"] == 900
@@ -56,7 +56,7 @@ def test_the_peak_is_that_of_the_process_alone(tmp_path: Path) -> None:
     assert measure_annotations(tmp_path / "oi", tmp_path / "plan")["peak_mib"] < 700
 
 
-SMALL = ["--pictures", "40", "--width", "96", "--height", "64", "--shard-pictures", "4", "--workers", "0"]
+SMALL = ["--images", "40", "--width", "96", "--height", "64", "--shard-images", "4", "--workers", "0"]
 
 
 def test_packing_and_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,8 +82,7 @@ def source(tmp_path: Path) -> Path:
 def pack_to(source: Path, out: Path, *options: str) -> Path:
     name = f"csv:{source}@{source.parent / 'pictures'}"
     assert (
-        prepare_data.main([name, "--out", str(out), "--workers", "0", "--shard-pictures", "20", *options])
-        == 0
+        prepare_data.main([name, "--out", str(out), "--workers", "0", "--shard-images", "20", *options]) == 0
     )
     return out
 
@@ -128,7 +127,7 @@ def test_a_packing_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["packing", "--pictures", "0"], ["packing", "--kills", "-1"], ["annotations", "--rows", "0"]],
+    [["packing", "--images", "0"], ["packing", "--kills", "-1"], ["annotations", "--rows", "0"]],
 )
 def test_mistakes_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(arguments) == 2

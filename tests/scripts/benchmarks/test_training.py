@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_one_line(shards, tmp_path, monkeypatch):
 
 def test_the_command_prints_a_table(tmp_path, capsys):
     threads = torch.get_num_threads()
-    small = ["--pictures=8", "--batch-size=2", "--steps=1", "--warm-up=1", "--rounds=1", "--workers=0"]
+    small = ["--images=8", "--batch-size=2", "--steps=1", "--warm-up=1", "--rounds=1", "--workers=0"]
     try:
         assert benchmark.main(["train", *small, "--threads=1", "--json", str(tmp_path / "n.json")]) == 0
     finally:

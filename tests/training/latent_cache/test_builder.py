@@ -326,7 +326,7 @@ def test_a_cache_of_before_is_named_as_what_it_is(built, tmp_path):
 def test_a_url_is_refused_before_anything_is_made(built, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cache = replace(built[1].cache, folder="s3://bucket/cache")
-    with pytest.raises(UserError, match=r"lies on a local or shared disk; cache.folder 's3://.*' is a URL"):
+    with pytest.raises(UserError, match=r"on a local or shared disk; cache.folder 's3://.*' is a URL"):
         ensure_cache(replace(built[1], cache=cache), built[0])
     assert not list(tmp_path.iterdir())
 

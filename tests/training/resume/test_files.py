@@ -108,7 +108,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said_so(tmp_path, caplo
     assert "its checksum does not match); resuming from 'step=0000020.ckpt' (step 20)" in caplog.messages[1]
     for path in tmp_path.glob("*.ckpt"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="no other one is whole; delete the checkpoints to start anew"):
+    with pytest.raises(UserError, match="no other one is intact; delete the checkpoints to start again"):
         newest_intact(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_a_copy_that_finds_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_named_checkpoint_has_to_be_whole(tmp_path):
     path = write(tmp_path / "last.ckpt", 10)
     flip(path)
-    with pytest.raises(UserError, match=r"is damaged or no checkpoint of this project \(its checksum"):
+    with pytest.raises(UserError, match=r"is damaged or not a checkpoint of this project \(its checksum"):
         find_checkpoint(tiny_config(tmp_path, tmp_path, f"trainer.resume={path}"))
 
 

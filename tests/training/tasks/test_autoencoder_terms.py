@@ -97,7 +97,7 @@ def test_without_options_the_loss_is_what_it_was_to_the_bit(shards):
 
 
 def test_the_hole_counts_in_the_loss(shards):
-    task, batch = make_task(shards, "autoencoder_loss.hole_weight=4")
+    task, batch = make_task(shards, "autoencoder_loss.masked_weight=4")
     task.batch_loss(batch)
     decoded, _ = decoded_by(task, batch)
     expected = weighted_terms(decoded, to_pixels(batch["image"]), batch["mask"].float() / 255, 4.0)
@@ -224,7 +224,7 @@ def test_the_perceptual_term_is_logged_and_saved_nowhere(shards, tmp_path):
             ["autoencoder_loss.adversarial_weight=1", "autoencoder_loss.discriminator_layers=4"],
             "needs at least 48",
         ),
-        (["autoencoder_loss.hole_weight=0"], "must be at least 0.001"),
+        (["autoencoder_loss.masked_weight=0"], "must be at least 0.001"),
         (["autoencoder_loss.perceptual_weight=-1"], "must be at least 0"),
     ],
 )

@@ -209,3 +209,9 @@ def test_the_plan_counts_the_teacher_and_all_calls(tmp_path: Path):
     assert "teacher" not in state_bytes(made(*RANK_2)[0])
     single = activation_bytes(made("distillation.method=consistency")[0], "cpu")
     assert activation_bytes(task, "cpu") == pytest.approx(2 * single, rel=0.05)
+
+
+def test_what_only_distillation_sets_is_refused_elsewhere():
+    config = config_of("init_from=none", "model.unet.guidance_range=[1,8]")
+    with pytest.raises(UserError, match=r"'model\.unet\.few_steps' are what task=distillation sets"):
+        make_task(config, LatentDiffusion(config.model))
