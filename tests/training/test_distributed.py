@@ -13,11 +13,8 @@ import torch
 from pbe.errors import UserError
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.encoding import batch_drop
-<<<<<<< HEAD
 from tests.programs import Program, run_ranks
-=======
 from tests.training.test_finetuning import make_base
->>>>>>> main
 from tests.training.tiny import run, tiny_config, weights, write_config
 
 # a large epsilon: Adam divides by the gradient's size and would blow up rounding where it is near zero
@@ -101,7 +98,8 @@ def test_sharded_distillation_is_one_process_too(shards, workshop, tmp_path, pro
     settings += ["trainer.max_steps=5", "optimizer.ema_decay=0.99"]
     run(tiny_config(shards, tmp_path / "one", *settings, "data.batch_size=4"))
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings))
-    train_with_two(project_root, tmp_path / "two", "fsdp2", "data.batch_size=2")
+    command = with_two(tmp_path / "two", "fsdp2", "data.batch_size=2")
+    run_ranks(project_root / "train.py", *command, told=tmp_path)
     same_curves(tmp_path, 2, names=("train/loss", "train/gradient_norm", "val/loss"))
 
 

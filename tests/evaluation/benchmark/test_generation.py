@@ -24,11 +24,8 @@ from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, model_identity, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
-<<<<<<< HEAD
-from tests.programs import Program
-=======
 from pbe.models.adapters import add_adapter
->>>>>>> main
+from tests.programs import Program
 from tests.ray_stand_in import StandIn
 
 SETTINGS = GenerateSettings(
