@@ -228,8 +228,8 @@ class MemorySettings:
         that ``TORCHINDUCTOR_CACHE_DIR`` names, else in ``~/.cache/pbe/compiled``. Calls with
         ``reuse_features`` gain nothing. For a CPU it takes a C++ compiler: ``$CXX``, else ``g++``.
         """
-        compile_network(self.model.unet, "compile")
         kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", expand_home(COMPILED))
+        compile_network(self.model.unet, "compile")  # torch settles on a folder, if none is named yet
         warn_once(f"the UNet is compiled at the first step, which takes minutes; kept in '{kept}'")
 
     # Other names of diffusers' for the same.

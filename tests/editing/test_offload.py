@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from pbe.editing import PaintByExample
@@ -274,6 +273,8 @@ def test_without_a_compiler_nothing_is_compiled(pipe: PaintByExample, monkeypatc
 def test_code_that_is_compiled_makes_the_same_edit_and_is_kept_for_later_starts(
     tiny_model: LatentDiffusion, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from torch._dynamo.utils import counters  # takes seconds
+
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def edit(pipe: PaintByExample) -> np.ndarray:
