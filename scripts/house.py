@@ -9,6 +9,7 @@ import ast
 import graphlib
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,26 +65,32 @@ def command_line_code(trees: dict[Path, ast.Module]) -> list[str]:
     return sorted(each for each in found if not each.startswith("pbe/cli/"))
 
 
-def main(limits: Limits = Limits()) -> int:
-    """Print the counts and what passes its limit; returns the exit status."""
+@cache
+def counted() -> list[tuple[str, int, str]]:
+    """Return what is counted, in the order of the limits: its name, its number, and where it is."""
     texts = {path: path.read_text() for path in sorted((ROOT / "pbe").rglob("*.py"))}
     trees = {path: ast.parse(text) for path, text in texts.items()}
     lengths = {path: text.count("\n") for path, text in texts.items()}
     longest = max(lengths, key=lambda path: lengths[path])
     function_lines, function = longest_function(trees)
     ring, outside = circle(trees), command_line_code(trees)
-    counts = [
-        ("files", len(texts), limits.files, ""),
-        ("lines", sum(lengths.values()), limits.lines, ""),
-        ("lines of the longest file", lengths[longest], limits.file_lines, str(longest.relative_to(ROOT))),
-        ("lines of the longest function", function_lines, limits.function_lines, function),
-        ("modules in an import circle", len(ring), 0, " -> ".join(ring)),
-        ("files with command-line code outside pbe/cli", len(outside), 0, ", ".join(outside)),
+    return [
+        ("files", len(texts), ""),
+        ("lines", sum(lengths.values()), ""),
+        ("lines of the longest file", lengths[longest], str(longest.relative_to(ROOT))),
+        ("lines of the longest function", function_lines, function),
+        ("modules in an import circle", len(ring), " -> ".join(ring)),
+        ("files with command-line code outside pbe/cli", len(outside), ", ".join(outside)),
     ]
-    for name, count, limit, where in counts:
+
+
+def main(limits: Limits = Limits()) -> int:
+    """Print the counts and what passes its limit; returns the exit status."""
+    most = (limits.files, limits.lines, limits.file_lines, limits.function_lines, 0, 0)
+    for (name, count, where), limit in zip(counted(), most, strict=True):
         mark = "  <- too many" if count > limit else ""
         print(f"{name:46} {count:7,} of {limit:,}  {where}{mark}")
-    return int(any(count > limit for _, count, limit, _ in counts))
+    return int(any(count > limit for (_, count, _), limit in zip(counted(), most, strict=True)))
 
 
 if __name__ == "__main__":

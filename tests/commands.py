@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from pbe.cli.main import find_app, main, make_app
 
@@ -18,10 +19,11 @@ class Command:
         return main([*self.words, *arguments])
 
 
-def options_of(command: str) -> set[str]:
+@cache
+def options_of(command: str) -> frozenset[str]:
     """The options that a subcommand takes."""
     found = find_app(make_app(), command).assemble_argument_collection()
-    return {name for each in found for name in (*each.names, *each.negatives)}
+    return frozenset(name for each in found for name in (*each.names, *each.negatives))
 
 
 ablate = Command("ablate")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,14 @@ NOT_IMPORTED = {
     "torchvision": "timm and open_clip need the version that belongs to torch",
     "wandb": "imported by Lightning's WandbLogger",
 }
+packages_distributions = cache(metadata.packages_distributions)  # which reads the files of all packages
 TOOLS = {
     *("import-linter", "mypy", "pre-commit", "pytest-timeout", "pytest-xdist", "ruff", "types-pyyaml"),
     *("mkdocstrings-python", "zensical"),
 }
 
 
+@cache
 def run(*command: str) -> str:
     """What a command prints, run in the project's folder, outside any make that is running the tests."""
     env = {
@@ -93,10 +96,17 @@ def python_files(*tops: str) -> Iterator[Path]:
         yield from [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text())
+
+
+@cache
 def imported_modules(path: Path) -> set[str]:
     """The top-level modules that a file imports, wherever in the file it does."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -111,7 +121,7 @@ def makefile_targets() -> set[str]:
     return set(declared.group(1).split())
 
 
-def declared_flags(script: str) -> set[str]:
+def declared_flags(script: str) -> Set[str]:
     """The flags that the parser of a script declares."""
     if script in ("train.py", "sample.py"):
         return options_of("train" if script == "train.py" else "edit")
@@ -170,7 +180,7 @@ def test_environment_makefile_and_workflow_agree() -> None:
 
 
 def test_package_imports_only_what_it_declares() -> None:
-    distributions = importlib.metadata.packages_distributions()
+    distributions = packages_distributions()
     lines = [
         *PROJECT["dependencies"],
         *(line for name, extra in EXTRAS.items() if name != "dev" for line in extra),
@@ -190,7 +200,7 @@ def test_declared_packages_are_imported(extra: str) -> None:
     lines = EXTRAS[extra] if extra else PROJECT["dependencies"]
     places = (*CODE, "tests") if extra == "dev" else CODE
     excused = {PROJECT["name"], *NOT_IMPORTED, *(TOOLS if extra in ("dev", "docs") else ())}
-    distributions = importlib.metadata.packages_distributions()
+    distributions = packages_distributions()
     modules = set().union(*(imported_modules(path) for path in python_files(*places)))
     used = {canonicalize_name(name) for module in modules for name in distributions.get(module, [])}
     unused = {canonicalize_name(Requirement(line).name) for line in lines} - used - excused
@@ -226,7 +236,7 @@ def test_files_and_functions_are_short() -> None:
         text = path.read_text()
         if (lines := text.count("\n")) >= MAX_FILE_LINES:
             long.append(f"{path.relative_to(ROOT)}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 lines = node.end_lineno - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
@@ -242,7 +252,7 @@ def test_command_line_files_are_thin() -> None:
 def test_public_names_have_docstrings() -> None:
     missing = []
     for path in python_files("pbe"):
-        tree = ast.parse(path.read_text())
+        tree = tree_of(path)
         holders: list[ast.Module | ast.ClassDef] = [tree]
         holders += [
             node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
@@ -291,7 +301,7 @@ def check_calls(code: str, place: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pbe" / "cli").glob("*.py")), ids=lambda path: path.name)
 def test_help_names_commands_that_exist(path: Path) -> None:
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
     for text in filter(None, map(ast.get_docstring, functions)):
         check_calls("\n".join(re.findall(r"^pbe [a-z].*$", text, re.MULTILINE)), path.name)
 

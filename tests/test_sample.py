@@ -22,6 +22,7 @@ from pbe.checkpoints.tensors import DTYPES
 from pbe.diffusion.solvers import SOLVERS, SPACINGS
 from pbe.editing.batch import runner
 from pbe.editing.settings import CONVENTIONS, ConventionsName, Dtype, SolverName, SpacingName
+from tests.programs import Program
 from tests.sample_calls import arguments, complaint, main, pixels, write_files, write_model, written
 
 
@@ -314,26 +315,16 @@ def test_a_complaint_of_the_script(project_root: Path, model: Path, files: Path)
     assert (wrong.returncode, wrong.stderr) == (2, "error: image '/nowhere.png' does not exist\n")
 
 
-def heed_ctrl_c() -> None:
-    """Undo what a shell does to the commands that it starts in the background: they ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_the_script_edits_until_ctrl_c(project_root: Path, model: Path, files: Path):
     call = arguments(model, files, "--num-images", "5000", "--batch-size", "1")
-    command = [sys.executable, str(project_root / "sample.py"), *call]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, text=True, cwd=project_root, preexec_fn=heed_ctrl_c, **streams)
-    try:
-        deadline = time.monotonic() + 100
-        while not (files / "out/a_1.png").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+    process = Program(project_root / "sample.py", *call, told=files)
+    deadline = time.monotonic() + 100
+    while not (files / "out/a_1.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    status, printed, errors = process.finish(30)
+    assert status == 130, errors
     assert "Traceback" not in errors
     assert errors.rstrip().endswith("interrupted")
     assert printed.splitlines()[0] == f"{files}/out/a_0.png"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from pbe.config import Config, to_dict
 from pbe.editing.batch.runner import memory_errors
 from pbe.errors import UserError
 from tests.editing.tiny_model import make_tiny_model
+from tests.programs import Program
 from tests.sample_calls import arguments, complaint, main, pixels, write_files, write_model
 
 
@@ -192,10 +191,9 @@ def test_a_file_of_damaged_metadata_is_edited_without_a_word(project_root: Path,
     Image.open(files / "a.png").save(files / "a.jpg", exif=bytes(exif))
     Image.open(files / "m.png").transpose(Image.Transpose.ROTATE_270).save(files / "m.png")
     call = arguments(model, files, "--image", f"{files}/a.jpg", "--steps", "1", "--quiet")
-    command = [sys.executable, str(project_root / "sample.py"), *call]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=project_root)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if "no safety checker" not in line] == []
+    status, _, errors = Program(project_root / "sample.py", *call, told=files).finish()
+    assert status == 0, errors
+    assert [line for line in errors.splitlines() if "no safety checker" not in line] == []
     assert pixels(files / "out/a_0.png").shape == (40, 30, 3), "what can be read of the EXIF counts"
 
 

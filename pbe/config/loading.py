@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from pbe.config.checks import PATHS, check_choices, check_values
@@ -37,7 +38,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         path: YAML file, or the name of one that ships, such as ``toy``.
         overrides: such as ``["trainer.max_steps=100", "data.batch_size=8"]``; later ones win.
     """
-    config: DictConfig = OmegaConf.structured(Config)
+    config = _defaults(Config)
     texts = {name for name, value in flatten(to_dict(Config())).items() if isinstance(value, str)}
     for file, content in _with_bases(find_config(_expanded(str(path), "the configuration"))):
         config = _merge_layer(config, [(str(file), content)])
@@ -52,7 +53,14 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str = "configuration
         given = OmegaConf.create(values)
     except Exception as error:  # half a reference, or a value that no configuration holds
         raise UserError(f"{source}: {one_line(error)}") from error
-    return _finish(_merge(OmegaConf.structured(cls), given, source), cls, source)
+    defaults = _defaults(cls)  # type: ignore[arg-type]  # a class is hashable
+    return _finish(_merge(defaults, given, source), cls, source)
+
+
+@cache
+def _defaults(cls: type) -> DictConfig:
+    """Return a dataclass as OmegaConf has it, which takes a while to make; to be merged, never changed."""
+    return OmegaConf.structured(cls)
 
 
 def save_yaml(config: Config, path: str | Path) -> None:
@@ -159,15 +167,17 @@ def _merge_layer(config: DictConfig, parts: list[tuple[str, DictConfig]]) -> Dic
     """Merge what was written in one place: a file, or all overrides."""
     lengths: dict[str, Any] = {}
     for source, part in parts:
-        start = _raw(config)["init_from"]
+        start = _start(config)
         config = _merge(config, part, source)
-        if start not in ("", NONE) and _raw(config)["init_from"] == "":
+        if start not in ("", NONE) and _start(config) == "":
             raise UserError(
                 f"{source}: 'init_from' is empty, and was '{start}'; name a model to start from, or "
                 f"init_from={NONE} for random weights"
             )
-        named, merged = _raw(part).get("trainer") or {}, _raw(config)["trainer"]
-        lengths |= {name: merged[name] for name in LENGTHS if name in named}
+        named = _raw(part).get("trainer") or {}
+        if given := [name for name in LENGTHS if name in named]:
+            merged = _raw(config)["trainer"]
+            lengths |= {name: merged[name] for name in given}
         lengths = {name: value for name, value in lengths.items() if value}
         if len(lengths) == len(LENGTHS):
             raise UserError(
@@ -177,6 +187,13 @@ def _merge_layer(config: DictConfig, parts: list[tuple[str, DictConfig]]) -> Dic
         if lengths and name not in lengths:
             config.trainer[name] = 0
     return config
+
+
+def _start(config: DictConfig) -> Any:
+    """Return ``init_from``, a reference unresolved."""
+    node = config._get_node("init_from")
+    assert isinstance(node, Node)
+    return node._value()
 
 
 def _raw(config: DictConfig) -> dict[str, Any]:

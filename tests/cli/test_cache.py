@@ -57,10 +57,10 @@ def test_the_size_of_a_sample_needs_neither_data_nor_weights(tmp_path, capsys):
     config = tiny_config(tmp_path / "nowhere", tmp_path / "run", f"cache.folder={tmp_path / 'cache'}")
     assert cache.main([str(write_config(tmp_path / "tiny.yaml", config)), "--size"]) == 0
     said = capsys.readouterr().out
-    # 4 x 8 x 8 x 8 halves, two masks of 64 bytes, 1280 halves: 6784, behind two headers, in blocks of 512
+    # 4 x 8 x 8 x 8 halves, two masks of 64 bytes, 256 halves: 4736, behind two headers, in blocks of 512
     assert said.startswith(
-        "7,680 bytes for each variant of a sample: "
-        "latents 4,096, masks 128, features 2,560, headers and filling 896\n"
+        "5,632 bytes for each variant of a sample: "
+        "latents 4,096, masks 128, features 512, headers and filling 896\n"
     )
     assert "the shards are not there yet" in said
 

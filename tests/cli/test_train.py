@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import train
+from tests.programs import Program
 from tests.training.conftest import _contained, autoencoder, shards, workshop  # noqa: F401 - fixtures
 from tests.training.tiny import (
     Watch,
@@ -141,19 +141,12 @@ def test_signals_save_and_say_how_to_go_on(config_file, capsys, monkeypatch, num
     assert [step for step, _, _ in logged(run, "train/loss_simple")] == [1, 2, 3]
 
 
-def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], number: int) -> int:
+def start_and_signal(script: Path, file: Path, ready: Callable[[], bool], number: int) -> int:
     """Start the command, send it a signal once ``ready`` says so, and return its exit code.
 
     SIGTERM goes to its whole process group, workers included, as schedulers and terminals send it.
     """
-    process = subprocess.Popen(
-        command,
-        cwd=root,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Program(script, file, told=file.parent)
     give_up = time.monotonic() + 240
     while not ready() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
@@ -162,29 +155,29 @@ def start_and_signal(command: list[str], root: Path, ready: Callable[[], bool], 
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, errors = process.communicate(timeout=240)
+    status, _, errors = process.finish()
     assert number == signal.SIGKILL or "Traceback" not in errors, errors
     # a loader's worker that loses its parent may complain from within the standard library; we must not
     assert 'train.py", line' not in errors, errors
-    return process.returncode
+    return status
 
 
 def test_killed_processes_end_like_one_that_was_not(shards, autoencoder, tmp_path, project_root):  # noqa: F811
-    settings = ["trainer.max_steps=60", "trainer.validate_every=7", "trainer.checkpoint_every=5"]
+    settings = ["trainer.max_steps=40", "trainer.validate_every=7", "trainer.checkpoint_every=5"]
     # workers of the real thing; each start is a process of its own
     config = tiny_config(shards, tmp_path / "run", autoencoder, *settings, "data.num_workers=1")
     file, last = write_config(tmp_path / "tiny.yaml", config), tmp_path / "run" / "checkpoints" / "last.ckpt"
-    command = [sys.executable, "train.py", str(file)]
+    script = project_root / "train.py"
 
-    assert start_and_signal(command, project_root, last.exists, signal.SIGKILL) == -signal.SIGKILL
+    assert start_and_signal(script, file, last.exists, signal.SIGKILL) == -signal.SIGKILL
     killed_at = checkpoint(tmp_path / "run")["global_step"]
-    assert 5 <= killed_at < 60
+    assert 5 <= killed_at < 40
 
     def went_on() -> bool:
         return logged(tmp_path / "run")[-1][0] > killed_at
 
-    assert start_and_signal(command, project_root, went_on, signal.SIGTERM) == 143
-    assert killed_at < checkpoint(tmp_path / "run")["global_step"] < 60
+    assert start_and_signal(script, file, went_on, signal.SIGTERM) == 143
+    assert killed_at < checkpoint(tmp_path / "run")["global_step"] < 40
 
     assert train.main([str(file)]) == 0
     straight = ["data.num_workers=0", f"output_dir={tmp_path / 'straight'}"]

@@ -1,6 +1,6 @@
 """Models of the Hub, from a small one on loopback.
 
-Its address is read when huggingface_hub is imported, so that everything runs in processes of its own.
+Its address is read when huggingface_hub is imported, so that who asks it is a process of its own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from pbe.checkpoints.folders import FileChoice
 from pbe.checkpoints.saving import save_checkpoint
@@ -25,47 +26,44 @@ from tests.editing.small_hub import small_hub
 from tests.editing.tiny_model import make_tiny_model
 
 NAME = "someone/tiny"
-# Tries each call in one process, since importing takes the most time, and prints what came of it.
+# Answers a call a line; one process for all of them, since importing takes the most time.
 SCRIPT = """
 import json, sys
+from pbe.editing import PaintByExample
 from pbe.editing.loading import Hub
 from pbe.errors import UserError
-for call in json.loads(sys.argv[1]):
+for line in sys.stdin:
+    kind, name, settings = json.loads(line)
     try:
-        settings = {key: value for key, value in call.items() if key != "name"}
-        print(json.dumps(str(Hub(**settings).find(call["name"]))))
+        if kind == "find":
+            found = str(Hub(**settings).find(name))
+        else:
+            found = PaintByExample.from_pretrained(name, **settings).solver
+        print(json.dumps(found), flush=True)
     except UserError as error:
-        print(json.dumps(f"error: {error}"))
-"""
-LOAD = """
-import sys
-from pbe.editing import PaintByExample
-settings = {"revision": "v1", "cache_dir": sys.argv[2], "token": "secret"}
-print(PaintByExample.from_pretrained(sys.argv[1], **settings).solver)
+        print(json.dumps(f"error: {error}"), flush=True)
 """
 
 
-def run(script: str, *arguments: str, **environment: str) -> list[str]:
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    variables |= {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=variables | environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
-    return done.stdout.splitlines()
+@dataclass
+class Told:
+    """What came of calls, and what was asked of the Hub.
 
+    Attributes:
+        cache: folder of what was downloaded to load a model.
+        loaded: solver of that model.
+        fetched: the files that were downloaded for it.
+        found: answers to calls that find a model.
+        cached: folder of what was downloaded for those.
+        gone: answers when the Hub could not be reached any more.
+    """
 
-def find(calls: list[dict], **environment: str) -> list[str]:
-    return [json.loads(line) for line in run(SCRIPT, json.dumps(calls), **environment)]
+    cache: Path
+    loaded: str
+    fetched: set[str]
+    found: list[str]
+    cached: Path
+    gone: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -77,49 +75,70 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_repository_is_loaded_as_a_model(repository: Path, tmp_path: Path):
-    with small_hub(NAME, repository, revisions=("v1",), token="secret") as hub:
-        assert run(LOAD, NAME, str(tmp_path), HF_ENDPOINT=hub.address, HF_HOME=str(tmp_path)) == ["plms"]
+@pytest.fixture(scope="module")
+def told(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    home = tmp_path_factory.mktemp("home")
+    here = {"cache_dir": str(home / "cache")}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    off = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET")
+    variables |= dict.fromkeys(off, "1") | {"HF_HOME": str(home)}
+
+    def ask(kind: str, name: str = NAME, **settings: Any) -> str:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps((kind, name, settings)) + "\n")
+        process.stdin.flush()
+        return str(json.loads(process.stdout.readline()))
+
+    with small_hub(NAME, repository, revisions=("main", "v1"), token="secret") as hub:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=variables | {"HF_ENDPOINT": hub.address},
+            cwd=Path(__file__).parents[2], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        loaded = ask("load", cache_dir=str(home / "loading"), revision="v1", token="secret")
         fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
-    assert fetched == {
+        found = [
+            ask("find", **here, local_files_only=True, token="secret"),
+            ask("find", **here),
+            ask("find", **here, token="secret", revision="v9"),
+            ask("find", **here, token="secret"),
+            ask("find", **here, local_files_only=True),
+            ask("find", "someone/else", **here, token="secret"),
+        ]
+    gone = [ask("find", **here), ask("find", "a/b")]
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    return Told(home / "loading", loaded, fetched, found, home / "cache", gone)
+
+
+def test_a_repository_is_loaded_as_a_model(told: Told):
+    assert told.loaded == "plms"
+    assert told.fetched == {
         "config.json",
         "unet.safetensors",
         "autoencoder.safetensors",
         "exemplar_encoder.safetensors",
     }
-    # the second time nothing has to be reachable
-    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert run(LOAD, NAME, str(tmp_path), **offline) == ["plms"]
+    # the second time nothing has to be reachable, and in this process nothing is
+    assert constants.HF_HUB_OFFLINE
+    settings = {"revision": "v1", "cache_dir": told.cache, "token": "secret"}
+    assert PaintByExample.from_pretrained(NAME, **settings).solver == "plms"
 
 
-def test_revisions_caches_tokens_and_what_goes_wrong(repository: Path, tmp_path: Path):
-    here = {"name": NAME, "cache_dir": str(tmp_path / "cache")}
-    with small_hub(NAME, repository, revisions=("main", "v1"), token="secret") as hub:
-        found = find(
-            [
-                here | {"local_files_only": True, "token": "secret"},
-                here,
-                here | {"token": "secret", "revision": "v9"},
-                here | {"token": "secret"},
-                here | {"local_files_only": True},
-                {"name": "someone/else", "cache_dir": here["cache_dir"], "token": "secret"},
-            ],
-            HF_ENDPOINT=hub.address,
-            HF_HOME=str(tmp_path),
-        )
+def test_revisions_caches_tokens_and_what_goes_wrong(told: Told):
+    found = told.found
     assert found[0] == f"error: '{NAME}' is neither a path here nor in the cache, and the call stays offline"
     assert (
         found[1]
         == f"error: '{NAME}' is neither a path here nor a model on the Hub (a private one needs a token)"
     )
     assert found[2] == f"error: '{NAME}' on the Hub has no revision 'v9'"
-    assert found[3].startswith(here["cache_dir"])
+    assert found[3].startswith(str(told.cached))
     assert (Path(found[3]) / "unet.safetensors").is_file()
     assert found[4] == found[3]
     assert found[5].startswith("error: 'someone/else' is neither a path here nor a model on the Hub")
-    gone = find([here, {"name": "a/b"}], HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
-    assert gone[0] == found[3]  # the cached copy, and a warning
-    assert gone[1].startswith("error: 'a/b' is no path here, and the Hub cannot be reached: ")
+    assert told.gone[0] == found[3]  # the cached copy, and a warning
+    assert told.gone[1].startswith("error: 'a/b' is no path here, and the Hub cannot be reached: ")
 
 
 def test_a_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ def make_tiny_model(prediction: str = "eps", seed: int = 0) -> LatentDiffusion:
                 scale_factor=1.0,
             ),
             exemplar_encoder=ExemplarEncoderConfig(
-                tower="timm/tf_efficientnet_lite0",
+                tower="timm/test_efficientnet",
                 image_size=IMAGE_SIZE,
                 mapper_width=16,
                 mapper_layers=1,

@@ -59,7 +59,7 @@ def pipe() -> PaintByExample:
             channels=8, channel_mult=[1, 2, 2], num_res_blocks=1, norm_groups=4, scale_factor=1.0
         ),
         exemplar_encoder=ExemplarEncoderConfig(
-            tower="timm/tf_efficientnet_lite0", image_size=EXEMPLAR, mapper_width=16, mapper_layers=1
+            tower="timm/test_efficientnet", image_size=EXEMPLAR, mapper_width=16, mapper_layers=1
         ),
     )
     model = LatentDiffusion(config).eval().requires_grad_(False)

@@ -161,13 +161,14 @@ def test_statistics_that_are_none(wrong: dict[str, list[float]]) -> None:
 
 
 def test_a_bare_trunk_needs_no_open_clip() -> None:
-    """It takes seconds to import, which the start of a toy edit would wait for."""
+    """It takes seconds to import, which the start of a toy edit would wait for; nor is diffusers needed."""
     script = (
-        "import sys, pbe.editing.pipeline\n"
+        "import sys, pbe.editing.pipeline, pbe.editing.compatibility\n"
         "from pbe.config import ExemplarEncoderConfig\n"
         "from pbe.models.image_tower import build_tower\n"
         "build_tower(ExemplarEncoderConfig(tower='timm/test_vit', image_size=64))\n"
         "assert 'open_clip' not in sys.modules\n"
         "assert 'transformers' not in sys.modules\n"
+        "assert 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

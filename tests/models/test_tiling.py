@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from pbe.config import AutoencoderConfig
 from pbe.models import AutoencoderKL, tiling
 from tests.models.tiny import relative
+from tests.programs import Program
 
 CONFIGS = {
     "as published": AutoencoderConfig(channels=16, norm_groups=8),
@@ -166,10 +165,12 @@ with torch.no_grad():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_is_saved(project_root: Path) -> None:
+def test_memory_is_saved(tmp_path: Path) -> None:
     """In a process of its own, whose peak can only rise: first in bands, then whole."""
-    command = [sys.executable, "-c", PEAKS]
-    output = subprocess.run(command, cwd=project_root, check=True, capture_output=True, text=True).stdout
+    script = tmp_path / "peaks.py"
+    script.write_text(PEAKS)
+    status, output, errors = Program(script, told=tmp_path).finish()
+    assert status == 0, errors
     _, before, banded, whole = map(int, output.split())
     assert whole - before > 100_000  # KiB
     assert banded - before < 0.6 * (whole - before)

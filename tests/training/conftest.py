@@ -21,6 +21,7 @@ AUTOENCODER_STAGE = (
     "optimizer.decay=cosine",
     "trainer.max_steps=200",
     "trainer.validate_every=100",
+    "trainer.validation_samples=8",
     "trainer.checkpoint_every=100",
     "logging.every=20",
     "logging.grid_every=200",
@@ -54,6 +55,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(workshop: Path) -> Path:
     """Folder of ``train`` and ``validation`` shards."""
     return workshop / "shards"
+
+
+@pytest.fixture(scope="session")
+def finished(shards: Path, autoencoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the tiny configuration as it is; not to be changed."""
+    return run(tiny_config(shards, tmp_path_factory.mktemp("finished"), autoencoder)).output_dir
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pbe.training.monitoring.loggers import read_curve
-from tests.training.test_distributed import train_with_two
+from tests.programs import run_ranks
+from tests.training.test_distributed import with_two
 from tests.training.tiny import run, tiny_config, weights, write_config
 
 SETTINGS = (
@@ -20,7 +21,8 @@ NAMES = {"train/loss": 4, "train/l1": 4, "train/gradient_norm": 4, "train/discri
 
 def test_two_processes_are_one_with_a_discriminator(shards, tmp_path, project_root):
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *SETTINGS))
-    train_with_two(project_root, tmp_path / "two", "ddp", "data.batch_size=2")
+    command = with_two(tmp_path / "two", "ddp", "data.batch_size=2")
+    run_ranks(project_root / "train.py", *command, told=tmp_path)
     run(tiny_config(shards, tmp_path / "one", *SETTINGS, "data.batch_size=4"))
     for name, rows in NAMES.items():
         one, two = (dict(read_curve(tmp_path / kind / "metrics.csv", name)) for kind in ("one", "two"))

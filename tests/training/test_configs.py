@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import yaml
 from torchvision.models.vgg import cfgs, make_layers
 
 from pbe.config import Config, load_config
@@ -19,18 +19,10 @@ FILES = sorted(
 )
 
 
-def overrides(values: dict[str, Any], prefix: str = "") -> list[str]:
-    made: list[str] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            made += overrides(value, f"{prefix}{key}.")
-        else:
-            made.append(f"{prefix}{key}={value}")
-    return made
-
-
-def shrunk(name: str, *more: str) -> Config:
-    return load_config(CONFIGS / name, [*overrides(TINY), *more])
+def shrunk(folder: Path, name: str, *more: str) -> Config:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump({"base": str(CONFIGS / name)} | TINY))
+    return load_config(file, list(more))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def test_every_configuration_runs(name: str, shards: Path, autoencoder: str, vgg
         f"autoencoder_loss.perceptual_vgg={vgg}", "autoencoder_loss.perceptual_linear=''",
         "autoencoder_loss.adversarial_start=1",
     ]  # fmt: skip
-    result = run(shrunk(name, *places))
+    result = run(shrunk(tmp_path, name, *places))
     assert (result.steps, result.stopped_by) == (2, 0)
     losses = read_curve(tmp_path / "run" / "metrics.csv", "train/loss")
     assert [step for step, _ in losses] == [1, 2]
@@ -84,6 +76,6 @@ def test_overfitting_one_batch_makes_its_loss_fall(shards: Path, autoencoder: st
         f"data.train_shards={shards / 'train'}", "data.validation_shards=''", "optimizer.learning_rate=4e-3",
         "objective.drop_probability=0", "cache.folder=''",
     ]  # fmt: skip
-    run(shrunk("debug/overfit_one_batch.yaml", *more))
+    run(shrunk(tmp_path, "debug/overfit_one_batch.yaml", *more))
     losses = [value for _, value in read_curve(tmp_path / "run" / "metrics.csv", "train/loss")]
     assert losses[-1] < 0.5 * losses[0]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from pbe.errors import UserError
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.encoding import batch_drop
+from tests.programs import Program, run_ranks
 from tests.training.test_finetuning import make_base
 from tests.training.tiny import run, tiny_config, weights, write_config
 
@@ -28,16 +27,11 @@ NAMES = (
     "val/loss_t500",
     "val/loss_band",
 )
-LIMIT = 280  # seconds
 
 
-def train_with_two(project_root: Path, folder: Path, strategy: str, *arguments: str) -> str:
-    """Train the configuration beside ``folder`` with two processes, and return what was printed."""
-    file, several = folder.parent / f"{folder.name}.yaml", f"trainer.strategy={strategy}"
-    command = [sys.executable, "train.py", str(file), "trainer.devices=2", several, *arguments]
-    done = subprocess.run(command, cwd=project_root, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def with_two(folder: Path, strategy: str, *more: str) -> list[str]:
+    """Return the arguments that train the configuration beside ``folder`` with two processes."""
+    return [str(folder.with_suffix(".yaml")), "trainer.devices=2", f"trainer.strategy={strategy}", *more]
 
 
 def same_curves(folder: Path, least: int, tolerance: float = 1e-5, names: tuple[str, ...] = NAMES) -> None:
@@ -58,7 +52,9 @@ def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 def test_two_processes_are_one_with_the_same_global_batch(shards, autoencoder, tmp_path, project_root):
     config = tiny_config(shards, tmp_path / "two", autoencoder, *SETTINGS, "trainer.max_steps=2")
     write_config(tmp_path / "two.yaml", config)
-    said = train_with_two(project_root, tmp_path / "two", "ddp", "data.batch_size=2")
+    command = with_two(tmp_path / "two", "ddp", "data.batch_size=2")
+    status, said, errors = Program(project_root / "train.py", *command, told=tmp_path).finish()
+    assert status == 0, errors
     assert said.count("2 steps, ") == 1, "one process speaks for both"
     one = [autoencoder, *SETTINGS, "trainer.max_steps=4", "data.batch_size=4"]
     straight = run(tiny_config(shards, tmp_path / "one", *one))
@@ -81,9 +77,9 @@ def test_sharded_training_is_one_process_too_and_goes_on_from_and_to_it(
     write_config(
         tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings, "trainer.max_steps=4")
     )
-    micro = ("data.batch_size=1", "trainer.accumulate=2")
-    said = train_with_two(project_root, tmp_path / "two", "fsdp2", *micro)
-    assert said.count("4 steps, ") == 1, "one process speaks for both"
+    command = with_two(tmp_path / "two", "fsdp2", "data.batch_size=1", "trainer.accumulate=2")
+    said = run_ranks(project_root / "train.py", *command, told=tmp_path)
+    assert "".join(said).count("4 steps, ") == 1, "one process speaks for both"
     middle, sizes = weights(tmp_path / "two" / "model"), weights(straight.model_dir)
     assert {k: v.shape for k, v in middle.items()} == {k: v.shape for k, v in sizes.items()}, "all of it"
     again = run(tiny_config(shards, tmp_path / "two", *one, "trainer.max_steps=6"))
@@ -102,7 +98,8 @@ def test_sharded_distillation_is_one_process_too(shards, workshop, tmp_path, pro
     settings += ["trainer.max_steps=5", "optimizer.ema_decay=0.99"]
     run(tiny_config(shards, tmp_path / "one", *settings, "data.batch_size=4"))
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings))
-    train_with_two(project_root, tmp_path / "two", "fsdp2", "data.batch_size=2")
+    command = with_two(tmp_path / "two", "fsdp2", "data.batch_size=2")
+    run_ranks(project_root / "train.py", *command, told=tmp_path)
     same_curves(tmp_path, 2, names=("train/loss", "train/gradient_norm", "val/loss"))
 
 

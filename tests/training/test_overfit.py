@@ -21,13 +21,14 @@ from pbe.models import LatentDiffusion
 from pbe.training.setup import build_model
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS, DiffusionTask
 from pbe.training.tasks.encoding import Draws, draw, encode_batch
-from tests.training.tiny import OBJECTS, run, tiny_config
+from tests.training.tiny import OBJECTS, PRETRAINED_TOWER, run, tiny_config
 
 GUIDANCE, STEPS = 3.0, 20
 FALL = 10.0  # times that the loss falls at least
 MARGIN = 15.0  # of 255: mean difference in the hole between two exemplars
 
 OVERFIT = (
+    *PRETRAINED_TOWER,
     "data.validation_shards=''",
     "data.batch_size=8",
     "data.sample.arbitrary_mask_share=0",

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import run_ranks
 from tests.training.tiny import logged, tiny_config, weights, write_config
 
-LIMIT = 400  # seconds
 # One script for both ranks, so that each of them starts once for everything.
 SCRIPT = """
 import os, signal, sys
@@ -75,30 +72,12 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def said(
-    shards: Path, tmp_path_factory: pytest.TempPathFactory, project_root: Path
-) -> tuple[Path, list[str]]:
+def said(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder of the runs and what each rank said."""
     folder = tmp_path_factory.mktemp("ranks")
     write_config(folder / "tiny.yaml", tiny_config(shards, folder / "run", *SETTINGS))
     (folder / "script.py").write_text(SCRIPT)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
-    place |= {"WORLD_SIZE": "2", "PYTHONPATH": str(project_root), "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "script.py"), str(folder)],
-            env=os.environ | place | {"LOCAL_RANK": str(rank)},
-            cwd=project_root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outcome = [rank.communicate(timeout=LIMIT) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outcome
-    return folder, [text for text, _ in outcome]
+    return folder, run_ranks(folder / "script.py", folder, told=folder)
 
 
 def test_rows_of_a_resumed_run_are_those_of_an_uninterrupted_one(said):

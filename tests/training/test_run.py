@@ -121,34 +121,30 @@ def test_without_validation_shards_training_goes_without_validation(shards, auto
     assert (result.model_dir / "config.json").is_file()
 
 
-def test_the_export_is_the_average_of_the_trained_networks(shards, autoencoder, tmp_path):
-    result = run(tiny_config(shards, tmp_path, autoencoder))
-    saved = checkpoint(tmp_path)
-    exported = {f"model.{name}": value for name, value in load_model(result.model_dir).state_dict().items()}
+def test_the_export_is_the_average_of_the_trained_networks(finished):
+    saved, model = checkpoint(finished), load_model(finished / "model")
+    exported = {f"model.{name}": value for name, value in model.state_dict().items()}
     expected = saved["state_dict"] | saved["ema"]
     assert differing(expected, exported) == []
     assert any(name.startswith("model.unet.") for name in differing(saved["state_dict"], exported))
 
 
-def test_the_configuration_lies_beside_the_run(shards, autoencoder, tmp_path):
-    config = tiny_config(shards, tmp_path, autoencoder)
-    run(config)
-    kept = load_config(tmp_path / "config.yaml")
+def test_the_configuration_lies_beside_the_run(finished, shards, autoencoder):
+    config = tiny_config(shards, finished, autoencoder)
+    kept = load_config(finished / "config.yaml")
     assert (kept.trainer, kept.data, kept.autoencoder_from) == (
         config.trainer,
         config.data,
         config.autoencoder_from,
     )
     # but the autoencoder's section is that of the weights that were used
-    model = load_model(tmp_path / "model")
-    assert kept.model == model.config
+    assert kept.model == load_model(finished / "model").config
 
 
-def test_init_from_starts_with_all_weights_of_a_model(shards, autoencoder, tmp_path):
-    first = run(tiny_config(shards, tmp_path / "a", autoencoder))
-    settings = [f"init_from={first.model_dir}", "optimizer.learning_rate=0", "optimizer.ema_decay=0"]
+def test_init_from_starts_with_all_weights_of_a_model(finished, shards, tmp_path):
+    settings = [f"init_from={finished / 'model'}", "optimizer.learning_rate=0", "optimizer.ema_decay=0"]
     second = run(tiny_config(shards, tmp_path / "b", *settings))
-    assert differing(weights(first.model_dir), weights(second.model_dir)) == []
+    assert differing(weights(finished / "model"), weights(second.model_dir)) == []
     other = tiny_config(shards, tmp_path / "c", *settings, "model.unet.model_channels=40")
     with pytest.raises(UserError, match="model section of the configuration differs from that of init_from"):
         run(other)

@@ -96,12 +96,10 @@ def test_fused_half_precision_with_clipping_is_refused(tmp_path):
     assert isinstance(load_config(path, ["optimizer.gradient_clip=0"]), Config)
 
 
-def test_all_switches_together_train(shards, autoencoder, tmp_path):
+def test_all_switches_together_train(finished, shards, autoencoder, tmp_path):
     settings = ["trainer.gradient_checkpointing=true", "trainer.channels_last=true", "optimizer.fused=true"]
-    straight = run(tiny_config(shards, tmp_path / "a", autoencoder, *settings))
-    assert straight.steps == 3
-    run(tiny_config(shards, tmp_path / "b", autoencoder))
-    fast, plain = (checkpoint(tmp_path / name)["ema"] for name in "ab")
+    assert run(tiny_config(shards, tmp_path, autoencoder, *settings)).steps == 3
+    fast, plain = (checkpoint(folder)["ema"] for folder in (tmp_path, finished))
     assert fast.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(fast[name], value, rtol=1e-2, atol=1e-4, msg=name)

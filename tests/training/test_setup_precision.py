@@ -30,11 +30,12 @@ def losses(folder: Path) -> list[float]:
 def test_every_precision_trains(shards, autoencoder, tmp_path, kind: str):
     settings = [autoencoder, *(text.format(folder=tmp_path) for text in KINDS[kind])]
     exact: list[float] = []
-    for precision in CHOICES["trainer.precision"]:
+    for number, precision in enumerate(CHOICES["trainer.precision"], list(KINDS).index(kind)):
         more = [f"trainer.precision={precision}", "cache.folder=" + str(tmp_path / f"cache-{precision}")]
         wanted = [*settings, *(more if kind == "cached" else more[:1])]
         folder = tmp_path / precision
-        assert run(tiny_config(shards, folder, *wanted, "trainer.max_steps=2")).steps == 2
+        if number % 2 == 0:  # in every second pair
+            assert run(tiny_config(shards, folder, *wanted, "trainer.max_steps=2")).steps == 2
         assert run(tiny_config(shards, folder, *wanted)).steps == 3, "goes on"
         exact = exact or losses(folder)
         assert losses(folder) == pytest.approx(exact, rel=0.05), precision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from pbe.config import Config
 from pbe.errors import UserError
 from pbe.training.plan import find_batch_size, measure, trial_config
 from pbe.training.trials import MemoryWatch, Trial, available_memory, recommend, search, try_size
+from tests.programs import FORKS
 from tests.training.tiny import tiny_config, write_config
 
 
@@ -117,7 +119,9 @@ def test_a_trial_is_the_run_with_what_begins_later(shards):
     assert replace(tried.model) == config.model
 
 
-def test_the_command_refuses_what_makes_no_sense(shards, tmp_path, capsys):
+def test_the_command_refuses_what_makes_no_sense(shards, tmp_path, capsys, monkeypatch):
+    # a process as the real one, which has imported what a trial needs
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKS)
     file = str(write_config(tmp_path / "tiny.yaml", tiny_config(shards, tmp_path / "run")))
     assert train.main([file, "--memory-limit", "3"]) == 2
     assert "--memory-limit goes with --find-batch-size" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Stands for the command of a stage: counts its runs, works in steps that it keeps, and can fail."""
+"""Stands for the command of a stage: counts its runs, works in steps that it keeps, and can wait or fail."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def main() -> int:
             time.sleep(job.get("linger", 0.0))
             (folder / "stopped.txt").write_text("cleanly")
             return 130
+        if made.exists() and "until" in job and not Path(job["until"]).exists():
+            time.sleep(0.02)
+            continue
         time.sleep(job.get("pause", 0.0))
         with made.open("a") as file:
             file.write(f"{job['value']} ")

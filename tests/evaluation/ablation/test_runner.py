@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -29,9 +29,16 @@ from pbe.evaluation.ablation.runner import (
     span,
 )
 from pbe.evaluation.ablation.stages import Stage, fingerprint_of
+from tests.programs import Program
 
 STAND_IN = Path(__file__).with_name("stand_in_stage.py")
 RATES = {"step": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look more often than stages of minutes need it."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
 
 
 def stage(folder: Path, name: str, *needs: Stage, **job: Any) -> Stage:
@@ -50,9 +57,10 @@ def stage(folder: Path, name: str, *needs: Stage, **job: Any) -> Stage:
     )
 
 
-def chain(folder: Path, **job: Any) -> list[Stage]:
+def chain(folder: Path, held: dict[str, Any] | None = None, **job: Any) -> list[Stage]:
+    """Return four stages, of which the second and the third, ``held`` by more, need the first alone."""
     first = stage(folder, "first", **job)
-    left, right = stage(folder, "left", first, **job), stage(folder, "right", first, **job)
+    left, right = (stage(folder, name, first, **job | (held or {})) for name in ("left", "right"))
     return [first, left, right, stage(folder, "last", left, right, **job)]
 
 
@@ -72,7 +80,7 @@ def shows(one: Stage, variable: str) -> Stage:
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 120.0
     while not path.exists():
         assert time.monotonic() < deadline, f"'{path}' does not come"
         time.sleep(0.02)
@@ -144,7 +152,7 @@ def test_stages_side_by_side_have_a_gpu_each(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # the third takes the place of the second, which ends while the first is at work
-    long = {"steps": 60, "pause": 0.1} if jobs == 2 else {}
+    long = {"until": str(tmp_path / "c" / "result.txt")} if jobs == 2 else {}
     stages = [stage(tmp_path, "a", **long), stage(tmp_path, "b"), stage(tmp_path, "c")]
     stages = [shows(one, "CUDA_VISIBLE_DEVICES") for one in stages]
     assert runner(stages, jobs=jobs, devices=2).run() == 0
@@ -152,8 +160,8 @@ def test_stages_side_by_side_have_a_gpu_each(
 
 
 def test_a_failure_names_the_stage_and_stops_the_others(tmp_path: Path) -> None:
-    slow = stage(tmp_path, "slow", steps=1000, pause=0.05)
-    bad = stage(tmp_path, "bad", fails=True)
+    slow = stage(tmp_path, "slow", until="/never")
+    bad = stage(tmp_path, "bad", fails=True, until=str(slow.folder / "made.txt"))
     never = stage(tmp_path, "never", bad)
     with pytest.raises(UserError, match=r"'bad' failed with status 2: it cannot be done \(all of it in"):
         runner([slow, bad, never]).run()
@@ -194,7 +202,8 @@ def test_a_signal_stops_everything_and_the_same_results_come_later(
 ) -> None:
     whole = chain(tmp_path / "whole", steps=4)
     runner(whole).run()
-    stages = chain(tmp_path / "cut", steps=4, pause=0.3)
+    go = tmp_path / "go"
+    stages = chain(tmp_path / "cut", held={"until": str(go)}, steps=4)
     first = runner(stages)
     started.clear()
     pids: list[int] = []
@@ -213,6 +222,7 @@ def test_a_signal_stops_everything_and_the_same_results_come_later(
     assert not any(alive(process) for process in pids)
     assert (stages[1].folder / "stopped.txt").exists()
     assert stages[1].mark() is None
+    go.touch()
     assert runner(stages).run() == 0
     assert [runs(one) for one in stages] == [1, 2, 2, 1]
     assert results(stages) == results(whole)
@@ -221,7 +231,8 @@ def test_a_signal_stops_everything_and_the_same_results_come_later(
 def test_a_child_that_was_killed_is_told_and_goes_on(
     tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:
-    stages = [stage(tmp_path, "a", steps=8, pause=0.2)]
+    go = tmp_path / "go"
+    stages = [stage(tmp_path, "a", steps=8, until=str(go))]
     first = runner(stages)
 
     def kill() -> None:
@@ -233,6 +244,7 @@ def test_a_child_that_was_killed_is_told_and_goes_on(
     with pytest.raises(UserError, match="stage 'a' was ended by signal 9"):
         first.run()
     thread.join()
+    go.touch()
     assert runner(stages).run() == 0
     assert results(stages) == ["a()" + "a " * 8]
 
@@ -269,19 +281,22 @@ def test_a_workspace_has_one_runner(tmp_path: Path) -> None:
 
 
 KILLED = """
-import runpy, sys
+import pickle, sys
 from pathlib import Path
-own = runpy.run_path(sys.argv[1])
-own["runner"]([own["stage"](Path(sys.argv[2]), "a", steps=100, pause=0.1, linger=2.0)]).run()
+from pbe.evaluation.ablation.runner import LocalPool, Runner, Schedule
+stages = pickle.loads(Path(sys.argv[1]).read_bytes())
+Runner(Schedule(stages, {"step": 1.0}), LocalPool(1, 1, 0), 1).run()
 """
 
 
 def test_a_killed_runner_takes_its_stages_along_and_the_next_one_waits_for_them(tmp_path: Path) -> None:
     one = stage(tmp_path, "a", steps=2)
-    first = subprocess.Popen([sys.executable, "-c", KILLED, __file__, str(tmp_path)])
+    (tmp_path / "script.py").write_text(KILLED)
+    (tmp_path / "stages").write_bytes(pickle.dumps([stage(tmp_path, "a", until="/never", linger=1.0)]))
+    first = Program(tmp_path / "script.py", tmp_path / "stages", told=tmp_path)
     wait_for(one.folder / "made.txt")
-    first.kill()
-    first.wait()
+    first.send_signal(signal.SIGKILL)
+    first.finish()
     assert not (one.folder / "stopped.txt").exists()  # it lingers, and nobody marks it as done
     run_stage(one, {})
     assert (one.folder / "stopped.txt").exists()

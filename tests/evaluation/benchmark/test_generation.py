@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, model_identity, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
 from pbe.models.adapters import add_adapter
+from tests.programs import Program
 from tests.ray_stand_in import StandIn
 
 SETTINGS = GenerateSettings(
@@ -66,7 +66,17 @@ def test_every_case_is_painted_in_its_hole_alone(benchmark, edited):
         assert np.any(edit[~keep] != case.image[~keep])
 
 
-def test_two_processes_write_the_same_files(model, benchmark, edited, tmp_path):
+def test_two_processes_write_the_same_files(model, benchmark, edited, tmp_path, monkeypatch):
+    made = generation._trainer
+
+    def with_imports(*arguments):
+        """Start processes that have imported what takes seconds; what they need is pickled all the same."""
+        trainer = made(*arguments)
+        assert trainer.strategy.launcher._start_method == "spawn"
+        trainer.strategy.launcher._start_method = "forkserver"
+        return trainer
+
+    monkeypatch.setattr(generation, "_trainer", with_imports)
     two = generate(model, benchmark, tmp_path / "two", dataclasses.replace(SETTINGS, devices=2))
     assert contents(two) == contents(edited)
 
@@ -112,9 +122,9 @@ def test_two_nodes_of_ray_write_the_same_files(ray_nodes, model, benchmark, edit
         generate(tmp_path / "gone", benchmark, tmp_path / "other", settings)
 
 
-def test_killed_and_started_again_writes_the_same_files(model, benchmark, edited, tmp_path, project_root):
-    out = tmp_path / "killed"
-    program = f"""
+def test_killed_and_started_again_writes_the_same_files(model, benchmark, edited, tmp_path):
+    out, script = tmp_path / "killed", tmp_path / "script.py"
+    script.write_text(f"""
 import os, signal
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.generation import BenchmarkFolder, GenerateSettings
@@ -126,9 +136,9 @@ def write_and_die(path, picture):
     written.append(write(path, picture))
 generation.write_image = write_and_die
 generation.generate({str(model)!r}, BenchmarkFolder({str(benchmark.folder)!r}), {str(out)!r}, {SETTINGS!r})
-"""
-    died = subprocess.run([sys.executable, "-c", program], cwd=project_root, capture_output=True, timeout=200)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+""")
+    status, _, errors = Program(script, told=tmp_path).finish()
+    assert status == -signal.SIGKILL, errors
     first = f"{benchmark.ids[0]}.png"
     assert len(list(out.glob("*.png"))) == 3, "the fourth case was never written"
     (out / first).write_bytes((out / first).read_bytes()[:-20])

@@ -20,7 +20,7 @@ from pbe.models.codec import Posterior
 from pbe.training.monitoring.loggers import read_curve
 from pbe.training.tasks.diffusion import DiffusionTask, freeze
 from pbe.training.tasks.encoding import Draws, EncodedBatch, batch_drop, draw
-from tests.training.tiny import Watch, checkpoint, run, tiny_config
+from tests.training.tiny import PRETRAINED_TOWER, Watch, checkpoint, run, tiny_config
 
 NOWHERE = Path("nowhere")
 
@@ -109,7 +109,7 @@ def test_every_trained_parameter_gets_a_gradient(tokens: str, count: int):
 
 
 def test_frozen_networks_are_bit_identical_after_training(workshop, shards, autoencoder, tmp_path):
-    run(tiny_config(shards, tmp_path, autoencoder, "trainer.max_steps=3", "trainer.validate_every=2"))
+    run(tiny_config(shards, tmp_path, autoencoder, *PRETRAINED_TOWER, "trainer.validate_every=2"))
     state = checkpoint(tmp_path)["state_dict"]
 
     def part(name: str) -> dict[str, torch.Tensor]:
