@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--others", nargs="*", default=[], metavar="NAME=MODEL")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--objects", type=int, default=0, help="0 means all")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/few_steps.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/images/few_steps.jpg"))
     options = parser.parse_args(arguments)
     named = [(f"student, {steps} step{'s' * (steps > 1)}", options.student, steps) for steps in options.steps]
     others = [(*each.split("=", 1), None) for each in options.others]
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(markdown(Table(HEAD, rows, note)))
     strip["hidden"] = [case.image for case in cases]
     shown = {name: images[:SHOWN] for name, images in strip.items()}
-    Image.fromarray(sheet(shown, tile=128, columns=SHOWN)).save(options.out)
+    Image.fromarray(sheet(shown, tile=128, columns=SHOWN)).save(options.out, quality=88)
     return 0
 
 

@@ -19,6 +19,7 @@ def test_names_find_what_ships_and_paths_find_files(tmp_path: Path, monkeypatch:
     assert find_config(tmp_path / "toy") == tmp_path / "toy"
     assert Path(find_model("toy")) == packaged("data/toy/model")
     assert find_model("data/toy/model") == find_model("toy")
+    assert Path(find_model("toy-fast")) == packaged("data/toy/fast")
     assert find_model("elsewhere/toy") == "elsewhere/toy"
     (tmp_path / "toy").write_text("seed: 4\n")
     assert find_config("toy") == Path("toy")

@@ -152,7 +152,7 @@ class EditCommand(EditSettings):
     """Everything that the command which edits takes; in paths a leading ``~`` is the home folder."""
 
     model: str = field(metadata={"group": "Model"})
-    """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
+    """folder, checkpoint, owner/name on the Hub, toy or toy-fast (the models that ship)"""
     config: str | None = None
     """YAML with the sizes of a checkpoint that does not give its own"""
     raw_weights: bool = False

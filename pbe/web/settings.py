@@ -19,7 +19,7 @@ class ServeSettings:
     """How a model is served."""
 
     model: str = field(default="toy", metadata={"group": "Model"})
-    """folder, checkpoint, owner/name on the Hub, or toy: the model that ships"""
+    """folder, checkpoint, owner/name on the Hub, toy or toy-fast (the models that ship)"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Dtype = "fp32"

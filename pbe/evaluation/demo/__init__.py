@@ -16,7 +16,7 @@ class DemoSettings:
     """folder for the page and everything else"""
     model: Path = field(default_factory=lambda: packaged("data/toy/model"))
     """model that edits"""
-    student: str = "none"
+    student: str = "toy-fast"
     """the same model distilled into few steps, or none"""
     config: Path = field(default_factory=lambda: packaged("configs/toy.yaml"))
     """configuration of the training run"""
