@@ -42,7 +42,8 @@ def find_config(name: str | Path) -> Path:
 def find_model(name: str) -> str:
     """Return the folder of a model that ships: ``toy``, or ``toy-fast``, its student of four steps.
 
-    Their paths in the repository do, too. Any other text comes back as it is, and a file or folder of that name comes first.
+    Their paths in the repository do, too. Any other text comes back as it is, and a file or folder of that
+    name comes first.
     """
     place = MODELS.get(name, name)
     return str(packaged(place)) if place in MODELS.values() and not os.path.exists(name) else name
