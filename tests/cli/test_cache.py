@@ -74,7 +74,7 @@ def test_a_distillation_has_a_cache_of_the_models_sizes(workshop, tmp_path, caps
     ]
     config = tiny_config(tmp_path / "nowhere", tmp_path / "run", *settings)
     assert cache.main([str(write_config(tmp_path / "tiny.yaml", config)), "--size"]) == 0
-    assert "latents 4,096, masks 128, features 2,560" in capsys.readouterr().out
+    assert "latents 4,096, masks 128, features 512" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["2/2", "x", "1/0", "-1/2", "1"])

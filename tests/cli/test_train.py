@@ -66,7 +66,7 @@ def test_overrides_change_the_configuration(config_file: Path, capsys: pytest.Ca
         ("data.train_shards=nowhere", "nowhere"),
         ("data.validation_shards=nowhere", "nowhere"),
         ("trainer.resume=nowhere.ckpt", "trainer.resume: no checkpoint at 'nowhere.ckpt'"),
-        ("init_from=nowhere", "'nowhere' is not a model folder"),
+        ("init_from=nowhere", "init_from is 'nowhere', which does not exist; name a model folder"),
         ("logging.loggers=[paper]", "logging.loggers has 'paper'"),
         ("logging.loggers=csv", "'logging.loggers': it is a list, such as logging.loggers=[...], not 'csv'"),
         ("trainer.devices=zwei", "trainer.devices is 'zwei'"),
@@ -82,7 +82,7 @@ def test_a_python_without_the_packages_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pbe.config", None)  # stands for a package that is missing
     monkeypatch.setitem(sys.modules, "omegaconf", None)
     monkeypatch.delitem(sys.modules, "pbe.config")
-    assert "the Python package 'omegaconf' is not installed for" in refused(capsys, "some.yaml")
+    assert "the Python package 'omegaconf' is not installed for" in refused(capsys, "toy")
 
 
 @pytest.mark.parametrize("task", ["diffusion", "autoencoder"])

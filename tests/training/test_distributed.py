@@ -100,7 +100,7 @@ def test_sharded_distillation_is_one_process_too(shards, workshop, tmp_path, pro
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *settings))
     command = with_two(tmp_path / "two", "fsdp2", "data.batch_size=2")
     run_ranks(project_root / "train.py", *command, told=tmp_path)
-    same_curves(tmp_path, 2, names=("train/loss", "train/gradient_norm", "val/loss"))
+    same_curves(tmp_path, 2, 1e-4, ("train/loss", "train/gradient_norm", "val/loss"))
 
 
 @pytest.fixture

@@ -80,10 +80,10 @@ def test_every_edit_of_a_batch_is_what_its_command_makes(
 
 
 def test_a_preset_obeys_the_limits(editor: Any) -> None:
-    few = replace(editor.settings, max_steps=9)
-    with pytest.raises(UserError, match="this server takes at most 9"):
+    few = replace(editor.settings, max_steps=7)
+    with pytest.raises(UserError, match="this server takes at most 7"):
         read_settings({"preset": "draft"}, few)
-    assert read_settings({"preset": "draft", "steps": 9}, few).steps == 9
+    assert read_settings({"preset": "draft", "steps": 7}, few).steps == 7
 
 
 def test_the_command_names_what_differs_from_the_defaults(editor: Any) -> None:

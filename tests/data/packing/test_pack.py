@@ -318,7 +318,7 @@ def test_shards_close_by_bytes(plain: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["coco:x.json"], "not a file"),
+        (["coco:x.json"], "the annotation file 'x.json' does not exist"),
         (["nonsense"], "is not KIND:PATH"),
         (["zip:a"], "is not KIND:PATH"),
         (["csv:a", "--engine", "hadoop"], '"hadoop" for --engine'),

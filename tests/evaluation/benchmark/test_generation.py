@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,13 +17,11 @@ import torch
 from PIL import Image
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from pbe.editing.engine import complete
 from pbe.errors import UserError
 from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
-from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, model_identity, read_settings
+from pbe.evaluation.benchmark.edits import EditFolder, claim_folder, is_whole, read_settings
 from pbe.evaluation.benchmark.generation import GenerateSettings, generate, groups_of, noise_of
-from pbe.models.adapters import add_adapter
 from tests.programs import Program
 from tests.ray_stand_in import StandIn
 
@@ -396,26 +393,3 @@ def test_the_users_error_of_another_process_stays_one_line():
     assert isinstance(theirs, UserError)
     assert str(theirs) == "'x.png' is black"
     assert isinstance(reported("ValueError: odd"), ProcessRaisedException)
-
-
-def test_adapters_name_a_pipeline_by_how_strong_they_are(pipe):
-    add_adapter(pipe.model, ["residual"], 2, 4.0, "mug")
-    try:
-        whole = model_identity(pipe)
-        pipe.set_adapter_scale("mug", 0.5)
-        assert model_identity(pipe) != whole
-        pipe.set_adapter_scale("mug", 1.0)
-        assert model_identity(pipe) == whole
-    finally:
-        pipe.unload_adapter()
-
-
-def test_as_many_steps_as_a_model_of_few_is_asked_for(pipe):
-    """Fifty is the call's default, for which such a model takes its own number."""
-    sizes = dataclasses.replace(pipe.model.config.unet, few_steps=4, guidance_range=[2.0, 2.0])
-    few, settings = dataclasses.replace(pipe.model.config, unet=sizes), GenerateSettings(guidance_scale=2.0)
-    assert settings.call(few)["settings"].steps == 4
-    fifty = dataclasses.replace(settings, steps=50).call(few)
-    assert complete(fifty["settings"], SimpleNamespace(config=few)).steps == 50
-    assert fifty["choice"].name == "lcm"
-    assert settings.call(pipe.model.config)["settings"].steps == 50

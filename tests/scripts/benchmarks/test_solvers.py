@@ -10,7 +10,7 @@ from PIL import Image
 from scripts.benchmarks.solver_runs import CANDIDATES
 from scripts.benchmarks.solvers import BEGIN, END, main
 
-KEPT = ["preset draft", "normal, guidance in 0.2 to 0.8", "normal, inner levels kept for 2"]
+KEPT = ["preset draft", "normal, guidance in 0.2 to 1", "normal, inner levels kept for 2"]
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""What models are, to those who edit a benchmark: with adapters, or of few steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+from pbe.editing.engine import complete
+from pbe.evaluation.benchmark.edits import model_identity
+from pbe.evaluation.benchmark.generation import GenerateSettings
+from pbe.models.adapters import add_adapter
+
+
+def test_adapters_name_a_pipeline_by_how_strong_they_are(pipe):
+    add_adapter(pipe.model, ["residual"], 2, 4.0, "mug")
+    try:
+        whole = model_identity(pipe)
+        pipe.set_adapter_scale("mug", 0.5)
+        assert model_identity(pipe) != whole
+        pipe.set_adapter_scale("mug", 1.0)
+        assert model_identity(pipe) == whole
+    finally:
+        pipe.unload_adapter()
+
+
+def test_as_many_steps_as_a_model_of_few_is_asked_for(pipe):
+    """Fifty is the call's default, for which such a model takes its own number."""
+    sizes = dataclasses.replace(pipe.model.config.unet, few_steps=4, guidance_range=[2.0, 2.0])
+    few, settings = dataclasses.replace(pipe.model.config, unet=sizes), GenerateSettings(guidance_scale=2.0)
+    assert settings.call(few)["settings"].steps == 4
+    fifty = dataclasses.replace(settings, steps=50).call(few)
+    assert complete(fifty["settings"], SimpleNamespace(config=few)).steps == 50
+    assert fifty["choice"].name == "lcm"
+    assert settings.call(pipe.model.config)["settings"].steps == 50
