@@ -112,7 +112,8 @@ def test_saved_and_loaded_it_is_what_it_was(scene: Scene, tmp_path: Path):
         again = PaintByExample.from_pretrained(tmp_path / folder)
         again.set_progress_bar_config(disable=True)
         assert again.solver == "lcm"
-        assert np.array_equal(edit(again, scene), expected)
+        # equal weights, but where they are in memory decides on kernels
+        np.testing.assert_allclose(edit(again, scene), expected, rtol=1e-5, atol=1e-4)
     assert PaintByExample.from_pretrained(tmp_path / "saved", solver="ddim").solver == "ddim"
     pipe.solver = "plms"  # what other models take that do not say
     pipe.save_pretrained(tmp_path / "other")
