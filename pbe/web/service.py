@@ -96,7 +96,9 @@ class EditService:
 
     def __init__(self, pipe: PaintByExample, batch_size: int, max_queue: int) -> None:
         self.pipe = pipe
-        self.batch_size = power_of_two(batch_size)
+        threads, on_cpu = torch.get_num_threads(), pipe.device.type == "cpu"
+        even = not on_cpu or threads == power_of_two(threads)
+        self.batch_size = power_of_two(batch_size) if even else 1
         self.max_queue = max_queue
         self._pending: deque[Edit] = deque()
         self._wake = threading.Condition()
@@ -219,7 +221,8 @@ class EditService:
 def power_of_two(count: int) -> int:
     """Return the largest power of two up to ``count``, 0 for 0.
 
-    Threads share out a batch of another size unevenly, and then the last bits of an edit depend on its place.
+    Threads share out a batch of another size unevenly, and other numbers of threads do so, too (six of them a
+    batch of four): then the last bits of an edit depend on its place.
     """
     return 1 << (count.bit_length() - 1) if count else 0
 

@@ -128,6 +128,7 @@ class Slow:
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.batches = pipe, []
         self.noise_schedule, self.solver, self.choice = pipe.noise_schedule, pipe.solver, pipe.choice
+        self.device = pipe.device
 
     def solver_steps(self, *_: Any) -> int:
         return 3
@@ -142,6 +143,23 @@ class Slow:
                 break
         images = [Image.new("RGB", (64, 64)) for _ in exemplars]
         return type("Output", (), {"images": images, "nsfw_content_detected": None})()
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "most"),
+    [(1, "cpu", 4), (2, "cpu", 4), (6, "cpu", 1), (8, "cpu", 4), (6, "cuda", 4)],
+)
+def test_edits_run_alone_where_threads_would_share_them_out_unevenly(
+    editor: Any, monkeypatch: pytest.MonkeyPatch, threads: int, device: str, most: int
+) -> None:
+    import torch
+
+    pipe = Slow(editor.pipe)
+    pipe.device = torch.device(device)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    service = EditService(pipe, batch_size=5, max_queue=3)  # type: ignore[arg-type]
+    service.close(5.0)
+    assert service.batch_size == most
 
 
 def test_a_full_queue_refuses_and_cancelling_frees_it(editor: Any) -> None:
