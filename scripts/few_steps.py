@@ -18,7 +18,7 @@ from pbe.data.toy.scenes import ToyWorld
 from pbe.editing.pipeline import PaintByExample
 from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.evaluation.benchmark.toy import edit_cases, make_benchmark
-from pbe.evaluation.benchmark.toy_run import Scorer, changed_outside
+from pbe.evaluation.benchmark.toy_run import Scorer, changed_outside, edit_sizes
 from pbe.evaluation.metrics.bootstrap import derangement
 from pbe.evaluation.metrics.towers import load_tower
 from pbe.evaluation.report import Table, markdown, sheet
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     systems = [("teacher, 50 PLMS steps", options.teacher, None), *named, *others]
 
     common = GenerateSettings(guidance_scale=options.guidance, batch_size=32)
-    config = load(options.teacher).model.config
-    size, exemplar_size = config.image_size, config.exemplar_encoder.image_size
+    size, exemplar_size = edit_sizes(load(options.teacher).model.config)
     cases = make_benchmark(
         ToyWorld(), seed=0, image_size=size, exemplar_size=exemplar_size, objects=options.objects
     )

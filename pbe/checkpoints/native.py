@@ -66,6 +66,17 @@ def share_parts(folder: Path, other: Path, target: Path) -> list[str]:
     return list(shared)
 
 
+def shared_files(folder: Path) -> dict[str, Path]:
+    """Return the files of networks that another folder holds, by their path from this one.
+
+    Whole models have none, and folders in other layouts.
+    """
+    path = folder / CONFIG_NAME
+    content = read_json(path) if path.is_file() else {}
+    paths = [_part_path(folder, part, content) for part in _shared_parts(folder, content)]
+    return {Path(os.path.relpath(path, folder)).as_posix(): path for path in paths}
+
+
 def load_config(folder: str | Path) -> ModelConfig:
     """Read the model's configuration of a native folder."""
     return _sizes(_read_config(Path(folder)), Path(folder) / CONFIG_NAME)
@@ -102,11 +113,17 @@ def open_native(folder: Path, config: ModelConfig | None = None) -> OpenedModel:
     return OpenedModel(str(folder), "native", sizes, tensors, usage=usage_from_json(content.get(KEY), path))
 
 
-def _part_path(folder: Path, part: str, content: dict[str, Any]) -> Path:
-    """Return the file of a network, which ``content`` of ``config.json`` may say another folder holds."""
+def _shared_parts(folder: Path, content: dict[str, Any]) -> dict[str, str]:
+    """Return the networks that ``content`` of ``config.json`` says another folder holds, and that folder."""
     shared = content.get(SHARED, {})
-    if not isinstance(shared, dict) or not isinstance(shared.get(part, ""), str):
+    if not isinstance(shared, dict) or not all(isinstance(place, str) for place in shared.values()):
         raise UserError(f"{folder / CONFIG_NAME}: '{SHARED}' names no folders; copy the model again")
+    return shared
+
+
+def _part_path(folder: Path, part: str, content: dict[str, Any]) -> Path:
+    """Return the file of a network, here or in a folder that it is shared with."""
+    shared = _shared_parts(folder, content)
     path = folder / shared.get(part, "") / f"{part}.safetensors"
     if not path.is_file():
         where = f"; it is shared with '{shared[part]}', copy that too" if part in shared else ""

@@ -168,6 +168,8 @@ def convert(
         usage = usage.complete(opened.layout)
     except UserError as error:  # a scheduler that is not known here is passed on as it is
         logger.warning("%s: %s; the solver is not carried over", opened.source, error)
+    if share is not None and share.resolve() == target.resolve():
+        raise UserError(f"'{target}' cannot share networks with itself; name another folder for the model")
     single = layout == "compvis" and target.suffix in FILE_SUFFIXES
     if single and checker is not None:
         logger.warning("'%s' is a single file: the safety checker is not carried over", target)

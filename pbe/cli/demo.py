@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pbe.cli.arguments import options
 from pbe.evaluation.demo import DemoSettings
-from pbe.resources import find_model
+from pbe.resources import TOY_MODEL, find_model, packaged
 
 
 @options
@@ -25,8 +25,9 @@ def demo(*, settings: DemoOptions = DemoOptions()) -> int:
     from pbe.evaluation.demo.stages import StageError, run
 
     try:
-        model, student = find_model(str(settings.model)), find_model(settings.student)
-        run(replace(settings, model=Path(model), student=student))
+        model = Path(find_model(str(settings.model)))
+        usual = "toy-fast" if model.resolve() == packaged(TOY_MODEL).resolve() else "none"
+        run(replace(settings, model=model, student=find_model(settings.student or usual)))
     except StageError as error:
         traceback.print_exception(error.__cause__)
         print(f"error: {error}", file=sys.stderr)

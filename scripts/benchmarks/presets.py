@@ -24,7 +24,7 @@ from pbe.editing.engine import (
 from pbe.editing.output import to_images
 from pbe.editing.settings import PRESETS, EditSettings, SolverName
 from pbe.evaluation.benchmark.toy import ToyCase, make_benchmark
-from pbe.evaluation.benchmark.toy_run import Scorer
+from pbe.evaluation.benchmark.toy_run import Scorer, edit_sizes
 from pbe.evaluation.metrics.bootstrap import derangement
 from pbe.evaluation.metrics.towers import load_tower
 from pbe.models import LatentDiffusion
@@ -87,8 +87,8 @@ class Cases:
         model: LatentDiffusion, world: ToyWorld, count: int, guidance: float, seed: int, clock: str = "wall"
     ) -> Cases:
         """Return the first ``count`` cases."""
-        sizes = (model.config.image_size, model.config.exemplar_encoder.image_size)
-        cases = make_benchmark(world, seed=seed, image_size=sizes[0], exemplar_size=sizes[1], objects=count)
+        size, exemplar_size = edit_sizes(model.config)
+        cases = make_benchmark(world, seed=seed, image_size=size, exemplar_size=exemplar_size, objects=count)
         conditioning = condition_on(model, cases)
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(conditioning.masked_latents.shape, generator=generator)

@@ -15,7 +15,10 @@ from torch import Tensor
 from pbe.checkpoints import native
 from pbe.checkpoints.native import PARTS, load_config, load_model, load_part, save_model
 from pbe.checkpoints.weight_files import write_safetensors
+from pbe.editing.batch.records import model_digests
 from pbe.errors import UserError
+from pbe.evaluation.ablation.stages import model_hash
+from pbe.files import sha256_of
 from pbe.models import LatentDiffusion
 from tests.commands import convert as convert_checkpoint
 from tests.models.tiny import tiny_encoder_config, tiny_model_config
@@ -135,14 +138,41 @@ def test_sharing_what_is_not_equal(
     assert "--share goes with --to native only" in capsys.readouterr().err
     assert convert_checkpoint.main([str(folder), str(half), "--share", str(tmp_path)]) == 2
     assert "is not a model folder" in capsys.readouterr().err
+    before = contents(folder)
+    assert convert_checkpoint.main([str(folder), str(folder), "--share", str(folder)]) == 2
+    assert "cannot share networks with itself" in capsys.readouterr().err
+    assert contents(folder) == before
 
 
-@pytest.mark.parametrize("shared", [[], {"unet": 1}, "model"])
+def test_hashes_of_a_model_cover_what_it_shares(model: LatentDiffusion, folder: Path, tmp_path: Path) -> None:
+    """Else edits and caches of another model would be taken for this one's."""
+    assert convert_checkpoint.main([str(folder), str(tmp_path / "fast"), "--share", str(folder)]) == 0
+    shared = {f"../model/{part}.safetensors" for part in PARTS}
+
+    def hashes() -> tuple[dict[str, str], str, str]:
+        fast = tmp_path / "fast"
+        of_file = model_hash(fast, sha256_of, "autoencoder.safetensors")
+        return model_digests(fast), model_hash(fast, sha256_of), of_file
+
+    digests, whole, autoencoder = hashes()
+    assert set(digests) == shared | {"config.json"}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.unet.parameters()).add_(1.0)
+    save_model(folder, other)
+    changed = hashes()
+    assert {name for name in digests if changed[0][name] != digests[name]} == {"../model/unet.safetensors"}
+    assert changed[1] != whole
+    assert changed[2] == autoencoder
+
+
+@pytest.mark.parametrize("shared", [[], 7, {"unet": 1}, "model"])
 def test_malformed_sharing(folder: Path, shared: object) -> None:
     content = json.loads((folder / "config.json").read_text()) | {"shared": shared}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="'shared' names no folders"):
-        load_model(folder)
+    for read in (load_model, model_digests):
+        with pytest.raises(UserError, match="'shared' names no folders"):
+            read(folder)
 
 
 def test_type_in_memory_can_be_chosen(folder: Path) -> None:

@@ -110,6 +110,14 @@ def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
     assert not (out / "pilot").exists()
 
 
+def test_the_student_is_that_of_the_model_that_ships(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stages, "run", lambda options: seen.append(Path(options.student).name))
+    for arguments in ([], ["--model", "toy"], ["--model", str(small[1])], ["--student", "none"]):
+        assert demo.main(arguments) == 0
+    assert seen == ["fast", "fast", "none", "none"]
+
+
 def test_a_failing_stage_leaves_no_page(small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     out.mkdir()

@@ -30,6 +30,7 @@ need_web()
 import httpx  # noqa: E402
 import torch  # noqa: E402
 
+from pbe.checkpoints.native import load_config, open_native  # noqa: E402
 from pbe.cli.main import main  # noqa: E402
 from pbe.web.records import read_inputs, read_settings  # noqa: E402
 from pbe.web.settings import ServeSettings  # noqa: E402
@@ -116,6 +117,15 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     words = [sys.executable, "-m", "pbe.cli", "serve", "--device", "cpu", "--port", str(port)]
     with server(words, port, tmp_path_factory.mktemp("server") / "log") as found:
         yield found
+
+
+def test_an_exported_student_is_whole(tmp_path: Path) -> None:
+    from pbe.web import space
+
+    assert space._copy_model("toy-fast", tmp_path) == "model"
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert load_config(tmp_path / "moved").unet.few_steps == 4
+    assert len(open_native(tmp_path / "moved").tensors) > 600
 
 
 @pytest.mark.slow

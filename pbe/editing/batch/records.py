@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from pbe.checkpoints.native import shared_files
 from pbe.editing.images import grey_out
 from pbe.errors import UserError
 from pbe.files import sha256_of, write_output
@@ -86,12 +87,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def model_digests(place: Path) -> dict[str, str]:
-    """Return the SHA-256 of a model's file, or of each file of its folder, by path in the folder."""
+    """Return the SHA-256 of a model's file, or of each file of its folder, by path from the folder.
+
+    Networks that it shares with another folder are among them.
+    """
     if place.is_file():
         return {place.name: _digest(place)}
     files = [file for file in place.rglob("*") if file.is_file() and not file.name.startswith(".")]
     kept = sorted(file for file in files if file.suffix in MODEL_SUFFIXES)
-    return {file.relative_to(place).as_posix(): _digest(file) for file in kept}
+    named = {file.relative_to(place).as_posix(): file for file in kept} | shared_files(place)
+    return {name: _digest(file) for name, file in named.items()}
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pbe.checkpoints.native import shared_files
 from pbe.config import Config, to_dict
 from pbe.data.samples.sample import VERSION as SAMPLES
 from pbe.errors import UserError
@@ -114,10 +115,11 @@ def model_hash(path: Path, sha256: Callable[[Path], str], only: str = "") -> str
     if path.is_file():
         return sha256(path)
     names = [only, "config.json"] if only else sorted(str(file.relative_to(path)) for file in path.rglob("*"))
-    files = [path / name for name in names if (path / name).is_file()]
-    if not files:
+    shared = [name for name, file in shared_files(path).items() if only in ("", file.name)]
+    names = [name for name in (*names, *shared) if (path / name).is_file()]
+    if not names:
         raise UserError(f"'{path}' is not a model folder: it has no weights")
-    return fingerprint_of([(str(file.relative_to(path)), sha256(file)) for file in files])
+    return fingerprint_of([(name, sha256(path / name)) for name in names])
 
 
 def without_aside(config: Config) -> dict[str, Any]:

@@ -260,7 +260,7 @@ class QuickScorer:
         self, config: ModelConfig, settings: QuickSettings | None = None, world: ToyWorld | None = None
     ) -> None:
         self.settings = settings = settings or QuickSettings()
-        self.sizes = image_size, exemplar_size = _sizes(config)
+        self.sizes = image_size, exemplar_size = edit_sizes(config)
         self.partner = derangement(settings.objects, settings.seed, "partner")
         self.cases = make_benchmark(
             world or ToyWorld(),
@@ -277,9 +277,9 @@ class QuickScorer:
 
         The model may be on any device, in any type and mode, and is left as it is.
         """
-        if _sizes(model.config) != self.sizes:
+        if edit_sizes(model.config) != self.sizes:
             raise UserError(
-                f"images and exemplars of {_sizes(model.config)} px, not {self.sizes} as the cases have: "
+                f"images and exemplars of {edit_sizes(model.config)} px, not {self.sizes} as the cases have: "
                 "score models of different sizes by calls of their own"
             )
         pipe = PaintByExample(copy.deepcopy(model).to(dtype=DTYPES[self.settings.dtype]).eval())
@@ -292,7 +292,8 @@ class QuickScorer:
         return self.scorer.row(own, self.scorer.similarity(shuffled))
 
 
-def _sizes(config: ModelConfig) -> tuple[int, int]:
+def edit_sizes(config: ModelConfig) -> tuple[int, int]:
+    """Return the sides of a model's images and exemplars, pixels."""
     return config.image_size, config.exemplar_encoder.image_size
 
 

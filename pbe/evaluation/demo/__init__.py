@@ -16,8 +16,8 @@ class DemoSettings:
     """folder for the page and everything else"""
     model: Path = field(default_factory=lambda: packaged("data/toy/model"))
     """model that edits"""
-    student: str = "toy-fast"
-    """the same model distilled into few steps, or none"""
+    student: str = ""
+    """the same model distilled into few steps, or none (default: toy-fast for the model that ships)"""
     config: Path = field(default_factory=lambda: packaged("configs/toy.yaml"))
     """configuration of the training run"""
     set: list[str] = field(default_factory=list)

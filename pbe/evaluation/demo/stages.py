@@ -27,7 +27,7 @@ from pbe.editing.pipeline import PaintByExample
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.generation import GenerateSettings, at_scales
 from pbe.evaluation.benchmark.toy import ToyCase, ToyEdits, check_count, make_benchmark, make_edits
-from pbe.evaluation.benchmark.toy_run import Row, ToyScores, score_edits
+from pbe.evaluation.benchmark.toy_run import Row, Scorer, ToyScores, edit_sizes, score_edits
 from pbe.evaluation.demo import DemoSettings
 from pbe.evaluation.demo.page import (
     TEMPLATE,
@@ -99,7 +99,8 @@ def check(options: DemoSettings) -> Config:
     model, student = load_model_config(options.model), student_config(options)
     if student is not None and edit_sizes(student) != edit_sizes(model):
         raise UserError(
-            f"--student edits {edit_sizes(student)} px (image and exemplar), --model {edit_sizes(model)}"
+            f"--student edits {edit_sizes(student)} px (image and exemplar), --model {edit_sizes(model)}; "
+            "give the student of that model, or none"
         )
     uniform_timesteps(make_schedule(model.schedule), options.sampling_steps)
     at_scales(edit_settings(options), options.guidance)
@@ -109,7 +110,7 @@ def check(options: DemoSettings) -> Config:
 
 def student_config(options: DemoSettings) -> ModelConfig | None:
     """Return the sizes of the student, which must be one; None where there is none."""
-    if options.student == "none":
+    if options.student in ("", "none"):
         return None
     config = load_model_config(options.student)
     if not config.unet.few_steps:
@@ -117,11 +118,6 @@ def student_config(options: DemoSettings) -> ModelConfig | None:
             f"--student '{options.student}' is not distilled into few steps; give another, or none"
         )
     return config
-
-
-def edit_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Return the sides of a model's images and exemplars, pixels."""
-    return model.image_size, model.exemplar_encoder.image_size
 
 
 def edit_settings(options: DemoSettings) -> GenerateSettings:
@@ -281,8 +277,9 @@ def score(
     scores = score_edits(cases, edits, tower, seed=options.seed)
     few = None
     if student is not None:
-        (own,) = score_edits(cases, student.edits, tower, seed=options.seed).guidance.values()
-        few = student, own
+        scorer = Scorer(cases, tower, options.seed)
+        (own,), (shuffled,) = student.edits.own.values(), student.edits.shuffled.values()
+        few = student, scorer.row(scorer.regions(own), scorer.similarity(scorer.regions(shuffled)))
     scale, row = list(scores.guidance.items())[-1]
     print(markdown(scores.table()))
     clock.note = f"AUC {row.auc} at guidance {scale:g}"
