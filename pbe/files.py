@@ -23,6 +23,7 @@ LOG = logging.getLogger(__name__)
 BUFFER = 1 << 20  # bytes
 LONGEST_STEM = 200  # bytes of a file's name that its temporary one repeats; file systems allow 255 in all
 POLL_SECONDS = 0.5
+MOST_RACES = 100  # attempts to make a folder that other runs keep removing
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -37,13 +38,20 @@ def expand_home(path: str) -> str:
 def make_folder(path: str | Path) -> Path:
     """Make a folder of outputs where it is missing, check that it can be written to, and return it."""
     path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "a file has that name" if path.is_file() else error.strerror
-        raise UserError(f"cannot make the folder '{path}': {reason}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"the folder '{path}' cannot be written to")
+    for attempt in range(MOST_RACES):
+        # A run that fails removes the folder that it has made, perhaps between two of these lines.
+        again = attempt < MOST_RACES - 1
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if again and not os.path.lexists(path) and isinstance(error, FileExistsError | FileNotFoundError):
+                continue
+            reason = "a file has that name" if path.is_file() else error.strerror
+            raise UserError(f"cannot make the folder '{path}': {reason}") from error
+        if os.access(path, os.W_OK | os.X_OK):
+            break
+        if not again or path.exists():
+            raise UserError(f"the folder '{path}' cannot be written to")
     return path
 
 

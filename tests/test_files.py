@@ -8,6 +8,7 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,30 @@ def test_a_folder_of_a_failed_start_is_taken_away_where_it_is_empty(tmp_path: Pa
     with new_folder(tmp_path / "c"):
         pass
     assert (tmp_path / "c").is_dir()
+
+
+def test_folders_that_another_run_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it goes after it was made, or after it was found."""
+    folder, made, found = tmp_path / "a", Path.mkdir, []
+
+    def removed_after(path: Path, *args: Any, **kwargs: Any) -> None:
+        made(path, *args, **kwargs)
+        found.append(path)
+        if len(found) == 1:
+            path.rmdir()
+        if len(found) == 2:
+            path.rmdir()
+            raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(Path, "mkdir", removed_after)
+    assert make_folder(folder).is_dir()
+    assert len(found) == 3
+
+
+def test_a_folder_under_a_link_to_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        make_folder(tmp_path / "link" / "a")
 
 
 def test_output_files(tmp_path: Path):
