@@ -27,12 +27,12 @@ from tests.commands import options_of
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+MADE_FROM_CODE = ("commands.md", "configuration.md")
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "data/README.md",
-    # the two that are made from the code are no prose
-    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md") if p.name not in ("commands.md", "configuration.md")),
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md") if p.name not in MADE_FROM_CODE),
 ]
 MAX_FILE_BYTES = 16 * 1024**2
 MAX_FILE_LINES = 400
@@ -317,6 +317,28 @@ def test_pages_name_files_that_exist(page: str) -> None:
     if page != "docs/coming_from.md":  # it names files of the original code
         missing |= set(re.findall(r"`(\w+\.py)`", text)) - names
     assert not missing
+
+
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site and code hosts make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = [
+        re.sub(r"[^\w\s-]", "", title).strip() for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    ]
+    return {re.sub(r"\s", "-", title.lower()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_link_to_what_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = ROOT / page if not name else (ROOT / page).parent / name
+        if re.match(r"\w+:", link) or target.name in MADE_FROM_CODE:
+            continue
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            assert anchor in headings_of(target), f"{page} links to {link}, where there is no such heading"
 
 
 def test_messages_name_scripts_that_exist() -> None:
