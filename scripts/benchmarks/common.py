@@ -38,16 +38,31 @@ RESULTS = ROOT / "outputs" / "performance"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GIB = 2**30
+# Options that several benchmarks share, and how argparse is told of them.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--threads": {"type": int, "default": 0, "help": "0: torch's choice"},
+    "--device": {"default": "cpu", "help": "cpu or cuda"},
+    "--clock": {"choices": list(CLOCKS), "default": "wall", "help": "cpu: this process's time"},
+}
 PEAK_SIDE = 2048  # of the matrices whose product gives the peak
 
 
-def make_parser(doc: str | None, name: str, *, repeats: int) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark; ``name`` is that of its JSON."""
+def make_parser(
+    doc: str | None, name: str, *, repeats: int = 0, takes: Sequence[str] = tuple(OPTIONS)
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks share.
+
+    Args:
+        doc: the script's docstring.
+        name: of its JSON.
+        repeats: default of ``--repeats``; 0 where nothing takes turns: there is no such option then.
+        takes: which of :data:`OPTIONS` mean something to it.
+    """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=repeats, help="turns that are timed (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's time")
+    if repeats:
+        parser.add_argument("--repeats", type=int, default=repeats, help="turns that are timed (%(default)s)")
+    for option in takes:
+        parser.add_argument(option, **OPTIONS[option])
     parser.add_argument(
         "--json", type=Path, default=RESULTS / f"{name}.json", help="where the numbers go (%(default)s)"
     )
@@ -59,6 +74,11 @@ def add_channels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels", type=int, default=320, help="model.unet.model_channels")
 
 
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the place of what a benchmark writes and removes again: the disk counts in some."""
+    parser.add_argument("--folder", type=Path, help="for everything that is written; default a temporary one")
+
+
 def read_options(
     parser: argparse.ArgumentParser,
     arguments: list[str] | None,
@@ -67,15 +87,18 @@ def read_options(
     """Read the options, and take as many threads as they say.
 
     Raises:
-        UserError: a number that no benchmark can use.
+        UserError: a number that no benchmark can use, or a folder that is not there.
     """
     options = parser.parse_args(arguments, into)
-    if options.repeats < 1 or options.threads < 0:
+    threads, folder = getattr(options, "threads", 0), getattr(options, "folder", None)
+    if getattr(options, "repeats", 1) < 1 or threads < 0:
         raise UserError("--repeats must be 1 or more, --threads 0 or more")
-    if getattr(options, "channels", 32) % 32 or getattr(options, "size", 64) < 64:
+    if hasattr(options, "channels") and (options.channels % 32 or getattr(options, "size", 64) < 64):
         raise UserError("--channels must be a multiple of 32, --size 64 or more")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--folder '{folder}' is not a folder; make it, or leave the option out")
+    if threads:
+        torch.set_num_threads(threads)
     return options
 
 
@@ -187,18 +210,32 @@ def drawn(module: Module, dtype: torch.dtype, device: str | torch.device) -> Mod
 
 
 def print_rows(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a table of numbers with a row for each name."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print(f"\n{title:<38}" + "".join(f"{column:>12}" for column in columns))
+    """Print a table of numbers with a row for each name; four digits, whole and large ones in full."""
+    widths = {column: max(12, len(column) + 2) for row in rows.values() for column in row}
+    first = max(36, *map(len, [title, *rows])) + 2
+    print("\n" + title.ljust(first) + "".join(f"{column:>{width}}" for column, width in widths.items()))
     for name, row in rows.items():
-        cells = "".join(f"{row[column]:12.4g}" if column in row else f"{'':>12}" for column in columns)
-        print(f"{name:<38}{cells}")
+        cells = (_cell(row.get(column)).rjust(width) for column, width in widths.items())
+        print(f"{name.ljust(first)}{''.join(cells)}".rstrip())
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def own_file(options: argparse.Namespace, name: str, kinds: str) -> None:
+    """Give runs of other kinds than the usual one a JSON of their own, unless one was named."""
+    if options.json == RESULTS / f"{name}.json":
+        options.json = options.json.with_name(f"{name}{kinds}.json")
 
 
 def write(options: argparse.Namespace, tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """Write a benchmark's tables (title, row, column) with machine and command as JSON."""
     command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-    content = {"command": command, "machine": machine(options.device), "tables": tables}
+    place = machine(getattr(options, "device", "cpu"))
+    content = {"command": command, "machine": place, "tables": tables}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(content, indent=2) + "\n")
     print(f"\n{options.json}")

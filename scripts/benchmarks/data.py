@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch.utils.data import DataLoader
 
-from pbe.cli.main import main as pbe, run_command
-from pbe.config import Config, DataConfig, SampleConfig, load_config
+from pbe.cli.main import run_command
+from pbe.config import Config, DataConfig, SampleConfig
 from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import read_image
 from pbe.data.shards.archive import ShardImages
@@ -37,8 +37,8 @@ from pbe.models.latent_diffusion import masked_image
 from pbe.training.latent_cache.builder import ensure_cache
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.tasks.encoding import encode_batch, to_keep_mask, to_pixels
+from scripts.benchmarks.cache import local_config, random_or_built, render_scenes
 from scripts.benchmarks.common import (
-    ROOT,
     machine,
     make_parser,
     plot,
@@ -57,7 +57,6 @@ from scripts.benchmarks.loading import (
     synthetic_index,
     synthetic_shards,
 )
-from scripts.benchmarks.training import random_or_built
 
 Rows = dict[str, dict[str, float]]
 SCENES, TOY_BATCH = 96, 32  # of the toy world, for what the frozen networks take
@@ -68,9 +67,7 @@ def stage_rows(data: DataConfig, options: argparse.Namespace) -> Rows:
     """Return the CPU milliseconds of a sample's stages at every size, and their share at the last one."""
     rows: Rows = {}
     for size in options.sizes:
-        found = measure_stages(
-            replace(data, image_size=size), seconds=options.seconds, pictures=options.images
-        )
+        found = measure_stages(replace(data, image_size=size), seconds=options.seconds, images=options.images)
         stages = {"bare decoding": found.decoding, "whole sample": found.whole, **found.stages}
         for name, spent in stages.items():
             rows.setdefault(name, {})[f"{size} px"] = spent
@@ -111,16 +108,9 @@ def _rates(times: list[LoaderTimes]) -> dict[str, float]:
 def input_rows(repeats: int) -> Rows:
     """Return milliseconds a sample of the toy model's inputs: encoded online, and from the cache."""
     with tempfile.TemporaryDirectory(prefix="pbe-inputs-") as folder:
-        shards = f"{folder}/shards"
-        rendering = ["--out", shards, "--scenes", str(SCENES), "--workers", "0", "--size", "96"]
-        if pbe(["toy", "render", *rendering]):
-            raise UserError("the scenes could not be rendered")
-        settings = [
-            *(f"data.train_shards={shards}", "data.validation_shards=", f"data.batch_size={TOY_BATCH}"),
-            *("data.num_workers=0", f"cache.folder={folder}/cache", f"output_dir={folder}/run"),
-            *("trainer.devices=1", "trainer.strategy=auto", f"autoencoder_from={ROOT / 'data/toy/model'}"),
-        ]
-        model, config = random_or_built(load_config(ROOT / "configs" / "toy.yaml", settings))
+        render_scenes(Path(folder) / "shards", SCENES, 96)
+        settings = f"data.batch_size={TOY_BATCH}", "data.num_workers=0"
+        model, config = random_or_built(local_config(Path(folder), "toy", *settings))
         online = TrainingData(config).train_dataloader()
         cached = CachedDataModule(config, ensure_cache(config, model, quiet=True)).train_dataloader()
         batch = next(iter(online))
@@ -146,9 +136,9 @@ def input_rows(repeats: int) -> Rows:
     }
 
 
-def opening_rows(folder: Path, tar: Path, pictures: int, boxes: int) -> Rows:
+def opening_rows(folder: Path, tar: Path, images: int, boxes: int) -> Rows:
     """Return seconds and memory of opening an index of that size, with one box an image and with all."""
-    synthetic_index(folder, tar, pictures, boxes)
+    synthetic_index(folder, tar, images, boxes)
     rows: Rows = {}
     for mode in ("one", "every"):
         found = measure_opening(folder, boxes=mode, workers=2)
@@ -210,7 +200,7 @@ def run(arguments: list[str] | None) -> None:
     Raises:
         UserError: an option makes no sense, or the shards cannot be opened.
     """
-    parser = make_parser(__doc__, "data", repeats=3)
+    parser = make_parser(__doc__, "data", repeats=3, takes=("--threads",))
     parser.add_argument("--shards", help="measure these shards instead of synthetic images")
     parser.add_argument("--images", type=int, default=64, help="number of (synthetic) images")
     parser.add_argument("--width", type=int, default=1024, help="of the synthetic images")

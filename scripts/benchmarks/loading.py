@@ -76,14 +76,14 @@ class LoaderTimes:
     workers: float
 
 
-def synthetic_picture(number: int, width: int, height: int) -> np.ndarray:
+def synthetic_image(number: int, width: int, height: int) -> np.ndarray:
     """Return an image with detail at every scale, as photographs have; uint8 ``h w 3``."""
     rng = generator("benchmark picture", number)
-    picture = rng.normal(128, 6, (height, width, 3)).astype(np.float32)
+    image = rng.normal(128, 6, (height, width, 3)).astype(np.float32)
     for level in range(1, 9):
         coarse = rng.normal(0, 60 / 1.6**level, (2**level * 3 // 4 + 1, 2**level, 3)).astype(np.float32)
-        picture += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        image += cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def synthetic_shards(folder: Path, count: int, width: int, height: int, quality: int) -> list[Path]:
@@ -93,7 +93,7 @@ def synthetic_shards(folder: Path, count: int, width: int, height: int, quality:
         """Yield the images as they are encoded."""
         for number in range(count):
             encoded = cv2.imencode(
-                ".jpg", synthetic_picture(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality]
+                ".jpg", synthetic_image(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality]
             )[1].tobytes()
             sides = generator("benchmark box", number).uniform(0.23, 0.7, 4)
             x, y = sides[2] * (1 - sides[0]) * width, sides[3] * (1 - sides[1]) * height
@@ -146,12 +146,12 @@ def _stopwatch() -> Iterator[dict[str, float]]:
 
 def _time_decoding(encoded: list[np.ndarray]) -> float:
     start = time.thread_time()
-    for picture in encoded:
-        cv2.imdecode(picture, cv2.IMREAD_COLOR)
+    for image in encoded:
+        cv2.imdecode(image, cv2.IMREAD_COLOR)
     return (time.thread_time() - start) / len(encoded)
 
 
-def measure_stages(data: DataConfig, *, seconds: float, pictures: int = 64) -> StageTimes:
+def measure_stages(data: DataConfig, *, seconds: float, images: int = 64) -> StageTimes:
     """Time samples and their stages on one core, in turns with bare OpenCV decoding of the same files.
 
     CPU time of the one thread counts, so other processes disturb little.
@@ -159,11 +159,11 @@ def measure_stages(data: DataConfig, *, seconds: float, pictures: int = 64) -> S
     Args:
         data: shards, sizes and settings.
         seconds: how long to go on, at least three rounds.
-        pictures: how many of the first images make a round.
+        images: how many of the first images make a round.
     """
     shards = ShardImages(data.train_shards)
     dataset = ExemplarDataset(shards, data, 1)
-    count = min(pictures, len(shards))
+    count = min(images, len(shards))
     encoded = [np.frombuffer(shards.image(number), np.uint8) for number in range(count)]
     rounds: list[dict[str, float]] = []
     with _one_thread():
@@ -291,13 +291,13 @@ def plain_loader(folder: Path, config: DataConfig) -> DataLoader[dict[str, Any]]
     )
 
 
-def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard: int = 2000) -> Path:
+def synthetic_index(folder: Path, tar: Path, images: int, boxes: int, a_shard: int = 2000) -> Path:
     """Write the index of a large data set whose shards all are one small tar; return its folder.
 
     Args:
         folder: to write, on the tar's file system.
         tar: its images are named again and again.
-        pictures: of the data set.
+        images: of the data set.
         boxes: of the data set, spread evenly.
         a_shard: images a shard. The shards' index files are hard links to two.
     """
@@ -305,9 +305,9 @@ def synthetic_index(folder: Path, tar: Path, pictures: int, boxes: int, a_shard:
     os.link(tar, folder / "shard.tar")
     shards: list[dict[str, Any]] = []
     files: dict[tuple[int, int], tuple[Path, str]] = {}
-    for number, first in enumerate(range(0, pictures, a_shard)):
-        count = min(a_shard, pictures - first)
-        owned = boxes * (first + count) // pictures - boxes * first // pictures
+    for number, first in enumerate(range(0, images, a_shard)):
+        count = min(a_shard, images - first)
+        owned = boxes * (first + count) // images - boxes * first // images
         path = folder / f"shard-{number:06d}.index.npz"
         if (count, owned) not in files:
             path.write_bytes(_tiled_index(tar, count, owned))
@@ -368,7 +368,7 @@ batch = next(iter(module.train_dataloader()))
 first = time.perf_counter() - start
 mib["first batch"] = memory()
 print(json.dumps({
-    "pictures": len(dataset.images), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
+    "images": len(dataset.images), "samples": len(dataset), "open_s": opened, "first_batch_s": first,
     "mib": mib,
 }))
 """
@@ -383,7 +383,7 @@ def measure_opening(folder: Path, *, boxes: str, workers: int) -> dict[str, Any]
         workers: processes that load.
 
     Returns:
-        ``pictures`` and ``samples``; ``open_s`` and ``first_batch_s``, seconds from the start of opening;
+        ``images`` and ``samples``; ``open_s`` and ``first_batch_s``, seconds from the start of opening;
         ``mib``, the main process's memory, ``resident`` and ``private``, after importing torch alone, after
         all ``imports``, when ``opened``, and with the ``first batch``.
     """

@@ -1,26 +1,31 @@
-"""Measures packing: annotations of the size of Open Images, images a second, and runs that are killed."""
+"""Measure packing: images a second against bare copying, and runs that are killed and go on.
+
+python scripts/benchmarks/packing.py --folder /fast/disk              # 10,000 images of 1024 x 768
+python scripts/benchmarks/packing.py --folder /fast/disk --kills 10   # and killed that often
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
 import signal
-import string
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cv2
-import numpy as np
-import polars as pl
 
+from pbe.cli.main import run_command
 from pbe.data.packing.pack import PACK_LOCK, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
 from pbe.data.packing.worker import index_keys, load_index
@@ -28,132 +33,12 @@ from pbe.data.randomness import generator
 from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
 from pbe.files import make_folder, sha256_of
-from scripts.benchmarks.loading import synthetic_picture
+from scripts.benchmarks.common import add_folder, machine, make_parser, print_rows, read_options, write
+from scripts.benchmarks.loading import synthetic_image
 
-OPEN_IMAGES_ROWS, OPEN_IMAGES_PICTURES = 14_600_000, 1_740_000
-LABELS = 600
-PICTURE_BYTES = 295_000  # 513 GB over 1.74 million
-LINKS = 60_000  # a file may have 65,000 names on ext4
-BATCH_ROWS = 500_000
-BOXES_NAME, LICENCES_NAME = "oidv6-train-annotations-bbox.csv", "train-images-boxable-with-rotation.csv"
-FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
-CLICKS = [f"XClick{number}{axis}" for axis in "XY" for number in range(1, 5)]
 DISTINCT = 64
+IMAGES_FOLDER = "images"  # of what is packed
 Command = Callable[[Path], Sequence[str]]
-
-
-def _box_rows(ids: pl.Series, rows: int, seed: tuple[str, int]) -> pl.DataFrame:
-    """Return rows with the columns of Open Images, version 6, in its order."""
-    rng = generator(*seed)
-    middle, side = rng.random((2, rows)), rng.beta(1.1, 2.2, (2, rows))
-    low, high = np.clip(middle - side / 2, 0, 1), np.clip(middle + side / 2, 0, 1)
-    columns: dict[str, Any] = {
-        "ImageID": ids.gather(np.sort(rng.integers(0, len(ids), rows))),
-        "Source": pl.Series(["xclick"]).gather(np.zeros(rows, np.int64)),
-        "LabelName": pl.Series([f"/m/0{number:04x}" for number in range(LABELS)]).gather(
-            np.minimum(rng.geometric(0.02, rows), LABELS) - 1
-        ),
-        "Confidence": np.ones(rows, np.int8),
-        "XMin": low[0],
-        "XMax": high[0],
-        "YMin": low[1],
-        "YMax": high[1],
-    }
-    columns |= {name: (rng.random(rows) < 0.2).astype(np.int8) for name in FLAGS}
-    columns |= {name: (low if name.endswith("X") else high)[number % 2] for number, name in enumerate(CLICKS)}
-    return pl.DataFrame(columns)
-
-
-def _write_csv(path: Path, tables: Sequence[Callable[[], pl.DataFrame]]) -> None:
-    with path.open("wb") as file:
-        for number, make in enumerate(tables):
-            make().write_csv(file, include_header=number == 0, float_precision=6)
-
-
-def _link_pictures(folder: Path, names: Sequence[str]) -> None:
-    """Give every image a name in its folder, and the bytes of an image that take no room on the disk."""
-    for letter in string.hexdigits[:16]:
-        (folder / f"train_{letter}").mkdir(parents=True)
-    for number, name in enumerate(names):
-        if number % LINKS == 0:
-            source = folder / f".picture-{number // LINKS}"
-            source.touch()
-            os.truncate(source, PICTURE_BYTES)
-        os.link(source, f"{folder}/train_{name[0]}/{name}.jpg")
-
-
-def synthetic_open_images(folder: Path, pictures: int, rows: int) -> None:
-    """Write the annotations and the folders of an Open Images of any size; the images hold nothing.
-
-    Rows are sorted by image within each half million. The twentieth part of them belongs to images that
-    are not there.
-
-    Args:
-        folder: made.
-        pictures: files, names of one file that is as long as an image and takes no room.
-        rows: of the CSV of boxes, 21 columns; a second CSV has licence and author of every image.
-    """
-    make_folder(folder)
-    numbers = generator("open images", "names").integers(0, 2**63, pictures + max(pictures // 19, 1))
-    ids = pl.Series([f"{number:016x}" for number in np.unique(numbers).tolist()]).shuffle(seed=0)
-    names = ids.head(pictures)
-    _link_pictures(folder, names.to_list())
-    batches = [min(BATCH_ROWS, rows - start) for start in range(0, rows, BATCH_ROWS)]
-    _write_csv(
-        folder / BOXES_NAME,
-        [lambda n=n, s=s: _box_rows(ids, n, ("open images", s)) for s, n in enumerate(batches)],  # type: ignore[misc]
-    )
-
-    def facts() -> pl.DataFrame:
-        """Return the table of image facts: made here, so that it is gone once it is written."""
-        columns = {"ImageID": names, "Subset": pl.Series(["train"]).gather(np.zeros(len(names), np.int64))}
-        text = {
-            name: pl.lit(f"https://example.org/{name}/") + pl.col("ImageID").str.slice(0, size)
-            for name, size in (("OriginalURL", 16), ("License", 0), ("AuthorProfileURL", 4), ("Author", 4))
-        }
-        return pl.DataFrame(columns).with_columns(**text)
-
-    _write_csv(folder / LICENCES_NAME, [facts])
-
-
-# Run in a fresh process. VmHWM: ru_maxrss would count the process that started this one too.
-PLANNING = """
-import json, sys, time
-from pathlib import Path
-from pbe.data.packing.pack import plan_requests
-from pbe.data.packing.plan import PackSettings
-from pbe.data.packing.pack import PackRequest
-from pbe.data.sources import SourceOptions, read_source
-source, out = sys.argv[1:]
-request = PackRequest(lambda: [read_source(source, SourceOptions())], [source], PackSettings(), Path(out))
-start, used = time.perf_counter(), time.process_time()
-plan_requests([request])
-plan = request.read_plan()
-status = Path("/proc/self/status").read_text().splitlines()
-print(json.dumps({
-    **json.loads((request.work / "times.json").read_bytes()), "whole": time.perf_counter() - start,
-    "cpu": time.process_time() - used,
-    "pictures": plan["shards"][-1], "shards": len(plan["shards"]), "boxes_seen": plan["boxes_seen"],
-    "boxes": plan["boxes_seen"] - sum(plan["dropped_boxes"].values()),
-    "peak_mib": next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024,
-}))
-"""
-
-
-def measure_annotations(folder: Path, out: Path) -> dict[str, float]:
-    """Read Open Images and write the packing plan, with default settings, in a fresh process (Linux only).
-
-    Args:
-        folder: of Open Images.
-        out: for the plan; must not exist.
-
-    Returns:
-        Seconds by stage (without the start of Python) and, as ``cpu``, of all cores together; counts; and
-        ``peak_mib``, the most memory at any time.
-    """
-    command = [sys.executable, "-c", PLANNING, f"open-images:{folder}", str(out)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def synthetic_source(folder: Path, count: int, width: int, height: int, quality: int) -> Path:
@@ -161,9 +46,9 @@ def synthetic_source(folder: Path, count: int, width: int, height: int, quality:
 
     There are :data:`DISTINCT` images; every file has a comment of its own, so no two have the same bytes.
     """
-    make_folder(folder / "pictures")
+    images = make_folder(folder / IMAGES_FOLDER)
     encoded = [
-        cv2.imencode(".jpg", synthetic_picture(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        cv2.imencode(".jpg", synthetic_image(number, width, height), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         for number in range(min(count, DISTINCT))
     ]
     lines = ["file,x1,y1,x2,y2,label"]
@@ -171,7 +56,7 @@ def synthetic_source(folder: Path, count: int, width: int, height: int, quality:
         data = encoded[number % len(encoded)].tobytes()
         comment = f"{number:016d}".encode()
         marker = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big")
-        (folder / "pictures" / f"p{number:06d}.jpg").write_bytes(data[:2] + marker + comment + data[2:])
+        (images / f"p{number:06d}.jpg").write_bytes(data[:2] + marker + comment + data[2:])
         for share in (0.5, 0.7):
             lines.append(f"p{number:06d}.jpg,8,8,{share * width:.1f},{share * height:.1f},label{number % 7}")
     path = folder / "boxes.csv"
@@ -199,7 +84,7 @@ class PackingTimes:
     Attributes:
         copying: images a second of bare copying and hashing.
         packing: of the whole command, the start of Python and the report included.
-        pictures: that were packed.
+        images: that were packed.
         cpu: milliseconds of CPU time an image, of the whole command with all of its processes.
         work: seconds from the command's first file to its last.
         stages: seconds, of all processes together.
@@ -207,22 +92,22 @@ class PackingTimes:
 
     copying: float
     packing: float
-    pictures: int
+    images: int
     cpu: float
     work: float
     stages: dict[str, float]
 
 
-def measure_copying(pictures: Path, folder: Path, workers: int, chunk: int) -> float:
+def measure_copying(images: Path, folder: Path, workers: int, chunk: int) -> float:
     """Return images a second of reading, hashing and writing alone, which run beside each other in threads.
 
     Args:
-        pictures: folder of files.
+        images: folder of files.
         folder: is written to, and left as it was.
         workers: threads.
         chunk: files that are written into one.
     """
-    paths = sorted(str(path) for path in pictures.iterdir())
+    paths = sorted(str(path) for path in images.iterdir())
     chunks = [paths[start : start + chunk] for start in range(0, len(paths), chunk)]
     targets = [folder / f"copy-{number}" for number in range(len(chunks))]
     start = time.perf_counter()
@@ -240,7 +125,7 @@ def measure_packing(table: Path, command: Command, *, workers: int, chunk: int) 
         workers: threads for bare copying.
         chunk: files that bare copying writes into one.
     """
-    copying = measure_copying(table.parent / "pictures", table.parent, workers, chunk)
+    copying = measure_copying(table.parent / IMAGES_FOLDER, table.parent, workers, chunk)
     out = table.parent / "straight"
     start, used = time.perf_counter(), _children_cpu()
     _finish(command(out))
@@ -281,13 +166,13 @@ def packed_files(out: Path) -> dict[str, str]:
     return found
 
 
-def differences(out: Path, straight: Path, pictures: int) -> list[str]:
+def differences(out: Path, straight: Path, images: int) -> list[str]:
     """Return what tells a resumed packing from an uninterrupted one, and whether all images are there once.
 
     Args:
         out: folder of the resumed one.
         straight: of the other.
-        pictures: that must be there.
+        images: that must be there.
     """
     ours, theirs = packed_files(out), packed_files(straight)
     faults = [f"{name} is missing" for name in sorted(set(theirs) - set(ours))]
@@ -299,8 +184,8 @@ def differences(out: Path, straight: Path, pictures: int) -> list[str]:
     if summary is None:
         return [*faults, f"there is no {MANIFEST_NAME}"]
     keys = [key for shard in summary["shards"] for key in index_keys(load_index(out / shard["index"]))]
-    if len(keys) != pictures or len(set(keys)) != pictures:
-        faults.append(f"{len(keys)} images of {len(set(keys))} names instead of {pictures}")
+    if len(keys) != images or len(set(keys)) != images:
+        faults.append(f"{len(keys)} images of {len(set(keys))} names instead of {images}")
     reports = [json.loads((folder / JSON_NAME).read_bytes()) for folder in (out, straight)]
     for report in reports:
         del report["seconds"]
@@ -341,7 +226,7 @@ def _run_for(command: Sequence[str], seconds: float, out: Path) -> bool:
 
 
 def kill_and_resume(
-    command: Command, straight: Path, pictures: int, kills: int, seconds: float, seed: int = 0
+    command: Command, straight: Path, images: int, kills: int, seconds: float, seed: int = 0
 ) -> KillResult:
     """Kill packing at random moments, go on after each, and compare with a packing that was left alone.
 
@@ -351,7 +236,7 @@ def kill_and_resume(
     Args:
         command: packs into a folder.
         straight: what it packed when it was left alone.
-        pictures: that both must hold.
+        images: that both must hold.
         kills: number of runs to kill.
         seconds: latest moment; several times less than a packing takes, so that kills meet all of it.
         seed: of the moments.
@@ -364,7 +249,99 @@ def kill_and_resume(
         if _run_for(command(out), rng.uniform(0.0, seconds), out):
             left.append(len(list(out.glob("shard-*.tar"))))
         else:
-            faults += differences(out, straight, pictures)
+            faults += differences(out, straight, images)
             shutil.rmtree(out)
     _finish(command(out))
-    return KillResult(left, faults + differences(out, straight, pictures))
+    return KillResult(left, faults + differences(out, straight, images))
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Pack synthetic images, kill and resume packing where that is asked for, and return the tables.
+
+    Raises:
+        UserError: packing failed.
+        SystemExit: a packing that was killed and resumed came out otherwise.
+    """
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        table = synthetic_source(folder, options.images, options.width, options.height, options.quality)
+
+        def command(out: Path) -> list[str]:
+            limits = ["--workers", str(options.workers), "--shard-images", str(options.shard_images)]
+            limits += ["--no-perceptual"] if options.no_perceptual else []
+            source = f"csv:{table}@{folder / IMAGES_FOLDER}"
+            return [sys.executable, "-m", "pbe.cli", "prepare", source, "--out", str(out), *limits]
+
+        times = measure_packing(table, command, workers=options.workers, chunk=options.shard_images)
+        tables = packing_tables(times)
+        for title, rows in tables.items():
+            print_rows(title, rows)
+        if options.kills:
+            latest = times.work * min(3 / options.kills, 1)
+            killed = kill_and_resume(command, folder / "straight", options.images, options.kills, latest)
+            tables["whole shards that each kill left"] = report_kills(killed)
+    return tables
+
+
+def packing_tables(times: PackingTimes) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the rates beside bare copying, and what each stage took."""
+    rates = {"copying and hashing alone": times.copying, "packing": times.packing}
+    stages = {
+        stage: {"seconds": spent, "ms an image": 1e3 * spent / times.images}
+        for stage, spent in times.stages.items()
+    }
+    stages["first file to last, wall time"] = {"seconds": times.work}
+    stages["CPU time of everything"] = {"ms an image": times.cpu}
+    return {
+        f"{times.images} images": {
+            name: {"a second": rate, "of copying": rate / times.copying} for name, rate in rates.items()
+        },
+        "stages, wall time of all processes": stages,
+    }
+
+
+def report_kills(killed: KillResult) -> dict[str, dict[str, float]]:
+    """Print what came of killing and resuming; returns the shards that each kill left.
+
+    Raises:
+        SystemExit: what was resumed is not what was packed at once.
+    """
+    left = ", ".join(str(count) for count in killed.shards_left)
+    print(f"\n{len(killed.shards_left)} kills, which left {left} whole shards")
+    if killed.faults:
+        raise SystemExit(f"error: resumed is not what was packed at once: {'; '.join(killed.faults)}")
+    print("resumed: the same bytes as packed at once, every image once")
+    return {f"kill {number}": {"shards": count} for number, count in enumerate(killed.shards_left, 1)}
+
+
+def run(arguments: list[str] | None) -> None:
+    """Measure what the options ask for.
+
+    Raises:
+        UserError: an option makes no sense, or packing failed.
+    """
+    parser = make_parser(__doc__, "packing", takes=())
+    add_folder(parser)
+    parser.add_argument("--images", type=int, default=10_000, help="number of synthetic images")
+    parser.add_argument("--width", type=int, default=1024, help="of the images")
+    parser.add_argument("--height", type=int, default=768, help="of the images")
+    parser.add_argument("--quality", type=int, default=90, help="of their JPEG encoding")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that pack")
+    parser.add_argument("--shard-images", type=int, default=500, help="images a shard")
+    parser.add_argument("--no-perceptual", action="store_true", help="no hashes of near duplicates")
+    parser.add_argument("--kills", type=int, default=0, help="kill and resume it that often, and compare")
+    options = read_options(parser, arguments)
+    counts = (options.images, options.width, options.height, options.shard_images)
+    if min(counts) < 1 or min(options.kills, options.workers) < 0:
+        raise UserError("numbers must be at least 1, --kills and --workers at least 0")
+    print(machine())
+    write(options, measure(options))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ python scripts/benchmarks/scaling.py                                          # 
 python scripts/benchmarks/scaling.py --channels 32 --sides 64 128 --batches 1 2   # something small
 
 The time of an edit is that of one guided call of the UNet; each point has a process of its own. Exponents are
-fitted over the points of a line. Training is that of the toy sizes, from batches in memory.
+fitted over the points of a line. Training is that of the toy sizes, online.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pbe.cli.main import main as pbe, run_command
-from pbe.config import ModelConfig, load_config
+from pbe.cli.main import run_command
+from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import UNet
+from scripts.benchmarks.cache import local_config, random_or_built, render_scenes, time_steps
 from scripts.benchmarks.common import (
     DTYPES,
-    ROOT,
     add_channels,
     alone,
     drawn,
@@ -39,7 +39,6 @@ from scripts.benchmarks.common import (
     take_turns,
     write,
 )
-from scripts.benchmarks.training import random_or_built, time_steps
 from scripts.benchmarks.unet import OURS, make_forms, make_inputs
 
 Line = dict[str, dict[str, float]]
@@ -78,30 +77,15 @@ def edit_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str, flo
 def training_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """Return samples a second of online toy training over batch, accumulation and workers."""
     with tempfile.TemporaryDirectory(prefix="pbe-scaling-") as folder:
-        shards = Path(folder) / "shards"
-        rendering = [
-            "toy",
-            "render",
-            "--out",
-            str(shards),
-            "--scenes",
-            "64",
-            "--workers",
-            "0",
-            "--size",
-            "96",
-        ]
-        if pbe(rendering):
-            raise UserError("the scenes could not be rendered")
+        render_scenes(Path(folder) / "shards", 64, 96)
 
         def point(batch: int, accumulate: int, workers: int) -> dict[str, float]:
-            settings = [
-                *(f"data.train_shards={shards}", "data.validation_shards=", f"data.batch_size={batch}"),
-                *(f"data.num_workers={workers}", f"trainer.accumulate={accumulate}"),
-                *("trainer.devices=1", "trainer.strategy=auto", f"output_dir={folder}/run"),
-                f"autoencoder_from={ROOT / 'data/toy/model'}",
-            ]
-            model, config = random_or_built(load_config(ROOT / "configs" / "toy.yaml", settings))
+            settings = (
+                f"data.batch_size={batch}",
+                f"data.num_workers={workers}",
+                f"trainer.accumulate={accumulate}",
+            )
+            model, config = random_or_built(local_config(Path(folder), "toy", *settings))
             speed = time_steps(config, model, 1, options.steps, cached=False)
             return {"seconds": speed.step_seconds, "samples a second": speed.samples_per_second}
 

@@ -63,9 +63,8 @@ def first_step(out: str) -> None:
 
 def run(arguments: list[str] | None) -> None:
     """Measure everything and write the numbers."""
-    parser = make_parser(__doc__, "startup", repeats=5)
+    parser = make_parser(__doc__, "startup", repeats=5, takes=())
     options = read_options(parser, arguments)
-    options.clock = "wall"  # of other processes
     print(machine())
     forms = {f"import {name}": run_python("-c", f"import {name}") for name in IMPORTS}
     forms["pbe --help"] = run_python("-m", "pbe.cli", "--help")

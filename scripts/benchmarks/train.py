@@ -50,6 +50,7 @@ from scripts.benchmarks.common import (
     ROOT,
     machine,
     make_parser,
+    own_file,
     peak_memory,
     print_rows,
     ratio,
@@ -305,15 +306,8 @@ def run(arguments: list[str] | None) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     print(machine(options.device))
-    write(replace_json(options), measure(options))
-
-
-def replace_json(options: argparse.Namespace) -> argparse.Namespace:
-    """Give each size, and compiled runs, a file of their own, unless one was named."""
-    if options.json.name == "train.json":
-        kinds = "_full" * options.full + "_compiled" * options.compile
-        options.json = options.json.with_name(f"train{kinds}.json")
-    return options
+    own_file(options, "train", "_full" * options.full + "_compiled" * options.compile)
+    write(options, measure(options))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,3 +63,22 @@ def test_plots_fit_the_exponent(tmp_path: Path) -> None:
     exponents = common.plot(tmp_path / "x.png", {"square": {2: 4.0, 3: 9.0, 5: 25.0}}, x="", y="")
     assert exponents["square"] == pytest.approx(2.0)
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_rows_line_up_and_numbers_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = "a column's long name"
+    common.print_rows("title", {"one": {"count": 14_600_000, wide: 0.123456}, "two": {wide: 56573.4}})
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split(maxsplit=2) == ["title", "count", wide]
+    assert lines[1].split() == ["one", "14,600,000", "0.1235"]
+    assert lines[2].split() == ["two", "56,573"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_shared_options_are_those_that_a_benchmark_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = common.make_parser("What it does.", "any", takes=("--device",))
+    options = common.read_options(parser, ["--device", "cuda"])
+    assert set(vars(options)) == {"device", "json"}
+    with pytest.raises(SystemExit, match="2"):
+        common.read_options(parser, ["--repeats", "3"])
+    assert "unrecognized arguments: --repeats" in capsys.readouterr().err
