@@ -79,7 +79,7 @@ class Bench:
         found = solve(candidate, self.predict, self.start, self.schedule, steps, self.path)
         return found.latents, found.calls
 
-    def pictures(self, latents: Tensor) -> np.ndarray:
+    def painted(self, latents: Tensor) -> np.ndarray:
         """Return the painted pixels, 0..255, of all cases in one row ``(n, 3)``."""
         pixels = (self.model.decode_latents(latents).clamp(-1.0, 1.0) + 1.0) * 127.5
         return rearrange(pixels, "b c h w -> b h w c").numpy()[self.mask]
@@ -124,8 +124,8 @@ def make_bench(model: LatentDiffusion, world: ToyWorld, *, cases: int, guidance:
 def condition_on(model: LatentDiffusion, cases: Sequence[ToyCase]) -> Conditioning:
     """Encode exemplars and masked scenes (the mean of the posterior)."""
 
-    def stacked(pictures: Sequence[np.ndarray]) -> Tensor:
-        return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w")
+    def stacked(images: Sequence[np.ndarray]) -> Tensor:
+        return rearrange(torch.from_numpy(np.stack(images)), "b h w c -> b c h w")
 
     images = stacked([case.image for case in cases]).float() / 127.5 - 1.0
     keep = stacked([(case.mask <= 127)[..., None] for case in cases]).float()
@@ -140,11 +140,11 @@ def measure(
 ) -> list[Point]:
     """Run a candidate with each budget of network calls."""
     reference = ends[SDE if candidate.stochastic else FLOW]
-    pictures = bench.pictures(reference)
+    painted = bench.painted(reference)
     points = []
     for budget in budgets:
         latents, calls = bench.end(candidate, steps_for(candidate, budget))
-        pixels = float(np.abs(bench.pictures(latents) - pictures).mean())
+        pixels = float(np.abs(bench.painted(latents) - painted).mean())
         points.append(Point(calls, distance(latents, reference), pixels))
     return points
 
