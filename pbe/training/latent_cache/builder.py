@@ -49,6 +49,7 @@ from pbe.training.latent_cache.store import (
     record_of,
     rows_of_shard,
     store_folder,
+    tell_nearest,
     to_records,
     variants_of,
     write_shard,
@@ -115,6 +116,7 @@ def ensure_cache(
     settings = settings_of(config, model)
     if (found := _find(config, settings)) is not None:
         return found
+    tell_nearest(config.cache.folder, settings)
     try:
         builder = _Builder(config, model, settings, check, share, quiet)
         builder.check_space()

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,10 @@ from pbe.errors import UserError
 from pbe.files import atomic_write, make_folder
 from pbe.models import LatentDiffusion
 from pbe.models.codec import Posterior
-from pbe.training.latent_cache.settings import Settings, fingerprint
+from pbe.training.latent_cache.settings import Settings, differences, fingerprint
 from pbe.training.tasks.encoding import EncodedBatch
 
+LOG = logging.getLogger(__name__)
 FORMAT, VERSION = "pbe-latents", 1
 NAME_DIGITS = 12
 SHARD_BYTES = 64 * 2**20
@@ -308,3 +311,17 @@ def read_store(folder: Path) -> LatentStore | None:
             samples={stream: int(count) for stream, count in content["samples"].items()},
             listed=tuple(dict(entry) for entry in content["shards"]),
         )
+
+
+def tell_nearest(folder: str | Path, settings: Settings) -> None:
+    """Where some settings have no store, but others do, log in what the nearest differs."""
+    if store_folder(folder, settings).exists():
+        return
+    told = []
+    for path in sorted(Path(folder).glob("?" * NAME_DIGITS)):
+        with suppress(UserError):  # a damaged one is nobody's nearest
+            if store := read_store(path):
+                told.append((path.name, differences(store.settings, settings)))
+    if told:
+        name, others = min(told, key=lambda each: len(each[1]))
+        LOG.warning("no latents in '%s' fit; the nearest, %s, has %s", folder, name, "; ".join(others))

@@ -223,6 +223,24 @@ def test_other_settings_get_a_section_of_their_own_beside_it(built, tmp_path, mo
     assert never.calls == 0
 
 
+def test_what_the_nearest_store_differs_in_is_told(built, tmp_path, caplog):
+    """A path spelled in another way costs a new store; nobody should have to guess why."""
+    config = moved(built[1], tmp_path, 1)
+    ensure_cache(config, built[0])
+    damaged = tmp_path / ("d" * 12)
+    damaged.mkdir()
+    (damaged / "shards.json").write_text("{")
+    assert "fit" not in caplog.text, "there was none before it"
+    other = replace(config, data=replace(config.data, train_shards=f"{config.data.train_shards}/"))
+    ensure_cache(other, built[0])
+    name, spelled = (
+        store_folder(config.cache.folder, settings_of(config, built[0])).name,
+        other.data.train_shards,
+    )
+    told = f"the nearest, {name}, has data.train_shards {config.data.train_shards}, not {spelled}"
+    assert told in caplog.text
+
+
 def test_who_waits_for_others_can_be_stopped_and_takes_over_from_the_dead(built, tmp_path, monkeypatch):
     monkeypatch.setattr(builder_module, "POLL_SECONDS", 0.01)
     model, config = built[0], moved(built[1], tmp_path, 1)
