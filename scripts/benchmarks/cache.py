@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,21 +66,6 @@ DEFAULTS = {
     "steps": (30, 4),
     "warm_up": (8, 2),
 }
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What training does in a second.
-
-    Attributes:
-        samples_per_second: over whole steps, waiting included.
-        wait_share: of the time, spent waiting for batches.
-        step_seconds: median of the optimizer steps, with the waiting before each.
-    """
-
-    samples_per_second: float
-    wait_share: float
-    step_seconds: float
 
 
 class StepClock(pl.Callback):
@@ -139,7 +124,9 @@ def random_or_built(config: Config) -> tuple[LatentDiffusion, Config]:
     return LatentDiffusion(config.model), config
 
 
-def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int, *, cached: bool) -> Speed:
+def time_steps(
+    config: Config, model: LatentDiffusion, warm_up: int, steps: int, *, cached: bool
+) -> dict[str, float]:
     """Train some steps that are not measured, then some that are.
 
     Args:
@@ -148,6 +135,10 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
         warm_up: optimizer steps before the measured ones: what the loader has in store is used up in them.
         steps: that are measured.
         cached: train from the cache.
+
+    Returns:
+        Samples ``a second`` over whole steps, waiting included; ``waiting %``, its share of the time;
+        ``a step, s``, the median of the optimizer steps with the waiting for a batch before each.
     """
     config = quiet(config, warm_up + steps)
     ends, waits = (times[warm_up - 1 :] for times in _fit(config, model, cached=cached))
@@ -156,7 +147,11 @@ def time_steps(config: Config, model: LatentDiffusion, warm_up: int, steps: int,
     passed = ends[-1] - ends[0]
     samples = steps * config.data.batch_size * config.trainer.accumulate
     lengths = [later - earlier for earlier, later in pairwise(ends)]
-    return Speed(samples / passed, (waits[-1] - waits[0]) / passed, statistics.median(lengths))
+    return {
+        "a second": samples / passed,
+        "waiting %": 100 * (waits[-1] - waits[0]) / passed,
+        "a step, s": statistics.median(lengths),
+    }
 
 
 def _fit(config: Config, model: LatentDiffusion, *, cached: bool) -> tuple[list[float], list[float]]:
@@ -173,7 +168,7 @@ def _fit(config: Config, model: LatentDiffusion, *, cached: bool) -> tuple[list[
     return clock.ends, clock.waits
 
 
-def compare_cache(config: Config, warm_up: int, steps: int, rounds: int) -> dict[str, list[Speed]]:
+def compare_cache(config: Config, warm_up: int, steps: int, rounds: int) -> dict[str, list[dict[str, float]]]:
     """Train online and from the cache in turns; returns the rounds of ``online`` and ``cached``.
 
     Args:
@@ -185,20 +180,11 @@ def compare_cache(config: Config, warm_up: int, steps: int, rounds: int) -> dict
     model, config = random_or_built(config)
     apply_performance_options(model, config.trainer)
     ensure_cache(config, model)
-    found: dict[str, list[Speed]] = {"online": [], "cached": []}
+    found: dict[str, list[dict[str, float]]] = {"online": [], "cached": []}
     for _ in range(rounds):
         for name, speeds in found.items():
             speeds.append(time_steps(config, model, warm_up, steps, cached=name == "cached"))
     return found
-
-
-def median(speeds: list[Speed]) -> Speed:
-    """Return the medians of several rounds."""
-    return Speed(
-        statistics.median(speed.samples_per_second for speed in speeds),
-        statistics.median(speed.wait_share for speed in speeds),
-        statistics.median(speed.step_seconds for speed in speeds),
-    )
 
 
 def measure_step(config: Config, steps: int) -> dict[str, float]:
@@ -215,7 +201,7 @@ def measure_step(config: Config, steps: int) -> dict[str, float]:
     speed = time_steps(config, model, 1, steps, cached=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     peak = peak_memory("cuda" if config.trainer.accelerator == "gpu" else "cpu")
-    return {"trained weights": trained, "a step, s": speed.step_seconds, "peak GiB": peak}
+    return {"trained weights": trained, "a step, s": speed["a step, s"], "peak GiB": peak}
 
 
 def compare_processes(config: Config, steps: int) -> dict[str, float]:
@@ -264,21 +250,15 @@ def _train(arguments: list[str], cores: set[int]) -> None:
         raise UserError(f"training failed: {done.stderr.strip().splitlines()[-1:]}")
 
 
-def speed_rows(rounds: dict[str, list[Speed]]) -> Rows:
+def speed_rows(rounds: dict[str, list[dict[str, float]]]) -> Rows:
     """Return the medians of ``online`` and ``cached``, and below them the single rounds."""
-
-    def row(speed: Speed) -> dict[str, float]:
-        """Return the columns of a speed."""
-        waiting = 100 * speed.wait_share
-        return {"a second": speed.samples_per_second, "waiting %": waiting, "a step, s": speed.step_seconds}
-
-    rates = {name: [each.samples_per_second for each in found] for name, found in rounds.items()}
-    rows = {
-        name: row(median(found)) | {"of online": ratio(rates[name], rates["online"])}
-        for name, found in rounds.items()
-    }
+    rates = {name: [each["a second"] for each in found] for name, found in rounds.items()}
+    rows: Rows = {}
     for name, found in rounds.items():
-        rows |= {f"{name}, round {number}": row(speed) for number, speed in enumerate(found, 1)}
+        rows[name] = {column: statistics.median(each[column] for each in found) for column in found[0]}
+        rows[name]["of online"] = ratio(rates[name], rates["online"])
+    for name, found in rounds.items():
+        rows |= {f"{name}, round {number}": each for number, each in enumerate(found, 1)}
     return rows
 
 

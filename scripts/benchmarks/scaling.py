@@ -87,7 +87,7 @@ def training_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str,
             )
             model, config = random_or_built(local_config(Path(folder), "toy", *settings))
             speed = time_steps(config, model, 1, options.steps, cached=False)
-            return {"seconds": speed.step_seconds, "samples a second": speed.samples_per_second}
+            return {"seconds": speed["a step, s"], "samples a second": speed["a second"]}
 
         return {
             "batch of training": {batch: point(batch, 1, 0) for batch in options.training},
