@@ -161,7 +161,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     channels_last: bool = False
-    """Use the memory layout that convolutions prefer on GPUs."""
+    """Use the memory layout that convolutions prefer, on GPUs and on CPUs."""
     compile: bool = False
     """Compile the networks with ``torch.compile``."""
     profiler: str = choice("", "simple", "advanced", "pytorch")
