@@ -32,7 +32,6 @@ from pbe.cli.main import main as pbe, run_command
 from pbe.errors import UserError
 from pbe.files import sha256_of
 from pbe.training.monitoring.loggers import read_rows
-from scripts.benchmark import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = {"train": 64, "validation": 8}
@@ -200,14 +199,11 @@ def prove(proof: Proof, kills: int, seed: int) -> dict[str, Any]:
     moments = sorted(rng.uniform(1, proof.steps - 1) for _ in range(kills))
     lives = [proof.live(max(int(moment), 1), rng.random() * step_seconds) for moment in moments]
     proof.finish(proof.killed)
-    print_table(
-        ["life", "resumed from", "start-up s", "killed after step", "lived s"],
-        [
-            [str(number), str(life.resumed_from), f"{life.startup_seconds:.1f}", str(life.killed_after),
-             f"{life.seconds:.1f}"]
-            for number, life in enumerate(lives, start=1)
-        ],
-    )  # fmt: skip
+    for number, life in enumerate(lives, start=1):
+        print(
+            f"life {number}: from step {life.resumed_from}, {life.startup_seconds:.1f} s of start-up, "
+            f"killed after step {life.killed_after} and {life.seconds:.1f} s"
+        )
     found = differences(proof.straight, proof.killed)
     rows = len(compared_rows(proof.straight))
     print(

@@ -133,11 +133,11 @@ def bend(layers: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """
     side = max(layers.shape[:2])
     margin = math.ceil(side * float(np.abs(shifts).max())) + 1
-    layers = cv2.copyMakeBorder(layers, *[margin] * 4, cv2.BORDER_CONSTANT)
+    layers = np.pad(layers, ((margin, margin), (margin, margin), (0, 0)))
     height, width = layers.shape[:2]
-    field = cv2.resize(side * shifts, (width, height), interpolation=cv2.INTER_LINEAR)
-    field += np.dstack(np.meshgrid(np.arange(width), np.arange(height))).astype(np.float32)
-    return cv2.remap(layers, field, None, cv2.INTER_LINEAR)
+    moved = cv2.resize(side * shifts, (width, height), interpolation=cv2.INTER_LINEAR)
+    columns, rows = moved[..., 0] + np.arange(width), moved[..., 1] + np.arange(height)[:, None]
+    return cv2.remap(layers, columns.astype(np.float32), rows.astype(np.float32), cv2.INTER_LINEAR)
 
 
 def _warp_matrix(
