@@ -64,14 +64,14 @@ OPENING_ROWS = ("samples", "open_s", "first_batch_s")
 
 
 def stage_rows(data: DataConfig, options: argparse.Namespace) -> Rows:
-    """Return the CPU milliseconds of a sample's stages at every size, and their share at the last one."""
+    """Return the CPU milliseconds of a sample's stages at every size, and their shares of the whole."""
     rows: Rows = {}
     for size in options.sizes:
         found = measure_stages(replace(data, image_size=size), seconds=options.seconds, images=options.images)
         stages = {"bare decoding": found.decoding, "whole sample": found.whole, **found.stages}
         for name, spent in stages.items():
             rows.setdefault(name, {})[f"{size} px"] = spent
-            rows[name]["share"] = spent / found.whole
+            rows[name][f"share of {size} px"] = spent / found.whole
     return rows
 
 
