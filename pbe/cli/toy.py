@@ -39,8 +39,6 @@ class RenderSettings:
     """largest number of objects in a scene"""
     recolour: Annotated[float | None, limits(0, 1)] = None
     """share of training objects that are recoloured (default: 0.3)"""
-    bend: Annotated[float, limits(0, 1)] = 0.0
-    """share of training objects that are bent out of shape"""
     scenes_per_shard: Count = 2000
     """largest number of scenes per shard"""
     workers: Natural = 2
@@ -78,16 +76,14 @@ def scene_config(settings: RenderSettings) -> SceneConfig:
     long_side = settings.size * 3 // 2 if settings.max_long_side is None else settings.max_long_side
     if not settings.size <= long_side <= 3 * settings.size:
         raise UserError("--max-long-side must lie between --size and three times --size")
-    for name in ("recolour", "bend"):
-        if settings.split != "train" and getattr(settings, name):
-            raise UserError(f"--{name} is for the training split only; leave it out")
+    if settings.recolour is not None and settings.split != "train":
+        raise UserError("--recolour is for the training split only; leave it out")
     recolour = RECOLOUR if settings.recolour is None else settings.recolour
     return SceneConfig(
         short_side=settings.size,
         max_long_side=long_side,
         max_objects=settings.max_objects,
         recolour=recolour,
-        bend=settings.bend,
     )
 
 

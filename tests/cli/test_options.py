@@ -61,7 +61,7 @@ OPTIONS = {
         "toy score",
     ): "--objects --guidance --steps --solver --dtype --device --threads --csv",
     ("scripts/render_toy_world.py", "toy render"): (
-        "--out --scenes --split --seed --size --max-long-side --max-objects --recolour --bend "
+        "--out --scenes --split --seed --size --max-long-side --max-objects --recolour "
         "--scenes-per-shard --workers --world"
     ),
     ("scripts/train_toy_model.py", "toy train"): "--out --score-every",

@@ -62,8 +62,6 @@ def test_shards_hold_readable_scenes_with_boxes(tmp_path):
         (["--max-objects", "9"], "--max-objects"),
         (["--recolour", "2"], "--recolour"),
         (["--recolour", "0.5", "--split", "test"], "--recolour is for the training split only"),
-        (["--bend", "-1"], "--bend"),
-        (["--bend", "0.5", "--split", "test"], "--bend is for the training split only"),
         (["--workers", "-1"], "--workers"),
         (["--world", "nowhere.zip"], "no toy world at 'nowhere.zip'"),
     ],

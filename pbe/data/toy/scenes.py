@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 
 from pbe.data.toy.sprites import (
-    draw_bend,
     draw_pose,
     draw_recolour,
     render_sprite,
@@ -52,7 +51,6 @@ class SceneConfig:
         max_objects: one to this many objects.
         sizes: range of an object's longest side, a share of the short side, for scenes of 1, 2, 3 objects.
         recolour: share of objects in another paint; used for the training split only.
-        bend: share of objects of another shape, likewise.
         max_hidden: share of an object that the image's edge and later objects may hide together.
         max_iou: largest overlap (intersection over union) of two boxes.
     """
@@ -62,7 +60,6 @@ class SceneConfig:
     max_objects: int = 3
     sizes: tuple[tuple[float, float], ...] = ((0.35, 0.85), (0.3, 0.6), (0.25, 0.48))
     recolour: float = 0.6
-    bend: float = 0.0
     max_hidden: float = 0.3
     max_iou: float = 0.2
 
@@ -338,7 +335,7 @@ def render_scene(
 
     Args:
         world: objects and panoramas.
-        split: ``train`` or ``test``; recolouring and bending are for the training split only.
+        split: ``train`` or ``test``; recolouring is for the training split only.
         rng: generator that is advanced.
         config: sizes and limits.
 
@@ -354,8 +351,7 @@ def render_scene(
     for index in rng.choice(len(toys), count, replace=False):
         paint = draw_recolour(rng) if split == "train" and rng.random() < config.recolour else None
         pose = draw_pose(rng, sizes)
-        shifts = draw_bend(rng) if split == "train" and config.bend and rng.random() < config.bend else None
-        sprite = render_sprite(world.object_rgba(toys[index]), pose, scene.short_side, paint, shifts)
+        sprite = render_sprite(world.object_rgba(toys[index]), pose, scene.short_side, paint)
         for _ in range(6):
             centre = draw_centre(rng, sprite, width, height)
             if paste_sprite(scene, sprite, centre, toys[index].name, pose.shadow, config):

@@ -15,7 +15,6 @@ import numpy as np
 from pbe.data.samples.crops import resize_area
 
 CHANNEL_ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
-BEND = (0.02, 0.07)  # range of the standard deviation of a bent object's shifts, shares of its longest side
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,6 @@ def draw_recolour(rng: np.random.Generator) -> Recolour:
     )
 
 
-def draw_bend(rng: np.random.Generator) -> np.ndarray:
-    """Draw how far the points of a grid over an object move.
-
-    Returns:
-        float32 ``4 4 2``, rows and columns of the grid and (x, y), shares of the object's longest side.
-    """
-    return (rng.uniform(*BEND) * rng.standard_normal((4, 4, 2))).astype(np.float32)
-
-
 def tone_table(gain: float, gamma: float, cast: tuple[float, float, float]) -> np.ndarray:
     """Return the lookup table ``gain * cast * x ** gamma``, x in 0 to 1, as uint8 ``1 256 3``."""
     levels = (np.arange(256, dtype=np.float32) / 255.0) ** gamma
@@ -124,20 +114,6 @@ def recolour(rgb: np.ndarray, paint: Recolour) -> np.ndarray:
     )
     turned = cv2.LUT(hsv, np.clip(np.rint(table), 0, 255).astype(np.uint8)[None])
     return cv2.cvtColor(turned, cv2.COLOR_HSV2RGB)
-
-
-def bend(layers: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Bend a premultiplied image: its pixels move smoothly by ``shifts``; see :func:`draw_bend`.
-
-    Margins are added, so that nothing is lost.
-    """
-    side = max(layers.shape[:2])
-    margin = math.ceil(side * float(np.abs(shifts).max())) + 1
-    layers = np.pad(layers, ((margin, margin), (margin, margin), (0, 0)))
-    height, width = layers.shape[:2]
-    moved = cv2.resize(side * shifts, (width, height), interpolation=cv2.INTER_LINEAR)
-    columns, rows = moved[..., 0] + np.arange(width), moved[..., 1] + np.arange(height)[:, None]
-    return cv2.remap(layers, columns.astype(np.float32), rows.astype(np.float32), cv2.INTER_LINEAR)
 
 
 def _warp_matrix(
@@ -170,11 +146,7 @@ def _shade(sprite: np.ndarray, pose: ObjectPose) -> np.ndarray:
 
 
 def render_sprite(
-    rgba: np.ndarray,
-    pose: ObjectPose,
-    short_side: int,
-    paint: Recolour | None = None,
-    shifts: np.ndarray | None = None,
+    rgba: np.ndarray, pose: ObjectPose, short_side: int, paint: Recolour | None = None
 ) -> np.ndarray:
     """Pose, light and resample an object.
 
@@ -183,7 +155,6 @@ def render_sprite(
         pose: how it stands; ``pose.size`` is relative to ``short_side``.
         short_side: the scene's short side in pixels.
         paint: another paint, or None for the object's own.
-        shifts: of :func:`draw_bend`, or None for the object's own shape.
 
     Returns:
         The sprite, uint8 ``h w 4`` premultiplied, trimmed to its visible pixels.
@@ -192,9 +163,7 @@ def render_sprite(
     rgb = cv2.LUT(rgb, tone_table(pose.gain, pose.gamma, pose.cast))
     premultiplied = cv2.multiply(rgb, cv2.merge([rgba[..., 3]] * 3), scale=1 / 255)
     layers = np.dstack([premultiplied, rgba[..., 3]])
-    if shifts is not None:
-        layers = bend(layers, shifts)
-    height, width = layers.shape[:2]
+    height, width = rgba.shape[:2]
     root = math.sqrt(pose.stretch)
     scale = pose.size * short_side / max(width * root, height / root)
     # Shrinking needs averaging, which a warp does not do: it turns at full size, then shrinks by area.

@@ -16,16 +16,7 @@ from pbe.data.toy.scenes import (
     perspective_view,
     render_scene,
 )
-from pbe.data.toy.sprites import (
-    ObjectPose,
-    Recolour,
-    bend,
-    draw_bend,
-    draw_pose,
-    draw_recolour,
-    recolour,
-    render_sprite,
-)
+from pbe.data.toy.sprites import ObjectPose, Recolour, draw_pose, draw_recolour, recolour, render_sprite
 from pbe.errors import UserError
 
 
@@ -183,46 +174,10 @@ def test_only_training_objects_are_recoloured(world):
     assert image("train", always) != image("train", never)
 
 
-def test_only_training_objects_are_bent(world):
-    always, never = SceneConfig(bend=1.0), SceneConfig()
-
-    def image(split: str, config: SceneConfig) -> bytes:
-        return render_scene(world, split, generator(1), config).image.tobytes()
-
-    assert image("test", always) == image("test", never)
-    assert image("train", always) != image("train", never)
-
-
-def test_bending_moves_every_point_by_its_shift():
-    """Shifts that are equal move the whole image, and those that grow to the right stretch it."""
-    image = np.zeros((40, 60, 4), np.uint8)
-    image[10:20, 15:35] = 200
-    shift = np.full((4, 4, 2), (0.1, -0.05), np.float32)  # 6 pixels to the left, 3 down
-    bent = bend(image, shift)
-    margin = (len(bent) - 40) // 2
-    expected = np.zeros_like(bent)
-    expected[margin + 13 : margin + 23, margin + 9 : margin + 29] = 200
-    np.testing.assert_array_equal(bent, expected)
-    shift = np.zeros((4, 4, 2), np.float32)
-    shift[..., 0] = np.linspace(0.05, -0.05, 4)
-    wide = np.flatnonzero(bend(image, shift)[:, :, 3].max(axis=0))
-    assert 20 < len(wide) < 30
-
-
-def test_bent_objects_keep_all_of_themselves(world):
-    for index, toy in enumerate(world.objects("train")[::60]):
-        rgba = world.object_rgba(toy)
-        bent = bend(np.dstack([rgba[..., 3]] * 4), draw_bend(generator("bend", index)))
-        assert not bent[[0, -1]].any()
-        assert not bent[:, [0, -1]].any()
-        assert 0.5 < bent[..., 3].mean() * bent[..., 3].size / rgba[..., 3].sum() < 2
-
-
 def test_premultiplied_colours_never_exceed_alpha(world):
     for index, toy in enumerate(world.objects("train")[::60]):
         rng = generator("sprite", index)
-        pose, paint, shifts = draw_pose(rng), draw_recolour(rng), draw_bend(rng)
-        sprite = render_sprite(world.object_rgba(toy), pose, 96, paint, shifts)
+        sprite = render_sprite(world.object_rgba(toy), draw_pose(rng), 96, draw_recolour(rng))
         assert (sprite[..., :3] <= sprite[..., 3:]).all()
         assert sprite[..., 3].max() > 200
 
