@@ -24,11 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import polars as pl
 
-from pbe.cli.main import run_command
 from pbe.data.randomness import generator
 from pbe.errors import UserError
 from pbe.files import make_folder
-from scripts.benchmarks.common import add_folder, machine, make_parser, print_rows, read_options, write
+from scripts.benchmarks.common import (
+    add_folder,
+    command_line,
+    machine,
+    make_parser,
+    print_rows,
+    read_options,
+    write,
+)
 
 ROWS, IMAGES = 14_600_000, 1_740_000  # of the training set of Open Images
 LABELS = 600
@@ -190,10 +197,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

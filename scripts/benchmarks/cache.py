@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytorch_lightning as pl
 
-from pbe.cli.main import main as pbe, run_command
+from pbe.cli.main import main as pbe
 from pbe.config import CacheConfig, Config, load_config, save_yaml
 from pbe.data.datamodule import TrainingData
 from pbe.errors import UserError
@@ -46,6 +46,7 @@ from pbe.training.setup import (
 )
 from scripts.benchmarks.common import (
     ROOT,
+    command_line,
     machine,
     make_parser,
     own_file,
@@ -329,10 +330,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

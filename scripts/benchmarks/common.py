@@ -26,6 +26,7 @@ import psutil
 import torch
 from torch import nn
 
+from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
@@ -45,6 +46,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--clock": {"choices": list(CLOCKS), "default": "wall", "help": "cpu: this process's time"},
 }
 PEAK_SIDE = 2048  # of the matrices whose product gives the peak
+
+
+def command_line(run: Callable[[list[str] | None], object]) -> Callable[..., int]:
+    """Return the command line of ``run``, from arguments to exit status, 2 for a mistake of the user's."""
+
+    def main(arguments: list[str] | None = None) -> int:
+        return run_command(lambda: run(arguments))
+
+    return main
 
 
 def make_parser(

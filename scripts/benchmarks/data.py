@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch.utils.data import DataLoader
 
-from pbe.cli.main import run_command
 from pbe.config import Config, DataConfig, SampleConfig
 from pbe.data.datamodule import TrainingData
 from pbe.data.dataset import read_image
@@ -39,6 +38,7 @@ from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.tasks.encoding import encode_batch, to_keep_mask, to_pixels
 from scripts.benchmarks.cache import local_config, random_or_built, render_scenes
 from scripts.benchmarks.common import (
+    command_line,
     machine,
     make_parser,
     plot,
@@ -223,10 +223,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

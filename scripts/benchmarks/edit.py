@@ -28,7 +28,6 @@ import torch
 
 from pbe.checkpoints.diffusers.format import write_autoencoder
 from pbe.checkpoints.diffusers.names import autoencoder_name
-from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.diffusion.schedule import make_schedule
 from pbe.diffusion.solvers import SolverChoice
@@ -40,6 +39,7 @@ from pbe.models import LatentDiffusion
 from scripts.benchmarks.common import (
     DTYPES,
     add_channels,
+    command_line,
     machine,
     make_parser,
     print_rows,
@@ -210,10 +210,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

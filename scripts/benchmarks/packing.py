@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cv2
 
-from pbe.cli.main import run_command
 from pbe.data.packing.pack import PACK_LOCK, read_summary
 from pbe.data.packing.report import HTML_NAME, JSON_NAME
 from pbe.data.packing.worker import index_keys, load_index
@@ -33,7 +32,15 @@ from pbe.data.randomness import generator
 from pbe.data.shards.format import MANIFEST_NAME
 from pbe.errors import UserError
 from pbe.files import make_folder, sha256_of
-from scripts.benchmarks.common import add_folder, machine, make_parser, print_rows, read_options, write
+from scripts.benchmarks.common import (
+    add_folder,
+    command_line,
+    machine,
+    make_parser,
+    print_rows,
+    read_options,
+    write,
+)
 from scripts.benchmarks.loading import synthetic_image
 
 DISTINCT = 64
@@ -338,10 +345,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pbe.cli.main import run_command
 from pbe.errors import UserError
-from scripts.benchmarks.common import RESULTS, ROOT
+from scripts.benchmarks.common import RESULTS, ROOT, command_line
 
 # What each file of results is called on the page, and the command that makes it.
 BENCHMARKS = {
@@ -156,10 +155,7 @@ def run(arguments: list[str] | None) -> None:
     write_page(options.page, options.folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

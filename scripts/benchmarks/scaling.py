@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import UNet
@@ -29,6 +28,7 @@ from scripts.benchmarks.common import (
     DTYPES,
     add_channels,
     alone,
+    command_line,
     drawn,
     machine,
     make_parser,
@@ -138,10 +138,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import numpy as np
 
-from pbe.cli.main import run_command
 from pbe.data.toy.scenes import ToyWorld
 from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import ID_LIST, PARTS, BenchmarkFolder, case_id, case_paths
@@ -26,7 +25,7 @@ from pbe.evaluation.benchmark.edits import EditFolder
 from pbe.evaluation.benchmark.toy import make_case
 from pbe.evaluation.metrics.scoring import ScoreSettings, score
 from pbe.files import make_folder
-from scripts.benchmarks.common import machine, make_parser, print_rows, read_options, write
+from scripts.benchmarks.common import command_line, machine, make_parser, print_rows, read_options, write
 
 EXEMPLAR = 224
 DISTINCT = 100  # cases that are rendered; further ones are links to their files
@@ -104,10 +103,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, {f"{title}: {', '.join(ran)}": rows})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,10 +21,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pbe.checkpoints.native import load_model
-from pbe.cli.main import run_command
 from pbe.data.toy.scenes import DEFAULT_WORLD, ToyWorld
 from pbe.errors import UserError
-from scripts.benchmarks.common import make_parser, print_rows, read_options, write
+from scripts.benchmarks.common import command_line, make_parser, print_rows, read_options, write
 from scripts.benchmarks.convergence import Candidate, distance
 from scripts.benchmarks.presets import HALF, HEADS, KEPT, SETTINGS, Cases, measure_settings
 from scripts.benchmarks.solver_runs import (
@@ -70,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@torch.no_grad()
 def run(options: argparse.Namespace) -> None:
     """Measure every candidate; write the plot and the tables.
 
@@ -174,11 +174,7 @@ def read_page(path: Path) -> tuple[str, str]:
     return before, after
 
 
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(parse(arguments)))
-
+main = command_line(lambda arguments: run(parse(arguments)))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pbe.cli.main import run_command
 from scripts.benchmarks.common import (
     ROOT,
+    command_line,
     machine,
     make_parser,
     print_rows,
@@ -82,10 +82,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, {"seconds from the command on": rows})
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from pbe.cli.main import run_command
 from pbe.config import Config, load_config
 from pbe.diffusion.objective import drop_condition
 from pbe.diffusion.schedule import make_schedule
@@ -48,6 +47,7 @@ from pbe.training.tasks.encoding import Draws, EncodedBatch, draw
 from scripts.benchmarks.common import (
     CLOCKS,
     ROOT,
+    command_line,
     machine,
     make_parser,
     own_file,
@@ -310,10 +310,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, measure(options))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())

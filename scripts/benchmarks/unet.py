@@ -31,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pbe.checkpoints.diffusers.format import write_unet
 from pbe.checkpoints.diffusers.names import unet_name
-from pbe.cli.main import run_command
 from pbe.config import ModelConfig
 from pbe.errors import UserError
 from pbe.models import UNet, attention, convolution
@@ -40,6 +39,7 @@ from scripts.benchmarks.common import (
     DTYPES,
     add_channels,
     alone,
+    command_line,
     drawn,
     machine,
     make_parser,
@@ -277,10 +277,7 @@ def run(arguments: list[str] | None) -> None:
     write(options, tables)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 for a mistake of the user's."""
-    return run_command(lambda: run(arguments))
-
+main = command_line(run)
 
 if __name__ == "__main__":
     sys.exit(main())
