@@ -47,3 +47,9 @@ def find_model(name: str) -> str:
     """
     place = MODELS.get(name, name)
     return str(packaged(place)) if place in MODELS.values() and not os.path.exists(name) else name
+
+
+def model_name(place: Path) -> str:
+    """Return the name of a model that ships, and of any other its path."""
+    ships = (name for name, path in MODELS.items() if place.resolve() == packaged(path).resolve())
+    return next(ships, str(place))

@@ -8,7 +8,7 @@ import pytest
 
 from pbe import resources
 from pbe.config import load_config
-from pbe.resources import config_names, find_config, find_model, packaged
+from pbe.resources import config_names, find_config, find_model, model_name, packaged
 
 
 def test_names_find_what_ships_and_paths_find_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +24,15 @@ def test_names_find_what_ships_and_paths_find_files(tmp_path: Path, monkeypatch:
     (tmp_path / "toy").write_text("seed: 4\n")
     assert find_config("toy") == Path("toy")
     assert find_model("toy") == "toy"
+
+
+def test_models_that_ship_have_names_and_others_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model_name(packaged("data/toy/model")) == "toy"
+    monkeypatch.chdir(packaged("data"))
+    assert model_name(Path("toy/fast")) == "toy-fast"
+    assert model_name(tmp_path / "toy") == str(tmp_path / "toy")
 
 
 def test_a_configuration_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

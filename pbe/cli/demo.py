@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pbe.cli.arguments import options
 from pbe.evaluation.demo import DemoSettings
-from pbe.resources import TOY_MODEL, find_model, packaged
+from pbe.resources import find_model, model_name
 
 
 @options
@@ -26,7 +26,7 @@ def demo(*, settings: DemoOptions = DemoOptions()) -> int:
 
     try:
         model = Path(find_model(str(settings.model)))
-        usual = "toy-fast" if model.resolve() == packaged(TOY_MODEL).resolve() else "none"
+        usual = "toy-fast" if model_name(model) == "toy" else "none"
         run(replace(settings, model=model, student=find_model(settings.student or usual)))
     except StageError as error:
         traceback.print_exception(error.__cause__)

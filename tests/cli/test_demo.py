@@ -96,6 +96,7 @@ def test_the_whole_way_from_scenes_to_the_page(small, tmp_path, capsys):
     assert page.count("2 steps, guidance 2.5") == 1
     assert re.search(r"faster by the distilled model: \d+ ms for an edit in 2 calls, not \d+ ms in 6;", page)
     assert page.count("data:image/png") == 1  # the grid of the training run
+    assert f"pbe evaluate --model {small[1]} --out" in page
     assert "AUC, grey" in page
     assert "autoencoder alone" in page
     with Image.open(out / "edits.png") as sheet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from pbe.evaluation.metrics.towers import load_tower
 from pbe.evaluation.report import markdown, sheet
 from pbe.files import make_folder
 from pbe.html import Tile, render_page, write_html
-from pbe.resources import packaged
+from pbe.resources import model_name, packaged
 from pbe.training.monitoring.loggers import read_rows
 from pbe.training.tasks.diffusion import VALIDATION_TIMESTEPS
 
@@ -290,14 +291,14 @@ def score(
 
 def next_steps(options: DemoSettings) -> list[tuple[str, str]]:
     """Return what one may do next, with the commands."""
-    example = options.out / "example"
+    example, model = options.out / "example", shlex.quote(model_name(options.model))
     files = f"--image {example}/image.png --mask {example}/mask.png --exemplar {example}/exemplar.png"
     return [
         ("Edit an image of your own; these files are the first case of this page:",
-         f"pbe edit --model {options.model} {files} --out outputs/edit"),
-        ("Score the shipped model on all test objects:",
-         f"pbe evaluate --model {options.model} --out outputs/evaluation"),
-        ("Train that model again, which takes an hour or more:", "pbe toy train"),
+         f"pbe edit --model {model} {files} --out outputs/edit"),
+        ("Score the model on all test objects:",
+         f"pbe evaluate --model {model} --out outputs/evaluation"),
+        ("Train the model that ships again, which takes hours:", "pbe toy train"),
     ]  # fmt: skip
 
 
