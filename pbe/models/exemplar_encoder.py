@@ -7,6 +7,7 @@ network cannot copy it and has to understand it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -17,6 +18,7 @@ from pbe.config import ExemplarEncoderConfig
 from pbe.errors import UserError
 from pbe.models.adapters import Adapted
 from pbe.models.image_tower import build_tower, stage_widths, tower_stages
+from pbe.models.layers import zero_init
 
 PYRAMID = 5
 """Stages that a convolutional tower has at most; what has more of them is a transformer with its blocks."""
@@ -133,6 +135,12 @@ class ExemplarEncoder(nn.Module):
         widths = self._widths("layout_grid")
         channels = sum(widths[index] for index in layout_stages(len(widths)))
         return LayoutPooling(channels, config.layout_grid, config.layout_width, width)
+
+    def add_layout_pooling(self, grid: int, hidden: int) -> None:
+        """Give the encoder a fresh learned pooling, which changes nothing yet."""
+        self.config = replace(self.config, layout_grid=grid, layout_width=hidden)
+        self.layout = self._layout_pooling(self.proj.in_features)
+        zero_init(self.layout.gather)
 
     def train(self, mode: bool = True) -> ExemplarEncoder:
         """Set training mode everywhere except in the frozen tower, whose batch statistics must not change."""

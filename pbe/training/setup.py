@@ -154,6 +154,10 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
         torch.manual_seed(config.seed)
         model.autoencoder.make_mask_aware()
         model.config = replace(model.config, autoencoder=model.autoencoder.config)
+    if (grid := config.model.exemplar_encoder.layout_grid) and not merged.exemplar_encoder.layout_grid:
+        torch.manual_seed(config.seed)
+        model.exemplar_encoder.add_layout_pooling(grid, config.model.exemplar_encoder.layout_width)
+        model.config = replace(model.config, exemplar_encoder=model.exemplar_encoder.config)
     return model, replace(config, model=model.config)
 
 
@@ -163,13 +167,20 @@ def _merged(config: Config, stored: ModelConfig) -> ModelConfig:
     own = {name: getattr(wanted.exemplar_encoder, name) for name in OWN_OF_ENCODER}
     encoder, autoencoder = replace(stored.exemplar_encoder, **own), stored.autoencoder
     merged = replace(stored, exemplar_encoder=encoder, **{name: getattr(wanted, name) for name in OWN})
-    # stored scale factor and tower weights win, and a plain decoder may be made mask-aware
+    # stored scale factor and tower weights win; a plain decoder may be made mask-aware, and a pooling added
     aware = autoencoder.mask_aware_decoder or wanted.autoencoder.mask_aware_decoder
     scale = wanted.autoencoder.scale_factor
+    trained = config.task == "diffusion" and not config.lora.rank
+    pooling = wanted.exemplar_encoder if trained and not encoder.layout_grid else encoder
     taken = replace(
         merged,
         autoencoder=replace(autoencoder, scale_factor=scale, mask_aware_decoder=aware),
-        exemplar_encoder=replace(encoder, pretrained=wanted.exemplar_encoder.pretrained),
+        exemplar_encoder=replace(
+            encoder,
+            pretrained=wanted.exemplar_encoder.pretrained,
+            layout_grid=pooling.layout_grid,
+            layout_width=pooling.layout_width,
+        ),
     )
     if different := _model_differences(wanted, taken):
         raise UserError(

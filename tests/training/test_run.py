@@ -173,6 +173,17 @@ def test_a_model_trained_without_exemplars_starts_both_kinds_of_condition(shards
         assert any(".attn2.to_q." in name for name in moved) == (tokens == "all")
 
 
+def test_a_start_without_a_learned_pooling_is_given_one_that_changes_nothing_yet(finished, shards, tmp_path):
+    start = [f"init_from={finished / 'model'}", "optimizer.ema_decay=0", "trainer.max_steps=2"]
+    pooled = [*start, "model.exemplar_encoder.layout_grid=2", "model.exemplar_encoder.layout_width=8"]
+    for name, settings in (("plain", start), ("pooled", pooled)):
+        run(tiny_config(shards, tmp_path / name, *settings))
+    first = [logged(tmp_path / name, "train/loss")[0] for name in ("plain", "pooled")]
+    assert first[0] == first[1]
+    layout = load_model(tmp_path / "pooled" / "model").exemplar_encoder.layout
+    assert layout is not None and layout.gather.weight.any()
+
+
 def test_a_signal_during_the_first_validation_ends_before_training(shards, autoencoder, tmp_path):
     watch = Watch(0, send(signal.SIGINT), "on_validation_start")
     result = run(tiny_config(shards, tmp_path, autoencoder), watch)

@@ -49,6 +49,15 @@ def test_every_key_that_differs_is_named(config):
     )
 
 
+@pytest.mark.parametrize("other", ["lora.rank=2", "task=distillation"])
+def test_no_pooling_is_added_where_it_would_not_be_trained(tmp_path, other):
+    wanted = ("init_from=old", "model.exemplar_encoder.layout_grid=2", other)
+    config = tiny_config(tmp_path, tmp_path / "run", *wanted)
+    encoder = replace(config.model.exemplar_encoder, layout_grid=0)
+    with pytest.raises(UserError, match="layout_grid 2 instead of 0; make them equal"):
+        _merged(config, replace(config.model, exemplar_encoder=encoder))
+
+
 def test_an_autoencoder_that_is_not_there(tmp_path):
     config = tiny_config(tmp_path, tmp_path / "run", f"autoencoder_from={tmp_path / 'nowhere'}")
     with pytest.raises(UserError, match=r"autoencoder_from is '.*nowhere', which does not exist; name"):
