@@ -181,7 +181,8 @@ def test_a_start_without_a_learned_pooling_is_given_one_that_changes_nothing_yet
     first = [logged(tmp_path / name, "train/loss")[0] for name in ("plain", "pooled")]
     assert first[0] == first[1]
     layout = load_model(tmp_path / "pooled" / "model").exemplar_encoder.layout
-    assert layout is not None and layout.gather.weight.any()
+    assert layout is not None
+    assert layout.gather.weight.any()
 
 
 def test_a_signal_during_the_first_validation_ends_before_training(shards, autoencoder, tmp_path):
