@@ -19,6 +19,7 @@ SETTINGS = (
 NAMES = {"train/loss": 4, "train/l1": 4, "train/gradient_norm": 4, "train/discriminator": 2, "val/loss": 2}
 
 
+@pytest.mark.slow  # of distributed runs the plain, the sharded and the interrupted one are in every test run
 def test_two_processes_are_one_with_a_discriminator(shards, tmp_path, project_root):
     write_config(tmp_path / "two.yaml", tiny_config(shards, tmp_path / "two", *SETTINGS))
     command = with_two(tmp_path / "two", "ddp", "data.batch_size=2")
