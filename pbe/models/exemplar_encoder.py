@@ -119,7 +119,9 @@ class ExemplarEncoder(nn.Module):
         )
         self.final_norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, context_dim)
-        self.null_condition = nn.Parameter(torch.randn(1, 1, context_dim))
+        self.null_condition = nn.Parameter(torch.empty(1, 1, context_dim))
+        if not self.null_condition.is_meta:  # where a normal draw would import torch's compiler
+            nn.init.normal_(self.null_condition)
 
     def _widths(self, option: str) -> list[int]:
         if not hasattr(getattr(self.tower, "trunk", self.tower), "forward_intermediates"):
@@ -136,9 +138,9 @@ class ExemplarEncoder(nn.Module):
         channels = sum(widths[index] for index in layout_stages(len(widths)))
         return LayoutPooling(channels, config.layout_grid, config.layout_width, width)
 
-    def add_layout_pooling(self, grid: int, hidden: int) -> None:
-        """Give the encoder a fresh learned pooling, which changes nothing yet."""
-        self.config = replace(self.config, layout_grid=grid, layout_width=hidden)
+    def add_layout_pooling(self, like: ExemplarEncoderConfig) -> None:
+        """Give the encoder a fresh learned pooling of that grid and width, which changes nothing yet."""
+        self.config = replace(self.config, layout_grid=like.layout_grid, layout_width=like.layout_width)
         self.layout = self._layout_pooling(self.proj.in_features)
         zero_init(self.layout.gather)
 

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
 from pbe.config import Config, ExemplarEncoderConfig
 from pbe.errors import UserError
+from pbe.models.lite_tower import NAME as LITE, EfficientNetLite0
 
 TIMM, DESCRIBED = "timm/", "vit/"
 PACKAGED = (127 / 255, 128 / 255)  # mean and deviation of the weights that come as a Python package
@@ -69,8 +69,8 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
     """
     follow_tower(config)
     if config.tower.startswith(TIMM):
-        trunk = TimmTower(_known_to_timm(config.tower.removeprefix(TIMM)))
-        return trunk, _finish_trunk(trunk, config)
+        tower = TimmTower(_bare_trunk(config.tower.removeprefix(TIMM)))
+        return tower, _finish_trunk(tower, config)
     from open_clip.model import CLIPVisionCfg, _build_vision_tower  # no public builder of the tower alone
 
     vision, embed_dim, quick_gelu = _vision_config(config)
@@ -87,17 +87,23 @@ def build_tower(config: ExemplarEncoderConfig) -> tuple[nn.Module, int]:
     return tower, embed_dim if vision.get("attentional_pool") else int(vision["width"])
 
 
+def _bare_trunk(name: str) -> nn.Module:
+    """Build a trunk of timm's. timm and open_clip take seconds to import: only what needs them does."""
+    if name == LITE:
+        return EfficientNetLite0()
+    import timm
+
+    trunk: Any = timm.create_model(_known_to_timm(name), pretrained=False)
+    trunk.reset_classifier(0)
+    return trunk
+
+
 class TimmTower(nn.Module):
-    """A bare timm trunk, pooled as it is by itself; keys are those of open_clip's adapter.
+    """A bare timm trunk, pooled as it is by itself; keys are those of open_clip's adapter."""
 
-    open_clip takes as long to import as everything else together, and such a tower needs nothing of it.
-    """
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
-        trunk: Any = timm.create_model(name, pretrained=False)
-        trunk.reset_classifier(0)
-        self.trunk: nn.Module = trunk
+        self.trunk = trunk
         self.head: nn.Module = nn.Identity()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -169,6 +175,8 @@ def _described_transformer(config: ExemplarEncoderConfig) -> tuple[dict[str, Any
 
 
 def _known_to_timm(name: str) -> str:
+    import timm
+
     if not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'; timm.list_models() shows those that exist")
     return name
@@ -265,6 +273,8 @@ def tower_facts(config: ExemplarEncoderConfig) -> TowerFacts:
 
 
 def _timm_facts(config: ExemplarEncoderConfig) -> TowerFacts | None:
+    import timm
+
     name, tag = timm_name(config)
     if not timm.is_model(name):
         return None  # the building of the tower says so
@@ -294,6 +304,8 @@ def timm_name(config: ExemplarEncoderConfig) -> tuple[str, str]:
 
 def timm_tags(name: str) -> list[str]:
     """Return the tags of timm's weights of an architecture."""
+    import timm
+
     return (
         [found.partition(".")[2] for found in timm.list_pretrained(f"{name}.*")]
         if timm.is_model(name)
@@ -303,9 +315,11 @@ def timm_tags(name: str) -> list[str]:
 
 def follow_tower(config: ExemplarEncoderConfig) -> None:
     """Put the tower's own mean, deviation and size where the configuration leaves them open, in place."""
-    facts = tower_facts(config)
-    config.mean, config.std = list(config.mean or facts.mean), list(config.std or facts.std)
-    config.image_size = config.image_size or facts.image_size or 224
+    complete = config.mean and config.std and config.image_size
+    if not complete or config.tower != TIMM + LITE:
+        facts = tower_facts(config)
+        config.mean, config.std = list(config.mean or facts.mean), list(config.std or facts.std)
+        config.image_size = config.image_size or facts.image_size or 224
     if not 0 < config.image_size <= LARGEST:
         raise UserError(
             f"exemplar_encoder.image_size is {config.image_size}; it must be between 1 and {LARGEST}, "

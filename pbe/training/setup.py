@@ -7,10 +7,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from pytorch_lightning.strategies import StrategyRegistry
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pbe.checkpoints.loading import open_checkpoint
 from pbe.checkpoints.native import CONFIG_NAME, load_config as load_model_config, load_part
@@ -35,9 +32,9 @@ from pbe.config import AutoencoderConfig, Config, ModelConfig, TrainerConfig, di
 from pbe.config.loading import one_line
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
-from pbe.models.attention import SpatialTransformer
 from pbe.models.image_tower import follow_sizes
-from pbe.models.layers import ResBlock, compile_network
+from pbe.models.layers import compile_network
+from pbe.training.activations import checkpoint_blocks
 from pbe.training.monitoring.callbacks import GridCallback, StepLog, autoencoder_grid, diffusion_grid
 from pbe.training.monitoring.loggers import make_loggers
 from pbe.training.optimization.sharding import STRATEGY_NAMES, ShardedStrategy
@@ -74,8 +71,13 @@ DEVICES = re.compile(r"auto|-1|[0-9]+|\[?\s*[0-9]+(\s*,\s*[0-9]+)*\s*,?\s*\]?")
 MAX_PROCESSES = 4  # on the CPU, for each of its cores
 # What Lightning raises where settings and machine do not fit.
 MISFIT = (
-    *(MisconfigurationException, ValueError, TypeError, RuntimeError),
-    *(ImportError, KeyError, AssertionError),
+    MisconfigurationException,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    AssertionError,
 )
 
 
@@ -110,10 +112,8 @@ def build_model(config: Config) -> tuple[LatentDiffusion, Config]:
     model = LatentDiffusion(config.model)
     if diffusion:
         load_part(source, "autoencoder", model.autoencoder)
-        if not config.init_from:
-            print(
-                "init_from is empty: the UNet starts from random weights (init_from=none says that it shall)"
-            )
+    if diffusion and not config.init_from:
+        print("init_from is empty: the UNet starts from random weights (init_from=none says that it shall)")
     if diffusion or (loss.perceptual_weight and loss.perceptual_on == "tower"):
         print(load_tower_weights(model.exemplar_encoder.tower, config.model.exemplar_encoder))
     return model, config
@@ -148,16 +148,16 @@ def _warm_started(config: Config) -> tuple[LatentDiffusion, Config]:
     opened = open_checkpoint(config.start, sizes)
     if config.model_from_init:
         config = follow_model(config, opened.config)
-    merged = _merged(config, opened.config)
+    merged, wanted = _merged(config, opened.config), config.model
     model = replace(opened, config=merged).read(torch.float32).requires_grad_(True)
-    if config.model.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
+    encoder, autoencoder = model.exemplar_encoder, model.autoencoder
+    if wanted.autoencoder.mask_aware_decoder and not merged.autoencoder.mask_aware_decoder:
         torch.manual_seed(config.seed)
-        model.autoencoder.make_mask_aware()
-        model.config = replace(model.config, autoencoder=model.autoencoder.config)
-    if (grid := config.model.exemplar_encoder.layout_grid) and not merged.exemplar_encoder.layout_grid:
+        autoencoder.make_mask_aware()
+    if wanted.exemplar_encoder.layout_grid and not merged.exemplar_encoder.layout_grid:
         torch.manual_seed(config.seed)
-        model.exemplar_encoder.add_layout_pooling(grid, config.model.exemplar_encoder.layout_width)
-        model.config = replace(model.config, exemplar_encoder=model.exemplar_encoder.config)
+        encoder.add_layout_pooling(wanted.exemplar_encoder)
+    model.config = replace(model.config, autoencoder=autoencoder.config, exemplar_encoder=encoder.config)
     return model, replace(config, model=model.config)
 
 
@@ -170,16 +170,13 @@ def _merged(config: Config, stored: ModelConfig) -> ModelConfig:
     # stored scale factor and tower weights win; a plain decoder may be made mask-aware, and a pooling added
     aware = autoencoder.mask_aware_decoder or wanted.autoencoder.mask_aware_decoder
     scale = wanted.autoencoder.scale_factor
-    trained = config.task == "diffusion" and not config.lora.rank
-    pooling = wanted.exemplar_encoder if trained and not encoder.layout_grid else encoder
+    unpooled = config.task == "diffusion" and not (config.lora.rank or encoder.layout_grid)
+    taken_over = ("pretrained", *(("layout_grid", "layout_width") if unpooled else ()))
     taken = replace(
         merged,
         autoencoder=replace(autoencoder, scale_factor=scale, mask_aware_decoder=aware),
         exemplar_encoder=replace(
-            encoder,
-            pretrained=wanted.exemplar_encoder.pretrained,
-            layout_grid=pooling.layout_grid,
-            layout_width=pooling.layout_width,
+            encoder, **{name: getattr(wanted.exemplar_encoder, name) for name in taken_over}
         ),
     )
     if different := _model_differences(wanted, taken):
@@ -206,22 +203,6 @@ def apply_performance_options(model: LatentDiffusion, options: TrainerConfig) ->
     if options.compile:
         for network in (model.unet, model.autoencoder.encoder):
             compile_network(network, "trainer.compile")
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Keep only the inputs of residual and transformer blocks and recompute the rest in the backward pass.
-
-    Chen et al. 2016. The gradients are those of training without it.
-    """
-
-    def recomputed(forward: Callable[..., Any], *args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-
-    for module in model.modules():
-        if isinstance(module, ResBlock | SpatialTransformer):
-            module.forward = partial(recomputed, module.forward)  # type: ignore[method-assign]
 
 
 class PureBfloat16(HalfPrecision):

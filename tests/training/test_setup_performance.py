@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 
-import pbe.training.setup as module
+import pbe.training.activations as module
 from pbe.config import Config, OptimizerConfig, TrainerConfig, load_config
 from pbe.errors import UserError
 from pbe.models import LatentDiffusion
