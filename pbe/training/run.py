@@ -28,7 +28,7 @@ from pbe.models.adapters import adapter_state
 from pbe.training.latent_cache.builder import CacheSize, describe_folder, ensure_cache, size_on_disk
 from pbe.training.latent_cache.dataset import CachedDataModule
 from pbe.training.monitoring.loggers import CsvLog, close_loggers, keep_run_id
-from pbe.training.optimization.sharding import on_the_cpu
+from pbe.training.optimization.sharding import from_all_ranks, on_the_cpu
 from pbe.training.resume.callback import Checkpoints
 from pbe.training.resume.files import changed_settings, find_checkpoint, read_checkpoint, report, step_of
 from pbe.training.resume.signals import StopSignals, TrainingStopped
@@ -109,7 +109,7 @@ def _run(trainer: pl.Trainer, task: BaseTask, checkpoint: Path | None, stop: Sto
             save_yaml(config, folder / "config.yaml")
             keep_run_id(folder, trainer.loggers)
         _fit(trainer, task, data, checkpoint, stop)
-        if not stop.received:
+        if not _stopped(stop):
             _validate(trainer, task, data)
             export(task, folder / "model", writes=trainer.is_global_zero)
             return True
@@ -144,8 +144,15 @@ def _fit(
             logger.cut(step)
     if step <= 0 or step % task.config.trainer.validate_every == 0:
         _validate(trainer, task, data, checkpoint)
-    stop.check()
+    if _stopped(stop):
+        raise TrainingStopped
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+
+
+def _stopped(stop: StopSignals) -> bool:
+    """Return whether a signal came to any rank, the same on all of them."""
+    stop.received = max(from_all_ranks(stop.received))
+    return bool(stop.received)
 
 
 def _validate(

@@ -170,8 +170,9 @@ def _merged(config: Config, stored: ModelConfig) -> ModelConfig:
     # stored scale factor and tower weights win; a plain decoder may be made mask-aware, and a pooling added
     aware = autoencoder.mask_aware_decoder or wanted.autoencoder.mask_aware_decoder
     scale = wanted.autoencoder.scale_factor
-    unpooled = config.task == "diffusion" and not (config.lora.rank or encoder.layout_grid)
-    taken_over = ("pretrained", *(("layout_grid", "layout_width") if unpooled else ()))
+    untrained = config.lora.rank or "mapper" not in (config.optimizer.parts or ["mapper"])
+    adds = config.task == "diffusion" and not (untrained or encoder.layout_grid)
+    taken_over = ("pretrained", *(("layout_grid", "layout_width") if adds else ()))
     taken = replace(
         merged,
         autoencoder=replace(autoencoder, scale_factor=scale, mask_aware_decoder=aware),

@@ -5,10 +5,12 @@ Annotations are evaluated (no ``from __future__``): a command line reads them in
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 from pbe.editing.settings import Dtype, check_count, check_number, existing_path, option_name
 from pbe.errors import UserError
+from pbe.resources import model_name
 
 PASSWORD = "PBE_PASSWORD"
 COUNTS = ("port", "max_megabytes", "max_megapixels", "max_steps", "max_images", "batch_size", "max_queue")
@@ -65,6 +67,6 @@ class ServeSettings:
 
     @property
     def model_name(self) -> str:
-        """What the page and its records call the model: a folder on this machine loses its place."""
+        """What the page and its records call the model; a folder that does not ship loses its place."""
         path = existing_path(self.model)
-        return self.model if path is None or self.model == "toy" else path.name
+        return self.model if path is None else Path(model_name(path)).name

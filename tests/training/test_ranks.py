@@ -45,6 +45,21 @@ module._callbacks = callbacks
 print("stopped", first.stopped_by, first.steps, (folder / "stopped" / "model").exists(), flush=True)
 train(config("stopped"))
 
+
+class Late(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_validation_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+each = ("trainer.validate_every=1", "trainer.checkpoint_every=1", "trainer.max_steps=2")
+for step in range(3):
+    ended = train(config(f"late{step}", *each), [Late(step)])
+    print("late", ended.stopped_by, ended.steps, flush=True)
+
 original = AutoencoderTask.batch_loss
 
 
@@ -90,6 +105,13 @@ def test_rows_of_a_resumed_run_are_those_of_an_uninterrupted_one(said):
         assert float(other) == pytest.approx(float(one), rel=1e-12), (step, name)
     same, again = weights(folder / "straight" / "model"), weights(folder / "stopped" / "model")
     assert all(same[name].equal(again[name]) for name in same)
+
+
+def test_a_signal_to_one_rank_while_all_validate_ends_all(said):
+    for text in said[1]:
+        assert [line for line in text.splitlines() if line.startswith("late")] == [
+            f"late 15 {step}" for step in range(3)
+        ]
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])

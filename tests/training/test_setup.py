@@ -49,7 +49,7 @@ def test_every_key_that_differs_is_named(config):
     )
 
 
-@pytest.mark.parametrize("other", ["lora.rank=2", "task=distillation"])
+@pytest.mark.parametrize("other", ["lora.rank=2", "task=distillation", "optimizer.parts=[residual]"])
 def test_no_pooling_is_added_where_it_would_not_be_trained(tmp_path, other):
     wanted = ("init_from=old", "model.exemplar_encoder.layout_grid=2", other)
     config = tiny_config(tmp_path, tmp_path / "run", *wanted)

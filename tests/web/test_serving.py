@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 from pbe.checkpoints.native import load_config, open_native  # noqa: E402
 from pbe.cli.main import main  # noqa: E402
+from pbe.resources import MODELS  # noqa: E402
 from pbe.web.records import read_inputs, read_settings  # noqa: E402
 from pbe.web.settings import ServeSettings  # noqa: E402
 
@@ -212,6 +213,8 @@ def test_a_folder_of_the_server_loses_its_place(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert ServeSettings(model=str(tmp_path / "mine")).model_name == "mine"
     assert ServeSettings(model="owner/name").model_name == "owner/name"
+    for name in MODELS:
+        assert ServeSettings(model=name).model_name == name, "what repeats an edit"
     assert ServeSettings(user="a", password="hidden").__repr__().count("hidden") == 0
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from PIL import Image
 from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
@@ -44,6 +45,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import MODELS_OWN, claim_folder, is_whole, model_identity
 from pbe.evaluation.metrics.base import Case
+from pbe.training.setup import cluster
 
 # What Lightning says of things that are meant to be so: batches are small and read by the main process.
 NEEDLESS_ADVICE = (
@@ -53,7 +55,7 @@ NEEDLESS_ADVICE = (
     "across ranks is zero",
     "predict returned None",
 )
-LAUNCHED = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK", "SLURM_NTASKS"}  # variables of torchrun and SLURM
+LAUNCHED = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  # variables of torchrun and of Lightning
 TIMESTEPS = ScheduleConfig().timesteps  # of every model known
 GROUPS_A_PROCESS = 2  # fewer are not worth the start of another process on the CPU
 
@@ -120,7 +122,7 @@ class GenerateSettings:
             raise UserError(f"there is no strategy '{self.strategy}'; there are: {', '.join(known)}")
         if self.engine == "ray" and (self.num_nodes > 1 or self.strategy != "auto"):
             raise UserError("the engine ray takes no strategy and no num_nodes: the cluster has its machines")
-        if self.num_nodes > 1 and not os.environ.keys() & (LAUNCHED | {"MASTER_ADDR"}):
+        if self.num_nodes > 1 and not (launched() or "MASTER_ADDR" in os.environ):
             raise UserError(
                 f"num_nodes is {self.num_nodes}, but neither torchrun nor SLURM started this process"
             )
@@ -363,22 +365,28 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(name) or 0) for name in ranks)
 
 
+def launched() -> bool:
+    """Tell whether this process is one of several that torchrun, srun or Lightning has started."""
+    return bool(os.environ.keys() & LAUNCHED) or isinstance(cluster(), SLURMEnvironment)
+
+
 def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # which advertises as it is made
     devices, strategy = settings.devices, settings.strategy
     gpus = torch.cuda.is_available() and settings.accelerator != "cpu"
-    launched = bool(os.environ.keys() & LAUNCHED)
-    if devices == "auto" and not gpus and not launched:
+    one_of_several, environment = launched(), cluster()
+    if devices == "auto" and not gpus and not one_of_several:
         devices = min(torch.get_num_threads(), max(1, groups // GROUPS_A_PROCESS))
     several = int(devices) > 1 if str(devices).isdecimal() else gpus and torch.cuda.device_count() > 1
     if strategy == "auto" and several:
-        strategy = "ddp" if launched else "ddp_spawn"  # a library's caller is not to be run again
+        strategy = "ddp" if one_of_several else "ddp_spawn"  # a library's caller is not to be run again
     try:
         return pl.Trainer(
             accelerator=settings.accelerator,
             devices=devices if devices == "auto" else int(devices),
             strategy=strategy,
             num_nodes=settings.num_nodes,
+            plugins=[environment] if environment else None,
             precision="32-true",
             logger=False,
             enable_checkpointing=False,

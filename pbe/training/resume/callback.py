@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import time
 from pathlib import Path
@@ -49,11 +50,17 @@ class Checkpoints(pl.callbacks.Checkpoint):
             remove(self.folder / BEST_NAME)
             (self.folder / BEST_NOTE).unlink(missing_ok=True)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do so where several ranks validate: Lightning's handler broadcasts, wherever the ranks are."""
+        if trainer.world_size > 1:
+            self.stop.take_over()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End training when a signal came and the last step is complete."""
-        if self.tried == trainer.global_step:
+        # saving and validating take a while, in which a signal may have come to one rank alone
+        if self.tried == trainer.global_step and self._agree(trainer)[0]:
             self.stop.check()
 
     def on_train_batch_end(
@@ -120,7 +127,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         value, note = trainer.callback_metrics.get("val/loss"), self.folder / BEST_NOTE
         if not self.options.keep_best or not trainer.is_global_zero or value is None:
             return
-        if self._saved != trainer.global_step:
+        if self._saved != trainer.global_step or not math.isfinite(value):
             return
         if note.is_file() and json.loads(note.read_text())["val/loss"] <= float(value):
             return

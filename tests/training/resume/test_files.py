@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 import pbe.training.resume.files as module
@@ -25,6 +26,7 @@ from pbe.training.resume.files import (
     newest_intact,
     recount_batches,
 )
+from pbe.training.tasks.diffusion import DiffusionTask
 from tests.training.tiny import checkpoint, differing, logged, run, tiny_config, weights
 
 
@@ -232,6 +234,17 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(shards, autoe
     assert (note["step"], note["val/loss"]) == (best, pytest.approx(losses[best]))
     assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=False)["global_step"] == best
     assert damage(tmp_path / "checkpoints" / "best.ckpt") == ""
+
+
+def test_a_validation_without_numbers_is_never_the_best(shards, autoencoder, tmp_path, monkeypatch):
+    def failing(task: DiffusionTask, name: str, value: torch.Tensor, **how: Any) -> None:
+        broken = name == "val/loss" and task.global_step == 2
+        pl.LightningModule.log(task, name, value * float("nan") if broken else value, **how)
+
+    monkeypatch.setattr(DiffusionTask, "log", failing)
+    settings = ["trainer.max_steps=2", "trainer.validate_every=1", "trainer.keep_best=true"]
+    run(tiny_config(shards, tmp_path, autoencoder, *settings))
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["step"] == 1
 
 
 def test_minutes_are_a_reason_to_save(shards, autoencoder, tmp_path):
