@@ -22,9 +22,6 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from PIL import Image
 from pytorch_lightning.strategies import StrategyRegistry
-from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
-    MisconfigurationException,  # of lightning-fabric, and documented here
-)
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -45,7 +42,7 @@ from pbe.errors import UserError
 from pbe.evaluation.benchmark.coco_ee import BenchmarkFolder
 from pbe.evaluation.benchmark.edits import MODELS_OWN, claim_folder, is_whole, model_identity
 from pbe.evaluation.metrics.base import Case
-from pbe.training.setup import cluster
+from pbe.training.setup import MISFIT, cluster
 
 # What Lightning says of things that are meant to be so: batches are small and read by the main process.
 NEEDLESS_ADVICE = (
@@ -123,9 +120,8 @@ class GenerateSettings:
         if self.engine == "ray" and (self.num_nodes > 1 or self.strategy != "auto"):
             raise UserError("the engine ray takes no strategy and no num_nodes: the cluster has its machines")
         if self.num_nodes > 1 and not (launched() or "MASTER_ADDR" in os.environ):
-            raise UserError(
-                f"num_nodes is {self.num_nodes}, but neither torchrun nor SLURM started this process"
-            )
+            why = "but neither torchrun nor SLURM started this process"
+            raise UserError(f"num_nodes is {self.num_nodes}, {why}")
         if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices) > 0):
             raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
 
@@ -372,9 +368,8 @@ def launched() -> bool:
 
 def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # which advertises as it is made
-    devices, strategy = settings.devices, settings.strategy
-    gpus = torch.cuda.is_available() and settings.accelerator != "cpu"
-    one_of_several, environment = launched(), cluster()
+    devices, strategy, environment = settings.devices, settings.strategy, cluster()
+    gpus, one_of_several = torch.cuda.is_available() and settings.accelerator != "cpu", launched()
     if devices == "auto" and not gpus and not one_of_several:
         devices = min(torch.get_num_threads(), max(1, groups // GROUPS_A_PROCESS))
     several = int(devices) > 1 if str(devices).isdecimal() else gpus and torch.cuda.device_count() > 1
@@ -394,7 +389,7 @@ def _trainer(settings: GenerateSettings, groups: int) -> pl.Trainer:
             enable_progress_bar=settings.progress,
             use_distributed_sampler=False,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except MISFIT as error:
         raise UserError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
 
 
