@@ -65,7 +65,7 @@ docs: $(DOCS_READY) ## build the documentation as a site in outputs/site; broken
 	$(BIN)/zensical build --strict
 
 toy-model: $(DEMO_READY) ## train the model that ships in data/toy/model again (hours on one core; resumes)
-	$(BIN)/pbe toy train
+	$(BIN)/pbe toy train --out data/toy/model
 
 performance: $(DEV_READY) ## run every benchmark (hours on two idle cores) and write docs/performance.md
 	$(BIN)/python scripts/benchmarks/performance.py --run all

@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,7 +29,7 @@ class CropSettings:
     """side of the squares, pixels"""
     filter: Literal["bilinear", "bicubic"] = "bilinear"
     """filter for resizing; the paper's is bilinear"""
-    workers: Count = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: Count | None = None
     """number of processes (default: one per core)"""
 
 
@@ -65,9 +64,10 @@ def make_squares(settings: CropSettings) -> int:
     _check_earlier([path for path in paths if _target(path, out).exists()], out, make_square)
     make = partial(_write, out=out, make_square=make_square)
     bar = partial(tqdm, total=len(waiting), desc="squares", file=sys.stderr, disable=None)
-    if settings.workers == 1:
+    workers = settings.workers or os.cpu_count() or 1
+    if workers == 1:
         return sum(map(make, bar(waiting)))
-    with ProcessPoolExecutor(settings.workers) as pool:
+    with ProcessPoolExecutor(workers) as pool:
         return sum(bar(pool.map(make, waiting, chunksize=16)))
 
 

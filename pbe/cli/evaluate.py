@@ -56,7 +56,7 @@ class Sampling:
     """type of the weights"""
     device: str = ""
     """auto, cpu, cuda, ... (default auto; without --benchmark cpu)"""
-    threads: Natural = 0
+    threads: Natural | None = None
     """CPU threads per process (default 1; without --benchmark all)"""
 
 

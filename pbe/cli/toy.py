@@ -101,7 +101,7 @@ SCENES = (
 class TrainToySettings:
     """Options of ``pbe toy train``."""
 
-    out: Path = Path("data/toy/model")
+    out: Path = Path("outputs/toy/model")
     """folder for the finished model"""
     score_every: Count = 1000
     """steps between scores in the log"""
@@ -114,7 +114,7 @@ def train(*overrides: str, settings: TrainToySettings = TrainToySettings()) -> i
     pbe toy train trainer.max_steps=20000
 
     It takes hours. If it is stopped, the same command skips what is finished and resumes the training.
-    Everything but the finished model is in outputs/toy of the current folder.
+    Everything is in outputs/toy of the current folder.
 
     Args:
         overrides: key=value, for the training of the diffusion model

@@ -54,6 +54,8 @@ def test_help_is_printed_without_the_packages_that_take_seconds() -> None:
     for command in set(said) - {"", *GROUPS}:
         assert said[command].startswith(f"Usage: pbe {command}")
         assert said[command].splitlines()[2], f"pbe {command} does not say what it does"
+        for option in re.split(r"\n│[ *]+(?=--)", said[command])[1:]:  # its text says it, or its value does
+            assert not ("(default" in option and "[default:" in option), f"pbe {command}: {option}"
 
 
 @pytest.mark.parametrize("command", ["", "train", "evaluate"])

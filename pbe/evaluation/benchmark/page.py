@@ -34,6 +34,7 @@ CARD_NAMES = {
     "weights_sha256": "SHA-256 of its weights",
     "resize_filter": "resizing",
     "crop_rule": "crop",
+    "pictures": "images",
     "excluded": "left out",
     "reference_sha256": "SHA-256 of the reference",
 }

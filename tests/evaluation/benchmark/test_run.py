@@ -325,7 +325,7 @@ def test_families_stand_in_tables_of_their_own_with_marked_numbers():
     assert all(cell.endswith("(unverified)") for cell in marked)
     text = markdown_page("T", tables, [ScoredEdits("mine", scores)])
     assert text.count("\n## ") == 4
-    assert "- **seam**, mine. pictures: 1; left out: nothing; notes: a <note>" in text
+    assert "- **seam**, mine. images: 1; left out: nothing; notes: a <note>" in text
     assert "**clip-fid**" not in text
 
 
