@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -226,6 +227,7 @@ class _EditTask(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Be quiet in processes that Lightning started, too."""
         _quieten()
+        self.at_sigterm = signal.getsignal(signal.SIGTERM)
 
     def predict_dataloader(self) -> DataLoader[int]:
         """Return the numbers of this process' groups that have a file to come.
@@ -239,16 +241,14 @@ class _EditTask(pl.LightningModule):
     def on_predict_start(self) -> None:
         """Load the model, once in each process and on its device."""
         torch.set_num_threads(self.settings.threads)
+        if threading.current_thread() is threading.main_thread():  # Lightning's own handler only takes note
+            signal.signal(signal.SIGTERM, self.at_sigterm)
         if isinstance(self.source, PaintByExample):
             self.pipe = self.source.to(self.device)
         else:
-            dtype = DTYPES[self.settings.dtype]
+            dtype, raw = DTYPES[self.settings.dtype], self.settings.raw_weights
             self.pipe = PaintByExample.from_pretrained(
-                self.source,
-                dtype=dtype,
-                device=self.device,
-                safety_checker=None,
-                raw_weights=self.settings.raw_weights,
+                self.source, dtype=dtype, device=self.device, safety_checker=None, raw_weights=raw
             )
         self.pipe.set_progress_bar_config(disable=True)
 

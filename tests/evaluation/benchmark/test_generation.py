@@ -363,7 +363,10 @@ def test_a_damaged_case_is_named(model, bench_files, tmp_path):
 def test_what_goes_wrong_comes_out_and_leaves_no_trace(
     model, benchmark, edited, tmp_path, monkeypatch, error
 ):
+    inside = []
+
     def fail(*_: object) -> None:
+        inside.append(signal.getsignal(signal.SIGTERM))
         raise error
 
     interrupts, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
@@ -377,6 +380,7 @@ def test_what_goes_wrong_comes_out_and_leaves_no_trace(
     finally:
         torch.set_num_threads(threads)
     assert signal.getsignal(signal.SIGINT) is interrupts
+    assert inside == [signal.getsignal(signal.SIGTERM)], "which ends an evaluation at once"
     assert contents(generate(model, benchmark, tmp_path / "out", SETTINGS)) == contents(edited)
 
 
