@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import torch
+from matplotlib.ticker import LogFormatter
 from torch import nn
 
 from pbe.cli.main import run_command
@@ -251,6 +252,9 @@ def write(options: argparse.Namespace, tables: Mapping[str, Mapping[str, Mapping
     print(f"\n{options.json}")
 
 
+MOST_TICKS = 8  # that can be read side by side
+
+
 def plot(path: Path, lines: Mapping[str, Mapping[float, float]], *, x: str, y: str) -> dict[str, float]:
     """Draw lines on logarithmic axes; returns the exponent fitted to each."""
     figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
@@ -263,6 +267,12 @@ def plot(path: Path, lines: Mapping[str, Mapping[float, float]], *, x: str, y: s
             label = f"{name}: exponent {exponents[name]:.2f}"
         axes.plot(across, up, marker=".", label=label)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    measured = sorted({each for points in lines.values() for each in points})
+    if len(measured) <= MOST_TICKS:
+        axes.set_xticks(measured, [f"{each:g}" for each in measured])
+        axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

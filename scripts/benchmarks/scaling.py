@@ -77,7 +77,8 @@ def edit_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str, flo
 def training_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """Return samples a second of online toy training over batch, accumulation and workers."""
     with tempfile.TemporaryDirectory(prefix="pbe-scaling-") as folder:
-        render_scenes(Path(folder) / "shards", 64, 96)
+        scenes = max(options.training) * (1 + options.steps)  # no step waits for another epoch to begin
+        render_scenes(Path(folder) / "shards", scenes, 96)
 
         def point(batch: int, accumulate: int, workers: int) -> dict[str, float]:
             settings = (
@@ -92,7 +93,7 @@ def training_lines(options: argparse.Namespace) -> dict[str, dict[int, dict[str,
         return {
             "batch of training": {batch: point(batch, 1, 0) for batch in options.training},
             "accumulation, batch 16": {count: point(16, count, 0) for count in (1, 2, 4)},
-            "workers, batch 32": {1 + count: point(32, 1, count) for count in (0, 1, 2)},
+            "processes with the workers, batch 32": {1 + count: point(32, 1, count) for count in (0, 1, 2)},
         }
 
 
