@@ -54,6 +54,7 @@ NEEDLESS_ADVICE = (
     "predict returned None",
 )
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"}  # variables of torchrun and of Lightning
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 TIMESTEPS = ScheduleConfig().timesteps  # of every model known
 GROUPS_A_PROCESS = 2  # fewer are not worth the start of another process on the CPU
 
@@ -121,8 +122,7 @@ class GenerateSettings:
         if self.engine == "ray" and (self.num_nodes > 1 or self.strategy != "auto"):
             raise UserError("the engine ray takes no strategy and no num_nodes: the cluster has its machines")
         if self.num_nodes > 1 and not (launched() or "MASTER_ADDR" in os.environ):
-            why = "but neither torchrun nor SLURM started this process"
-            raise UserError(f"num_nodes is {self.num_nodes}, {why}")
+            raise UserError(f"num_nodes is {self.num_nodes}, but neither torchrun nor SLURM started this")
         if self.devices != "auto" and not (str(self.devices).isdecimal() and int(self.devices) > 0):
             raise UserError(f"devices is '{self.devices}'; it must be a number from 1 up, or auto")
 
@@ -357,8 +357,7 @@ def _predict(task: _EditTask, trainer: pl.Trainer) -> None:
 
 def is_first_process() -> bool:
     """Tell whether this process speaks for all; the others end when their share is done."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    return not any(int(os.environ.get(name) or 0) for name in ranks)
+    return not any(int(os.environ.get(name) or 0) for name in RANKS)
 
 
 def launched() -> bool:

@@ -277,20 +277,6 @@ def test_bad_settings(change, message, monkeypatch):
         dataclasses.replace(SETTINGS, **change)
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_slurm_counts_where_srun_started_several(monkeypatch, started: bool):
-    """A batch script's own shell has SLURM's variables, too; waiting for other tasks there never ends."""
-    variables = {"JOB_ID": "7", "JOB_NAME": "sh", "NTASKS": "2", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
-    if started:
-        variables |= {"STEP_ID": "0", "NTASKS_PER_NODE": "2"}
-    for name in (*generation.LAUNCHED, "SLURM_STEP_ID", "SLURM_STEPID", "SLURM_NTASKS_PER_NODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    strategy = generation._trainer(dataclasses.replace(SETTINGS, devices=2), groups=8).strategy
-    assert strategy.cluster_environment.creates_processes_externally == started
-
-
 def test_groups_depend_on_position_and_size_only():
     small, large = (32, 32), (32, 48)
     assert groups_of([small] * 3 + [large] * 2 + [small], 2) == [[0, 1], [2], [3, 4], [5]]

@@ -1,11 +1,14 @@
-"""What models are, to those who edit a benchmark: with adapters, or of few steps."""
+"""What models and machines are to the editing of a benchmark: adapters, students, SLURM's jobs."""
 
 from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
 
+import pytest
+
 from pbe.editing.engine import complete
+from pbe.evaluation.benchmark import generation
 from pbe.evaluation.benchmark.edits import model_identity
 from pbe.evaluation.benchmark.generation import GenerateSettings
 from pbe.models.adapters import add_adapter
@@ -32,3 +35,17 @@ def test_as_many_steps_as_a_model_of_few_is_asked_for(pipe):
     assert complete(fifty["settings"], SimpleNamespace(config=few)).steps == 50
     assert fifty["choice"].name == "lcm"
     assert settings.call(pipe.model.config)["settings"].steps == 50
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_slurm_counts_where_srun_started_several(monkeypatch, started: bool):
+    """A batch script's own shell has SLURM's variables, too; waiting for other tasks there never ends."""
+    variables = {"JOB_ID": "7", "JOB_NAME": "sh", "NTASKS": "2", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    if started:
+        variables |= {"STEP_ID": "0", "NTASKS_PER_NODE": "2"}
+    for name in (*generation.LAUNCHED, "SLURM_STEP_ID", "SLURM_STEPID", "SLURM_NTASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    strategy = generation._trainer(GenerateSettings(devices="2"), groups=8).strategy
+    assert strategy.cluster_environment.creates_processes_externally == started

@@ -21,7 +21,6 @@ from pbe.training.setup import make_task
 from pbe.training.tasks.distillation import DistillationTask
 from pbe.training.tasks.encoding import Draws, EncodedBatch
 from tests.training.tasks.test_diffusion import awaken, config_of, draws_for, encoded
-from tests.training.tiny import PRETRAINED_TOWER
 
 BASE = ("task=distillation", "init_from=model", "distillation.steps=2", "distillation.teacher_steps=4")
 ONE = "distillation.guidance=[1,1]"
@@ -153,22 +152,17 @@ def test_beside_adapters_the_base_is_the_teacher():
 
 @pytest.mark.parametrize("method", ["trajectory", "consistency"])
 def test_training_comes_nearer_to_the_teacher(method: str):
-    # the random weights that these bounds were found with
-    task, batch, draws = made(f"distillation.method={method}", PRETRAINED_TOWER[0])
-    assert task.ema is not None
+    task, batch, draws = made(f"distillation.method={method}")
+    # one step of the teacher before the end of a student's: what it has to reach is the teacher's own state
+    last = torch.tensor([251, 400, 750, 999])
+    draws = Draws(last, draws.drop, draws.noise, draws.image_noise, draws.masked_noise)
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], 2e-3)
-    with torch.no_grad():
-        before = task._along_trajectory(batch, draws).mean()
+    before = float(task.distances(batch, draws).detach().mean())
     for _ in range(40):
         optimizer.zero_grad()
-        loss = task.distances(batch, draws).mean()
-        loss.backward()
+        task.distances(batch, draws).mean().backward()
         optimizer.step()
-        task.ema.update(100)
-    with torch.no_grad():
-        after = task._along_trajectory(batch, draws).mean()
-    least = 0.8 if method == "trajectory" else 0.96  # of what the one makes small itself
-    assert float(after) < least * float(before)
+    assert float(task.distances(batch, draws).detach().mean()) < 0.5 * before
 
 
 @pytest.mark.parametrize(
