@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 from pathlib import Path
@@ -136,6 +137,16 @@ def test_a_longer_run_goes_on_where_a_finished_one_ended(finished, shards, autoe
     longer = run(tiny_config(shards, tmp_path / "a", autoencoder, "trainer.max_steps=6"))
     straight = run(tiny_config(shards, tmp_path / "b", autoencoder, "trainer.max_steps=6"))
     assert differing(weights(straight.model_dir), weights(longer.model_dir)) == []
+
+
+def test_a_run_that_takes_to_the_cache_says_that_its_data_begin_anew(shards, autoencoder, tmp_path, caplog):
+    settings = (autoencoder, "trainer.checkpoint_every=1")
+    with caplog.at_level(logging.INFO, "pbe"):
+        run(tiny_config(shards, tmp_path / "run", *settings, "trainer.max_steps=1"))
+        assert not any("begins anew" in message for message in caplog.messages)
+        cached = (*settings, f"cache.folder={tmp_path / 'cache'}", "trainer.max_steps=2")
+        assert run(tiny_config(shards, tmp_path / "run", *cached)).steps == 2
+    assert any("between samples made online and a latent cache" in message for message in caplog.messages)
 
 
 def test_signal_handlers_are_given_back(shards, autoencoder, tmp_path):

@@ -18,7 +18,7 @@ from pbe.errors import UserError
 from pbe.training.optimization.non_finite import Guard, gradient_norm
 from pbe.training.optimization.optimizer import Ema, make_optimizer
 from pbe.training.optimization.sharding import from_all_ranks, gathered, is_distributed, is_sharded, shard
-from pbe.training.resume.files import recount_batches
+from pbe.training.resume.files import recount_batches, report
 
 NORMAL_95 = 1.96  # half-width of a 95 % interval, in standard errors
 
@@ -173,7 +173,13 @@ class BaseTask(pl.LightningModule):
         self.loaded_step = int(checkpoint["global_step"])
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and "loops" in checkpoint:
-            place = checkpoint.get(type(data).__qualname__, {"samples": 0})
+            place = checkpoint.get(type(data).__qualname__)
+            if place is None:
+                report(
+                    "the place in the data is not kept between samples made online and a latent cache: "
+                    "they come in another order, which begins anew"
+                )
+                place = {"samples": 0}
             batch = self.config.data.batch_size * self.trainer.world_size
             recount_batches(checkpoint, place["samples"], batch, self.config.trainer.accumulate)
         self.sums.clear()
