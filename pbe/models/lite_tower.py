@@ -48,15 +48,14 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, widening: int) -> None:
         super().__init__()
-        inner = channels * widening
+        inner, self.widens = channels * widening, widening > 1
         self.adds = stride == 1 and channels == out
         self.conv_dw = SameConv(inner, inner, kernel, stride, groups=inner)
-        if widening > 1:
+        if self.widens:
             self.conv_pw, self.conv_pwl = SameConv(channels, inner, 1), SameConv(inner, out, 1)
             self.bn3 = nn.BatchNorm2d(out, EPS)
         else:
             self.conv_pw = SameConv(inner, out, 1)
-        self.widens = widening > 1
         self.bn1 = nn.BatchNorm2d(inner, EPS)
         self.bn2 = nn.BatchNorm2d(inner if self.widens else out, EPS)
 
