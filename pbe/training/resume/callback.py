@@ -51,7 +51,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
             (self.folder / BEST_NOTE).unlink(missing_ok=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do so where several ranks validate: Lightning's handler broadcasts, wherever the ranks are."""
+        """Take them back where several ranks validate: Lightning's handler broadcasts, wherever they are."""
         if trainer.world_size > 1:
             self.stop.take_over()
 
